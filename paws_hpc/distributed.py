@@ -1,0 +1,127 @@
+"""Ranks, and the three collectives that training needs. Alone, every one of them is the identity.
+
+The losses of all ranks are added by the backward pass of these functions and gradients are averaged over ranks
+afterwards (as DistributedDataParallel does), so that the gradient equals that of one process on the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's index, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes that train together, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and logs."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def per_rank(total: int, *, name: str) -> int:
+    """The share of a global size that one rank holds.
+
+    Raises:
+        ValueError: ``total`` does not divide by the number of ranks; the nearest sizes that do are named.
+    """
+    world = world_size()
+    if total % world:
+        below = total - total % world
+        fits = f"{below} or {below + world}" if below else f"{world}"
+        raise ValueError(f"{name}={total} does not divide by {world} ranks. Sizes are global: {name}={fits} would fit.")
+    return total // world
+
+
+def share(total: int) -> slice:
+    """The contiguous slice of ``range(total)`` that is this rank's; the first ranks hold one more if it is uneven."""
+    world, me = world_size(), rank()
+    base, extra = divmod(total, world)
+    start = me * base + min(me, extra)
+    return slice(start, start + base + (me < extra))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.rows = rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        start = rank() * ctx.rows
+        return gradient[start : start + ctx.rows]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate every rank's rows in rank order, with gradients.
+
+    Args:
+        rows: (R, ...), the same shape on every rank.
+
+    Returns:
+        (world * R, ...). Backward: the gradients of all ranks' losses with respect to this rank's rows are summed.
+    """
+    return rows if world_size() == 1 else _Gather.apply(rows)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        mean = value.clone()
+        dist.all_reduce(mean)
+        return mean / world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone()
+        dist.all_reduce(gradient)
+        return gradient / world_size()
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of ``value`` over ranks, with gradients (backward: the mean of the ranks' gradients).
+
+    Args:
+        value: any shape, the same on every rank.
+    """
+    return value if world_size() == 1 else _Mean.apply(value)
+
+
+def concatenate_rows(rows: Tensor, total: int) -> Tensor:
+    """Put together the rows that each rank computed for its :func:`share` of ``total``; no gradient.
+
+    Args:
+        rows: (len(share(total)), ...).
+
+    Returns:
+        (total, ...), the same on every rank.
+    """
+    if world_size() == 1:
+        return rows
+    longest = -(-total // world_size())
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    base, extra = divmod(total, world_size())
+    return torch.cat([part[: base + (r < extra)] for r, part in enumerate(parts)])
