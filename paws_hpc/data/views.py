@@ -1,0 +1,128 @@
+"""What the network sees of an image: the configuration of crops, augmentation and the evaluation crop.
+
+The defaults are the ImageNet recipe of the paper (multi-crop 2 x 224 and 6 x 96, SimCLR's colour operations).
+View numbers name the random draws of an image: large crops 0 and 1, small crops from 2 on, supports from
+``FIRST_SUPPORT_VIEW`` on, training crops of fine-tuning from ``FIRST_FINETUNE_VIEW`` on, so that none shares numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+FIRST_SMALL_VIEW = 2
+FIRST_SUPPORT_VIEW = 1024
+FIRST_FINETUNE_VIEW = 2048
+
+
+@dataclass
+class CropConfig:
+    """Random-resized crops of one size.
+
+    Attributes:
+        size: side of the square result, pixels.
+        count: crops of this kind per image.
+        scale: least and greatest share of the image's area that a crop covers.
+        ratio: least and greatest width/height of a crop, drawn log-uniformly.
+    """
+
+    size: int = 224
+    count: int = 1
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+
+    def __post_init__(self) -> None:
+        where = "(a crop of views.large, views.small or fine-tuning)"
+        if self.size < 1:
+            raise ValueError(f"size={self.size} {where} must be a positive number of pixels")
+        if self.count < 0:
+            raise ValueError(f"count={self.count} {where} must not be negative; 0 turns these crops off")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale={self.scale} {where} must be [least, greatest] share of the area in (0, 1]")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio={self.ratio} {where} must be [least, greatest] width/height, both positive")
+
+
+@dataclass
+class CenterCropConfig:
+    """Evaluation: the shorter side resized to ``resize`` pixels, then the central ``size`` x ``size`` pixels."""
+
+    resize: int = 256
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise ValueError(
+                f"views.evaluation.size={self.size} must be positive and at most views.evaluation.resize={self.resize}"
+            )
+
+
+@dataclass
+class AugmentConfig:
+    """Strengths and probabilities of the operations on a crop; a strength or probability of 0 turns one off.
+
+    Attributes:
+        brightness, contrast, saturation: factors are uniform in [max(0, 1 - s), 1 + s].
+        hue: the shift is uniform in [-h, h], as a share of the colour circle; at most 0.5.
+        jitter_probability: chance that the four operations above are applied, in a random order.
+        grayscale_probability, blur_probability, flip_probability: chance of each operation.
+        blur_sigma: least and greatest standard deviation of the Gaussian, pixels.
+    """
+
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    flip_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"views.augment.{name}={getattr(self, name)} must be finite and not negative; 0 is off"
+                )
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"views.augment.hue={self.hue} must be in [0, 0.5], half the colour circle; 0 is off")
+        for name in ("jitter", "grayscale", "blur", "flip"):
+            probability = getattr(self, f"{name}_probability")
+            if not 0 <= probability <= 1:
+                raise ValueError(f"views.augment.{name}_probability={probability} must be in [0, 1]")
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < float("inf"):
+            raise ValueError(f"views.augment.blur_sigma={self.blur_sigma} must be [least, greatest] pixels, positive")
+
+
+@dataclass
+class ViewsConfig:
+    """All views of an image.
+
+    Attributes:
+        large: the two crops that are anchors and targets; supports are cropped like these.
+        small: further anchors (multi-crop); ``count`` 0 turns them off.
+        support_views: augmented views of each support image in a step.
+        augment: operations applied to every crop, supports included.
+        evaluation: the crop for scoring, without augmentation.
+    """
+
+    large: CropConfig = field(default_factory=lambda: CropConfig(size=224, count=2, scale=[0.14, 1.0]))
+    small: CropConfig = field(default_factory=lambda: CropConfig(size=96, count=6, scale=[0.05, 0.14]))
+    support_views: int = 1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    evaluation: CenterCropConfig = field(default_factory=CenterCropConfig)
+
+    def __post_init__(self) -> None:
+        if self.large.count != 2:
+            raise ValueError(
+                f"views.large.count={self.large.count} must be 2: each large crop's target is the other's prediction"
+            )
+        if FIRST_SMALL_VIEW + self.small.count > FIRST_SUPPORT_VIEW:
+            raise ValueError(
+                f"views.small.count={self.small.count} must be at most {FIRST_SUPPORT_VIEW - FIRST_SMALL_VIEW}"
+            )
+        if not 1 <= self.support_views <= FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW:
+            raise ValueError(
+                f"views.support_views={self.support_views} must be between 1 and "
+                f"{FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW}"
+            )
