@@ -1,0 +1,243 @@
+"""Random-resized crops: which box (numpy, a pure function of the draw) and its exact antialiased resize (torch).
+
+Legend: n boxes, C channels (3, or 1 for grey stores), H x W the image, box = (top, left, height, width) in pixels.
+
+Two exact paths, one per kind of store. JPEG stores hold images of many sizes: ``resized_crops`` resizes each crop by
+torch's uint8 antialiased bilinear kernel. Raw stores hold small images of one size, where that costs mostly overhead
+(30 µs for 32 x 32): ``equal_size_resized_crops`` resizes the whole batch by two matrix products, on any device. Both
+equal PIL's crop followed by ``resize(BILINEAR)`` to 1 of 255 levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from paws_hpc.data.philox import Stream, uniform
+from paws_hpc.data.views import CropConfig
+
+ATTEMPTS = 10
+UNIFORMS_PER_BOX = 2 * ATTEMPTS + 2
+
+
+def draw_boxes(
+    crop: CropConfig,
+    *,
+    seed: int,
+    epoch: int,
+    samples: NDArray[np.int64],
+    view: int | NDArray[np.int64],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Boxes of random-resized crops, each a function of (seed, epoch, sample, view) and its image's size alone.
+
+    Args:
+        crop: scale and ratio are used.
+        seed, epoch, samples, view: as in ``philox.uniform``; samples (n,).
+        heights, widths: (n,) pixels.
+
+    Returns:
+        (n, 4) int64 boxes.
+    """
+    numbers = uniform(seed=seed, stream=Stream.CROP, epoch=epoch, samples=samples, view=view, count=UNIFORMS_PER_BOX)
+    return sample_boxes(heights, widths, crop, numbers)
+
+
+def sample_boxes(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], crop: CropConfig, uniforms: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """The boxes that torchvision's ``RandomResizedCrop.get_params`` would choose from the given uniform numbers.
+
+    Up to ten attempts draw an area and a log-uniform aspect ratio; the first whose rounded box fits is placed
+    uniformly. If none fits, the largest central box of the nearest allowed ratio is taken.
+
+    Args:
+        heights, widths: (n,) positive integers, pixels.
+        crop: scale and ratio are used.
+        uniforms: (n, 22) in [0, 1): area and ratio of attempt 1, 2, ... 10, then the place from the top and the left.
+
+    Returns:
+        (n, 4) int64 boxes inside their images.
+
+    Raises:
+        ValueError: the numbers are not (n, 22).
+    """
+    if uniforms.shape != (len(heights), UNIFORMS_PER_BOX) or len(heights) != len(widths):
+        raise ValueError(
+            f"{len(heights)} heights and {len(widths)} widths need ({len(heights)}, {UNIFORMS_PER_BOX}) uniform "
+            f"numbers, not {uniforms.shape}"
+        )
+    heights = np.asarray(heights, dtype=np.int64)
+    widths = np.asarray(widths, dtype=np.int64)
+    least, greatest = crop.scale
+    area = (heights * widths)[:, None] * (least + (greatest - least) * uniforms[:, 0 : 2 * ATTEMPTS : 2])
+    log_least, log_greatest = np.log(crop.ratio)
+    ratio = np.exp(log_least + (log_greatest - log_least) * uniforms[:, 1 : 2 * ATTEMPTS : 2])
+    attempt_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    attempt_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (attempt_widths > 0) & (attempt_widths <= widths[:, None])
+    fits &= (attempt_heights > 0) & (attempt_heights <= heights[:, None])
+
+    chosen = (np.arange(len(heights)), fits.argmax(axis=1))
+    box_heights, box_widths = attempt_heights[chosen], attempt_widths[chosen]
+    tops = (uniforms[:, -2] * (heights - box_heights + 1)).astype(np.int64)
+    lefts = (uniforms[:, -1] * (widths - box_widths + 1)).astype(np.int64)
+    boxes = np.stack((tops, lefts, box_heights, box_widths), axis=1)
+    failed = ~fits.any(axis=1)
+    boxes[failed] = _central_boxes(heights[failed], widths[failed], crop)
+    return boxes
+
+
+def _central_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64], crop: CropConfig) -> NDArray[np.int64]:
+    """(n, 4) the largest central boxes whose width/height lies within ``crop.ratio``."""
+    least, greatest = crop.ratio
+    ratio = widths / heights
+    box_heights = np.where(ratio < least, np.rint(widths / least).astype(np.int64), heights)
+    box_widths = np.where(ratio > greatest, np.rint(heights * greatest).astype(np.int64), widths)
+    return np.stack(((heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths), axis=1)
+
+
+def resized_crop(image: Tensor, box: Sequence[int], size: int, *, out: Tensor | None = None) -> Tensor:
+    """The box of one image, resized to ``size`` x ``size`` with antialiased bilinear interpolation.
+
+    Fastest when ``image`` and ``out`` are laid out as (H, W, C) in memory, as decoders write them.
+
+    Args:
+        image: (C, H, W) uint8 on the CPU, any strides.
+        box: (top, left, height, width), inside the image.
+        size: pixels.
+        out: (C, size, size) uint8 to write to, for instance a row of a batch in ``channels_last`` layout.
+
+    Returns:
+        ``out``, or a new (C, size, size) uint8 tensor, in (H, W, C) layout.
+
+    Raises:
+        ValueError: dtype, box or ``out`` do not fit.
+    """
+    top, left, height, width = (int(side) for side in box)
+    channels, image_height, image_width = image.shape
+    inside = 0 <= top < top + height <= image_height and 0 <= left < left + width <= image_width
+    if image.dtype != torch.uint8 or not inside:
+        raise ValueError(
+            f"box {(top, left, height, width)} must lie in a uint8 image; it is {image.dtype} {image.shape}"
+        )
+    if out is None:
+        out = torch.empty((size, size, channels), dtype=torch.uint8).permute(2, 0, 1)
+    elif out.shape != (channels, size, size) or out.dtype != torch.uint8:
+        raise ValueError(f"out must be uint8 {(channels, size, size)}, not {out.dtype} {tuple(out.shape)}")
+    view = image[None, :, top : top + height, left : left + width]
+    # What F.interpolate(mode="bilinear", antialias=True) calls; its out= form spares an allocation and a copy.
+    torch.ops.aten._upsample_bilinear2d_aa.out(view, (size, size), False, None, None, out=out[None])
+    return out
+
+
+def resized_crops(
+    images: Sequence[Tensor], boxes: NDArray[np.int64], size: int, *, out: Tensor | None = None
+) -> Tensor:
+    """One crop of each image (``resized_crop``); an image that is cropped several times is repeated in the list.
+
+    Args:
+        images: n tensors (C, H, W) uint8 on the CPU, of any sizes and equal C.
+        boxes: (n, 4).
+        size: pixels.
+        out: (n, C, size, size) uint8 to write to.
+
+    Returns:
+        ``out``, or a new (n, C, size, size) uint8 tensor in ``channels_last`` layout.
+
+    Raises:
+        ValueError: no images, not as many as boxes, or one does not fit.
+    """
+    if len(images) != len(boxes) or len(images) == 0:
+        raise ValueError(f"{len(images)} images and {len(boxes)} boxes: need equally many, at least one")
+    if out is None:
+        shape = (len(images), images[0].shape[0], size, size)
+        out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    elif len(out) != len(images):
+        raise ValueError(f"out has {len(out)} rows for {len(images)} images")
+    for image, box, row in zip(images, boxes.tolist(), out, strict=True):
+        resized_crop(image, box, size, out=row)
+    return out
+
+
+def equal_size_resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
+    """One crop of each image of a batch, resized by two matrix products with per-sample triangle-filter weights.
+
+    Args:
+        images: (n, C, H, W) uint8 on any device.
+        boxes: (n, 4), inside the images.
+        size: pixels.
+
+    Returns:
+        (n, C, size, size) uint8 on the images' device.
+
+    Raises:
+        ValueError: dtype or boxes do not fit.
+    """
+    n, _, height, width = images.shape
+    ends = boxes[:, :2] + boxes[:, 2:]
+    if images.dtype != torch.uint8 or boxes.shape != (n, 4):
+        raise ValueError(f"need uint8 images and (n, 4) boxes, not {images.dtype} {images.shape} and {boxes.shape}")
+    if (boxes[:, :2] < 0).any() or (boxes[:, 2:] < 1).any() or (ends > (height, width)).any():
+        raise ValueError(f"a box does not lie inside the {height} x {width} images")
+    top, left, box_height, box_width = torch.from_numpy(boxes).T.to(images.device, torch.float32, non_blocking=True)
+    rows = resample_weights(top, box_height, height, size)[:, None]
+    columns = resample_weights(left, box_width, width, size)[:, None]
+    resized = rows @ images.float() @ columns.mT
+    return resized.add_(0.5).clamp_(0, 255).to(torch.uint8)
+
+
+def resample_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
+    """Weights of an antialiased bilinear resize of the pixels [start, start + length) of a line to ``out_size`` pixels.
+
+    A triangle filter whose half width is one pixel of the coarser grid, cut at the ends of the piece and normalised:
+    PIL's and torch's ``antialias=True``.
+
+    Args:
+        start, length: (n,) float32 whole numbers of pixels.
+        in_size: pixels of the whole line.
+        out_size: pixels of the result.
+
+    Returns:
+        (n, out_size, in_size) float32, rows sum to 1, zero outside the piece.
+    """
+    scale = (length / out_size)[:, None, None]
+    centre = (torch.arange(out_size, device=start.device, dtype=start.dtype) + 0.5)[:, None] * scale
+    position = torch.arange(in_size, device=start.device, dtype=start.dtype) - start[:, None, None]
+    weights = (position + 0.5 - centre).abs_().div_(scale.clamp(min=1)).neg_().add_(1).clamp_(min=0)
+    weights *= (position >= 0) & (position < length[:, None, None])
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+
+def center_crop(images: Tensor, *, resize: int, size: int) -> Tensor:
+    """Resize the shorter side to ``resize`` pixels (antialiased bilinear), then take the central ``size`` x ``size``.
+
+    Equal to torchvision's ``Resize(resize)`` followed by ``CenterCrop(size)``.
+
+    Args:
+        images: (C, H, W) or (n, C, H, W) uint8 on the CPU.
+        resize, size: pixels, size at most resize.
+
+    Returns:
+        (C, size, size) or (n, C, size, size) uint8.
+
+    Raises:
+        ValueError: the dtype is not uint8 or ``size`` exceeds ``resize``.
+    """
+    if images.dtype != torch.uint8 or not 1 <= size <= resize:
+        raise ValueError(f"need uint8 images and 1 <= size <= resize, not {images.dtype}, size={size}, resize={resize}")
+    batch = images if images.ndim == 4 else images[None]
+    height, width = batch.shape[-2:]
+    shorter = min(height, width)
+    new_height, new_width = (int(resize * side / shorter) for side in (height, width))  # truncated, as torchvision does
+    if (new_height, new_width) != (height, width):
+        batch = F.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    cropped = batch[..., top : top + size, left : left + size]
+    return cropped if images.ndim == 4 else cropped[0]
