@@ -1,0 +1,201 @@
+"""The encoder: trunk, projection head and optional prediction head; and the classifier that fine-tuning makes of it.
+
+Symbols: B images. h = projection(trunk(x)) is what targets and nearest neighbours are computed from; z = prediction(h),
+or h itself without a prediction head, is what anchors are computed from.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paws_hpc.models.heads import PredictionHead, ProjectionHead
+from paws_hpc.models.initialisation import initialise
+from paws_hpc.models.norm import set_statistics
+from paws_hpc.models.resnet import resnet18, resnet50
+from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.wide_resnet import WideResNet
+
+
+@dataclass
+class ModelConfig:
+    """Which network to train.
+
+    Attributes:
+        name: resnet50, resnet18, wide_resnet or small_resnet.
+        width: multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
+        depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
+        channels, blocks: per stage, before ``width``; small_resnet only.
+        stem_stride: of the first convolution, 1 or 2; small_resnet only.
+        projection_hidden_dim: default: the feature dimension (2048 times ``width`` for ResNet-50).
+        projection_dim: default: the feature dimension at width 1 for a ResNet (2048 for ResNet-50 1x, 2x and 4x), else
+            the feature dimension.
+        prediction_head: whether z has its own head. The paper trains ImageNet with one and finds it slightly better
+            without (Table 5); CIFAR without.
+        prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
+        global_batch_norm: statistics over all ranks' images; false: each rank its own.
+
+    Raises:
+        ValueError: an unknown name (the nearest is suggested), or a size that no network has.
+    """
+
+    name: str = "resnet50"
+    width: int = 1
+    depth: int = 28
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128])
+    blocks: list[int] = field(default_factory=lambda: [1, 1, 1])
+    stem_stride: int = 2
+    projection_hidden_dim: int | None = None
+    projection_dim: int | None = None
+    prediction_head: bool = False
+    prediction_hidden_dim: int | None = None
+    global_batch_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name not in _TRUNKS:
+            near = difflib.get_close_matches(self.name, _TRUNKS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"model.name={self.name!r} is no model. Did you mean {near!r}? Known are {', '.join(_TRUNKS)}."
+            )
+        for key in ("width", "stem_stride", "projection_hidden_dim", "projection_dim", "prediction_hidden_dim"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"model.{key}={value} must be at least 1.")
+        if self.name == "wide_resnet" and (self.depth < 10 or (self.depth - 4) % 6):
+            near_depth = max(10, 4 + 6 * round((self.depth - 4) / 6))
+            raise ValueError(f"model.depth={self.depth} is not 6n + 4, as WRN-d-k needs; the nearest is {near_depth}.")
+        if not self.channels or len(self.channels) != len(self.blocks) or min(self.channels + self.blocks) < 1:
+            raise ValueError(
+                f"model.channels={self.channels} and model.blocks={self.blocks} need one positive number per stage."
+            )
+
+
+class Encoder(nn.Module):
+    """Trunk, projection head and optional prediction head.
+
+    Attributes:
+        trunk: images (B, 3, H, W) to features (B, ``feature_dim``).
+        projection: features to h (B, ``output_dim``).
+        prediction: h to z (B, ``output_dim``), or None.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.trunk = _TRUNKS[config.name](config)
+        self.feature_dim = _dim(self.trunk)
+        hidden_dim = config.projection_hidden_dim or self.feature_dim
+        default_dim = self.feature_dim // config.width if config.name.startswith("resnet") else self.feature_dim
+        self.output_dim = config.projection_dim or default_dim
+        self.projection = ProjectionHead(self.feature_dim, hidden_dim, self.output_dim)
+        self.prediction: PredictionHead | None = None
+        if config.prediction_head:
+            bottleneck = config.prediction_hidden_dim or max(1, self.output_dim // 4)
+            self.prediction = PredictionHead(self.output_dim, bottleneck)
+        set_statistics(self, "global" if config.global_batch_norm else "local")
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Encode several batches of images, all of one size together.
+
+        Images of equal size go through the network in one pass, wherever they stand in the list, so that in training
+        they share their normalisation statistics: supports with both large crops, small crops among themselves.
+
+        Args:
+            inputs: tensors (B_i, 3, H_i, W_i), at least one.
+
+        Returns:
+            (h, z), both (sum B_i, ``output_dim``), rows in the order of ``inputs``. Without a prediction head z is h.
+        """
+        members: dict[torch.Size, list[int]] = {}
+        for index, images in enumerate(inputs):
+            members.setdefault(images.shape[2:], []).append(index)
+        rows: dict[int, tuple[Tensor, Tensor]] = {}
+        for indices in members.values():
+            h, z = self._encode(torch.cat([inputs[index] for index in indices]))
+            if len(members) == 1:
+                return h, z
+            sizes = [inputs[index].shape[0] for index in indices]
+            rows.update(zip(indices, zip(h.split(sizes), z.split(sizes), strict=True), strict=True))
+        h = torch.cat([rows[index][0] for index in range(len(inputs))])
+        if self.prediction is None:
+            return h, h
+        return h, torch.cat([rows[index][1] for index in range(len(inputs))])
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.projection(self.trunk(images))
+        return h, h if self.prediction is None else self.prediction(h)
+
+
+def build_encoder(config: ModelConfig, *, seed: int) -> Encoder:
+    """Make an encoder on the CPU whose weights are a function of ``config`` and ``seed`` (see :mod:`.initialisation`).
+
+    PyTorch's global random state is neither read nor changed.
+    """
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    encoder.to_empty(device="cpu")
+    initialise(encoder, seed=seed)
+    return encoder
+
+
+class Classifier(nn.Module):
+    """What is fine-tuned: trunk, the projection head's first layer (fc1-bn1-relu), a linear classifier on top."""
+
+    def __init__(self, trunk: nn.Module, projection: ProjectionHead, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.fc1 = projection.fc1
+        self.bn1 = projection.bn1
+        weight = self.fc1.weight
+        self.linear = nn.utils.skip_init(
+            nn.Linear, self.fc1.out_features, num_classes, device=weight.device, dtype=weight.dtype
+        )
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to what the linear classifier sees, (B, projection_hidden_dim)."""
+        return F.relu(self.bn1(self.fc1(self.trunk(images))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, ``num_classes``)."""
+        return self.linear(self.features(images))
+
+
+def build_classifier(encoder: Encoder, num_classes: int) -> Classifier:
+    """Copy an encoder's lower part and put a zero-initialised linear classifier on it, as the paper fine-tunes.
+
+    The encoder keeps its own weights. The copy normalises with each rank's own statistics; :func:`set_statistics`
+    changes that. It has the encoder's device, dtype and training mode.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: a classifier needs at least two classes.")
+    classifier = Classifier(copy.deepcopy(encoder.trunk), copy.deepcopy(encoder.projection), num_classes)
+    set_statistics(classifier, "local")
+    return classifier.train(encoder.training)
+
+
+def _dim(trunk: nn.Module) -> int:
+    assert isinstance(trunk.feature_dim, int)
+    return trunk.feature_dim
+
+
+def _small_resnet(config: ModelConfig) -> nn.Module:
+    channels = [config.width * stage for stage in config.channels]
+    return SmallResNet(channels=channels, blocks=config.blocks, stem_stride=config.stem_stride)
+
+
+_TRUNKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "resnet50": lambda config: resnet50(width=config.width),
+    "resnet18": lambda config: resnet18(width=config.width),
+    "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
+    "small_resnet": _small_resnet,
+}

@@ -1,0 +1,52 @@
+"""Initial weights as a function of the run's seed and each tensor's name, and of nothing else.
+
+Because the name takes part, a trunk starts from the same weights with and without a prediction head, and adding a layer
+changes no other layer. Values are drawn on the CPU in float32, so every device and rank starts the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def initialise(module: nn.Module, *, seed: int) -> None:
+    """Set every parameter and buffer of ``module``; PyTorch's global generators are not touched.
+
+    Convolutions: weight ~ N(0, 2 / fan_out) (He et al. 2015), bias 0. Linear layers: weight and bias ~
+    U(-1, 1) / sqrt(fan_in), PyTorch's own. Normalisations: gamma 1 (the last one of a block too), beta 0, running
+    mean 0 and variance 1.
+
+    Raises:
+        TypeError: a layer of another kind has parameters; say here how they begin.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            values = torch.empty(layer.weight.shape, dtype=torch.float32)
+            generator = _generator(seed, f"{name}.weight")
+            nn.init.kaiming_normal_(values, mode="fan_out", nonlinearity="relu", generator=generator)
+            _set(layer.weight, values)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            for part, tensor in layer.named_parameters(recurse=False):
+                values = torch.empty(tensor.shape, dtype=torch.float32)
+                bound = layer.in_features**-0.5
+                _set(tensor, values.uniform_(-bound, bound, generator=_generator(seed, f"{name}.{part}")))
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.reset_parameters()
+        elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
+            raise TypeError(f"{name}: no initialisation is known for {type(layer).__name__}; add it to initialise().")
+
+
+@torch.no_grad()
+def _set(tensor: Tensor, values: Tensor) -> None:
+    tensor.copy_(values)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A generator for one tensor. It takes 32 bits of the digest: PyTorch's CPU generator reads no more of a seed."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
