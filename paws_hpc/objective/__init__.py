@@ -1,0 +1,28 @@
+"""The PAWS objective, the contrastive losses around it, and what is watched while it trains."""
+
+from __future__ import annotations
+
+from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.objective.nce import nt_xent, supervised_nce
+from paws_hpc.objective.neighbours import (
+    log_soft_nearest_neighbours,
+    sharpen,
+    smooth_labels,
+    soft_nearest_neighbours,
+)
+from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss, paws_loss, support_warmup_weight
+
+__all__ = [
+    "CollapseMonitor",
+    "ObjectiveConfig",
+    "PawsLoss",
+    "diagnose",
+    "log_soft_nearest_neighbours",
+    "nt_xent",
+    "paws_loss",
+    "sharpen",
+    "smooth_labels",
+    "soft_nearest_neighbours",
+    "supervised_nce",
+    "support_warmup_weight",
+]

@@ -1,0 +1,225 @@
+"""LARS on classical heavy-ball momentum, and which parameters it adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAMES = ("lars", "sgd")
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
+
+    Attributes:
+        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
+        momentum: in [0, 1).
+        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
+        trust_coefficient: LARS's eta.
+        nesterov: whether momentum looks ahead.
+        start_lr: learning rate at step 0 of the warm-up.
+        peak_lr: learning rate after the warm-up.
+        final_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up; parts of an epoch are allowed.
+    """
+
+    name: str = "lars"
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+    trust_coefficient: float = 1e-3
+    nesterov: bool = False
+    start_lr: float = 0.3
+    peak_lr: float = 6.4
+    final_lr: float = 0.064
+    warmup_epochs: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        if self.name not in _NAMES:
+            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_NAMES)}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
+        if self.trust_coefficient <= 0:
+            raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
+        for field in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} is negative; 0 is the least.")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv:1708.03888) with the learning rate inside the momentum buffer.
+
+    Per tensor p with gradient g::
+
+        u = (g + wd p) * eta |p| / (|g| + wd |p| + eps)     if adapted, |p| > 0 and |g| > 0
+        u = g                                               if adapted, and |p| or |g| is 0
+        u = g + wd p                                        if not adapted
+        v = momentum v + lr u;  p = p - v                   (Nesterov: p = p - (lr u + momentum v))
+
+    This is the paper's equation 2. ``torch.optim.SGD`` keeps the learning rate outside the buffer (equation 3), which
+    takes another path whenever the learning rate changes.
+
+    A parameter group may set ``adapt: bool`` (default True). A group with ``adapt=False`` has no weight decay unless
+    it names one: as a rule it holds biases and normalisation parameters. The state is one buffer per tensor
+    (``momentum_buffer``), so that a checkpoint restores it to the bit. Norms stay on the device, and no step waits
+    for one.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-6,
+        trust_coefficient: float = 1e-3,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        """See the class.
+
+        Args:
+            params: tensors, or groups as dictionaries. Tensors of one group share a device.
+            lr: learning rate, of a group if it names its own; a plain float that a schedule may overwrite.
+            momentum: in [0, 1).
+            weight_decay: wd.
+            trust_coefficient: eta.
+            nesterov: look ahead.
+            eps: keeps the quotient finite.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+            if value < 0:
+                raise ValueError(f"LARS: {name}={value} is negative.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"LARS: momentum={momentum} is not in [0, 1).")
+        if nesterov and momentum == 0:
+            raise ValueError("LARS: nesterov=True needs a momentum above 0.")
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "nesterov": nesterov,
+            "eps": eps,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one that is not adapted has no weight decay unless it names one."""
+        if not param_group.get("adapt", True):
+            param_group.setdefault("weight_decay", 0.0)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Apply one update to every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again, as in every torch optimiser.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update(group, parameters)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if group["adapt"]:
+            steps = _adapted(gradients, parameters, group["weight_decay"], group["trust_coefficient"], group["eps"])
+            torch._foreach_mul_(steps, group["lr"])
+        else:
+            decayed = gradients
+            if group["weight_decay"]:
+                decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            steps = list(torch._foreach_mul(decayed, group["lr"]))
+        buffers = [self._buffer(p) for p in parameters]
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, steps)
+        if group["nesterov"]:
+            torch._foreach_add_(steps, buffers, alpha=group["momentum"])
+            torch._foreach_sub_(parameters, steps)
+        else:
+            torch._foreach_sub_(parameters, buffers)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state["momentum_buffer"]
+
+
+def _adapted(
+    gradients: list[Tensor], parameters: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float
+) -> list[Tensor]:
+    """Decayed gradients scaled to ``trust_coefficient`` times the norm of their parameter; new tensors."""
+    weight_norms = torch.stack(torch._foreach_norm(parameters))
+    gradient_norms = torch.stack(torch._foreach_norm(gradients))
+    scales = trust_coefficient * weight_norms / (gradient_norms + weight_decay * weight_norms + eps)
+    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor.
+    usable = (weight_norms > 0) & (gradient_norms > 0)
+    scales = torch.where(usable, scales, torch.ones_like(scales))
+    decays = usable * weight_decay
+    steps = torch._foreach_mul(parameters, list(decays.to(weight_norms.dtype).unbind()))
+    torch._foreach_add_(steps, gradients)
+    torch._foreach_mul_(steps, list(scales.unbind()))
+    return list(steps)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
+    """Make the optimiser of ``model``: weights are adapted and decayed, biases and normalisation parameters are not.
+
+    A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer (wherever it sits,
+    the shortcut included) is excluded. Frozen parameters are left out. The learning rate starts at
+    ``config.start_lr``; the training loop sets each group's ``lr`` at every step.
+
+    Raises:
+        ValueError: the model has no parameter that trains.
+    """
+    weights, excluded = split_parameters(model)
+    if not weights and not excluded:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train.")
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "adapt": config.name == "lars", "weight_decay": config.weight_decay},
+        {"params": excluded, "adapt": False, "weight_decay": 0.0},
+    ]
+    return LARS(
+        [group for group in groups if group["params"]],
+        lr=config.start_lr,
+        momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+        nesterov=config.nesterov,
+    )
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters of ``model`` in its order: (weights, biases and normalisation parameters)."""
+    weights: dict[nn.Parameter, None] = {}
+    excluded: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                small = parameter.ndim < 2 or name == "bias" or _is_normalisation(module)
+                (excluded if small else weights)[parameter] = None
+    return list(weights), list(excluded)
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    return isinstance(module, kinds)

@@ -1,0 +1,70 @@
+"""Contrastive losses: supervised NCE over labelled rows, and NT-Xent over pairs of views.
+
+Legend: R rows, K classes, D features, n images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from paws_hpc.objective.neighbours import cosine_logits, cross_entropy, full_precision, log_class_probabilities
+
+
+def supervised_nce(z: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+    """Classify each labelled row by all the others, and take the mean cross-entropy (SuNCEt, arXiv:2006.10803).
+
+    ``p_i = sum_{j != i} exp(cos_ij / tau) y_j / sum_{j != i} exp(cos_ij / tau)``; the loss is ``mean_i H(y_i, p_i)``.
+    With several ranks, gather rows and labels with :func:`paws_hpc.distributed.gather_rows` first. Every rank then
+    computes the same loss on all rows; the backward pass of the gathering adds these W equal gradients and the
+    averaging over ranks divides by W, so that the gradient equals that of one process and needs no further factor.
+
+    Args:
+        z: (R, D) features of any norm, R >= 2.
+        labels: (R, K), rows that sum to 1. With one-hot labels every class needs two rows at least (for instance two
+            views of an image): a class's only row has nothing to be classified by, and the loss is infinite.
+        temperature: tau > 0.
+
+    Returns:
+        0-d loss in nats, float32 (float64 if z is), with gradients through both sides of the similarity.
+
+    Raises:
+        ValueError: there are fewer than two rows, or rows and labels differ in number.
+    """
+    if z.ndim != 2 or z.shape[0] < 2 or labels.ndim != 2 or labels.shape[0] != z.shape[0]:
+        raise ValueError(
+            f"z {tuple(z.shape)} and labels {tuple(labels.shape)} must be (R, D) and (R, K) with one R of 2 or more."
+        )
+    with full_precision(z):
+        logits = _without_self(cosine_logits(z, z, temperature=temperature))
+        log_predictions = log_class_probabilities(logits, labels, temperature=temperature)
+        return cross_entropy(labels.to(logits.dtype), log_predictions).mean()
+
+
+def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
+    """Find each row's other view among all other rows (normalised temperature-scaled cross-entropy, arXiv:2002.05709).
+
+    Args:
+        z: (2n, D) features of any norm: n first views, then the n second views in the same order.
+        temperature: tau > 0.
+
+    Returns:
+        0-d mean over all 2n rows in nats, float32 (float64 if z is), with gradients through both sides.
+
+    Raises:
+        ValueError: the number of rows is odd or 0.
+    """
+    if z.ndim != 2 or z.shape[0] % 2 or z.shape[0] == 0:
+        raise ValueError(f"z {tuple(z.shape)} must be (2n, D): n first views, then their n second views.")
+    with full_precision(z):
+        logits = _without_self(cosine_logits(z, z, temperature=temperature))
+        other_view = torch.arange(z.shape[0], device=z.device).roll(z.shape[0] // 2)
+        return F.cross_entropy(logits, other_view)
+
+
+def _without_self(logits: Tensor) -> Tensor:
+    """(R, R) logits with the diagonal at -inf."""
+    return logits.masked_fill(torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device), -math.inf)

@@ -1,0 +1,195 @@
+"""The similarity classifier: a query takes the labels of the supports that it resembles.
+
+Paper, section 3: ``p = softmax(cos(z, z_S) / tau) @ y_S``.
+
+Legend: Q queries, S supports, K classes, D features. Everything here is computed in float32, also under autocast
+(float64 stays float64): bfloat16 cosines divided by a small temperature err by about 1 %. Inside the package
+probabilities are carried as logarithms, so that no loss overflows at small temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Stands for log 0 while bands are added up: finite, so that no gradient is inf - inf on the way.
+_LOG_ZERO = -1e30
+
+
+def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
+    """Class probabilities of each query: its supports' labels, weighted by a softmax over cosine similarities.
+
+    Args:
+        queries: (Q, D), of any norm.
+        supports: (S, D), of any norm.
+        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels.
+        temperature: divides the cosines; > 0.
+
+    Returns:
+        (Q, K) probabilities, float32 (float64 if the features are). With gradients to queries and supports.
+
+    Raises:
+        ValueError: the shapes do not go together or the temperature is not positive.
+    """
+    return log_soft_nearest_neighbours(queries, supports, support_labels, temperature=temperature).exp()
+
+
+def log_soft_nearest_neighbours(
+    queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float
+) -> Tensor:
+    """The logarithm of :func:`soft_nearest_neighbours`, exact also where the probability itself underflows.
+
+    Returns:
+        (Q, K) log-probabilities; ``-inf`` (with zero gradient) for a class that no support bears.
+    """
+    _check_supports(queries, supports, support_labels)
+    with full_precision(queries):
+        logits = cosine_logits(queries, supports, temperature=temperature)
+        return log_class_probabilities(logits, support_labels, temperature=temperature)
+
+
+def sharpen(probabilities: Tensor, *, temperature: float) -> Tensor:
+    """Make distributions more confident: ``p_k^(1/T) / sum_j p_j^(1/T)`` (the paper's rho).
+
+    Args:
+        probabilities: (..., K), each row with a positive entry.
+        temperature: T; below 1 sharpens, 1 changes nothing; > 0.
+
+    Returns:
+        (..., K), float32 (float64 if the input is). A uniform row stays uniform.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    check_positive("temperature", temperature)
+    probabilities = at_least_float32(probabilities)
+    # Relative to the row's largest entry: (1/1000)^(1/T) alone would underflow at small T. The factor cancels in the
+    # quotient.
+    powers = (probabilities / probabilities.detach().amax(-1, keepdim=True)) ** (1 / temperature)
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def smooth_labels(classes: Tensor, num_classes: int, *, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Label rows of supports: ``1 - s + s/K`` at the class and ``s/K`` elsewhere.
+
+    Args:
+        classes: (S,) integer class of each support in 0..K-1, numbered within the sampled support set.
+        num_classes: K, the number of classes in the sampled support set (not in the data set).
+        smoothing: s in [0, 1); 0 gives one-hot rows.
+        dtype: of the result.
+
+    Returns:
+        (S, K) on the device of ``classes``; rows sum to 1.
+
+    Raises:
+        ValueError: ``smoothing`` is outside [0, 1) or ``num_classes`` is below 1.
+    """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing} is not in [0, 1). The paper uses 0.1; 0 gives one-hot labels.")
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: there must be at least one class.")
+    off = smoothing / num_classes
+    labels = torch.full((classes.shape[0], num_classes), off, dtype=dtype, device=classes.device)
+    return labels.scatter_(1, classes.long().unsqueeze(1), 1 - smoothing + off)
+
+
+def log_sharpen(log_probabilities: Tensor, *, temperature: float) -> Tensor:
+    """:func:`sharpen` for log-probabilities: (..., K) to (..., K) probabilities."""
+    return F.softmax(log_probabilities / temperature, dim=-1)
+
+
+def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
+    """``-sum_k targets_k log p_k`` of each row, where 0 log 0 is 0.
+
+    Args:
+        targets: (R, K), non-negative, constant.
+        log_probabilities: (R, K).
+
+    Returns:
+        (R,); infinite where a target is positive and its probability is exactly zero.
+    """
+    return -(targets * log_probabilities.masked_fill(targets == 0, 0)).sum(-1)
+
+
+def cosine_logits(queries: Tensor, supports: Tensor, *, temperature: float) -> Tensor:
+    """``cos(query, support) / temperature``: (Q, D) and (S, D) to (Q, S); the cosine with a zero vector is 0."""
+    check_positive("temperature", temperature)
+    directions = F.normalize(at_least_float32(queries), dim=-1)
+    support_directions = F.normalize(at_least_float32(supports), dim=-1)
+    return directions @ support_directions.T / temperature
+
+
+def log_class_probabilities(logits: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
+    """``log(softmax(logits) @ labels)`` by sums of exponentials that cannot all underflow.
+
+    A softmax over cosines spans a factor of up to ``S exp(2 / temperature)``, which float32 holds down to a
+    temperature of about 0.04. Below that the weights are cut into bands of equal width on the logarithmic scale, each
+    band is scaled up and multiplied with the labels by itself, and the bands are added as logarithms. The number of
+    bands follows from the temperature alone; at the paper's 0.1 it is one, the plain product.
+
+    Args:
+        logits: (Q, S) :func:`cosine_logits`; entries may be masked with ``-inf``, though not a whole row.
+        support_labels: (S, K).
+        temperature: what the cosines were divided by.
+
+    Returns:
+        (Q, K); ``-inf`` (with zero gradient) for a class that no unmasked support bears.
+    """
+    labels = support_labels.to(logits.dtype)
+    log_weights = F.log_softmax(logits, dim=-1)
+    width = 512.0 if logits.dtype == torch.float64 else 64.0
+    span = 2 / temperature + math.log(logits.shape[1])
+    bands = max(1, math.ceil(span / width))
+    sums = []
+    for band in range(bands):
+        scaled = log_weights + band * width
+        if band > 0:
+            scaled = scaled.masked_fill(scaled > 0, -math.inf)
+        if band < bands - 1:
+            scaled = scaled.masked_fill(scaled <= -width, -math.inf)
+        mixture = scaled.exp() @ labels
+        empty = mixture == 0
+        sums.append((mixture.masked_fill(empty, 1).log() - band * width).masked_fill(empty, _LOG_ZERO))
+    total = sums[0] if bands == 1 else torch.stack(sums).logsumexp(0)
+    return total.masked_fill(total <= _LOG_ZERO / 2, -math.inf)
+
+
+@contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Compute in float32 on the device of ``like``: autocast off, and no TF32 in matrix products of the forward
+    pass."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(like.device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """``values`` in float32, or as they are if they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a positive finite number."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}={value} is not a positive number.")
+
+
+def _check_supports(queries: Tensor, supports: Tensor, support_labels: Tensor) -> None:
+    if queries.ndim != 2 or supports.ndim != 2 or queries.shape[1] != supports.shape[1]:
+        raise ValueError(
+            f"queries {tuple(queries.shape)} and supports {tuple(supports.shape)} must be (Q, D) and (S, D) of one D."
+        )
+    if support_labels.ndim != 2 or support_labels.shape[0] != supports.shape[0] or supports.shape[0] == 0:
+        raise ValueError(
+            f"support_labels {tuple(support_labels.shape)} must be (S, K) with one row for each of the "
+            f"{supports.shape[0]} supports, and there must be one at least."
+        )

@@ -1,0 +1,179 @@
+"""The PAWS objective: consistency between views plus mean-entropy maximisation (paper, equations 1 and 4).
+
+Legend: n images of this rank, m small crops each, S supports, K classes, D features. Rows of unlabelled crops are
+view-major: [large 1 (n); large 2 (n); small 1 (n); ...; small m (n)].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from paws_hpc import distributed
+from paws_hpc.objective.neighbours import (
+    cross_entropy,
+    full_precision,
+    log_sharpen,
+    log_soft_nearest_neighbours,
+)
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised in pre-training.
+
+    The defaults are the paper's. The support warm-up is **not** the paper's: it adds the supervised NCE loss over the
+    supports with a weight that falls linearly to 0, so that small runs on few labels leave the neighbourhood of
+    uniform predictions, where every gradient of PAWS vanishes. It is off unless ``support_warmup_fraction`` is set.
+
+    Attributes:
+        temperature: tau of the similarity classifier.
+        sharpening: T of the targets and of the mean entropy.
+        target_floor: target entries below it are set to 0, without renormalising; 0 keeps all.
+        me_max: whether the mean entropy is maximised.
+        label_smoothing: s in [0, 1); labels of supports are 1 - s + s/K and s/K.
+        support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
+        support_warmup_weight: weight of the support loss at step 0.
+    """
+
+    temperature: float = 0.1
+    sharpening: float = 0.25
+    target_floor: float = 1e-4
+    me_max: bool = True
+    label_smoothing: float = 0.1
+    support_warmup_fraction: float = 0.0
+    support_warmup_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        _require("temperature", self.temperature, self.temperature > 0, "above 0 (the paper's is 0.1)")
+        _require("sharpening", self.sharpening, 0 < self.sharpening <= 1, "in (0, 1] (the paper's is 0.25)")
+        _require("target_floor", self.target_floor, 0 <= self.target_floor < 1, "in [0, 1); 0 keeps every entry")
+        _require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
+        fraction, weight = self.support_warmup_fraction, self.support_warmup_weight
+        _require("support_warmup_fraction", fraction, 0 <= fraction <= 1, "a share of all steps in [0, 1]; 0 is off")
+        _require("support_warmup_weight", weight, weight >= 0, "0 or more; support_warmup_fraction=0 turns it off")
+
+
+def support_warmup_weight(step: int, *, total_steps: int, fraction: float, weight: float) -> float:
+    """Weight of the support loss: ``weight`` at step 0, falling linearly to 0 at step ``fraction * total_steps``."""
+    duration = fraction * total_steps
+    return weight * max(0.0, 1 - step / duration) if duration > 0 else 0.0
+
+
+class PawsLoss(NamedTuple):
+    """The objective and its parts: 0-d tensors in nats.
+
+    Attributes:
+        total: ``consistency + me_max``, to be minimised. It may be negative; ``total + log K`` is not.
+        consistency: cross-entropy between targets and predictions, the mean over this rank's rows.
+        me_max: minus the entropy of the mean sharpened prediction over all ranks, in [-log K, 0]; 0 if turned off.
+        confidence: largest entry of a sharpened target, the mean over this rank's large crops; no gradient.
+    """
+
+    total: Tensor
+    consistency: Tensor
+    me_max: Tensor
+    confidence: Tensor
+
+
+def paws_loss(
+    anchors: Tensor,
+    anchor_supports: Tensor,
+    targets: Tensor,
+    target_supports: Tensor,
+    support_labels: Tensor,
+    *,
+    temperature: float = 0.1,
+    sharpening: float = 0.25,
+    num_small_crops: int = 6,
+    me_max: bool = True,
+    target_floor: float = 1e-4,
+) -> PawsLoss:
+    """The loss of this rank's images against the supports of all ranks.
+
+    The supports and their labels arrive complete: with several ranks, gather z, h and labels with
+    :func:`paws_hpc.distributed.gather_rows` first. The consistency term is the mean over this rank's rows, the mean
+    prediction is taken over all ranks here; the gradient averaged over ranks (as DistributedDataParallel does) then
+    equals that of one process on the whole batch. Every rank must hold the same n.
+
+    Args:
+        anchors: ((2 + m) n, D) view-major z, the output of the prediction head, for all crops.
+        anchor_supports: (S, D) z of the supports.
+        targets: (2n, D) h, the input of the prediction head, for the large crops **in the anchors' order**. A large
+            crop is compared with the target of the *other* one; the exchange happens here.
+        target_supports: (S, D) h of the supports.
+        support_labels: (S, K), see :func:`paws_hpc.objective.smooth_labels`.
+        temperature: tau of the similarity classifier.
+        sharpening: T of targets and mean entropy.
+        num_small_crops: m.
+        me_max: whether to maximise the mean entropy.
+        target_floor: target entries below it are set to 0 after small crops' targets are averaged, without
+            renormalising. The paper is silent about it; its code has 1e-4. 0 keeps every entry.
+
+    Returns:
+        :class:`PawsLoss`, float32 (float64 for float64 features). No gradient flows to targets and target supports.
+
+    Raises:
+        ValueError: rows do not go with ``num_small_crops`` or with each other.
+    """
+    _check_rows(anchors, targets, num_small_crops)
+    with full_precision(anchors):
+        log_predictions = log_soft_nearest_neighbours(anchors, anchor_supports, support_labels, temperature=temperature)
+        sharpened = _sharpened_targets(
+            targets, target_supports, support_labels, temperature=temperature, sharpening=sharpening
+        )
+        wanted = _targets_of_views(sharpened, num_small_crops, target_floor)
+        consistency = cross_entropy(wanted, log_predictions).mean()
+        if me_max:
+            mean_prediction = distributed.mean_over_ranks(log_sharpen(log_predictions, temperature=sharpening).mean(0))
+            regulariser = -_entropy(mean_prediction)
+        else:
+            regulariser = torch.zeros_like(consistency)
+    return PawsLoss(consistency + regulariser, consistency, regulariser, sharpened.amax(-1).mean())
+
+
+@torch.no_grad()
+def _sharpened_targets(
+    targets: Tensor, supports: Tensor, labels: Tensor, *, temperature: float, sharpening: float
+) -> Tensor:
+    """(2n, K) sharpened predictions for the large crops, in their own order."""
+    log_predictions = log_soft_nearest_neighbours(targets, supports, labels, temperature=temperature)
+    return log_sharpen(log_predictions, temperature=sharpening)
+
+
+def _targets_of_views(sharpened: Tensor, num_small_crops: int, floor: float) -> Tensor:
+    """((2 + m) n, K): large crops get each other's target, small crops the mean of both; then the floor."""
+    first, second = sharpened.chunk(2)
+    wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
+    return wanted.masked_fill(wanted < floor, 0)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    """Entropy of (K,) in nats; an entry that underflowed to 0 adds 0 and has a finite gradient."""
+    smallest = torch.finfo(probabilities.dtype).tiny
+    return -(probabilities * probabilities.clamp_min(smallest).log()).sum()
+
+
+def _check_rows(anchors: Tensor, targets: Tensor, num_small_crops: int) -> None:
+    if num_small_crops < 0:
+        raise ValueError(f"num_small_crops={num_small_crops} is negative.")
+    images, rest = divmod(anchors.shape[0], 2 + num_small_crops)
+    if rest or images == 0:
+        raise ValueError(
+            f"{anchors.shape[0]} anchor rows are not 2 large and num_small_crops={num_small_crops} small crops of n "
+            "images each."
+        )
+    if targets.shape[0] != 2 * images:
+        raise ValueError(
+            f"{targets.shape[0]} target rows: {anchors.shape[0]} anchor rows with num_small_crops={num_small_crops} "
+            f"need {2 * images}, one for each large crop."
+        )
+
+
+def _require(field: str, value: float, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"objective.{field}={value} must be {wanted}.")
