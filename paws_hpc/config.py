@@ -1,0 +1,166 @@
+"""The whole schema of a run, composed from the dataclasses that live beside what they configure.
+
+Defaults stand in those dataclasses once; ``conf/`` states differences. Below the commands a run is this plain value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.views import ViewsConfig
+from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.optimizer import OptimizerConfig
+from paws_hpc.engine.pretrain import PretrainConfig
+from paws_hpc.engine.tracking import TrackingConfig
+from paws_hpc.models import ModelConfig
+from paws_hpc.objective import ObjectiveConfig
+
+STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
+
+
+@dataclass
+class DataConfig:
+    """Where the packed images are, and how to pack them if they are not.
+
+    Attributes:
+        name: of the data set, for people.
+        train: store of the training images, labelled and unlabelled.
+        test: store of the test images, read once, after selection.
+        source: kind of source to pack from when a store is missing; none: a missing store is an error.
+        source_path: its folder; none for a source that a package ships.
+        threads: that decode and crop, per rank.
+    """
+
+    name: str = "digits"
+    train: str = "shards/digits/train"
+    test: str = "shards/digits/test"
+    source: str | None = None
+    source_path: str | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"data.threads={self.threads} must be at least 1.")
+
+
+@dataclass
+class StageResources:
+    """What one stage may use.
+
+    Attributes:
+        ranks: processes that train together; sizes in the config stay global.
+        threads_per_rank: CPU threads of each for tensor work; all cores if none.
+    """
+
+    ranks: int = 1
+    threads_per_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or (self.threads_per_rank is not None and self.threads_per_rank < 1):
+            raise ValueError(f"resources: ranks={self.ranks} and threads_per_rank={self.threads_per_rank} must be >= 1.")
+
+
+@dataclass
+class ResourcesConfig:
+    """Resources by stage."""
+
+    prepare: StageResources = field(default_factory=StageResources)
+    pretrain: StageResources = field(default_factory=StageResources)
+    finetune: StageResources = field(default_factory=StageResources)
+    baseline: StageResources = field(default_factory=StageResources)
+    selection: StageResources = field(default_factory=StageResources)
+    report: StageResources = field(default_factory=StageResources)
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Attributes:
+        name: of the run directory under ``runs``.
+        runs: folder of all run directories.
+        seed: of label draw, initialisation, order and augmentation.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        stages: those to run, in the chain's order; what is done already is not done again.
+        accept_changes: dotted fields in which a run may differ from how it was begun; none by default.
+        data: stores.
+        labels: whose labels may be used.
+        views: crops and augmentation.
+        model: network.
+        objective: loss.
+        optimizer: of pre-training.
+        pretrain: loop of pre-training.
+        finetune: sweep on the pre-trained network.
+        baseline: sweep from random weights on the same labels.
+        tracking: Weights & Biases.
+        resources: per stage.
+    """
+
+    name: str = "run"
+    runs: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    accept_changes: list[str] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
+    baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"device={self.device!r} must be auto, cpu or cuda.")
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
+        if not self.name or self.name.startswith(".") or "/" in self.name:
+            raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+
+_WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run
+    "name", "runs", "device", "stages", "accept_changes", "tracking", "resources", "data.train", "data.test",
+    "data.source", "data.source_path", "data.threads", "pretrain.log_every_steps", "pretrain.diagnose_every_steps",
+    "pretrain.validate_every_epochs", "pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints",
+    "pretrain.collapse",
+)  # fmt: skip
+
+Identity = dict[str, Any]
+
+
+def identity(config: Config, *sections: str) -> Identity:
+    """The fields that determine a result, flat: ``{"optimizer.peak_lr": 6.4, …}``.
+
+    Args:
+        config: of the run.
+        sections: top-level fields to take; all of them if none are given.
+    """
+    flat = _flatten(asdict(config), "")
+    return {
+        name: value
+        for name, value in flat.items()
+        if not _covered(name, _WITHOUT_EFFECT) and (not sections or _covered(name, sections))
+    }
+
+
+def _covered(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _flatten(value: dict[str, Any], prefix: str) -> Identity:
+    flat: Identity = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flatten(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat

@@ -1,0 +1,209 @@
+"""Which images are labelled, and which validate: drawn from a seed or read from a file, and kept by key.
+
+A split lies beside the shards as ``<store>/splits/<name>.json``. It names its images by key, so that repacking a store
+does not change who is labelled, and it records the digest of the data set it was made for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paws_hpc.data.order import Positions, cipher_key, permute
+from paws_hpc.files import read_json, value_digest, write_json
+from paws_hpc.store import ImageStore
+
+_VERSION = 1
+_LABELLED, _VALIDATION = 11, 12  # so that the two draws of one seed are independent
+
+
+@dataclass
+class LabelsConfig:
+    """Whose labels may be used.
+
+    Give each set either a number per class, drawn from the run's seed, or a file with one image per line: a key of the
+    store, ImageNet's ``nXXXXXXXX_id.JPEG``, or an index (CIFAR).
+
+    Attributes:
+        per_class: labelled images of each class.
+        file: or a list of them.
+        validation_per_class: images of each class that choose between fine-tuned networks; never labelled ones.
+        validation_file: or a list of them.
+    """
+
+    per_class: int | None = None
+    file: str | None = None
+    validation_per_class: int | None = None
+    validation_file: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("per_class", "validation_per_class"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"labels.{name}={count} must be at least 1.")
+        for count, file in (("per_class", "file"), ("validation_per_class", "validation_file")):
+            if (getattr(self, count) is None) == (getattr(self, file) is None):
+                raise ValueError(f"Give exactly one of labels.{count} and labels.{file}.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A named set of images of one store.
+
+    Attributes:
+        name: of the file it is kept in.
+        origin: how it came about (seed and number per class, or file name and its digest).
+        dataset: digest of the store it belongs to.
+        keys: sorted by class, then in the order drawn or read.
+    """
+
+    name: str
+    origin: dict[str, Any]
+    dataset: str
+    keys: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of data set and keys: two runs with equal digests used the same labels."""
+        return value_digest([self.dataset, self.keys])
+
+    def records(self, store: ImageStore) -> Positions:
+        """(M,) positions of the split's images in its store."""
+        return store.find(self.keys)
+
+
+def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: int) -> tuple[Split, Split]:
+    """The two splits of a run, loaded if they exist and otherwise made and saved beside the shards.
+
+    Raises:
+        ValueError: a class has too few images, a listed image is not in the store, the two splits overlap, or a saved
+            split belongs to other data.
+        FileNotFoundError: a split file is missing.
+    """
+    nobody = np.zeros(0, np.int64)
+    labelled = _load_or_make(
+        store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, taken=nobody
+    )
+    taken = labelled.records(store)
+    validation = _load_or_make(
+        store, "validation", config.validation_file, config.validation_per_class, seed=seed, salt=_VALIDATION,
+        taken=taken if config.validation_per_class is not None else nobody,
+    )  # fmt: skip
+    if shared := set(labelled.keys) & set(validation.keys):
+        raise ValueError(
+            f"{len(shared)} images are both labelled and for validation, {min(shared)!r} among them "
+            f"(splits {labelled.name!r} and {validation.name!r} of {store.path}). Selection would see its own training "
+            "images: make the two lists disjoint."
+        )
+    return labelled, validation
+
+
+def _load_or_make(
+    store: ImageStore, kind: str, file: str | None, per_class: int | None, *, seed: int, salt: int, taken: Positions
+) -> Split:
+    if file is not None:
+        text = _read_list(Path(file))
+        name = f"{kind}-{Path(file).stem}"
+        origin: dict[str, Any] = {"file": Path(file).name, "sha256": value_digest(text)}
+        make: Callable[[], list[str]] = lambda: _resolve(text, store, Path(file))  # noqa: E731
+    else:
+        assert per_class is not None, "LabelsConfig allows no other case"
+        name = f"{kind}-{per_class}-per-class-seed-{seed}"
+        origin = {"per_class": per_class, "seed": seed, "excluding": value_digest(taken.tolist())}
+        if len(taken):
+            name += f"-without-{origin['excluding'][:8]}"
+        make = lambda: _draw(store, per_class, seed=seed, salt=salt, taken=taken)  # noqa: E731
+    path = store.path / "splits" / f"{name}.json"
+    if path.exists():
+        split = load_split(path)
+        if split.origin == origin and split.dataset == store.digest:
+            return split
+        raise ValueError(
+            f"{path} was made for {split.origin} of data set {split.dataset[:12]}, but this run asks for {origin} of "
+            f"{store.digest[:12]}. Remove it if no run needs it any more."
+        )
+    split = Split(name, origin, store.digest, tuple(make()))
+    write_json(
+        path,
+        {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest,
+         "keys": list(split.keys)},
+    )  # fmt: skip
+    return split
+
+
+def load_split(path: Path) -> Split:
+    """Read a split and check its digest.
+
+    Raises:
+        FileNotFoundError: there is no such split.
+        ValueError: it is of another version, or was edited so that its digest no longer fits.
+    """
+    value = read_json(path)
+    if value.get("version") != _VERSION:
+        raise ValueError(f"{path} has version {value.get('version')!r}; this program reads version {_VERSION}.")
+    split = Split(value["name"], value["origin"], value["dataset"], tuple(value["keys"]))
+    if split.digest != value["digest"]:
+        raise ValueError(f"{path} does not fit its digest: it was edited or damaged. Remove it to make it anew.")
+    return split
+
+
+def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, taken: Positions) -> list[str]:
+    available = np.ones(len(store), bool)
+    available[taken] = False
+    keys: list[str] = []
+    for label, name in enumerate(store.classes):
+        # By key, not by position: the same images are drawn however the store was shuffled into shards.
+        members = sorted(store.keys[record] for record in np.flatnonzero(available & (store.labels == label)))
+        if len(members) < per_class:
+            raise ValueError(
+                f"{per_class} images of each class are to be drawn, but class {name!r} of {store.path} has only "
+                f"{len(members)} that are not taken. Ask for at most {len(members)} per class."
+            )
+        drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
+        keys += [members[position] for position in drawn]
+    return keys
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.exists():
+        raise FileNotFoundError(f"The split file {path} does not exist. Labels are never drawn in place of a list.")
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"The split file {path} lists no images.")
+    if len(set(lines)) < len(lines):
+        twice = Counter(lines).most_common(1)[0][0]
+        raise ValueError(f"The split file {path} lists {twice!r} more than once. Remove the repetition.")
+    return lines
+
+
+def _resolve(lines: list[str], store: ImageStore, path: Path) -> list[str]:
+    """Find how the list spells its images by its first line, then hold all lines to that spelling."""
+    width = len(store.keys[0])
+    spellings: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda line: f"{line.partition('_')[0]}/{line}",  # ImageNet: the class is the text before the underscore
+        lambda line: line.zfill(width),  # CIFAR: an index into the training images
+    )
+    known = set(store.keys)
+    for spell in spellings:
+        if spell(lines[0]) in known:
+            break
+    else:
+        raise ValueError(
+            f"{path}, line 1: {lines[0]!r} is not an image of {store.path} (its keys look like {store.keys[0]!r}), "
+            "neither as a key, nor as ImageNet's nXXXXXXXX_id.JPEG, nor as an index."
+        )
+    keys = [spell(line) for line in lines]
+    missing = [line for line, key in zip(lines, keys, strict=True) if key not in known]
+    if missing:
+        raise ValueError(
+            f"{path} lists {len(missing)} images that are not in {store.path}; the first is {missing[0]!r}. "
+            "Pack the data set that the list belongs to, or correct the list."
+        )
+    records = store.find(keys)
+    return [keys[position] for position in np.argsort(store.labels[records], kind="stable")]

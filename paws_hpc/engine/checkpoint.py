@@ -1,0 +1,137 @@
+"""Checkpoints that are whole or absent, and that refuse to continue a different experiment.
+
+A checkpoint is two files: ``step-00001234.pt`` (tensors and plain values, read with ``weights_only=True``) and, written
+after it, ``step-00001234.json`` with its checksum and the identity of the experiment. Without a fitting second file the
+first one counts as damaged.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from paws_hpc import distributed
+from paws_hpc.files import atomic_write, file_hash, read_json, write_json
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A valid checkpoint that was read.
+
+    Attributes:
+        step: training steps completed when it was written.
+        state: what was saved.
+    """
+
+    step: int
+    state: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one stage of one run. Rank 0 writes and chooses; every rank reads."""
+
+    def __init__(
+        self, path: Path, *, identity: dict[str, Any], keep: int = 2, accept_changes: tuple[str, ...] = ()
+    ) -> None:
+        """Open or make the folder and clear what a killed writer left.
+
+        Args:
+            path: the folder.
+            identity: flat ``{field: value}`` of all that determines the run (config fields, data-set digests).
+            keep: how many checkpoints to keep; more than one, since the newest can be damaged.
+            accept_changes: identity fields that may differ from the checkpoint's.
+        """
+        self.path, self.identity, self.keep, self.accept_changes = path, identity, keep, accept_changes
+        if distributed.is_main():
+            path.mkdir(parents=True, exist_ok=True)
+            for leftover in path.glob(".step-*.tmp"):
+                leftover.unlink()
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint on rank 0 and remove those past ``keep``; the others return at once.
+
+        Args:
+            step: training steps completed.
+            state: tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            OSError: it could not be written, for a full disk say; older checkpoints stay and no temporary file does.
+        """
+        if not distributed.is_main():
+            return
+        weights = self._weights(step)
+        with atomic_write(weights) as file:
+            torch.save(state, file)
+        record = {"step": step, "xxh3_128": file_hash(weights), "identity": self.identity}
+        write_json(weights.with_suffix(".json"), record)
+        for old in self._steps()[: -self.keep]:
+            self._weights(old).with_suffix(".json").unlink(missing_ok=True)
+            self._weights(old).unlink()
+
+    def newest(self, device: torch.device) -> Checkpoint | None:
+        """Read the newest valid checkpoint, or None where there is none.
+
+        Damaged ones are passed over with a warning that names them.
+
+        Raises:
+            ValueError: the newest valid checkpoint belongs to another experiment; the differing fields are named.
+        """
+        chosen: list[int | None] = [self._newest_valid() if distributed.is_main() else None]
+        if distributed.world_size() > 1:
+            dist.broadcast_object_list(chosen)
+        step = chosen[0]
+        if step is None:
+            return None
+        weights = self._weights(step)
+        self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
+        return Checkpoint(step, torch.load(weights, map_location=device, weights_only=True))
+
+    def _weights(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}.pt"
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.path.glob("step-*.pt"))
+
+    def _newest_valid(self) -> int | None:
+        for step in reversed(self._steps()):
+            weights = self._weights(step)
+            if fault := _fault(weights):
+                _LOG.warning("%s is passed over: %s.", weights, fault)
+            else:
+                return step
+        return None
+
+    def _check_identity(self, weights: Path, found: dict[str, Any]) -> None:
+        fields = sorted(found.keys() | self.identity.keys())
+        differing = [
+            f"{field}: {found.get(field)!r} there, {self.identity.get(field)!r} now"
+            for field in fields
+            if found.get(field) != self.identity.get(field) and field not in self.accept_changes
+        ]
+        if differing:
+            names = ",".join(line.partition(":")[0] for line in differing)
+            raise ValueError(
+                f"{weights} belongs to another experiment ({'; '.join(differing)}). Give this run another name, "
+                f"restore the values, or continue all the same with accept_changes=[{names}]."
+            )
+
+
+def _fault(weights: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing is."""
+    record_path = weights.with_suffix(".json")
+    if not record_path.exists():
+        return "its .json is missing, so writing it was interrupted"
+    try:
+        record = read_json(record_path)
+    except ValueError as error:
+        return str(error)
+    if file_hash(weights) != record.get("xxh3_128"):
+        return "its checksum does not fit, so it is truncated or damaged"
+    return None

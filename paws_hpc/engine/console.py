@@ -1,0 +1,74 @@
+"""Progress for people: a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from paws_hpc.engine.tracking import Row
+
+_LINE_EVERY_S = 10.0
+_SHOWN = (  # metric → (label, format); those a row lacks keep their last value
+    ("loss/total", "loss", "{:.3f}"),
+    ("loss", "loss", "{:.3f}"),
+    ("validation/paws_nn", "PAWS-NN", "{:.1%}"),
+    ("validation_accuracy", "validation", "{:.1%}"),
+    ("throughput/images_per_s", "img/s", "{:,.0f}"),
+    ("throughput/data_wait", "data wait", "{:.0%}"),
+)
+
+
+class ProgressTracker:
+    """Shows a stage's steps, rate, data wait and time left."""
+
+    def __init__(self, title: str, *, total_steps: int, start: int) -> None:
+        """Prepare to show ``total_steps`` steps of which ``start`` are done."""
+        self._title, self._total, self._start = title, total_steps, start
+        self._began = self._printed = time.monotonic()
+        self._shown: dict[str, str] = {}
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=Console(stderr=True),
+            )  # fmt: skip
+
+    def log(self, step: int, row: Row) -> None:
+        """Show a row."""
+        if message := row.get("message"):
+            self._say(f"{self._title}: {message}")
+        for name, label, form in _SHOWN:
+            if name in row:
+                self._shown[label] = form.format(row[name])
+        shown = "  ".join(f"{label} {value}" for label, value in self._shown.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step + 1, shown=shown)
+        elif time.monotonic() - self._printed >= _LINE_EVERY_S or step + 1 == self._total:
+            self._printed = time.monotonic()
+            self._say(f"{self._title}: step {step + 1}/{self._total}  {shown}  left {self._left(step + 1)}")
+
+    def _left(self, done: int) -> str:
+        seconds = (time.monotonic() - self._began) / max(done - self._start, 1) * (self._total - done)
+        return time.strftime("%H:%M:%S", time.gmtime(seconds)) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressTracker:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._start, shown="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,284 @@
+"""PAWS pre-training: one step, and the loop around it.
+
+Legend: n unlabelled images and S support rows per rank, m small crops, K classes in the support, D features, W ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from paws_hpc import distributed
+from paws_hpc.data.streams import PawsBatch, PawsStream
+from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
+from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
+from paws_hpc.engine.parallel import replicate
+from paws_hpc.engine.schedule import warmup_cosine
+from paws_hpc.engine.tracking import Row, Tracker
+from paws_hpc.objective import (
+    CollapseMonitor,
+    ObjectiveConfig,
+    paws_loss,
+    smooth_labels,
+    supervised_nce,
+    support_warmup_weight,
+)
+from paws_hpc.objective.diagnostics import diagnose
+
+
+@dataclass
+class SupportConfig:
+    """The support mini-batch of a step, over all ranks.
+
+    Attributes:
+        classes: drawn per step, K.
+        images_per_class: drawn from each.
+    """
+
+    classes: int = 960
+    images_per_class: int = 7
+
+
+@dataclass
+class CollapseConfig:
+    """When uniform predictions count as collapse.
+
+    Attributes:
+        tolerance: relative distance of both loss terms from log K below which predictions count as uniform.
+        patience_steps: consecutive steps after which it is reported.
+        action: ``warn`` once, or ``stop`` the run.
+    """
+
+    tolerance: float = 0.02
+    patience_steps: int = 1000
+    action: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.action not in ("warn", "stop"):
+            raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
+
+
+@dataclass
+class PretrainConfig:
+    """The pre-training loop; sizes are global, whatever the number of ranks.
+
+    Attributes:
+        batch_size: unlabelled images per step.
+        epochs: passes over all training images.
+        support: labelled images per step.
+        collapse: detection of uniform predictions.
+        precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
+            or wider in every case.
+        log_every_steps: between rows of metrics; also how often device values are read by the host.
+        diagnose_every_steps: between the diagnostics of Fig. 4.
+        validate_every_epochs: between PAWS-NN scores on the local validation split.
+        checkpoint_every_steps: between checkpoints.
+        keep_checkpoints: kept at any time.
+    """
+
+    batch_size: int = 4096
+    epochs: int = 100
+    support: SupportConfig = field(default_factory=SupportConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    precision: str = "auto"
+    log_every_steps: int = 10
+    diagnose_every_steps: int = 100
+    validate_every_epochs: int = 10
+    checkpoint_every_steps: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "bf16", "fp32", "fp64"):
+            raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
+        for name in (
+            "batch_size", "epochs", "log_every_steps", "diagnose_every_steps", "validate_every_epochs",
+            "checkpoint_every_steps", "keep_checkpoints",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class PretrainSummary:
+    """What ``summary.json`` says of a finished pre-training."""
+
+    steps: int
+    collapsed: bool
+    seconds: float
+
+
+class Validate(Protocol):
+    """Scores the encoder on the local validation split."""
+
+    def __call__(self) -> Row: ...
+
+
+class Pretraining:
+    """An encoder in training: the objects that a checkpoint must hold, and the step that moves them."""
+
+    def __init__(
+        self, encoder: nn.Module, *, objective: ObjectiveConfig, optimizer: OptimizerConfig, config: PretrainConfig,
+        stream: PawsStream, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.objective, self.optimizer_config, self.config = objective, optimizer, config
+        self.stream, self.device = stream, device
+        self.total_steps = config.epochs * stream.steps_per_epoch
+        self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+        self.encoder = encoder.to(device, torch.float64 if config.precision == "fp64" else torch.float32)
+        self.model = replicate(self.encoder, device)
+        self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
+        collapse = config.collapse
+        self.monitor = CollapseMonitor(
+            config.support.classes, tolerance=collapse.tolerance, patience=collapse.patience_steps
+        )
+        self.collapsed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on; the data's place is the step itself."""
+        return {
+            "encoder": self.encoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "collapsed": self.collapsed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.encoder.load_state_dict(state["encoder"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.collapsed = state["collapsed"]
+
+    def learning_rate(self, step: int) -> float:
+        """Of a 0-based step."""
+        schedule, per_epoch = self.optimizer_config, self.stream.steps_per_epoch
+        return warmup_cosine(
+            step, start=schedule.start_lr, peak=schedule.peak_lr, final=schedule.final_lr,
+            warmup_steps=round(schedule.warmup_epochs * per_epoch), total_steps=self.total_steps,
+        )  # fmt: skip
+
+    def step(self, batch: PawsBatch) -> dict[str, Tensor]:
+        """One optimisation step (paper, eq. 4); nothing is read back from the device.
+
+        Returns:
+            0-dimensional tensors named as in ``metrics.jsonl``, of this rank.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(batch.step)
+        views = self.stream.augment(batch, self.device, self.dtype)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            h, z = self.model(views)
+        metrics = self._losses(batch, h, z)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics["loss/total"].backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
+                [p.grad for p in self.encoder.parameters() if p.grad is not None]
+            )
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and images."""
+        return next(self.encoder.parameters()).dtype
+
+    def _losses(self, batch: PawsBatch, h: Tensor, z: Tensor) -> dict[str, Tensor]:
+        rows, large = batch.num_support_rows, 2 * len(batch.records)
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        supports = distributed.gather_rows(z[:rows].to(wide))
+        classes = batch.support_classes.to(self.device)
+        labels = smooth_labels(classes, self.config.support.classes, smoothing=self.objective.label_smoothing)
+        loss = paws_loss(
+            z[rows:].to(wide), supports, h[rows : rows + large].detach().to(wide),
+            distributed.gather_rows(h[:rows].detach().to(wide)), labels.to(wide),
+            temperature=self.objective.temperature, sharpening=self.objective.sharpening,
+            num_small_crops=self.stream.views.small.count, me_max=self.objective.me_max,
+            target_floor=self.objective.target_floor,
+        )  # fmt: skip
+        metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
+        weight = support_warmup_weight(
+            batch.step, total_steps=self.total_steps, fraction=self.objective.support_warmup_fraction,
+            weight=self.objective.support_warmup_weight,
+        )  # fmt: skip
+        if weight > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
+            hard = smooth_labels(classes, self.config.support.classes, smoothing=0.0).to(wide)
+            metrics["loss/support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
+            metrics["loss/total"] = loss.total + weight * metrics["loss/support_nce"]
+        if batch.step % self.config.diagnose_every_steps == 0:
+            metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels.to(wide), loss, self.objective)
+        return metrics
+
+
+def pretrain(
+    training: Pretraining, *, checkpoints: CheckpointFolder, tracker: Tracker, start: int, validate: Validate,
+    describe: Describe,
+) -> PretrainSummary:  # fmt: skip
+    """Train from step ``start`` to the end.
+
+    Args:
+        training: holds the state, already restored if ``start`` is not 0.
+        checkpoints: written every so many steps and at the end.
+        tracker: takes rows of metrics.
+        start: steps already done.
+        validate: scores the encoder.
+        describe: record positions → keys, for error messages.
+
+    Raises:
+        TrainingStoppedError: the loss is not finite, or predictions collapsed and ``collapse.action`` is ``stop``.
+    """
+    config, window, began = training.config, MetricsWindow(), time.monotonic()
+    meter = ThroughputMeter(config.batch_size)
+    with training.stream.prefetch(start, training.total_steps) as batches:
+        for batch in meter.waiting_for(batches):
+            window.add(batch, training.learning_rate(batch.step), training.step(batch))
+            done = batch.step + 1
+            last = done == training.total_steps
+            saving = done % config.checkpoint_every_steps == 0 or last
+            validating = done % (config.validate_every_epochs * training.stream.steps_per_epoch) == 0 or last
+            if done % config.log_every_steps == 0 or saving or validating:
+                report_window(training, window, meter, tracker, describe)
+            if validating:
+                tracker.log(batch.step, {"epoch": done / training.stream.steps_per_epoch, **validate()})
+            if saving:
+                checkpoints.save(done, training.state_dict())
+                distributed.barrier()
+            if saving or validating:
+                meter.restart()
+    return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
+
+
+def report_window(
+    training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker,
+    describe: Describe,
+) -> None:  # fmt: skip
+    """Log the steps since the last call, and watch them for collapse."""
+    rows = window.read(describe)
+    for batch, lr, metrics in rows:
+        row: Row = {
+            "epoch": (batch.step + 1) / training.stream.steps_per_epoch, "optimizer/lr": lr, **metrics,
+            "loss/num_classes": training.config.support.classes,
+        }  # fmt: skip
+        if batch is rows[-1][0]:
+            row |= meter.read(len(rows))
+        tracker.log(batch.step, row)
+        uniform = training.monitor.update(metrics["loss/consistency"], metrics["loss/me_max"])
+        if uniform and not training.collapsed:
+            training.collapsed = True
+            _report_collapse(training.config.collapse, batch.step, training.config.support.classes, tracker)
+
+
+def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
+    message = (
+        f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
+        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels set "
+        "objective.support_warmup_fraction=0.33, use more labels, or try another seed."
+    )
+    tracker.log(step, {"event": "collapse", "message": message})
+    if config.action == "stop":
+        raise TrainingStoppedError(message)

@@ -1,0 +1,196 @@
+"""Where numbers go: ``metrics.jsonl`` always, Weights & Biases beside it, and neither can hurt training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from paws_hpc.files import atomic_write
+
+_LOG = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; the local files are written whatever stands here.
+
+    Attributes:
+        wandb: ``auto`` (online for a user who is logged in, otherwise offline), ``online``, ``offline`` or ``disabled``.
+        project: W&B project.
+        entity: W&B user or team; the account's default if none.
+        tags: for the runs of this chain.
+    """
+
+    wandb: str = "auto"
+    project: str = "paws"
+    entity: str | None = None
+    tags: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline", "disabled")
+        if self.wandb not in modes:
+            raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
+
+
+class Tracker(Protocol):
+    """Takes rows of metrics and events of one stage; used as a context manager."""
+
+    def log(self, step: int, row: Row) -> None:
+        """Record ``row`` at a 0-based step."""
+
+    def __enter__(self) -> Tracker: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class NullTracker:
+    """For ranks that do not write, and for runs nobody watches."""
+
+    def log(self, step: int, row: Row) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> NullTracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per line, flushed line by line.
+
+    Opening it for a run that resumes drops the rows past the checkpoint, which training is about to write again, and a
+    line torn by a kill; the curve stays unbroken.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Keep the rows before ``resume_step`` (0-based) and append from there."""
+        kept = [line for line in read_rows(path) if line["step"] < resume_step] if path.exists() else []
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def log(self, step: int, row: Row) -> None:
+        """Append one row; values that JSON cannot hold (NaN, infinity) are written as their names."""
+        plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a ``metrics.jsonl``; a last line torn by a kill is left out.
+
+    Raises:
+        ValueError: a line other than the last is not JSON; file and line are named.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a whole line ends in a newline, so only a torn one is last here
+                break
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). Restore the file or remove it.") from error
+    return rows
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
+
+    def log(self, step: int, row: Row) -> None:
+        """Record ``row`` with each."""
+        for tracker in self._trackers:
+            tracker.log(step, row)
+
+    def __enter__(self) -> Trackers:
+        for tracker in self._trackers:
+            tracker.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for tracker in self._trackers:
+            tracker.__exit__(kind, error, trace)
+
+
+class WandbTracker:
+    """A Weights & Biases run that cannot raise: its first failure is logged once and ends it, and training goes on."""
+
+    def __init__(
+        self, config: TrackingConfig, *, folder: Path, run_id: str, group: str, job_type: str, settings: Row
+    ) -> None:
+        """Start or continue the run ``run_id``.
+
+        Args:
+            config: mode, project, tags.
+            folder: of the stage; offline files go to its ``wandb/``.
+            run_id: stable across restarts, so that a requeued job continues its run.
+            group: the chain's name.
+            job_type: the stage.
+            settings: the frozen config, without secrets.
+        """
+        self._run: Any = None
+        self._guarded("start", lambda: self._start(config, folder, run_id, group, job_type, settings))
+
+    def _start(
+        self, config: TrackingConfig, folder: Path, run_id: str, group: str, job_type: str, settings: Row
+    ) -> None:
+        import wandb  # noqa: PLC0415 - a second of import time that a run without W&B need not pay
+
+        mode = config.wandb
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        self._run = wandb.init(
+            project=config.project, entity=config.entity, tags=config.tags, dir=folder, id=run_id, name=f"{group}/{job_type}",
+            group=group, job_type=job_type, resume="allow", mode=mode, config=settings,
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
+        )  # fmt: skip
+        self._run.define_metric("trainer/step")
+        self._run.define_metric("*", step_metric="trainer/step")
+
+    def log(self, step: int, row: Row) -> None:
+        """Record ``row`` on the axis ``trainer/step``."""
+        if self._run is not None:
+            self._guarded("log", lambda: self._run.log({"trainer/step": step, **row}, step=step))
+
+    def __enter__(self) -> WandbTracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._run is not None:
+            self._guarded("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+
+    def _guarded(self, what: str, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - wandb raises anything from OSError to AssertionError; law 6
+            self._run = None
+            _LOG.warning("Weights & Biases is off from here on: it could not %s (%s: %s).", what, type(error).__name__, error)

@@ -1,0 +1,81 @@
+"""The sweep: one folder per cell with its best weights and its accuracy on the local validation split.
+
+The supervised baseline is the same sweep from random weights.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from paws_hpc import distributed
+from paws_hpc.config import Config, Identity, identity
+from paws_hpc.data.streams import ClassifierStream
+from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.finetune import Cell, ClassifierConfig, ClassifierTraining, train_classifier
+from paws_hpc.files import write_json
+from paws_hpc.models import Encoder, build_classifier, build_encoder
+from paws_hpc.stages.prepare import RunData, open_data
+from paws_hpc.stages.pretrain import load_pretrained, names
+from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.trackers import open_trackers
+
+SWEEPS = ("finetune", "baseline")
+
+
+def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
+    """The config of a sweep by its name."""
+    return {"finetune": config.finetune, "baseline": config.baseline}[sweep]
+
+
+def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str, cell: Cell) -> None:
+    """Train one cell, or continue it, or return at once if it is done."""
+    folder = run.cell(sweep, cell)
+    if is_done(folder):
+        return
+    began = time.monotonic()
+    data, sweep_settings = open_data(config), sweep_config(config, sweep)
+    encoder, start_weights = _starting_point(config, run, data, device, sweep)
+    stream = ClassifierStream(
+        data.train, data.labelled, crop=sweep_settings.crop, augment=sweep_settings.augment,
+        batch_size=sweep_settings.batch_size, seed=config.seed, threads=config.data.threads,
+    )  # fmt: skip
+    classifier = build_classifier(encoder, len(data.train.classes))
+    training = ClassifierTraining(classifier, cell, sweep_settings, stream, device)
+    determined: Identity = identity(config, "seed", sweep) | data_identity(data) | {"start": start_weights}
+    checkpoints = CheckpointFolder(
+        folder / "checkpoints", identity=determined, accept_changes=tuple(config.accept_changes)
+    )
+    start = 0
+    if (checkpoint := checkpoints.newest(device)) is not None:
+        training.load_state_dict(checkpoint.state)
+        start = checkpoint.step
+    job = open_trackers(
+        config, run, folder, job=f"{sweep}/{cell.name}", start=start, total_steps=training.total_steps
+    )
+    with job as tracker:
+        best = train_classifier(
+            training, validation=data.validation_images(config), checkpoints=checkpoints, tracker=tracker, start=start,
+            best_path=folder / "best.pt", describe=lambda records: names(data, records),
+        )  # fmt: skip
+    if distributed.is_main():
+        write_json(
+            folder / "result.json",
+            {"learning_rate": cell.learning_rate, "epochs": cell.epochs, "validation_accuracy": best.validation_accuracy,
+             "best_epoch": best.best_epoch, "seconds": time.monotonic() - began},
+        )  # fmt: skip
+    mark_done(folder, steps=training.total_steps)
+
+
+def data_identity(data: RunData) -> Identity:
+    """The digests that bind a checkpoint to its data, as identity fields."""
+    return {f"digest.{name}": digest for name, digest in data.digests.items()}
+
+
+def _starting_point(
+    config: Config, run: RunFolder, data: RunData, device: torch.device, sweep: str
+) -> tuple[Encoder, str]:
+    if sweep == "finetune":
+        return load_pretrained(config, run, data, device)
+    return build_encoder(config.model, seed=config.seed).to(device), f"random weights, seed {config.seed}"

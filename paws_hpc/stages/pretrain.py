@@ -1,0 +1,108 @@
+"""The stage that pre-trains the encoder: frozen config → ``pretrain/`` with its last checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from paws_hpc import distributed
+from paws_hpc.config import Config, Identity, identity
+from paws_hpc.data.order import Positions
+from paws_hpc.data.streams import EvaluationSet, PawsStream
+from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
+from paws_hpc.engine.pretrain import Pretraining, pretrain
+from paws_hpc.engine.tracking import Row
+from paws_hpc.files import file_hash, write_json
+from paws_hpc.models import Encoder, build_encoder
+from paws_hpc.stages.crop_grid import write_crop_grid
+from paws_hpc.stages.prepare import RunData, open_data
+from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.trackers import open_trackers
+
+
+def run(config: Config, run: RunFolder, device: torch.device) -> None:
+    """Pre-train, or continue from the newest valid checkpoint, or return at once if it is done."""
+    if is_done(run.pretrain):
+        return
+    data = open_data(config)
+    stream = PawsStream(
+        data.train, data.labelled, views=config.views, batch_size=config.pretrain.batch_size,
+        support_classes=config.pretrain.support.classes, images_per_class=config.pretrain.support.images_per_class,
+        seed=config.seed, threads=config.data.threads,
+    )  # fmt: skip
+    encoder = build_encoder(config.model, seed=config.seed)
+    training = Pretraining(
+        encoder, objective=config.objective, optimizer=config.optimizer, config=config.pretrain, stream=stream,
+        device=device,
+    )  # fmt: skip
+    checkpoints = checkpoint_folder(config, run, data)
+    start = 0
+    if (checkpoint := checkpoints.newest(device)) is not None:
+        training.load_state_dict(checkpoint.state)
+        start = checkpoint.step
+    if distributed.is_main() and not (run.pretrain / "crops.png").exists():
+        write_crop_grid(run.pretrain / "crops.png", stream)
+
+    def validate() -> Row:
+        scores = score_nearest_neighbours(encoder, data, data.validation_images(config), config, device)
+        return {"validation/paws_nn": scores.top1}
+
+    job = open_trackers(config, run, run.pretrain, job="pretrain", start=start, total_steps=training.total_steps)
+    with job as tracker:
+        summary = pretrain(
+            training, checkpoints=checkpoints, tracker=tracker, start=start,
+            validate=validate, describe=lambda records: names(data, records),
+        )  # fmt: skip
+    if distributed.is_main():
+        write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
+    mark_done(run.pretrain, steps=summary.steps)
+
+
+def names(data: RunData, records: Positions) -> list[str]:
+    """Keys of records, for messages."""
+    return [data.train.keys[record] for record in records]
+
+
+def checkpoint_folder(config: Config, run: RunFolder, data: RunData) -> CheckpointFolder:
+    """The checkpoints of a run's pre-training, bound to what determines them."""
+    determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
+    determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
+    return CheckpointFolder(
+        run.checkpoints, identity=determined, keep=config.pretrain.keep_checkpoints,
+        accept_changes=tuple(config.accept_changes),
+    )  # fmt: skip
+
+
+def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, str]:
+    """The pre-trained encoder of a finished pre-training, and the checksum of its checkpoint.
+
+    Raises:
+        FileNotFoundError: pre-training has not finished.
+    """
+    if not is_done(run.pretrain):
+        raise FileNotFoundError(f"{run.pretrain} is not done: run the stage 'pretrain' of this run first.")
+    checkpoint = checkpoint_folder(config, run, data).newest(device)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{run.checkpoints} holds no valid checkpoint although pre-training is marked done. Remove "
+            f"{run.pretrain / 'DONE'} and launch again."
+        )
+    encoder = build_encoder(config.model, seed=config.seed)
+    encoder.load_state_dict(checkpoint.state["encoder"])
+    return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
+
+
+def score_nearest_neighbours(
+    encoder: Encoder, data: RunData, queries: EvaluationSet, config: Config, device: torch.device
+) -> Scores:
+    """PAWS-NN on ``queries``, with the labelled images as support."""
+    dtype, network = next(encoder.parameters()).dtype, Representation(encoder)
+    supports = data.labelled_images(config)
+    predictions = paws_nn(
+        forward_all(network, queries.batches(device, dtype), len(queries)),
+        forward_all(network, supports.batches(device, dtype), len(supports)),
+        supports.labels.to(device), num_classes=len(data.train.classes), temperature=config.objective.temperature,
+    )  # fmt: skip
+    return score(predictions.cpu(), queries.labels)

@@ -1,0 +1,72 @@
+"""The run directory: where every stage reads and writes, and how a stage says that it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paws_hpc import distributed
+from paws_hpc.engine.finetune import Cell
+from paws_hpc.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; nothing here creates them."""
+
+    path: Path
+
+    @property
+    def chain(self) -> Path:
+        """State of the chain's stages."""
+        return self.path / "chain.json"
+
+    @property
+    def config(self) -> Path:
+        """The frozen config."""
+        return self.path / "config.yaml"
+
+    @property
+    def pretrain(self) -> Path:
+        """Folder of pre-training."""
+        return self.path / "pretrain"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of pre-training; the last one is the pre-trained network."""
+        return self.pretrain / "checkpoints"
+
+    @property
+    def selected(self) -> Path:
+        """The winner of the sweep."""
+        return self.path / "selected.json"
+
+    @property
+    def result(self) -> Path:
+        """Test scores."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report" / "index.html"
+
+    def cell(self, sweep: str, cell: Cell) -> Path:
+        """Folder of one cell; ``sweep`` is ``finetune`` or ``baseline``."""
+        return self.path / sweep / cell.name
+
+    def describe(self) -> dict[str, Any]:
+        """``chain.json``; empty where the chain was not begun by the launcher."""
+        return read_json(self.chain) if self.chain.exists() else {}
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the stage of this folder has finished."""
+    return (folder / "DONE").exists()
+
+
+def mark_done(folder: Path, **facts: Any) -> None:
+    """Say, as the last thing written, that the stage of this folder has finished."""
+    if distributed.is_main():
+        write_json(folder / "DONE", facts)

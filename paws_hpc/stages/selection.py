@@ -1,0 +1,105 @@
+"""Choose the best cell by the local validation split, then score the test set, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paws_hpc import distributed
+from paws_hpc.config import Config
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.evaluate import Scores, score
+from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.files import read_json, write_json
+from paws_hpc.models import build_classifier, build_encoder
+from paws_hpc.stages.finetune import sweep_config
+from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
+from paws_hpc.stages.run_folder import RunFolder, is_done
+from paws_hpc.store import ImageStore
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The winner of a sweep.
+
+    Attributes:
+        cell: the winner.
+        validation_accuracy: its best, on the local validation split.
+        missing: cells without a result.
+    """
+
+    cell: Cell
+    validation_accuracy: float
+    missing: list[str]
+
+
+def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
+    """The cell with the best validation accuracy; of equals the first in the sweep's order, so the gentlest.
+
+    Raises:
+        FileNotFoundError: no cell has finished.
+    """
+    cells = sweep_config(config, sweep).cells()
+    finished = [cell for cell in cells if is_done(run.cell(sweep, cell))]
+    if not finished:
+        raise FileNotFoundError(
+            f"No cell under {run.path / sweep} has finished: run the stage {sweep!r} of this run first."
+        )
+    accuracies = {cell: read_json(run.cell(sweep, cell) / "result.json")["validation_accuracy"] for cell in finished}
+    winner = max(finished, key=lambda cell: accuracies[cell])
+    return Choice(winner, accuracies[winner], [cell.name for cell in cells if cell not in finished])
+
+
+def run(config: Config, run: RunFolder, device: torch.device) -> None:
+    """Write ``selected.json`` and ``result.json``, or return at once if they are there."""
+    if run.result.exists():
+        return
+    data = open_data(config)
+    winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
+    if distributed.is_main():
+        write_json(run.selected, _selected(winner))
+    encoder, _ = load_pretrained(config, run, data, device)
+    # Only now, with everything chosen, are test images and test labels read (law 7).
+    test_store = ImageStore.open(Path(config.data.test))
+    test = EvaluationSet(test_store, torch.arange(len(test_store)).numpy(), config.views.evaluation)
+    nearest = score_nearest_neighbours(encoder, data, test, config, device)
+    tuned = _score_cell(config, run, "finetune", winner.cell, test, device)
+    supervised = _score_cell(config, run, "baseline", baseline.cell, test, device)
+    if distributed.is_main():
+        write_json(run.result, {
+            "labels": len(data.labelled),
+            "classes": list(data.train.classes),
+            "seed": config.seed,
+            "test": {
+                "count": len(test),
+                "paws_nn": nearest.as_dict(),
+                "fine_tuned": tuned.as_dict() | _cell(winner.cell),
+                "baseline": supervised.as_dict() | _cell(baseline.cell),
+            },
+            "digests": data.digests | {"test": test_store.digest},
+        })  # fmt: skip
+
+
+def _score_cell(
+    config: Config, run: RunFolder, sweep: str, cell: Cell, test: EvaluationSet, device: torch.device
+) -> Scores:
+    classifier = build_classifier(build_encoder(config.model, seed=config.seed), len(test.store.classes)).to(device)
+    best = run.cell(sweep, cell) / "best.pt"
+    classifier.load_state_dict(torch.load(best, map_location=device, weights_only=True))
+    return score(predict(classifier, test, device).cpu(), test.labels)
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    return {"learning_rate": cell.learning_rate, "epochs": cell.epochs}
+
+
+def _selected(choice: Choice) -> dict[str, Any]:
+    return _cell(choice.cell) | {
+        "cell": choice.cell.name,
+        "validation_accuracy": choice.validation_accuracy,
+        "missing": choice.missing,
+    }

@@ -1,0 +1,41 @@
+"""The trackers of one stage, as its config asks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from paws_hpc import distributed
+from paws_hpc.config import Config
+from paws_hpc.engine.console import ProgressTracker
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, WandbTracker
+from paws_hpc.stages.run_folder import RunFolder
+
+
+def open_trackers(config: Config, run: RunFolder, folder: Path, *, job: str, start: int, total_steps: int) -> Tracker:
+    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled; nothing on ranks other than 0.
+
+    Args:
+        config: of the run.
+        run: whose ``chain.json`` holds the id that makes W&B run ids stable across restarts.
+        folder: of the stage.
+        job: name of the stage or cell.
+        start: steps done already.
+        total_steps: of the stage.
+    """
+    if not distributed.is_main():
+        return NullTracker()
+    trackers: list[Tracker] = [
+        MetricsFile(folder / "metrics.jsonl", resume_step=start),
+        ProgressTracker(job, total_steps=total_steps, start=start),
+    ]
+    if config.tracking.wandb != "disabled":
+        settings = asdict(config) | {"chain": run.describe().get("id")}
+        identifier = f"{settings['chain']}-{job}".translate(str.maketrans("/=,.", "----"))
+        trackers.append(
+            WandbTracker(
+                config.tracking, folder=folder, run_id=identifier, group=config.name, job_type=job.partition("/")[0],
+                settings=settings,
+            )  # fmt: skip
+        )
+    return Trackers(*trackers)
