@@ -1,0 +1,309 @@
+"""What holds of the objective whatever the data: exactness, symmetries, bounds, precision, unstable collapse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from paws_hpc.objective import (
+    PawsLoss,
+    log_soft_nearest_neighbours,
+    nt_xent,
+    paws_loss,
+    sharpen,
+    smooth_labels,
+    soft_nearest_neighbours,
+    supervised_nce,
+)
+
+K, PER_CLASS, IMAGES, D = 4, 3, 5, 6
+S = K * PER_CLASS
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels_of(smoothing: float, classes: int = K, per_class: int = PER_CLASS) -> Tensor:
+    return smooth_labels(torch.arange(classes).repeat(per_class), classes, smoothing=smoothing, dtype=torch.float64)
+
+
+def loss_of(z: Tensor, h: Tensor, labels: Tensor, small: int = 2, **options: float) -> PawsLoss:
+    """The loss of rows [supports; large 1; large 2; small ...] as one matrix."""
+    supports, large = len(labels), 2 * (len(z) - len(labels)) // (2 + small)
+    return paws_loss(
+        z[supports:],
+        z[:supports],
+        h[supports : supports + large],
+        h[:supports],
+        labels,
+        num_small_crops=small,
+        **options,
+    )
+
+
+def written_out(queries: Tensor, supports: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """log p by its definition: one logarithm of a sum over supports for each query and class, (Q, S, K) in memory."""
+    cosines = torch.cosine_similarity(queries[:, None], supports[None], dim=-1)
+    weighted = (cosines / temperature)[:, :, None] + labels.log()[None]
+    return weighted.logsumexp(1) - (cosines / temperature).logsumexp(1, keepdim=True)
+
+
+# --- the classifier -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005, 0.002])  # 0.002 needs two bands in float64
+@pytest.mark.parametrize("kind", ["one-hot", "smoothed", "soft"])
+def test_classifier_is_its_definition_for_any_soft_labels(temperature: float, kind: str) -> None:
+    labels = {"one-hot": labels_of(0.0), "smoothed": labels_of(0.1), "soft": draw(S, K, seed=3).softmax(1)}[kind]
+    queries, supports = draw(IMAGES, D).requires_grad_(), draw(S, D, seed=1)
+    supports[0] = -queries[0].detach()  # the widest gap there is: cosine -1
+    supports.requires_grad_()
+    actual = log_soft_nearest_neighbours(queries, supports, labels, temperature=temperature)
+    expected = written_out(queries, supports, labels, temperature)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    weights = draw(IMAGES, K, seed=4)
+    for ours, defined in zip(
+        torch.autograd.grad((weights * actual).sum(), [queries, supports]),
+        torch.autograd.grad((weights * expected).sum(), [queries, supports]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, defined, rtol=1e-8, atol=1e-8)
+
+
+def test_one_class_may_have_no_support() -> None:
+    labels = torch.cat([labels_of(0.0), torch.zeros(S, 1, dtype=torch.float64)], 1)
+    rows = draw(S + 4 * IMAGES, D).requires_grad_()
+    probabilities = soft_nearest_neighbours(rows[S:], rows[:S], labels, temperature=0.1)
+    assert not probabilities[:, K].any()
+    without, with_it = loss_of(rows, rows.detach(), labels_of(0.0)), loss_of(rows, rows.detach(), labels)
+    torch.testing.assert_close(with_it.total, without.total)
+    gradient, expected = (torch.autograd.grad(loss.total, rows)[0] for loss in (with_it, without))
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25, 0.01])
+def test_sharpening_is_its_formula_and_never_underflows(temperature: float) -> None:
+    probabilities = draw(3, 1000).softmax(1)
+    expected = (probabilities.log() / temperature).softmax(1)
+    torch.testing.assert_close(sharpen(probabilities, temperature=temperature), expected)
+    torch.testing.assert_close(
+        sharpen(probabilities.float(), temperature=temperature), expected.float(), rtol=1e-3, atol=1e-6
+    )
+    uniform = torch.full((1000,), 1e-3)
+    torch.testing.assert_close(sharpen(uniform, temperature=temperature), uniform)
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("small", [0, 2])
+def test_gradients_of_the_loss_are_its_derivatives(smoothing: float, small: int) -> None:
+    z, h = draw(S + (2 + small) * 3, D).requires_grad_(), draw(S + (2 + small) * 3, D, seed=1)
+    labels = labels_of(smoothing)
+    torch.autograd.gradcheck(lambda rows: loss_of(rows, h, labels, small, temperature=0.3).total, z)
+
+
+def test_gradients_of_contrastive_losses_are_their_derivatives() -> None:
+    z, labels = draw(S, D).requires_grad_(), labels_of(0.0)
+    torch.autograd.gradcheck(lambda rows: supervised_nce(rows, labels, temperature=0.3), z)
+    torch.autograd.gradcheck(lambda rows: nt_xent(rows, temperature=0.3), z)
+
+
+def test_no_gradient_reaches_the_targets() -> None:
+    z, h = draw(S + 4 * IMAGES, D).requires_grad_(), draw(S + 4 * IMAGES, D, seed=1).requires_grad_()
+    loss = loss_of(z, h, labels_of(0.1))
+    to_anchors, to_targets = torch.autograd.grad(loss.total, [z, h], allow_unused=True)
+    assert to_anchors.abs().min() > 0
+    assert to_targets is None
+    assert not loss.confidence.requires_grad
+
+
+# --- symmetries and bounds ------------------------------------------------------------------------------------------
+
+
+def changed(name: str, z: Tensor, h: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    views = torch.arange(S, len(z)).view(4, IMAGES)
+    if name == "supports in another order":
+        order = torch.randperm(S, generator=generator)
+        rows = torch.cat([order, views.flatten()])
+        return z[rows], h[rows], labels[order]
+    if name == "images in another order":
+        rows = torch.cat([torch.arange(S), views[:, torch.randperm(IMAGES, generator=generator)].flatten()])
+        return z[rows], h[rows], labels
+    if name == "large views exchanged":
+        rows = torch.cat([torch.arange(S), views[[1, 0, 2, 3]].flatten()])
+        return z[rows], h[rows], labels
+    if name == "classes renumbered":
+        return z, h, labels[:, torch.randperm(K, generator=generator)]
+    assert name == "rows of another length"
+    lengths = torch.rand(len(z), 1, generator=generator, dtype=torch.float64) * 100 + 0.01
+    return z * lengths, h * lengths.flip(0), labels
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "supports in another order",
+        "images in another order",
+        "large views exchanged",
+        "classes renumbered",
+        "rows of another length",
+    ],
+)
+def test_the_loss_does_not_depend_on(name: str) -> None:
+    z, h, labels = draw(S + 4 * IMAGES, D), draw(S + 4 * IMAGES, D, seed=1), labels_of(0.1)
+    before, after = loss_of(z, h, labels), loss_of(*changed(name, z, h, labels))
+    for term in PawsLoss._fields:
+        torch.testing.assert_close(getattr(after, term), getattr(before, term), rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_crop_learns_from_the_other_one() -> None:
+    """Rows arrive unswapped: moving large view 2's target must leave large view 2's own prediction error as it is."""
+    z, h, labels = draw(S + 2 * IMAGES, D).requires_grad_(), draw(S + 2 * IMAGES, D, seed=1), labels_of(0.1)
+    moved = h.clone()
+    moved[S + IMAGES :] = draw(IMAGES, D, seed=2)
+    gradients = [torch.autograd.grad(loss_of(z, targets, labels, small=0).consistency, z)[0] for targets in (h, moved)]
+    assert torch.equal(gradients[0][S + IMAGES :], gradients[1][S + IMAGES :])
+    assert not torch.isclose(gradients[0][S : S + IMAGES], gradients[1][S : S + IMAGES]).all(1).any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.01])
+def test_bounds_of_the_terms(seed: int, temperature: float) -> None:
+    rows = S + 4 * IMAGES
+    loss = loss_of(draw(rows, D, seed=seed), draw(rows, D, seed=seed + 100), labels_of(0.1), temperature=temperature)
+    assert loss.consistency >= 0
+    assert -math.log(K) - 1e-12 <= loss.me_max <= 0
+    assert loss.total + math.log(K) >= 0
+    assert 1 / K <= loss.confidence <= 1
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.02, 0.005])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("opposed", [False, True])
+def test_float32_is_close_to_float64(temperature: float, smoothing: float, opposed: bool) -> None:
+    """Also where exp(-2 / 0.005) = exp(-400) is far below what float32 can hold, and with labels that are exactly 0."""
+    z, h = draw(S + 8 * IMAGES, 16).float(), draw(S + 8 * IMAGES, 16, seed=1).float()
+    if opposed:  # every row is along one axis, with cosines of +1 and -1 only, up to a little noise
+        z[:, 0] += torch.where(torch.arange(len(z)) % 3 == 0, -1e3, 1e3)
+    labels = labels_of(smoothing)
+    values, gradients = [], []
+    for dtype in (torch.float32, torch.float64):
+        rows = z.to(dtype).requires_grad_()
+        loss = loss_of(rows, h.to(dtype), labels.to(dtype), small=6, temperature=temperature)
+        assert loss.total.dtype == dtype
+        gradients.append(torch.autograd.grad(loss.total, rows)[0].double())
+        values.append(torch.stack(loss).detach().double())
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(values[0], values[1], rtol=2e-4, atol=2e-4)
+    assert (gradients[0] - gradients[1]).norm() <= 2e-3 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+def test_float32_contrastive_losses_are_close_to_float64(temperature: float) -> None:
+    z, labels = draw(S, D), labels_of(0.0)
+    for loss in (lambda rows: supervised_nce(rows, labels, temperature=temperature), nt_xent_at(temperature)):
+        narrow, wide = z.float().requires_grad_(), z.float().double().requires_grad_()
+        torch.testing.assert_close(loss(narrow).double(), loss(wide), rtol=1e-4, atol=1e-4)
+        (gradient,), (expected,) = torch.autograd.grad(loss(narrow), narrow), torch.autograd.grad(loss(wide), wide)
+        assert (gradient - expected).norm() <= 1e-3 * expected.norm()
+
+
+def nt_xent_at(temperature: float):
+    return lambda rows: nt_xent(rows, temperature=temperature)
+
+
+def test_autocast_does_not_reach_the_objective() -> None:
+    z, h, labels = draw(S + 4 * IMAGES, D).float(), draw(S + 4 * IMAGES, D, seed=1).float(), labels_of(0.1).float()
+
+    def everything() -> Tensor:
+        losses = [supervised_nce(z, z.softmax(1), temperature=0.1), nt_xent(z, temperature=0.1)]
+        return torch.stack([*loss_of(z, h, labels), *losses])
+
+    plain = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(everything(), plain)
+    assert plain.dtype == torch.float32
+    assert loss_of(z.bfloat16(), h.bfloat16(), labels).total.dtype == torch.float32
+
+
+def test_reduced_precision_products_do_not_reach_the_forward_pass() -> None:
+    """A run that lets float32 products use TF32 elsewhere keeps that setting, and the objective ignores it."""
+    seen = []
+
+    class Watch(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+                seen.append(torch.get_float32_matmul_precision())
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        supervised_nce(draw(S, D).float().as_subclass(Watch), labels_of(0.1).float(), temperature=0.1)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest", "highest"]
+
+
+def test_losses_read_nothing_back_from_the_device() -> None:
+    """Fake tensors have no values: whatever asks for one, and would make the host wait for a GPU, raises."""
+    with FakeTensorMode():
+        z = torch.randn(S + 4 * IMAGES, D, requires_grad=True)
+        labels = smooth_labels(torch.arange(K).repeat(PER_CLASS), K, smoothing=0.1)
+        for temperature in (0.1, 0.005):
+            total = loss_of(z, z.detach(), labels, temperature=temperature).total
+            total = total + supervised_nce(z[:S], labels, temperature=temperature) + nt_xent(z, temperature=temperature)
+            total.backward()
+        with pytest.raises(DataDependentOutputException):
+            total.item()
+
+
+# --- collapse -------------------------------------------------------------------------------------------------------
+
+
+def descend_from_near_collapse(sharpening: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Distances of all predictions from uniform before and after 100 steps on nearly equal rows whose views agree."""
+    images = draw(8, D, seed=seed)
+    views = [images + 0.5 * draw(8, D, seed=seed + offset) for offset in (100, 200)]
+    common = torch.nn.functional.normalize(draw(1, D, seed=seed + 300))
+    z = (common + 0.05 * torch.cat([draw(S, D, seed=seed + 400), *views])).requires_grad_()
+    labels = labels_of(0.1)
+
+    def distance() -> Tensor:
+        return (soft_nearest_neighbours(z[S:], z[:S], labels, temperature=0.1) - 1 / K).detach().norm()
+
+    before = distance()
+    for _ in range(100):
+        loss = loss_of(z, z.detach(), labels, small=0, sharpening=sharpening)
+        with torch.no_grad():
+            z -= torch.autograd.grad(loss.total, z)[0]
+    return before, distance()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_near_collapse_is_unstable_because_targets_are_sharpened(seed: int) -> None:
+    """Proposition 1, in the form that holds: training leaves nearly uniform predictions, and sharpening is why."""
+    before, after = descend_from_near_collapse(0.25, seed)
+    assert after > 20 * before
+    before, after = descend_from_near_collapse(1.0, seed)
+    assert after < before
