@@ -1,0 +1,26 @@
+"""Images on disk: packed into immutable HDF5 shards, read at random by position or key (shards/FORMAT.md)."""
+
+from paws_hpc.store.decode import decode_jpeg
+from paws_hpc.store.format import Manifest, Omission, RecordError, StoreError
+from paws_hpc.store.reader import ImageStore, Keys
+from paws_hpc.store.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
+from paws_hpc.store.writer import PackOptions, PackReport, pack
+
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "ImageFolder",
+    "ImageStore",
+    "Keys",
+    "Manifest",
+    "Omission",
+    "PackOptions",
+    "PackReport",
+    "RecordError",
+    "Source",
+    "SourceConfig",
+    "StoreError",
+    "decode_jpeg",
+    "open_source",
+    "pack",
+]

@@ -1,0 +1,302 @@
+"""The store's on-disk contract as types: constants, the manifest, the index columns, digests (shards/FORMAT.md).
+
+Legend: N records of the store, n records of one shard, H x W x C one raw image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from paws_hpc.files import read_json, value_digest
+
+FORMAT = "paws-hpc-store"
+SHARD_FORMAT = "paws-hpc-shard"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+
+Encoding = Literal["jpeg", "raw"]
+"""How one record's bytes are read: a three-component JPEG file, or the H*W*C pixels themselves."""
+
+FLAG_REENCODED = 1
+"""The record is not the source's bytes: the packer wrote a new JPEG from the pixels."""
+FLAG_PROGRESSIVE = 2
+"""The record is a progressive JPEG, which decodes about three times slower than a baseline one."""
+FLAG_RECOVERED = 4
+"""The source file was damaged or unusual and only the lenient decoder could read it."""
+
+INDEX_COLUMNS: dict[str, str] = {
+    "offset": "<u8",
+    "length": "<u4",
+    "crc32c": "<u4",
+    "label": "<i4",
+    "width": "<u4",
+    "height": "<u4",
+    "flags": "<u4",
+}
+"""Data sets below ``/index`` of a shard and their little-endian types; each has n entries."""
+
+LARGE_ALIGNMENT = 4 << 20
+"""Alignment of ``/data`` in shards with at least that much data: a stripe or block of most parallel file systems."""
+SMALL_ALIGNMENT = 4096
+"""Alignment of ``/data`` in smaller shards: one page, so that a tiny store stays tiny."""
+
+
+class StoreError(ValueError):
+    """A store that is absent, damaged or not what was asked for; the message names the file and the remedy."""
+
+
+class RecordError(StoreError):
+    """One record that cannot be used.
+
+    Attributes:
+        key: the record's key.
+        shard: name of the shard that holds it; None before it is packed.
+    """
+
+    def __init__(self, message: str, *, key: str, shard: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+        self.shard = shard
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says about one shard."""
+
+    name: str
+    count: int
+    """Records."""
+    bytes: int
+    """Size of the whole file."""
+    data_offset: int | None
+    """Where ``/data`` begins in the file; None where HDF5 cannot say, then records are read through h5py."""
+    data_bytes: int
+    """Length of ``/data``."""
+    file_hash: str
+    """:func:`paws_hpc.files.file_hash` of the file."""
+    uuid: str
+    """:meth:`ShardIndex.uuid`."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation of the pixels per channel, in units of the full scale ([0, 1]), channels RGB.
+
+    A grey store has three equal values.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    images: int
+    """Images that were counted."""
+    method: Literal["exact", "sample"]
+    """``exact``: all images; ``sample``: every k-th in packing order, at most 2,000."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the images came from: the kind of source, its options and its digest. Never a path."""
+
+    kind: str
+    digest: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the store was packed; with the origin it determines every byte."""
+
+    packer: str
+    """Version of paws_hpc."""
+    seed: int
+    shard_bytes: int
+    on_error: Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Omission:
+    """An image that the packer changed or left out, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``: the last file written, so that a folder which has one is a complete store."""
+
+    encoding: Encoding
+    shape: tuple[int, int, int] | None
+    """(H, W, C) of every record of a raw store, C 1 or 3; None for JPEG."""
+    count: int
+    """N."""
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    statistics: Statistics
+    digest: str
+    """:func:`dataset_digest`: the sequence of records, whatever the shard size."""
+    index_hash: str
+    """:func:`index_hash` of the joined index, by which ``index.npy`` is recognised."""
+    origin: Origin
+    packing: Packing
+    reencoded: dict[str, int]
+    """Reason → number of images that were encoded anew."""
+    recovered: tuple[Omission, ...]
+    skipped: tuple[Omission, ...]
+    shards: tuple[ShardEntry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values, keys in the order of FORMAT.md."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a store's manifest.
+
+    Raises:
+        StoreError: there is none, it is not JSON, of another format or version, or a field is missing.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        value = read_json(path)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{folder} is not a complete image store: it has no {MANIFEST_NAME}. "
+            "Check the path, or (re)pack it with `python -m paws_hpc.shards pack`."
+        ) from error
+    except (UnicodeDecodeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged ({error}). Restore it or pack the store again with --force.") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise StoreError(f"{path} is not the manifest of an image store: 'format' is not {FORMAT!r}.")
+    if value.get("version") != VERSION:
+        raise StoreError(
+            f"{path} has store version {value.get('version')!r}, this program reads version {VERSION}: "
+            "use the matching paws_hpc or pack the store again with --force."
+        )
+    return _manifest(value, path)
+
+
+def _manifest(value: dict[str, Any], path: Path) -> Manifest:
+    """Build the dataclass from parsed JSON; every missing or mistyped field is an error that names ``path``."""
+    try:
+        statistics = value["statistics"]
+        manifest = Manifest(
+            encoding=value["encoding"],
+            shape=None if value["shape"] is None else tuple(value["shape"]),
+            count=int(value["count"]),
+            classes=tuple(value["classes"]),
+            class_counts=tuple(value["class_counts"]),
+            statistics=Statistics(
+                mean=tuple(statistics["mean"]),
+                std=tuple(statistics["std"]),
+                images=int(statistics["images"]),
+                method=statistics["method"],
+            ),
+            digest=value["digest"],
+            index_hash=value["index_hash"],
+            origin=Origin(**value["origin"]),
+            packing=Packing(**value["packing"]),
+            reencoded=dict(value["reencoded"]),
+            recovered=tuple(Omission(**entry) for entry in value["recovered"]),
+            skipped=tuple(Omission(**entry) for entry in value["skipped"]),
+            shards=tuple(ShardEntry(**entry) for entry in value["shards"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is damaged: field {error} is missing or wrong. Restore it or pack the store again with --force."
+        ) from error
+    if manifest.encoding not in get_args(Encoding):
+        raise StoreError(f"{path}: encoding={manifest.encoding!r} is not one of {', '.join(get_args(Encoding))}.")
+    if manifest.count != sum(shard.count for shard in manifest.shards):
+        raise StoreError(f"{path} is damaged: count={manifest.count} is not the sum of its shards' counts.")
+    return manifest
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index of one shard: columns of :data:`INDEX_COLUMNS` with n entries, and the keys.
+
+    ``key_blob`` (bytes,) uint8 is all keys in UTF-8 without separators; key i is ``[key_offset[i]:key_offset[i + 1]]``,
+    ``key_offset`` (n + 1,) uint64.
+    """
+
+    offset: NDArray[np.uint64]
+    length: NDArray[np.uint32]
+    crc32c: NDArray[np.uint32]
+    label: NDArray[np.int32]
+    width: NDArray[np.uint32]
+    height: NDArray[np.uint32]
+    flags: NDArray[np.uint32]
+    key_blob: NDArray[np.uint8]
+    key_offset: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @property
+    def key_bytes(self) -> list[bytes]:
+        """The keys in UTF-8."""
+        blob, bounds = self.key_blob.tobytes(), self.key_offset.tolist()
+        return [blob[start:stop] for start, stop in pairwise(bounds)]
+
+    @property
+    def uuid(self) -> str:
+        """Identity of the shard's content: a name-based UUID over all columns, CRC32C of the records included."""
+        digest = xxhash.xxh3_128()
+        for field in fields(self):
+            column: NDArray[Any] = getattr(self, field.name)
+            digest.update(f"{field.name} {len(column)}\n".encode())
+            digest.update(np.ascontiguousarray(column).tobytes())
+        raw = bytearray(digest.digest())
+        raw[6] = (raw[6] & 0x0F) | 0x80  # version 8 of RFC 9562: bits of our own making
+        raw[8] = (raw[8] & 0x3F) | 0x80
+        text = raw.hex()
+        return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def join_indexes(indexes: Sequence[ShardIndex]) -> NDArray[np.void]:
+    """Join the indexes of all shards into one (N,) structured array.
+
+    Its fields are ``shard`` (position in the manifest), the columns of :data:`INDEX_COLUMNS` (``offset`` counts from
+    the beginning of the shard's ``/data``) and ``key``: UTF-8, padded with zero bytes to the longest key.
+    """
+    keys = [key for index in indexes for key in index.key_bytes]
+    width = max(len(key) for key in keys)
+    joined = np.empty(len(keys), dtype=[("shard", "<u4"), *INDEX_COLUMNS.items(), ("key", f"S{width}")])
+    joined["shard"] = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
+    for column in INDEX_COLUMNS:
+        joined[column] = np.concatenate([getattr(index, column) for index in indexes])
+    joined["key"] = keys
+    return joined
+
+
+def index_hash(joined: NDArray[np.void]) -> str:
+    """128-bit xxh3 of a joined index: type description and values, as 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128(str(joined.dtype.descr).encode())
+    digest.update(np.ascontiguousarray(joined).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def dataset_digest(
+    joined: NDArray[np.void], *, encoding: Encoding, shape: tuple[int, int, int] | None, classes: Sequence[str]
+) -> str:
+    """Identity of the data set as training sees it: 32 hexadecimal digits.
+
+    It covers the sequence of (key, label, length, CRC32C), the encoding, the shape and the class names. Two stores with
+    the same digest give the same image at every position; the shard size does not matter.
+    """
+    header = {"encoding": encoding, "shape": shape, "classes": list(classes), "count": len(joined)}
+    digest = xxhash.xxh3_128(value_digest(header).encode())
+    digest.update(b"\0".join(joined["key"].tolist()))
+    for column in ("label", "length", "crc32c"):
+        digest.update(np.ascontiguousarray(joined[column]).tobytes())
+    return digest.hexdigest()
