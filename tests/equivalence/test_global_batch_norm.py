@@ -1,0 +1,243 @@
+"""Batch normalisation over several ranks is batch normalisation of the whole batch, gradients included."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from paws_hpc.models import GlobalBatchNorm1d, GlobalBatchNorm2d, ModelConfig, build_encoder, set_statistics
+
+CHANNELS = 5
+Results = dict[str, Any]
+
+
+def batch(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows whose mean is 1e3 deviations away from zero, and that drift: where sums of squares would lose six digits."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(shape, generator=generator, dtype=torch.float64)
+    drift = torch.linspace(-1, 1, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
+    return 1e3 + rows + 3 * drift, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def layer(dimensions: int) -> nn.Module:
+    kind = GlobalBatchNorm1d if dimensions == 2 else GlobalBatchNorm2d
+    norm = kind(CHANNELS, momentum=0.3).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        norm.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+    return norm
+
+
+def train_twice(norm: nn.Module, rows: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+    """Two steps, the loss being sum(upstream * y): the outputs, gradients and running statistics."""
+    rows = rows.clone().requires_grad_()
+    for _ in range(2):
+        outputs = norm(rows)
+        (outputs * upstream).sum().backward()
+    state = {"outputs": outputs.detach(), "rows.grad": rows.grad, "running_mean": norm.running_mean}
+    return state | {"running_var": norm.running_var, "weight.grad": norm.weight.grad, "bias.grad": norm.bias.grad}
+
+
+def rows_of(rank: int, world: int, total: int, *, even: bool) -> slice:
+    """A rank's rows; if not even, the first rank holds a single one."""
+    if even:
+        return slice(rank * total // world, (rank + 1) * total // world)
+    bounds = [0, 1, *[1 + (total - 1) * (r + 1) // (world - 1) for r in range(world - 1)]]
+    return slice(bounds[rank], bounds[rank + 1])
+
+
+CASES = {
+    "rows": ((16, CHANNELS), True, torch.contiguous_format),
+    "rows, one rank has one": ((17, CHANNELS), False, torch.contiguous_format),
+    "images": ((8, CHANNELS, 4, 3), True, torch.contiguous_format),
+    "images, channels last": ((8, CHANNELS, 4, 3), True, torch.channels_last),
+    "images, one rank has one": ((9, CHANNELS, 4, 3), False, torch.channels_last),
+}
+
+
+def all_cases(rank: int, world: int) -> Results:
+    results = {}
+    for name, (shape, even, memory_format) in CASES.items():
+        rows, upstream = batch(shape)
+        own = rows_of(rank, world, shape[0], even=even)
+        local = rows[own].contiguous(memory_format=memory_format)
+        results[name] = train_twice(layer(len(shape)), local, upstream[own])
+        if memory_format is torch.channels_last:
+            assert results[name]["outputs"].is_contiguous(memory_format=torch.channels_last)
+    return results
+
+
+def on_gpu(rank: int, world: int) -> Results | None:
+    """The cases on one GPU that all ranks share, in float32 and bfloat16; None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (shape, even, memory_format) in CASES.items():
+            rows, upstream = gpu_batch(shape, dtype)
+            own = rows_of(rank, world, shape[0], even=even)
+            local = rows[own].cuda().contiguous(memory_format=memory_format)
+            state = train_twice(layer(len(shape)).float().cuda(), local, upstream[own].cuda())
+            results[f"{name} {dtype}"] = {key: value.cpu().double() for key, value in state.items()}
+    return results
+
+
+def gpu_batch(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows, upstream = batch(shape)
+    return (rows - 1e3).to(dtype), upstream.to(dtype)
+
+
+def half_precision(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    rows, _ = batch((64, CHANNELS))
+    norm = GlobalBatchNorm1d(CHANNELS)
+    outputs = norm((rows - 1e3)[rank * 32 : rank * 32 + 32].bfloat16())
+    assert outputs.dtype == torch.bfloat16
+    return outputs, norm.running_mean
+
+
+def other_statistics(rank: int, world: int) -> Results:
+    norm = layer(2)
+    rows = batch((16, CHANNELS))[0][rank * 8 : rank * 8 + 8]
+    results = {}
+    for statistics in ("local", "frozen"):
+        set_statistics(norm, statistics)
+        results[statistics] = norm(rows).detach()
+        results[f"{statistics} running_mean"] = norm.running_mean.clone()
+    return results
+
+
+def encode(rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """One training step of a whole encoder with the sum of h's fourth powers as loss, gradients summed over ranks."""
+    config = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 1])
+    encoder = build_encoder(config, seed=3).double()
+    large, small = encoder_inputs()
+    share = [slice(rank * len(x) // world, (rank + 1) * len(x) // world) for x in (large, small)]
+    h, _ = encoder([large[share[0]], small[share[1]]])
+    h.pow(4).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    if world > 1:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+    buffers = {name: buffer for name, buffer in encoder.named_buffers() if buffer.is_floating_point()}
+    return h.detach(), gradients | buffers
+
+
+def encoder_inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    large = torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return large, torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+
+
+WORKS: dict[str, Callable[[int, int], Any]] = {
+    work.__name__: work for work in (all_cases, on_gpu, half_precision, other_statistics, encode)
+}
+
+
+def _rank(rank: int, world: int, folder: Path, works: list[str]) -> None:
+    torch.set_num_threads(1)
+    store, timeout = f"file://{folder}/rendezvous{world}", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+    torch.save({name: WORKS[name](rank, world) for name in works}, folder / f"{rank} of {world}.pt")
+    dist.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    """Run two ranks, then four. Importing torch takes seconds, so it is done once and the ranks are forks of this."""
+    for world, works in ((2, list(WORKS)), (4, ["all_cases"])):
+        mp.start_processes(_rank, (world, folder, works), nprocs=world, start_method="fork")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every rank's results."""
+    folder = tmp_path_factory.mktemp("ranks")
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=120)
+    return folder
+
+
+def results_of(work: Callable[[int, int], Any], world: int, folder: Path) -> list[Any]:
+    """What ``work(rank, world)`` returned on each of ``world`` ranks."""
+    return [torch.load(folder / f"{rank} of {world}.pt")[work.__name__] for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_equal_one_process_on_the_whole_batch(world: int, finished: Path):
+    every = results_of(all_cases, world, finished)
+    for name, (shape, _, _) in CASES.items():
+        rows, upstream = batch(shape)
+        norm = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+        reference = norm(CHANNELS, momentum=0.3).double()
+        reference.load_state_dict(layer(len(shape)).state_dict())
+        truth = train_twice(reference, rows, upstream)
+        compare([results[name] for results in every], truth, name, tolerance=1e-12)
+
+
+def test_ranks_together_equal_one_process_on_a_gpu(finished: Path):
+    every = results_of(on_gpu, 2, finished)
+    if every[0] is None:
+        pytest.skip("needs a GPU")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for name, (shape, _, _) in CASES.items():
+            rows, upstream = (tensor.double() for tensor in gpu_batch(shape, dtype))
+            truth = train_twice(layer(len(shape)), rows, upstream)
+            key = f"{name} {dtype}"
+            compare([results[key] for results in every], truth, key, tolerance=tolerance)
+
+
+def compare(ranks: list[dict[str, Tensor]], truth: dict[str, Tensor], name: str, *, tolerance: float) -> None:
+    joined = {key: torch.cat([r[key] for r in ranks]) for key in ("outputs", "rows.grad")}
+    # Each rank holds its own part of the weight gradients: the data-parallel wrapper reduces them.
+    joined |= {key: sum(r[key] for r in ranks) for key in ("weight.grad", "bias.grad")}
+    for key in ("running_mean", "running_var"):
+        assert all(torch.equal(r[key], ranks[0][key]) for r in ranks), f"{name}: ranks disagree on {key}"
+        joined[key] = ranks[0][key]
+    for key, value in joined.items():
+        scale = truth[key].abs().max().item()
+        error = (value - truth[key]).abs().max().item() / scale
+        assert error < tolerance, f"{name}: {key} differs by {error:.1e} of {scale:.1e}"
+
+
+def test_bfloat16_rows_are_averaged_in_float32(finished: Path):
+    """bfloat16 sums of 64 rows err by per cents; the running mean must show none of it."""
+    ranks = results_of(half_precision, 2, finished)
+    rows = (batch((64, CHANNELS))[0] - 1e3).bfloat16().float()
+    reference = nn.BatchNorm1d(CHANNELS)
+    truth = reference(rows)
+    torch.testing.assert_close(ranks[0][1], reference.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([r[0] for r in ranks]).float(), truth, rtol=1e-2, atol=1e-2)
+
+
+def test_local_and_frozen_statistics_use_no_other_rank(finished: Path):
+    ranks = results_of(other_statistics, 2, finished)
+    for rank, results in enumerate(ranks):
+        reference = nn.BatchNorm1d(CHANNELS, momentum=0.3).double()
+        reference.load_state_dict(layer(2).state_dict())
+        rows = batch((16, CHANNELS))[0][rank * 8 : rank * 8 + 8]
+        torch.testing.assert_close(results["local"], reference(rows).detach(), rtol=0, atol=1e-11)
+        torch.testing.assert_close(results["frozen"], reference.eval()(rows).detach(), rtol=0, atol=1e-11)
+        assert torch.equal(results["frozen running_mean"], results["local running_mean"])
+    assert not torch.equal(ranks[0]["local running_mean"], ranks[1]["local running_mean"])
+
+
+def test_an_encoder_trains_the_same_on_two_ranks(finished: Path):
+    ranks = results_of(encode, 2, finished)
+    h, truth = encode(0, 1)
+    joined = torch.cat([ranks[0][0][:4], ranks[1][0][:4], ranks[0][0][4:], ranks[1][0][4:]])
+    torch.testing.assert_close(joined, h, rtol=1e-10, atol=1e-12)
+    for name, value in truth.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-9, atol=1e-11 * scale + 1e-13, msg=name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
