@@ -1,14 +1,17 @@
 """Images on disk: packed into immutable HDF5 shards, read at random by position or key (shards/FORMAT.md)."""
 
 from paws_hpc.store.decode import decode_jpeg
+from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import Manifest, Omission, RecordError, StoreError
 from paws_hpc.store.reader import ImageStore, Keys
 from paws_hpc.store.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
+from paws_hpc.store.verify import verify
 from paws_hpc.store.writer import PackOptions, PackReport, pack
 
 __all__ = [
     "SOURCES",
     "ArraySource",
+    "Fault",
     "ImageFolder",
     "ImageStore",
     "Keys",
@@ -23,4 +26,5 @@ __all__ = [
     "decode_jpeg",
     "open_source",
     "pack",
+    "verify",
 ]

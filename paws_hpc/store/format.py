@@ -44,6 +44,9 @@ INDEX_COLUMNS: dict[str, str] = {
 }
 """Data sets below ``/index`` of a shard and their little-endian types; each has n entries."""
 
+REMEDY = "`python -m paws_hpc.shards verify --full` names all faults; restore the file or pack again with --force."
+"""What to do about a damaged store."""
+
 LARGE_ALIGNMENT = 4 << 20
 """Alignment of ``/data`` in shards with at least that much data: a stripe or block of most parallel file systems."""
 SMALL_ALIGNMENT = 4096

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.files import atomic_write
-from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, index_hash, join_indexes
+from paws_hpc.store.format import INDEX_NAME, REMEDY, Manifest, StoreError, index_hash, join_indexes
 from paws_hpc.store.shard import read_shard
 
 
@@ -58,10 +58,10 @@ def _derive(folder: Path, manifest: Manifest) -> NDArray[np.void]:
         if index.uuid != entry.uuid:
             raise StoreError(
                 f"{folder / entry.name} holds another index than was packed (uuid {index.uuid}, not {entry.uuid}). "
-                "Restore the file or pack the store again with --force."
+                f"{REMEDY}"
             )
         indexes.append(index)
     joined = join_indexes(indexes)
     if index_hash(joined) != manifest.index_hash:
-        raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash; pack the store again.")
+        raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash. {REMEDY}")
     return joined

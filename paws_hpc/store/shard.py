@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,6 +16,7 @@ from paws_hpc.files import atomic_write, file_hash
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
+    REMEDY,
     SHARD_FORMAT,
     SMALL_ALIGNMENT,
     VERSION,
@@ -111,42 +114,76 @@ def read_shard(path: Path) -> ShardContents:
     Raises:
         StoreError: the file is missing, is not HDF5 (truncated, metadata damaged) or not a shard of this version.
     """
-    remedy = "Restore the file or pack the store again with --force."
     try:
         with h5py.File(path, "r", locking=False) as file:
             attributes = dict(file.attrs)
-            if attributes.get("format") != SHARD_FORMAT or int(attributes.get("version", 0)) != VERSION:
-                raise StoreError(f"{path} is not a shard of version {VERSION}: {attributes}. {remedy}")
-            shape = attributes.get("shape")
-            header = ShardHeader(
-                count=int(attributes["count"]),
-                uuid=str(attributes["uuid"]),
-                encoding=attributes["encoding"],
-                shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
-                packer=str(attributes["packer"]),
-                source_digest=str(attributes["source_digest"]),
-            )
-            columns = {column: file[f"index/{column}"][()].astype(kind) for column, kind in INDEX_COLUMNS.items()}
-            index = ShardIndex(
-                **columns,
-                key_blob=file["keys/blob"][()].astype("u1"),
-                key_offset=file["keys/offset"][()].astype("<u8"),
-            )
-            data = file["data"]
-            offset = data.id.get_offset()
-            return ShardContents(header, index, None if offset is None else int(offset), int(data.size))
+            contents = _contents(file, attributes)
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing. {remedy}") from error
-    except (OSError, KeyError, RuntimeError, TypeError) as error:
-        raise StoreError(f"{path} is damaged: HDF5 says {error}. {remedy}") from error
+        raise StoreError(f"{path} is missing. {REMEDY}") from error
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what h5py raises on damaged metadata
+        raise StoreError(f"{path} is damaged or not a shard: HDF5 says {error}. {REMEDY}") from error
+    if contents.header.format != SHARD_FORMAT or contents.header.version != VERSION:
+        raise StoreError(f"{path} is not a shard of version {VERSION}, its attributes are {attributes}. {REMEDY}")
+    return contents
 
 
-def read_through_h5py(path: Path, start: int, stop: int) -> NDArray[np.uint8]:
-    """Read ``/data[start:stop]``, shorter where the data set ends; slow (it opens the file), but works for any layout.
+def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
+    """Read everything but the records from an open shard."""
+    shape = attributes.get("shape")
+    header = ShardHeader(
+        count=int(attributes["count"]),
+        uuid=str(attributes["uuid"]),
+        encoding=attributes["encoding"],
+        shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
+        packer=str(attributes["packer"]),
+        source_digest=str(attributes["source_digest"]),
+        format=str(attributes["format"]),
+        version=int(attributes["version"]),
+    )
+    index = ShardIndex(
+        **{column: file[f"index/{column}"][()].astype(kind) for column, kind in INDEX_COLUMNS.items()},
+        key_blob=file["keys/blob"][()].astype("u1"),
+        key_offset=file["keys/offset"][()].astype("<u8"),
+    )
+    offset = file["data"].id.get_offset()
+    return ShardContents(header, index, None if offset is None else int(offset), int(file["data"].size))
 
-    Raises:
-        OSError: HDF5 refuses the file.
+
+class ShardFile:
+    """The records of one shard, open for reading from any thread or forked process.
+
+    ``preadv`` at an offset needs no shared file position. Without an offset of ``/data`` (a file that other tools wrote
+    anew), h5py reads instead: it opens the file for every record, which is slow but works for any layout.
     """
-    with h5py.File(path, "r", locking=False) as file:
-        part: NDArray[np.uint8] = file["data"][start:stop]
-        return part
+
+    def __init__(self, path: Path, data_offset: int | None) -> None:
+        """Open the file; raises OSError."""
+        self.path = path
+        self.data_offset = data_offset
+        self._descriptor = None if data_offset is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self._descriptor is None or self.data_offset is None:
+            with h5py.File(self.path, "r", locking=False) as file:
+                part = file["data"][offset : offset + len(buffer)]
+            buffer[: len(part)] = part
+            return len(part)
+        place = self.data_offset + offset
+        read = os.preadv(self._descriptor, [buffer.data], place)
+        while 0 < read < len(buffer):  # network file systems may give less than was asked for
+            more = os.preadv(self._descriptor, [buffer[read:].data], place + read)
+            if not more:
+                break
+            read += more
+        return read
+
+    def close(self) -> None:
+        """Close the file. A second call would close whoever got the descriptor's number next, so it does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import google_crc32c
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from paws_hpc import __version__
 from paws_hpc.files import write_json
+from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import (
     FLAG_RECOVERED,
     INDEX_NAME,
@@ -37,15 +37,14 @@ from paws_hpc.store.format import (
 )
 from paws_hpc.store.joined import write_index
 from paws_hpc.store.progress import progress
-from paws_hpc.store.reader import check_sizes
 from paws_hpc.store.shard import ShardHeader, write_shard
 from paws_hpc.store.sources.base import Source
 from paws_hpc.store.standard import standard_jpeg
 from paws_hpc.store.statistics import PixelSums, combine, pixel_sums
+from paws_hpc.store.workers import in_order, slices, usable_cores
 
 _STATISTICS_IMAGES = 2_000
 _IMAGES_PER_TASK = 32
-_TASKS_AHEAD_PER_WORKER = 2
 
 
 @dataclass
@@ -311,32 +310,8 @@ def _prepared(source: Source, order: NDArray[np.int64], *, workers: int | None) 
     def prepare(places: Sequence[int]) -> list[_Record | Omission]:
         return [_prepare(source, int(order[place]), count=place % stride == 0) for place in places]
 
-    workers = workers or len(os.sched_getaffinity(0))
-    tasks = (range(len(order))[start : start + _IMAGES_PER_TASK] for start in range(0, len(order), _IMAGES_PER_TASK))
-    with ThreadPoolExecutor(workers) as pool:
-        ahead = workers * _TASKS_AHEAD_PER_WORKER
-        yield from _in_order(pool, prepare, tasks, ahead=ahead)
-
-
-Task = TypeVar("Task")
-Outcome = TypeVar("Outcome")
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[Task], Outcome], tasks: Iterator[Task], *, ahead: int
-) -> Iterator[Outcome]:
-    """Map on threads, results in order, at most ``ahead`` of them waiting in memory."""
-    pending: deque[Future[Outcome]] = deque()
-    try:
-        for task in tasks:
-            pending.append(pool.submit(work, task))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
+        yield from in_order(pool, prepare, slices(len(order), _IMAGES_PER_TASK))
 
 
 def _prepare(source: Source, index: int, *, count: bool) -> _Record | Omission:

@@ -57,6 +57,7 @@ class SourceKind:
     root_help: str = ""
     needs_root: bool = False
     has_splits: bool = True
+    has_size: bool = False
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -117,6 +118,7 @@ SOURCES: dict[str, SourceKind] = {
     "digits": SourceKind(
         help="scikit-learn's handwritten digits, which need no download",
         open=lambda config: digits(split=_split(config), size=config.size),
+        has_size=True,
     ),
 }
 """Kind → how to open it."""

@@ -1,0 +1,179 @@
+"""Command: pack, describe and verify image stores.
+
+python -m paws_hpc.shards pack digits --split train --to shards/digits/train
+python -m paws_hpc.shards info shards/digits/train
+python -m paws_hpc.shards verify --full shards/digits/train
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from paws_hpc.store import SOURCES, Manifest, Omission, PackOptions, PackReport, SourceConfig, open_source, pack, verify
+from paws_hpc.store.format import read_manifest
+
+_LISTED = 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 1 an error or faults, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (OSError, ValueError) as error:  # everything that a user can cause or repair
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: a store without manifest.json is incomplete, packing again replaces it", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pack(commands.add_parser("pack", help="pack a data set into shards"))
+    info = commands.add_parser("info", help="describe a store")
+    info.add_argument("store", type=Path, help="folder of the store")
+    info.add_argument("--json", action="store_true", help="print the manifest, which has everything")
+    info.set_defaults(run=_info)
+    check = commands.add_parser("verify", help="look for damage; exit status 1 if there is any")
+    check.add_argument("store", type=Path, help="folder of the store")
+    levels = check.add_mutually_exclusive_group()
+    for level, meaning in (
+        ("quick", "sizes, headers and indexes against the manifest"),
+        ("full", "also every record's CRC32C and every file's hash (default)"),
+        ("deep", "also decode every image"),
+    ):
+        levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=meaning)
+    check.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+    check.set_defaults(run=_verify, level="full")
+    return parser
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    """Add one subcommand per kind of source, each with the options that apply to it."""
+    defaults = PackOptions()
+    sources = parser.add_subparsers(required=True, metavar="SOURCE", dest="kind")
+    for name, kind in SOURCES.items():
+        source = sources.add_parser(name, help=kind.help, description=kind.help)
+        if kind.root_help:
+            source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
+        if kind.has_splits:
+            source.add_argument("--split", required=True, choices=("train", "test"))
+        if kind.has_size:
+            source.add_argument("--size", type=int, default=SourceConfig.size, help="side in pixels (%(default)s)")
+        source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
+        source.add_argument(
+            "--shard-mib", type=float, default=defaults.shard_bytes / (1 << 20), help="data per shard (%(default)g MiB)"
+        )
+        source.add_argument("--seed", type=int, default=defaults.seed, help="seed of the shuffle (%(default)s)")
+        source.add_argument(
+            "--on-error",
+            choices=("stop", "skip"),
+            default=defaults.on_error,
+            help="what to do about an unreadable image (%(default)s)",
+        )
+        source.add_argument("--force", action="store_true", help="replace another store that is there")
+        source.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+        source.set_defaults(run=_pack)
+
+
+def _pack(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in ("kind", "root", "split", "size") if hasattr(options, name)}
+    source = open_source(SourceConfig(**given))
+    pack_options = PackOptions(
+        shard_bytes=round(options.shard_mib * (1 << 20)),
+        seed=options.seed,
+        on_error=options.on_error,
+        force=options.force,
+        workers=options.workers,
+    )
+    report = pack(source, options.to, options=pack_options, show_progress=True)
+    print("\n".join(_report_lines(report)))
+    return 0
+
+
+def _report_lines(report: PackReport) -> list[str]:
+    """What packing did, for people."""
+    manifest = report.manifest
+    size = sum(shard.bytes for shard in manifest.shards)
+    contents = (
+        f"{manifest.count:,} images of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards, "
+        f"{_size(size)}, digest {manifest.digest}"
+    )
+    if not report.packed:
+        return [f"{report.path} already holds this store: {contents}. Nothing was done."]
+    lines = [f"packed {report.path}: {contents}, {report.seconds:.1f} s"]
+    lines += _omission_lines("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded)
+    lines += _omission_lines("LEFT OUT", manifest.skipped, limit=len(manifest.skipped))
+    return lines
+
+
+def _omission_lines(what: str, omissions: Sequence[Omission], *, limit: int = _LISTED) -> list[str]:
+    """Say how many images were changed or left out, and list the first ``limit``."""
+    if not omissions:
+        return []
+    lines = [f"{len(omissions):,} images {what}:"]
+    lines += [f"  {omission.key}: {omission.reason}" for omission in omissions[:limit]]
+    return lines + ([f"  ... and {len(omissions) - limit:,} more"] if len(omissions) > limit else [])
+
+
+def _info(options: argparse.Namespace) -> int:
+    manifest = read_manifest(options.store)
+    print(json.dumps(manifest.to_json(), indent=2) if options.json else "\n".join(_info_lines(options.store, manifest)))
+    return 0
+
+
+def _info_lines(path: Path, manifest: Manifest) -> list[str]:
+    """A table of what is in the store."""
+    sizes, counts = [shard.bytes for shard in manifest.shards], manifest.class_counts
+    statistics = manifest.statistics
+    shape = "" if manifest.shape is None else " " + " x ".join(map(str, manifest.shape))
+    split = " ".join(f"{name}={value}" for name, value in manifest.origin.options.items())
+    rows = {
+        "store": str(path),
+        "digest": manifest.digest,
+        "images": f"{manifest.count:,}",
+        "encoding": manifest.encoding + shape,
+        "size": f"{_size(sum(sizes))} in {len(sizes):,} shards of {_size(min(sizes))} to {_size(max(sizes))}",
+        "source": f"{manifest.origin.kind} {split}".strip() + f", digest {manifest.origin.digest[:16]}",
+        "packed": f"by version {manifest.packing.packer}, seed {manifest.packing.seed}",
+        "mean": " ".join(f"{value:.4f}" for value in statistics.mean),
+        "std": " ".join(f"{value:.4f}" for value in statistics.std)
+        + f" ({statistics.method}, {statistics.images:,} images)",
+        "re-encoded": ", ".join(f"{count:,} {reason}" for reason, count in manifest.reencoded.items()) or "none",
+        "skipped": ", ".join(omission.key for omission in manifest.skipped) or "none",
+        "classes": f"{len(manifest.classes):,}, of {min(counts):,} to {max(counts):,} images",
+    }
+    lines = [f"{name:<11} {value}" for name, value in rows.items()]
+    counted = list(zip(manifest.classes, counts, strict=True))
+    lines += [f"  {name:<20} {count:>9,}" for name, count in counted[:_LISTED]]
+    return lines + ([f"  ... and {len(counted) - _LISTED:,} more (--json has all)"] if len(counted) > _LISTED else [])
+
+
+def _verify(options: argparse.Namespace) -> int:
+    faults, records = verify(options.store, level=options.level, workers=options.workers, show_progress=True)
+    for fault in faults:
+        print(f"FAULT {fault}")
+    looked_at = f"{records:,} records read" if options.level != "quick" else "no records read"
+    print(f"{options.store}: {options.level} verification found {len(faults) or 'no'} faults ({looked_at})")
+    return 1 if faults else 0
+
+
+def _size(count: int) -> str:
+    """Bytes in a readable unit."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Faults of a store that its manifest and its files' sizes show, without reading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from paws_hpc.store.format import REMEDY, Manifest, StoreError
+from paws_hpc.store.joined import read_cached_index
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a store.
+
+    Attributes:
+        shard: name of the shard; None for the store as a whole.
+        key: the record's key; None where the fault is not one record's.
+        problem: what is wrong, as the end of a sentence that begins with the shard or record.
+    """
+
+    shard: str | None
+    key: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        record = "" if self.key is None else f" record {self.key!r}"
+        return f"{self.shard or 'store'}{record} {self.problem}"
+
+
+def size_fault(folder: Path, manifest: Manifest, number: int) -> Fault | None:
+    """Compare the size of shard ``number`` with the manifest.
+
+    A truncated shard cannot be opened any more; where ``index.npy`` is at hand, the first record that is lost is named.
+    """
+    entry = manifest.shards[number]
+    try:
+        size = (folder / entry.name).stat().st_size
+    except FileNotFoundError:
+        return Fault(entry.name, None, "is missing")
+    if size == entry.bytes:
+        return None
+    problem = f"has {size:,} bytes instead of {entry.bytes:,}"
+    index = read_cached_index(folder, manifest)
+    if size > entry.bytes or index is None or entry.data_offset is None:
+        return Fault(entry.name, None, problem)
+    rows = index[index["shard"] == number]
+    lost = rows[entry.data_offset + rows["offset"].astype(np.int64) + rows["length"] > size]
+    if not len(lost):
+        return Fault(entry.name, None, problem)
+    key = str(lost["key"][0].decode())
+    return Fault(entry.name, key, f"is the first of {len(lost):,} that are lost: the shard was truncated, it {problem}")
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Refuse shards that are missing or have another size than when they were packed.
+
+    Raises:
+        StoreError: names the shard and, where possible, the first record that is lost.
+    """
+    for number in range(len(manifest.shards)):
+        fault = size_fault(folder, manifest, number)
+        if fault is not None:
+            raise StoreError(f"{folder}: {fault}. {REMEDY}")
