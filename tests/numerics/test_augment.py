@@ -1,0 +1,260 @@
+"""Each augmentation equals torchvision's for the same parameters, and parameters belong to (seed, epoch, sample, view).
+
+Tolerances are absolute, on pixels in [0, 1]: 1e-6 where both sides do the same few operations, 2e-6 for the hue, whose
+divisions differ, and 5e-6 for whole pipelines. One of 255 levels is 4e-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFilter
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from paws_hpc.data.augment import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    AugmentParameters,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+    augment,
+    draw_parameters,
+    gaussian_blur,
+    normalise,
+    to_grayscale,
+)
+from paws_hpc.data.views import AugmentConfig
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIGITS = AugmentConfig(saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
+CONFIGS = {"imagenet": AugmentConfig(), "digits": DIGITS, "always": AugmentConfig(0.8, 0.8, 0.8, 0.2, 1, 0.5, 1)}
+OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, float], Tensor], list[float]]] = {
+    "brightness": (adjust_brightness, TF.adjust_brightness, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
+    "contrast": (adjust_contrast, TF.adjust_contrast, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
+    "saturation": (adjust_saturation, TF.adjust_saturation, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
+    "hue": (adjust_hue, TF.adjust_hue, [-0.5, -0.2, 0.0, 0.07, 0.2, 0.5]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small operations on two shared cores are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def photographs() -> list[Tensor]:
+    """Two photographs, (3, 427, 640) uint8."""
+    return [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+
+
+def pictures(height: int = 96, width: int = 96) -> Tensor:
+    """(6, 3, height, width) uint8: four pieces of photographs, noise, and few colours with greys, black and white."""
+    flower, temple = photographs()
+    places = [(flower, 100, 200), (flower, 200, 320), (temple, 200, 200), (temple, 203, 400)]
+    pieces = [image[:, top : top + height, left : left + width] for image, top, left in places]
+    random = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random)
+    few_colours = torch.randint(0, 3, (3, height, width), dtype=torch.uint8, generator=random) * 127
+    return torch.stack((*pieces, noise, few_colours))
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    assert first.shape == second.shape
+    return float((first - second).abs().max())
+
+
+def by_torchvision(image: Tensor, parameters: AugmentParameters, row: int) -> Tensor:
+    """One image through torchvision's functions, one after the other, in [0, 1]."""
+    pixels = TF.to_dtype(image, torch.float32, scale=True)
+    if parameters.flip[row]:
+        pixels = TF.horizontal_flip(pixels)
+    jitter = parameters.jitter[row].tolist()
+    steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    for kind in parameters.order[row].tolist():
+        pixels = steps[kind](pixels, jitter[kind])
+    if parameters.grayscale[row]:
+        pixels = TF.rgb_to_grayscale(pixels, num_output_channels=3)
+    sigma = float(parameters.blur_sigma[row])
+    if sigma > 0:
+        pixels = TF.gaussian_blur(pixels, [2 * int(np.ceil(np.float32(3) * np.float32(sigma))) + 1] * 2, [sigma] * 2)
+    return pixels
+
+
+def row(parameters: AugmentParameters, index: int) -> tuple[Any, ...]:
+    return tuple(values[index].tolist() for values in vars(parameters).values())
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_jitter_operation_equals_torchvision_with_a_factor_per_image(name: str, channels: int) -> None:
+    ours, theirs, factors = OPERATIONS[name]
+    images = pictures()[:, :channels].float() / 255
+    result = ours(images, torch.tensor(factors))
+    for image, factor, changed in zip(images, factors, result, strict=True):
+        assert distance(changed, theirs(image, factor)) <= (2e-6 if name == "hue" else 1e-6)
+
+
+def test_grayscale_equals_torchvision() -> None:
+    images = pictures().float() / 255
+    assert distance(to_grayscale(images), TF.rgb_to_grayscale(images, num_output_channels=3)) <= 1e-6
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (33, 60), (7, 7)])
+def test_blur_equals_torchvision_with_a_kernel_of_three_sigmas_per_image(height: int, width: int) -> None:
+    images = pictures(height, width).float() / 255
+    sigmas = [0.1, 0.3, 0.9, 1.3, 1.9, 2.0]
+    for image, sigma, blurred in zip(images, sigmas, gaussian_blur(images, torch.tensor(sigmas)), strict=True):
+        size = 2 * int(np.ceil(np.float32(3) * np.float32(sigma))) + 1
+        assert distance(blurred, TF.gaussian_blur(image, [size, size], [sigma, sigma])) <= 1e-6
+
+
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_blur_is_as_strong_as_pil_s_at_every_image_size(size: int) -> None:
+    """PAWS blurs with PIL, which approximates the Gaussian, repeats the border and rounds.
+
+    R.m.s., they differ by less than three quarters of a level and 15 % of what the blur removes. A kernel of a tenth of
+    the image's side, the habit of others, would lose two thirds of the blur on 32 pixels.
+    """
+    images = pictures(size, size)[:5]
+    for sigma in (0.7, 1.0, 2.0):
+        for image, ours in zip(images, gaussian_blur(images.float(), torch.full((5,), sigma)), strict=True):
+            pil = TF.pil_to_tensor(TF.to_pil_image(image).filter(ImageFilter.GaussianBlur(sigma)))
+            removed = (image.float() - pil).square().mean().sqrt()
+            assert (ours - pil).square().mean().sqrt() < 0.75 + 0.15 * removed
+
+
+def test_an_image_smaller_than_its_kernel_is_blurred_by_a_shorter_one() -> None:
+    images = torch.rand(2, 1, 3, 3)
+    blurred = gaussian_blur(images, torch.tensor([2.0, 0.1]))
+    assert distance(blurred[0], TF.gaussian_blur(images[0], [5, 5], [2.0, 2.0])) <= 1e-6
+    assert distance(blurred[1], images[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 40)])
+def test_the_pipeline_equals_torchvision_s_functions_one_by_one(config: str, height: int, width: int) -> None:
+    images = pictures(height, width).repeat(12, 1, 1, 1)
+    parameters = draw_parameters(CONFIGS[config], seed=0, epoch=4, samples=np.arange(72), view=1)
+    result = augment(images, parameters, mean=MEAN, std=STD)
+    for index, (image, changed) in enumerate(zip(images, result, strict=True)):
+        expected = TF.normalize(by_torchvision(image, parameters, index), MEAN, STD)
+        assert distance(changed, expected) * min(STD) <= 5e-6, row(parameters, index)
+
+
+def test_a_grey_store_s_images_get_what_torchvision_does_to_one_channel() -> None:
+    images = pictures()[:, :1].repeat(10, 1, 1, 1)
+    parameters = draw_parameters(CONFIGS["always"], seed=0, epoch=4, samples=np.arange(60), view=1)
+    result = augment(images, parameters, mean=MEAN, std=STD)
+    assert result.shape == (60, 3, 96, 96)
+    for index, (image, changed) in enumerate(zip(images, result, strict=True)):
+        expected = TF.normalize(by_torchvision(image, parameters, index).expand(3, -1, -1), MEAN, STD)
+        assert distance(changed, expected) * min(STD) <= 5e-6, row(parameters, index)
+
+
+def test_an_image_is_augmented_alike_in_any_batch_and_memory_layout() -> None:
+    images = pictures().repeat(4, 1, 1, 1)
+    parameters = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.arange(24), view=0)
+    whole = augment(images, parameters, mean=MEAN, std=STD)
+    by_rows = images.contiguous(memory_format=torch.channels_last)
+    last = augment(by_rows, parameters, mean=MEAN, std=STD, channels_last=True)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert distance(last, whole) <= 1e-6
+    alone = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.array([17]), view=0)
+    assert distance(augment(images[17:18], alone, mean=MEAN, std=STD), whole[17:18]) <= 1e-6
+
+
+def test_augmenting_leaves_the_input_as_it_was() -> None:
+    images = pictures()
+    parameters = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.arange(6), view=0)
+    augment(images, parameters, mean=MEAN, std=STD)
+    assert torch.equal(images, pictures())
+
+
+def test_normalise_equals_torchvision_and_repeats_a_grey_channel() -> None:
+    images = pictures()
+    expected = TF.normalize(images.float() / 255, MEAN, STD)
+    assert distance(normalise(images, mean=MEAN, std=STD), expected) <= 2e-6
+    grey = normalise(images[:, :1], mean=MEAN, std=STD, channels_last=True)
+    assert grey.is_contiguous(memory_format=torch.channels_last)
+    assert distance(grey, TF.normalize(images[:, :1].float().expand(-1, 3, -1, -1) / 255, MEAN, STD)) <= 2e-6
+
+
+def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
+    def draw(samples: list[int], view: int = 2) -> AugmentParameters:
+        return draw_parameters(AugmentConfig(), seed=5, epoch=9, samples=np.array(samples), view=view)
+
+    pair, triple = draw([5, 9]), draw([9, 1, 5])
+    assert [row(pair, 0), row(pair, 1)] == [row(triple, 2), row(triple, 0)]
+    assert row(draw([5], view=3), 0) != row(pair, 0)
+    joined = AugmentParameters.concatenate([pair, triple])
+    assert len(joined) == 5
+    assert row(joined, 4) == row(triple, 2)
+    both = draw_parameters(AugmentConfig(), seed=5, epoch=9, samples=np.array([5, 5]), view=np.array([2, 3]))
+    assert [row(both, 0), row(both, 1)] == [row(pair, 0), row(draw([5], view=3), 0)]
+
+
+def test_parameters_are_distributed_as_configured() -> None:
+    """Shares within 4.5 standard errors; factors uniform on torchvision's ranges; 24 orders by chi-square."""
+    n = 40_000
+    config = AugmentConfig(0.4, 1.5, 0.8, 0.2, 0.8, 0.2, 0.5, [0.1, 2.0], 0.3)
+    drawn = draw_parameters(config, seed=0, epoch=0, samples=np.arange(n), view=0)
+    changed = drawn.jitter != torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert torch.equal(changed.any(dim=1), changed.all(dim=1))  # all four or none, as in RandomApply([ColorJitter])
+    jittered = changed.any(dim=1)
+    for applied, probability in (
+        (drawn.flip, 0.3),
+        (jittered, 0.8),
+        (drawn.grayscale, 0.2),
+        (drawn.blur_sigma > 0, 0.5),
+    ):
+        assert abs(applied.double().mean() - probability) < 4.5 * np.sqrt(probability * (1 - probability) / n)
+    ranges = {BRIGHTNESS: (0.6, 1.4), CONTRAST: (0.0, 2.5), SATURATION: (0.2, 1.8), HUE: (-0.2, 0.2)}
+    values = [(drawn.jitter[jittered, kind], bounds) for kind, bounds in ranges.items()]
+    values.append((drawn.blur_sigma[drawn.blur_sigma > 0], (0.1, 2.0)))
+    for sample, (least, greatest) in values:
+        assert least <= sample.min() + 1e-6
+        assert sample.max() <= greatest + 1e-6
+        standard = (sample.double() - least) / (greatest - least)
+        assert abs(standard.mean() - 1 / 2) < 4.5 * np.sqrt(1 / 12 / len(sample))
+        assert abs(standard.square().mean() - 1 / 3) < 4.5 * np.sqrt(4 / 45 / len(sample))
+    observed = np.unique(drawn.order.numpy(), axis=0, return_counts=True)[1]
+    assert len(observed) == 24
+    assert ((observed - n / 24) ** 2 / (n / 24)).sum() < 53  # 23 degrees of freedom: 99.96 % lie below
+    together = np.stack(
+        [value.double().numpy() for value in (drawn.flip, jittered, drawn.grayscale, drawn.blur_sigma > 0)]
+    )
+    assert (np.abs(np.corrcoef(together) - np.eye(4)) < 4.5 / np.sqrt(n)).all()
+
+
+def test_switched_off_operations_leave_the_image_as_it_is() -> None:
+    off = AugmentConfig(0, 0, 0, 0, 1, 0, 0, [0.1, 2.0], 0)
+    parameters = draw_parameters(off, seed=0, epoch=0, samples=np.arange(6), view=0)
+    result = augment(pictures(), parameters, mean=MEAN, std=STD)
+    assert torch.equal(result, normalise(pictures(), mean=MEAN, std=STD))
+
+
+def test_input_that_cannot_be_augmented_is_a_clear_error() -> None:
+    parameters = draw_parameters(AugmentConfig(), seed=0, epoch=0, samples=np.arange(6), view=0)
+    with pytest.raises(ValueError, match="uint8"):
+        augment(pictures().float(), parameters, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="3 or 1"):
+        normalise(pictures()[:, :2], mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="5 images need as many parameters, not 6"):
+        augment(pictures()[:5], parameters, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="std"):
+        normalise(pictures(), mean=MEAN, std=(0.2, 0.2, 0.0))

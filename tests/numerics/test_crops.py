@@ -1,0 +1,258 @@
+"""Boxes follow torchvision's RandomResizedCrop; resized crops equal PIL's to one of 255 levels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import RandomResizedCrop, transforms, v2
+from torchvision.transforms.v2 import functional as TF
+
+from paws_hpc.data.crops import (
+    UNIFORMS_PER_BOX,
+    center_crop,
+    draw_boxes,
+    equal_size_resized_crops,
+    resized_crop,
+    resized_crops,
+    sample_boxes,
+)
+from paws_hpc.data.views import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
+
+RECIPES = {
+    "large": CropConfig(scale=[0.14, 1.0]),
+    "small": CropConfig(scale=[0.05, 0.14]),
+    "cifar": CropConfig(scale=[0.75, 1.0]),
+    "wide": CropConfig(scale=[0.9, 1.0], ratio=[1.5, 3.0]),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[Tensor]:
+    """Two photographs, (3, 427, 640) uint8, stored as (H, W, C) like a decoder's output."""
+    return [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
+
+
+def pil_crop(image: Tensor, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """(C, size, size) by PIL: crop, then an antialiased bilinear resize."""
+    top, left, height, width = box
+    array = image.permute(1, 2, 0).contiguous().numpy()
+    picture = Image.fromarray(array if array.shape[2] == 3 else array[:, :, 0])
+    picture = picture.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    return torch.tensor(np.array(picture)).reshape(size, size, -1).permute(2, 0, 1)
+
+
+def levels_apart(first: Tensor, second: Tensor) -> int:
+    return int((first.int() - second.int()).abs().max())
+
+
+class FedTorch:
+    """Stands for torch inside torchvision's get_params and hands it the given numbers, in float64."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.shape, self.place = iter(numbers[:-2]), iter(numbers[-2:])
+
+    def tensor(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    def empty(self, _size: int) -> SimpleNamespace:
+        number = float(next(self.shape))
+        return SimpleNamespace(
+            uniform_=lambda least, greatest: torch.as_tensor(least + (greatest - least) * number, dtype=torch.float64)
+        )
+
+    def randint(self, least: int, bound: int, size: tuple[int]) -> Tensor:
+        return torch.tensor(int(least + float(next(self.place)) * (bound - least)))
+
+    log, exp = staticmethod(torch.log), staticmethod(torch.exp)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_boxes_equal_torchvision_fed_the_same_numbers(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes from 1 x 1 to 700 x 700 and thin strips, so that failed attempts and the central fallback occur too."""
+    random = np.random.default_rng(0)
+    heights, widths = random.integers(1, 700, size=(2, 400))
+    heights[:50], widths[:50] = random.integers(1, 12, size=(2, 50))
+    heights[50:100] = 1 + heights[50:100] // 100
+    widths[100:150] = 1 + widths[100:150] // 100
+    numbers = random.random((400, UNIFORMS_PER_BOX))
+    crop = RECIPES[recipe]
+    boxes = sample_boxes(heights, widths, crop, numbers)
+    for box, height, width, row in zip(boxes.tolist(), heights.tolist(), widths.tolist(), numbers, strict=True):
+        monkeypatch.setattr(transforms, "torch", FedTorch(row))
+        image = Image.new("L", (width, height))
+        assert tuple(box) == RandomResizedCrop.get_params(image, crop.scale, crop.ratio), (height, width)
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= np.stack((heights, widths), axis=1)).all()
+
+
+@pytest.mark.parametrize(("recipe", "height", "width"), [("large", 375, 500), ("small", 375, 500), ("cifar", 32, 32)])
+def test_drawn_boxes_are_distributed_like_torchvision_s(recipe: str, height: int, width: int) -> None:
+    """Means of area, log ratio and centre over 20,000 draws agree to 4 standard errors of their difference."""
+    n, crop = 20_000, RECIPES[recipe]
+    sizes = np.full(n, height), np.full(n, width)
+    ours = draw_boxes(crop, seed=1, epoch=0, samples=np.arange(n), view=0, heights=sizes[0], widths=sizes[1])
+    torch.manual_seed(0)
+    image = torch.empty(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
+
+    def traits(boxes: np.ndarray) -> np.ndarray:
+        top, left, box_height, box_width = boxes.T.astype(float)
+        area, ratio = box_height * box_width / (height * width), np.log(box_width / box_height)
+        return np.stack((area, area**2, ratio, ratio**2, top + box_height / 2, left + box_width / 2))
+
+    ours_traits, theirs_traits = traits(ours), traits(theirs)
+    error = np.sqrt((ours_traits.var(axis=1) + theirs_traits.var(axis=1)) / n)
+    assert (np.abs(ours_traits.mean(axis=1) - theirs_traits.mean(axis=1)) < 4 * error).all()
+
+
+def test_a_box_does_not_depend_on_the_batch_it_is_drawn_in() -> None:
+    def draw(samples: list[int], view: int) -> np.ndarray:
+        ids = np.array(samples)
+        return draw_boxes(
+            RECIPES["large"], seed=3, epoch=2, samples=ids, view=view, heights=300 + ids, widths=400 - ids
+        )
+
+    np.testing.assert_array_equal(draw([5, 9], 1), draw([9, 1, 5], 1)[[2, 0]])
+    assert not np.array_equal(draw([5, 9], 1), draw([5, 9], 0))
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((0, 0, 427, 640), 224),  # the whole image, shrunk
+        ((31, 57, 211, 333), 224),  # odd sizes, shrunk along one side and nearly kept along the other
+        ((200, 300, 40, 53), 96),  # enlarged
+        ((426, 639, 1, 1), 32),  # a single pixel
+        ((10, 500, 417, 3), 96),  # enlarged along one side, shrunk along the other
+        ((100, 100, 96, 96), 96),  # kept
+    ],
+)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_resized_crop_equals_pil_to_one_level(
+    photographs: list[Tensor], box: tuple[int, int, int, int], size: int, channels: int
+) -> None:
+    noise = torch.randint(0, 256, (427, 640, 3), dtype=torch.uint8).permute(2, 0, 1)
+    for image in (*photographs, noise):
+        piece = image[:channels]
+        expected = pil_crop(piece, box, size)
+        assert levels_apart(resized_crop(piece, box, size), expected) <= 1
+        batched = equal_size_resized_crops(piece[None], np.array([box]), size)
+        assert levels_apart(batched[0], expected) <= 1
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (8, 8, 32), (32, 32, 18), (45, 33, 16)])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_batched_crops_of_small_images_equal_pil_to_one_level(
+    height: int, width: int, size: int, channels: int
+) -> None:
+    n = 200
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=random)
+    sides = np.full(n, height), np.full(n, width)
+    crop = CropConfig(scale=[0.05, 1.0])
+    boxes = draw_boxes(crop, seed=0, epoch=0, samples=np.arange(n), view=0, heights=sides[0], widths=sides[1])
+    result = equal_size_resized_crops(images, boxes, size)
+    assert result.shape == (n, channels, size, size)
+    for image, box, row in zip(images, boxes.tolist(), result, strict=True):
+        assert levels_apart(row, pil_crop(image, box, size)) <= 1
+
+
+def test_a_crop_sees_nothing_outside_its_box() -> None:
+    """As when PIL crops first: an antialiasing filter must not reach over the box's edge."""
+    image = torch.full((1, 3, 20, 20), 255, dtype=torch.uint8)
+    image[:, :, 5:15, 4:12] = 7
+    box = np.array([[5, 4, 10, 8]])
+    assert (equal_size_resized_crops(image, box, 4) == 7).all()
+    assert (resized_crops([image[0]], box, 4) == 7).all()
+
+
+def test_a_list_of_crops_equals_interpolate_bit_for_bit_and_fills_a_given_buffer(photographs: list[Tensor]) -> None:
+    images = [photographs[0], photographs[1][:, :300, :211], photographs[0].contiguous()]
+    boxes = np.array([[3, 5, 200, 301], [0, 0, 300, 211], [3, 5, 200, 301]])
+    out = torch.empty((3, 3, 96, 96), dtype=torch.uint8, memory_format=torch.channels_last)
+    assert resized_crops(images, boxes, 96, out=out) is out
+    for image, (top, left, height, width), row in zip(images, boxes.tolist(), out, strict=True):
+        piece = image[None, :, top : top + height, left : left + width]
+        assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
+    fresh = resized_crops(images, boxes, 96)
+    assert torch.equal(fresh, out)
+    assert fresh.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("height", "width"), [(427, 640), (427, 300), (224, 224), (61, 333), (33, 32)])
+@pytest.mark.parametrize(("resize", "size"), [(256, 224), (224, 224), (255, 96), (32, 32)])
+def test_center_crop_equals_torchvision_and_pil(
+    photographs: list[Tensor], height: int, width: int, resize: int, size: int
+) -> None:
+    image = photographs[1][:, :height, :width]
+    result = center_crop(image, resize=resize, size=size)
+    expected = TF.center_crop(TF.resize(image, [resize], antialias=True), [size])
+    assert torch.equal(result, expected)
+    picture = v2.Compose([v2.Resize(resize), v2.CenterCrop(size)])(TF.to_pil_image(image))
+    assert levels_apart(result, TF.pil_to_tensor(picture)) <= 1
+    batch = center_crop(torch.stack((image, image.flip(-1))), resize=resize, size=size)
+    assert torch.equal(batch[0], result)
+
+
+def test_a_box_outside_its_image_is_an_error() -> None:
+    image = torch.zeros(3, 10, 20, dtype=torch.uint8)
+    for box in ((0, 0, 11, 5), (0, 16, 5, 5), (-1, 0, 5, 5), (0, 0, 0, 5)):
+        with pytest.raises(ValueError, match="box"):
+            resized_crop(image, box, 8)
+        with pytest.raises(ValueError, match="box"):
+            equal_size_resized_crops(image[None], np.array([box]), 8)
+
+
+def test_pixels_that_are_not_uint8_and_lists_that_do_not_match_are_errors() -> None:
+    image, box = torch.zeros(3, 10, 20), np.array([[0, 0, 5, 5]])
+    with pytest.raises(ValueError, match="uint8"):
+        resized_crop(image, (0, 0, 5, 5), 8)
+    with pytest.raises(ValueError, match="uint8"):
+        equal_size_resized_crops(image[None], box, 8)
+    with pytest.raises(ValueError, match="uint8"):
+        center_crop(image, resize=8, size=8)
+    with pytest.raises(ValueError, match="2 images and 1 boxes"):
+        resized_crops([image.byte(), image.byte()], box, 8)
+    with pytest.raises(ValueError, match="out"):
+        resized_crops([image.byte()], box, 8, out=torch.empty(1, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uniform"):
+        sample_boxes(np.array([10]), np.array([20]), RECIPES["large"], np.zeros((1, 5)))
+
+
+def test_the_default_views_are_the_paper_s_imagenet_recipe() -> None:
+    views = ViewsConfig()
+    assert (views.large.size, views.large.count, views.large.scale) == (224, 2, [0.14, 1.0])
+    assert (views.small.size, views.small.count, views.small.scale) == (96, 6, [0.05, 0.14])
+    assert views.large.ratio == views.small.ratio == [3 / 4, 4 / 3]
+    assert views.augment == AugmentConfig(0.8, 0.8, 0.8, 0.2, 0.8, 0.2, 0.5, [0.1, 2.0], 0.5)
+    assert views.evaluation == CenterCropConfig(resize=256, size=224)
+
+
+@pytest.mark.parametrize(
+    ("build", "field"),
+    [
+        (lambda: CropConfig(size=0), "size=0"),
+        (lambda: CropConfig(count=-1), "count=-1"),
+        (lambda: CropConfig(scale=[0.5, 0.1]), "scale"),
+        (lambda: CropConfig(scale=[0.5, 1.1]), "scale"),
+        (lambda: CropConfig(ratio=[0.0, 1.0]), "ratio"),
+        (lambda: CenterCropConfig(resize=200, size=224), "views.evaluation.size=224"),
+        (lambda: AugmentConfig(contrast=-0.1), "views.augment.contrast"),
+        (lambda: AugmentConfig(hue=0.6), "views.augment.hue"),
+        (lambda: AugmentConfig(flip_probability=1.5), "views.augment.flip_probability"),
+        (lambda: AugmentConfig(blur_sigma=[0.0, 2.0]), "views.augment.blur_sigma"),
+        (lambda: ViewsConfig(large=CropConfig(count=3)), "views.large.count=3"),
+        (lambda: ViewsConfig(small=CropConfig(count=2000)), "views.small.count=2000"),
+        (lambda: ViewsConfig(support_views=0), "views.support_views=0"),
+    ],
+)
+def test_an_impossible_view_is_an_error_that_names_the_field(build: object, field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        build()  # type: ignore[operator]
