@@ -1,0 +1,229 @@
+"""The HTML report: a run directory told as one self-contained page.
+
+It reads nothing but the run directory, needs no network and no script, and works on a run that is unfinished or was
+killed: a panel without data says what is missing and which stage writes it. The same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from paws_hpc.files import write_text
+from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
+from paws_hpc.stages.report_run import RunRecord, read_run
+from paws_hpc.stages.report_tables import (
+    DASH,
+    Score,
+    confused_pairs,
+    duration,
+    flatten,
+    percent,
+    scores,
+    stage_times,
+    sweep_grid,
+    table_rows,
+)
+
+_MOST_CLASSES = 30
+_CROPS_PIXELS = 640
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
+
+
+def build_report(run: Path) -> Path:
+    """Write ``report/index.html`` of the run directory ``run``, atomically, and return its path.
+
+    Raises:
+        FileNotFoundError: ``run`` is no folder.
+        ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
+    """
+    record = read_run(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(_context(record))
+    path = run / "report" / "index.html"
+    write_text(path, page)
+    return path
+
+
+def _context(record: RunRecord) -> dict[str, Any]:
+    """Everything the template shows; it computes nothing itself."""
+    methods = scores(record)
+    return {
+        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        "record": record,
+        "percent": percent,
+        "dash": DASH,
+        "byline": _byline(record),
+        "notices": notices(record),
+        "table": table_rows(record),
+        "methods": methods,
+        "gains": _gains(methods),
+        "floor": _floor(methods),
+        "stages": stage_times(record),
+        "total": duration(sum(stage.elapsed for stage in stage_times(record))),
+        "panels": pretrain_panels(record),
+        "sweeps": _sweeps(record),
+        "confusion": _confusion(record, methods),
+        "crops": _crops(record),
+        "provenance": _provenance(record),
+    }
+
+
+def notices(record: RunRecord) -> list[Notice]:
+    """What stands at the top of the page: collapse, failed stages, lost cells, torn files, an unfinished run."""
+    found = [
+        Notice("alarm", f"{event.name.capitalize()} at step {event.step:,}", event.message)
+        for event in record.pretrain.events
+    ]
+    if record.summary.get("collapsed") and not any(event.name == "collapse" for event in record.pretrain.events):
+        text = "Pretraining ended with uniform predictions; no accuracy below means anything."
+        found.append(Notice("alarm", "Collapsed", text))
+    for stage in record.stages:
+        if stage["state"] == "failed":
+            found.append(Notice("alarm", f"Stage {stage['name']} failed", "Its log in the run directory says why."))
+    missing = [str(cell) for cell in record.selected.get("missing", [])]
+    if missing:
+        cells = "1 cell has" if len(missing) == 1 else f"{len(missing)} cells have"
+        text = f"The winner was chosen among the others. Missing: {'; '.join(missing)}."
+        found.append(Notice("alarm", f"Sweep: {cells} no result", text))
+    if not record.result:
+        states = ", ".join(f"{stage['name']} {stage['state']}" for stage in record.stages if stage["name"] != "report")
+        text = f"result.json is not there yet: the test split has not been scored. Stages: {states or 'unknown'}."
+        found.append(Notice("note", "This run is unfinished", text))
+    for cell in [None, *record.finetune, *record.baseline]:
+        if (record.pretrain if cell is None else cell.metrics).torn:
+            where = "pretrain" if cell is None else cell.name
+            text = "The process was killed while writing it; everything before that line is shown."
+            found.append(Notice("note", f"The last line of {where}/metrics.jsonl is incomplete", text))
+    return found
+
+
+def _byline(record: RunRecord) -> list[str]:
+    """When, by which version, from which commit, with which seed: as far as it is known."""
+    commit, seed = record.chain.get("commit"), record.result.get("seed")
+    version = record.chain.get("versions", {}).get("paws_hpc")
+    parts = [
+        str(record.chain.get("created", ""))[:16].replace("T", " "),
+        version and f"paws_hpc {version}",
+        f"commit {commit[:12]}" if commit else "commit unknown",
+        None if seed is None else f"seed {seed}",
+    ]
+    return [str(part) for part in parts if part]
+
+
+def _gains(methods: list[Score]) -> dict[str, str]:
+    """Percentage points above the baseline, by method; empty without a baseline."""
+    base = next((score.top1 for score in methods if score.key == "baseline"), None)
+    if base is None:
+        return {}
+    # A true minus sign, as wide as the plus it stands under.
+    return {
+        score.key: f"{100 * (score.top1 - base):+.1f}".replace("-", "\N{MINUS SIGN}")
+        for score in methods
+        if score.key != "baseline"
+    }
+
+
+def _floor(methods: list[Score]) -> int:
+    """Where the strips of the result table begin, in percent: the ten below the lowest bound."""
+    return min((int(10 * score.low) * 10 for score in methods), default=0)
+
+
+def _baseline_cell(record: RunRecord) -> str | None:
+    entry = record.result.get("test", {}).get("baseline") or {}
+    if entry.get("learning_rate") is None or entry.get("epochs") is None:
+        return None
+    return f"lr={entry['learning_rate']},epochs={entry['epochs']}"
+
+
+def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
+    """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
+    sweeps = [
+        ("finetune", "Fine-tuning", record.finetune, record.selected.get("cell")),
+        ("baseline", "Baseline", record.baseline, _baseline_cell(record)),
+    ]
+    return [
+        {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),
+         "curves": sweep_panel(record, stage, cells, chosen)}
+        for stage, title, cells, chosen in sweeps
+    ]  # fmt: skip
+
+
+def _crops(record: RunRecord) -> dict[str, Any] | None:
+    """The grid of crops as base64, with its size in pixels and the whole factor by which a small one is enlarged."""
+    if record.crops is None:
+        return None
+    if record.crops[:8] != b"\x89PNG\r\n\x1a\n" or len(record.crops) < 24:
+        raise ValueError(f"{record.folder / 'pretrain' / 'crops.png'} is not a PNG file. Remove it and report again.")
+    width, height = struct.unpack(">II", record.crops[16:24])
+    factor = max(1, _CROPS_PIXELS // width)
+    return {"data": base64.b64encode(record.crops).decode("ascii"), "width": width * factor, "height": height * factor,
+            "enlarged": factor > 1}  # fmt: skip
+
+
+def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
+    """Per method either the whole matrix as rows of (images, share of the true class) or its most confused pairs."""
+    classes = [str(name) for name in record.result.get("classes", [])]
+    shown = []
+    for score in methods:
+        if score.confusion is None:
+            continue
+        if len(classes) != len(score.confusion):
+            raise ValueError(
+                f"{record.folder / 'result.json'}: {len(classes)} classes, but test.{score.key}.confusion has "
+                f"{len(score.confusion)} rows. Score the test split again."
+            )
+        totals = score.confusion.sum(axis=1)
+        rows = [
+            [(int(images), float(images) / max(int(total), 1)) for images in row]
+            for row, total in zip(score.confusion, totals, strict=True)
+        ] if len(classes) <= _MOST_CLASSES else []  # fmt: skip
+        shown.append({
+            "score": score,
+            "classes": classes,
+            "totals": [int(total) for total in totals],
+            "rows": rows,
+            "upright": max(map(len, classes)) <= 2,
+            "pairs": [] if rows else confused_pairs(score.confusion, classes),
+        })  # fmt: skip
+    return shown
+
+
+def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Tables of where the numbers come from: (caption, rows)."""
+    seed, commit = record.result.get("seed"), record.chain.get("commit")
+    run = [
+        ("name", record.name),
+        ("created", str(record.chain.get("created", "unknown"))),
+        ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
+        ("host cores", str(record.chain.get("host_cores", "unknown"))),
+        ("seed", "unknown until selection has written result.json" if seed is None else str(seed)),
+    ]
+    tables = [
+        ("Run", run),
+        ("Versions", flatten(record.chain.get("versions", {}))),
+        ("Digests of data set and splits", flatten(record.result.get("digests", {}))),
+        ("Pretraining's summary", flatten(record.summary)),
+    ]
+    return [(caption, rows) for caption, rows in tables if rows]

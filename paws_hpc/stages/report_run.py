@@ -1,0 +1,194 @@
+"""What a run directory says, read for the report: every file may be absent, none may be garbled.
+
+Nothing here computes a result. A file that another stage has not written yet is an empty mapping, an empty list or
+``None``; a file that is there but cannot be understood is a ``ValueError`` that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.files import read_json
+
+_CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a stage wrote into its metrics that is no number, such as a collapse."""
+
+    step: int
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Rows of one ``metrics.jsonl``, one per value of its axis and in its order.
+
+    Rows of equal step are merged, and of two values the one written later counts: a resumed run repeats the steps
+    after its last checkpoint.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    torn: bool = False
+
+    def series(self, key: str, *, axis: str = "step") -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The axis and the values, both float64 (N,), of the N rows that have ``key``."""
+        rows = [row for row in self.rows if row.get(key) is not None and row.get(axis) is not None]
+        x = np.array([row[axis] for row in rows], dtype=np.float64)
+        return x, np.array([row[key] for row in rows], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a sweep. ``validation_accuracy`` is None where the cell has no result (yet)."""
+
+    name: str
+    learning_rate: float
+    epochs: int
+    validation_accuracy: float | None
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that the report shows, as read from ``folder``."""
+
+    folder: Path
+    chain: dict[str, Any]
+    config: str | None
+    pretrain: Metrics
+    summary: dict[str, Any]
+    crops: bytes | None
+    finetune: list[Cell]
+    baseline: list[Cell]
+    selected: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The chain's name, or the folder's where no chain.json says one."""
+        return str(self.chain.get("name") or self.folder.resolve().name)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """chain.json's stages: name, state, seconds."""
+        return list(self.chain.get("stages", []))
+
+    def state(self, stage: str) -> str:
+        """The state of a stage as one word; ``unknown`` where chain.json does not list it."""
+        return next((str(entry["state"]) for entry in self.stages if entry["name"] == stage), "unknown")
+
+
+def read_run(run: Path) -> RunRecord:
+    """Read the run directory ``run``.
+
+    Raises:
+        FileNotFoundError: ``run`` is no folder.
+        ValueError: a file in it is not what its name says; file and line or key are named.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not a run directory: there is no such folder. Give the folder of a run.")
+    selected = _mapping(run / "selected.json")
+    config, crops = run / "config.yaml", run / "pretrain" / "crops.png"
+    return RunRecord(
+        folder=run,
+        chain=_mapping(run / "chain.json"),
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        pretrain=read_metrics(run / "pretrain" / "metrics.jsonl"),
+        summary=_mapping(run / "pretrain" / "summary.json"),
+        crops=crops.read_bytes() if crops.exists() else None,
+        finetune=_cells(run / "finetune", selected.get("missing", [])),
+        baseline=_cells(run / "baseline", []),
+        selected=selected,
+        result=_mapping(run / "result.json"),
+    )
+
+
+def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
+    """Read a metrics file; an absent one has no rows.
+
+    A killed process may leave its last line unfinished, and that line is left out (``torn`` says so).
+
+    Raises:
+        ValueError: any other line is not a JSON object with a number under ``axis``; file and line are named.
+    """
+    if not path.exists():
+        return Metrics()
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    merged: dict[float, dict[str, Any]] = {}
+    events: dict[tuple[int, str], Event] = {}
+    torn = False
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line.decode())
+        except ValueError as error:
+            if number == len(lines):
+                torn = True
+                break
+            raise ValueError(
+                f"{path} line {number} is not JSON: {error}. Only the last line may be torn; "
+                "restore the file or remove that line."
+            ) from error
+        position: Any = row.get(axis) if isinstance(row, dict) else None
+        if not _is_number(position):
+            raise ValueError(f"{path} line {number} has no number under {axis!r}. Every row needs one.")
+        merged.setdefault(position, {}).update(row)
+        if "event" in row:
+            event = Event(int(position), str(row["event"]), str(row.get("message", "")))
+            events[event.step, event.name] = event
+    return Metrics([merged[position] for position in sorted(merged)], list(events.values()), torn)
+
+
+def parse_cell(name: str) -> tuple[float, int] | None:
+    """``(learning rate, epochs)`` of a cell's folder name such as ``lr=0.05,epochs=30``, or None for another name."""
+    match = _CELL_NAME.fullmatch(name.rsplit("/", 1)[-1])
+    if match is None:
+        return None
+    try:
+        return float(match["learning_rate"]), int(match["epochs"])
+    except ValueError:
+        return None
+
+
+def _cells(folder: Path, missing: Iterable[str]) -> list[Cell]:
+    """The sweep's cells by epochs, then learning rate: those with a folder and those that are known to be missing."""
+    names = {entry.name for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else set()
+    names |= {str(name).rsplit("/", 1)[-1] for name in missing}
+    cells = []
+    for name in names:
+        setting = parse_cell(name)
+        if setting is None:
+            continue
+        accuracy = _mapping(folder / name / "result.json").get("validation_accuracy")
+        metrics = read_metrics(folder / name / "metrics.jsonl", axis="epoch")
+        cells.append(Cell(name, *setting, None if accuracy is None else float(accuracy), metrics))
+    return sorted(cells, key=lambda cell: (cell.epochs, cell.learning_rate))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
+            f"{path} holds {type(value).__name__}, not a JSON object. Restore it or remove it."
+        )
+    return value

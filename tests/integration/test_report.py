@@ -1,0 +1,413 @@
+"""The HTML report in a real browser: what a colleague sees who opens the mailed file."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from paws_hpc.stages.report import build_report
+from paws_hpc.stages.report_tables import result_table
+
+DIGITS = [str(digit) for digit in range(10)]
+PANELS = [
+    "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
+    "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
+    "confusion-paws-nn", "confusion-fine-tuned", "confusion-baseline", "crops",
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- fixture
+
+
+def write_run(
+    run: Path, *, classes: list[str] | None = None, epochs: int = 30, steps: int = 11, collapsed: bool = False
+) -> Path:
+    """Write a run directory as the digits demo leaves it, with made-up but plausible numbers; the same every time."""
+    classes = DIGITS if classes is None else classes
+    random = np.random.default_rng(0)
+    stages = {"prepare": 1.4, "pretrain": 81.3, "finetune": 41.8, "baseline": 22.6, "selection": 3.2}
+    chain = {
+        "name": "digits", "created": "2025-11-22T16:53:07+00:00", "commit": "536bd850a1b2c3d4e5f60718293a4b5c6d7e8f90",
+        "versions": {"paws_hpc": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "torchvision": "0.26.0"},
+        "host_cores": 2,
+        "stages": [{"name": name, "state": "done", "seconds": value} for name, value in stages.items()]
+        + [{"name": "report", "state": "running", "seconds": None}],
+    }  # fmt: skip
+    _json(run / "chain.json", chain)
+    config = (
+        "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
+    )
+    (run / "config.yaml").write_text(config + "optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
+    rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
+    _jsonl(run / "pretrain" / "metrics.jsonl", rows)
+    _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
+    _crops(random).save(run / "pretrain" / "crops.png")
+    for rate in (0.01, 0.05, 0.2):
+        for cell_epochs in (10, 30):
+            _cell(run / "finetune", random, rate, cell_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / cell_epochs)
+            _cell(run / "baseline", random, rate, cell_epochs, 0.80 - 0.7 * abs(rate - 0.2))
+    (run / "finetune" / "lr=0.2,epochs=30" / "result.json").unlink()
+    cell = "lr=0.05,epochs=30"
+    accuracy = json.loads((run / "finetune" / cell / "result.json").read_text())["validation_accuracy"]
+    _json(run / "selected.json", {
+        "learning_rate": 0.05, "epochs": 30, "cell": cell, "validation_accuracy": accuracy,
+        "missing": ["lr=0.2,epochs=30"],
+    })  # fmt: skip
+    test = {
+        "count": 360,
+        "paws_nn": _score(random, len(classes), 0.961),
+        "fine_tuned": {**_score(random, len(classes), 0.967), "learning_rate": 0.05, "epochs": 30},
+        "baseline": {**_score(random, len(classes), 0.80), "learning_rate": 0.2, "epochs": 30},
+    }
+    digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
+    _json(run / "result.json", {
+        "labels": 4 * len(classes), "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
+    })  # fmt: skip
+    return run
+
+
+def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, collapsed: bool) -> list[dict[str, Any]]:
+    total_steps, rows, log_k = epochs * steps, [], math.log(10)
+    for step in range(total_steps):
+        done = step / total_steps
+        noise = random.normal(size=6)
+        consistency = log_k if collapsed else 0.28 + 1.9 * math.exp(-7 * done) + 0.04 * noise[0]
+        me_max = -log_k if collapsed else -log_k + 0.03 + 0.5 * math.exp(-9 * done) + 0.01 * abs(noise[1])
+        row = {
+            "step": step, "epoch": step / steps, "loss/total": consistency + me_max, "loss/consistency": consistency,
+            "loss/me_max": me_max, "loss/num_classes": 10,
+            "optimizer/lr": 0.3 + 47 * done if done < 0.1 else 2.525 + 2.475 * math.cos(math.pi * (done - 0.1) / 0.9),
+            "diagnostics/instance_discrimination": 5.5 - 2.2 * (1 - math.exp(-5 * done)) + 0.05 * noise[2],
+            "diagnostics/support_classification": 0.05 + 2.2 * math.exp(-8 * done) + 0.01 * abs(noise[3]),
+            "diagnostics/confidence": 0.1 if collapsed else 0.95 - 0.8 * math.exp(-6 * done) + 0.01 * noise[4],
+            "throughput/images_per_s": 520 + 15 * noise[5], "throughput/data_wait": 0.04 + 0.01 * abs(noise[0]),
+            "gradient/norm": 3 * math.exp(-3 * done) + 0.2 * abs(noise[1]),
+        }  # fmt: skip
+        if done < 1 / 3:
+            row["loss/support_nce"] = 0.03 + 2.2 * math.exp(-9 * done) + 0.02 * abs(noise[2])
+        if (step + 1) % (2 * steps) == 0:
+            row["validation/paws_nn"] = 0.962 - 0.6 * math.exp(-6 * done)
+        rows.append(row)
+    if collapsed:
+        message = "consistency is within 1 % of log K for 100 steps: turn on the support warm-up"
+        rows.append({"step": total_steps - 1, "epoch": epochs, "event": "collapse", "message": message})
+    return rows
+
+
+def _cell(folder: Path, random: np.random.Generator, rate: float, epochs: int, best: float) -> None:
+    curve = best - 0.5 * np.exp(-np.arange(1, epochs + 1) / 3) - 0.01 * random.random(epochs)
+    rows = [
+        {"epoch": epoch, "loss": 2.3 * math.exp(-epoch / 4), "lr": rate, "validation_accuracy": float(value)}
+        for epoch, value in enumerate(curve, start=1)
+    ]
+    cell = folder / f"lr={rate:g},epochs={epochs}"
+    _jsonl(cell / "metrics.jsonl", rows)
+    best_epoch = int(curve.argmax())
+    _json(cell / "result.json", {
+        "learning_rate": rate, "epochs": epochs, "validation_accuracy": float(curve[best_epoch]),
+        "best_epoch": best_epoch + 1, "seconds": 0.7 * epochs,
+    })  # fmt: skip
+
+
+def _score(random: np.random.Generator, classes: int, accuracy: float) -> dict[str, Any]:
+    truth = np.arange(360) % classes
+    wrong = random.choice(360, size=360 - round(accuracy * 360), replace=False)
+    guess = truth.copy()
+    guess[wrong] = (truth[wrong] + random.choice([1, 1, 1, 2, 5], size=len(wrong))) % classes
+    confusion = np.zeros((classes, classes), dtype=int)
+    np.add.at(confusion, (truth, guess), 1)
+    return {"top1": float((truth == guess).mean()), "top5": None, "confusion": confusion.tolist()}
+
+
+def _crops(random: np.random.Generator) -> Image.Image:
+    from sklearn.datasets import load_digits
+
+    grid = Image.new("L", (2 * 34 + 4 * 18, 6 * 34), 128)
+    for row, pixels in enumerate(load_digits().images[:6]):
+        image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        for column in range(6):
+            size, x = (32, 34 * column) if column < 2 else (16, 68 + 18 * (column - 2))
+            left, top = random.integers(0, 16 if column > 1 else 5, size=2)
+            width = 16 if column > 1 else 28
+            box = (int(left), int(top), int(left) + width, int(top) + width)
+            grid.paste(image.resize((size, size), Image.Resampling.BILINEAR, box), (x, 34 * row))
+    return grid
+
+
+def _json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def kill(run: Path) -> Path:
+    """Leave of a run what SIGKILL leaves in the middle of pretraining: a torn last line and nothing after it."""
+    for name in ("finetune", "baseline"):
+        shutil.rmtree(run / name)
+    for name in ("result.json", "selected.json", "pretrain/summary.json", "pretrain/crops.png"):
+        (run / name).unlink()
+    metrics = run / "pretrain" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[: metrics.stat().st_size // 2 - 7])
+    chain = json.loads((run / "chain.json").read_text())
+    states = ["done", "running", "pending", "pending", "pending", "pending"]
+    for stage, state in zip(chain["stages"], states, strict=True):
+        stage["state"], stage["seconds"] = state, stage["seconds"] if state == "done" else None
+    _json(run / "chain.json", chain)
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------- browser
+
+
+class Page:
+    """A page in headless Chromium, with what it asked the network for and what it complained about."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, path: Path, *, scheme: str = "light", width: int = 1280) -> None:
+        self.driver.get_log("browser")
+        self.driver.get_log("performance")
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(path.as_uri())
+
+    def requests(self) -> list[str]:
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+    def complaints(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+    def script(self, source: str) -> Any:
+        return self.driver.execute_script(source)
+
+    def text(self, selector: str) -> str:
+        return " ".join(self.script(f"return document.querySelector({selector!r}).textContent").split())
+
+    def picture(self, selector: str) -> np.ndarray:
+        element = self.driver.find_element(By.CSS_SELECTOR, selector)
+        return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"))
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver_path is None:
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(driver_path))
+    try:
+        yield Page(driver)
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report(write_run(tmp_path_factory.mktemp("run")))
+
+
+CONTRAST = """
+const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+const over = (colour, below) => {
+    canvas.fillStyle = `rgb(${below})`; canvas.fillRect(0, 0, 1, 1);
+    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
+};
+const background = element => {
+    if (element === null) return [255, 255, 255];
+    return over(getComputedStyle(element).backgroundColor, background(element.parentElement));
+};
+const found = [];
+for (const element of document.querySelectorAll('body *')) {
+    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+    if (!own || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element), behind = background(element);
+    const front = over(element instanceof SVGElement ? style.fill : style.color, behind);
+    const [a, b] = [luminance(front), luminance(behind)];
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.textContent.trim().slice(0, 40)]);
+}
+return found;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_every_panel_is_drawn_and_readable(page: Page, report: Path, scheme: str, width: int) -> None:
+    page.open(report, scheme=scheme, width=width)
+    for name in PANELS:
+        picture = page.picture(f"#panel-{name}")
+        assert picture.shape[0] > 100, name
+        assert picture.shape[1] > 250, name
+        # An empty frame has hardly any contrast inside; strokes and letters do.
+        assert np.ptp(picture[8:-8, 8:-8]) > 100, name
+    assert page.script("return document.querySelectorAll('.panel').length") == len(PANELS)
+    assert page.script("return document.querySelectorAll('.absent').length") == 0
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    contrasts = page.script(CONTRAST)
+    assert len(contrasts) > 300
+    assert min(contrasts)[0] >= 4.5, f"WCAG AA: {min(contrasts)}"
+    assert page.complaints() == []
+
+
+def test_asks_the_network_for_nothing(page: Page, report: Path) -> None:
+    page.open(report)
+    requests = page.requests()
+    assert requests[0] == report.as_uri()
+    assert all(url.startswith("data:image/png;base64,") for url in requests[1:]), requests[1:]
+    assert page.complaints() == []
+
+
+def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
+    page.open(report)
+    texts = page.script(
+        "return [...document.querySelectorAll('svg, img')].map(e => e.getAttribute('aria-label') || e.alt)"
+    )
+    assert min(len(text) for text in texts) > 30
+    assert page.script("return [...document.querySelectorAll('table')].every(t => t.caption.textContent.trim() !== '')")
+    assert page.script(
+        "return [...document.querySelectorAll('figure')].every(f => f.querySelector('figcaption, caption') !== null)"
+    )
+    ids = page.script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    label = page.script("return document.querySelector('#panel-paws-nn svg').getAttribute('aria-label')")
+    assert re.search(r"PAWS-NN goes from \d\d\.\d % to 96\.0 % at epoch 29\.", label)
+
+
+def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Path) -> None:
+    page.open(report)
+    shown = page.text("#result")
+    table = result_table(report.parent.parent)
+    assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
+    assert [name for name, _ in table] == [
+        "labels", "test images", "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
+        "prepare", "pretrain", "finetune", "baseline", "selection",
+    ]  # fmt: skip
+    for name, value in table:
+        for part in filter(
+            None, re.split(r" \(95 % interval | \(|\)", name) + re.split(r" \(95 % interval |\)", value)
+        ):
+            assert part in shown, (name, part)
+
+
+def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.text("#panel-finetune-sweep td.chosen") == "96.6 %chosen"
+    assert page.text("#panel-finetune-sweep td.missing") == "no result"
+    assert page.text("#warnings .alarm strong") == "Sweep: 1 cell has no result"
+    assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
+
+
+def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, collapsed=True)))
+    assert page.text("main > :first-child .alarm strong") == "Collapse at step 329"
+    assert "turn on the support warm-up" in page.text("#warnings")
+    assert page.script("return document.querySelector('#warnings').getBoundingClientRect().bottom < innerHeight")
+    assert page.text("#panel-loss svg").count("collapse") == 1
+
+
+def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(kill(write_run(tmp_path))))
+    warnings = page.text("#warnings")
+    assert "This run is unfinished" in warnings
+    assert "The last line of pretrain/metrics.jsonl is incomplete" in warnings
+    assert page.script("return document.querySelector('#panel-loss svg') !== null")
+    assert page.text("#panel-finetune-sweep .absent") == (
+        "No cells in finetune/. Stage finetune writes them; its state is: pending."
+    )
+    assert "Stage selection writes it; its state is: pending" in page.text("#panel-confusion")
+    assert "Stage pretrain writes it; its state is: running" in page.text("#panel-crops")
+    assert "PAWS-NN" in dict(result_table(tmp_path))
+    assert page.complaints() == []
+
+
+def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(tmp_path))
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 14
+    assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
+    classes = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{1}$", "猫", *DIGITS[4:]]
+    run = write_run(tmp_path, classes=classes)
+    chain = json.loads((run / "chain.json").read_text())
+    _json(run / "chain.json", chain | {"name": "<b>run</b> & more"})
+    page.open(build_report(run))
+    assert page.script("return document.scripts.length") == 0
+    assert page.script("return document.images.length") == 1
+    assert page.text("h1") == "<b>run</b> & more"
+    names = page.script(
+        "return [...document.querySelectorAll('#panel-confusion-baseline tbody th')].map(e => e.textContent)"
+    )
+    assert names == classes
+    assert "# <not a tag>" in page.text("#config pre")
+    assert page.complaints() == []
+
+
+def test_many_classes_give_the_most_confused_pairs(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, classes=[f"species {k}" for k in range(40)])))
+    rows = page.script(
+        "return [...document.querySelectorAll('#panel-confusion-baseline tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    assert len(rows) == 15
+    counts = [int(row[2]) for row in rows]
+    assert counts == sorted(counts, reverse=True)
+    assert all(row[0] != row[1] for row in rows)
+
+
+def test_print_shows_the_configuration_and_light_colours(page: Page, report: Path) -> None:
+    page.open(report, scheme="dark")
+    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
+    assert page.script("return document.querySelector('#config pre').getBoundingClientRect().height") > 50
+
+
+def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None:
+    again = build_report(write_run(tmp_path))
+    assert again.read_bytes() == report.read_bytes()
+    assert build_report(tmp_path).read_bytes() == report.read_bytes(), "a second report must not see the first"
+
+
+def test_a_garbled_run_is_refused_and_keeps_its_earlier_report(tmp_path: Path) -> None:
+    earlier = build_report(write_run(tmp_path)).read_bytes()
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
+    with pytest.raises(ValueError, match=r"pretrain/metrics\.jsonl line 5 is not JSON"):
+        build_report(tmp_path)
+    assert (tmp_path / "report" / "index.html").read_bytes() == earlier
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
