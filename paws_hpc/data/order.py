@@ -77,11 +77,11 @@ def _encrypt(
     return (left << half) | right
 
 
-_UNLABELLED, _CLASSES, _IMAGES = 1, 2, 3  # keeps the three permutations below independent of each other
+_EPOCH, _CLASSES, _IMAGES = 1, 2, 3  # keeps the three permutations below independent of each other
 
 
 @dataclass(frozen=True)
-class UnlabelledOrder:
+class EpochOrder:
     """One pass over all records per epoch, in an order drawn anew for each; an incomplete last batch is left out.
 
     Attributes:
@@ -114,7 +114,7 @@ class UnlabelledOrder:
         """The global batch of a step: (B,) distinct record positions."""
         start = step % self.steps_per_epoch * self.batch_size
         positions = np.arange(start, start + self.batch_size)
-        return permute(positions, self.count, cipher_key(self.seed, _UNLABELLED, self.epoch(step)))
+        return permute(positions, self.count, cipher_key(self.seed, _EPOCH, self.epoch(step)))
 
 
 class SupportOrder:

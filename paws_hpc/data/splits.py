@@ -46,9 +46,16 @@ class LabelsConfig:
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"labels.{name}={count} must be at least 1.")
+
+    def check_complete(self) -> None:
+        """Raise ValueError unless each set is given in exactly one way."""
         for count, file in (("per_class", "file"), ("validation_per_class", "validation_file")):
-            if (getattr(self, count) is None) == (getattr(self, file) is None):
-                raise ValueError(f"Give exactly one of labels.{count} and labels.{file}.")
+            numbers, listed = getattr(self, count), getattr(self, file)
+            if (numbers is None) == (listed is None):
+                raise ValueError(
+                    f"labels.{count}={numbers} and labels.{file}={listed}: give exactly one of them and set the other to "
+                    "null."
+                )
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
             split belongs to other data.
         FileNotFoundError: a split file is missing.
     """
+    config.check_complete()
     nobody = np.zeros(0, np.int64)
     labelled = _load_or_make(
         store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, taken=nobody

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import AugmentParameters, augment, draw_parameters, normalize
+from paws_hpc.data.augment import AugmentParameters, augment, draw_parameters, normalise
 from paws_hpc.data.crops import center_crop, draw_boxes, equal_size_resized_crops, resized_crops
 from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
 from paws_hpc.data.prefetch import Prefetch
@@ -289,4 +289,4 @@ class EvaluationSet:
                 center_crop(torch.from_numpy(image).permute(2, 0, 1), resize=self.crop.resize, size=self.crop.size)
                 for image in images
             ]
-            yield normalize(torch.stack(crops).to(device), mean=self.store.mean, std=self.store.std).to(dtype)
+            yield normalise(torch.stack(crops).to(device), mean=self.store.mean, std=self.store.std).to(dtype)

@@ -9,7 +9,7 @@ from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.store import ImageStore, open_source, pack
+from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
 
 
 @dataclass(frozen=True)
@@ -75,5 +75,5 @@ def _pack(data: DataConfig, subset: str, destination: Path) -> None:
             f"data.{subset}={destination} is not packed yet. Pack it first: python -m paws_hpc.shards pack SOURCE FOLDER "
             f"{destination} (python -m paws_hpc.shards pack --help lists the sources)."
         )
-    source_path = None if data.source_path is None else Path(data.source_path)
-    pack(open_source(data.source, source_path, subset=subset), destination)
+    source = open_source(SourceConfig(kind=data.source, root=data.source_path, split=subset))
+    pack(source, destination, options=PackOptions())

@@ -14,7 +14,7 @@ from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
 from paws_hpc.engine.pretrain import Pretraining, pretrain
 from paws_hpc.engine.tracking import Row
-from paws_hpc.files import file_hash, write_json
+from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.prepare import RunData, open_data
@@ -84,10 +84,11 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
     if not is_done(run.pretrain):
         raise FileNotFoundError(f"{run.pretrain} is not done: run the stage 'pretrain' of this run first.")
     checkpoint = checkpoint_folder(config, run, data).newest(device)
-    if checkpoint is None:
+    steps = read_json(run.pretrain / "DONE")["steps"]
+    if checkpoint is None or checkpoint.step != steps:
         raise FileNotFoundError(
-            f"{run.checkpoints} holds no valid checkpoint although pre-training is marked done. Remove "
-            f"{run.pretrain / 'DONE'} and launch again."
+            f"{run.checkpoints} holds no valid checkpoint of step {steps}, where pre-training ended. Remove "
+            f"{run.pretrain / 'DONE'} and launch again to train from the newest valid one."
         )
     encoder = build_encoder(config.model, seed=config.seed)
     encoder.load_state_dict(checkpoint.state["encoder"])

@@ -1,0 +1,49 @@
+# make help says what there is.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help env demo test check format pins browser clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with uv inside it)
+
+demo: $(INSTALLED) ## from images to report on this machine, in about four minutes: runs/digits-seed0/report/index.html
+	$(BIN)/python -m paws_hpc.launch
+
+test: $(INSTALLED) browser ## all tests
+	$(BIN)/python -m pytest -n 2
+
+check: $(INSTALLED) ## format, lint, types, direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+pins: $(INSTALLED) ## write the versions now in .venv to constraints.txt
+	{ head -1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python | grep -v '^-e' | sort -f; } > constraints.new
+	mv constraints.new constraints.txt
+
+browser: # the report is tested in a real browser
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  echo "The report's tests need Debian's packages chromium and chromium-driver; installing them."; \
+	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  $$SUDO apt-get update -q && $$SUDO apt-get install -q -y --no-install-recommends chromium chromium-driver; }
+
+clean: ## remove the environment and caches; runs and packed shards stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Debian keeps venv in the package python3.11-venv: install it and run make again."; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,103 @@
+"""The frozen config: YAML in the run directory ↔ the plain dataclasses that stages see."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from paws_hpc.config import Config, identity
+from paws_hpc.files import write_text
+
+
+class ConfigError(ValueError):
+    """A config that no run can use; the message names field, value and remedy."""
+
+
+def to_config(composed: Any) -> Config:
+    """Turn a composed OmegaConf config, or a plain mapping, into dataclasses, which check their own values.
+
+    Raises:
+        ConfigError: an unknown field (the nearest known one is named), a wrong type, or a value out of range.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+    assert isinstance(config, Config), "the schema is Config"
+    return config
+
+
+def explain(error: BaseException) -> str:
+    """An error of Hydra or OmegaConf as one sentence, with the nearest known field for an unknown one."""
+    chain, text = error, str(error)
+    while chain.__cause__ is not None:
+        chain = chain.__cause__
+        text = f"{text}\n{chain}"
+    if isinstance(chain, ValueError) and not isinstance(chain, OmegaConfBaseException):
+        return str(chain)  # raised by a dataclass about its own field; it says all there is to say
+    field = re.search(r"full_key: (\S+)", text)
+    unknown = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text)
+    if unknown:
+        name = field.group(1) if field else unknown.group(1)
+        return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
+    first = text.splitlines()[0]
+    return f"{field.group(1)}: {first}" if field else first
+
+
+def nearest(name: str) -> str:
+    """The known dotted field that is spelled most like ``name``."""
+    known = _dotted(asdict(Config()), "")
+    prefix, _, last = name.rpartition(".")
+    siblings = [field for field in known if field.rpartition(".")[0] == prefix]
+    if close := difflib.get_close_matches(last, [field.rpartition(".")[2] for field in siblings], n=1):
+        return f"{prefix}.{close[0]}" if prefix else close[0]
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def _dotted(value: dict[str, Any], prefix: str) -> list[str]:
+    fields = []
+    for key, item in value.items():
+        fields.append(prefix + key)
+        if isinstance(item, dict):
+            fields += _dotted(item, f"{prefix}{key}.")
+    return fields
+
+
+def read_config(path: Path) -> Config:
+    """Read a frozen config.
+
+    Raises:
+        ConfigError: it does not fit this version's schema.
+    """
+    return to_config(OmegaConf.load(path))
+
+
+def freeze(config: Config, path: Path) -> None:
+    """Write the config of a run, or check it against the one with which the run was begun.
+
+    Fields that do not determine the result may differ, and so may those in ``accept_changes``; the file is updated.
+
+    Raises:
+        ConfigError: other fields differ; both values are named.
+    """
+    if path.exists():
+        now, then = identity(config), identity(read_config(path))
+        differing = [
+            name
+            for name in sorted(now.keys() | then.keys())
+            if now.get(name) != then.get(name) and name not in config.accept_changes
+        ]
+        if differing:
+            told = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
+            raise ConfigError(
+                f"{path.parent} was begun with other settings: {told}. Give this run another name=…, or continue it "
+                f"all the same with accept_changes=[{','.join(differing)}]."
+            )
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))

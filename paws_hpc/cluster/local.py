@@ -1,0 +1,65 @@
+"""The chain on this machine: stage after stage, in this process or as processes of submitit's local executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import submitit
+
+from paws_hpc.cluster.bootstrap import run_job, run_job_as_rank
+from paws_hpc.cluster.chain import Chain, Job, jobs_of
+from paws_hpc.config import STAGES, Config
+from paws_hpc.stages.run_folder import RunFolder
+
+Runner = Callable[[Job], None]
+
+
+def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
+    """Run the asked stages in order, leaving out jobs that are done.
+
+    Args:
+        config: of the run.
+        run: its folder, with the frozen config.
+        runner: runs one job and raises if it fails.
+
+    Returns:
+        the names of the jobs that had work to do.
+    """
+    chain = Chain(run, config.name)
+    worked: list[str] = []
+    for stage in (stage for stage in STAGES if stage in config.stages):
+        pending = [job for job in jobs_of(config, stage) if not job.is_done(run)]
+        began = chain.begin(stage)
+        try:
+            for job in pending:
+                runner(job)
+        except BaseException:
+            chain.end(stage, began, state="failed")
+            raise
+        chain.end(stage, began, state="done", worked=bool(pending))
+        worked += [job.name for job in pending]
+    return worked
+
+
+def in_process(run: RunFolder) -> Runner:
+    """Run jobs here: one rank, progress on this terminal."""
+    return partial(run_job, run.path)
+
+
+def submitit_local(config: Config, run: RunFolder) -> Runner:
+    """Run each job as ``resources.<stage>.ranks`` processes on this machine and wait for it."""
+
+    def runner(job: Job) -> None:
+        executor = submitit.LocalExecutor(folder=run.path / "logs" / job.name.replace("/", "-"))
+        executor.update_parameters(
+            tasks_per_node=getattr(config.resources, job.stage).ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30
+        )
+        submitted = executor.submit(run_job_as_rank, Path(run.path).resolve(), job)
+        submitted.results()
+
+    return runner
+
+
+_A_YEAR_MIN = 365 * 24 * 60  # submitit's local executor ends a job after its time; here the user's shell decides

@@ -1,0 +1,66 @@
+"""How the ranks of one job find each other: rank 0 listens and publishes its address in the run directory."""
+
+from __future__ import annotations
+
+import socket
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from paws_hpc.files import read_json, write_json
+
+_POLL_S = 0.1
+
+
+def join(
+    folder: Path, *, job: str, rank: int, world_size: int, host: str, device: torch.device, timeout_s: float = 600.0
+) -> None:
+    """Form the process group of ``world_size`` ranks, over NCCL on GPUs and gloo on CPUs.
+
+    Args:
+        folder: seen by all ranks; holds ``<job>.json`` with rank 0's address.
+        job: unique to this start of this job, so that no address of an earlier start is taken for it.
+        rank: of this process.
+        world_size: of the job; 1 is only ever asked for, never fallen back to.
+        host: name or address of this process's machine, as the other ranks can reach it.
+        device: of this rank.
+        timeout_s: to wait for the others.
+
+    Raises:
+        TimeoutError: rank 0 published no address in time.
+        RuntimeError: not all ranks arrived in time.
+    """
+    path = folder / f"{job}.json"
+    timeout = timedelta(seconds=timeout_s)
+    if rank == 0:
+        listener = socket.create_server((host, 0))
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
+        write_json(path, {"host": host, "port": port})
+    else:
+        address = _wait_for(path, timeout_s)
+        store = dist.TCPStore(address["host"], address["port"], world_size, is_master=False, timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    dist.barrier()
+    if rank == 0:
+        path.unlink()
+
+
+def _wait_for(path: Path, timeout_s: float) -> dict[str, object]:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its log), "
+                "or the run directory is not on a file system that all ranks share."
+            )
+        time.sleep(_POLL_S)
+    address: dict[str, object] = read_json(path)
+    return address
