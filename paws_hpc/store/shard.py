@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,35 +49,34 @@ class ShardHeader:
 def write_shard(path: Path, payloads: Sequence[bytes], index: ShardIndex, header: ShardHeader) -> ShardEntry:
     """Write a shard whole: temporary file → fsync → rename.
 
-    h5py lays the file out with ``/data`` allocated but unwritten; the payloads are then written at its offset as to any
-    file. So the records exist once in memory, and a full disk is an ordinary error of ``write``.
+    h5py lays the file out in memory, with ``/data`` allocated but unwritten; then head, payloads and tail are written
+    as to any file. So HDF5 never meets a full disk, which it takes badly: it fails in destructors and leaves files open.
 
     Raises:
         OSError: the file cannot be written, the disk is full included; nothing stays at ``path``.
     """
     size = sum(len(payload) for payload in payloads)
+    head, tail = _lay_out(size, index, header)
     with atomic_write(path) as file:
-        data_offset = _lay_out(Path(file.name), size, index, header)
-        file.seek(data_offset)
-        file.writelines(payloads)
+        file.writelines((head, *payloads, tail))
     return ShardEntry(
         name=path.name,
         count=len(index),
         bytes=path.stat().st_size,
-        data_offset=data_offset,
+        data_offset=len(head),
         data_bytes=size,
         file_hash=file_hash(path),
         uuid=header.uuid,
     )
 
 
-def _lay_out(path: Path, size: int, index: ShardIndex, header: ShardHeader) -> int:
-    """Create the HDF5 structure with everything but the bytes of ``/data`` and return their offset in the file."""
+def _lay_out(size: int, index: ShardIndex, header: ShardHeader) -> tuple[bytes, bytes]:
+    """Make the HDF5 file and return what lies before and after the ``size`` bytes of its ``/data``."""
+    image = io.BytesIO()
     with h5py.File(
-        path,
+        image,
         "w",
         libver=_LIBVER,
-        locking=False,
         alignment_threshold=size,  # only /data is as large as that
         alignment_interval=LARGE_ALIGNMENT if size >= LARGE_ALIGNMENT else SMALL_ALIGNMENT,
     ) as file:
@@ -95,7 +95,8 @@ def _lay_out(path: Path, size: int, index: ShardIndex, header: ShardHeader) -> i
         data = h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, dcpl=properties)
         offset = data.get_offset()
     assert offset is not None, "a contiguous data set that is allocated early has an offset"
-    return int(offset)
+    whole = image.getvalue()
+    return whole[:offset].ljust(offset, b"\0"), whole[offset + size :]
 
 
 @dataclass(frozen=True)
