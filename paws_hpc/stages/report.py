@@ -7,7 +7,9 @@ killed: a panel without data says what is missing and which stage writes it. The
 from __future__ import annotations
 
 import base64
+import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from markupsafe import Markup
 
 from paws_hpc.files import write_text
 from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
-from paws_hpc.stages.report_run import RunRecord, read_run
+from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
     DASH,
     Score,
@@ -93,40 +95,51 @@ def _context(record: RunRecord) -> dict[str, Any]:
 def notices(record: RunRecord) -> list[Notice]:
     """What stands at the top of the page: collapse, failed stages, lost cells, torn files, an unfinished run."""
     found = [
-        Notice("alarm", f"{event.name.capitalize()} at step {event.step:,}", event.message)
+        # The message may begin with the event's name, as it does on the terminal; the title says it already.
+        Notice("alarm", f"{name} at step {event.step:,}", event.message.removeprefix(f"{name}: "))
         for event in record.pretrain.events
+        if (name := event.name.capitalize())
     ]
-    if record.summary.get("collapsed") and not any(event.name == "collapse" for event in record.pretrain.events):
+    if record.summary.get("collapsed") and not found:
         text = "Pretraining ended with uniform predictions; no accuracy below means anything."
-        found.append(Notice("alarm", "Collapsed", text))
+        found.append(Notice("alarm", "Collapse", text))
     for stage in record.stages:
         if stage["state"] == "failed":
             found.append(Notice("alarm", f"Stage {stage['name']} failed", "Its log in the run directory says why."))
-    missing = [str(cell) for cell in record.selected.get("missing", [])]
-    if missing:
-        cells = "1 cell has" if len(missing) == 1 else f"{len(missing)} cells have"
-        text = f"The winner was chosen among the others. Missing: {'; '.join(missing)}."
-        found.append(Notice("alarm", f"Sweep: {cells} no result", text))
-    if not record.result:
+    if record.result:
+        found += _missing_cells("Fine-tuning", record.finetune) + _missing_cells("Baseline", record.baseline)
+    else:
         states = ", ".join(f"{stage['name']} {stage['state']}" for stage in record.stages if stage["name"] != "report")
         text = f"result.json is not there yet: the test split has not been scored. Stages: {states or 'unknown'}."
         found.append(Notice("note", "This run is unfinished", text))
-    for cell in [None, *record.finetune, *record.baseline]:
-        if (record.pretrain if cell is None else cell.metrics).torn:
-            where = "pretrain" if cell is None else cell.name
+    files = [("pretrain", record.pretrain)]
+    files += [(f"finetune/{cell.name}", cell.metrics) for cell in record.finetune]
+    files += [(f"baseline/{cell.name}", cell.metrics) for cell in record.baseline]
+    for folder, metrics in files:
+        if metrics.torn:
             text = "The process was killed while writing it; everything before that line is shown."
-            found.append(Notice("note", f"The last line of {where}/metrics.jsonl is incomplete", text))
+            found.append(Notice("note", f"The last line of {folder}/metrics.jsonl is incomplete", text))
     return found
+
+
+def _missing_cells(sweep: str, cells: Sequence[Cell]) -> list[Notice]:
+    """The notice that a winner was chosen although cells had no result, if that is so."""
+    missing = [cell.name for cell in cells if cell.validation_accuracy is None]
+    if not missing:
+        return []
+    count = "1 cell has" if len(missing) == 1 else f"{len(missing)} cells have"
+    text = f"The winner was chosen among the others. Missing: {'; '.join(missing)}."
+    return [Notice("alarm", f"{sweep}: {count} no result", text)]
 
 
 def _byline(record: RunRecord) -> list[str]:
     """When, by which version, from which commit, with which seed: as far as it is known."""
-    commit, seed = record.chain.get("commit"), record.result.get("seed")
+    commit, seed = record.chain.get("commit"), _seed(record)
     version = record.chain.get("versions", {}).get("paws_hpc")
     parts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
         version and f"paws_hpc {version}",
-        f"commit {commit[:12]}" if commit else "commit unknown",
+        f"commit {commit if len(commit) <= 20 else commit[:12]}" if commit else "commit unknown",
         None if seed is None else f"seed {seed}",
     ]
     return [str(part) for part in parts if part]
@@ -212,18 +225,27 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
 
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
-    seed, commit = record.result.get("seed"), record.chain.get("commit")
+    commit, seed = record.chain.get("commit"), _seed(record)
+    digests = record.result.get("digests", record.summary.get("digests", {}))
     run = [
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
         ("host cores", str(record.chain.get("host_cores", "unknown"))),
-        ("seed", "unknown until selection has written result.json" if seed is None else str(seed)),
+        ("seed", "unknown" if seed is None else seed),
     ]
     tables = [
         ("Run", run),
         ("Versions", flatten(record.chain.get("versions", {}))),
-        ("Digests of data set and splits", flatten(record.result.get("digests", {}))),
-        ("Pretraining's summary", flatten(record.summary)),
+        ("Digests of data and splits", flatten(digests)),
+        ("Pretraining", flatten({key: value for key, value in record.summary.items() if key != "digests"})),
     ]
     return [(caption, rows) for caption, rows in tables if rows]
+
+
+def _seed(record: RunRecord) -> str | None:
+    """The seed that the result states, or before there is one the frozen config's."""
+    if record.result.get("seed") is not None:
+        return str(record.result["seed"])
+    line = re.search(r"^seed:\s*(\S+)\s*$", record.config or "", re.MULTILINE)
+    return None if line is None else line[1]

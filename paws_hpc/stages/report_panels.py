@@ -56,8 +56,8 @@ _PRETRAIN = [
     _Figure(
         "loss",
         "Loss and its terms",
-        "With log K added to me-max the floor is 0, and the two terms add up to the total. A collapsed run sits at "
-        "consistency = log K and me-max + log K = 0.",
+        "With log K added to me-max the floor is 0, and the total is the sum of the two terms (and of the support "
+        "warm-up loss, while that is on). A collapsed run sits at consistency = log K and me-max + log K = 0.",
         [
             _Axes(
                 "",

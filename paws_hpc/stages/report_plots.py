@@ -133,6 +133,7 @@ def _draw_axes(ax: Axes, plot: Plot, *, rows: int) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{round(100 * value, 6):g} %"))
     if plot.from_zero:
         ax.set_ylim(bottom=-0.02 * ax.get_ylim()[1])  # a line that lies on zero stays visible
+        ax.spines["bottom"].set_visible(False)  # the grid line at zero is the axis
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.tick_params(length=0)

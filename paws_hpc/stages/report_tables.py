@@ -187,7 +187,7 @@ def table_rows(record: RunRecord) -> list[tuple[str, str]]:
         else:
             label = f"{name} ({score.setting})" if score.setting else name
             rows.append((label, f"{score.accuracy} (95 % interval {score.interval})"))
-    return rows + [(stage.name, stage.seconds) for stage in stage_times(record)]
+    return rows + [(f"stage {stage.name}", stage.seconds) for stage in stage_times(record)]
 
 
 def sweep_grid(cells: Sequence[Cell], chosen: str | None) -> Grid:
@@ -237,5 +237,6 @@ def flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(entry, dict):
             rows += flatten(entry, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", DASH if entry is None else str(entry)))
+            text = f"{entry:.6g}" if isinstance(entry, float) else str(entry)
+            rows.append((f"{prefix}{key}", DASH if entry is None else text))
     return rows

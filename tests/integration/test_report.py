@@ -98,11 +98,12 @@ def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, coll
         }  # fmt: skip
         if done < 1 / 3:
             row["loss/support_nce"] = 0.03 + 2.2 * math.exp(-9 * done) + 0.02 * abs(noise[2])
+            row["loss/total"] += (1 - 3 * done) * row["loss/support_nce"]
         if (step + 1) % (2 * steps) == 0:
             row["validation/paws_nn"] = 0.962 - 0.6 * math.exp(-6 * done)
         rows.append(row)
     if collapsed:
-        message = "consistency is within 1 % of log K for 100 steps: turn on the support warm-up"
+        message = "Collapse: predictions have been uniform over 10 classes: turn on the support warm-up."
         rows.append({"step": total_steps - 1, "epoch": epochs, "event": "collapse", "message": message})
     return rows
 
@@ -312,12 +313,10 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
         "labels", "test images", "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
-        "prepare", "pretrain", "finetune", "baseline", "selection",
+        "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
     ]  # fmt: skip
     for name, value in table:
-        for part in filter(
-            None, re.split(r" \(95 % interval | \(|\)", name) + re.split(r" \(95 % interval |\)", value)
-        ):
+        for part in filter(None, re.split(r"^stage | \(|\)", name) + re.split(r" \(95 % interval |\)", value)):
             assert part in shown, (name, part)
 
 
@@ -325,14 +324,16 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     page.open(report)
     assert page.text("#panel-finetune-sweep td.chosen") == "96.6 %chosen"
     assert page.text("#panel-finetune-sweep td.missing") == "no result"
-    assert page.text("#warnings .alarm strong") == "Sweep: 1 cell has no result"
+    assert page.text("#warnings .alarm strong") == "Fine-tuning: 1 cell has no result"
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
 def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, collapsed=True)))
     assert page.text("main > :first-child .alarm strong") == "Collapse at step 329"
-    assert "turn on the support warm-up" in page.text("#warnings")
+    assert page.text("#warnings .alarm p") == (
+        "predictions have been uniform over 10 classes: turn on the support warm-up."
+    )
     assert page.script("return document.querySelector('#warnings').getBoundingClientRect().bottom < innerHeight")
     assert page.text("#panel-loss svg").count("collapse") == 1
 
@@ -348,6 +349,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
     )
     assert "Stage selection writes it; its state is: pending" in page.text("#panel-confusion")
     assert "Stage pretrain writes it; its state is: running" in page.text("#panel-crops")
+    assert "seed 0" in page.text("header"), "known from the frozen config"
     assert "PAWS-NN" in dict(result_table(tmp_path))
     assert page.complaints() == []
 

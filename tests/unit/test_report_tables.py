@@ -58,7 +58,10 @@ def test_seconds_come_from_the_chain_and_leave_the_report_out(tmp_path: Path) ->
         {"name": "report", "state": "running", "seconds": None},
     ]
     (tmp_path / "chain.json").write_text(json.dumps({"name": "x", "stages": stages}))
-    assert result_table(tmp_path)[-2:] == [("pretrain", "5,400 s (1 h 30 min)"), ("finetune", "\N{EN DASH}")]
+    assert result_table(tmp_path)[-2:] == [
+        ("stage pretrain", "5,400 s (1 h 30 min)"),
+        ("stage finetune", "\N{EN DASH}"),
+    ]
     assert duration(599.96) == "600.0 s"
 
 
