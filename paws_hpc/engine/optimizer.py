@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +45,11 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_NAMES)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
-        if self.trust_coefficient <= 0:
+        if not 0 < self.trust_coefficient < math.inf:
             raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
         for field in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} is negative; 0 is the least.")
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be a number, 0 or more.")
 
 
 class LARS(torch.optim.Optimizer):
@@ -96,8 +97,8 @@ class LARS(torch.optim.Optimizer):
             ValueError: a value is out of its range.
         """
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
-            if value < 0:
-                raise ValueError(f"LARS: {name}={value} is negative.")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"LARS: {name}={value} must be a number, 0 or more.")
         if not 0 <= momentum < 1:
             raise ValueError(f"LARS: momentum={momentum} is not in [0, 1).")
         if nesterov and momentum == 0:

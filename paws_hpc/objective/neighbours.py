@@ -161,15 +161,20 @@ def log_class_probabilities(logits: Tensor, support_labels: Tensor, *, temperatu
 
 @contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
-    """Compute in float32 on the device of ``like``: autocast off, and no TF32 in matrix products of the forward
-    pass."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Compute in float32 on the device of ``like``: autocast off, and no TF32 in matrix products of the forward pass.
+
+    A run may allow TF32 elsewhere, by either of torch's interfaces; its setting is put back.
+    """
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # not in stubs
+    before = [product.fp32_precision for product in products]
+    for product in products:
+        product.fp32_precision = "ieee"
     try:
         with torch.autocast(like.device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objective equals the reference implementation's float64 numbers, values and gradients (tests/golden/README.md)."""
+"""The objective equals the reference implementation's float64 numbers, values and gradients (tests/golden)."""
 
 from __future__ import annotations
 

@@ -245,24 +245,30 @@ def test_autocast_does_not_reach_the_objective() -> None:
     assert loss_of(z.bfloat16(), h.bfloat16(), labels).total.dtype == torch.float32
 
 
-def test_reduced_precision_products_do_not_reach_the_forward_pass() -> None:
+@pytest.mark.parametrize("allow", ["set_float32_matmul_precision", "fp32_precision"])  # torch's old and new interface
+def test_reduced_precision_products_do_not_reach_the_forward_pass(allow: str) -> None:
     """A run that lets float32 products use TF32 elsewhere keeps that setting, and the objective ignores it."""
-    seen = []
+    seen, products = [], torch.backends.cuda.matmul
 
     class Watch(torch.Tensor):
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
             if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
-                seen.append(torch.get_float32_matmul_precision())
+                seen.append(products.fp32_precision)
             return super().__torch_function__(function, types, args, kwargs or {})
 
-    torch.set_float32_matmul_precision("high")
+    before = products.fp32_precision
     try:
+        if allow == "fp32_precision":
+            products.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
         supervised_nce(draw(S, D).float().as_subclass(Watch), labels_of(0.1).float(), temperature=0.1)
-        assert torch.get_float32_matmul_precision() == "high"
+        assert products.fp32_precision == "tf32"
     finally:
+        products.fp32_precision = before
         torch.set_float32_matmul_precision("highest")
-    assert seen == ["highest", "highest"]
+    assert seen == ["ieee", "ieee"]
 
 
 def test_losses_read_nothing_back_from_the_device() -> None:

@@ -1,0 +1,203 @@
+"""LARS as users meet it: what it adapts, how it resumes, and what bad settings are told."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer, split_parameters
+from paws_hpc.engine.schedule import warmup_cosine
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut has a normalisation inside a Sequential, as ResNet's has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.downsample = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.norm = nn.LayerNorm((4, 5))  # affine parameters of two dimensions
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.bn(self.conv(images)) + self.downsample(images)
+        return self.fc(self.norm(features.mean(3).reshape(-1, 4, 5)))
+
+
+def names(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [known[id(parameter)] for parameter in parameters]
+
+
+def run(model: nn.Module, optimizer: LARS, steps: range) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 + 0.01 * step
+        images = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(images).square().mean().backward()
+        optimizer.step()
+
+
+def new(seed: int = 0, **settings: object) -> tuple[Block, LARS]:
+    torch.manual_seed(seed)
+    model = Block()
+    return model, build_optimizer(model, OptimizerConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_biases_and_every_normalisation_are_neither_adapted_nor_decayed() -> None:
+    model, optimizer = new()
+    weights, excluded = optimizer.param_groups
+    assert names(model, weights["params"]) == ["conv.weight", "downsample.0.weight", "fc.weight"]
+    assert names(model, excluded["params"]) == [
+        "conv.bias",
+        "bn.weight",
+        "bn.bias",
+        "downsample.1.weight",  # the reference misses this one
+        "downsample.1.bias",
+        "norm.weight",
+        "norm.bias",
+        "fc.bias",
+    ]
+    assert weights["adapt"]
+    assert weights["weight_decay"] == 1e-6
+    assert not excluded["adapt"]
+    assert excluded["weight_decay"] == 0
+
+
+def test_a_group_that_is_not_adapted_has_no_decay_unless_it_names_one() -> None:
+    tensors = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    groups = [
+        {"params": tensors[:1]},
+        {"params": tensors[1:2], "adapt": False},
+        {"params": tensors[2:], "adapt": False, "weight_decay": 0.5},
+    ]
+    optimizer = LARS(groups, lr=0.1, weight_decay=0.25)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0, 0.5]
+
+
+def test_frozen_parameters_stay_out_and_shared_ones_come_once() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].bias.requires_grad_(False)
+    model[1].weight = model[0].weight
+    weights, excluded = split_parameters(model)
+    assert names(model, weights) == ["0.weight"]
+    assert names(model, excluded) == ["1.bias"]
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(model.requires_grad_(False), OptimizerConfig())
+
+
+def test_tensors_of_norm_zero_and_with_gradient_zero_take_plain_steps() -> None:
+    zero = nn.Parameter(torch.zeros(2, 2))
+    still, moving = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    zero.grad, still.grad, moving.grad = torch.full((2, 2), 3.0), torch.zeros(2, 2), torch.full((2, 2), 3.0)
+    LARS([zero, still, moving], lr=0.5, weight_decay=0.1).step()
+    assert torch.equal(zero, torch.full((2, 2), -1.5))  # u = g
+    assert torch.equal(still, torch.ones(2, 2))  # no decay either
+    # u = (3 + 0.1) * 0.001 * 2 / (6 + 0.1 * 2) = 0.001: as long as the weight's norm times the trust coefficient
+    torch.testing.assert_close(moving, torch.full((2, 2), 1 - 0.5e-3), rtol=0, atol=1e-7)
+
+
+def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
+    """What LARS is for: without decay only the direction of an adapted tensor's gradient counts."""
+    weights = [nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    gradient = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    for weight, scale in zip(weights, (1.0, 1e3), strict=True):
+        weight.grad = gradient * scale
+        LARS([weight], lr=1.0, weight_decay=0.0).step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-7)
+    assert not torch.equal(weights[0], torch.ones(2, 3))
+
+
+def test_parameters_without_a_gradient_are_left_alone() -> None:
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    used.grad = torch.ones(2, 2)
+    optimizer = LARS([used, unused], lr=0.1)
+    optimizer.step()
+    assert torch.equal(unused, torch.ones(2, 2))
+    assert unused not in optimizer.state
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_resuming_gives_the_same_bits(name: str, nesterov: bool) -> None:
+    """Saved and loaded with ``weights_only=True`` after 3 of 7 steps, as a checkpoint is."""
+    model, optimizer = new(name=name, nesterov=nesterov)
+    run(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    run(model, optimizer, range(3, 7))
+    resumed, its_optimizer = new(seed=1, name=name, nesterov=nesterov)
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    resumed.load_state_dict(state["model"])
+    its_optimizer.load_state_dict(state["optimizer"])
+    run(resumed, its_optimizer, range(3, 7))
+    for key, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+    forgetful, fresh = new(seed=1, name=name, nesterov=nesterov)
+    forgetful.load_state_dict(state["model"])
+    run(forgetful, fresh, range(3, 7))
+    assert not torch.equal(forgetful.fc.weight, model.fc.weight)  # the buffers do matter
+
+
+def test_a_step_reads_nothing_back_from_the_device() -> None:
+    """Fake tensors have no values: asking for one, which would make the host wait for a GPU, raises."""
+    with FakeTensorMode():
+        for nesterov in (False, True):
+            model, optimizer = new(nesterov=nesterov)
+            model(torch.randn(2, 3, 5, 5)).mean().backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"name": "adam"}, "optimizer.name='adam'.*lars, sgd"),
+        ({"momentum": 1.0}, "optimizer.momentum=1.0"),
+        ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
+        ({"trust_coefficient": 0.0}, "optimizer.trust_coefficient=0.0"),
+        ({"peak_lr": -0.1}, "optimizer.peak_lr=-0.1"),
+        ({"peak_lr": math.nan}, "optimizer.peak_lr=nan"),
+        ({"warmup_epochs": -1.0}, "optimizer.warmup_epochs=-1.0"),
+    ],
+)
+def test_an_impossible_setting_names_its_field(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        OptimizerConfig(**settings)
+
+
+def test_lars_refuses_impossible_values() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="lr=-1"):
+        LARS([parameter], lr=-1)
+    with pytest.raises(ValueError, match="momentum=1"):
+        LARS([parameter], lr=1, momentum=1)
+    with pytest.raises(ValueError, match="nesterov"):
+        LARS([parameter], lr=1, momentum=0, nesterov=True)
+
+
+def test_schedule_of_a_run_that_is_all_warm_up_ends_at_the_final_value() -> None:
+    values = [warmup_cosine(step, start=0.0, peak=4.0, final=1.0, warmup_steps=4, total_steps=4) for step in range(6)]
+    assert values == [0.0, 1.0, 2.0, 3.0, 1.0, 1.0]
+
+
+def test_schedule_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"warm-up of 5 steps does not fit into a run of 4.*optimizer\.warmup_epochs"):
+        warmup_cosine(0, start=0.0, peak=1.0, final=0.0, warmup_steps=5, total_steps=4)
+    with pytest.raises(ValueError, match="step=-1"):
+        warmup_cosine(-1, start=0.0, peak=1.0, final=0.0, warmup_steps=1, total_steps=4)
