@@ -59,7 +59,9 @@ class StageResources:
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or (self.threads_per_rank is not None and self.threads_per_rank < 1):
-            raise ValueError(f"resources: ranks={self.ranks} and threads_per_rank={self.threads_per_rank} must be >= 1.")
+            raise ValueError(
+                f"resources: ranks={self.ranks} and threads_per_rank={self.threads_per_rank} must be >= 1."
+            )
 
 
 @dataclass
@@ -128,11 +130,25 @@ class Config:
 
 
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run
-    "name", "runs", "device", "stages", "accept_changes", "tracking", "resources", "data.train", "data.test",
-    "data.source", "data.source_path", "data.threads", "pretrain.log_every_steps", "pretrain.diagnose_every_steps",
-    "pretrain.validate_every_epochs", "pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints",
+    "name",
+    "runs",
+    "device",
+    "stages",
+    "accept_changes",
+    "tracking",
+    "resources",
+    "data.train",
+    "data.test",
+    "data.source",
+    "data.source_path",
+    "data.threads",
+    "pretrain.log_every_steps",
+    "pretrain.diagnose_every_steps",
+    "pretrain.validate_every_epochs",
+    "pretrain.checkpoint_every_steps",
+    "pretrain.keep_checkpoints",
     "pretrain.collapse",
-)  # fmt: skip
+)
 
 Identity = dict[str, Any]
 

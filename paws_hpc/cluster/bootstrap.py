@@ -51,9 +51,13 @@ def run_job_as_rank(path: Path, job: Job) -> None:
     if place.num_nodes == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     join(
-        run.path / "rendezvous", job=f"{job.name.replace('/', '-')}-{place.job_id}", rank=place.global_rank,
-        world_size=place.num_tasks, host=host, device=device,
-    )  # fmt: skip
+        run.path / "rendezvous",
+        job=f"{job.name.replace('/', '-')}-{place.job_id}",
+        rank=place.global_rank,
+        world_size=place.num_tasks,
+        host=host,
+        device=device,
+    )
     try:
         _run(config, run, job, device)
     finally:

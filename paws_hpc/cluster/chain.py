@@ -106,6 +106,8 @@ def _commit() -> str | None:
     folder = Path(__file__).parent
     described = subprocess.run(
         ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return described.stdout.strip() or None

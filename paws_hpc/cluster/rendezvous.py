@@ -6,6 +6,7 @@ import socket
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,9 +40,14 @@ def join(
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+            host,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
             master_listen_fd=listener.detach(),
-        )  # fmt: skip
+        )
         write_json(path, {"host": host, "port": port})
     else:
         address = _wait_for(path, timeout_s)
@@ -53,7 +59,7 @@ def join(
         path.unlink()
 
 
-def _wait_for(path: Path, timeout_s: float) -> dict[str, object]:
+def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         if time.monotonic() > deadline:
@@ -62,5 +68,5 @@ def _wait_for(path: Path, timeout_s: float) -> dict[str, object]:
                 "or the run directory is not on a file system that all ranks share."
             )
         time.sleep(_POLL_S)
-    address: dict[str, object] = read_json(path)
+    address: dict[str, Any] = read_json(path)
     return address

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-_MINIMUM_HALF_BITS = 3  # below this the cipher has too few distinct permutations for classes with a handful of images
+_MINIMUM_HALF_BITS = 2  # below this the cipher has too few distinct permutations for classes with a handful of images
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 Positions = NDArray[np.int64]
@@ -66,9 +66,7 @@ def permute(positions: Positions, counts: int | Positions, keys: NDArray[np.uint
     return result.astype(np.int64)
 
 
-def _encrypt(
-    values: NDArray[np.uint64], half: NDArray[np.uint64], keys: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
+def _encrypt(values: NDArray[np.uint64], half: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     with np.errstate(over="ignore"):

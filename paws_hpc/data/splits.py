@@ -53,8 +53,7 @@ class LabelsConfig:
             numbers, listed = getattr(self, count), getattr(self, file)
             if (numbers is None) == (listed is None):
                 raise ValueError(
-                    f"labels.{count}={numbers} and labels.{file}={listed}: give exactly one of them and set the other to "
-                    "null."
+                    f"labels.{count}={numbers} and labels.{file}={listed}: give exactly one of them, the other as null."
                 )
 
 
@@ -94,14 +93,17 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
     """
     config.check_complete()
     nobody = np.zeros(0, np.int64)
-    labelled = _load_or_make(
-        store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, taken=nobody
-    )
+    labelled = _load_or_make(store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, taken=nobody)
     taken = labelled.records(store)
     validation = _load_or_make(
-        store, "validation", config.validation_file, config.validation_per_class, seed=seed, salt=_VALIDATION,
+        store,
+        "validation",
+        config.validation_file,
+        config.validation_per_class,
+        seed=seed,
+        salt=_VALIDATION,
         taken=taken if config.validation_per_class is not None else nobody,
-    )  # fmt: skip
+    )
     if shared := set(labelled.keys) & set(validation.keys):
         raise ValueError(
             f"{len(shared)} images are both labelled and for validation, {min(shared)!r} among them "
@@ -138,9 +140,15 @@ def _load_or_make(
     split = Split(name, origin, store.digest, tuple(make()))
     write_json(
         path,
-        {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest,
-         "keys": list(split.keys)},
-    )  # fmt: skip
+        {
+            "version": _VERSION,
+            "name": name,
+            "origin": origin,
+            "dataset": split.dataset,
+            "digest": split.digest,
+            "keys": list(split.keys),
+        },
+    )
     return split
 
 
@@ -166,7 +174,7 @@ def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, taken: Pos
     keys: list[str] = []
     for label, name in enumerate(store.classes):
         # By key, not by position: the same images are drawn however the store was shuffled into shards.
-        members = sorted(store.keys[record] for record in np.flatnonzero(available & (store.labels == label)))
+        members = sorted(store.keys[int(record)] for record in np.flatnonzero(available & (store.labels == label)))
         if len(members) < per_class:
             raise ValueError(
                 f"{per_class} images of each class are to be drawn, but class {name!r} of {store.path} has only "

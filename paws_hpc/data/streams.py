@@ -135,11 +135,19 @@ class Cutter:
             views = []
             for view in range(first_view, first_view + crop.count):
                 boxes = draw_boxes(
-                    crop, seed=self.seed, epoch=epoch, samples=records, view=view, heights=sizes[:, 0], widths=sizes[:, 1]
+                    crop,
+                    seed=self.seed,
+                    epoch=epoch,
+                    samples=records,
+                    view=view,
+                    heights=sizes[:, 0],
+                    widths=sizes[:, 1],
                 )
-                cut = resized_crops(images, boxes, crop.size) if batch is None else equal_size_resized_crops(
-                    batch, boxes, crop.size
-                )  # fmt: skip
+                cut = (
+                    resized_crops(images, boxes, crop.size)
+                    if batch is None
+                    else equal_size_resized_crops(batch, boxes, crop.size)
+                )
                 views.append(cut)
             result.append(torch.stack(views))
         return result
@@ -149,9 +157,17 @@ class PawsStream:
     """Unlabelled images and support images of every step, at this rank."""
 
     def __init__(
-        self, store: ImageStore, labelled: Positions, *, views: ViewsConfig, batch_size: int, support_classes: int,
-        images_per_class: int, seed: int, threads: int,
-    ) -> None:  # fmt: skip
+        self,
+        store: ImageStore,
+        labelled: Positions,
+        *,
+        views: ViewsConfig,
+        batch_size: int,
+        support_classes: int,
+        images_per_class: int,
+        seed: int,
+        threads: int,
+    ) -> None:
         """Prepare; reads nothing yet.
 
         Args:
@@ -190,15 +206,21 @@ class PawsStream:
         drawn, places = self._support.draw(step)
         support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
         supports = self._cutter.cut(
-            drawn[rank * self._supports : (rank + 1) * self._supports], [(support_crop, FIRST_SUPPORT_VIEW)],
-            epoch=step, config=views.augment,
-        )  # fmt: skip
+            drawn[rank * self._supports : (rank + 1) * self._supports],
+            [(support_crop, FIRST_SUPPORT_VIEW)],
+            epoch=step,
+            config=views.augment,
+        )
         by_rank = np.split(places, distributed.world_size())
         classes = np.concatenate([np.tile(part, views.support_views) for part in by_rank])
         return PawsBatch(
-            step, records, supports[0], unlabelled[0], unlabelled[1] if views.small.count else None,
+            step,
+            records,
+            supports[0],
+            unlabelled[0],
+            unlabelled[1] if views.small.count else None,
             torch.from_numpy(classes),
-        )  # fmt: skip
+        )
 
     def prefetch(self, start: int, stop: int) -> Prefetch[PawsBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager."""
@@ -214,9 +236,16 @@ class ClassifierStream:
     """Labelled images in epochs, each cropped and augmented once per epoch."""
 
     def __init__(
-        self, store: ImageStore, labelled: Positions, *, crop: CropConfig, augment: AugmentConfig, batch_size: int,
-        seed: int, threads: int,
-    ) -> None:  # fmt: skip
+        self,
+        store: ImageStore,
+        labelled: Positions,
+        *,
+        crop: CropConfig,
+        augment: AugmentConfig,
+        batch_size: int,
+        seed: int,
+        threads: int,
+    ) -> None:
         """Prepare; a labelled set smaller than ``batch_size`` makes one batch of all of it.
 
         Args:
@@ -255,7 +284,7 @@ class ClassifierStream:
 def apply(crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Bring crops to the device and augment them there."""
     images = crops.images.to(device, non_blocking=True)
-    return augment(images, crops.parameters, mean=store.mean, std=store.std).to(dtype)
+    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=True).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -289,4 +318,5 @@ class EvaluationSet:
                 center_crop(torch.from_numpy(image).permute(2, 0, 1), resize=self.crop.resize, size=self.crop.size)
                 for image in images
             ]
-            yield normalise(torch.stack(crops).to(device), mean=self.store.mean, std=self.store.std).to(dtype)
+            images_there = torch.stack(crops).to(device)
+            yield normalise(images_there, mean=self.store.mean, std=self.store.std, channels_last=True).to(dtype)

@@ -96,7 +96,9 @@ class Representation(nn.Module):
         return h
 
 
-def paws_nn(queries: Tensor, supports: Tensor, support_labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
+def paws_nn(
+    queries: Tensor, supports: Tensor, support_labels: Tensor, *, num_classes: int, temperature: float
+) -> Tensor:
     """PAWS-NN (Appendix A): soft nearest neighbours with all labelled images as one-hot support.
 
     Args:
@@ -110,7 +112,9 @@ def paws_nn(queries: Tensor, supports: Tensor, support_labels: Tensor, *, num_cl
         (N, K) probabilities.
     """
     one_hot = nn.functional.one_hot(support_labels, num_classes).to(supports.dtype)
-    return torch.cat([
-        soft_nearest_neighbours(part, supports, one_hot, temperature=temperature)
-        for part in queries.split(_QUERIES_AT_ONCE)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            soft_nearest_neighbours(part, supports, one_hot, temperature=temperature)
+            for part in queries.split(_QUERIES_AT_ONCE)
+        ]
+    )

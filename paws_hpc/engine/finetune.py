@@ -15,7 +15,7 @@ from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import forward_all, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow
-from paws_hpc.engine.parallel import replicate
+from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Tracker
 from paws_hpc.files import atomic_write
@@ -27,9 +27,14 @@ def _crop() -> CropConfig:
 
 def _flip_only() -> AugmentConfig:
     return AugmentConfig(
-        brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, jitter_probability=0.0, grayscale_probability=0.0,
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
         blur_probability=0.0,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -97,15 +102,23 @@ class ClassifierTraining:
     """A classifier in training: the objects that a checkpoint must hold, and the step that moves them."""
 
     def __init__(
-        self, classifier: nn.Module, cell: Cell, config: ClassifierConfig, stream: ClassifierStream, device: torch.device
+        self,
+        classifier: nn.Module,
+        cell: Cell,
+        config: ClassifierConfig,
+        stream: ClassifierStream,
+        device: torch.device,
     ) -> None:
         self.cell, self.config, self.stream, self.device = cell, config, stream, device
-        self.classifier = classifier.to(device)
+        self.classifier = to_device(classifier, device, torch.float32)
         self.model = replicate(self.classifier, device)
         self.optimizer = torch.optim.SGD(
-            self.classifier.parameters(), cell.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0,
+            self.classifier.parameters(),
+            cell.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
-        )  # fmt: skip
+        )
         self.total_steps = cell.epochs * stream.steps_per_epoch
         self.best: CellResult | None = None
 
@@ -139,9 +152,15 @@ class ClassifierTraining:
 
 
 def train_classifier(
-    training: ClassifierTraining, *, validation: EvaluationSet, checkpoints: CheckpointFolder, tracker: Tracker,
-    start: int, best_path: Path, describe: Describe,
-) -> CellResult:  # fmt: skip
+    training: ClassifierTraining,
+    *,
+    validation: EvaluationSet,
+    checkpoints: CheckpointFolder,
+    tracker: Tracker,
+    start: int,
+    best_path: Path,
+    describe: Describe,
+) -> CellResult:
     """Train from step ``start`` to the end, scoring the local validation split and keeping the best weights.
 
     Args:
@@ -167,6 +186,7 @@ def train_classifier(
             epoch, last = done // per_epoch, done == training.total_steps
             if not last and done % (per_epoch * training.config.validate_every_epochs):
                 continue
+            synchronise_buffers(training.classifier)
             losses = [metrics["loss/total"] for _, _, metrics in window.read(describe)]
             accuracy = score(predict(training.classifier, validation, training.device).cpu(), labels).top1
             if training.best is None or accuracy > training.best.validation_accuracy:
@@ -174,9 +194,13 @@ def train_classifier(
                 _save_best(best_path, training.classifier)
             tracker.log(
                 batch.step,
-                {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": training.learning_rate(batch.step),
-                 "validation_accuracy": accuracy},
-            )  # fmt: skip
+                {
+                    "epoch": epoch,
+                    "loss": sum(losses) / len(losses),
+                    "lr": training.learning_rate(batch.step),
+                    "validation_accuracy": accuracy,
+                },
+            )
             checkpoints.save(done, training.state_dict())
             distributed.barrier()
     assert training.best is not None, "the last step is always scored"

@@ -26,10 +26,12 @@ class Batch(Protocol):
     """What a message about a step needs to know of its batch."""
 
     @property
-    def step(self) -> int: ...
+    def step(self) -> int:
+        """0-based."""
 
     @property
-    def records(self) -> Positions: ...
+    def records(self) -> Positions:
+        """Positions of its images in their store."""
 
 
 BatchT = TypeVar("BatchT", bound=Batch)

@@ -17,7 +17,7 @@ from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
 from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
-from paws_hpc.engine.parallel import replicate
+from paws_hpc.engine.parallel import replicate, to_device
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.objective import (
@@ -96,9 +96,14 @@ class PretrainConfig:
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
         for name in (
-            "batch_size", "epochs", "log_every_steps", "diagnose_every_steps", "validate_every_epochs",
-            "checkpoint_every_steps", "keep_checkpoints",
-        ):  # fmt: skip
+            "batch_size",
+            "epochs",
+            "log_every_steps",
+            "diagnose_every_steps",
+            "validate_every_epochs",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
 
@@ -115,21 +120,29 @@ class PretrainSummary:
 class Validate(Protocol):
     """Scores the encoder on the local validation split."""
 
-    def __call__(self) -> Row: ...
+    def __call__(self) -> Row:
+        """A row of metrics."""
 
 
 class Pretraining:
     """An encoder in training: the objects that a checkpoint must hold, and the step that moves them."""
 
     def __init__(
-        self, encoder: nn.Module, *, objective: ObjectiveConfig, optimizer: OptimizerConfig, config: PretrainConfig,
-        stream: PawsStream, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: nn.Module,
+        *,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        config: PretrainConfig,
+        stream: PawsStream,
+        device: torch.device,
+    ) -> None:
         self.objective, self.optimizer_config, self.config = objective, optimizer, config
         self.stream, self.device = stream, device
         self.total_steps = config.epochs * stream.steps_per_epoch
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-        self.encoder = encoder.to(device, torch.float64 if config.precision == "fp64" else torch.float32)
+        dtype = torch.float64 if config.precision == "fp64" else torch.float32
+        self.encoder = to_device(encoder, device, dtype)
         self.model = replicate(self.encoder, device)
         self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
@@ -158,9 +171,13 @@ class Pretraining:
         """Of a 0-based step."""
         schedule, per_epoch = self.optimizer_config, self.stream.steps_per_epoch
         return warmup_cosine(
-            step, start=schedule.start_lr, peak=schedule.peak_lr, final=schedule.final_lr,
-            warmup_steps=round(schedule.warmup_epochs * per_epoch), total_steps=self.total_steps,
-        )  # fmt: skip
+            step,
+            start=schedule.start_lr,
+            peak=schedule.peak_lr,
+            final=schedule.final_lr,
+            warmup_steps=round(schedule.warmup_epochs * per_epoch),
+            total_steps=self.total_steps,
+        )
 
     def step(self, batch: PawsBatch) -> dict[str, Tensor]:
         """One optimisation step (paper, eq. 4); nothing is read back from the device.
@@ -195,17 +212,24 @@ class Pretraining:
         classes = batch.support_classes.to(self.device)
         labels = smooth_labels(classes, self.config.support.classes, smoothing=self.objective.label_smoothing)
         loss = paws_loss(
-            z[rows:].to(wide), supports, h[rows : rows + large].detach().to(wide),
-            distributed.gather_rows(h[:rows].detach().to(wide)), labels.to(wide),
-            temperature=self.objective.temperature, sharpening=self.objective.sharpening,
-            num_small_crops=self.stream.views.small.count, me_max=self.objective.me_max,
+            z[rows:].to(wide),
+            supports,
+            h[rows : rows + large].detach().to(wide),
+            distributed.gather_rows(h[:rows].detach().to(wide)),
+            labels.to(wide),
+            temperature=self.objective.temperature,
+            sharpening=self.objective.sharpening,
+            num_small_crops=self.stream.views.small.count,
+            me_max=self.objective.me_max,
             target_floor=self.objective.target_floor,
-        )  # fmt: skip
+        )
         metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
         weight = support_warmup_weight(
-            batch.step, total_steps=self.total_steps, fraction=self.objective.support_warmup_fraction,
+            batch.step,
+            total_steps=self.total_steps,
+            fraction=self.objective.support_warmup_fraction,
             weight=self.objective.support_warmup_weight,
-        )  # fmt: skip
+        )
         if weight > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
             hard = smooth_labels(classes, self.config.support.classes, smoothing=0.0).to(wide)
             metrics["loss/support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
@@ -216,9 +240,14 @@ class Pretraining:
 
 
 def pretrain(
-    training: Pretraining, *, checkpoints: CheckpointFolder, tracker: Tracker, start: int, validate: Validate,
+    training: Pretraining,
+    *,
+    checkpoints: CheckpointFolder,
+    tracker: Tracker,
+    start: int,
+    validate: Validate,
     describe: Describe,
-) -> PretrainSummary:  # fmt: skip
+) -> PretrainSummary:
     """Train from step ``start`` to the end.
 
     Args:
@@ -254,16 +283,21 @@ def pretrain(
 
 
 def report_window(
-    training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker,
+    training: Pretraining,
+    window: MetricsWindow,
+    meter: ThroughputMeter,
+    tracker: Tracker,
     describe: Describe,
-) -> None:  # fmt: skip
+) -> None:
     """Log the steps since the last call, and watch them for collapse."""
     rows = window.read(describe)
     for batch, lr, metrics in rows:
         row: Row = {
-            "epoch": (batch.step + 1) / training.stream.steps_per_epoch, "optimizer/lr": lr, **metrics,
+            "epoch": (batch.step + 1) / training.stream.steps_per_epoch,
+            "optimizer/lr": lr,
+            **metrics,
             "loss/num_classes": training.config.support.classes,
-        }  # fmt: skip
+        }
         if batch is rows[-1][0]:
             row |= meter.read(len(rows))
         tracker.log(batch.step, row)
@@ -276,8 +310,8 @@ def report_window(
 def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
     message = (
         f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
-        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels set "
-        "objective.support_warmup_fraction=0.33, use more labels, or try another seed."
+        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels "
+        "set objective.support_warmup_fraction=0.33, use more labels, or try another seed."
     )
     tracker.log(step, {"event": "collapse", "message": message})
     if config.action == "stop":

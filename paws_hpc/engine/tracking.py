@@ -23,7 +23,8 @@ class TrackingConfig:
     """Weights & Biases; the local files are written whatever stands here.
 
     Attributes:
-        wandb: ``auto`` (online for a user who is logged in, otherwise offline), ``online``, ``offline`` or ``disabled``.
+        wandb: ``auto`` (online for a user who is logged in, otherwise offline), ``online``, ``offline`` or
+            ``disabled``.
         project: W&B project.
         entity: W&B user or team; the account's default if none.
         tags: for the runs of this chain.
@@ -156,21 +157,35 @@ class WandbTracker:
             settings: the frozen config, without secrets.
         """
         self._run: Any = None
-        self._guarded("start", lambda: self._start(config, folder, run_id, group, job_type, settings))
+        self._guarded(
+            "start",
+            lambda: self._start(
+                config, folder=folder, run_id=run_id, group=group, job_type=job_type, settings=settings
+            ),
+        )
 
     def _start(
-        self, config: TrackingConfig, folder: Path, run_id: str, group: str, job_type: str, settings: Row
+        self, config: TrackingConfig, *, folder: Path, run_id: str, group: str, job_type: str, settings: Row
     ) -> None:
         import wandb  # noqa: PLC0415 - a second of import time that a run without W&B need not pay
 
-        mode = config.wandb
+        mode: Any = config.wandb
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
         self._run = wandb.init(
-            project=config.project, entity=config.entity, tags=config.tags, dir=folder, id=run_id, name=f"{group}/{job_type}",
-            group=group, job_type=job_type, resume="allow", mode=mode, config=settings,
+            project=config.project,
+            entity=config.entity,
+            tags=config.tags,
+            dir=folder,
+            id=run_id,
+            name=f"{group}/{job_type}",
+            group=group,
+            job_type=job_type,
+            resume="allow",
+            mode=mode,
+            config=settings,
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
-        )  # fmt: skip
+        )
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
 
@@ -193,4 +208,6 @@ class WandbTracker:
             call()
         except Exception as error:  # noqa: BLE001 - wandb raises anything from OSError to AssertionError; law 6
             self._run = None
-            _LOG.warning("Weights & Biases is off from here on: it could not %s (%s: %s).", what, type(error).__name__, error)
+            _LOG.warning(
+                "Weights & Biases is off from here on: it could not %s (%s: %s).", what, type(error).__name__, error
+            )

@@ -38,9 +38,14 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
     data, sweep_settings = open_data(config), sweep_config(config, sweep)
     encoder, start_weights = _starting_point(config, run, data, device, sweep)
     stream = ClassifierStream(
-        data.train, data.labelled, crop=sweep_settings.crop, augment=sweep_settings.augment,
-        batch_size=sweep_settings.batch_size, seed=config.seed, threads=config.data.threads,
-    )  # fmt: skip
+        data.train,
+        data.labelled,
+        crop=sweep_settings.crop,
+        augment=sweep_settings.augment,
+        batch_size=sweep_settings.batch_size,
+        seed=config.seed,
+        threads=config.data.threads,
+    )
     classifier = build_classifier(encoder, len(data.train.classes))
     training = ClassifierTraining(classifier, cell, sweep_settings, stream, device)
     determined: Identity = identity(config, "seed", sweep) | data_identity(data) | {"start": start_weights}
@@ -51,20 +56,28 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
     if (checkpoint := checkpoints.newest(device)) is not None:
         training.load_state_dict(checkpoint.state)
         start = checkpoint.step
-    job = open_trackers(
-        config, run, folder, job=f"{sweep}/{cell.name}", start=start, total_steps=training.total_steps
-    )
+    job = open_trackers(config, run, folder, job=f"{sweep}/{cell.name}", start=start, total_steps=training.total_steps)
     with job as tracker:
         best = train_classifier(
-            training, validation=data.validation_images(config), checkpoints=checkpoints, tracker=tracker, start=start,
-            best_path=folder / "best.pt", describe=lambda records: names(data, records),
-        )  # fmt: skip
+            training,
+            validation=data.validation_images(config),
+            checkpoints=checkpoints,
+            tracker=tracker,
+            start=start,
+            best_path=folder / "best.pt",
+            describe=lambda records: names(data, records),
+        )
     if distributed.is_main():
         write_json(
             folder / "result.json",
-            {"learning_rate": cell.learning_rate, "epochs": cell.epochs, "validation_accuracy": best.validation_accuracy,
-             "best_epoch": best.best_epoch, "seconds": time.monotonic() - began},
-        )  # fmt: skip
+            {
+                "learning_rate": cell.learning_rate,
+                "epochs": cell.epochs,
+                "validation_accuracy": best.validation_accuracy,
+                "best_epoch": best.best_epoch,
+                "seconds": time.monotonic() - began,
+            },
+        )
     mark_done(folder, steps=training.total_steps)
 
 

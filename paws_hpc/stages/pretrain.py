@@ -28,15 +28,24 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
         return
     data = open_data(config)
     stream = PawsStream(
-        data.train, data.labelled, views=config.views, batch_size=config.pretrain.batch_size,
-        support_classes=config.pretrain.support.classes, images_per_class=config.pretrain.support.images_per_class,
-        seed=config.seed, threads=config.data.threads,
-    )  # fmt: skip
+        data.train,
+        data.labelled,
+        views=config.views,
+        batch_size=config.pretrain.batch_size,
+        support_classes=config.pretrain.support.classes,
+        images_per_class=config.pretrain.support.images_per_class,
+        seed=config.seed,
+        threads=config.data.threads,
+    )
     encoder = build_encoder(config.model, seed=config.seed)
     training = Pretraining(
-        encoder, objective=config.objective, optimizer=config.optimizer, config=config.pretrain, stream=stream,
+        encoder,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        config=config.pretrain,
+        stream=stream,
         device=device,
-    )  # fmt: skip
+    )
     checkpoints = checkpoint_folder(config, run, data)
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
@@ -52,9 +61,13 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
     job = open_trackers(config, run, run.pretrain, job="pretrain", start=start, total_steps=training.total_steps)
     with job as tracker:
         summary = pretrain(
-            training, checkpoints=checkpoints, tracker=tracker, start=start,
-            validate=validate, describe=lambda records: names(data, records),
-        )  # fmt: skip
+            training,
+            checkpoints=checkpoints,
+            tracker=tracker,
+            start=start,
+            validate=validate,
+            describe=lambda records: names(data, records),
+        )
     if distributed.is_main():
         write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
     mark_done(run.pretrain, steps=summary.steps)
@@ -62,7 +75,7 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
 
 def names(data: RunData, records: Positions) -> list[str]:
     """Keys of records, for messages."""
-    return [data.train.keys[record] for record in records]
+    return [data.train.keys[int(record)] for record in records]
 
 
 def checkpoint_folder(config: Config, run: RunFolder, data: RunData) -> CheckpointFolder:
@@ -70,9 +83,11 @@ def checkpoint_folder(config: Config, run: RunFolder, data: RunData) -> Checkpoi
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
     return CheckpointFolder(
-        run.checkpoints, identity=determined, keep=config.pretrain.keep_checkpoints,
+        run.checkpoints,
+        identity=determined,
+        keep=config.pretrain.keep_checkpoints,
         accept_changes=tuple(config.accept_changes),
-    )  # fmt: skip
+    )
 
 
 def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, str]:
@@ -104,6 +119,8 @@ def score_nearest_neighbours(
     predictions = paws_nn(
         forward_all(network, queries.batches(device, dtype), len(queries)),
         forward_all(network, supports.batches(device, dtype), len(supports)),
-        supports.labels.to(device), num_classes=len(data.train.classes), temperature=config.objective.temperature,
-    )  # fmt: skip
+        supports.labels.to(device),
+        num_classes=len(data.train.classes),
+        temperature=config.objective.temperature,
+    )
     return score(predictions.cpu(), queries.labels)

@@ -67,25 +67,28 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
     test_store = ImageStore.open(Path(config.data.test))
     test = EvaluationSet(test_store, torch.arange(len(test_store)).numpy(), config.views.evaluation)
     nearest = score_nearest_neighbours(encoder, data, test, config, device)
-    tuned = _score_cell(config, run, "finetune", winner.cell, test, device)
-    supervised = _score_cell(config, run, "baseline", baseline.cell, test, device)
+    tuned = _score_cell(config, run, test, device, sweep="finetune", cell=winner.cell)
+    supervised = _score_cell(config, run, test, device, sweep="baseline", cell=baseline.cell)
     if distributed.is_main():
-        write_json(run.result, {
-            "labels": len(data.labelled),
-            "classes": list(data.train.classes),
-            "seed": config.seed,
-            "test": {
-                "count": len(test),
-                "paws_nn": nearest.as_dict(),
-                "fine_tuned": tuned.as_dict() | _cell(winner.cell),
-                "baseline": supervised.as_dict() | _cell(baseline.cell),
+        write_json(
+            run.result,
+            {
+                "labels": len(data.labelled),
+                "classes": list(data.train.classes),
+                "seed": config.seed,
+                "test": {
+                    "count": len(test),
+                    "paws_nn": nearest.as_dict(),
+                    "fine_tuned": tuned.as_dict() | _cell(winner.cell),
+                    "baseline": supervised.as_dict() | _cell(baseline.cell),
+                },
+                "digests": data.digests | {"test": test_store.digest},
             },
-            "digests": data.digests | {"test": test_store.digest},
-        })  # fmt: skip
+        )
 
 
 def _score_cell(
-    config: Config, run: RunFolder, sweep: str, cell: Cell, test: EvaluationSet, device: torch.device
+    config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, cell: Cell
 ) -> Scores:
     classifier = build_classifier(build_encoder(config.model, seed=config.seed), len(test.store.classes)).to(device)
     best = run.cell(sweep, cell) / "best.pt"

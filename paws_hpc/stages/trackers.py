@@ -34,8 +34,12 @@ def open_trackers(config: Config, run: RunFolder, folder: Path, *, job: str, sta
         identifier = f"{settings['chain']}-{job}".translate(str.maketrans("/=,.", "----"))
         trackers.append(
             WandbTracker(
-                config.tracking, folder=folder, run_id=identifier, group=config.name, job_type=job.partition("/")[0],
+                config.tracking,
+                folder=folder,
+                run_id=identifier,
+                group=config.name,
+                job_type=job.partition("/")[0],
                 settings=settings,
-            )  # fmt: skip
+            )
         )
     return Trackers(*trackers)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paws_hpc.data.order import SupportOrder, UnlabelledOrder, cipher_key, permute
+from paws_hpc.data.order import EpochOrder, SupportOrder, cipher_key, permute
 
 
 @given(count=st.integers(1, 3000), seed=st.integers(0, 2**40))
@@ -15,7 +15,7 @@ def test_every_position_is_met_exactly_once(count: int, seed: int) -> None:
 
 
 def test_an_epoch_visits_every_image_once_and_epochs_differ() -> None:
-    order = UnlabelledOrder(count=1000, batch_size=100, seed=3)
+    order = EpochOrder(count=1000, batch_size=100, seed=3)
     first = np.concatenate([order.records(step) for step in range(10)])
     second = np.concatenate([order.records(step) for step in range(10, 20)])
     assert np.array_equal(np.sort(first), np.arange(1000))
@@ -24,9 +24,9 @@ def test_an_epoch_visits_every_image_once_and_epochs_differ() -> None:
 
 
 def test_a_step_needs_no_history_and_no_memory_at_a_billion_records() -> None:
-    order = UnlabelledOrder(count=10**9, batch_size=4096, seed=0)
+    order = EpochOrder(count=10**9, batch_size=4096, seed=0)
     far = order.records(200_000)
-    assert np.array_equal(far, UnlabelledOrder(count=10**9, batch_size=4096, seed=0).records(200_000))
+    assert np.array_equal(far, EpochOrder(count=10**9, batch_size=4096, seed=0).records(200_000))
     assert len(np.unique(far)) == 4096
     assert far.max() < 10**9
     # A uniform draw has mean 0.5 with standard error 0.0045 here.
@@ -75,4 +75,4 @@ def test_too_few_labels_or_classes_say_what_would_fit() -> None:
     with pytest.raises(ValueError, match=r"support.classes=11, but only 10 classes"):
         make_support(num_classes=11, images_per_class=1)
     with pytest.raises(ValueError, match="batch_size=128 is larger than the data set of 100"):
-        UnlabelledOrder(count=100, batch_size=128, seed=0)
+        EpochOrder(count=100, batch_size=128, seed=0)
