@@ -139,7 +139,7 @@ def _panel(record: RunRecord, figure: _Figure) -> Panel:
             if len(x):
                 curves.append(Curve(line.label, x, y, line.series))
                 facts.append(f"{line.label} {_in_words(x, y, axes, figure.x)}")
-                ends.append(f"Ends at {_text(y[-1], axes)}, highest {_text(y.max(), axes)}")
+                ends.append(_ends(x, y, axes, figure.x))
             else:
                 absent.append(line.key)
         if curves:
@@ -180,11 +180,18 @@ def _values(metrics: Metrics, line: _Line, axis: str) -> tuple[NDArray[np.float6
 def _in_words(x: NDArray[np.float64], y: NDArray[np.float64], axes: _Axes, axis: str) -> str:
     """A curve for those who do not see it: where it starts, where it ends and how far it went in between."""
     if not np.isfinite(y).all():
-        return f"has {int((~np.isfinite(y)).sum())} values that are not finite, from {axis} {x[~np.isfinite(y)][0]:g}"
+        return f"has values that are not finite, first at {axis} {x[~np.isfinite(y)][0]:,.6g}"
     return (
         f"goes from {_text(y[0], axes)} to {_text(y[-1], axes)} at {axis} {x[-1]:,.6g}"
         f" (lowest {_text(y.min(), axes)}, highest {_text(y.max(), axes)})"
     )
+
+
+def _ends(x: NDArray[np.float64], y: NDArray[np.float64], axes: _Axes, axis: str) -> str:
+    """What the caption of a single curve says of it."""
+    if not np.isfinite(y).all():
+        return f"It {_in_words(x, y, axes, axis)}"
+    return f"Ends at {_text(y[-1], axes)}, highest {_text(y.max(), axes)}"
 
 
 def _text(value: float, axes: _Axes) -> str:

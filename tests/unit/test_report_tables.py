@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paws_hpc.stages.report_panels import pretrain_panels
 from paws_hpc.stages.report_plots import Curve, Plot, draw, thin
 from paws_hpc.stages.report_run import Cell, Metrics, parse_cell, read_metrics, read_run
 from paws_hpc.stages.report_tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
@@ -93,6 +94,16 @@ def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
     x, y = read_metrics(path).series("a")
     assert x.tolist() == [0, 1, 2, 3]
     assert y.tolist() == [9.0, 8.5, 7.5, 6.5]
+
+
+def test_values_that_are_not_finite_are_said_and_not_hidden(tmp_path: Path) -> None:
+    values = [1.0, "nan", "inf", 2.0]  # as the metrics file spells what JSON cannot hold
+    rows = [json.dumps({"step": step, "gradient/norm": value}) for step, value in enumerate(values)]
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "metrics.jsonl").write_text("\n".join(rows))
+    panel = next(panel for panel in pretrain_panels(read_run(tmp_path)) if panel.name == "gradient-norm")
+    assert panel.caption.endswith("It has values that are not finite, first at step 1.")
+    assert panel.svg is not None
 
 
 def test_the_grid_has_a_place_for_every_combination() -> None:
