@@ -156,8 +156,9 @@ def _track(layer: _GlobalBatchNorm, mean: Tensor, variance: Tensor, total: Tenso
 def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's mean and biased variance, (C,) each."""
     if input.is_cuda:
+        # With eps 0 the variance is recovered without loss. The kernel calls 1/std of a constant channel 0.
         mean, invstd = torch.batch_norm_stats(input, 0.0)
-        return mean, invstd.pow(-2)  # without eps, an exact inverse: a constant channel is inf, and back to 0
+        return mean, torch.where(invstd > 0, invstd.pow(-2), 0.0)
     variance, mean = torch.var_mean(_wide(input), _reduced(input), correction=0)
     return mean, variance
 

@@ -21,12 +21,15 @@ CHANNELS = 5
 Results = dict[str, Any]
 
 
-def batch(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def batch(shape: tuple[int, ...], *, constant: bool = False) -> tuple[Tensor, Tensor]:
     """Rows whose mean is 1e3 deviations away from zero, and that drift: where sums of squares would lose six digits."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(shape, generator=generator, dtype=torch.float64)
     drift = torch.linspace(-1, 1, shape[0], dtype=torch.float64).view(-1, *[1] * (len(shape) - 1))
-    return 1e3 + rows + 3 * drift, torch.randn(shape, generator=generator, dtype=torch.float64)
+    rows = 1e3 + rows + 3 * drift
+    if constant:  # as a convolution gives whose inputs are all dead
+        rows[:, 0] = 1e3
+    return rows, torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def layer(dimensions: int) -> nn.Module:
@@ -56,19 +59,20 @@ def rows_of(rank: int, world: int, total: int, *, even: bool) -> slice:
     return slice(bounds[rank], bounds[rank + 1])
 
 
-CASES = {
-    "rows": ((16, CHANNELS), True, torch.contiguous_format),
-    "rows, one rank has one": ((17, CHANNELS), False, torch.contiguous_format),
-    "images": ((8, CHANNELS, 4, 3), True, torch.contiguous_format),
-    "images, channels last": ((8, CHANNELS, 4, 3), True, torch.channels_last),
-    "images, one rank has one": ((9, CHANNELS, 4, 3), False, torch.channels_last),
+CASES = {  # shape, rows shared evenly, memory format, first channel constant
+    "rows": ((16, CHANNELS), True, torch.contiguous_format, False),
+    "rows, one rank has one": ((17, CHANNELS), False, torch.contiguous_format, False),
+    "rows, a constant channel": ((16, CHANNELS), True, torch.contiguous_format, True),
+    "images": ((8, CHANNELS, 4, 3), True, torch.contiguous_format, False),
+    "images, channels last": ((8, CHANNELS, 4, 3), True, torch.channels_last, False),
+    "images, one rank has one": ((9, CHANNELS, 4, 3), False, torch.channels_last, False),
 }
 
 
 def all_cases(rank: int, world: int) -> Results:
     results = {}
-    for name, (shape, even, memory_format) in CASES.items():
-        rows, upstream = batch(shape)
+    for name, (shape, even, memory_format, constant) in CASES.items():
+        rows, upstream = batch(shape, constant=constant)
         own = rows_of(rank, world, shape[0], even=even)
         local = rows[own].contiguous(memory_format=memory_format)
         results[name] = train_twice(layer(len(shape)), local, upstream[own])
@@ -83,8 +87,8 @@ def on_gpu(rank: int, world: int) -> Results | None:
         return None
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
-        for name, (shape, even, memory_format) in CASES.items():
-            rows, upstream = gpu_batch(shape, dtype)
+        for name, (shape, even, memory_format, constant) in CASES.items():
+            rows, upstream = gpu_batch(shape, dtype, constant)
             own = rows_of(rank, world, shape[0], even=even)
             local = rows[own].cuda().contiguous(memory_format=memory_format)
             state = train_twice(layer(len(shape)).float().cuda(), local, upstream[own].cuda())
@@ -92,8 +96,8 @@ def on_gpu(rank: int, world: int) -> Results | None:
     return results
 
 
-def gpu_batch(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    rows, upstream = batch(shape)
+def gpu_batch(shape: tuple[int, ...], dtype: torch.dtype, constant: bool) -> tuple[Tensor, Tensor]:
+    rows, upstream = batch(shape, constant=constant)
     return (rows - 1e3).to(dtype), upstream.to(dtype)
 
 
@@ -173,8 +177,8 @@ def results_of(work: Callable[[int, int], Any], world: int, folder: Path) -> lis
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_equal_one_process_on_the_whole_batch(world: int, finished: Path):
     every = results_of(all_cases, world, finished)
-    for name, (shape, _, _) in CASES.items():
-        rows, upstream = batch(shape)
+    for name, (shape, _, _, constant) in CASES.items():
+        rows, upstream = batch(shape, constant=constant)
         norm = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
         reference = norm(CHANNELS, momentum=0.3).double()
         reference.load_state_dict(layer(len(shape)).state_dict())
@@ -187,8 +191,8 @@ def test_ranks_together_equal_one_process_on_a_gpu(finished: Path):
     if every[0] is None:
         pytest.skip("needs a GPU")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        for name, (shape, _, _) in CASES.items():
-            rows, upstream = (tensor.double() for tensor in gpu_batch(shape, dtype))
+        for name, (shape, _, _, constant) in CASES.items():
+            rows, upstream = (tensor.double() for tensor in gpu_batch(shape, dtype, constant))
             truth = train_twice(layer(len(shape)), rows, upstream)
             key = f"{name} {dtype}"
             compare([results[key] for results in every], truth, key, tolerance=tolerance)
