@@ -125,6 +125,13 @@ class Config:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
+        rows = self.views.support_views * self.pretrain.support.images_per_class
+        if self.objective.support_warmup_fraction > 0 and rows < 2:
+            raise ValueError(
+                "objective.support_warmup_fraction classifies each support row by the others of its class, but "
+                "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
+                "warm-up off with objective.support_warmup_fraction=0."
+            )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
 

@@ -64,8 +64,8 @@ def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:
     while not path.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its log), "
-                "or the run directory is not on a file system that all ranks share."
+                f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its "
+                "log), or the run directory is not on a file system that all ranks share."
             )
         time.sleep(_POLL_S)
     address: dict[str, Any] = read_json(path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc import distributed
@@ -40,7 +41,7 @@ class Crops:
     """Crops on the host, and what augmentation is to do to them.
 
     Attributes:
-        images: (N, 3, s, s) uint8, view-major.
+        images: (N, 3, s, s) uint8, or (N, 1, s, s) from grey pixels, view-major.
         parameters: of the same N rows.
     """
 
@@ -126,31 +127,30 @@ class Cutter:
         return result
 
     def _cut_part(self, records: Positions, kinds: Sequence[tuple[CropConfig, int]], epoch: int) -> list[Tensor]:
-        images = [torch.from_numpy(image).permute(2, 0, 1) for image in self.store.images(records)]
-        sizes = np.array([image.shape[1:] for image in images])
-        # Raw records have one size, so that a whole batch is cut by two matrix products.
-        batch = torch.stack(images) if self.store.encoding == "raw" else None
+        """Per kind, (count, n, C, s, s) uint8."""
+        images, heights, widths = self._decode(records), self.store.heights[records], self.store.widths[records]
         result = []
         for crop, first_view in kinds:
-            views = []
-            for view in range(first_view, first_view + crop.count):
-                boxes = draw_boxes(
-                    crop,
-                    seed=self.seed,
-                    epoch=epoch,
-                    samples=records,
-                    view=view,
-                    heights=sizes[:, 0],
-                    widths=sizes[:, 1],
+            boxes = [
+                draw_boxes(
+                    crop, seed=self.seed, epoch=epoch, samples=records, view=view, heights=heights, widths=widths
                 )
-                cut = (
-                    resized_crops(images, boxes, crop.size)
-                    if batch is None
-                    else equal_size_resized_crops(batch, boxes, crop.size)
-                )
-                views.append(cut)
-            result.append(torch.stack(views))
+                for view in range(first_view, first_view + crop.count)
+            ]
+            result.append(torch.stack([_crop(images, view_boxes, crop.size) for view_boxes in boxes]))
         return result
+
+    def _decode(self, records: Positions) -> Tensor | list[Tensor]:
+        """(n, C, H, W) of a raw store, whose images have one size; n times (3, H, W) otherwise."""
+        if self.store.encoding == "raw":
+            return torch.from_numpy(self.store.read_raw(records)).permute(0, 3, 1, 2)
+        return [torch.from_numpy(image).permute(2, 0, 1) for image in self.store.images(records)]
+
+
+def _crop(images: Tensor | list[Tensor], boxes: NDArray[np.int64], size: int) -> Tensor:
+    if isinstance(images, Tensor):
+        return equal_size_resized_crops(images, boxes, size)
+    return resized_crops(images, boxes, size)
 
 
 class PawsStream:

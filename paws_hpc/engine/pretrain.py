@@ -210,13 +210,15 @@ class Pretraining:
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         supports = distributed.gather_rows(z[:rows].to(wide))
         classes = batch.support_classes.to(self.device)
-        labels = smooth_labels(classes, self.config.support.classes, smoothing=self.objective.label_smoothing)
+        labels = smooth_labels(
+            classes, self.config.support.classes, smoothing=self.objective.label_smoothing, dtype=wide
+        )
         loss = paws_loss(
             z[rows:].to(wide),
             supports,
             h[rows : rows + large].detach().to(wide),
             distributed.gather_rows(h[:rows].detach().to(wide)),
-            labels.to(wide),
+            labels,
             temperature=self.objective.temperature,
             sharpening=self.objective.sharpening,
             num_small_crops=self.stream.views.small.count,
@@ -231,11 +233,11 @@ class Pretraining:
             weight=self.objective.support_warmup_weight,
         )
         if weight > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
-            hard = smooth_labels(classes, self.config.support.classes, smoothing=0.0).to(wide)
+            hard = smooth_labels(classes, self.config.support.classes, smoothing=0.0, dtype=wide)
             metrics["loss/support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
             metrics["loss/total"] = loss.total + weight * metrics["loss/support_nce"]
         if batch.step % self.config.diagnose_every_steps == 0:
-            metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels.to(wide), loss, self.objective)
+            metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
 
 

@@ -25,7 +25,7 @@ def write_crop_grid(path: Path, stream: PawsStream) -> None:
     mean, std = (torch.tensor(value)[:, None, None] for value in (stream.store.mean, stream.store.std))
     cell = columns[0].shape[-1]
     rows = min(_ROWS, count)
-    grid = Image.new("RGB", (len(columns) * (cell + _GAP) - _GAP, rows * (cell + _GAP) - _GAP), "white")
+    grid = Image.new("RGBA", (len(columns) * (cell + _GAP) - _GAP, rows * (cell + _GAP) - _GAP))
     for x, column in enumerate(columns):
         for y in range(rows):
             tile = _picture(column[y] * std + mean)
