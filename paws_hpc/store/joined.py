@@ -35,7 +35,7 @@ def read_cached_index(folder: Path, manifest: Manifest) -> NDArray[np.void] | No
     """Memory-map ``index.npy``; None when it is absent, unreadable or not the manifest's."""
     try:
         cached: NDArray[np.void] = np.load(folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (EOFError, OSError, ValueError):
         return None
     return cached if index_hash(cached) == manifest.index_hash else None
 

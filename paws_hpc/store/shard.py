@@ -50,7 +50,7 @@ def write_shard(path: Path, payloads: Sequence[bytes], index: ShardIndex, header
     """Write a shard whole: temporary file → fsync → rename.
 
     h5py lays the file out in memory, with ``/data`` allocated but unwritten; then head, payloads and tail are written
-    as to any file. So HDF5 never meets a full disk, which it takes badly: it fails in destructors and leaves files open.
+    as to any file. So HDF5 never meets a full disk, which it takes badly: errors in destructors, files left open.
 
     Raises:
         OSError: the file cannot be written, the disk is full included; nothing stays at ``path``.

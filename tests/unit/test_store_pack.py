@@ -1,0 +1,321 @@
+"""Packing keeps every image, is reproducible to the byte, and loses nothing when something is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+from paws_hpc.files import file_hash
+from paws_hpc.store import (
+    ArraySource,
+    ImageFolder,
+    ImageStore,
+    PackOptions,
+    RecordError,
+    StoreError,
+    decode_jpeg,
+    pack,
+)
+from paws_hpc.store.format import FLAG_PROGRESSIVE, FLAG_RECOVERED, FLAG_REENCODED
+from paws_hpc.store.sources.digits import digits
+from paws_hpc.store.standard import is_progressive, standard_jpeg
+from paws_hpc.store.statistics import combine, pixel_sums
+
+PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+KIB = 1 << 10
+
+
+def jpeg_tile(number: int, *, progressive: bool = False) -> bytes:
+    """A JPEG of a part of a photograph, no two alike, sides not multiples of eight."""
+    with Image.open(PHOTOS[number % 2]) as photo:
+        left, top = 7 * number % 400, 11 * number % 300
+        tile = photo.crop((left, top, left + 61 + number % 9, top + 83))
+    file = io.BytesIO()
+    tile.save(file, "JPEG", quality=90, progressive=progressive)
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An ImageFolder of 24 JPEGs, one of them progressive, in three classes."""
+    root = tmp_path / "source"
+    for number in range(24):
+        path = root / ("ant", "bee", "cow")[number % 3] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg_tile(number, progressive=number == 5))
+    return root
+
+
+def bytes_of(store: Path) -> dict[str, str]:
+    """Name → hash of each file of a store."""
+    return {path.name: file_hash(path) for path in sorted(store.iterdir())}
+
+
+def test_a_folder_of_jpegs_comes_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
+    report = pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(shard_bytes=16 * KIB))
+    store = ImageStore.open(tmp_path / "store")
+    assert len(report.manifest.shards) > 3
+    assert sorted(store.keys) == sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+    for key, label, payload in zip(store.keys, store.labels, store.read_encoded(range(24)), strict=True):
+        assert payload == (folder / key).read_bytes()
+        assert store.classes[label] == key.split("/")[0]
+    for image, payload, width, height in zip(
+        store.images(range(24)), store.read_encoded(range(24)), store.widths, store.heights, strict=True
+    ):
+        with Image.open(io.BytesIO(payload)) as opened:
+            assert opened.size == (width, height)
+            # Two builds of libjpeg-turbo may round differently, by one level at most here.
+            assert np.abs(np.asarray(opened).astype(int) - image).max() <= 1
+    progressive = [store.keys[place] for place in np.flatnonzero(store.flags & FLAG_PROGRESSIVE)]
+    assert progressive == ["cow/05.jpg"]
+    assert not report.reencoded
+
+
+@pytest.mark.parametrize("shard_bytes", [10 * KIB, 256 << 20])
+def test_digits_come_back_exactly(tmp_path: Path, shard_bytes: int) -> None:
+    source = digits(split="test", size=32)
+    pack(source, tmp_path / "store", options=PackOptions(shard_bytes=shard_bytes, seed=3))
+    store = ImageStore.open(tmp_path / "store")
+    places = store.find(source.keys)
+    assert sorted(places.tolist()) == list(range(400))
+    assert np.array_equal(store.read_raw(places), source.images)
+    assert np.array_equal(store.labels[places], source.labels)
+    grey = source.images[:7]
+    assert np.array_equal(np.stack(store.images(places[:7])), np.concatenate([grey, grey, grey], axis=-1))
+
+
+def test_equal_inputs_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
+    options = PackOptions(shard_bytes=16 * KIB, seed=7, workers=1)
+    pack(ImageFolder(folder), tmp_path / "one", options=options)
+    copied = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # other path, other times
+    pack(ImageFolder(copied), tmp_path / "two", options=replace(options, workers=4))
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+def test_the_digest_follows_the_sequence_of_images_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    def digest(name: str, *, shard_kib: int = 16, seed: int = 0) -> str:
+        options = PackOptions(shard_bytes=shard_kib * KIB, seed=seed)
+        return pack(ImageFolder(folder), tmp_path / name, options=options).manifest.digest
+
+    first = digest("a")
+    assert digest("b", shard_kib=40) == first
+    assert digest("c", seed=1) != first
+    (folder / "ant").rename(folder / "aardvark")
+    assert digest("d") != first
+
+
+def test_images_are_shuffled_before_they_are_divided(tmp_path: Path) -> None:
+    source = digits(split="train", size=8)
+    by_label = np.argsort(source.labels, kind="stable")
+    ordered = replace(
+        source, images=source.images[by_label], labels=source.labels[by_label], keys=[source.keys[i] for i in by_label]
+    )
+    pack(ordered, tmp_path / "store", options=PackOptions(shard_bytes=8 * KIB))
+    store = ImageStore.open(tmp_path / "store")
+    first_shard = Counter(store.labels[: store.manifest.shards[0].count].tolist())
+    assert sum(first_shard.values()) == 128
+    assert len(first_shard) == 10
+    assert max(first_shard.values()) < 30
+    # The order depends on seed and key only, not on how the source lists its images.
+    pack(source, tmp_path / "unordered", options=PackOptions(shard_bytes=8 * KIB))
+    assert ImageStore.open(tmp_path / "unordered").digest == store.digest
+
+
+def test_a_store_is_plain_hdf5_with_aligned_contiguous_data(folder: Path, tmp_path: Path) -> None:
+    report = pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(shard_bytes=16 * KIB))
+    seen = []
+    for entry in report.manifest.shards:
+        with h5py.File(tmp_path / "store" / entry.name, "r", locking=False) as file:
+            assert file["data"].chunks is None
+            assert file["data"].id.get_offset() == entry.data_offset
+            assert entry.data_offset is not None
+            assert entry.data_offset % 4096 == 0
+            for record in range(file.attrs["count"]):
+                start, stop = file["keys/offset"][record : record + 2].tolist()
+                key = file["keys/blob"][start:stop].tobytes().decode()
+                offset, length = int(file["index/offset"][record]), int(file["index/length"][record])
+                assert file["data"][offset : offset + length].tobytes() == (folder / key).read_bytes()
+                seen.append(key)
+    assert len(set(seen)) == 24
+
+
+def test_data_of_four_mib_and_more_is_aligned_to_stripes(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (80, 256, 256, 1), dtype=np.uint8)
+    source = ArraySource("noise", images, np.zeros(80, np.int64), [f"{i:03d}" for i in range(80)], ("noise",))
+    entry = pack(source, tmp_path / "store").manifest.shards[0]
+    assert entry.data_bytes == 80 << 16
+    assert entry.data_offset is not None
+    assert entry.data_offset % (4 << 20) == 0
+    store = ImageStore.open(tmp_path / "store")
+    assert np.array_equal(store.read_raw(store.find(source.keys)), images)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_other_formats_become_colour_jpegs_close_to_the_original() -> None:
+    with Image.open(PHOTOS[1]) as photo:
+        tile = photo.crop((200, 100, 333, 190))
+    palette = tile.quantize(64)
+    palette.info["transparency"] = bytes(range(64))
+    for content, reason in (
+        (encoded(tile, "PNG"), "PNG"),
+        (encoded(tile.convert("RGBA"), "PNG"), "PNG"),
+        (encoded(palette, "PNG"), "PNG"),
+        (encoded(tile.convert("L"), "JPEG", quality=95), "Gray JPEG"),
+        (encoded(tile.convert("CMYK"), "JPEG", quality=95), "CMYK JPEG"),
+        (encoded(tile, "WEBP", lossless=True), "WEBP"),
+        (encoded(tile.convert("1"), "TIFF"), "TIFF"),
+    ):
+        image = standard_jpeg(content)
+        assert image.changed == reason
+        assert image.flags == FLAG_REENCODED
+        with Image.open(io.BytesIO(image.payload)) as stored, Image.open(io.BytesIO(content)) as original:
+            assert (stored.mode, stored.layer[0][1:3]) == ("RGB", (1, 1))  # no chroma subsampling
+            rgb = np.asarray(original.convert("RGBA").convert("RGB")).astype(int)
+        error = np.abs(decode_jpeg(image.payload).astype(int) - rgb)
+        assert error.mean() < 4, reason  # dithering costs most; a wrong conversion is off by tens
+
+
+def test_progressive_jpegs_are_told_from_baseline_ones() -> None:
+    assert is_progressive(jpeg_tile(3, progressive=True))
+    assert not is_progressive(jpeg_tile(3))
+    assert standard_jpeg(jpeg_tile(3, progressive=True)).payload == jpeg_tile(3, progressive=True)
+
+
+def test_a_jpeg_that_only_a_lenient_decoder_reads_is_repaired_and_reported() -> None:
+    content = jpeg_tile(2)
+    image = standard_jpeg(content[:-30] + content[-2:])  # the scan ends too early, the end marker is there
+    assert image.flags == FLAG_RECOVERED | FLAG_REENCODED
+    assert image.changed is not None
+    assert image.changed.startswith("JPEG with faults")
+    assert np.abs(image.pixels[:64].astype(int) - decode_jpeg(content)[:64]).mean() < 2.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GIF89a but no image",
+        jpeg_tile(0)[:700],
+        jpeg_tile(0)[:60],
+        encoded(Image.new("I;16", (8, 8)), "PNG"),
+        encoded(Image.new("RGB", (64, 64), "red"), "PNG")[:90],
+    ],
+    ids=["empty", "no image", "truncated JPEG", "truncated header", "16 bit", "truncated PNG"],
+)
+def test_an_unreadable_image_stops_packing_and_is_named(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (folder / "bee" / "broken.jpg").write_bytes(content)
+    with pytest.raises(RecordError, match=r"'bee/broken.jpg' cannot be packed: .*--on-error skip") as caught:
+        pack(ImageFolder(folder), tmp_path / "store")
+    assert caught.value.key == "bee/broken.jpg"
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    report = pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(on_error="skip"))
+    assert [omission.key for omission in report.manifest.skipped] == ["bee/broken.jpg"]
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["skipped"][0]["key"] == "bee/broken.jpg"
+    assert sorted(ImageStore.open(tmp_path / "store").keys) == sorted(
+        set(ImageFolder(folder).keys) - {"bee/broken.jpg"}
+    )
+
+
+def test_a_missing_file_is_skipped_like_an_unreadable_one(folder: Path, tmp_path: Path) -> None:
+    source = ImageFolder(folder)
+    (folder / "ant" / "00.jpg").unlink()
+    report = pack(source, tmp_path / "store", options=PackOptions(on_error="skip"))
+    assert report.manifest.skipped[0].reason == "it cannot be read: No such file or directory"
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "source" / "ant").mkdir(parents=True)
+    (tmp_path / "source" / "ant" / "x.jpg").write_bytes(b"nothing")
+    with pytest.raises(StoreError, match="none of the 1 images could be read"):
+        pack(ImageFolder(tmp_path / "source"), tmp_path / "store", options=PackOptions(on_error="skip"))
+
+
+def test_duplicate_and_unstorable_keys_are_refused(tmp_path: Path) -> None:
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    for keys, message in (
+        (["a", "b", "a"], "key 'a' occurs 2 times"),
+        (["a", "b", ""], "cannot be stored"),
+        (["a", "b", "x\udcff"], "is not UTF-8"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            pack(ArraySource("test", images, np.zeros(3, np.int64), keys, ("one",)), tmp_path / "store")
+
+
+def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp_path: Path) -> None:
+    destination, options = tmp_path / "store", PackOptions(shard_bytes=16 * KIB)
+    assert pack(ImageFolder(folder), destination, options=options).packed
+    before = bytes_of(destination)
+    assert not pack(ImageFolder(folder), destination, options=options).packed
+    # An interrupted run: no manifest, one shard half written, one that the complete store does not have.
+    (destination / "manifest.json").unlink()
+    (destination / "shard-00001.h5").write_bytes(b"half")
+    (destination / "shard-00099.h5").write_bytes(b"stale")
+    (destination / ".shard-00002.h5.123.tmp").write_bytes(b"cut off")
+    (destination / "splits").mkdir()
+    (destination / "splits" / "mine.json").write_text("[]")
+    with pytest.raises(StoreError, match="has no manifest"):
+        ImageStore.open(destination)
+    assert pack(ImageFolder(folder), destination, options=options).packed
+    assert (destination / "splits" / "mine.json").read_text() == "[]"
+    shutil.rmtree(destination / "splits")
+    assert bytes_of(destination) == before
+
+
+def test_another_store_is_only_replaced_by_force(folder: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "store"
+    pack(ImageFolder(folder), destination)
+    before = bytes_of(destination)
+    with pytest.raises(StoreError, match=r"already holds another store: seed=0 \(wanted 1\).*--force"):
+        pack(ImageFolder(folder), destination, options=PackOptions(seed=1))
+    with pytest.raises(StoreError, match=r"kind='folder' \(wanted 'digits'\)"):
+        pack(digits(split="test", size=8), destination)
+    assert bytes_of(destination) == before
+    assert pack(digits(split="test", size=8), destination, options=PackOptions(force=True)).packed
+    assert len(ImageStore.open(destination)) == 400
+
+
+def test_packing_again_notices_that_the_store_was_truncated(folder: Path, tmp_path: Path) -> None:
+    destination = tmp_path / "store"
+    entry = pack(ImageFolder(folder), destination).manifest.shards[0]
+    with open(destination / entry.name, "r+b") as file:
+        file.truncate(entry.bytes - 1000)
+    with pytest.raises(StoreError, match=r"shard-00000.h5 .*bytes instead of"):
+        pack(ImageFolder(folder), destination)
+    pack(ImageFolder(folder), destination, options=PackOptions(force=True))
+    ImageStore.open(destination)
+
+
+def test_statistics_equal_numpys_over_all_pixels(folder: Path, tmp_path: Path) -> None:
+    pack(ImageFolder(folder), tmp_path / "store")
+    store = ImageStore.open(tmp_path / "store")
+    pixels = np.concatenate([image.reshape(-1, 3) for image in store.images(range(24))]) / 255
+    assert store.manifest.statistics.method == "exact"
+    np.testing.assert_allclose(store.mean, pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(store.std, pixels.std(axis=0), rtol=1e-12)
+
+
+def test_statistics_of_a_constant_image_have_no_spread() -> None:
+    statistics = combine([pixel_sums(np.full((500, 400, 3), 201, np.uint8))] * 50, exact=True)
+    assert statistics.mean == pytest.approx((201 / 255,) * 3, rel=1e-15)
+    assert statistics.std == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard_bytes", 0), ("seed", -1), ("on_error", "ignore"), ("workers", 0)])
+def test_options_that_make_no_sense_are_refused_with_their_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"pack.{field}="):
+        PackOptions(**{field: value})  # type: ignore[arg-type]

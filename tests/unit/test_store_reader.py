@@ -1,0 +1,260 @@
+"""Reading gives the packed bytes from any thread, or says which record of which shard is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_sample_images
+
+from paws_hpc.store import ImageFolder, ImageStore, PackOptions, RecordError, StoreError, pack
+from paws_hpc.store.format import Manifest, read_manifest
+from paws_hpc.store.joined import load_index
+from paws_hpc.store.sources.digits import digits
+
+KIB = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG store of 30 parts of photographs in several shards."""
+    import simplejpeg
+
+    root = tmp_path_factory.mktemp("packed")
+    for number in range(30):
+        photo = load_sample_images().images[number % 2]
+        tile = np.ascontiguousarray(photo[5 * number : 5 * number + 64, 9 * number : 9 * number + 80])
+        path = root / "source" / ("land", "flower")[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(tile, quality=90))
+    pack(ImageFolder(root / "source"), root / "store", options=PackOptions(shard_bytes=20 * KIB))
+    return root / "store"
+
+
+@pytest.fixture
+def jpeg_store(packed: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    import shutil
+
+    return Path(shutil.copytree(packed, tmp_path / "store"))
+
+
+@pytest.fixture
+def raw_store(tmp_path: Path) -> Path:
+    """The digits' test split in six shards."""
+    return pack(digits(split="test", size=32), tmp_path / "raw", options=PackOptions(shard_bytes=70 * KIB)).path
+
+
+def place_in_file(path: Path, position: int) -> tuple[Path, int, int]:
+    """Shard file, offset in it and length of one record."""
+    manifest = read_manifest(path)
+    row = load_index(path, manifest)[position]
+    shard = manifest.shards[int(row["shard"])]
+    assert shard.data_offset is not None
+    return path / shard.name, shard.data_offset + int(row["offset"]), int(row["length"])
+
+
+def flip_bit(file: Path, offset: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+
+
+def test_threads_read_what_one_thread_reads(jpeg_store: Path, raw_store: Path) -> None:
+    random = np.random.default_rng(0)
+    for path in (jpeg_store, raw_store):
+        store = ImageStore.open(path)
+        batches = [random.integers(len(store), size=25) for _ in range(40)]
+        serial = [np.concatenate([image.ravel() for image in store.images(batch)]) for batch in batches]
+        with ThreadPoolExecutor(8) as pool:
+            threaded = list(pool.map(store.images, batches))
+        for expected, images in zip(serial, threaded, strict=True):
+            assert np.array_equal(expected, np.concatenate([image.ravel() for image in images]))
+
+
+def test_many_tiny_records_are_read_in_milliseconds(raw_store: Path) -> None:
+    import time
+
+    store = ImageStore.open(raw_store)
+    indices = np.random.default_rng(0).integers(400, size=1000)
+    durations = []
+    for _ in range(9):
+        started = time.perf_counter()
+        store.images(indices)
+        durations.append(time.perf_counter() - started)
+    assert min(durations) < 0.03  # 3 ms on an idle core; one h5py access each would take 40
+
+
+def test_a_pickled_store_opens_itself_elsewhere(jpeg_store: Path) -> None:
+    store = ImageStore.open(jpeg_store, check=False)
+    again = pickle.loads(pickle.dumps(store))
+    assert again.check is False
+    assert again.read([3, 1]) == store.read([3, 1])
+
+
+def test_keys_are_found_wherever_they_lie(jpeg_store: Path) -> None:
+    store = ImageStore.open(jpeg_store)
+    order = np.random.default_rng(0).permutation(30)
+    assert np.array_equal(store.find([store.keys[place] for place in order]), order)
+    assert store.find([]).tolist() == []
+    assert store.keys[2:5] == [store.keys[2], store.keys[3], store.keys[4]]
+    # A beginning of a key, or a key with something behind it, is another key.
+    for unknown in ("land/0", store.keys[0] + "x", "zzz", "ö"):
+        with pytest.raises(ValueError, match=r"is not in the store .*store's look like '"):
+            store.find([store.keys[0], unknown])
+
+
+@pytest.mark.parametrize("indices", [[0, 30], [-1], [0.5], [[1, 2]]])
+def test_indices_outside_the_store_are_refused(jpeg_store: Path, indices: list[int]) -> None:
+    store = ImageStore.open(jpeg_store)
+    with pytest.raises(ValueError, match="ind"):
+        store.read(indices)
+    assert store.read([]) == []
+
+
+def test_raw_and_encoded_stores_are_not_confused(jpeg_store: Path, raw_store: Path) -> None:
+    with pytest.raises(ValueError, match="holds encoded images"):
+        ImageStore.open(jpeg_store).read_raw([0])
+    with pytest.raises(ValueError, match="holds raw pixels"):
+        ImageStore.open(raw_store).read_encoded([0])
+
+
+@pytest.mark.parametrize("position", [0, 17, 29])
+def test_a_flipped_bit_is_named_with_shard_and_key(jpeg_store: Path, position: int) -> None:
+    store = ImageStore.open(jpeg_store)
+    file, offset, length = place_in_file(jpeg_store, position)
+    flip_bit(file, offset + length // 2)
+    message = rf"record '{store.keys[position]}' in .*{file.name} is damaged: its CRC32C .*verify"
+    damaged = ImageStore.open(jpeg_store)
+    with pytest.raises(RecordError, match=message) as caught:
+        damaged.images([position])
+    assert (caught.value.key, caught.value.shard) == (store.keys[position], file.name)
+    others = [place for place in range(30) if place != position]
+    assert len(damaged.read(others)) == 29
+    assert len(ImageStore.open(jpeg_store, check=False).read([position])) == 1
+
+
+def test_a_record_that_cannot_be_decoded_is_named(jpeg_store: Path) -> None:
+    store = ImageStore.open(jpeg_store, check=False)
+    file, offset, _ = place_in_file(jpeg_store, 4)
+    flip_bit(file, offset)
+    with pytest.raises(RecordError, match=rf"'{store.keys[4]}' in .* cannot be decoded"):
+        store.images([4])
+
+
+def test_a_truncated_shard_is_refused_and_the_first_lost_record_named(jpeg_store: Path) -> None:
+    store = ImageStore.open(jpeg_store)
+    file, offset, _ = place_in_file(jpeg_store, 12)
+    os.truncate(file, offset + 10)
+    with pytest.raises(StoreError, match=rf"{file.name} record '{store.keys[12]}' is the first of \d+ that are lost"):
+        ImageStore.open(jpeg_store)
+    # A store that was open when it happened names the record too.
+    with pytest.raises(RecordError, match=rf"'{store.keys[12]}' in .*{file.name} is cut off: 10 of"):
+        store.read([12])
+
+
+def test_a_missing_shard_is_named(jpeg_store: Path) -> None:
+    (jpeg_store / "shard-00001.h5").unlink()
+    with pytest.raises(StoreError, match=r"shard-00001.h5 is missing"):
+        ImageStore.open(jpeg_store)
+
+
+def test_the_cached_index_is_made_again_when_it_is_absent_damaged_or_of_another_store(
+    jpeg_store: Path, raw_store: Path
+) -> None:
+    index = jpeg_store / "index.npy"
+    whole = index.read_bytes()
+    keys = list(ImageStore.open(jpeg_store).keys)
+    damaged = bytearray(whole)
+    damaged[-60] ^= 4
+    for content in (None, b"", whole[:500], bytes(damaged), (raw_store / "index.npy").read_bytes()):
+        if content is None:
+            index.unlink()
+        else:
+            index.write_bytes(content)
+        assert list(ImageStore.open(jpeg_store).keys) == keys
+        assert index.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(
+    jpeg_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = list(ImageStore.open(jpeg_store).keys)
+    (jpeg_store / "index.npy").unlink()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr("paws_hpc.store.joined.atomic_write", refuse)  # root may write anywhere: modes do not stop it
+    assert list(ImageStore.open(jpeg_store).keys) == keys
+    assert not (jpeg_store / "index.npy").exists()
+
+
+def test_a_damaged_index_inside_a_shard_is_named(jpeg_store: Path) -> None:
+    import h5py
+
+    (jpeg_store / "index.npy").unlink()
+    with h5py.File(jpeg_store / "shard-00002.h5", "r+", locking=False) as file:
+        file["index/label"][0] ^= 1
+    with pytest.raises(StoreError, match=r"shard-00002.h5 holds another index than was packed"):
+        ImageStore.open(jpeg_store)
+
+
+def test_without_an_offset_records_are_read_through_hdf5(jpeg_store: Path) -> None:
+    store = ImageStore.open(jpeg_store)
+    manifest = json.loads((jpeg_store / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        shard["data_offset"] = None
+    (jpeg_store / "manifest.json").write_text(json.dumps(manifest))
+    assert ImageStore.open(jpeg_store).read(range(30)) == store.read(range(30))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-30], r"manifest.json is damaged"),
+        (lambda text: text.replace("paws-hpc-store", "other"), r"is not the manifest of an image store"),
+        (lambda text: text.replace('"version": 1', '"version": 2'), r"store version 2, this program reads version 1"),
+        (lambda text: text.replace('"digest"', '"digset"'), r"manifest.json is damaged: field"),
+        (lambda text: text.replace('"count": 30', '"count": 31'), r"count=31 is not the sum"),
+        (lambda text: text.replace('"jpeg"', '"avif"'), r"encoding='avif' is not one of jpeg, raw"),
+    ],
+)
+def test_a_manifest_that_is_not_right_is_named(jpeg_store: Path, change: Callable[[str], str], message: str) -> None:
+    path = jpeg_store / "manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(StoreError, match=message):
+        ImageStore.open(jpeg_store)
+
+
+def test_a_closed_store_refuses_to_read(jpeg_store: Path) -> None:
+    with ImageStore.open(jpeg_store) as store:
+        store.read([0])
+    with pytest.raises(ValueError, match="was closed"):
+        store.read([0])
+    store.close()
+
+
+def test_more_shards_than_files_may_be_open_is_a_named_error(jpeg_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest: Manifest = read_manifest(jpeg_store)
+    opened, closed = [], []
+
+    class Limited:
+        def __init__(self, path: Path, data_offset: int | None) -> None:
+            if len(opened) == 2:
+                raise OSError(24, "Too many open files")
+            opened.append(path)
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("paws_hpc.store.reader.ShardFile", Limited)
+    with pytest.raises(StoreError, match=rf"{len(manifest.shards)} shards, more files than .*ulimit -n"):
+        ImageStore.open(jpeg_store)
+    assert len(closed) == 2

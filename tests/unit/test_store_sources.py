@@ -1,0 +1,254 @@
+"""Sources give the right pixels, labels and keys, and say what is wrong with their files without running them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from paws_hpc.store import ImageFolder, SourceConfig, StoreError, open_source
+from paws_hpc.store.sources.cifar import cifar, load_plain_pickle
+from paws_hpc.store.sources.digits import digits
+from paws_hpc.store.sources.idx import FASHION_CLASSES, idx
+
+FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
+
+
+def photo_tiles(count: int, *, seed: int) -> NDArray[np.uint8]:
+    """(count, 32, 32, 3) cut from scikit-learn's photographs."""
+    random = np.random.default_rng(seed)
+    china, flower = load_sample_images().images
+    tiles = []
+    for number in range(count):
+        photo = (china, flower)[number % 2]
+        top, left = random.integers(photo.shape[0] - 32), random.integers(photo.shape[1] - 32)
+        tiles.append(photo[top : top + 32, left : left + 32])
+    return np.stack(tiles)
+
+
+def write_cifar10(root: Path, batches: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    """Write tiles the way the original files were written; returns the training labels."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    labels = []
+    for number, tiles in enumerate(batches, start=1):
+        batch_labels = [(number + place) % 10 for place in range(len(tiles))]
+        labels += batch_labels
+        planes = tiles.transpose(0, 3, 1, 2).reshape(len(tiles), -1)
+        name = f"data_batch_{number}" if number <= 5 else "test_batch"
+        batch = {b"batch_label": b"one of six", b"labels": batch_labels, b"data": planes, b"filenames": [b"x.png"]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = [f"class {number}".encode() for number in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=2))
+    return np.array(labels)
+
+
+def test_digits_are_divided_for_ever_into_the_same_balanced_halves() -> None:
+    train, test = digits(split="train", size=32), digits(split="test", size=32)
+    assert (len(train.keys), len(test.keys)) == (1397, 400)
+    assert np.bincount(test.labels).tolist() == [40] * 10
+    assert sorted([*train.keys, *test.keys]) == [f"{place:05d}" for place in range(1797)]
+    # The split is part of published numbers: it may never move.
+    assert hashlib.sha256(" ".join(test.keys).encode()).hexdigest()[:16] == "a5dbb5fcb1f6e121"
+
+
+def test_digits_keep_sklearns_order_labels_and_strokes() -> None:
+    source, bunch = digits(split="train", size=32), load_digits()
+    places = [int(key) for key in source.keys]
+    assert np.array_equal(source.labels, bunch.target[places])
+    assert source.images.shape == (1397, 32, 32, 1)
+    # Averaging 4 x 4 blocks gives back the original within one of its 16 grey levels: bicubic filters overshoot.
+    blocks = source.images[..., 0].reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)) / 255 * 16
+    assert np.abs(blocks - bunch.images[places]).mean() < 1
+    assert (
+        digits(split="train", size=8).images[5, ..., 0].tolist()
+        == np.rint(bunch.images[places[5]] * 255 / 16).astype(int).tolist()
+    )
+
+
+def test_cifar10_rows_become_images_in_file_order(tmp_path: Path) -> None:
+    tiles = photo_tiles(60, seed=0)
+    labels = write_cifar10(tmp_path, [tiles[start : start + 10] for start in range(0, 60, 10)])
+    train, test = cifar(tmp_path, kind="cifar10", split="train"), cifar(tmp_path, kind="cifar10", split="test")
+    assert np.array_equal(train.images, tiles[:50])
+    assert np.array_equal(test.images, tiles[50:])
+    assert np.array_equal(train.labels, labels[:50])
+    assert train.keys[42] == "00042"
+    assert train.classes[3] == "class 3"
+    inside = cifar(tmp_path / "cifar-10-batches-py", kind="cifar10", split="train")
+    assert inside.digest == train.digest != test.digest
+
+
+def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    tiles = photo_tiles(4, seed=1)
+    batch = {
+        b"data": tiles.transpose(0, 3, 1, 2).reshape(4, -1),
+        b"fine_labels": [99, 0, 5, 7],
+        b"coarse_labels": [1, 2, 3, 4],
+    }
+    (folder / "train").write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {b"fine_label_names": [f"fine {number}".encode() for number in range(100)]}
+    (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
+    source = cifar(tmp_path, kind="cifar100", split="train")
+    assert source.labels.tolist() == [99, 0, 5, 7]
+    assert np.array_equal(source.images, tiles)
+
+
+class Malicious:
+    """Unpickled by the ordinary pickle module, it makes a file."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_malicious_cifar_pickle_is_named_and_does_not_execute(tmp_path: Path, protocol: int) -> None:
+    write_cifar10(tmp_path, [photo_tiles(2, seed=0)] * 6)
+    trace = tmp_path / "executed"
+    attack = pickle.dumps({b"data": Malicious(trace), b"labels": [0]}, protocol=protocol)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(attack)
+    with pytest.raises(StoreError, match=r"data_batch_3.*mkdir.*nothing was executed"):
+        cifar(tmp_path, kind="cifar10", split="train")
+    assert not trace.exists()
+    pickle.loads(attack)  # the attack is a real one
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"cnumpy\nndarray\n(I5\ntR.",  # arrays are only made by way of _reconstruct
+        b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntS'b'\ntR.",
+    ],
+)
+def test_allowed_names_cannot_be_turned_to_other_uses(tmp_path: Path, opcodes: bytes) -> None:
+    (tmp_path / "batch").write_bytes(opcodes)
+    with pytest.raises(StoreError, match="cannot be read as plain data"):
+        load_plain_pickle(tmp_path / "batch")
+
+
+def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, [photo_tiles(2, seed=0)] * 6)
+    batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    whole = batch.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", pickle.dumps({b"labels": [1]}), pickle.dumps([1, 2])):
+        batch.write_bytes(content)
+        with pytest.raises(StoreError, match="data_batch_2"):
+            cifar(tmp_path, kind="cifar10", split="train")
+    batch.unlink()
+    with pytest.raises(StoreError, match="data_batch_2 is missing"):
+        cifar(tmp_path, kind="cifar10", split="train")
+
+
+def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
+    """Write an idx file; gzipped if the name says so."""
+    content = (
+        struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    )
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize(
+    ("images_name", "labels_name"),
+    [
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+        ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+        ("train-images.idx3-ubyte", "train-labels.idx1-ubyte"),
+    ],
+)
+def test_idx_files_give_images_and_labels_in_file_order(tmp_path: Path, images_name: str, labels_name: str) -> None:
+    images, labels = load_digits().images[:30].astype(np.uint8), load_digits().target[:30].astype(np.uint8)
+    write_idx(tmp_path / images_name, images)
+    write_idx(tmp_path / labels_name, labels)
+    source = idx(tmp_path, split="train")
+    assert np.array_equal(source.images[..., 0], images)
+    assert np.array_equal(source.labels, labels)
+    assert (source.keys[7], source.classes[9]) == ("00007", "9")
+
+
+def test_idx_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    images, labels = tmp_path / "t10k-images-idx3-ubyte", tmp_path / "t10k-labels-idx1-ubyte.gz"
+    with pytest.raises(StoreError, match="has no t10k-images-idx3-ubyte"):
+        idx(tmp_path, split="test")
+    write_idx(images, np.zeros((3, 4, 4), np.uint8))
+    write_idx(labels, np.zeros(2, np.uint8))
+    with pytest.raises(StoreError, match=r"3 images but .* 2 labels"):
+        idx(tmp_path, split="test")
+    labels.write_bytes(labels.read_bytes()[:-9])
+    with pytest.raises(StoreError, match=r"t10k-labels-idx1-ubyte.gz cannot be read"):
+        idx(tmp_path, split="test")
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="has 47 values, its header says 48"):
+        idx(tmp_path, split="test")
+    images.write_bytes(b"not idx at all")
+    with pytest.raises(StoreError, match="is not an idx file"):
+        idx(tmp_path, split="test")
+
+
+@pytest.mark.skipif(not FASHION_ROOT.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_debians_fashion_mnist_is_the_published_one() -> None:
+    source = open_source(SourceConfig(kind="fashion_mnist", split="test"))
+    assert source.classes == FASHION_CLASSES
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert [FASHION_CLASSES[label] for label in source.labels[:3]] == ["Ankle boot", "Pullover", "Trouser"]
+
+
+def test_a_folder_is_listed_by_class_with_keys_below_its_root(tmp_path: Path) -> None:
+    for place in ("dog/a.JPEG", "dog/deep/er/b.png", "cat/z.jpg", "cat/ä ö.jpg", "cat/notes.txt", ".cache/c.jpg"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(place.encode())
+    source = ImageFolder(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert source.keys == ["cat/z.jpg", "cat/ä ö.jpg", "dog/a.JPEG", "dog/deep/er/b.png"]
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    assert source.load(3) == b"dog/deep/er/b.png"
+    before = source.digest
+    (tmp_path / "dog/a.JPEG").write_bytes(b"longer than it was")
+    assert ImageFolder(tmp_path).digest != before
+
+
+def test_folders_without_images_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not a folder"):
+        ImageFolder(tmp_path / "absent")
+    with pytest.raises(StoreError, match="has neither class folders nor images"):
+        ImageFolder(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
+    with pytest.raises(StoreError, match=r"only 1 images beside each other.*one folder per class"):
+        ImageFolder(tmp_path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "readme.txt").touch()
+    with pytest.raises(StoreError, match=r"class folder .*cat has no images"):
+        ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "cifar"}, r"source.kind='cifar'.*did you mean 'cifar10'"),
+        ({"kind": "folder"}, r"source.root is needed"),
+        ({"kind": "digits"}, r"source.split=None.*train or test"),
+        ({"kind": "digits", "split": "val"}, r"source.split='val'"),
+        ({"kind": "folder", "root": "x", "split": "train"}, r"source.split='train' does not apply"),
+        ({"kind": "digits", "split": "train", "size": 4}, r"source.size=4"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused_with_its_field(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(**fields)

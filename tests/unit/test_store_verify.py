@@ -1,0 +1,186 @@
+"""Each depth of verification finds what it promises, names it, and costs no more than it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import google_crc32c
+import h5py
+import numpy as np
+import pytest
+import simplejpeg
+from sklearn.datasets import load_sample_images
+
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack, verify
+from paws_hpc.store.format import Manifest, ShardIndex, read_manifest
+
+KIB = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG store of 20 images in several shards."""
+    root = tmp_path_factory.mktemp("packed")
+    for number in range(20):
+        photo = load_sample_images().images[number % 2]
+        path = root / "source" / ("a", "b")[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(photo[number : number + 64, :80]), quality=90))
+    pack(ImageFolder(root / "source"), root / "store", options=PackOptions(shard_bytes=8 * KIB))
+    return root / "store"
+
+
+@pytest.fixture
+def store(packed: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "store"))
+
+
+def faults(path: Path, level: str) -> list[tuple[str | None, str | None, str]]:
+    found, _ = verify(path, level=level, workers=2)  # type: ignore[arg-type]
+    return [(fault.shard, fault.key, fault.problem) for fault in found]
+
+
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def record_place(path: Path, shard: int, record: int) -> tuple[Path, int, str]:
+    """File, offset in it and key of a record of a shard."""
+    manifest: Manifest = read_manifest(path)
+    entry = manifest.shards[shard]
+    position = sum(other.count for other in manifest.shards[:shard]) + record
+    with h5py.File(path / entry.name, "r", locking=False) as file:
+        offset = int(file["index/offset"][record])
+    assert entry.data_offset is not None
+    return path / entry.name, entry.data_offset + offset, ImageStore.open(path).keys[position]
+
+
+@pytest.mark.parametrize("level", ["quick", "full", "deep"])
+def test_an_undamaged_store_has_no_faults(store: Path, level: str) -> None:
+    found, records = verify(store, level=level)  # type: ignore[arg-type]
+    assert (found, records) == ([], 0 if level == "quick" else 20)
+
+
+def test_full_names_every_damaged_record_and_only_those(store: Path) -> None:
+    places = [record_place(store, 1, 0), record_place(store, 1, 2), record_place(store, 2, 1)]
+    for file, offset, _ in places:
+        overwrite(file, offset + 100, b"\0damage\0")
+    assert faults(store, "quick") == []  # sizes, headers and indexes are whole
+    damage = "is damaged: its CRC32C differs from the index"
+    assert faults(store, "full") == [(file.name, key, damage) for file, _, key in places]
+
+
+def test_quick_reads_no_records(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (100, 200, 200, 1), dtype=np.uint8)
+    source = ArraySource("noise", images, np.zeros(100, np.int64), [str(i) for i in range(100)], ("noise",))
+    path = pack(source, tmp_path / "store").path
+
+    def bytes_read(level: str) -> int:
+        def counter() -> int:
+            return int(Path("/proc/self/io").read_text().split()[1])  # rchar: all read calls, cached or not
+
+        before = counter()
+        assert faults(path, level) == []
+        return counter() - before
+
+    assert bytes_read("quick") < 400_000
+    assert bytes_read("full") > images.size
+
+
+def test_full_finds_damage_between_the_records(store: Path) -> None:
+    entry = read_manifest(store).shards[0]
+    assert entry.data_offset is not None
+    overwrite(store / entry.name, entry.data_offset - 1, b"\1")  # padding before /data
+    assert faults(store, "quick") == []
+    assert faults(store, "full") == [
+        (entry.name, None, "is not the file that was packed, though its records are whole")
+    ]
+
+
+def test_quick_names_truncated_missing_and_replaced_shards(store: Path) -> None:
+    keys = ImageStore.open(store).keys
+    first, second, third = read_manifest(store).shards[:3]
+    os.truncate(store / first.name, first.bytes // 2)
+    (store / second.name).unlink()
+    (store / third.name).write_bytes(bytes(third.bytes))
+    found = faults(store, "quick")
+    assert [shard for shard, _, _ in found] == [first.name, second.name, third.name]
+    assert found[0][1] in keys[: first.count]
+    assert "the shard was truncated" in found[0][2]
+    assert found[1][2] == "is missing"
+    assert "cannot be opened" in found[2][2]
+    # The other shards are still read.
+    _, records = verify(store, level="full")
+    assert records == 20 - first.count - second.count - third.count
+
+
+def test_quick_names_a_shard_whose_index_changed(store: Path) -> None:
+    with h5py.File(store / "shard-00001.h5", "r+", locking=False) as file:
+        file["index/label"][1] ^= 1
+    assert [(shard, "another index" in problem) for shard, _, problem in faults(store, "quick")] == [
+        ("shard-00001.h5", True)
+    ]
+
+
+def test_quick_names_shards_that_were_exchanged(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["shards"][0], manifest["shards"][1] = manifest["shards"][1], manifest["shards"][0]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    problems = [problem for _, _, problem in faults(store, "quick")]
+    assert len(problems) == 2
+    assert problems[0].startswith("has digest")
+    assert problems[1].startswith("has index_hash")
+
+
+def test_a_missing_manifest_is_a_fault(store: Path) -> None:
+    (store / "manifest.json").unlink()
+    assert [(shard, "no usable manifest" in problem) for shard, _, problem in faults(store, "quick")] == [(None, True)]
+
+
+def test_only_deep_finds_a_record_that_was_packed_undecodable(store: Path) -> None:
+    """Spoil a record and make CRC, identity and hashes fit, as a faulty packer would."""
+    file, _, key = record_place(store, 0, 1)
+    with h5py.File(file, "r+", locking=False) as shard:
+        length, start = int(shard["index/length"][1]), int(shard["index/offset"][1])
+        shard["data"][start + length // 2 : start + length] = 0
+        shard["index/crc32c"][1] = google_crc32c.value(shard["data"][start : start + length].tobytes())
+    _make_consistent(store)
+    assert faults(store, "full") == []
+    found = faults(store, "deep")
+    assert [(shard, name) for shard, name, _ in found] == [(file.name, key)]
+    assert found[0][2].startswith("cannot be decoded")
+
+
+def test_deep_finds_a_size_that_the_index_has_wrong(store: Path) -> None:
+    file, _, key = record_place(store, 0, 0)
+    with h5py.File(file, "r+", locking=False) as shard:
+        shard["index/width"][0] = 81
+    _make_consistent(store)
+    assert faults(store, "full") == []
+    assert faults(store, "deep") == [(file.name, key, "is 80 x 64 pixels, the index says 81 x 64")]
+
+
+def _make_consistent(store: Path) -> None:
+    """Write the first shard's identity and the manifest's hashes anew."""
+    from paws_hpc.files import file_hash
+    from paws_hpc.store.format import dataset_digest, index_hash, join_indexes
+    from paws_hpc.store.shard import read_shard
+
+    manifest = json.loads((store / "manifest.json").read_text())
+    entry = manifest["shards"][0]
+    index: ShardIndex = read_shard(store / entry["name"]).index
+    with h5py.File(store / entry["name"], "r+", locking=False) as shard:
+        shard.attrs.modify("uuid", index.uuid)
+    entry["uuid"] = index.uuid
+    entry["bytes"] = (store / entry["name"]).stat().st_size
+    entry["file_hash"] = file_hash(store / entry["name"])
+    joined = join_indexes([read_shard(store / shard["name"]).index for shard in manifest["shards"]])
+    manifest["index_hash"] = index_hash(joined)
+    manifest["digest"] = dataset_digest(joined, encoding="jpeg", shape=None, classes=manifest["classes"])
+    (store / "manifest.json").write_text(json.dumps(manifest))
