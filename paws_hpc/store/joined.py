@@ -34,9 +34,10 @@ def load_index(folder: Path, manifest: Manifest) -> NDArray[np.void]:
 def read_cached_index(folder: Path, manifest: Manifest) -> NDArray[np.void] | None:
     """Memory-map ``index.npy``; None when it is absent, unreadable or not the manifest's."""
     try:
-        cached: NDArray[np.void] = np.load(folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
+        mapped = np.load(folder / INDEX_NAME, mmap_mode="r", allow_pickle=False)
     except (EOFError, OSError, ValueError):
         return None
+    cached: NDArray[np.void] = mapped.view(np.ndarray)  # the same memory; np.memmap is slow to index
     return cached if index_hash(cached) == manifest.index_hash else None
 
 

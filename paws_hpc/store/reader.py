@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import overload
@@ -42,6 +43,8 @@ class ImageStore:
         self.manifest = manifest
         self.check = check
         self._index = index
+        self._labels = _frozen(index["label"].astype(np.int64))
+        self._keys = Keys(index["key"])
         self._shards = _open_shards(path, manifest)
         self._close = weakref.finalize(self, _close_all, self._shards)
 
@@ -83,10 +86,10 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._index)
 
-    @cached_property
+    @property
     def labels(self) -> NDArray[np.int64]:
         """(N,) int64, positions in :attr:`classes`; read-only."""
-        return _frozen(self._index["label"].astype(np.int64))
+        return self._labels
 
     @cached_property
     def widths(self) -> NDArray[np.int64]:
@@ -103,10 +106,10 @@ class ImageStore:
         """(N,) int64, the bits ``FLAG_*`` of :mod:`paws_hpc.store.format`; read-only."""
         return _frozen(self._index["flags"].astype(np.int64))
 
-    @cached_property
+    @property
     def keys(self) -> Keys:
         """The N keys in store order."""
-        return Keys(self._index["key"])
+        return self._keys
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -217,8 +220,9 @@ class ImageStore:
 
     def _read_buffers(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Read n records into parts of one new buffer."""
-        stops = np.cumsum(self._index["length"][positions], dtype=np.int64)
-        buffers = np.split(np.empty(stops[-1] if len(stops) else 0, dtype=np.uint8), stops)[: len(stops)]
+        bounds = [0, *np.cumsum(self._index["length"][positions], dtype=np.int64).tolist()]
+        whole = np.empty(bounds[-1], dtype=np.uint8)
+        buffers = [whole[start:stop] for start, stop in pairwise(bounds)]
         self._fill(positions, buffers)
         return buffers
 

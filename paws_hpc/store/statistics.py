@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.format import Statistics
 
+_LEVELS = 256
 _FULL_SCALE = 255
 
 
@@ -26,11 +27,13 @@ class PixelSums:
 def pixel_sums(image: NDArray[np.uint8]) -> PixelSums:
     """Sum one image (H, W, C)."""
     values = image.reshape(-1, image.shape[-1])
+    counts = [np.bincount(values[:, channel], minlength=_LEVELS) for channel in range(values.shape[1])]
+    levels = np.arange(_LEVELS)
     return PixelSums(
         images=1,
         pixels=len(values),
-        totals=tuple(values.sum(axis=0, dtype=np.int64).tolist()),
-        squares=tuple(np.square(values, dtype=np.uint32).sum(axis=0, dtype=np.int64).tolist()),
+        totals=tuple(int(count @ levels) for count in counts),
+        squares=tuple(int(count @ levels**2) for count in counts),
     )
 
 
