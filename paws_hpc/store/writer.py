@@ -169,7 +169,8 @@ def _same_store(destination: Path, origin: Origin, packing: Packing) -> Manifest
 
 def _clear(destination: Path) -> None:
     """Remove a former store; the manifest goes first, so that what is left never looks complete."""
-    for pattern in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5", ".shard-*.h5.*.tmp"):
+    leftovers = (f".{name}.*.tmp" for name in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5"))  # of a killed packer
+    for pattern in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5", *leftovers):
         for path in sorted(destination.glob(pattern)):
             path.unlink()
 
