@@ -27,7 +27,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         OSError: the folder cannot be written or the disk is full; ``path`` is named.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # On a shared file system a process number is not unique: jobs on two nodes, or in two containers, may have the same.
+    # The process number alone is not unique on a shared file system: jobs on two nodes may have the same one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
