@@ -7,7 +7,6 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from paws_hpc.store.sources.base import ArraySource, position_keys
 
@@ -26,6 +25,9 @@ def digits(*, split: str, size: int) -> ArraySource:
         split: ``train`` or ``test``.
         size: side of the stored images in pixels.
     """
+    # Here, not above: it takes a second, which every command that only reads a store would pay.
+    from sklearn.datasets import load_digits  # noqa: PLC0415
+
     bunch = load_digits()
     labels = bunch.target.astype(np.int64)
     chosen = np.flatnonzero(_is_test(labels) == (split == "test"))
