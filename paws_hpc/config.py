@@ -16,6 +16,7 @@ from paws_hpc.engine.pretrain import PretrainConfig
 from paws_hpc.engine.tracking import TrackingConfig
 from paws_hpc.models import ModelConfig
 from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.store import SOURCES
 
 STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
 
@@ -28,7 +29,8 @@ class DataConfig:
         name: of the data set, for people.
         train: store of the training images, labelled and unlabelled.
         test: store of the test images, read once, after selection.
-        source: kind of source to pack from when a store is missing; none: a missing store is an error.
+        source: kind of source, one that comes divided into train and test, to pack from when a store is missing; none:
+            a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
     """
@@ -43,6 +45,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")
+        divided = [name for name, kind in SOURCES.items() if kind.has_splits]
+        if self.source is not None and self.source not in divided:
+            raise ValueError(f"data.source={self.source!r} must be null or one of {', '.join(divided)}.")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.rendezvous import join
 from paws_hpc.config import Config
-from paws_hpc.stages import finetune, prepare, pretrain, report, selection
+from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.run_folder import RunFolder
 
 
@@ -76,7 +76,9 @@ def _run(config: Config, run: RunFolder, job: Job, device: torch.device) -> None
         case "selection":
             selection.run(config, run, device)
         case "report":
-            report.build_report(run.path)
+            from paws_hpc.stages.report import build_report  # noqa: PLC0415 - matplotlib takes seconds to import
+
+            build_report(run.path)
 
 
 def _set_threads(config: Config, job: Job) -> None:

@@ -47,8 +47,12 @@ def explain(error: BaseException) -> str:
     if unknown:
         name = field.group(1) if field else unknown.group(1)
         return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
-    first = text.splitlines()[0]
-    return f"{field.group(1)}: {first}" if field else first
+    if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        known = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
+        return f"{absent.group(1)}={absent.group(2)} does not exist. Did you mean {''.join(close)!r}? Known: {known}."
+    reason = str(chain).splitlines()[0]
+    return f"{field.group(1)}: {reason}." if field else reason
 
 
 def nearest(name: str) -> str:

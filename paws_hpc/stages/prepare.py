@@ -72,8 +72,8 @@ def open_data(config: Config) -> RunData:
 def _pack(data: DataConfig, subset: str, destination: Path) -> None:
     if data.source is None:
         raise FileNotFoundError(
-            f"data.{subset}={destination} is not packed yet. Pack it first with python -m paws_hpc.shards pack ("
-            f"python -m paws_hpc.shards pack --help lists the sources)."
+            f"data.{subset}={destination} is not packed yet. Pack it first: python -m paws_hpc.shards pack KIND --to "
+            f"{destination} (python -m paws_hpc.shards pack --help lists the kinds)."
         )
     source = open_source(SourceConfig(kind=data.source, root=data.source_path, split=subset))
     pack(source, destination, options=PackOptions())

@@ -1,0 +1,46 @@
+"""Running the real command in its own process, on a run small enough to take seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = (
+    "experiment=digits",
+    "tracking.wandb=disabled",
+    "model.channels=[8,16]",
+    "model.blocks=[1,1]",
+    "views.large.size=16",
+    "views.small.size=8",
+    "views.small.count=2",
+    "views.evaluation.resize=16",
+    "views.evaluation.size=16",
+    "pretrain.epochs=2",
+    "pretrain.checkpoint_every_steps=3",
+    "pretrain.log_every_steps=1",
+    "pretrain.validate_every_epochs=1",
+    "finetune.learning_rates=[0.02,0.1]",
+    "finetune.epochs=[1,2]",
+    "finetune.crop.size=16",
+    "baseline.learning_rates=[0.1]",
+    "baseline.epochs=[2]",
+    "baseline.crop.size=16",
+)
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    """The launch command of a tiny run whose stores and run directory lie in ``folder``."""
+    places = (f"runs={folder}/runs", f"data.train={folder}/shards/train", f"data.test={folder}/shards/test")
+    return [sys.executable, "-m", "paws_hpc.launch", *TINY, "name=run", *places, *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process, so that tests side by side do not crowd each other out."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
+
+
+def launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    return subprocess.run(
+        command(folder, *overrides), capture_output=True, text=True, check=False, env=environment(), timeout=240
+    )

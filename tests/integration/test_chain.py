@@ -1,0 +1,103 @@
+"""The whole chain on real digits, in seconds: stages, restarts, and two ranks against one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.integration.launching import launch
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain")
+    first = launch(folder, "stages=[prepare,pretrain]")
+    assert first.returncode == 0, first.stderr
+    states = {stage["name"]: stage["state"] for stage in read(folder / "runs/run/chain.json")["stages"]}
+    assert states["pretrain"] == "done"
+    assert states["finetune"] == "pending"
+    rest = launch(folder)
+    assert rest.returncode == 0, rest.stderr
+    return folder
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_one_command_leads_from_images_to_a_report(finished: Path) -> None:
+    run = finished / "runs/run"
+    assert {stage["state"] for stage in read(run / "chain.json")["stages"]} == {"done"}
+    assert len(list((run / "finetune").glob("lr=*/best.pt"))) == 4
+    result = read(run / "result.json")
+    assert result["labels"] == 40
+    assert result["test"]["count"] == 400
+    for method in ("paws_nn", "fine_tuned", "baseline"):
+        confusion = np.array(result["test"][method]["confusion"])
+        assert confusion.sum(1).tolist() == [40] * 10, "the test split is stratified and every image is scored"
+        assert result["test"][method]["top1"] == pytest.approx(np.trace(confusion) / 400)
+    assert "<html" in (run / "report/index.html").read_text()
+    assert (run / "pretrain/crops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_winner_is_the_best_on_the_local_validation_split(finished: Path) -> None:
+    run = finished / "runs/run"
+    accuracies = {
+        path.parent.name: read(path)["validation_accuracy"] for path in (run / "finetune").glob("lr=*/result.json")
+    }
+    selected = read(run / "selected.json")
+    assert selected["validation_accuracy"] == max(accuracies.values()) == accuracies[selected["cell"]]
+    assert selected["missing"] == []
+
+
+def test_running_it_again_changes_nothing_and_says_so(finished: Path) -> None:
+    run = finished / "runs/run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")}
+    again = launch(finished)
+    assert again.returncode == 0, again.stderr
+    assert "All stages" in again.stdout
+    assert "done already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")} == before
+
+
+def test_other_settings_under_the_same_name_are_refused_by_name(finished: Path) -> None:
+    refused = launch(finished, "optimizer.peak_lr=0.2", "seed=1")
+    assert refused.returncode == 1
+    assert "optimizer.peak_lr was 0.1 and is now 0.2" in refused.stderr
+    assert "seed was 0 and is now 1" in refused.stderr
+    assert "accept_changes=[optimizer.peak_lr,seed]" in refused.stderr
+
+
+def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
+    run = finished / "runs/run"
+    before = {path.parent.name: path.stat().st_mtime_ns for path in (run / "finetune").glob("lr=*/best.pt")}
+    wider = launch(
+        finished, "finetune.learning_rates=[0.02,0.05,0.1]", "accept_changes=[finetune.learning_rates]",
+        "stages=[finetune]",
+    )  # fmt: skip
+    assert wider.returncode == 0, wider.stderr
+    after = {path.parent.name: path.stat().st_mtime_ns for path in (run / "finetune").glob("lr=*/best.pt")}
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"lr=0.05,epochs=1", "lr=0.05,epochs=2"}
+
+
+def test_two_ranks_started_by_submitit_train_the_same_run_as_one(finished: Path, tmp_path: Path) -> None:
+    done = launch(
+        tmp_path, "stages=[prepare,pretrain]", "resources.pretrain.ranks=2", "resources.pretrain.threads_per_rank=1"
+    )
+    assert done.returncode == 0, done.stderr
+    losses = []
+    for folder in (finished, tmp_path):
+        lines = (folder / "runs/run/pretrain/metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row])
+    assert len(losses[0]) == len(losses[1]) == 20
+    # fp32 rounding grows from step to step; the first ten are held to the bar.
+    np.testing.assert_allclose(losses[1][:10], losses[0][:10], atol=1e-4)
+
+
+def test_a_rank_that_fails_fails_the_launch_loudly(tmp_path: Path) -> None:
+    failed = launch(tmp_path, "stages=[prepare,pretrain]", "resources.pretrain.ranks=2", "optimizer.peak_lr=1e30")
+    assert failed.returncode != 0
+    assert "The loss is" in failed.stderr
+    assert not (tmp_path / "runs/run/pretrain/DONE").exists()

@@ -1,0 +1,93 @@
+"""The launch command: what it composes, what it refuses, and what it does when it is run again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+from paws_hpc.cluster.frozen import to_config
+from paws_hpc.config import Config
+from paws_hpc.launch import CONF
+from tests.integration.launching import environment, launch
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+def compose(*overrides: str) -> Config:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return to_config(OmegaConf.to_container(hydra.compose("config", overrides=["name=run", *overrides])))
+
+
+def test_the_experiments_of_the_readme_exist() -> None:
+    named = {"digits", "fashion_mnist_600", "fashion_mnist_4000", "cifar10_4000", "imagenet_1pct", "imagenet_10pct"}
+    assert named <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_into_a_valid_run(experiment: str) -> None:
+    config = compose(f"experiment={experiment}")
+    config.labels.check_complete()
+    size = config.views.large.size
+    assert config.views.evaluation.size == config.finetune.crop.size == config.baseline.crop.size == size
+    assert config.finetune.cells()
+    assert config.baseline.cells()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_states_command_cost_and_expected_result_and_has_a_job(experiment: str) -> None:
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    for heading in ("# Command:", "# Cost:", "# Expected:"):
+        assert heading in text
+    recipe = CONF.parent / "jobs" / f"{experiment}.sh"
+    assert recipe.exists()
+    for heading in ("# Command:", "# Cost:", "# Expected:"):
+        assert heading in recipe.read_text()
+
+
+def test_the_imagenet_recipe_is_the_papers() -> None:
+    config = compose("experiment=imagenet_10pct")
+    assert (config.pretrain.batch_size, config.pretrain.support.classes, config.pretrain.support.images_per_class) == (
+        4096, 960, 7,
+    )  # fmt: skip
+    assert (config.optimizer.start_lr, config.optimizer.peak_lr, config.optimizer.final_lr) == (0.3, 6.4, 0.064)
+    assert (config.views.small.count, config.views.small.size, config.views.small.scale) == (6, 96, [0.05, 0.14])
+    assert config.finetune.learning_rates == [0.01, 0.02, 0.05, 0.1, 0.2]
+    assert config.finetune.epochs == [30, 50]
+    assert config.objective.support_warmup_fraction == 0, "the warm-up is ours and off in the paper's recipes"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.epoch=3", "pretrain.epoch is not a field of the config. Did you mean 'pretrain.epochs'?"),
+        ("optimzer.peak_lr=1", "optimzer.peak_lr is not a field of the config. Did you mean 'optimizer.peak_lr'?"),
+        ("experiment=digit", "experiment=digit does not exist. Did you mean 'digits'?"),
+        ("model.name=resnt50", "model.name='resnt50' is no model. Did you mean 'resnet50'?"),
+        ("pretrain.epochs=many", "pretrain.epochs: Value 'many'"),
+        ("stages=[pretrian]", "stages=['pretrian']: 'pretrian' is not one of"),
+        ("pretrain.batch_size=5000", "batch_size=5000 is larger than the data set of 1397 images"),
+        ("pretrain.support.classes=11", "support.classes=11, but only 10 classes have labelled images"),
+        ("labels.per_class=3", "class 0 has only 3 labelled images"),
+        ("labels.file=nowhere.txt labels.per_class=null", "nowhere.txt does not exist"),
+        ("resources.pretrain.ranks=3", "pretrain.batch_size=128 does not divide by 3 ranks"),
+    ],
+)
+def test_a_wrong_input_is_one_clear_line_and_exit_code_1(tmp_path: Path, override: str, message: str) -> None:
+    failed = launch(tmp_path, "stages=[prepare,pretrain]", *override.split())
+    assert failed.returncode == 1
+    assert message in failed.stderr
+    if "ranks" not in override:  # whose error comes from another process, with its traceback
+        assert "Traceback" not in failed.stderr
+
+
+def test_a_misspelt_field_of_an_experiment_file_is_named_too(tmp_path: Path) -> None:
+    own = tmp_path / "experiment"
+    own.mkdir()
+    (own / "mine.yaml").write_text("# @package _global_\npretrain:\n  epcohs: 3\n")
+    command = [sys.executable, "-m", "paws_hpc.launch", f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
+    assert failed.returncode == 1
+    assert "pretrain.epcohs is not a field of the config. Did you mean 'pretrain.epochs'?" in failed.stderr
