@@ -149,6 +149,7 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "accept_changes",
     "tracking",
     "resources",
+    "data.name",
     "data.train",
     "data.test",
     "data.source",

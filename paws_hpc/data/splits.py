@@ -92,18 +92,29 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
         FileNotFoundError: a split file is missing.
     """
     config.check_complete()
-    nobody = np.zeros(0, np.int64)
-    labelled = _load_or_make(store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, taken=nobody)
-    taken = labelled.records(store)
-    validation = _load_or_make(
-        store,
-        "validation",
-        config.validation_file,
-        config.validation_per_class,
-        seed=seed,
-        salt=_VALIDATION,
-        taken=taken if config.validation_per_class is not None else nobody,
-    )
+
+    def labelled_apart_from(other: Split | None) -> Split:
+        return _load_or_make(
+            store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, apart_from=other
+        )
+
+    def validation_apart_from(other: Split | None) -> Split:
+        return _load_or_make(
+            store,
+            "validation",
+            config.validation_file,
+            config.validation_per_class,
+            seed=seed,
+            salt=_VALIDATION,
+            apart_from=other,
+        )
+
+    if config.validation_file is None:
+        labelled = labelled_apart_from(None)
+        validation = validation_apart_from(labelled)
+    else:  # what is drawn keeps away from what is listed
+        validation = validation_apart_from(None)
+        labelled = labelled_apart_from(validation)
     if shared := set(labelled.keys) & set(validation.keys):
         raise ValueError(
             f"{len(shared)} images are both labelled and for validation, {min(shared)!r} among them "
@@ -114,8 +125,16 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
 
 
 def _load_or_make(
-    store: ImageStore, kind: str, file: str | None, per_class: int | None, *, seed: int, salt: int, taken: Positions
+    store: ImageStore,
+    kind: str,
+    file: str | None,
+    per_class: int | None,
+    *,
+    seed: int,
+    salt: int,
+    apart_from: Split | None,
 ) -> Split:
+    """Load a split of this file or draw, or make and save it; a draw leaves out the images of ``apart_from``."""
     if file is not None:
         text = _read_list(Path(file))
         name = f"{kind}-{Path(file).stem}"
@@ -124,10 +143,11 @@ def _load_or_make(
     else:
         assert per_class is not None, "LabelsConfig allows no other case"
         name = f"{kind}-{per_class}-per-class-seed-{seed}"
-        origin = {"per_class": per_class, "seed": seed, "excluding": value_digest(taken.tolist())}
-        if len(taken):
-            name += f"-without-{origin['excluding'][:8]}"
-        make = lambda: _draw(store, per_class, seed=seed, salt=salt, taken=taken)  # noqa: E731
+        origin = {"per_class": per_class, "seed": seed}
+        if apart_from is not None:
+            origin["apart_from"] = value_digest(apart_from.keys)
+            name += f"-without-{origin['apart_from'][:8]}"
+        make = lambda: _draw(store, per_class, seed=seed, salt=salt, apart_from=apart_from)  # noqa: E731
     path = store.path / "splits" / f"{name}.json"
     if path.exists():
         split = load_split(path)
@@ -160,17 +180,21 @@ def load_split(path: Path) -> Split:
         ValueError: it is of another version, or was edited so that its digest no longer fits.
     """
     value = read_json(path)
-    if value.get("version") != _VERSION:
-        raise ValueError(f"{path} has version {value.get('version')!r}; this program reads version {_VERSION}.")
+    fields = {"version", "name", "origin", "dataset", "digest", "keys"}
+    if not isinstance(value, dict) or value.keys() != fields:
+        raise ValueError(f"{path} is not a split: it must have {', '.join(sorted(fields))}. Remove it to make it anew.")
+    if value["version"] != _VERSION:
+        raise ValueError(f"{path} has version {value['version']!r}; this program reads version {_VERSION}.")
     split = Split(value["name"], value["origin"], value["dataset"], tuple(value["keys"]))
     if split.digest != value["digest"]:
         raise ValueError(f"{path} does not fit its digest: it was edited or damaged. Remove it to make it anew.")
     return split
 
 
-def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, taken: Positions) -> list[str]:
+def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
     available = np.ones(len(store), bool)
-    available[taken] = False
+    if apart_from is not None:
+        available[apart_from.records(store)] = False
     keys: list[str] = []
     for label, name in enumerate(store.classes):
         # By key, not by position: the same images are drawn however the store was shuffled into shards.
@@ -178,7 +202,7 @@ def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, taken: Pos
         if len(members) < per_class:
             raise ValueError(
                 f"{per_class} images of each class are to be drawn, but class {name!r} of {store.path} has only "
-                f"{len(members)} that are not taken. Ask for at most {len(members)} per class."
+                f"{len(members)}{' others' if apart_from else ''}. Ask for at most {len(members)} per class."
             )
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]
@@ -186,14 +210,11 @@ def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, taken: Pos
 
 
 def _read_list(path: Path) -> list[str]:
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"The split file {path} does not exist. Labels are never drawn in place of a list.")
     lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"The split file {path} lists no images.")
-    if len(set(lines)) < len(lines):
-        twice = Counter(lines).most_common(1)[0][0]
-        raise ValueError(f"The split file {path} lists {twice!r} more than once. Remove the repetition.")
     return lines
 
 
@@ -221,5 +242,8 @@ def _resolve(lines: list[str], store: ImageStore, path: Path) -> list[str]:
             f"{path} lists {len(missing)} images that are not in {store.path}; the first is {missing[0]!r}. "
             "Pack the data set that the list belongs to, or correct the list."
         )
+    if len(set(keys)) < len(keys):  # after spelling: 7 and 007 are one index
+        twice = Counter(keys).most_common(1)[0][0]
+        raise ValueError(f"The split file {path} lists {twice!r} more than once. Remove the repetition.")
     records = store.find(keys)
     return [keys[position] for position in np.argsort(store.labels[records], kind="stable")]

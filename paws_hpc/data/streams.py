@@ -233,7 +233,12 @@ class PawsStream:
 
 
 class ClassifierStream:
-    """Labelled images in epochs, each cropped and augmented once per epoch."""
+    """Labelled images in epochs, each cropped and augmented once per epoch.
+
+    Attributes:
+        batch_size: images per step over all ranks.
+        steps_per_epoch: whole batches.
+    """
 
     def __init__(
         self,
@@ -256,10 +261,18 @@ class ClassifierStream:
             batch_size: over all ranks.
             seed: of the run.
             threads: that decode and crop.
+
+        Raises:
+            ValueError: there are more ranks than images in a step.
         """
-        self.store = store
+        self.store, self.batch_size = store, min(batch_size, len(labelled))
+        if self.batch_size < distributed.world_size():
+            raise ValueError(
+                f"A step of {self.batch_size} labelled images leaves some of {distributed.world_size()} ranks without "
+                f"one. Use at most {self.batch_size} ranks (resources), or larger batches if there are more labels."
+            )
         self._crop, self._augment, self._labelled = crop, augment, labelled
-        self._order = EpochOrder(len(labelled), min(batch_size, len(labelled)), seed)
+        self._order = EpochOrder(len(labelled), self.batch_size, seed)
         self._cutter = Cutter(store, seed=seed, threads=threads)
         self.steps_per_epoch = self._order.steps_per_epoch
 
@@ -284,7 +297,9 @@ class ClassifierStream:
 def apply(crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Bring crops to the device and augment them there."""
     images = crops.images.to(device, non_blocking=True)
-    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=True).to(dtype)
+    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=device.type == "cuda").to(
+        dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -312,6 +327,8 @@ class EvaluationSet:
     def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
         """This rank's share in order, as (n, 3, s, s) normalised batches."""
         mine = self.records[distributed.share(len(self.records))]
+        if not len(mine):  # fewer images than ranks: an empty batch still tells the width of the result
+            yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
         for start in range(0, len(mine), _EVALUATION_BATCH):
             images = self.store.images(mine[start : start + _EVALUATION_BATCH])
             crops = [
@@ -319,4 +336,6 @@ class EvaluationSet:
                 for image in images
             ]
             images_there = torch.stack(crops).to(device)
-            yield normalise(images_there, mean=self.store.mean, std=self.store.std, channels_last=True).to(dtype)
+            yield normalise(
+                images_there, mean=self.store.mean, std=self.store.std, channels_last=device.type == "cuda"
+            ).to(dtype)

@@ -2,12 +2,13 @@
 
 A checkpoint is two files: ``step-00001234.pt`` (tensors and plain values, read with ``weights_only=True``) and, written
 after it, ``step-00001234.json`` with its checksum and the identity of the experiment. Without a fitting second file the
-first one counts as damaged.
+first one counts as damaged. Nothing that is read can execute anything.
 """
 
 from __future__ import annotations
 
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class CheckpointFolder:
                 leftover.unlink()
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint on rank 0 and remove those past ``keep``; the others return at once.
+        """Write a checkpoint on rank 0 and remove older ones past ``keep``; the other ranks return at once.
+
+        Those of later steps go too: training continues from the newest valid one, so they were found damaged.
 
         Args:
             step: training steps completed.
@@ -67,13 +70,13 @@ class CheckpointFolder:
         if not distributed.is_main():
             return
         weights = self._weights(step)
-        with atomic_write(weights) as file:
-            torch.save(state, file)
+        save_tensors(weights, state)
         record = {"step": step, "xxh3_128": file_hash(weights), "identity": self.identity}
         write_json(weights.with_suffix(".json"), record)
-        for old in self._steps()[: -self.keep]:
-            self._weights(old).with_suffix(".json").unlink(missing_ok=True)
-            self._weights(old).unlink()
+        until_now = [other for other in self._steps() if other <= step]
+        for other in set(self._steps()) - set(until_now[-self.keep :]):
+            self._weights(other).with_suffix(".json").unlink(missing_ok=True)
+            self._weights(other).unlink()
 
     def newest(self, device: torch.device) -> Checkpoint | None:
         """Read the newest valid checkpoint, or None where there is none.
@@ -81,7 +84,8 @@ class CheckpointFolder:
         Damaged ones are passed over with a warning that names them.
 
         Raises:
-            ValueError: the newest valid checkpoint belongs to another experiment; the differing fields are named.
+            ValueError: the newest valid checkpoint belongs to another experiment, whose differing fields are named, or
+                holds objects that could execute code.
         """
         chosen: list[int | None] = [self._newest_valid() if distributed.is_main() else None]
         if distributed.world_size() > 1:
@@ -91,13 +95,13 @@ class CheckpointFolder:
             return None
         weights = self._weights(step)
         self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
-        return Checkpoint(step, torch.load(weights, map_location=device, weights_only=True))
+        return Checkpoint(step, load_tensors(weights, device))
 
     def _weights(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.path.glob("step-*.pt"))
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.path.glob(f"step-{'[0-9]' * 8}.pt"))
 
     def _newest_valid(self) -> int | None:
         for step in reversed(self._steps()):
@@ -132,6 +136,38 @@ def _fault(weights: Path) -> str | None:
         record = read_json(record_path)
     except ValueError as error:
         return str(error)
-    if file_hash(weights) != record.get("xxh3_128"):
+    if not isinstance(record, dict) or not {"xxh3_128", "identity"} <= record.keys():
+        return f"{record_path.name} is damaged"
+    if file_hash(weights) != record["xxh3_128"]:
         return "its checksum does not fit, so it is truncated or damaged"
     return None
+
+
+def save_tensors(path: Path, value: Any) -> None:
+    """Write tensors and plain values to ``path``, atomically.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; ``path`` is named.
+    """
+    with atomic_write(path) as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides the disk's error behind "unexpected pos"
+                raise error.__context__ from error
+            raise
+
+
+def load_tensors(path: Path, device: torch.device) -> Any:
+    """Read what :func:`save_tensors` wrote.
+
+    Raises:
+        ValueError: the file asks for anything but tensors and plain values, which is not executed.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values. That could execute code, so it is never loaded, and "
+            "nothing was executed. Remove the file and find out who wrote it."
+        ) from error

@@ -72,7 +72,7 @@ def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int) -> Ten
 
     Args:
         module: (n, 3, H, W) → (n, D).
-        batches: this rank's images, in order.
+        batches: this rank's images, in order; at least one batch, which may be empty.
         total: images over all ranks, N.
 
     Returns:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from paws_hpc import distributed
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.data.views import AugmentConfig, CropConfig
-from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
 from paws_hpc.engine.evaluate import forward_all, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow
 from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Tracker
-from paws_hpc.files import atomic_write
 
 
 def _crop() -> CropConfig:
@@ -66,10 +65,20 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if not self.learning_rates or not self.epochs:
             raise ValueError("A sweep needs at least one learning rate and one number of epochs.")
-        if min(self.learning_rates) <= 0 or min(self.epochs) < 1 or self.batch_size < 1:
+        if min(self.learning_rates) <= 0 or min(self.epochs) < 1:
+            raise ValueError(f"learning_rates={self.learning_rates} and epochs={self.epochs} must be positive.")
+        if len({cell.name for cell in self.cells()}) < len(self.cells()):
             raise ValueError(
-                f"learning_rates={self.learning_rates}, epochs={self.epochs} and batch_size={self.batch_size} must "
-                "all be positive."
+                f"learning_rates={self.learning_rates} or epochs={self.epochs} repeat a value (learning rates are "
+                "told apart to six digits). Remove the repetition."
+            )
+        for name in ("batch_size", "validate_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} (of finetune or baseline) must be at least 1.")
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
+            raise ValueError(
+                f"momentum={self.momentum} must be in [0, 1), weight_decay={self.weight_decay} and "
+                f"warmup_epochs={self.warmup_epochs} 0 or more (of finetune or baseline)."
             )
 
     def cells(self) -> list[Cell]:
@@ -144,7 +153,9 @@ class ClassifierTraining:
         """One step of cross-entropy; nothing is read back from the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        loss = nn.functional.cross_entropy(self.model(images), labels)
+        # Not this rank's mean: ranks may hold one image more or less, and their losses are averaged.
+        loss = nn.functional.cross_entropy(self.model(images), labels, reduction="sum")
+        loss = loss * distributed.world_size() / self.stream.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -173,30 +184,33 @@ def train_classifier(
         describe: record positions → keys, for error messages.
 
     Raises:
-        TrainingStoppedError: the loss is not finite.
+        TrainingStoppedError: loss or weights are not finite.
     """
-    window, per_epoch = MetricsWindow(), training.stream.steps_per_epoch
-    labels = validation.labels
+    window = MetricsWindow(describe, remedy="Take this learning rate out of the sweep.")
+    per_epoch, labels = training.stream.steps_per_epoch, validation.labels
     with training.stream.prefetch(start, training.total_steps) as batches:
         for batch in batches:
             images = training.stream.augment(batch, training.device, torch.float32)
             metrics = training.step(images, batch.labels.to(training.device), batch.step)
-            window.add(batch, training.learning_rate(batch.step), metrics)
+            window.add(batch.step, batch.records, training.learning_rate(batch.step), metrics)
             done = batch.step + 1
             epoch, last = done // per_epoch, done == training.total_steps
             if not last and done % (per_epoch * training.config.validate_every_epochs):
                 continue
             synchronise_buffers(training.classifier)
-            losses = [metrics["loss/total"] for _, _, metrics in window.read(describe)]
+            rows = window.read(training.classifier)
+            for row in rows:
+                row.require_finite()
             accuracy = score(predict(training.classifier, validation, training.device).cpu(), labels).top1
             if training.best is None or accuracy > training.best.validation_accuracy:
                 training.best = CellResult(accuracy, epoch)
-                _save_best(best_path, training.classifier)
+                if distributed.is_main():
+                    save_tensors(best_path, training.classifier.state_dict())
             tracker.log(
                 batch.step,
                 {
                     "epoch": epoch,
-                    "loss": sum(losses) / len(losses),
+                    "loss": sum(row.metrics["loss/total"] for row in rows) / len(rows),
                     "lr": training.learning_rate(batch.step),
                     "validation_accuracy": accuracy,
                 },
@@ -210,9 +224,3 @@ def train_classifier(
 def predict(classifier: nn.Module, images: EvaluationSet, device: torch.device) -> Tensor:
     """(N, K) logits of an evaluation set, on every rank."""
     return forward_all(classifier, images.batches(device, torch.float32), len(images))
-
-
-def _save_best(path: Path, classifier: nn.Module) -> None:
-    if distributed.is_main():
-        with atomic_write(path) as file:
-            torch.save(classifier.state_dict(), file)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from paws_hpc import distributed
 from paws_hpc.data.order import Positions
@@ -22,56 +23,87 @@ class TrainingStoppedError(RuntimeError):
     """Training cannot usefully go on: the loss is not finite, or predictions have collapsed."""
 
 
-class Batch(Protocol):
-    """What a message about a step needs to know of its batch."""
+@dataclass(frozen=True)
+class StepMetrics:
+    """What is known of one training step.
 
-    @property
-    def step(self) -> int:
-        """0-based."""
+    Attributes:
+        step: 0-based.
+        lr: learning rate.
+        metrics: by name; means over all ranks.
+        fault: why training cannot go on after it; None if it can.
+    """
 
-    @property
-    def records(self) -> Positions:
-        """Positions of its images in their store."""
+    step: int
+    lr: float
+    metrics: dict[str, float]
+    fault: str | None
 
-
-BatchT = TypeVar("BatchT", bound=Batch)
+    def require_finite(self) -> None:
+        """Raise TrainingStoppedError if loss or weights are not finite; step, learning rate and batch are named."""
+        if self.fault is not None:
+            raise TrainingStoppedError(self.fault)
 
 
 class MetricsWindow:
-    """Metrics that stay on the device until they are read together, and the check that they are finite.
+    """Metrics that stay on the device until they are read together, and the check that training is still finite.
 
     Reading one value forces the host to wait for the device; reading a window of steps costs as little as reading one.
     """
 
-    def __init__(self) -> None:
-        self._steps: list[tuple[Batch, float, dict[str, Tensor]]] = []
+    def __init__(self, describe: Describe, *, remedy: str) -> None:
+        """Begin an empty window.
 
-    def add(self, batch: Batch, lr: float, metrics: dict[str, Tensor]) -> None:
-        """Remember a step's metrics."""
-        self._steps.append((batch, lr, metrics))
+        Args:
+            describe: record positions → keys, for error messages.
+            remedy: what a user can do about a loss that is not finite.
+        """
+        self._describe, self._remedy = describe, remedy
+        self._steps: list[tuple[int, Positions, float, dict[str, Tensor]]] = []
 
-    def read(self, describe: Describe) -> list[tuple[Batch, float, dict[str, float]]]:
+    def add(self, step: int, records: Positions, lr: float, metrics: dict[str, Tensor]) -> None:
+        """Remember a step: 0-based number, its images' positions, its learning rate and 0-dimensional metrics."""
+        self._steps.append((step, records, lr, metrics))
+
+    def read(self, model: nn.Module) -> list[StepMetrics]:
         """Average over ranks, bring to the host, and forget.
 
-        Raises:
-            TrainingStoppedError: a loss is not finite; step, learning rate and the images of the batch are named.
+        Args:
+            model: whose weights are looked at too: the loss of a step says nothing of the update it leads to.
         """
-        names = [(index, name) for index, (_, _, metrics) in enumerate(self._steps) for name in metrics]
-        values = torch.stack([self._steps[index][2][name].double() for index, name in names])
-        on_host = distributed.mean_over_ranks(values).tolist()
-        rows = [(batch, lr, dict[str, float]()) for batch, lr, _ in self._steps]
+        steps, self._steps = self._steps, []
+        names = [(index, name) for index, (_, _, _, metrics) in enumerate(steps) for name in metrics]
+        values = [steps[index][3][name].double() for index, name in names]
+        *on_host, largest = distributed.mean_over_ranks(torch.stack([*values, _largest(model)])).tolist()
+        averages: list[dict[str, float]] = [{} for _ in steps]
         for (index, name), value in zip(names, on_host, strict=True):
-            rows[index][2][name] = value
-        self._steps.clear()
-        for batch, lr, metrics in rows:
-            if not math.isfinite(metrics["loss/total"]):
-                raise TrainingStoppedError(
-                    f"The loss is {metrics['loss/total']} at step {batch.step} (learning rate {lr:g}; terms: "
-                    f"{ {name: value for name, value in metrics.items() if name.startswith('loss/')} }). The batch on "
-                    f"this rank: {', '.join(describe(batch.records)[:8])}, … Lower optimizer.peak_lr or lengthen "
-                    "optimizer.warmup_epochs; the last checkpoint is from before this step."
-                )
+            averages[index][name] = value
+        rows = []
+        for index, (step, records, lr, _) in enumerate(steps):
+            weights_fail = index == len(steps) - 1 and not math.isfinite(largest)
+            fault = None
+            if weights_fail or not math.isfinite(averages[index]["loss/total"]):
+                fault = self._explain(step, records, lr, averages[index])
+            rows.append(StepMetrics(step, lr, averages[index], fault))
         return rows
+
+    def _explain(self, step: int, records: Positions, lr: float, metrics: dict[str, float]) -> str:
+        terms = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if name.startswith("loss/"))
+        return (
+            f"Loss or weights are not finite after step {step} (learning rate {lr:g}; {terms}). The batch on this "
+            f"rank: {', '.join(self._describe(records)[:8])}, … {self._remedy} The last checkpoint is from before "
+            "this step."
+        )
+
+
+@torch.no_grad()
+def _largest(model: nn.Module) -> Tensor:
+    """Greatest magnitude among parameters and buffers, 0-dimensional float64; not finite where one of them is not."""
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()]
+    return torch.nn.utils.get_total_norm(tensors, math.inf).double()
+
+
+BatchT = TypeVar("BatchT")
 
 
 class ThroughputMeter:

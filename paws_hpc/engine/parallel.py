@@ -15,8 +15,13 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def to_device(model: ModuleT, device: torch.device, dtype: torch.dtype) -> ModuleT:
-    """Move a model, with convolutions in channels-last layout: a quarter faster on CPUs, and what tensor cores want."""
-    return model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Move a model; convolutions are channels-last on CUDA, as tensor cores want them.
+
+    On CPUs that layout would save a sixth of a step, but torch's batch normalisation then sums naively: its fp32
+    statistics err by 1e-5 where contiguous ones err by 1e-7, and runs on one rank and on several drift apart.
+    """
+    model = model.to(device, dtype)
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model  # type: ignore[call-overload]
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

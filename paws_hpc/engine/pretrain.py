@@ -17,7 +17,7 @@ from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
 from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
-from paws_hpc.engine.parallel import replicate, to_device
+from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.objective import (
@@ -43,6 +43,13 @@ class SupportConfig:
     classes: int = 960
     images_per_class: int = 7
 
+    def __post_init__(self) -> None:
+        if self.classes < 2 or self.images_per_class < 1:
+            raise ValueError(
+                f"pretrain.support.classes={self.classes} must be at least 2 and "
+                f"pretrain.support.images_per_class={self.images_per_class} at least 1."
+            )
+
 
 @dataclass
 class CollapseConfig:
@@ -61,6 +68,11 @@ class CollapseConfig:
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
             raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
+        if not 0 <= self.tolerance < 1 or self.patience_steps < 1:
+            raise ValueError(
+                f"pretrain.collapse.tolerance={self.tolerance} must be in [0, 1) and "
+                f"pretrain.collapse.patience_steps={self.patience_steps} at least 1."
+            )
 
 
 @dataclass
@@ -261,20 +273,29 @@ def pretrain(
         describe: record positions → keys, for error messages.
 
     Raises:
-        TrainingStoppedError: the loss is not finite, or predictions collapsed and ``collapse.action`` is ``stop``.
+        TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
+            ``stop``.
+        ValueError: the run ends before ``start``.
     """
-    config, window, began = training.config, MetricsWindow(), time.monotonic()
+    config, began = training.config, time.monotonic()
+    if start > training.total_steps:
+        raise ValueError(
+            f"The checkpoint is of step {start}, but pretrain.epochs={config.epochs} ends at step "
+            f"{training.total_steps}. Raise pretrain.epochs, or remove the later checkpoints."
+        )
+    window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
     meter = ThroughputMeter(config.batch_size)
     with training.stream.prefetch(start, training.total_steps) as batches:
         for batch in meter.waiting_for(batches):
-            window.add(batch, training.learning_rate(batch.step), training.step(batch))
+            window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
             done = batch.step + 1
             last = done == training.total_steps
             saving = done % config.checkpoint_every_steps == 0 or last
             validating = done % (config.validate_every_epochs * training.stream.steps_per_epoch) == 0 or last
             if done % config.log_every_steps == 0 or saving or validating:
-                report_window(training, window, meter, tracker, describe)
+                report_window(training, window, meter, tracker)
             if validating:
+                synchronise_buffers(training.encoder)
                 tracker.log(batch.step, {"epoch": done / training.stream.steps_per_epoch, **validate()})
             if saving:
                 checkpoints.save(done, training.state_dict())
@@ -284,29 +305,24 @@ def pretrain(
     return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
 
 
-def report_window(
-    training: Pretraining,
-    window: MetricsWindow,
-    meter: ThroughputMeter,
-    tracker: Tracker,
-    describe: Describe,
-) -> None:
-    """Log the steps since the last call, and watch them for collapse."""
-    rows = window.read(describe)
-    for batch, lr, metrics in rows:
+def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
+    """Log the steps since the last call, and stop if one of them was the last that made sense."""
+    done = window.read(training.encoder)
+    for step in done:
         row: Row = {
-            "epoch": (batch.step + 1) / training.stream.steps_per_epoch,
-            "optimizer/lr": lr,
-            **metrics,
+            "epoch": (step.step + 1) / training.stream.steps_per_epoch,
+            "optimizer/lr": step.lr,
+            **step.metrics,
             "loss/num_classes": training.config.support.classes,
         }
-        if batch is rows[-1][0]:
-            row |= meter.read(len(rows))
-        tracker.log(batch.step, row)
-        uniform = training.monitor.update(metrics["loss/consistency"], metrics["loss/me_max"])
+        if step is done[-1]:
+            row |= meter.read(len(done))
+        tracker.log(step.step, row)
+        step.require_finite()
+        uniform = training.monitor.update(step.metrics["loss/consistency"], step.metrics["loss/me_max"])
         if uniform and not training.collapsed:
             training.collapsed = True
-            _report_collapse(training.config.collapse, batch.step, training.config.support.classes, tracker)
+            _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)
 
 
 def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:

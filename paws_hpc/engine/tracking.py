@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 from paws_hpc.files import atomic_write
 
 _LOG = logging.getLogger(__name__)
+_INIT_TIMEOUT_S = 30.0
 
 Row = dict[str, Any]
 
@@ -23,8 +25,8 @@ class TrackingConfig:
     """Weights & Biases; the local files are written whatever stands here.
 
     Attributes:
-        wandb: ``auto`` (online for a user who is logged in, otherwise offline), ``online``, ``offline`` or
-            ``disabled``.
+        wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
+            in, and offline otherwise or where W&B cannot be reached), ``online``, ``offline`` or ``disabled``.
         project: W&B project.
         entity: W&B user or team; the account's default if none.
         tags: for the runs of this chain.
@@ -169,23 +171,39 @@ class WandbTracker:
     ) -> None:
         import wandb  # noqa: PLC0415 - a second of import time that a run without W&B need not pay
 
-        mode: Any = config.wandb
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            tags=config.tags,
-            dir=folder,
-            id=run_id,
-            name=f"{group}/{job_type}",
-            group=group,
-            job_type=job_type,
-            resume="allow",
-            mode=mode,
-            config=settings,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_meta=True),
-        )
+        def init(mode: Any) -> Any:
+            return wandb.init(
+                project=config.project,
+                entity=config.entity,
+                tags=config.tags,
+                dir=folder,
+                id=run_id,
+                name=f"{group}/{job_type}",
+                group=group,
+                job_type=job_type,
+                resume="allow",
+                reinit="create_new",  # not a run that failed earlier in this process and so was never finished
+                mode=mode,
+                config=settings,
+                settings=wandb.Settings(
+                    silent=True, console="off", disable_git=True, x_disable_meta=True, init_timeout=_INIT_TIMEOUT_S
+                ),
+            )
+
+        wandb.setup(wandb.Settings(silent=True))
+        asked = os.environ.get("WANDB_MODE") if config.wandb == "auto" else config.wandb
+        if asked is not None:
+            self._run = init(asked)
+        elif not wandb.login(prompt=False, verify=False):
+            self._run = init("offline")
+        else:
+            try:
+                self._run = init("online")
+            except wandb.errors.CommError as error:
+                _LOG.warning("W&B cannot be reached, so runs are kept offline for `wandb sync` (%s).", error)
+                os.environ["WANDB_MODE"] = "offline"  # the other stages of this process need not wait again
+                wandb.teardown()  # its service still holds the run id
+                self._run = init("offline")
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
 
@@ -211,3 +229,12 @@ class WandbTracker:
             _LOG.warning(
                 "Weights & Biases is off from here on: it could not %s (%s: %s).", what, type(error).__name__, error
             )
+            if isinstance(error, ConnectionError):  # its service process is gone
+                self._forget_service()
+
+    def _forget_service(self) -> None:
+        """Let the next stage start another service process, and spare the user complaints when this process ends."""
+        import wandb  # noqa: PLC0415 - as above
+
+        with suppress(Exception):  # it fails, but first takes itself off the list of what to do at exit
+            wandb.teardown()

@@ -48,9 +48,10 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
     )
     classifier = build_classifier(encoder, len(data.train.classes))
     training = ClassifierTraining(classifier, cell, sweep_settings, stream, device)
-    determined: Identity = identity(config, "seed", sweep) | data_identity(data) | {"start": start_weights}
     checkpoints = CheckpointFolder(
-        folder / "checkpoints", identity=determined, accept_changes=tuple(config.accept_changes)
+        folder / "checkpoints",
+        identity=_cell_identity(config, sweep, cell) | data_identity(data) | {"start": start_weights},
+        accept_changes=tuple(config.accept_changes),
     )
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
@@ -79,6 +80,13 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
             },
         )
     mark_done(folder, steps=training.total_steps)
+
+
+def _cell_identity(config: Config, sweep: str, cell: Cell) -> Identity:
+    """What determines a cell: its own point of the sweep, not which other points the sweep has."""
+    fields = identity(config, "seed", "model", "views.evaluation", sweep)
+    fields[f"{sweep}.learning_rates"], fields[f"{sweep}.epochs"] = cell.learning_rate, cell.epochs
+    return fields
 
 
 def data_identity(data: RunData) -> Identity:

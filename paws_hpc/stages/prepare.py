@@ -76,4 +76,4 @@ def _pack(data: DataConfig, subset: str, destination: Path) -> None:
             f"{destination} (python -m paws_hpc.shards pack --help lists the kinds)."
         )
     source = open_source(SourceConfig(kind=data.source, root=data.source_path, split=subset))
-    pack(source, destination, options=PackOptions())
+    pack(source, destination, options=PackOptions(), show_progress=True)

@@ -109,7 +109,7 @@ def read_run(run: Path) -> RunRecord:
         summary=_mapping(run / "pretrain" / "summary.json"),
         crops=crops.read_bytes() if crops.exists() else None,
         finetune=_cells(run / "finetune", selected.get("missing", [])),
-        baseline=_cells(run / "baseline", []),
+        baseline=_cells(run / "baseline", selected.get("baseline", {}).get("missing", [])),
         selected=selected,
         result=_mapping(run / "result.json"),
     )

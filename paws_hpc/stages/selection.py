@@ -11,6 +11,7 @@ import torch
 from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.checkpoint import load_tensors
 from paws_hpc.engine.evaluate import Scores, score
 from paws_hpc.engine.finetune import Cell, predict
 from paws_hpc.files import read_json, write_json
@@ -61,7 +62,7 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
     if distributed.is_main():
-        write_json(run.selected, _selected(winner))
+        write_json(run.selected, _selected(winner) | {"baseline": _selected(baseline)})
     encoder, _ = load_pretrained(config, run, data, device)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
@@ -92,7 +93,7 @@ def _score_cell(
 ) -> Scores:
     classifier = build_classifier(build_encoder(config.model, seed=config.seed), len(test.store.classes)).to(device)
     best = run.cell(sweep, cell) / "best.pt"
-    classifier.load_state_dict(torch.load(best, map_location=device, weights_only=True))
+    classifier.load_state_dict(load_tensors(best, device))
     return score(predict(classifier, test, device).cpu(), test.labels)
 
 
