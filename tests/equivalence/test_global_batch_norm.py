@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from paws_hpc.models import GlobalBatchNorm1d, GlobalBatchNorm2d, ModelConfig, build_encoder, set_statistics
+from tests.ranks import results_of, run_on_ranks
 
 CHANNELS = 5
 Results = dict[str, Any]
@@ -142,36 +138,12 @@ def encoder_inputs() -> tuple[Tensor, Tensor]:
     return large, torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
 
 
-WORKS: dict[str, Callable[[int, int], Any]] = {
-    work.__name__: work for work in (all_cases, on_gpu, half_precision, other_statistics, encode)
-}
-
-
-def _rank(rank: int, world: int, folder: Path, works: list[str]) -> None:
-    torch.set_num_threads(1)
-    store, timeout = f"file://{folder}/rendezvous{world}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
-    torch.save({name: WORKS[name](rank, world) for name in works}, folder / f"{rank} of {world}.pt")
-    dist.destroy_process_group()
-
-
-def main(folder: Path) -> None:
-    """Run two ranks, then four. Importing torch takes seconds, so it is done once and the ranks are forks of this."""
-    for world, works in ((2, list(WORKS)), (4, ["all_cases"])):
-        mp.start_processes(_rank, (world, folder, works), nprocs=world, start_method="fork")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every rank's results."""
     folder = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=120)
+    run_on_ranks(folder, {2: [all_cases, on_gpu, half_precision, other_statistics, encode], 4: [all_cases]})
     return folder
-
-
-def results_of(work: Callable[[int, int], Any], world: int, folder: Path) -> list[Any]:
-    """What ``work(rank, world)`` returned on each of ``world`` ranks."""
-    return [torch.load(folder / f"{rank} of {world}.pt")[work.__name__] for rank in range(world)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -241,7 +213,3 @@ def test_an_encoder_trains_the_same_on_two_ranks(finished: Path):
     for name, value in truth.items():
         scale = value.abs().max().item()
         torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-9, atol=1e-11 * scale + 1e-13, msg=name)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,14 +1,7 @@
-"""The objective over several ranks is the objective of one process on the whole batch, values and gradients.
-
-Run as a script, this file starts the ranks, as forks of itself so that torch is imported once: it takes a folder.
-"""
+"""The objective over several ranks is the objective of one process on the whole batch, values and gradients."""
 
 from __future__ import annotations
 
-import multiprocessing
-import subprocess
-import sys
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from paws_hpc.distributed import gather_rows
 from paws_hpc.objective import paws_loss, smooth_labels, supervised_nce
+from tests.ranks import results_of, run_on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WORLDS = [2, 4]
@@ -90,44 +83,27 @@ def own_rank(division: str, views: int, rank: int, world: int) -> dict[str, Tens
     return losses(weight, inputs, my_classes, CLASSES, SMALL)
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
+def all_cases(rank: int, world: int) -> dict[str, Any]:
     results: dict[str, Any] = {
         f"{division}-{views}": own_rank(division, views, rank, world) for division, views in CASES
     }
     if world == 2:
         results |= {name: golden_rank(name, rank) for name in GOLDEN_NAMES}
-    torch.save(results, folder / f"{world}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_worlds(folder: Path) -> None:
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    fork = multiprocessing.get_context("fork")
-    for world in WORLDS:
-        processes = [fork.Process(target=run_rank, args=(rank, world, folder)) for rank in range(world)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            sys.exit(f"{world} ranks ended with {[process.exitcode for process in processes]}")
+    return results
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where every rank of every world left what it computed."""
     folder = tmp_path_factory.mktemp("ranks")
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=200)
+    run_on_ranks(folder, {world: [all_cases] for world in WORLDS})
     return folder
 
 
 @pytest.fixture(params=WORLDS, ids="{} ranks".format)
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     """What each rank computed, for every case."""
-    return [torch.load(folder / f"{request.param}-{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return results_of(all_cases, request.param, folder)
 
 
 two_ranks = pytest.mark.parametrize("ranks", [2], indirect=True, ids="{} ranks".format)
@@ -173,7 +149,3 @@ def test_two_ranks_are_the_two_ranks_of_the_reference(ranks: list[dict[str, Any]
         assert_equal(ours["consistency"], golden["ploss"][rank])
         assert_equal(ours["me_max"], golden["rloss"][rank])
         assert_equal(ours["z_gradient_total"], golden["grad_z"][rank])
-
-
-if __name__ == "__main__":
-    run_worlds(Path(sys.argv[1]))

@@ -1,0 +1,29 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from paws_hpc.store import SourceConfig, open_source, pack
+
+torch.set_num_threads(1)  # tests run side by side, and one thread gives the same sums everywhere
+
+
+class Stores(NamedTuple):
+    """Folders of two packed stores."""
+
+    train: Path
+    test: Path
+
+
+@pytest.fixture(scope="session")
+def digits_stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    """The digits at 16 pixels, packed once. Splits accumulate beside the shards; nobody may damage them."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "test"):
+        pack(open_source(SourceConfig(kind="digits", split=split, size=16)), folder / split)
+    return Stores(folder / "train", folder / "test")
