@@ -73,8 +73,8 @@ def read_json(path: Path) -> Any:
         ValueError: the file is not JSON; it is named, with the position of the fault.
     """
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Restore it or remove it and run again.") from error
 
 

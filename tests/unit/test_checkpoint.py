@@ -1,0 +1,204 @@
+"""The newest valid checkpoint of the same experiment is continued; nothing else is, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paws_hpc.engine.checkpoint import CheckpointFolder
+
+CPU = torch.device("cpu")
+IDENTITY = {"seed": 0, "optimizer.peak_lr": 6.4, "digest.train": "aa", "views.scale": [0.1, 1.0]}
+
+
+def folder(path: Path, *, keep: int = 3, identity: dict[str, Any] = IDENTITY, accept: tuple[str, ...] = ()) -> Any:
+    return CheckpointFolder(path, identity=identity, keep=keep, accept_changes=accept)
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"weights": torch.full((500,), float(step)), "best": [0.5, step], "collapsed": False}
+
+
+def saved(path: Path, *steps: int, keep: int = 3) -> CheckpointFolder:
+    checkpoints = folder(path, keep=keep)
+    for step in steps:
+        checkpoints.save(step, state(step))
+    return checkpoints
+
+
+def names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_record(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def cut_record(path: Path) -> None:
+    record = path.with_suffix(".json")
+    record.write_text(record.read_text()[:20])
+
+
+def empty_record(path: Path) -> None:
+    path.with_suffix(".json").write_text("{}")
+
+
+def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
+    saved(tmp_path, 7)
+    checkpoint = folder(tmp_path).newest(CPU)
+    assert checkpoint.step == 7
+    assert torch.equal(checkpoint.state["weights"], state(7)["weights"])
+    assert checkpoint.state["best"] == [0.5, 7]
+
+
+def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
+    assert folder(tmp_path / "new").newest(CPU) is None
+
+
+@pytest.mark.parametrize("damage", [flip_bit, truncate, remove_record, cut_record, empty_record])
+def test_a_damaged_newest_is_passed_over_with_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
+    saved(tmp_path, 10, 20, 30)
+    damage(tmp_path / "step-00000030.pt")
+    damage(tmp_path / "step-00000020.pt")
+    with caplog.at_level(logging.WARNING):
+        checkpoint = folder(tmp_path).newest(CPU)
+    assert checkpoint.step == 10
+    assert checkpoint.state["weights"][0] == 10
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert str(tmp_path / "step-00000030.pt") in told[0]
+    assert str(tmp_path / "step-00000020.pt") in told[1]
+
+
+def test_as_many_are_kept_as_asked_and_never_the_damaged_ones_in_their_place(tmp_path: Path) -> None:
+    saved(tmp_path, 10, 20, 30, 40, keep=2)
+    assert names(tmp_path) == [f"step-000000{step}.{end}" for step in (30, 40) for end in ("json", "pt")]
+    # The newest is damaged, and the run goes on from 30 with checkpoints at other steps: 40 must not push out 35.
+    flip_bit(tmp_path / "step-00000040.pt")
+    checkpoints = folder(tmp_path, keep=1)
+    assert checkpoints.newest(CPU).step == 30
+    checkpoints.save(35, state(35))
+    assert names(tmp_path) == ["step-00000035.json", "step-00000035.pt"]
+    assert folder(tmp_path).newest(CPU).step == 35
+
+
+def test_another_experiment_is_refused_and_every_difference_named(tmp_path: Path) -> None:
+    saved(tmp_path, 5)
+    changed = {"seed": 1, "optimizer.peak_lr": 6.4, "digest.train": "bb", "model.width": 2, "views.scale": [0.1, 1.0]}
+    with pytest.raises(ValueError, match="belongs to another experiment") as caught:
+        folder(tmp_path, identity=changed).newest(CPU)
+    message = str(caught.value)
+    assert str(tmp_path / "step-00000005.pt") in message
+    for told in ("seed: 0 there, 1 now", "digest.train: 'aa' there, 'bb' now", "model.width: None there, 2 now"):
+        assert told in message
+    assert "optimizer.peak_lr" not in message
+    remedy = "accept_changes=[digest.train,model.width,seed]"
+    assert remedy in message
+    with pytest.raises(ValueError, match=r"\(seed: 0 there, 1 now\)"):
+        folder(tmp_path, identity=changed, accept=("digest.train", "model.width")).newest(CPU)
+    accepted = tuple(remedy.partition("[")[2].rstrip("]").split(","))
+    assert folder(tmp_path, identity=changed, accept=accepted).newest(CPU).step == 5
+
+
+class Malicious:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_a_checkpoint_that_would_execute_code_is_refused_not_executed(tmp_path: Path) -> None:
+    proof = tmp_path / "executed"
+    checkpoints = folder(tmp_path / "run")
+    checkpoints.save(3, {"weights": Malicious(f"touch {proof}")})  # with a valid checksum, as an intruder would
+    with pytest.raises(ValueError, match=r"step-00000003\.pt holds more than tensors.*never loaded"):
+        folder(tmp_path / "run").newest(CPU)
+    assert not proof.exists()
+
+
+@contextmanager
+def small_disk(path: Path) -> Iterator[None]:
+    """A full disk: a file system of 1 MiB where this user may mount one, else a limit on the size of files."""
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)], check=False, capture_output=True
+    )
+    if mounted.returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", str(path)], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("tensors", [1, 300], ids=["in one tensor", "in many tensors"])
+def test_a_full_disk_is_named_and_costs_neither_the_old_checkpoint_nor_space(tmp_path: Path, tensors: int) -> None:
+    with small_disk(tmp_path / "disk"):
+        checkpoints = saved(tmp_path / "disk" / "run", 1)
+        before = names(checkpoints.path)
+        large = {str(number): torch.zeros(600_000 // tensors) for number in range(tensors)}
+        with pytest.raises(OSError, match=r"cannot write .*step-00000002\.pt: (No space left|File too large)"):
+            checkpoints.save(2, large)
+        assert names(checkpoints.path) == before
+        assert folder(checkpoints.path).newest(CPU).step == 1
+        checkpoints.save(2, state(2))
+        assert folder(checkpoints.path).newest(CPU).step == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from paws_hpc.engine.checkpoint import CheckpointFolder
+
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is renamed yet
+CheckpointFolder(Path(sys.argv[1]), identity={}).save(2, {"weights": torch.zeros(1000)})
+"""
+
+
+def test_what_a_killed_writer_left_vanishes_and_the_checkpoint_before_it_counts(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    whole = names(tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == len(whole) + 1, "the writer left its temporary file"
+    checkpoints = folder(tmp_path)
+    assert names(tmp_path) == whole
+    assert checkpoints.newest(CPU).step == 1
+
+
+def test_the_record_beside_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    record = json.loads((tmp_path / "step-00000004.json").read_text())
+    assert (record["step"], record["identity"]) == (4, IDENTITY)

@@ -1,0 +1,107 @@
+"""Values that no run could use name their field; the identity of a run has what determines its result, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+import pytest
+
+from paws_hpc.config import Config, DataConfig, ResourcesConfig, StageResources, identity
+from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.views import ViewsConfig
+from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.pretrain import CollapseConfig, PretrainConfig, SupportConfig
+from paws_hpc.engine.tracking import TrackingConfig
+from paws_hpc.objective import ObjectiveConfig
+
+WITHOUT_EFFECT = {
+    *("name", "runs", "device", "stages", "accept_changes", "data.name", "data.train", "data.test", "data.source"),
+    *("data.source_path", "data.threads", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
+    *("pretrain.validate_every_epochs", "pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
+    *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
+    *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags"),
+    *(
+        f"resources.{stage}.{field}"
+        for stage in ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
+        for field in ("ranks", "threads_per_rank")
+    ),
+}
+"""Spelled out, so that a new field is in a run's identity unless somebody decides here that it need not be."""
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        flat |= leaves(item, f"{prefix}{field.name}.") if is_dataclass(item) else {prefix + field.name: item}
+    return flat
+
+
+def test_everything_is_in_the_identity_but_what_cannot_change_the_result() -> None:
+    config = Config()
+    every = leaves(config)
+    assert every.keys() >= WITHOUT_EFFECT
+    assert identity(config) == {name: value for name, value in every.items() if name not in WITHOUT_EFFECT}
+
+
+def test_a_part_of_the_identity_is_chosen_by_section() -> None:
+    chosen = identity(Config(seed=3), "seed", "views.evaluation", "objective")
+    assert chosen["seed"] == 3
+    assert {name.partition(".")[0] for name in chosen} == {"seed", "views", "objective"}
+    assert {name for name in chosen if name.startswith("views")} == {"views.evaluation.resize", "views.evaluation.size"}
+    assert "baseline.batch_size" in identity(Config(), "baseline")
+    assert identity(Config(), "base") == {}
+
+
+BAD: dict[str, Callable[[], Any]] = {
+    r"device='gpu'.*auto, cpu or cuda": lambda: Config(device="gpu"),
+    r"stages.*'finetun' is not one of prepare, pretrain": lambda: Config(stages=["finetun"]),
+    r"seed=-1": lambda: Config(seed=-1),
+    r"name='a/b'": lambda: Config(name="a/b"),
+    r"name='.hidden'": lambda: Config(name=".hidden"),
+    r"objective.support_warmup_fraction.*Set views.support_views=2": lambda: Config(
+        objective=ObjectiveConfig(support_warmup_fraction=0.3),
+        pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
+    ),
+    r"data.threads=0": lambda: DataConfig(threads=0),
+    r"resources: ranks=0": lambda: StageResources(ranks=0),
+    r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
+    r"labels.per_class=4 and labels.file=list.txt: give exactly one": lambda: LabelsConfig(
+        per_class=4, file="list.txt", validation_per_class=1
+    ).check_complete(),
+    r"labels.validation_per_class=None and labels.validation_file=None": lambda: LabelsConfig(
+        per_class=4
+    ).check_complete(),
+    r"views.support_views=0": lambda: ViewsConfig(support_views=0),
+    r"pretrain.support.classes=1 ": lambda: SupportConfig(classes=1),
+    r"pretrain.support.images_per_class=0 ": lambda: SupportConfig(images_per_class=0),
+    r"pretrain.collapse.action='ignore'": lambda: CollapseConfig(action="ignore"),
+    r"pretrain.collapse.tolerance=1.5": lambda: CollapseConfig(tolerance=1.5),
+    r"pretrain.precision='fp16'.*bf16": lambda: PretrainConfig(precision="fp16"),
+    r"pretrain.checkpoint_every_steps=0": lambda: PretrainConfig(checkpoint_every_steps=0),
+    r"pretrain.keep_checkpoints=0": lambda: PretrainConfig(keep_checkpoints=0),
+    r"at least one learning rate": lambda: ClassifierConfig(learning_rates=[]),
+    r"learning_rates=\[0.1, 0.0\]": lambda: ClassifierConfig(learning_rates=[0.1, 0.0]),
+    r"learning_rates=\[0.1, 0.10000001\].*repeat": lambda: ClassifierConfig(learning_rates=[0.1, 0.10000001]),
+    r"epochs=\[30, 30\].*repeat": lambda: ClassifierConfig(epochs=[30, 30]),
+    r"validate_every_epochs=0": lambda: ClassifierConfig(validate_every_epochs=0),
+    r"momentum=1.0": lambda: ClassifierConfig(momentum=1.0),
+    r"tracking.wandb='on'.*online": lambda: TrackingConfig(wandb="on"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_value_that_no_run_could_use_names_its_field(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BAD[message]()
+
+
+def test_each_stage_has_resources_and_every_default_is_valid() -> None:
+    config = Config()
+    assert asdict(config)["pretrain"]["support"] == {"classes": 960, "images_per_class": 7}
+    assert {field.name for field in fields(ResourcesConfig)} == set(config.stages)
+    names = [cell.name for cell in config.finetune.cells()]
+    assert len(names) == 10
+    assert names[:2] == ["lr=0.01,epochs=30", "lr=0.01,epochs=50"]

@@ -1,0 +1,118 @@
+"""Collectives over three ranks equal one process that has all rows; alone, they change nothing."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paws_hpc import distributed
+from tests.ranks import results_of, run_on_ranks
+
+WORLD, ROWS = 3, 2
+
+
+def shares(rank: int, world: int) -> list[tuple[int, int]]:
+    return [(part.start, part.stop) for part in (distributed.share(total) for total in (0, 2, 7, 9))]
+
+
+def joined(rank: int, world: int) -> list[Tensor]:
+    """Rows computed in uneven shares and put together."""
+    return [
+        distributed.concatenate_rows(torch.arange(2 * total).view(total, 2)[distributed.share(total)], total)
+        for total in (2, 7, 9)
+    ]
+
+
+def rows() -> Tensor:
+    return torch.linspace(-1, 2, WORLD * ROWS * 2, dtype=torch.float64).view(-1, 2)
+
+
+def loss_of(gathered: Tensor, rank: int) -> Tensor:
+    """Every rank's loss looks at all rows, each in its own way."""
+    return ((rank + 1) * gathered.pow(3)).sum()
+
+
+def gathered(rank: int, world: int) -> Any:
+    own = rows()[rank * ROWS : (rank + 1) * ROWS].requires_grad_()
+    together = distributed.gather_rows(own)
+    loss_of(together, rank).backward()
+    return together.detach(), own.grad
+
+
+def mean(rank: int, world: int) -> Any:
+    value = torch.tensor([rank + 1.0, 10.0 * rank], requires_grad=True)
+    average = distributed.mean_over_ranks(value)
+    ((rank + 1) * average.pow(2)).sum().backward()
+    return average.detach(), value.grad
+
+
+def divided(rank: int, world: int) -> Any:
+    messages = []
+    for total in (10, 2):
+        with pytest.raises(ValueError, match="does not divide") as caught:
+            distributed.per_rank(total, name="pretrain.batch_size")
+        messages.append(str(caught.value))
+    return distributed.per_rank(12, name="pretrain.batch_size"), messages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What three ranks returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(folder, {WORLD: [shares, joined, gathered, mean, divided]})
+    return folder
+
+
+def test_shares_are_contiguous_cover_everything_and_differ_by_one_at_most(folder: Path) -> None:
+    for case, total in enumerate((0, 2, 7, 9)):
+        parts = [result[case] for result in results_of(shares, WORLD, folder)]
+        assert parts[0][0] == 0
+        assert parts[-1][1] == total
+        assert all(before[1] == after[0] for before, after in pairwise(parts))
+        sizes = [stop - start for start, stop in parts]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_rows_of_uneven_shares_come_back_in_order_on_every_rank(folder: Path) -> None:
+    for result in results_of(joined, WORLD, folder):
+        for total, together in zip((2, 7, 9), result, strict=True):
+            assert torch.equal(together, torch.arange(2 * total).view(total, 2))
+
+
+def test_gathering_adds_the_gradients_of_every_ranks_loss(folder: Path) -> None:
+    everything = rows().requires_grad_()
+    sum(loss_of(everything, rank) for rank in range(WORLD)).backward()
+    for rank, (together, gradient) in enumerate(results_of(gathered, WORLD, folder)):
+        assert torch.equal(together, everything.detach())
+        torch.testing.assert_close(gradient, everything.grad[rank * ROWS : (rank + 1) * ROWS])
+
+
+def test_a_mean_gives_each_rank_the_mean_of_the_ranks_gradients(folder: Path) -> None:
+    average = torch.tensor([2.0, 10.0])
+    for together, gradient in results_of(mean, WORLD, folder):
+        torch.testing.assert_close(together, average)
+        torch.testing.assert_close(gradient, 2 * average * (1 + 2 + 3) / WORLD)
+
+
+def test_a_size_that_does_not_divide_names_those_that_would(folder: Path) -> None:
+    for whole, messages in results_of(divided, WORLD, folder):
+        assert whole == 4
+        assert "pretrain.batch_size=10 does not divide by 3 ranks" in messages[0]
+        assert "pretrain.batch_size=9 or 12 would fit" in messages[0]
+        assert "pretrain.batch_size=3 would fit" in messages[1]
+
+
+def test_alone_nothing_is_changed_copied_or_waited_for() -> None:
+    values = rows()
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.share(7) == slice(0, 7)
+    assert distributed.per_rank(7, name="size") == 7
+    assert distributed.gather_rows(values) is values
+    assert distributed.mean_over_ranks(values) is values
+    assert distributed.concatenate_rows(values, len(values)) is values
+    distributed.barrier()

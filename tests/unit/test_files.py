@@ -1,0 +1,71 @@
+"""A file is whole or absent, and is recognised by its content."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from paws_hpc.files import atomic_write, file_hash, read_json, value_digest, write_json, write_text
+
+
+def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_text(path, "old")
+
+    def interrupted() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half of the new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_nobody_sees_a_file_that_is_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state.json"
+    with atomic_write(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"half"
+
+
+def test_an_error_of_the_disk_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left") as caught, atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device", "/some/temporary/name")
+    assert caught.value.errno == errno.ENOSPC
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file"):
+        write_text(tmp_path / "file" / "below", "text")
+
+
+def test_json_has_no_nan_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"accuracy": 0.5})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"accuracy": float("nan")})
+    assert read_json(path) == {"accuracy": 0.5}
+    path.write_text('{"accuracy": 0.5')
+    with pytest.raises(ValueError, match=f"{path} is not valid JSON: .*line 1.*Restore it or remove it"):
+        read_json(path)
+    path.write_bytes(b'{"name": "\xff"}')
+    with pytest.raises(ValueError, match=f"{path} is not valid JSON"):
+        read_json(path)
+
+
+def test_digests_follow_values_not_spelling(tmp_path: Path) -> None:
+    assert value_digest({"b": [1, 2.5], "a": None}) == value_digest({"a": None, "b": (1, 2.5)})
+    assert value_digest({"a": 1}) != value_digest({"a": 1.5})
+    # Digests lie in files that other versions of this program read: they may never change.
+    assert value_digest({}) == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    path = tmp_path / "shard"
+    path.write_bytes(bytes(1000))
+    before = file_hash(path)
+    path.write_bytes(bytes(999) + b"\x01")
+    assert len(before) == 32
+    assert file_hash(path) != before
