@@ -1,0 +1,56 @@
+"""Training on 1, 2 and 4 ranks at one global batch is one and the same run: losses, gradients, weights, statistics."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from paws_hpc.store import PackOptions, SourceConfig, open_source, pack
+from tests.integration.launching import environment
+
+TOLERANCE = {"fp64": 1e-8, "fp32": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    pack(open_source(SourceConfig(kind="digits", split="train")), folder / "store", options=PackOptions())
+    return folder
+
+
+def train(folder: Path, world: int, dtype: str) -> dict[str, Any]:
+    path = folder / f"world-{world}-{dtype}.pt"
+    if not path.exists():
+        module = [sys.executable, "-m", "tests.equivalence.train_as_rank", str(folder)]
+        ranks = [
+            subprocess.Popen(
+                [*module, str(rank), str(world), dtype], env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+                stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, dtype: str) -> None:
+    alone, together = train(folder, 1, dtype), train(folder, world, dtype)
+    assert len(alone["losses"]["loss/total"]) == 10
+    assert len(alone["losses"]["loss/support_nce"]) == 5, "the warm-up covers the first half of these steps"
+    for name, expected in alone["losses"].items():
+        if name.startswith("loss/") or dtype == "fp64":
+            compare(name, together["losses"][name], expected, TOLERANCE[dtype])
+    if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these
+        for name, expected in alone["weights"].items():
+            compare(name, together["weights"][name], expected, 1e-8)
+
+
+def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=lambda text: f"{name}: {text}")

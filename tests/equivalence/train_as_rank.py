@@ -1,0 +1,72 @@
+"""One rank of the run that test_training_ranks compares.
+
+    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE
+
+Writes ``FOLDER/world-WORLD-DTYPE.pt`` from rank 0: ten losses and the weights after ten steps.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from paws_hpc import distributed
+from paws_hpc.cluster.rendezvous import join
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
+from paws_hpc.engine.optimizer import OptimizerConfig
+from paws_hpc.engine.pretrain import PretrainConfig, Pretraining, SupportConfig
+from paws_hpc.models import ModelConfig, build_encoder
+from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.store import ImageStore
+
+STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
+
+
+def main(folder: Path, rank: int, world: int, dtype: str) -> None:
+    """Train ten steps. 40 supports on 4 ranks are 10 each, so that ranks share classes; views are two per support.
+
+    The learning rate is small because ReLU has kinks: in exact arithmetic (fp64), moving the initial weights by one
+    part in 2**24 moves the loss by 1e-2 within ten steps at a rate of 0.005, and by 5e-5 at 0.001. At the first rate no
+    two orders of summation in fp32 could agree better than that, whatever the number of ranks.
+    """
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    if world > 1:
+        join(folder, job=f"{world}-{dtype}", rank=rank, world_size=world, host="127.0.0.1", device=cpu, timeout_s=120)
+    store = ImageStore.open(folder / "store")
+    labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
+    grey = AugmentConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
+    views = ViewsConfig(
+        large=CropConfig(size=16, count=2, scale=[0.5, 1.0]), small=CropConfig(size=8, count=2, scale=[0.2, 0.5]),
+        support_views=2, augment=grey,
+    )  # fmt: skip
+    stream = PawsStream(
+        store, torch.tensor(labelled).numpy(), views=views, batch_size=BATCH, support_classes=CLASSES,
+        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1,
+    )  # fmt: skip
+    model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
+    training = Pretraining(
+        build_encoder(model, seed=3), objective=ObjectiveConfig(support_warmup_fraction=0.116),
+        optimizer=OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
+        config=PretrainConfig(
+            batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
+            diagnose_every_steps=1,
+        ),
+        stream=stream, device=cpu,
+    )  # fmt: skip
+    losses: dict[str, list[torch.Tensor]] = {}
+    for step in range(STEPS):
+        for name, value in training.step(stream.batch(step)).items():
+            losses.setdefault(name, []).append(distributed.mean_over_ranks(value))
+    if distributed.is_main():
+        compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
+        curves = {name: torch.stack(losses[name]).double() for name in compared}
+        torch.save({"losses": curves, "weights": training.encoder.state_dict()}, folder / f"world-{world}-{dtype}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
