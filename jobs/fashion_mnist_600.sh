@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fashion-MNIST with 600 labels, WideResNet-28-2.
+# Command:  GPUS=1 bash jobs/fashion_mnist_600.sh [FIELD=VALUE ...]
+# Cost:     600 epochs of 234 steps; meant for a GPU, not run yet.
+# Expected: not run yet.
+# Run again, it resumes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec .venv/bin/python -m paws_hpc.launch experiment=fashion_mnist_600 \
+  resources.pretrain.ranks="${GPUS:-1}" resources.finetune.ranks="${GPUS:-1}" resources.baseline.ranks="${GPUS:-1}" "$@"
