@@ -1,0 +1,198 @@
+"""Who is labelled depends on the seed and the keys alone, and a list that does not fit the store is an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paws_hpc.data.splits import LabelsConfig, Split, labelled_and_validation, load_split
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack
+
+DRAWN = LabelsConfig(per_class=4, validation_per_class=6)
+CLASSES, PER_CLASS = 5, 12
+
+
+def source() -> ArraySource:
+    """60 tiny images of 5 classes, whose keys are positions as CIFAR's are."""
+    random = np.random.default_rng(0)
+    labels = random.permutation(np.repeat(np.arange(CLASSES), PER_CLASS))
+    return ArraySource(
+        kind="digits",
+        images=random.integers(0, 256, size=(len(labels), 4, 4, 1), dtype=np.uint8),
+        labels=labels,
+        keys=[f"{position:05d}" for position in range(len(labels))],
+        classes=tuple("abcde"),
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    return ImageStore.open(pack(source(), tmp_path / "store").path)
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> ImageStore:
+    """Two classes of three JPEGs, named as in ImageNet."""
+    for number in range(6):
+        synset = ("n01440764", "n01443537")[number % 2]
+        path = tmp_path / "images" / synset / f"{synset}_{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (40 * number, 0, 0)).save(path, "JPEG")
+    return ImageStore.open(pack(ImageFolder(tmp_path / "images"), tmp_path / "imagenet").path)
+
+
+def listed(folder: Path, name: str, lines: list[str]) -> str:
+    path = folder / name
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def classes_of(split: Split, store: ImageStore) -> Counter[int]:
+    return Counter(store.labels[split.records(store)].tolist())
+
+
+def read_from(store: ImageStore, file: str) -> Split:
+    return labelled_and_validation(store, LabelsConfig(file=file, validation_per_class=1), seed=0)[0]
+
+
+def test_a_draw_takes_as_many_of_every_class_and_nobody_twice(store: ImageStore) -> None:
+    labelled, validation = labelled_and_validation(store, DRAWN, seed=7)
+    assert classes_of(labelled, store) == dict.fromkeys(range(CLASSES), 4)
+    assert classes_of(validation, store) == dict.fromkeys(range(CLASSES), 6)
+    assert len(set(labelled.keys + validation.keys)) == CLASSES * 10
+
+
+def test_a_draw_is_a_function_of_the_seed_however_the_store_was_shuffled(store: ImageStore, tmp_path: Path) -> None:
+    shuffled = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
+    assert list(shuffled.keys) != list(store.keys)
+    draws = [
+        [split.keys for split in labelled_and_validation(which, DRAWN, seed=seed)]
+        for which, seed in ((store, 3), (shuffled, 3), (store, 4))
+    ]
+    assert draws[0] == draws[1]
+    assert draws[0][0] != draws[2][0]
+    assert draws[0][1] != draws[2][1]
+
+
+def test_labels_and_validation_are_drawn_independently(store: ImageStore, tmp_path: Path) -> None:
+    """From the same images with the same seed, the two draws differ."""
+    file = listed(tmp_path, "list.txt", [store.keys[0]])
+    labelled, _ = labelled_and_validation(store, LabelsConfig(per_class=6, validation_file=file), seed=0)
+    _, validation = labelled_and_validation(store, LabelsConfig(file=file, validation_per_class=6), seed=0)
+    assert 5 < len(set(labelled.keys) & set(validation.keys)) < 25  # 15 of 30 expected
+
+
+def test_a_split_is_kept_beside_the_shards_and_taken_up_again(store: ImageStore) -> None:
+    labelled, validation = labelled_and_validation(store, DRAWN, seed=0)
+    kept = sorted((store.path / "splits").glob("*.json"))
+    assert {load_split(path).digest for path in kept} == {labelled.digest, validation.digest}
+    written = [path.stat().st_mtime_ns for path in kept]
+    assert labelled_and_validation(store, DRAWN, seed=0) == (labelled, validation)
+    assert [path.stat().st_mtime_ns for path in kept] == written
+
+
+def test_an_edited_split_is_noticed(store: ImageStore) -> None:
+    labelled, _ = labelled_and_validation(store, DRAWN, seed=0)
+    path = store.path / "splits" / f"{labelled.name}.json"
+    value = json.loads(path.read_text())
+    value["keys"][0] = next(key for key in store.keys if key not in value["keys"])
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=f"{path} does not fit its digest"):
+        labelled_and_validation(store, DRAWN, seed=0)
+    del value["keys"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=f"{path} is not a split"):
+        labelled_and_validation(store, DRAWN, seed=0)
+
+
+def test_a_split_of_other_data_is_refused(store: ImageStore, tmp_path: Path) -> None:
+    labelled_and_validation(store, DRAWN, seed=0)
+    other = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
+    shutil.copytree(store.path / "splits", other.path / "splits")
+    with pytest.raises(ValueError, match=f"was made for .* of data set {store.digest[:12]}, but this run asks"):
+        labelled_and_validation(other, DRAWN, seed=0)
+
+
+def test_a_list_of_keys_is_taken_as_it_is_sorted_by_class(store: ImageStore, tmp_path: Path) -> None:
+    lines = [store.keys[position] for position in (50, 3, 17, 20)]
+    split = read_from(store, listed(tmp_path, "mine.txt", ["", *lines, "  "]))
+    assert set(split.keys) == set(lines)
+    labels = store.labels[split.records(store)]
+    assert np.array_equal(labels, np.sort(labels))
+
+
+def test_a_list_of_indices_is_read_as_cifars_lists_are(store: ImageStore, tmp_path: Path) -> None:
+    split = read_from(store, listed(tmp_path, "4000_labels.txt", ["59", "0", "7"]))
+    assert set(split.keys) == {"00059", "00000", "00007"}
+
+
+def test_imagenets_lists_name_files_and_the_class_is_before_the_underscore(
+    imagenet: ImageStore, tmp_path: Path
+) -> None:
+    split = read_from(imagenet, listed(tmp_path, "1percent.txt", ["n01443537_3.JPEG", "n01440764_0.JPEG"]))
+    assert split.keys == ("n01440764/n01440764_0.JPEG", "n01443537/n01443537_3.JPEG")
+    assert [imagenet.classes[label] for label in imagenet.labels[split.records(imagenet)]] == ["n01440764", "n01443537"]
+
+
+def test_what_is_drawn_keeps_away_from_what_is_listed(store: ImageStore, tmp_path: Path) -> None:
+    """Each class has 12 images, of which 8 are listed: the 4 others are the only ones that may be drawn."""
+    chosen = [key for label in range(CLASSES) for key in np.array(store.keys)[store.labels == label][:8].tolist()]
+    file = listed(tmp_path, "list.txt", chosen)
+    others = set(store.keys) - set(chosen)
+    labelled, validation = labelled_and_validation(store, LabelsConfig(per_class=4, validation_file=file), seed=0)
+    assert (set(labelled.keys), set(validation.keys)) == (others, set(chosen))
+    labelled, validation = labelled_and_validation(store, LabelsConfig(file=file, validation_per_class=4), seed=0)
+    assert (set(labelled.keys), set(validation.keys)) == (set(chosen), others)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["00000", "00060", "00061"], r"list\.txt lists 2 images that are not in .*store; the first is '00060'"),
+        (["cat.png"], r"list\.txt, line 1: 'cat\.png' is not an image of .*store .*keys look like '000"),
+        (["n01440764_1.JPEG"], r"list\.txt, line 1: 'n01440764_1\.JPEG' is not an image"),
+        (["00001", "00002", "00001"], r"list\.txt lists '00001' more than once"),
+        (["1", "2", "01"], r"list\.txt lists '00001' more than once"),
+        ([], r"list\.txt lists no images"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_an_error(
+    store: ImageStore, tmp_path: Path, lines: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_from(store, listed(tmp_path, "list.txt", lines))
+    assert not (store.path / "splits").exists(), "nothing was drawn in its place"
+
+
+def test_a_missing_list_is_never_replaced_by_a_draw(store: ImageStore, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt does not exist.*never drawn"):
+        read_from(store, str(tmp_path / "absent.txt"))
+
+
+def test_too_few_images_of_a_class_say_which_and_how_many_there_are(store: ImageStore) -> None:
+    with pytest.raises(ValueError, match=r"13 images of each class .* class 'a' of .*store has only 12\. .*at most 12"):
+        labelled_and_validation(store, LabelsConfig(per_class=13, validation_per_class=1), seed=0)
+    with pytest.raises(ValueError, match=r"9 images of each class .* class 'a' .* only 8 others\. .*at most 8"):
+        labelled_and_validation(store, LabelsConfig(per_class=4, validation_per_class=9), seed=0)
+
+
+def test_an_image_may_not_both_train_and_validate(store: ImageStore, tmp_path: Path) -> None:
+    both = LabelsConfig(
+        file=listed(tmp_path, "train.txt", ["1", "2", "3"]), validation_file=listed(tmp_path, "val.txt", ["3", "4"])
+    )
+    with pytest.raises(ValueError, match=r"1 images are both labelled and for validation, '00003' among them"):
+        labelled_and_validation(store, both, seed=0)
+
+
+def test_a_changed_list_is_not_taken_for_the_old_one(store: ImageStore, tmp_path: Path) -> None:
+    file = listed(tmp_path, "list.txt", ["1", "2"])
+    read_from(store, file)
+    listed(tmp_path, "list.txt", ["1", "3"])
+    with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run asks for"):
+        read_from(store, file)
