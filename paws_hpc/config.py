@@ -10,6 +10,7 @@ from typing import Any
 
 from paws_hpc.data.splits import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
+from paws_hpc.distributed import check_divides
 from paws_hpc.engine.finetune import ClassifierConfig
 from paws_hpc.engine.optimizer import OptimizerConfig
 from paws_hpc.engine.pretrain import PretrainConfig
@@ -130,6 +131,11 @@ class Config:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
+        ranks, support = self.resources.pretrain.ranks, self.pretrain.support
+        check_divides(self.pretrain.batch_size, ranks, name="pretrain.batch_size")
+        check_divides(
+            support.classes * support.images_per_class, ranks, name="pretrain.support.classes * images_per_class"
+        )
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(

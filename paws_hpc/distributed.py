@@ -40,12 +40,16 @@ def per_rank(total: int, *, name: str) -> int:
     Raises:
         ValueError: ``total`` does not divide by the number of ranks; the nearest sizes that do are named.
     """
-    world = world_size()
-    if total % world:
-        below = total - total % world
-        fits = f"{below} or {below + world}" if below else f"{world}"
-        raise ValueError(f"{name}={total} does not divide by {world} ranks. Sizes are global: {name}={fits} would fit.")
-    return total // world
+    check_divides(total, world_size(), name=name)
+    return total // world_size()
+
+
+def check_divides(total: int, ranks: int, *, name: str) -> None:
+    """Raise ValueError, naming the nearest sizes that would fit, unless ``ranks`` can share ``total`` equally."""
+    if total % ranks:
+        below = total - total % ranks
+        fits = f"{below} or {below + ranks}" if below else f"{ranks}"
+        raise ValueError(f"{name}={total} does not divide by {ranks} ranks. Sizes are global: {name}={fits} would fit.")
 
 
 def share(total: int) -> slice:

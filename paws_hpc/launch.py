@@ -8,6 +8,7 @@ Run again, the same command resumes what is unfinished and says so when all is d
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,10 +35,12 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 def launch(composed: DictConfig) -> None:
-    """Run one chain; what a user can mend ends as one message, the rest as a traceback."""
+    """Run one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
     try:
         _launch(composed)
     except (ValueError, FileNotFoundError, TrainingStoppedError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR"):
+            raise
         sys.exit(f"error: {error}")  # not through Hydra, which would print its own advice around it
 
 
@@ -84,19 +88,19 @@ def _check_overrides(arguments: list[str]) -> None:
     Raises:
         ConfigError: the config does not compose.
     """
-    texts = [argument for argument in arguments if not argument.startswith("-")]
     try:
-        parsed = OverridesParser.create().parse_overrides(texts)
-        first = [
-            next(iter(override.sweep_string_iterator())).join((f"{override.get_key_element()}=", ""))
-            if override.is_sweep_override()
-            else override.input_line
-            for override in parsed
-        ]
+        overrides = OverridesParser.create().parse_overrides([text for text in arguments if not text.startswith("-")])
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            hydra.compose("config", overrides=[text for text in first if text is not None], return_hydra_config=True)
+            hydra.compose("config", overrides=[_one_of(override) for override in overrides], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
+
+
+def _one_of(override: Override) -> str:
+    """The override itself, or the first value of a sweep such as ``seed=0,1,2``."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
 
 
 def main() -> None:

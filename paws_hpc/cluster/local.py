@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,12 +53,15 @@ def submitit_local(config: Config, run: RunFolder) -> Runner:
     """Run each job as ``resources.<stage>.ranks`` processes on this machine and wait for it."""
 
     def runner(job: Job) -> None:
-        executor = submitit.LocalExecutor(folder=run.path / "logs" / job.name.replace("/", "-"))
-        executor.update_parameters(
-            tasks_per_node=getattr(config.resources, job.stage).ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30
-        )
+        logs, ranks = run.path / "logs" / job.name.replace("/", "-"), getattr(config.resources, job.stage).ranks
+        executor = submitit.LocalExecutor(folder=logs)
+        executor.update_parameters(tasks_per_node=ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30)
         submitted = executor.submit(run_job_as_rank, Path(run.path).resolve(), job)
-        submitted.results()
+        print(f"{job.name}: {ranks} rank{'s' if ranks > 1 else ''}, logs in {logs}", file=sys.stderr, flush=True)
+        try:
+            submitted.results()
+        finally:  # an interrupted launch leaves no process behind; of a finished job nothing is left to cancel
+            submitted.cancel(check=False)
 
     return runner
 

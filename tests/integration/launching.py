@@ -36,7 +36,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread per process, so that tests side by side do not crowd each other out."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

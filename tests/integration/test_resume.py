@@ -66,13 +66,13 @@ def test_killed_twice_mid_epoch_and_launched_again_gives_the_same_bits(uninterru
     assert curve(tmp_path) == curve(uninterrupted), "the curve is one, without gaps, repetitions or other values"
 
 
-def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(uninterrupted: Path, tmp_path: Path) -> None:
     kill_after(tmp_path, 8)
     newest = max((tmp_path / "runs/run/pretrain/checkpoints").glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1000])
     done = launch(tmp_path, STAGES)
     assert done.returncode == 0, done.stderr
     assert newest.name in done.stderr, "the damaged file is named"
-    assert all(torch.equal(a, b) for a, b in zip(weights(uninterrupted).values(), weights(tmp_path).values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(weights(uninterrupted).values(), weights(tmp_path).values(), strict=True)
+    )
