@@ -1,0 +1,373 @@
+"""Batches are pure functions of the step, laid out as the objective expects, and the same whatever divides the work."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from paws_hpc import distributed
+from paws_hpc.data.crops import draw_boxes
+from paws_hpc.data.streams import ClassifierStream, Crops, EvaluationSet, PawsBatch, PawsStream
+from paws_hpc.data.views import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
+from tests.conftest import Stores
+
+N, K, PER_CLASS, VIEWS, SMALL = 24, 6, 4, 2, 3
+CPU, F32 = torch.device("cpu"), torch.float32
+
+
+def views(**changes: Any) -> ViewsConfig:
+    config = ViewsConfig(
+        large=CropConfig(size=16, count=2, scale=[0.3, 1.0]),
+        small=CropConfig(size=8, count=SMALL, scale=[0.1, 0.3]),
+        support_views=VIEWS,
+        evaluation=CenterCropConfig(resize=16, size=16),
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def labelled(store: ImageStore, per_class: int = 5) -> np.ndarray:
+    """Positions of the first few images of every class."""
+    return np.concatenate([np.flatnonzero(store.labels == label)[:per_class] for label in range(len(store.classes))])
+
+
+def stream(store: ImageStore, *, threads: int = 1, batch_size: int = N, **changes: Any) -> PawsStream:
+    return PawsStream(
+        store,
+        labelled(store),
+        views=views(**changes),
+        batch_size=batch_size,
+        support_classes=min(K, len(store.classes)),
+        images_per_class=PER_CLASS,
+        seed=3,
+        threads=threads,
+    )
+
+
+def flat(value: Any) -> list[Any]:
+    """Arrays and numbers of nested dataclasses, in order."""
+    if hasattr(value, "__dataclass_fields__"):
+        return [leaf for field in fields(value) for leaf in flat(getattr(value, field.name))]
+    return [value]
+
+
+def assert_same(first: Any, second: Any) -> None:
+    for one, other in zip(flat(first), flat(second), strict=True):
+        equal = torch.equal(one, other) if isinstance(one, Tensor) else np.array_equal(one, other)
+        assert equal
+
+
+class Ranks:
+    """Stands for the process group: says that this process is one of several ranks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def become(self, rank: int, world: int) -> None:
+        self._monkeypatch.setattr(distributed, "rank", lambda: rank)
+        self._monkeypatch.setattr(distributed, "world_size", lambda: world)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    return Ranks(monkeypatch)
+
+
+@pytest.fixture
+def digits(digits_stores: Stores) -> ImageStore:
+    return ImageStore.open(digits_stores.train)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG store of parts of two photographs, of many sizes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for number in range(36):
+        photo = load_sample_images().images[number % 2]
+        height, width = random.integers(20, 200, size=2)
+        top, left = random.integers(0, 200, size=2)
+        path = folder / "images" / f"{'ab'[number % 2]}" / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[top : top + height, left : left + width]).save(path, "JPEG", quality=95)
+    return pack(ImageFolder(folder / "images"), folder / "store").path
+
+
+def test_a_batch_is_a_function_of_its_step_alone(digits: ImageStore) -> None:
+    one, other = stream(digits), stream(digits)
+    steps = [0, 70, 3]  # 70 is in the second epoch
+    forward = {step: one.batch(step) for step in steps}
+    for step in reversed(steps):
+        assert_same(other.batch(step), forward[step])
+    with pytest.raises(AssertionError):
+        assert_same(forward[0].large, forward[70].large)
+
+
+@pytest.mark.parametrize("kind", ["raw", "jpeg"])
+def test_threads_change_nothing(kind: str, digits: ImageStore, photographs: Path) -> None:
+    store = digits if kind == "raw" else ImageStore.open(photographs)
+    alone, several = stream(store), stream(store, threads=3)
+    for step in range(3):
+        assert_same(several.batch(step), alone.batch(step))
+
+
+def by_view(crops: Crops, count: int) -> list[Tensor]:
+    """Pixels and parameters, as (views, rows, ...)."""
+    parameters = [getattr(crops.parameters, field.name) for field in fields(crops.parameters)]
+    return [leaf.unflatten(0, (count, -1)) for leaf in (crops.images, *parameters)]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_hold_the_batch_of_one(digits: ImageStore, ranks: Ranks, world: int) -> None:
+    step = 2
+    whole = stream(digits).batch(step)
+    parts: list[PawsBatch] = []
+    for rank in range(world):
+        ranks.become(rank, world)
+        parts.append(stream(digits).batch(step))
+    assert np.array_equal(np.concatenate([part.records for part in parts]), whole.records)
+    for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
+        pieces = [by_view(getattr(part, name), count) for part in parts]
+        for together, expected in zip(zip(*pieces, strict=True), by_view(getattr(whole, name), count), strict=True):
+            assert torch.equal(torch.cat(together, dim=1), expected), name
+    # Gathering puts rank after rank, each with its views one after the other; every rank knows all of these classes.
+    rows = whole.num_support_rows // VIEWS // world
+    for part in parts:
+        assert part.num_support_rows == VIEWS * rows
+        by_rank = part.support_classes.view(world, VIEWS, rows).transpose(0, 1).reshape(-1)
+        assert torch.equal(by_rank, whole.support_classes)
+
+
+def whole_images(store: ImageStore, records: Sequence[int], size: int) -> Tensor:
+    """(n, 1, size, size): each image as a crop that covers all of it."""
+    pictures = [Image.fromarray(pixels[:, :, 0]) for pixels in store.read(records)]
+    resized = [np.array(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized))[:, None]
+
+
+def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageStore) -> None:
+    """With crops that cover the whole image, every view of an image is that image."""
+    everything = {
+        "large": CropConfig(size=16, count=2, scale=[1.0, 1.0], ratio=[1.0, 1.0]),
+        "small": CropConfig(size=8, count=SMALL, scale=[1.0, 1.0], ratio=[1.0, 1.0]),
+    }
+    batch = stream(digits, **everything).batch(4)
+    assert torch.equal(batch.large.images, whole_images(digits, batch.records, 16).repeat(2, 1, 1, 1))
+    small = whole_images(digits, batch.records, 8).repeat(SMALL, 1, 1, 1)
+    assert (batch.small.images.int() - small.int()).abs().max() <= 1
+    # Supports: views one after the other, inside a view class after class.
+    first, second = batch.supports.images.chunk(2)
+    assert torch.equal(first, second)
+    keys = {digits.read([record])[0].tobytes(): record for record in labelled(digits)}
+    drawn = np.array([keys[row.numpy().tobytes()] for row in first])
+    classes = digits.labels[drawn].reshape(K, PER_CLASS)
+    assert np.all(classes == classes[:, :1])
+    assert len(np.unique(classes[:, 0])) == K
+    assert len(np.unique(drawn)) == K * PER_CLASS
+    places = torch.arange(K).repeat_interleave(PER_CLASS)
+    assert torch.equal(batch.support_classes, places.repeat(VIEWS))
+
+
+def different(first: Tensor, second: Tensor) -> float:
+    """Share of rows that differ."""
+    return (first != second).flatten(1).any(1).double().mean().item()
+
+
+ALWAYS_JITTER = AugmentConfig(jitter_probability=1.0)
+
+
+def test_views_of_an_image_are_drawn_independently(digits: ImageStore) -> None:
+    batch = stream(digits, augment=ALWAYS_JITTER).batch(0)
+    for crops, count in ((batch.large, 2), (batch.small, SMALL), (batch.supports, VIEWS)):
+        images, jitter = crops.images.unflatten(0, (count, -1)), crops.parameters.jitter.unflatten(0, (count, -1))
+        for view in range(1, count):
+            assert different(images[0], images[view]) > 0.9
+            assert different(jitter[0], jitter[view]) == 1
+
+
+def test_every_epoch_cuts_an_image_anew(digits: ImageStore) -> None:
+    everything = stream(digits, batch_size=len(digits), augment=ALWAYS_JITTER)
+    crops, jitter = [], []
+    for step in (0, 1):  # each of them an epoch
+        batch = everything.batch(step)
+        order = np.argsort(batch.records)
+        crops.append(batch.large.images[order])
+        jitter.append(batch.large.parameters.jitter[order])
+    assert different(*crops) > 0.95
+    assert different(*jitter) == 1
+
+
+def test_every_step_cuts_a_support_anew_and_unlike_the_large_crops(digits: ImageStore) -> None:
+    all_labels = PawsStream(
+        digits,
+        labelled(digits, PER_CLASS),  # so that each step draws all of them
+        views=views(augment=ALWAYS_JITTER),
+        batch_size=len(digits) // 2,  # two steps of one epoch
+        support_classes=len(digits.classes),
+        images_per_class=PER_CLASS,
+        seed=3,
+        threads=1,
+    )
+    seen: set[bytes] = set()
+    for step in (0, 1):
+        batch = all_labels.batch(step)
+        supports = {row.numpy().tobytes() for row in batch.supports.parameters.jitter}
+        assert len(supports) == VIEWS * len(digits.classes) * PER_CLASS
+        assert not supports & seen
+        assert not supports & {row.numpy().tobytes() for row in batch.large.parameters.jitter}
+        seen |= supports
+        pixels = {row.numpy().tobytes() for row in batch.supports.images}
+        large = {row.numpy().tobytes() for row in batch.large.images}
+        assert len(pixels & large) < 0.1 * len(pixels)
+
+
+def test_small_crops_can_be_turned_off(digits: ImageStore) -> None:
+    without = stream(digits, small=CropConfig(size=8, count=0))
+    batch = without.batch(0)
+    assert batch.small is None
+    assert [len(view) for view in without.augment(batch, CPU, F32)] == [VIEWS * K * PER_CLASS, 2 * N]
+
+
+def test_views_arrive_augmented_normalised_and_in_three_channels(digits: ImageStore) -> None:
+    still = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
+    plain = stream(digits, augment=still)
+    batch = plain.batch(0)
+    supports, large, small = plain.augment(batch, CPU, torch.float64)
+    assert supports.shape == (VIEWS * K * PER_CLASS, 3, 16, 16)
+    assert small.shape == (SMALL * N, 3, 8, 8)
+    assert large.dtype == torch.float64
+    expected = (batch.large.images / 255 - digits.mean[0]) / digits.std[0]
+    torch.testing.assert_close(large, expected.expand(-1, 3, -1, -1).double(), rtol=1e-5, atol=1e-5)
+    augmented = stream(digits)
+    assert not torch.allclose(augmented.augment(augmented.batch(0), CPU, torch.float64)[1], large)
+
+
+def test_an_indivisible_size_names_those_that_fit(digits: ImageStore, ranks: Ranks) -> None:
+    ranks.become(0, 4)
+    with pytest.raises(ValueError, match=r"pretrain\.batch_size=130 .* 4 ranks.*pretrain\.batch_size=128 or 132"):
+        stream(digits, batch_size=130)
+    ranks.become(0, 16)
+    with pytest.raises(ValueError, match=r"pretrain\.support\.images_per_class=24 .* 16 ranks.*=16 or 32 would fit"):
+        stream(digits, batch_size=128)
+
+
+def test_prefetching_gives_the_same_batches(digits: ImageStore) -> None:
+    source = stream(digits)
+    with source.prefetch(5, 8) as batches:
+        taken = list(batches)
+    assert [batch.step for batch in taken] == [5, 6, 7]
+    for batch in taken:
+        assert_same(batch, source.batch(batch.step))
+
+
+def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
+    top, left, height, width = box
+    crop = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+    return torch.from_numpy(np.array(crop.resize((size, size), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+
+
+def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
+    """The fourth small crop of every image of a batch is what PIL cuts from the decoded file, within one level."""
+    store = ImageStore.open(photographs)
+    assert len({(int(h), int(w)) for h, w in zip(store.heights, store.widths, strict=True)}) > 30
+    several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
+    batch = several.batch(0)
+    assert batch.large.images.shape == (2 * N, 3, 16, 16)
+    boxes = draw_boxes(
+        several.views.small,
+        seed=3,
+        epoch=0,
+        samples=batch.records,
+        view=FIRST_SMALL_VIEW + 3,
+        heights=store.heights[batch.records],
+        widths=store.widths[batch.records],
+    )
+    for row, box, record in zip(batch.small.images[3 * N :], boxes.tolist(), batch.records, strict=True):
+        encoded = Image.open(io.BytesIO(store.read([record])[0]))
+        assert (row.int() - pil_crop(np.array(encoded), box, 8).int()).abs().max() <= 1
+
+
+def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Path) -> None:
+    """Two ways to resize, one per encoding: they differ by one of 255 levels at most, where rounding differs."""
+    for number in range(30):
+        photo = load_sample_images().images[number % 2]
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[7 * number : 7 * number + 40, 90:150]).save(path, "JPEG", quality=95)
+    jpeg = ImageStore.open(pack(ImageFolder(tmp_path / "images"), tmp_path / "jpeg").path)
+    everything = np.arange(len(jpeg))
+    source = ArraySource("digits", np.stack(jpeg.images(everything)), jpeg.labels, list(jpeg.keys), jpeg.classes)
+    raw = ImageStore.open(pack(source, tmp_path / "raw").path)
+    assert list(raw.keys) == list(jpeg.keys)
+    from_jpeg, from_raw = stream(jpeg).batch(0), stream(raw).batch(0)
+    assert np.array_equal(from_jpeg.records, from_raw.records)
+    for name in ("large", "small", "supports"):
+        difference = getattr(from_jpeg, name).images.int() - getattr(from_raw, name).images.int()
+        assert difference.abs().max() <= 1
+        assert (difference == 0).float().mean() > 0.8
+    evaluations = [
+        torch.cat(list(EvaluationSet(store, everything, CenterCropConfig(20, 16)).batches(CPU, F32)))
+        for store in (jpeg, raw)
+    ]
+    torch.testing.assert_close(*evaluations, rtol=1e-4, atol=1e-4)
+
+
+def classifier_stream(store: ImageStore, batch_size: int, records: np.ndarray) -> ClassifierStream:
+    crop, augment = CropConfig(size=16, scale=[0.4, 1.0]), AugmentConfig()
+    return ClassifierStream(store, records, crop=crop, augment=augment, batch_size=batch_size, seed=1, threads=1)
+
+
+def test_an_epoch_of_the_classifier_meets_every_labelled_image_once(digits: ImageStore) -> None:
+    records = labelled(digits)
+    source = classifier_stream(digits, 10, records)
+    assert source.steps_per_epoch == 5
+    batches = [source.batch(step) for step in range(10)]
+    for epoch in (batches[:5], batches[5:]):
+        assert set(np.concatenate([batch.records for batch in epoch])) == set(records)
+    for batch in batches:
+        assert np.array_equal(batch.labels, digits.labels[batch.records])
+        assert batch.crops.images.shape == (10, 1, 16, 16)
+    assert_same(classifier_stream(digits, 10, records).batch(7), batches[7])
+    small = classifier_stream(digits, 1024, records)
+    assert (small.steps_per_epoch, small.batch_size) == (1, len(records))
+
+
+def test_ranks_share_a_labelled_batch_even_if_it_does_not_divide(digits: ImageStore, ranks: Ranks) -> None:
+    records = labelled(digits)
+    whole = classifier_stream(digits, 10, records).batch(3)
+    parts = []
+    for rank in range(3):
+        ranks.become(rank, 3)
+        parts.append(classifier_stream(digits, 10, records).batch(3))
+    assert [len(part.records) for part in parts] == [4, 3, 3]
+    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
+    assert torch.equal(torch.cat([part.crops.images for part in parts]), whole.crops.images)
+    ranks.become(0, 64)
+    with pytest.raises(ValueError, match="A step of 50 labelled images leaves some of 64 ranks without one"):
+        classifier_stream(digits, 1024, records)
+
+
+def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, ranks: Ranks) -> None:
+    records = np.random.default_rng(0).permutation(len(digits))[:300]  # more than one batch
+    images = EvaluationSet(digits, records, CenterCropConfig(16, 10))
+    whole = torch.cat(list(images.batches(CPU, F32)))
+    pixels = torch.from_numpy(digits.read_raw(records)[:, 3:13, 3:13, 0]) / 255
+    torch.testing.assert_close(whole, ((pixels - digits.mean[0]) / digits.std[0])[:, None].expand(-1, 3, -1, -1))
+    assert np.array_equal(images.labels, digits.labels[records])
+    parts = []
+    for rank in range(4):
+        ranks.become(rank, 4)
+        parts += images.batches(CPU, F32)
+    assert torch.equal(torch.cat(parts), whole)
