@@ -1,0 +1,156 @@
+"""Metrics survive kills and restarts as one unbroken curve, and Weights & Biases can fail without being noticed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
+from tests.ranks import ROOT
+
+
+def log_steps(path: Path, start: int, stop: int) -> None:
+    with MetricsFile(path, resume_step=start) as metrics:
+        for step in range(start, stop):
+            metrics.log(step, {"loss": step / 7})
+            if step % 3 == 2:
+                metrics.log(step, {"validation": 0.1 * step})
+
+
+def test_a_resumed_curve_is_the_curve_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    log_steps(tmp_path / "whole.jsonl", 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    log_steps(path, 0, 9)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"step": 9, "lo')  # the kill came in the middle of a line
+    log_steps(path, 6, 12)  # the newest checkpoint is of step 6: rows of steps 6 to 8 are written again
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, resume_step=0) as metrics:
+        metrics.log(0, {"loss": 1.0})
+        assert read_rows(path) == [{"step": 0, "loss": 1.0}]
+
+
+def test_a_new_run_takes_nothing_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log_steps(path, 0, 5)
+    log_steps(path, 0, 1)
+    assert len(read_rows(path)) == 1
+
+
+def test_a_torn_line_in_the_middle_is_named_and_the_file_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "lo\n{"step": 2}\n')
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON .*Restore the file or remove it"):
+        MetricsFile(path, resume_step=2)
+    assert path.read_bytes() == before
+
+
+def test_values_that_json_has_not_are_kept_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, resume_step=0) as metrics:
+        metrics.log(3, {"loss": math.nan, "gradient": -math.inf, "fine": 0.5, "event": "collapse"})
+    with MetricsFile(path, resume_step=10):
+        pass
+    parsed = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert parsed == {"step": 3, "loss": "nan", "gradient": "-inf", "fine": 0.5, "event": "collapse"}
+    assert math.isnan(float(parsed["loss"]))
+
+
+def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files = [MetricsFile(path, resume_step=0) for path in paths]
+    with Trackers(*files, NullTracker()) as trackers:
+        trackers.log(0, {"loss": 1.0})
+    assert [read_rows(path) for path in paths] == [[{"step": 0, "loss": 1.0}]] * 2
+    for file in files:
+        with pytest.raises(ValueError, match="closed file"):
+            file.log(1, {})
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which W&B was used by a user who is not logged in, where nobody answers."""
+    folder = tmp_path_factory.mktemp("wandb")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.wandb_session", str(folder)],
+        cwd=ROOT,
+        env=env,
+        check=False,
+        timeout=200,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def report(session: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((session / "report.json").read_text())
+    return value
+
+
+def by_step(rows: list[dict[str, Any]]) -> dict[int, dict[str, str]]:
+    """Rows of one step as one, values as text (NaN is not equal to itself), without W&B's own fields."""
+    joined: dict[int, dict[str, str]] = {}
+    for row in rows:
+        values = {name: str(float(value)) for name, value in row.items() if name != "step" and name[0] != "_"}
+        joined.setdefault(row.get("step", row.get("_step")), {}).update(values)
+    return joined
+
+
+def test_an_offline_run_holds_what_the_metrics_file_holds(session: Path, report: dict[str, Any]) -> None:
+    first, second = report["runs"]["segments"]
+    assert first["id"] == second["id"] == "chain-pretrain"
+    assert first["group"] == "chain"
+    assert first["config"]["optimizer"] == {"peak_lr": 6.4}
+    assert {row["_step"] for row in first["rows"]} == set(range(6))
+    assert {row["_step"] for row in second["rows"]} == set(range(4, 8))
+    watched = by_step(first["rows"] + second["rows"])
+    for step, row in watched.items():
+        assert row.pop("trainer/step") == str(float(step))
+    assert watched == by_step(read_rows(session / "segments" / "metrics.jsonl"))
+    assert len(watched) == 8
+
+
+@pytest.mark.parametrize("what", ["online without a key", "unwritable", "killed"])
+def test_a_failure_is_told_once_and_never_raised(report: dict[str, Any], what: str) -> None:
+    """That the session ended without a traceback says that none of them was raised."""
+    assert len(report["messages"][what]) == 1
+    assert "Weights & Biases is off from here on: it could not" in report["messages"][what][0]
+
+
+def test_after_its_service_was_killed_the_next_stage_has_weights_and_biases_again(report: dict[str, Any]) -> None:
+    assert [(run["id"], len(run["rows"])) for run in report["runs"]["killed"] if "id" in run][-1] == ("next", 1)
+
+
+def test_who_is_not_logged_in_gets_an_offline_run_without_a_word(report: dict[str, Any]) -> None:
+    assert report["messages"]["auto, not logged in"] == report["messages"]["fine"] == []
+    assert [run["id"] for run in report["runs"]["auto"]] == ["auto"]
+
+
+def test_who_is_logged_in_where_nobody_answers_waits_once_and_loses_nothing(report: dict[str, Any]) -> None:
+    (told,) = report["messages"]["unreachable"]
+    assert "cannot be reached, so runs are kept offline" in told
+    assert [(run["id"], len(run["rows"])) for run in report["runs"]["unreachable"]] == [("first", 1), ("second", 1)]
+
+
+def test_training_is_the_same_with_and_without_it(report: dict[str, Any]) -> None:
+    without, with_it = report["weights"]
+    assert without == with_it
+    assert len(without) > 500
