@@ -1,0 +1,120 @@
+"""Scores are what their names say, PAWS-NN is the reference's, and ranks together score as one."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_score
+from torch import Tensor, nn
+
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.engine import evaluate
+from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn, score
+from paws_hpc.models import ModelConfig, build_encoder, set_statistics
+from paws_hpc.store import ArraySource, ImageStore, pack
+from tests.ranks import results_of, run_on_ranks
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CPU = torch.device("cpu")
+
+
+def test_a_case_counted_by_hand() -> None:
+    predictions = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4], [0.6, 0.3, 0.1]])
+    scores = score(predictions, torch.tensor([0, 1, 0, 2]))
+    assert scores.top1 == 0.5
+    assert scores.top5 is None
+    assert scores.confusion == [[1, 0, 1], [0, 1, 0], [1, 0, 0]]
+
+
+def test_scores_are_those_of_scikit_learn() -> None:
+    random = torch.Generator().manual_seed(0)
+    predictions = torch.randn(500, 12, generator=random)
+    labels = torch.randint(11, (500,), generator=random)  # nobody is of the last class
+    scores = score(predictions, labels)
+    assert scores.top1 == pytest.approx(accuracy_score(labels, predictions.argmax(1)))
+    assert scores.top5 == pytest.approx(top_k_accuracy_score(labels, predictions, k=5, labels=range(12)))
+    expected = confusion_matrix(labels, predictions.argmax(1), labels=range(12))
+    assert np.array_equal(scores.as_dict()["confusion"], expected)
+
+
+def golden_classifier() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with np.load(GOLDEN / "snn_classifier.npz") as file:
+        golden = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    return golden, {"num_classes": golden["probs"].shape[1], "temperature": golden["temperature"].item()}
+
+
+def test_nearest_neighbours_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    golden, settings = golden_classifier()
+    for at_once in (1024, 7):
+        monkeypatch.setattr(evaluate, "_QUERIES_AT_ONCE", at_once)
+        probabilities = paws_nn(golden["query"], golden["support"], golden["support_label"], **settings)
+        torch.testing.assert_close(probabilities, golden["probs"], rtol=1e-10, atol=1e-12)
+    scores = score(probabilities, golden["query_label"])
+    assert 100 * scores.top1 == pytest.approx(golden["top1"].item())
+    assert 100 * scores.top5 == pytest.approx(golden["top5"].item())
+
+
+def test_evaluating_gives_every_submodule_its_mode_back() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)))
+    model[1].eval()
+    model[1][0].train()
+    modes = [module.training for module in model.modules()]
+
+    def fail() -> None:
+        with evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    forward_all(model, [torch.randn(4, 3)], 4)
+    assert torch.equal(model[0].running_mean, torch.zeros(3)), "an evaluation leaves statistics alone"
+
+
+def test_representations_are_h_not_z() -> None:
+    encoder = build_encoder(ModelConfig("small_resnet", channels=[4], blocks=[1], prediction_head=True), seed=0)
+    images = torch.randn(5, 3, 8, 8)
+    with evaluation_mode(encoder):
+        h, z = encoder([images])
+    torch.testing.assert_close(forward_all(Representation(encoder), [images[:2], images[2:]], 5), h)
+    assert not torch.allclose(h, z)
+
+
+def embeddings(rank: int, world: int) -> list[Tensor]:
+    """Of 7 images, 4 at a time, and of 2, on networks whose ranks' statistics are their own."""
+    random = np.random.default_rng(0)
+    source = ArraySource(
+        "digits",
+        random.integers(0, 256, (7, 8, 8, 1), np.uint8),
+        np.arange(7) % 2,
+        [f"{number:05d}" for number in range(7)],
+        ("even", "odd"),
+    )
+    encoder = build_encoder(ModelConfig("small_resnet", channels=[4, 6], blocks=[1, 1]), seed=0).double()
+    set_statistics(encoder, "local")
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 4)
+        store = ImageStore.open(pack(source, Path(folder) / "store").path)
+        results = []
+        for records in (np.array([5, 0, 3, 6, 1, 2, 4]), np.array([4, 1])):
+            images = EvaluationSet(store, records, CenterCropConfig(8, 8))
+            results.append(forward_all(Representation(encoder), images.batches(CPU, torch.float64), len(images)))
+    return results
+
+
+def test_ranks_with_uneven_shares_or_none_embed_what_one_embeds(tmp_path: Path) -> None:
+    run_on_ranks(tmp_path, {2: [embeddings], 3: [embeddings]})
+    alone = embeddings(0, 1)
+    assert [len(rows) for rows in alone] == [7, 2]
+    for world in (2, 3):
+        for result in results_of(embeddings, world, tmp_path):
+            torch.testing.assert_close(result, alone, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,165 @@
+"""Training a classifier: resumed at any epoch it ends with the same bits, and its best epoch is what it says."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from paws_hpc.data.streams import ClassifierStream, EvaluationSet
+from paws_hpc.data.views import CenterCropConfig, CropConfig
+from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
+from paws_hpc.engine.evaluate import score
+from paws_hpc.engine.finetune import Cell, CellResult, ClassifierConfig, ClassifierTraining, predict, train_classifier
+from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.tracking import MetricsFile, read_rows
+from paws_hpc.models import ModelConfig, build_classifier, build_encoder, set_statistics
+from paws_hpc.store import ArraySource, ImageStore, pack
+from tests.conftest import Stores
+from tests.ranks import results_of, run_on_ranks
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1])
+CONFIG = ClassifierConfig(batch_size=8, crop=CropConfig(size=16, scale=[0.5, 1.0]))
+
+
+def training_on(store: ImageStore, labelled: np.ndarray, cell: Cell, config: ClassifierConfig) -> ClassifierTraining:
+    stream = ClassifierStream(
+        store,
+        labelled,
+        crop=config.crop,
+        augment=config.augment,
+        batch_size=config.batch_size,
+        seed=0,
+        threads=1,
+    )
+    classifier = build_classifier(build_encoder(MODEL, seed=0), len(store.classes))
+    return ClassifierTraining(classifier, cell, config, stream, CPU)
+
+
+class Trial:
+    """A classifier trained on 20 digits and validated on 40 others, in a folder of its own."""
+
+    def __init__(self, stores: Stores, folder: Path, cell: Cell, config: ClassifierConfig = CONFIG) -> None:
+        self.folder, self.store = folder, ImageStore.open(stores.train)
+        members = [np.flatnonzero(self.store.labels == label) for label in range(10)]
+        self.training = training_on(self.store, np.concatenate([rows[:2] for rows in members]), cell, config)
+        validation = np.concatenate([rows[2:6] for rows in members])
+        self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16))
+
+    def run(self) -> CellResult:
+        """Train from the newest checkpoint in the folder, as the stage does."""
+        checkpoints = CheckpointFolder(self.folder / "checkpoints", identity={}, keep=100)
+        start = 0
+        if (checkpoint := checkpoints.newest(CPU)) is not None:
+            self.training.load_state_dict(checkpoint.state)
+            start = checkpoint.step
+        with MetricsFile(self.folder / "metrics.jsonl", resume_step=start) as metrics:
+            return train_classifier(
+                self.training,
+                validation=self.validation,
+                checkpoints=checkpoints,
+                tracker=metrics,
+                start=start,
+                best_path=self.folder / "best.pt",
+                describe=lambda records: [self.store.keys[int(record)] for record in records],
+            )
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.training.classifier.state_dict()
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_resumed_from_any_epoch_it_ends_with_the_same_bits(digits_stores: Stores, tmp_path: Path) -> None:
+    cell = Cell(0.05, epochs=4)
+    whole = Trial(digits_stores, tmp_path / "whole", cell)
+    result = whole.run()
+    steps = [2, 4, 6, 8]  # two steps per epoch
+    assert sorted(int(path.stem[5:]) for path in (whole.folder / "checkpoints").glob("*.pt")) == steps
+    for stopped in steps[:-1]:
+        resumed = Trial(digits_stores, tmp_path / str(stopped), cell)
+        shutil.copytree(whole.folder, resumed.folder)
+        for path in (resumed.folder / "checkpoints").iterdir():
+            if int(path.stem[5:]) > stopped:
+                path.unlink()
+        assert resumed.run() == result
+        assert_same(resumed.weights(), whole.weights())
+        assert_same(load_tensors(resumed.folder / "best.pt", CPU), load_tensors(whole.folder / "best.pt", CPU))
+        assert (resumed.folder / "metrics.jsonl").read_text() == (whole.folder / "metrics.jsonl").read_text()
+
+
+def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stores, tmp_path: Path) -> None:
+    trial = Trial(digits_stores, tmp_path, Cell(0.1, epochs=25))
+    result = trial.run()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    accuracies = [row["validation_accuracy"] for row in rows]
+    assert result == CellResult(max(accuracies), 1 + int(np.argmax(accuracies)))
+    assert result.validation_accuracy > accuracies[0], "else this test would not tell best from first"
+    trial.training.classifier.load_state_dict(load_tensors(tmp_path / "best.pt", CPU))
+    logits = predict(trial.training.classifier, trial.validation, CPU)
+    assert score(logits, trial.validation.labels).top1 == result.validation_accuracy
+
+
+def test_of_equally_good_epochs_the_first_is_kept(digits_stores: Stores, tmp_path: Path) -> None:
+    """A learning rate that moves nothing: the linear layer is zero, so all logits stay equal."""
+    result = Trial(digits_stores, tmp_path, Cell(1e-30, epochs=3)).run()
+    assert result.best_epoch == 1
+
+
+def test_scores_come_every_so_many_epochs_and_at_the_end(digits_stores: Stores, tmp_path: Path) -> None:
+    config = ClassifierConfig(batch_size=8, crop=CONFIG.crop, validate_every_epochs=2)
+    Trial(digits_stores, tmp_path, Cell(0.05, epochs=5), config).run()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["epoch"] for row in rows] == [2, 4, 5]
+    assert rows[-1]["lr"] < rows[0]["lr"]
+
+
+def test_divergence_names_step_rate_and_images_and_keeps_nothing_of_it(digits_stores: Stores, tmp_path: Path) -> None:
+    trial = Trial(digits_stores, tmp_path, Cell(1e30, epochs=3))
+    with pytest.raises(TrainingStoppedError, match=r"not finite after step \d .*learning rate .*e\+[23]\d") as caught:
+        trial.run()
+    message = str(caught.value)
+    assert sum(key in message for key in trial.store.keys) >= 8
+    assert "Take this learning rate out of the sweep" in message
+    assert not list(tmp_path.rglob("*.pt")), "the first epoch diverged, so there is nothing to keep"
+
+
+def three_steps(rank: int, world: int) -> dict[str, Tensor]:
+    """Steps of 10 images, which three ranks share as 4, 3 and 3, with batch statistics over all of them."""
+    random = np.random.default_rng(0)
+    source = ArraySource(
+        "digits",
+        random.integers(0, 256, (20, 16, 16, 1), np.uint8),
+        np.arange(20) % 4,
+        [f"{number:05d}" for number in range(20)],
+        tuple("abcd"),
+    )
+    config = ClassifierConfig(batch_size=10, crop=CONFIG.crop)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ImageStore.open(pack(source, Path(folder) / "store").path)
+        training = training_on(store, np.arange(20), Cell(0.1, epochs=2), config)
+        set_statistics(training.classifier, "global")
+        losses = []
+        for step in range(3):
+            batch = training.stream.batch(step)
+            images = training.stream.augment(batch, CPU, torch.float32)
+            losses.append(training.step(images, batch.labels, step)["loss/total"])
+    return {"losses": torch.stack(losses), **training.classifier.state_dict()}
+
+
+def test_ranks_that_share_a_batch_unevenly_train_as_one(tmp_path: Path) -> None:
+    run_on_ranks(tmp_path, {3: [three_steps]})
+    alone, ranks = three_steps(0, 1), results_of(three_steps, 3, tmp_path)
+    torch.testing.assert_close(sum(rank.pop("losses") for rank in ranks) / 3, alone.pop("losses"))
+    for name, value in alone.items():
+        torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(ranks[0][name], ranks[2][name])
