@@ -89,8 +89,9 @@ class MetricsWindow:
 
     def _explain(self, step: int, records: Positions, lr: float, metrics: dict[str, float]) -> str:
         terms = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if name.startswith("loss/"))
+        what = "Weights or running statistics are" if math.isfinite(metrics["loss/total"]) else "The loss is"
         return (
-            f"Loss or weights are not finite after step {step} (learning rate {lr:g}; {terms}). The batch on this "
+            f"{what} not finite after step {step} (learning rate {lr:g}; {terms}). The batch on this "
             f"rank: {', '.join(self._describe(records)[:8])}, … {self._remedy} The last checkpoint is from before "
             "this step."
         )

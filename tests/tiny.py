@@ -1,0 +1,52 @@
+"""A run that takes seconds: the digits at 16 pixels, a network of two blocks, one or two epochs of everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from paws_hpc.config import Config, DataConfig
+from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.views import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
+from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.optimizer import OptimizerConfig
+from paws_hpc.engine.pretrain import PretrainConfig, SupportConfig
+from paws_hpc.engine.tracking import TrackingConfig
+from paws_hpc.models import ModelConfig
+
+STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
+
+
+def tiny_config(train: Path, test: Path, runs: Path) -> Config:
+    """A run's config; tests change its fields."""
+    return Config(
+        name="run",
+        runs=str(runs),
+        device="cpu",
+        data=DataConfig(train=str(train), test=str(test)),
+        labels=LabelsConfig(per_class=4, validation_per_class=4),
+        views=ViewsConfig(
+            large=CropConfig(size=16, count=2, scale=[0.4, 1.0]),
+            small=CropConfig(size=8, count=2, scale=[0.2, 0.5]),
+            support_views=2,
+            augment=STILL,
+            evaluation=CenterCropConfig(resize=16, size=16),
+        ),
+        model=ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1]),
+        optimizer=OptimizerConfig(name="sgd", start_lr=0.1, peak_lr=0.1, final_lr=0.01, warmup_epochs=0.0),
+        pretrain=PretrainConfig(
+            batch_size=128,
+            epochs=1,
+            support=SupportConfig(classes=10, images_per_class=4),
+            log_every_steps=1,
+            diagnose_every_steps=5,
+            validate_every_epochs=1,
+            checkpoint_every_steps=5,
+        ),
+        finetune=_sweep([0.02, 0.1], [1, 2]),
+        baseline=_sweep([0.1], [2]),
+        tracking=TrackingConfig(wandb="disabled"),
+    )
+
+
+def _sweep(learning_rates: list[float], epochs: list[int]) -> ClassifierConfig:
+    return ClassifierConfig(learning_rates, epochs, batch_size=20, crop=CropConfig(size=16, scale=[0.5, 1.0]))
