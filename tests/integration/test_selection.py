@@ -1,0 +1,170 @@
+"""The winner is chosen by validation alone, and nothing before that choice opens the test store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+from paws_hpc.config import Config
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.files import write_json
+from paws_hpc.models import build_classifier, build_encoder
+from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.run_folder import RunFolder, mark_done
+from paws_hpc.store import ImageStore
+from tests.conftest import Stores
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def finished(run: RunFolder, accuracies: dict[str, float], *, sweep: str = "finetune", **others: Any) -> None:
+    """Write by hand what finished cells leave."""
+    for name, accuracy in accuracies.items():
+        folder = run.path / sweep / name
+        write_json(folder / "result.json", {"validation_accuracy": accuracy, **others.get(name, {})})
+        mark_done(folder, steps=1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Four cells: learning rates 0.02 and 0.1, one and two epochs."""
+    return tiny_config(tmp_path / "absent", tmp_path / "absent", tmp_path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_the_best_validation_accuracy_wins_whatever_else_a_result_says(config: Config, run: RunFolder) -> None:
+    accuracies = {"lr=0.02,epochs=1": 0.7, "lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9, "lr=0.1,epochs=2": 0.6}
+    finished(run, accuracies, **{"lr=0.02,epochs=1": {"test_accuracy": 1.0, "seconds": 0.1}})
+    choice = selection.choose(config, run, "finetune")
+    assert (choice.cell, choice.validation_accuracy, choice.missing) == (Cell(0.1, 1), 0.9, [])
+
+
+def test_of_equally_good_cells_the_first_of_the_sweep_wins(config: Config, run: RunFolder) -> None:
+    finished(run, {"lr=0.1,epochs=2": 0.8, "lr=0.1,epochs=1": 0.8, "lr=0.02,epochs=2": 0.8, "lr=0.02,epochs=1": 0.7})
+    assert selection.choose(config, run, "finetune").cell == Cell(0.02, 2)
+
+
+def test_cells_without_a_finished_result_are_left_out_and_named(config: Config, run: RunFolder) -> None:
+    finished(run, {"lr=0.02,epochs=1": 0.6, "lr=0.1,epochs=1": 0.5, "lr=0.1,epochs=2": 0.99})
+    (run.path / "finetune" / "lr=0.1,epochs=2" / "DONE").unlink()  # still in training, however good it looks
+    finished(run, {"lr=0.5,epochs=1": 1.0})  # of an earlier sweep, which nobody asks for now
+    choice = selection.choose(config, run, "finetune")
+    assert choice.cell == Cell(0.02, 1)
+    assert choice.missing == ["lr=0.02,epochs=2", "lr=0.1,epochs=2"]
+
+
+def test_without_a_finished_cell_there_is_no_winner(config: Config, run: RunFolder) -> None:
+    finished(run, {"lr=0.1,epochs=2": 0.8}, sweep="baseline")
+    with pytest.raises(FileNotFoundError, match=r"No cell under .*run/finetune has finished: run the stage 'finetune'"):
+        selection.choose(config, run, "finetune")
+    assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
+
+
+@pytest.fixture(scope="module")
+def chain(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunFolder]:
+    """All stages up to selection, with the test store out of reach after prepare; one cell of the sweep is lost."""
+    folder = tmp_path_factory.mktemp("chain")
+    test = folder / "test"
+    config = tiny_config(digits_stores.train, test, folder)
+    run = RunFolder(folder / "run")
+    test.symlink_to(digits_stores.test)
+    prepare.run(config)
+    test.unlink()
+    pretrain.run(config, run, CPU)
+    for cell in config.finetune.cells()[1:]:
+        finetune.run_cell(config, run, CPU, sweep="finetune", cell=cell)
+    finetune.run_cell(config, run, CPU, sweep="baseline", cell=Cell(0.1, 2))
+    return config, run
+
+
+def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
+    chain: tuple[Config, RunFolder],
+) -> None:
+    config, run = chain
+    with pytest.raises(ValueError, match=str(config.data.test)):
+        selection.run(config, run, CPU)
+    assert not run.result.exists()
+    assert json.loads(run.selected.read_text())["cell"] == selection.choose(config, run, "finetune").cell.name
+
+
+def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationSet) -> float:
+    """PAWS-NN by its formula, softmax(cos / tau) @ labels, from the files of the run."""
+    data = prepare.open_data(config)
+    encoder = build_encoder(config.model, seed=0)
+    (checkpoint,) = run.checkpoints.glob("step-00000010.pt")
+    encoder.load_state_dict(torch.load(checkpoint, weights_only=True)["encoder"])
+
+    def embed(images: EvaluationSet) -> np.ndarray:
+        with torch.no_grad():
+            h = torch.cat([encoder.eval()([batch])[0] for batch in images.batches(CPU, torch.float32)]).double()
+        return torch.nn.functional.normalize(h).numpy()
+
+    supports = data.labelled_images(config)
+    weights = np.exp(embed(test) @ embed(supports).T / config.objective.temperature)
+    votes = weights @ np.eye(10)[supports.labels]
+    return float(accuracy_score(test.labels, votes.argmax(1)))
+
+
+def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
+    chain: tuple[Config, RunFolder], digits_stores: Stores
+) -> None:
+    config, run = chain
+    Path(config.data.test).symlink_to(digits_stores.test)
+    selection.run(config, run, CPU)
+    Path(config.data.test).unlink()
+    selection.run(config, run, CPU)  # done: the test store is not opened again
+    selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())
+    assert selected["missing"] == ["lr=0.02,epochs=1"]
+    assert selected["baseline"] == {
+        "cell": "lr=0.1,epochs=2",
+        "learning_rate": 0.1,
+        "epochs": 2,
+        "validation_accuracy": selected["baseline"]["validation_accuracy"],
+        "missing": [],
+    }
+    store = ImageStore.open(digits_stores.test)
+    images = EvaluationSet(store, np.arange(len(store)), config.views.evaluation)
+    for name, folder in (("fine_tuned", f"finetune/{selected['cell']}"), ("baseline", "baseline/lr=0.1,epochs=2")):
+        classifier = build_classifier(build_encoder(config.model, seed=0), 10)
+        classifier.load_state_dict(torch.load(run.path / folder / "best.pt", weights_only=True))
+        predicted = predict(classifier, images, CPU).argmax(1)
+        scores = result["test"][name]
+        assert scores["top1"] == pytest.approx(accuracy_score(store.labels, predicted))
+        assert np.array_equal(scores["confusion"], confusion_matrix(store.labels, predicted, labels=range(10)))
+        assert f"lr={scores['learning_rate']:g},epochs={scores['epochs']}" == folder.partition("/")[2]
+    assert result["test"]["count"] == len(store) == 400
+    assert (result["labels"], result["seed"]) == (40, 0)
+    assert result["digests"]["test"] == store.digest
+    assert result["test"]["paws_nn"]["top1"] == pytest.approx(nearest_neighbour_accuracy(config, run, images))
+
+
+def test_an_unfinished_cell_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:
+    config, run = chain
+    folder = run.path / "finetune" / "lr=0.1,epochs=1"
+    result = json.loads((folder / "result.json").read_text())
+    for name in ("DONE", "result.json"):
+        (folder / name).unlink()
+    wider = tiny_config(Path(config.data.train), Path(config.data.test), Path(config.runs))
+    wider.finetune.learning_rates = [0.02, 0.1, 0.5]
+    finetune.run_cell(wider, run, CPU, sweep="finetune", cell=Cell(0.1, 1))
+    again = json.loads((folder / "result.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    baseline = run.path / "baseline" / "lr=0.1,epochs=2"
+    (baseline / "DONE").unlink()
+    wider.baseline.momentum, wider.model.channels = 0.5, [8, 12]
+    with pytest.raises(ValueError, match="belongs to another experiment") as told:
+        finetune.run_cell(wider, run, CPU, sweep="baseline", cell=Cell(0.1, 2))
+    for field in ("baseline.momentum: 0.9 there, 0.5 now", "model.channels: [8, 16] there, [8, 12] now"):
+        assert field in str(told.value)
