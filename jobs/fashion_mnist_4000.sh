@@ -2,7 +2,7 @@
 # Fashion-MNIST with 4,000 labels, WideResNet-28-2.
 # Command:  GPUS=1 bash jobs/fashion_mnist_4000.sh [FIELD=VALUE ...]
 # Cost:     600 epochs of 234 steps; meant for a GPU, not run yet.
-# Expected: not run yet.
+# Expected: unknown until it is run; the paper has no figure for this data set.
 # Run again, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -57,7 +57,7 @@ class StageResources:
 
     Attributes:
         ranks: processes that train together; sizes in the config stay global.
-        threads_per_rank: CPU threads of each for tensor work; all cores if none.
+        threads_per_rank: CPU threads of each for tensor work; if none, the cores shared equally by the ranks of a node.
     """
 
     ranks: int = 1
@@ -131,6 +131,10 @@ class Config:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
+        if self.resources.prepare.ranks > 1 or self.resources.report.ranks > 1:
+            raise ValueError(
+                "resources.prepare.ranks and resources.report.ranks must be 1: one process does their work."
+            )
         ranks, support = self.resources.pretrain.ranks, self.pretrain.support
         check_divides(self.pretrain.batch_size, ranks, name="pretrain.batch_size")
         check_divides(

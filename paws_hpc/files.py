@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -52,6 +53,26 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(path: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; the system gives it up when the process ends, however it ends.
+
+    Args:
+        path: of the lock file, which stays.
+        busy: what to say if another process holds it; None waits for that process instead.
+
+    Raises:
+        ValueError: another process holds it, and ``busy`` is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

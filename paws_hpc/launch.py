@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -27,6 +28,7 @@ from paws_hpc.cluster.frozen import ConfigError, explain, freeze, to_config
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.config import Config
 from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.files import exclusive
 from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -38,7 +40,7 @@ def launch(composed: DictConfig) -> None:
     """Run one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
     try:
         _launch(composed)
-    except (ValueError, FileNotFoundError, TrainingStoppedError) as error:
+    except (ValueError, OSError, TrainingStoppedError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         sys.exit(f"error: {error}")  # not through Hydra, which would print its own advice around it
@@ -49,18 +51,27 @@ def _launch(composed: DictConfig) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     config = to_config(OmegaConf.to_container(composed, resolve=True))
     run = RunFolder(Path(config.runs) / config.name)
+    with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
+        _run(config, run)
+
+
+def _run(config: Config, run: RunFolder) -> None:
     freeze(config, run.config)
+    finished = run.result.exists()
     worked = run_chain(config, run, _runner(config, run))
-    if set(worked) <= {"prepare", "report"} and run.result.exists():
+    if not any(job.startswith(("pretrain", "finetune", "baseline")) for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")
     _print_table(run)
 
 
 def _runner(config: Config, run: RunFolder) -> Runner:
     """How the launcher that Hydra composed runs a job."""
-    target = HydraConfig.get().launcher["_target_"]
+    composed = HydraConfig.get()
+    target = composed.launcher["_target_"]
     kind = target.rpartition(".")[2]
     several = [stage for stage, used in vars(config.resources).items() if used.ranks > 1]
+    if composed.mode == RunMode.MULTIRUN and kind != "BasicLauncher":
+        raise ConfigError("Leave hydra/launcher out with -m: chains then run here, one after another.")
     match kind:
         case "BasicLauncher" if not several:
             return in_process(run)

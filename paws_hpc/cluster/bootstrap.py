@@ -23,7 +23,7 @@ def run_job(path: Path, job: Job) -> None:
     """Run a job alone in this process. Exceptions leave it, so that a failed job is seen to fail."""
     run = RunFolder(path)
     config = read_config(run.config)
-    _set_threads(config, job)
+    _set_threads(config, job, local_ranks=1)
     _run(config, run, job, _device(config, local_rank=0))
 
 
@@ -42,7 +42,7 @@ def run_job_as_rank(path: Path, job: Job) -> None:
             f"resources.{job.stage}.ranks={asked}, but job {place.job_id} has {place.num_tasks} tasks. Training with "
             "another number of ranks than was asked for would not be the same run."
         )
-    _set_threads(config, job)
+    _set_threads(config, job, local_ranks=-(-place.num_tasks // place.num_nodes))
     device = _device(config, local_rank=place.local_rank)
     if asked == 1:
         _run(config, run, job, device)
@@ -81,22 +81,22 @@ def _run(config: Config, run: RunFolder, job: Job, device: torch.device) -> None
             build_report(run.path)
 
 
-def _set_threads(config: Config, job: Job) -> None:
+def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
+    """For every stage anew: sums are the same to the bit only for the same number of threads."""
     threads = getattr(config.resources, job.stage).threads_per_rank
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
 def _device(config: Config, *, local_rank: int) -> torch.device:
     """Of this rank.
 
     Raises:
-        RuntimeError: CUDA is asked for and there is none, or there are fewer devices than local ranks.
+        ValueError: CUDA is asked for and there is none, or there are fewer devices than local ranks.
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise ValueError(
             f"device={config.device}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices. "
             "Ask for as many GPUs as tasks per node, or use device=cpu."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import time
 from dataclasses import dataclass
@@ -39,12 +40,10 @@ class Job:
         match self.stage:
             case "pretrain":
                 return is_done(run.pretrain)
-            case "selection":
-                return run.result.exists()
             case stage if stage in SWEEPS and self.cell is not None:
                 return is_done(run.cell(stage, self.cell))
             case _:
-                return False  # preparing and reporting take moments and check for themselves what is there
+                return False  # the others check for themselves what is there, in moments
 
 
 def jobs_of(config: Config, stage: str) -> list[Job]:
@@ -102,8 +101,10 @@ class Chain:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` where files were changed since; None outside git."""
+    """The commit of the code that runs, ``-dirty`` where files were changed since; None outside git or without it."""
     folder = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
     described = subprocess.run(
         ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,

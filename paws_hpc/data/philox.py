@@ -25,13 +25,13 @@ MAX_SEEDS = 1 << 64
 
 
 class Stream(IntEnum):
-    """What a draw is for. Values are part of every run's result: append (at most 256), never renumber."""
+    """What a draw is for (order, supports and splits are permutations: ``order.py``).
 
-    ORDER = 0
-    SUPPORT = 1
+    Values are part of every run's result: append (at most 256), never renumber.
+    """
+
     CROP = 2
     AUGMENT = 3
-    SPLIT = 4
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:

@@ -310,11 +310,16 @@ class EvaluationSet:
         store: of the images.
         records: (N,) positions.
         crop: resize and centre crop.
+        training_store: whose mean and standard deviation normalise, as they did in training; a test set's own would map
+            its images elsewhere, and would be taken from images that are to be scored one by one.
+        threads: that decode and crop.
     """
 
     store: ImageStore
     records: Positions
     crop: CenterCropConfig
+    training_store: ImageStore
+    threads: int = 1
 
     def __len__(self) -> int:
         return len(self.records)
@@ -329,13 +334,14 @@ class EvaluationSet:
         mine = self.records[distributed.share(len(self.records))]
         if not len(mine):  # fewer images than ranks: an empty batch still tells the width of the result
             yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
-        for start in range(0, len(mine), _EVALUATION_BATCH):
-            images = self.store.images(mine[start : start + _EVALUATION_BATCH])
-            crops = [
-                center_crop(torch.from_numpy(image).permute(2, 0, 1), resize=self.crop.resize, size=self.crop.size)
-                for image in images
-            ]
-            images_there = torch.stack(crops).to(device)
-            yield normalise(
-                images_there, mean=self.store.mean, std=self.store.std, channels_last=device.type == "cuda"
-            ).to(dtype)
+        like, channels_last = self.training_store, device.type == "cuda"
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation") as pool:
+            for start in range(0, len(mine), _EVALUATION_BATCH):
+                parts = np.array_split(mine[start : start + _EVALUATION_BATCH], self.threads)
+                images = torch.cat(list(pool.map(self._crop_part, [part for part in parts if len(part)]))).to(device)
+                yield normalise(images, mean=like.mean, std=like.std, channels_last=channels_last).to(dtype)
+
+    def _crop_part(self, records: Positions) -> Tensor:
+        """(n, 3, s, s) uint8."""
+        images = [torch.from_numpy(image).permute(2, 0, 1) for image in self.store.images(records)]
+        return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])

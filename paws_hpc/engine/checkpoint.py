@@ -72,7 +72,11 @@ class CheckpointFolder:
         weights = self._weights(step)
         save_tensors(weights, state)
         record = {"step": step, "xxh3_128": file_hash(weights), "identity": self.identity}
-        write_json(weights.with_suffix(".json"), record)
+        try:
+            write_json(weights.with_suffix(".json"), record)
+        except OSError:
+            weights.unlink()  # worth nothing without its record, and the disk may be full
+            raise
         until_now = [other for other in self._steps() if other <= step]
         for other in set(self._steps()) - set(until_now[-self.keep :]):
             self._weights(other).with_suffix(".json").unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
 from paws_hpc.engine.evaluate import forward_all, score
-from paws_hpc.engine.metrics import Describe, MetricsWindow
+from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Tracker
@@ -39,6 +39,9 @@ def _flip_only() -> AugmentConfig:
 @dataclass
 class ClassifierConfig:
     """A sweep over learning rate and epochs (Appendix A: SGD, Nesterov momentum, no decay, cosine to 0, no warm-up).
+
+    Batch normalisation takes each rank's own statistics, as the reference does, so that here, and here alone, the
+    number of ranks is part of the result.
 
     Attributes:
         learning_rates: swept.
@@ -187,9 +190,10 @@ def train_classifier(
         TrainingStoppedError: loss or weights are not finite.
     """
     window = MetricsWindow(describe, remedy="Take this learning rate out of the sweep.")
+    meter = ThroughputMeter(training.stream.batch_size)
     per_epoch, labels = training.stream.steps_per_epoch, validation.labels
     with training.stream.prefetch(start, training.total_steps) as batches:
-        for batch in batches:
+        for batch in meter.waiting_for(batches):
             images = training.stream.augment(batch, training.device, torch.float32)
             metrics = training.step(images, batch.labels.to(training.device), batch.step)
             window.add(batch.step, batch.records, training.learning_rate(batch.step), metrics)
@@ -199,6 +203,7 @@ def train_classifier(
                 continue
             synchronise_buffers(training.classifier)
             rows = window.read(training.classifier)
+            rate = meter.read(len(rows))
             for row in rows:
                 row.require_finite()
             accuracy = score(predict(training.classifier, validation, training.device).cpu(), labels).top1
@@ -213,10 +218,12 @@ def train_classifier(
                     "loss": sum(row.metrics["loss/total"] for row in rows) / len(rows),
                     "lr": training.learning_rate(batch.step),
                     "validation_accuracy": accuracy,
+                    **rate,
                 },
             )
             checkpoints.save(done, training.state_dict())
             distributed.barrier()
+            meter.restart()
     assert training.best is not None, "the last step is always scored"
     return training.best
 

@@ -5,6 +5,7 @@ Legend: n unlabelled images and S support rows per rank, m small crops, K classe
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -319,7 +320,9 @@ def report_window(training: Pretraining, window: MetricsWindow, meter: Throughpu
             row |= meter.read(len(done))
         tracker.log(step.step, row)
         step.require_finite()
-        uniform = training.monitor.update(step.metrics["loss/consistency"], step.metrics["loss/me_max"])
+        # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
+        me_max = step.metrics["loss/me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
+        uniform = training.monitor.update(step.metrics["loss/consistency"], me_max)
         if uniform and not training.collapsed:
             training.collapsed = True
             _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)

@@ -9,6 +9,7 @@ from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.files import exclusive
 from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
 
 
@@ -27,11 +28,15 @@ class RunData:
 
     def labelled_images(self, config: Config) -> EvaluationSet:
         """The labelled images, one centre crop each."""
-        return EvaluationSet(self.train, self.labelled, config.views.evaluation)
+        return self.images(config, self.train, self.labelled)
 
     def validation_images(self, config: Config) -> EvaluationSet:
         """The local validation split, one centre crop each."""
-        return EvaluationSet(self.train, self.validation_split.records(self.train), config.views.evaluation)
+        return self.images(config, self.train, self.validation_split.records(self.train))
+
+    def images(self, config: Config, store: ImageStore, records: Positions) -> EvaluationSet:
+        """Images of any store to score, one centre crop each, normalised as in training."""
+        return EvaluationSet(store, records, config.views.evaluation, self.train, config.data.threads)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -46,8 +51,9 @@ class RunData:
 def run(config: Config) -> None:
     """Pack what is missing, then draw or read the splits."""
     for subset, path in (("train", config.data.train), ("test", config.data.test)):
-        if not (Path(path) / "manifest.json").exists():
-            _pack(config.data, subset, Path(path))
+        with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
+            if not (Path(path) / "manifest.json").exists():
+                _pack(config.data, subset, Path(path))
     data = open_data(config)
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.train.classes:

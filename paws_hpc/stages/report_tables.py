@@ -175,8 +175,10 @@ def result_table(run: Path) -> list[tuple[str, str]]:
 def table_rows(record: RunRecord) -> list[tuple[str, str]]:
     """``result_table`` of a run that has been read already."""
     labels, count = record.result.get("labels"), record.result.get("test", {}).get("count")
+    validation = record.result.get("validation_labels")
     rows = [
         ("labels", DASH if labels is None else f"{labels:,}"),
+        ("labels for validation", DASH if validation is None else f"{validation:,}"),
         ("test images", DASH if count is None else f"{count:,}"),
     ]
     scored = {score.key: score for score in scores(record)}

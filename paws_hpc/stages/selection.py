@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from paws_hpc import distributed
@@ -39,7 +40,7 @@ class Choice:
 
 
 def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
-    """The cell with the best validation accuracy; of equals the first in the sweep's order, so the gentlest.
+    """The cell with the best validation accuracy; of equals the first in the sweep's order.
 
     Raises:
         FileNotFoundError: no cell has finished.
@@ -58,15 +59,17 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
 def run(config: Config, run: RunFolder, device: torch.device) -> None:
     """Write ``selected.json`` and ``result.json``, or return at once if they are there."""
     if run.result.exists():
+        _check_sweep_is_the_scored_one(config, run)
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
     if distributed.is_main():
-        write_json(run.selected, _selected(winner) | {"baseline": _selected(baseline)})
+        cells = [cell.name for cell in config.finetune.cells()]
+        write_json(run.selected, _selected(winner) | {"cells": cells, "baseline": _selected(baseline)})
     encoder, _ = load_pretrained(config, run, data, device)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
-    test = EvaluationSet(test_store, torch.arange(len(test_store)).numpy(), config.views.evaluation)
+    test = data.images(config, test_store, np.arange(len(test_store)))
     nearest = score_nearest_neighbours(encoder, data, test, config, device)
     tuned = _score_cell(config, run, test, device, sweep="finetune", cell=winner.cell)
     supervised = _score_cell(config, run, test, device, sweep="baseline", cell=baseline.cell)
@@ -75,6 +78,7 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
             run.result,
             {
                 "labels": len(data.labelled),
+                "validation_labels": len(data.validation_split.keys),
                 "classes": list(data.train.classes),
                 "seed": config.seed,
                 "test": {
@@ -85,6 +89,15 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
                 },
                 "digests": data.digests | {"test": test_store.digest},
             },
+        )
+
+
+def _check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
+    scored, asked = read_json(run.selected)["cells"], [cell.name for cell in config.finetune.cells()]
+    if scored != asked:
+        raise ValueError(
+            f"{run.result} was scored after selection among {scored}, but the sweep now has {asked}. To select anew, "
+            f"which scores the test split once more, remove {run.result} and {run.selected.name} beside it."
         )
 
 

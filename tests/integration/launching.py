@@ -15,7 +15,11 @@ TINY = (
     "views.small.count=2",
     "views.evaluation.resize=16",
     "views.evaluation.size=16",
+    "pretrain.batch_size=128",
     "pretrain.epochs=2",
+    "optimizer.start_lr=0.001",
+    "optimizer.peak_lr=0.002",
+    "optimizer.warmup_epochs=0.5",
     "pretrain.checkpoint_every_steps=3",
     "pretrain.log_every_steps=1",
     "pretrain.validate_every_epochs=1",
@@ -24,6 +28,8 @@ TINY = (
     "finetune.crop.size=16",
     "baseline.learning_rates=[0.1]",
     "baseline.epochs=[2]",
+    "baseline.warmup_epochs=0",
+    "baseline.validate_every_epochs=1",
     "baseline.crop.size=16",
 )
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paws_hpc.cluster.chain import Chain
+from paws_hpc.files import exclusive
+from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.launching import launch
 
 
@@ -64,7 +67,7 @@ def test_running_it_again_changes_nothing_and_says_so(finished: Path) -> None:
 def test_other_settings_under_the_same_name_are_refused_by_name(finished: Path) -> None:
     refused = launch(finished, "optimizer.peak_lr=0.2", "seed=1")
     assert refused.returncode == 1
-    assert "optimizer.peak_lr was 0.1 and is now 0.2" in refused.stderr
+    assert "optimizer.peak_lr was 0.002 and is now 0.2" in refused.stderr
     assert "seed was 0 and is now 1" in refused.stderr
     assert "accept_changes=[optimizer.peak_lr,seed]" in refused.stderr
 
@@ -80,6 +83,24 @@ def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
     after = {path.parent.name: path.stat().st_mtime_ns for path in (run / "finetune").glob("lr=*/best.pt")}
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"lr=0.05,epochs=1", "lr=0.05,epochs=2"}
+
+    stale = launch(finished, "finetune.learning_rates=[0.02,0.05,0.1]", "stages=[selection]")
+    assert stale.returncode == 1, "a result of the narrower sweep must not pass for one of the wider"
+    assert "lr=0.05,epochs=1" in stale.stderr
+    assert "result.json" in stale.stderr
+
+
+def test_a_second_launch_of_a_running_chain_is_refused(finished: Path) -> None:
+    with exclusive(finished / "runs/run/.lock"):  # as a launch holds it while it runs
+        refused = launch(finished)
+    assert refused.returncode == 1
+    assert "Another launch of" in refused.stderr
+
+
+def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Chain(RunFolder(tmp_path), "run")
+    assert read(tmp_path / "chain.json")["commit"] is None
 
 
 def test_two_ranks_started_by_submitit_train_the_same_run_as_one(finished: Path, tmp_path: Path) -> None:

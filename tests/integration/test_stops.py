@@ -53,8 +53,10 @@ def events(run: RunFolder) -> list[Row]:
     return [row for row in read_rows(run.pretrain / "metrics.jsonl") if "event" in row]
 
 
-def test_a_collapse_stops_the_run_by_name(all_alike: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("me_max", [True, False])
+def test_a_collapse_stops_the_run_by_name(all_alike: Path, tmp_path: Path, me_max: bool) -> None:
     config, run = collapsing(all_alike, tmp_path, action="stop")
+    config.objective.me_max = me_max
     for _ in ("first", "launched again"):
         with pytest.raises(
             TrainingStoppedError, match=r"Collapse: predictions have been uniform over 4 classes"

@@ -106,7 +106,7 @@ def embeddings(rank: int, world: int) -> list[Tensor]:
         store = ImageStore.open(pack(source, Path(folder) / "store").path)
         results = []
         for records in (np.array([5, 0, 3, 6, 1, 2, 4]), np.array([4, 1])):
-            images = EvaluationSet(store, records, CenterCropConfig(8, 8))
+            images = EvaluationSet(store, records, CenterCropConfig(8, 8), store)
             results.append(forward_all(Representation(encoder), images.batches(CPU, torch.float64), len(images)))
     return results
 

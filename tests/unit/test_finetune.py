@@ -50,7 +50,7 @@ class Trial:
         members = [np.flatnonzero(self.store.labels == label) for label in range(10)]
         self.training = training_on(self.store, np.concatenate([rows[:2] for rows in members]), cell, config)
         validation = np.concatenate([rows[2:6] for rows in members])
-        self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16))
+        self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16), self.store)
 
     def run(self) -> CellResult:
         """Train from the newest checkpoint in the folder, as the stage does."""

@@ -318,7 +318,7 @@ def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Pa
         assert difference.abs().max() <= 1
         assert (difference == 0).float().mean() > 0.8
     evaluations = [
-        torch.cat(list(EvaluationSet(store, everything, CenterCropConfig(20, 16)).batches(CPU, F32)))
+        torch.cat(list(EvaluationSet(store, everything, CenterCropConfig(20, 16), store).batches(CPU, F32)))
         for store in (jpeg, raw)
     ]
     torch.testing.assert_close(*evaluations, rtol=1e-4, atol=1e-4)
@@ -361,7 +361,7 @@ def test_ranks_share_a_labelled_batch_even_if_it_does_not_divide(digits: ImageSt
 
 def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, ranks: Ranks) -> None:
     records = np.random.default_rng(0).permutation(len(digits))[:300]  # more than one batch
-    images = EvaluationSet(digits, records, CenterCropConfig(16, 10))
+    images = EvaluationSet(digits, records, CenterCropConfig(16, 10), digits)
     whole = torch.cat(list(images.batches(CPU, F32)))
     pixels = torch.from_numpy(digits.read_raw(records)[:, 3:13, 3:13, 0]) / 255
     torch.testing.assert_close(whole, ((pixels - digits.mean[0]) / digits.std[0])[:, None].expand(-1, 3, -1, -1))
@@ -371,3 +371,14 @@ def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, 
         ranks.become(rank, 4)
         parts += images.batches(CPU, F32)
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_test_set_is_normalised_as_the_training_images_were(digits: ImageStore, tmp_path: Path) -> None:
+    pixels = digits.read_raw(np.arange(40))
+    darker = ArraySource("digits", pixels // 2, digits.labels[:40], digits.keys[:40], digits.classes)
+    test = ImageStore.open(pack(darker, tmp_path / "test").path)
+    assert test.mean[0] < 0.6 * digits.mean[0], "the two sets differ in brightness"
+    records = test.find(digits.keys[:40])
+    found = torch.cat(list(EvaluationSet(test, records, CenterCropConfig(16, 16), digits, threads=3).batches(CPU, F32)))
+    expected = (torch.from_numpy(pixels[..., 0] // 2) / 255 - digits.mean[0]) / digits.std[0]
+    torch.testing.assert_close(found, expected[:, None].expand(-1, 3, -1, -1))
