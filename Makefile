@@ -12,7 +12,7 @@ help: ## this list
 
 env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with uv inside it)
 
-demo: $(INSTALLED) ## from images to report on this machine, in about four minutes: runs/digits-seed0/report/index.html
+demo: $(INSTALLED) ## from images to report on this machine, in about three minutes; it prints where the report is
 	$(BIN)/python -m paws_hpc.launch
 
 test: $(INSTALLED) browser ## all tests

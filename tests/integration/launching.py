@@ -7,6 +7,7 @@ from pathlib import Path
 
 TINY = (
     "experiment=digits",
+    "seed=0",
     "tracking.wandb=disabled",
     "model.channels=[8,16]",
     "model.blocks=[1,1]",
