@@ -17,7 +17,7 @@ from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import Cell, CellResult, ClassifierConfig, ClassifierTraining, predict, train_classifier
 from paws_hpc.engine.metrics import TrainingStoppedError
-from paws_hpc.engine.tracking import MetricsFile, read_rows
+from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models import ModelConfig, build_classifier, build_encoder, set_statistics
 from paws_hpc.store import ArraySource, ImageStore, pack
 from tests.conftest import Stores
