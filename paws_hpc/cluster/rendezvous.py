@@ -53,10 +53,12 @@ def join(
         address = _wait_for(path, timeout_s)
         store = dist.TCPStore(address["host"], address["port"], world_size, is_master=False, timeout=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    dist.barrier()
-    if rank == 0:
-        path.unlink()
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.barrier()
+    finally:
+        if rank == 0:  # nobody may take this address for that of a later start
+            path.unlink()
 
 
 def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:
