@@ -78,7 +78,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "dash": DASH,
         "byline": _byline(record),
         "notices": notices(record),
-        "table": table_rows(record),
+        "facts": dict(table_rows(record)),
         "methods": methods,
         "gains": _gains(methods),
         "floor": _floor(methods),

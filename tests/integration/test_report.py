@@ -74,7 +74,7 @@ def write_run(
     }
     digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
     _json(run / "result.json", {
-        "labels": 4 * len(classes), "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
+        "labels": 4 * len(classes), "validation_labels": 90, "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
     })  # fmt: skip
     return run
 
@@ -309,10 +309,12 @@ def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
 def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Path) -> None:
     page.open(report)
     shown = page.text("#result")
+    assert "Accuracy on 360 test images from 40 labels (labels for validation: 90)" in shown
     table = result_table(report.parent.parent)
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
-        "labels", "test images", "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
+        "labels", "labels for validation", "test images",
+        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
         "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
     ]  # fmt: skip
     for name, value in table:
