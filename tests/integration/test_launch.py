@@ -63,7 +63,7 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
     ("override", "message"),
     [
         ("pretrain.epoch=3", "pretrain.epoch is not a field of the config. Did you mean 'pretrain.epochs'?"),
-        ("optimzer.peak_lr=1", "optimzer.peak_lr is not a field of the config. Did you mean 'optimizer.peak_lr'?"),
+        ("optimzer.peak_lr=1", "optimzer is not a field of the config. Did you mean 'optimizer'?"),
         ("experiment=digit", "experiment=digit does not exist. Did you mean 'digits'?"),
         ("model.name=resnt50", "model.name='resnt50' is no model. Did you mean 'resnet50'?"),
         ("pretrain.epochs=many", "pretrain.epochs: Value 'many'"),

@@ -74,7 +74,8 @@ def write_run(
     }
     digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
     _json(run / "result.json", {
-        "labels": 4 * len(classes), "validation_labels": 90, "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
+        "labels": 4 * len(classes), "validation_labels": 90,
+        "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
     })  # fmt: skip
     return run
 
