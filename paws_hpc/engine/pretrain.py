@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +129,6 @@ class PretrainSummary:
     steps: int
     collapsed: bool
     seconds: float
-
-
-class Validate(Protocol):
-    """Scores the encoder on the local validation split."""
-
-    def __call__(self) -> Row:
-        """A row of metrics."""
 
 
 class Pretraining:
@@ -260,7 +254,7 @@ def pretrain(
     checkpoints: CheckpointFolder,
     tracker: Tracker,
     start: int,
-    validate: Validate,
+    validate: Callable[[], Row],
     describe: Describe,
 ) -> PretrainSummary:
     """Train from step ``start`` to the end.
@@ -270,7 +264,7 @@ def pretrain(
         checkpoints: written every so many steps and at the end.
         tracker: takes rows of metrics.
         start: steps already done.
-        validate: scores the encoder.
+        validate: scores the encoder on the local validation split, as a row of metrics.
         describe: record positions → keys, for error messages.
 
     Raises:
