@@ -1,0 +1,265 @@
+"""Everything that asks Slurm or tells it something, through its own commands.
+
+Their text output is read, in formats that 22.05 and later versions share; the JSON output changes from version to
+version. Times are printed in the zone of this machine and become aware ones here. Two errors leave this module:
+:class:`SchedulerUnreachableError` if Slurm could not be asked, :class:`SchedulerError` if it refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+TIMEOUT_S = 60.0  # a busy controller may take tens of seconds
+
+_UNREACHABLE = re.compile(
+    r"unable to contact|unable to process configuration|configuration source|connection (?:refused|timed out|reset)"
+    r"|timed out|communication|no route to host|authentication|munge|zero bytes|controller (?:is|not)",
+    re.IGNORECASE,
+)
+_UNKNOWN_JOB = re.compile(r"invalid job id|job \S+ not found", re.IGNORECASE)
+_NO_ACCOUNTING = re.compile(r"accounting storage is disabled|accounting_storage/none", re.IGNORECASE)
+_FORMATTING = re.compile(r"(SQUEUE|SACCT|SINFO|SPRIO)_|SLURM_TIME_FORMAT$|SLURM_BITSTR_LEN$")
+_COLUMNS = {  # squeue's fields and their widths; the name comes last, as it alone may hold anything
+    "JobArrayID": 40,
+    "State": 24,
+    "RestartCnt": 12,
+    "StartTime": 24,
+    "SubmitTime": 24,
+    "Partition": 64,
+    "Reason": 160,
+    "NodeList": 256,
+    "Name": 512,
+}
+
+
+class SchedulerUnreachableError(RuntimeError):
+    """Slurm could not be asked: its commands are missing, hang, or do not reach the controller."""
+
+
+class SchedulerError(RuntimeError):
+    """Slurm refused; the message holds what was asked and Slurm's own words."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that the controller knows: waiting, running, or finished within its MinJobAge (300 s by default).
+
+    Attributes:
+        job_id: ``17``, or ``18_0`` for an array's element.
+        name: of the job.
+        state: ``PENDING``, ``RUNNING``, ``COMPLETING``, ``CANCELLED``, …
+        reason: why it waits or ended, in Slurm's word; empty if there is none.
+        restarts: times it was requeued.
+        nodes: as Slurm abbreviates them, ``n[1-2]``; empty while it waits.
+        partition: it is in.
+        submitted: when.
+        started: when this start began, or is expected to; None if unknown.
+    """
+
+    job_id: str
+    name: str
+    state: str
+    reason: str
+    restarts: int | None
+    nodes: str
+    partition: str
+    submitted: datetime | None
+    started: datetime | None
+
+
+@dataclass(frozen=True)
+class AccountedJob:
+    """A job as the accounting data base has it.
+
+    Attributes:
+        job_id: ``17``, or ``18_0`` for an array's element.
+        state: its last one, in one word: ``COMPLETED``, ``FAILED``, ``PREEMPTED``, ``CANCELLED``, …
+        exit_code: ``status:signal``.
+        nodes: it ran on, as Slurm abbreviates them.
+        started: of its last start.
+        ended: of its last start.
+    """
+
+    job_id: str
+    state: str
+    exit_code: str
+    nodes: str
+    started: datetime | None
+    ended: datetime | None
+
+
+def queue(user: str | None = None) -> dict[str, QueuedJob]:
+    """The jobs of ``user`` (name or number; of this user if None) that the controller knows, by their ids.
+
+    Elements of arrays are listed one by one, and jobs that ended stay for some minutes.
+
+    Raises:
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    fields = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
+    asked = ["squeue", "--noheader", "--array", "--states=all", f"--user={user or os.getuid()}", "--Format", fields]
+    jobs = [_queued(line) for line in ask(asked).splitlines() if line.strip() and not line.startswith("CLUSTER:")]
+    return {job.job_id: job for job in jobs}
+
+
+def _queued(line: str) -> QueuedJob:
+    values, start = {}, 0
+    for name, width in _COLUMNS.items():
+        values[name] = line[start : start + width].strip()
+        start += width
+    return QueuedJob(
+        job_id=values["JobArrayID"],
+        name=values["Name"],
+        state=values["State"],
+        reason="" if values["Reason"] == "None" else values["Reason"],
+        restarts=int(values["RestartCnt"]) if values["RestartCnt"].isdigit() else None,
+        nodes=values["NodeList"],
+        partition=values["Partition"],
+        submitted=moment(values["SubmitTime"]),
+        started=moment(values["StartTime"]),
+    )
+
+
+def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
+    """What the accounting data base says of jobs, by their ids; those it does not know are left out.
+
+    Args:
+        job_ids: ``17`` or ``18_0``; ``18`` asks for all elements of an array.
+
+    Returns:
+        None where this cluster keeps no accounts.
+
+    Raises:
+        SchedulerUnreachableError: the data base could not be asked.
+    """
+    ids = sorted(set(job_ids))
+    if not ids:
+        return {}
+    fields = "JobID,State,ExitCode,Start,End,NodeList"
+    try:
+        rows = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", "-o", fields])
+    except SchedulerError as error:
+        if _NO_ACCOUNTING.search(str(error)):
+            return None
+        raise
+    jobs = {}
+    for row in filter(None, rows.splitlines()):
+        listed, state, code, started, ended, nodes = row.split("|")
+        for job_id in expand_array(listed):
+            jobs[job_id] = AccountedJob(job_id, state.split()[0], code, nodes, moment(started), moment(ended))
+    return jobs
+
+
+def job_state(job_id: str) -> str | None:
+    """The state of a job now, ``RUNNING`` or ``CANCELLED`` say; None if the controller knows no such job.
+
+    Args:
+        job_id: ``17``, or ``18_0`` for an array's element.
+
+    Raises:
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    try:
+        text = ask(["scontrol", "show", "job", "--oneliner", job_id])
+    except SchedulerError as error:
+        if _UNKNOWN_JOB.search(str(error)):
+            return None
+        raise
+    found = re.search(r"\sJobState=(\S+)", text)
+    return found.group(1) if found else None
+
+
+def requeue(job_id: str) -> None:
+    """End a running job and put it back into the queue under the same id.
+
+    Raises:
+        SchedulerError: Slurm refused, because the job was submitted with ``--no-requeue`` say.
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    ask(["scontrol", "requeue", job_id])
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    """Cancel jobs; those that ended already, or that the controller has forgotten, are no error.
+
+    Raises:
+        SchedulerError: Slurm refused: the jobs are somebody else's, say.
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    if ids := list(job_ids):
+        try:
+            ask(["scancel", *ids])
+        except SchedulerError as error:
+            if not _UNKNOWN_JOB.search(str(error)):
+                raise
+
+
+def release(job_ids: Iterable[str]) -> None:
+    """Let jobs start that were submitted with ``--hold``.
+
+    Raises:
+        SchedulerError: Slurm refused: it does not know one of the jobs, say.
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    if ids := list(job_ids):
+        ask(["scontrol", "release", ",".join(ids)])
+
+
+def moment(text: str) -> datetime | None:
+    """A time as Slurm prints it, with this machine's zone; None for ``N/A``, ``Unknown`` and such."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        return None
+
+
+def expand_array(text: str) -> list[str]:
+    """``18_[0-2,7%4]`` → ``18_0``, ``18_1``, ``18_2``, ``18_7``; any other id is itself."""
+    found = re.fullmatch(r"(\d+)_\[([^\]%]*)(?:%\d+)?\]", text)
+    if found is None:
+        return [text]
+    elements: list[int] = []
+    for part in found.group(2).split(","):
+        first, _, rest = part.partition("-")
+        last, _, step = rest.partition(":")
+        elements += range(int(first), int(last or first) + 1, int(step or 1))
+    return [f"{found.group(1)}_{element}" for element in elements]
+
+
+def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
+    """Run one of Slurm's commands and return what it printed.
+
+    Raises:
+        SchedulerUnreachableError: it is not installed, did not answer in time or did not reach the controller.
+        SchedulerError: it failed otherwise.
+    """
+    told = shlex.join(command)
+    # A user's own taste in formats must not change what is read here.
+    environment = {name: value for name, value in os.environ.items() if not _FORMATTING.match(name)}
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+            env=environment | {"LC_ALL": "C.UTF-8"},
+            encoding="utf-8",
+            errors="replace",
+        )
+    except FileNotFoundError as error:
+        raise SchedulerUnreachableError(f"{command[0]} is not installed here, or not on PATH.") from error
+    except subprocess.TimeoutExpired as error:
+        raise SchedulerUnreachableError(f"`{told}` gave no answer within {timeout_s:g} s.") from error
+    if done.returncode == 0:
+        return done.stdout
+    said = " ".join((done.stderr.strip() or done.stdout.strip()).split()) or "nothing"
+    if _UNREACHABLE.search(said):
+        raise SchedulerUnreachableError(f"`{told}` could not reach Slurm: {said}")
+    raise SchedulerError(f"`{told}` was refused (status {done.returncode}): {said}")
