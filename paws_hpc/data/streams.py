@@ -330,15 +330,21 @@ class EvaluationSet:
         return torch.from_numpy(self.store.labels[self.records])
 
     def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """This rank's share in order, as (n, 3, s, s) normalised batches."""
+        """This rank's share in order, as (n, 3, s, s) normalised batches; equally many on every rank.
+
+        Shares differ by one image at most, so a rank's last batch may be empty.
+        """
         mine = self.records[distributed.share(len(self.records))]
-        if not len(mine):  # fewer images than ranks: an empty batch still tells the width of the result
-            yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
+        longest = -(-len(self.records) // distributed.world_size())
         like, channels_last = self.training_store, device.type == "cuda"
         with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation") as pool:
-            for start in range(0, len(mine), _EVALUATION_BATCH):
-                parts = np.array_split(mine[start : start + _EVALUATION_BATCH], self.threads)
-                images = torch.cat(list(pool.map(self._crop_part, [part for part in parts if len(part)]))).to(device)
+            for start in range(0, max(longest, 1), _EVALUATION_BATCH):
+                records = mine[start : start + _EVALUATION_BATCH]
+                if not len(records):
+                    yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
+                    continue
+                parts = np.array_split(records, min(self.threads, len(records)))
+                images = torch.cat(list(pool.map(self._crop_part, parts))).to(device)
                 yield normalise(images, mean=like.mean, std=like.std, channels_last=channels_last).to(dtype)
 
     def _crop_part(self, records: Positions) -> Tensor:

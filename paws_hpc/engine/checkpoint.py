@@ -8,7 +8,10 @@ first one counts as damaged. Nothing that is read can execute anything.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from paws_hpc import distributed
+from paws_hpc.engine.preemption import UNATTENDED
 from paws_hpc.files import atomic_write, file_hash, read_json, write_json
 
 _LOG = logging.getLogger(__name__)
@@ -39,7 +43,13 @@ class CheckpointFolder:
     """The checkpoints of one stage of one run. Rank 0 writes and chooses; every rank reads."""
 
     def __init__(
-        self, path: Path, *, identity: dict[str, Any], keep: int = 2, accept_changes: tuple[str, ...] = ()
+        self,
+        path: Path,
+        *,
+        identity: dict[str, Any],
+        keep: int = 2,
+        accept_changes: tuple[str, ...] = (),
+        fence: Callable[[], None] = UNATTENDED.fence,
     ) -> None:
         """Open or make the folder and clear what a killed writer left.
 
@@ -48,8 +58,11 @@ class CheckpointFolder:
             identity: flat ``{field: value}`` of all that determines the run (config fields, data-set digests).
             keep: how many checkpoints to keep; more than one, since the newest can be damaged.
             accept_changes: identity fields that may differ from the checkpoint's.
+            fence: called before a written file becomes visible and before old ones are removed; raises if another
+                start of the job has taken over.
         """
         self.path, self.identity, self.keep, self.accept_changes = path, identity, keep, accept_changes
+        self._fence = fence
         if distributed.is_main():
             path.mkdir(parents=True, exist_ok=True)
             for leftover in path.glob(".step-*.tmp"):
@@ -58,7 +71,8 @@ class CheckpointFolder:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint on rank 0 and remove older ones past ``keep``; the other ranks return at once.
 
-        Those of later steps go too: training continues from the newest valid one, so they were found damaged.
+        Those of later steps go too: training continues from the newest valid one, so they were found damaged. The
+        record says how many seconds writing took: a job that is asked to stop needs that long.
 
         Args:
             step: training steps completed.
@@ -69,14 +83,18 @@ class CheckpointFolder:
         """
         if not distributed.is_main():
             return
-        weights = self._weights(step)
-        save_tensors(weights, state)
-        record = {"step": step, "xxh3_128": file_hash(weights), "identity": self.identity}
+        began, weights = time.monotonic(), self._weights(step)
+        save_tensors(weights, state, fence=self._fence)
+        digest = file_hash(weights)
+        seconds = round(time.monotonic() - began, 3)
+        record = {"step": step, "xxh3_128": digest, "seconds": seconds, "identity": self.identity}
+        self._fence()
         try:
             write_json(weights.with_suffix(".json"), record)
         except OSError:
             weights.unlink()  # worth nothing without its record, and the disk may be full
             raise
+        self._fence()
         until_now = [other for other in self._steps() if other <= step]
         for other in set(self._steps()) - set(until_now[-self.keep :]):
             self._weights(other).with_suffix(".json").unlink(missing_ok=True)
@@ -147,8 +165,13 @@ def _fault(weights: Path) -> str | None:
     return None
 
 
-def save_tensors(path: Path, value: Any) -> None:
+def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTENDED.fence) -> None:
     """Write tensors and plain values to ``path``, atomically.
+
+    Args:
+        path: of the file.
+        value: what to write.
+        fence: called when all is on disk but nothing is visible yet; if it raises, ``path`` stays as it was.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is named.
@@ -160,6 +183,9 @@ def save_tensors(path: Path, value: Any) -> None:
             if isinstance(error.__context__, OSError):  # torch hides the disk's error behind "unexpected pos"
                 raise error.__context__ from error
             raise
+        file.flush()
+        os.fsync(file.fileno())  # which may take long, so it comes before the fence
+        fence()
 
 
 def load_tensors(path: Path, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.objective import soft_nearest_neighbours
 
 _TOP = 5
@@ -67,20 +68,27 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int) -> Tensor:
+def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int, control: JobControl = UNATTENDED) -> Tensor:
     """Run a network over an evaluation set, each rank over its share.
 
     Args:
         module: (n, 3, H, W) → (n, D).
-        batches: this rank's images, in order; at least one batch, which may be empty.
+        batches: this rank's images, in order; equally many batches on every rank and at least one; they may be empty.
         total: images over all ranks, N.
+        control: asked before every batch.
 
     Returns:
         (N, D) on every rank, in the order of the set.
+
+    Raises:
+        Interrupted: by ``control``; the module is as it was before.
     """
+    parts = []
     with evaluation_mode(module):
-        rows = torch.cat([module(batch) for batch in batches])
-    return distributed.concatenate_rows(rows, total)
+        for batch in batches:
+            control.check()
+            parts.append(module(batch))
+    return distributed.concatenate_rows(torch.cat(parts), total)
 
 
 class Representation(nn.Module):

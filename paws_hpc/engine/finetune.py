@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
-from paws_hpc.data.streams import ClassifierStream, EvaluationSet
+from paws_hpc.data.streams import ClassifierStream, EvaluationSet, LabelledBatch
 from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
 from paws_hpc.engine.evaluate import forward_all, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
-from paws_hpc.engine.tracking import Tracker
+from paws_hpc.engine.tracking import Row, Tracker
 
 
 def _crop() -> CropConfig:
@@ -53,6 +55,8 @@ class ClassifierConfig:
         crop: of training.
         augment: of training crops; flip alone in the paper.
         validate_every_epochs: between scores on the local validation split; the best is kept.
+        min_cells: finished cells that selection asks for; with 0 it goes on without this sweep if no cell has finished,
+            and the test split is then scored without it.
     """
 
     learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
@@ -64,6 +68,7 @@ class ClassifierConfig:
     crop: CropConfig = field(default_factory=_crop)
     augment: AugmentConfig = field(default_factory=_flip_only)
     validate_every_epochs: int = 1
+    min_cells: int = 1
 
     def __post_init__(self) -> None:
         if not self.learning_rates or not self.epochs:
@@ -78,6 +83,11 @@ class ClassifierConfig:
         for name in ("batch_size", "validate_every_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} (of finetune or baseline) must be at least 1.")
+        if not 0 <= self.min_cells <= len(self.cells()):
+            raise ValueError(
+                f"min_cells={self.min_cells} (of finetune or baseline) must be between 0 and the number of cells in "
+                f"the sweep, {len(self.cells())}."
+            )
         if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
             raise ValueError(
                 f"momentum={self.momentum} must be in [0, 1), weight_decay={self.weight_decay} and "
@@ -101,6 +111,18 @@ class Cell:
         """Of its folder."""
         return f"lr={self.learning_rate:g},epochs={self.epochs}"
 
+    @classmethod
+    def named(cls, name: str) -> Cell:
+        """The cell of a folder; its learning rate has the six digits that the name has.
+
+        Raises:
+            ValueError: no cell has this name.
+        """
+        parts = re.fullmatch(r"lr=([^,]+),epochs=(\d+)", name)
+        if parts is None:
+            raise ValueError(f"{name!r} is not the name of a cell, such as 'lr=0.05,epochs=30'.")
+        return cls(float(parts[1]), int(parts[2]))
+
 
 @dataclass(frozen=True)
 class CellResult:
@@ -111,7 +133,16 @@ class CellResult:
 
 
 class ClassifierTraining:
-    """A classifier in training: the objects that a checkpoint must hold, and the step that moves them."""
+    """A classifier in training: the objects that a checkpoint must hold, and the step that moves them.
+
+    Attributes:
+        best: the result so far; None before the first score.
+        best_weights: of that moment, on the host. They travel in the checkpoint: as a file of their own they could be
+            newer or older than what the checkpoint says of them.
+        validated: steps done when the classifier was last scored.
+        loss_sum: of the steps since then, in nats.
+        loss_steps: their number.
+    """
 
     def __init__(
         self,
@@ -133,17 +164,34 @@ class ClassifierTraining:
         )
         self.total_steps = cell.epochs * stream.steps_per_epoch
         self.best: CellResult | None = None
+        self.best_weights: dict[str, Tensor] | None = None
+        self.validated = 0
+        self.loss_sum, self.loss_steps = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on."""
-        best = None if self.best is None else [self.best.validation_accuracy, self.best.best_epoch]
-        return {"classifier": self.classifier.state_dict(), "optimizer": self.optimizer.state_dict(), "best": best}
+        """All that the next step and the final result depend on."""
+        return {
+            "classifier": self.classifier.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": None if self.best is None else [self.best.validation_accuracy, self.best.best_epoch],
+            "best_weights": self.best_weights,
+            "validated": self.validated,
+            "loss": [self.loss_sum, self.loss_steps],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = None if state["best"] is None else CellResult(*state["best"])
+        self.best_weights = None if state["best_weights"] is None else _on_host(state["best_weights"])
+        self.validated = state["validated"]
+        self.loss_sum, self.loss_steps = state["loss"]
+
+    def awaits_validation(self, done: int) -> bool:
+        """Whether the classifier is to be scored after ``done`` steps, and was not yet."""
+        every = self.stream.steps_per_epoch * self.config.validate_every_epochs
+        return (done % every == 0 or done == self.total_steps) and self.validated != done
 
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step: cosine to 0."""
@@ -152,17 +200,39 @@ class ClassifierTraining:
             step, start=0.0, peak=self.cell.learning_rate, final=0.0, warmup_steps=warmup, total_steps=self.total_steps
         )
 
-    def step(self, images: Tensor, labels: Tensor, step: int) -> dict[str, Tensor]:
-        """One step of cross-entropy; nothing is read back from the device."""
+    def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
+        """One step of cross-entropy; nothing is read back from the device.
+
+        Returns:
+            0-dimensional tensors by name, of this rank.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            group["lr"] = self.learning_rate(batch.step)
+        images = self.stream.augment(batch, self.device, torch.float32)
+        logits = self.model(images)
         # Not this rank's mean: ranks may hold one image more or less, and their losses are averaged.
-        loss = nn.functional.cross_entropy(self.model(images), labels, reduction="sum")
+        loss = nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
         loss = loss * distributed.world_size() / self.stream.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return {"loss/total": loss.detach()}
+
+    def record_loss(self, loss: float) -> None:
+        """Add one step's loss, the mean over ranks, to those since the last score."""
+        self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
+
+    def record_score(self, done: int, accuracy: float) -> None:
+        """Take the validation accuracy after ``done`` steps; keep the weights if it is the best so far."""
+        if self.best is None or accuracy > self.best.validation_accuracy:
+            self.best = CellResult(accuracy, done // self.stream.steps_per_epoch)
+            self.best_weights = _on_host(self.classifier.state_dict())
+        self.validated, self.loss_sum, self.loss_steps = done, 0.0, 0
+
+
+def _on_host(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy, contiguous, so that the same weights give the same file whatever their layout on the device."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()}
 
 
 def train_classifier(
@@ -174,60 +244,103 @@ def train_classifier(
     start: int,
     best_path: Path,
     describe: Describe,
+    control: JobControl = UNATTENDED,
 ) -> CellResult:
-    """Train from step ``start`` to the end, scoring the local validation split and keeping the best weights.
+    """Train from step ``start`` to the end, scoring the local validation split, and write the best weights.
 
     Args:
         training: holds the state, already restored if ``start`` is not 0.
         validation: labelled images that are not trained on.
-        checkpoints: written at the end of every scored epoch.
+        checkpoints: written at the end of every scored epoch, and when the job is asked to stop.
         tracker: takes rows of metrics.
         start: steps already done.
-        best_path: where the best weights go.
+        best_path: where the best weights go, at the end.
         describe: record positions → keys, for error messages.
+        control: asked before every step and every batch of an evaluation.
 
     Raises:
+        PreemptedError: ``control`` asked to stop, and the state is saved.
         TrainingStoppedError: loss or weights are not finite.
     """
     window = MetricsWindow(describe, remedy="Take this learning rate out of the sweep.")
     meter = ThroughputMeter(training.stream.batch_size)
-    per_epoch, labels = training.stream.steps_per_epoch, validation.labels
-    with training.stream.prefetch(start, training.total_steps) as batches:
-        for batch in meter.waiting_for(batches):
-            images = training.stream.augment(batch, training.device, torch.float32)
-            metrics = training.step(images, batch.labels.to(training.device), batch.step)
-            window.add(batch.step, batch.records, training.learning_rate(batch.step), metrics)
-            done = batch.step + 1
-            epoch, last = done // per_epoch, done == training.total_steps
-            if not last and done % (per_epoch * training.config.validate_every_epochs):
-                continue
-            synchronise_buffers(training.classifier)
-            rows = window.read(training.classifier)
-            rate = meter.read(len(rows))
-            for row in rows:
-                row.require_finite()
-            accuracy = score(predict(training.classifier, validation, training.device).cpu(), labels).top1
-            if training.best is None or accuracy > training.best.validation_accuracy:
-                training.best = CellResult(accuracy, epoch)
-                if distributed.is_main():
-                    save_tensors(best_path, training.classifier.state_dict())
-            tracker.log(
-                batch.step,
-                {
-                    "epoch": epoch,
-                    "loss": sum(row.metrics["loss/total"] for row in rows) / len(rows),
-                    "lr": training.learning_rate(batch.step),
-                    "validation_accuracy": accuracy,
-                    **rate,
-                },
-            )
-            checkpoints.save(done, training.state_dict())
-            distributed.barrier()
+    done = saved = start
+    try:
+        if training.awaits_validation(start):  # the job was asked to stop before it had finished
+            log_score(training, start, validation, tracker, rate={}, control=control)
             meter.restart()
+        with training.stream.prefetch(start, training.total_steps) as batches:
+            for batch in meter.waiting_for(batches):
+                control.check()
+                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
+                done = batch.step + 1
+                if training.awaits_validation(done):
+                    synchronise_buffers(training.classifier)
+                    rate = meter.read(read_losses(training, window))
+                    log_score(training, done, validation, tracker, rate=rate, control=control)
+                    checkpoints.save(done, training.state_dict())
+                    saved = done
+                    distributed.barrier()
+                    meter.restart()
+    except Interrupted:
+        read_losses(training, window)
+        if saved != done:  # what is on disk stays as it is: replacing it could lose it
+            checkpoints.save(done, training.state_dict())
+        distributed.barrier()
+        raise PreemptedError(done) from None
     assert training.best is not None, "the last step is always scored"
+    if distributed.is_main():
+        save_tensors(best_path, training.best_weights, fence=control.fence)
     return training.best
 
 
-def predict(classifier: nn.Module, images: EvaluationSet, device: torch.device) -> Tensor:
-    """(N, K) logits of an evaluation set, on every rank."""
-    return forward_all(classifier, images.batches(device, torch.float32), len(images))
+def read_losses(training: ClassifierTraining, window: MetricsWindow) -> int:
+    """Add the steps of the window to the running mean, and stop if one of them was the last that made sense.
+
+    Returns:
+        their number.
+    """
+    steps = window.read(training.classifier)
+    for step in steps:
+        step.require_finite()
+        training.record_loss(step.metrics["loss/total"])
+    return len(steps)
+
+
+def log_score(
+    training: ClassifierTraining,
+    done: int,
+    validation: EvaluationSet,
+    tracker: Tracker,
+    *,
+    rate: Row,
+    control: JobControl,
+) -> None:
+    """Score the classifier as it is after ``done`` steps, with synchronised buffers, and log the epochs since the last.
+
+    Args:
+        training: whose state takes the score.
+        done: steps.
+        validation: images to score.
+        tracker: takes the row.
+        rate: throughput, empty if no step was done since the start of this process.
+        control: may interrupt; nothing has changed then.
+    """
+    logits = predict(training.classifier, validation, training.device, control)
+    accuracy = score(logits.cpu(), validation.labels).top1
+    row: Row = {
+        "epoch": done // training.stream.steps_per_epoch,
+        "loss": training.loss_sum / training.loss_steps,
+        "lr": training.learning_rate(done - 1),
+        "validation_accuracy": accuracy,
+        **rate,
+    }
+    training.record_score(done, accuracy)
+    tracker.log(done - 1, row)
+
+
+def predict(
+    classifier: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
+) -> Tensor:
+    """(N, K) logits of an evaluation set, on every rank; ``control`` may interrupt before every batch."""
+    return forward_all(classifier, images.batches(device, torch.float32), len(images), control)

@@ -20,6 +20,7 @@ from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
 from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
 from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.objective import (
@@ -157,6 +158,7 @@ class Pretraining:
             config.support.classes, tolerance=collapse.tolerance, patience=collapse.patience_steps
         )
         self.collapsed = False
+        self.validated = 0  # steps done when the encoder was last scored
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on; the data's place is the step itself."""
@@ -165,6 +167,7 @@ class Pretraining:
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.monitor.state_dict(),
             "collapsed": self.collapsed,
+            "validated": self.validated,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,6 +176,12 @@ class Pretraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.monitor.load_state_dict(state["monitor"])
         self.collapsed = state["collapsed"]
+        self.validated = state["validated"]
+
+    def awaits_validation(self, done: int) -> bool:
+        """Whether the encoder is to be scored after ``done`` steps, and was not yet."""
+        every = self.config.validate_every_epochs * self.stream.steps_per_epoch
+        return (done % every == 0 or done == self.total_steps) and self.validated != done
 
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step."""
@@ -256,18 +265,22 @@ def pretrain(
     start: int,
     validate: Callable[[], Row],
     describe: Describe,
+    control: JobControl = UNATTENDED,
 ) -> PretrainSummary:
     """Train from step ``start`` to the end.
 
     Args:
         training: holds the state, already restored if ``start`` is not 0.
-        checkpoints: written every so many steps and at the end.
+        checkpoints: written every so many steps, at the end, and when the job is asked to stop.
         tracker: takes rows of metrics.
         start: steps already done.
-        validate: scores the encoder on the local validation split, as a row of metrics.
+        validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
+            ``validation``; may raise Interrupted.
         describe: record positions → keys, for error messages.
+        control: asked before every step.
 
     Raises:
+        PreemptedError: ``control`` asked to stop, and the state is saved.
         TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
             ``stop``.
         ValueError: the run ends before ``start``.
@@ -280,24 +293,42 @@ def pretrain(
         )
     window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
     meter = ThroughputMeter(config.batch_size)
-    with training.stream.prefetch(start, training.total_steps) as batches:
-        for batch in meter.waiting_for(batches):
-            window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
-            done = batch.step + 1
-            last = done == training.total_steps
-            saving = done % config.checkpoint_every_steps == 0 or last
-            validating = done % (config.validate_every_epochs * training.stream.steps_per_epoch) == 0 or last
-            if done % config.log_every_steps == 0 or saving or validating:
-                report_window(training, window, meter, tracker)
-            if validating:
-                synchronise_buffers(training.encoder)
-                tracker.log(batch.step, {"epoch": done / training.stream.steps_per_epoch, **validate()})
-            if saving:
-                checkpoints.save(done, training.state_dict())
-                distributed.barrier()
-            if saving or validating:
-                meter.restart()
+    done = saved = start
+    try:
+        if training.awaits_validation(start):  # the job was asked to stop before it had finished
+            log_validation(training, start, validate, tracker)
+            meter.restart()
+        with training.stream.prefetch(start, training.total_steps) as batches:
+            for batch in meter.waiting_for(batches):
+                control.check()
+                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
+                done = batch.step + 1
+                validating = training.awaits_validation(done)
+                saving = done % config.checkpoint_every_steps == 0 or done == training.total_steps
+                if done % config.log_every_steps == 0 or saving or validating:
+                    report_window(training, window, meter, tracker)
+                if validating:
+                    log_validation(training, done, validate, tracker)
+                if saving:
+                    checkpoints.save(done, training.state_dict())
+                    saved = done
+                    distributed.barrier()
+                if saving or validating:
+                    meter.restart()
+    except Interrupted:
+        report_window(training, window, meter, tracker)
+        if saved != done:  # what is on disk stays as it is: replacing it could lose it
+            checkpoints.save(done, training.state_dict())
+        distributed.barrier()
+        raise PreemptedError(done) from None
     return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
+
+
+def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
+    """Score the encoder as it is after ``done`` steps."""
+    synchronise_buffers(training.encoder)
+    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **validate()})
+    training.validated = done
 
 
 def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:

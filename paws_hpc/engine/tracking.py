@@ -6,16 +6,19 @@ import json
 import logging
 import math
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from paws_hpc.engine.preemption import PreemptedError
 from paws_hpc.files import atomic_write
 
 _LOG = logging.getLogger(__name__)
 _INIT_TIMEOUT_S = 30.0
+_PREEMPTED_FINISH_TIMEOUT_S = 5.0  # of a grace time that may be half a minute in all
 
 Row = dict[str, Any]
 
@@ -78,9 +81,18 @@ class MetricsFile:
     line torn by a kill; the curve stays unbroken.
     """
 
-    def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Keep the rows before ``resume_step`` (0-based) and append from there."""
-        kept = [line for line in read_rows(path) if line["step"] < resume_step] if path.exists() else []
+    def __init__(self, path: Path, *, resume_step: int, awaits_validation: bool = False) -> None:
+        """Keep the rows before ``resume_step`` (0-based) and append from there.
+
+        Args:
+            path: of the file.
+            resume_step: steps of the checkpoint from which training goes on.
+            awaits_validation: the checkpoint is from before the validation that follows its last step. A row of that
+                validation, whose fields begin with ``validation``, is dropped: it is about to be written again.
+        """
+        kept = [row for row in read_rows(path) if row["step"] < resume_step] if path.exists() else []
+        if awaits_validation:
+            kept = [row for row in kept if row["step"] < resume_step - 1 or not _is_validation(row)]
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by __exit__
@@ -97,6 +109,10 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def _is_validation(row: Row) -> bool:
+    return any(name.startswith("validation") for name in row)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -218,8 +234,36 @@ class WandbTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._run is not None:
+        if self._run is None:
+            return
+        if kind is not None and issubclass(kind, PreemptedError):
+            self._guarded("finish before the job is preempted", self._leave_preempted)
+        else:
             self._guarded("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+
+    def _leave_preempted(self) -> None:
+        """Tell W&B that the run goes on later under its id; a service or a network that does not answer is left behind.
+
+        Raises:
+            TimeoutError: it did not finish in time. What was logged is on disk, for ``wandb sync``.
+        """
+        errors: list[Exception] = []
+        run = self._run
+
+        def finish() -> None:
+            try:
+                run.mark_preempting()
+                run.finish(exit_code=1)  # 0 would mean that there is nothing to continue
+            except Exception as error:  # noqa: BLE001 - handed to the guard
+                errors.append(error)
+
+        thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
+        thread.start()
+        thread.join(_PREEMPTED_FINISH_TIMEOUT_S)
+        if errors:
+            raise errors[0]
+        if thread.is_alive():
+            raise TimeoutError(f"no answer within {_PREEMPTED_FINISH_TIMEOUT_S:g} s")
 
     def _guarded(self, what: str, call: Any) -> None:
         try:

@@ -14,6 +14,7 @@ from paws_hpc.config import Config, Identity, identity
 from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.finetune import Cell, ClassifierConfig, ClassifierTraining, train_classifier
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import write_json
 from paws_hpc.models import Encoder, build_classifier, build_encoder
 from paws_hpc.stages.prepare import RunData, open_data
@@ -29,8 +30,20 @@ def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
     return {"finetune": config.finetune, "baseline": config.baseline}[sweep]
 
 
-def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str, cell: Cell) -> None:
-    """Train one cell, or continue it, or return at once if it is done."""
+def run_cell(
+    config: Config,
+    run: RunFolder,
+    device: torch.device,
+    *,
+    sweep: str,
+    cell: Cell,
+    control: JobControl = UNATTENDED,
+) -> None:
+    """Train one cell, or continue it, or return at once if it is done.
+
+    Raises:
+        PreemptedError: ``control`` asked to stop, and the state is saved.
+    """
     folder = run.cell(sweep, cell)
     if is_done(folder):
         return
@@ -52,12 +65,21 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
         folder / "checkpoints",
         identity=_cell_identity(config, sweep, cell) | data_identity(data) | {"start": start_weights},
         accept_changes=tuple(config.accept_changes),
+        fence=control.fence,
     )
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
         training.load_state_dict(checkpoint.state)
         start = checkpoint.step
-    job = open_trackers(config, run, folder, job=f"{sweep}/{cell.name}", start=start, total_steps=training.total_steps)
+    job = open_trackers(
+        config,
+        run,
+        folder,
+        job=f"{sweep}/{cell.name}",
+        start=start,
+        total_steps=training.total_steps,
+        awaits_validation=training.awaits_validation(start),
+    )
     with job as tracker:
         best = train_classifier(
             training,
@@ -67,7 +89,9 @@ def run_cell(config: Config, run: RunFolder, device: torch.device, *, sweep: str
             start=start,
             best_path=folder / "best.pt",
             describe=lambda records: names(data, records),
+            control=control,
         )
+    control.fence()
     if distributed.is_main():
         write_json(
             folder / "result.json",
@@ -86,6 +110,7 @@ def _cell_identity(config: Config, sweep: str, cell: Cell) -> Identity:
     """What determines a cell: its own point of the sweep, not which other points the sweep has."""
     fields = identity(config, "seed", "model", "views.evaluation", sweep)
     fields[f"{sweep}.learning_rates"], fields[f"{sweep}.epochs"] = cell.learning_rate, cell.epochs
+    fields.pop(f"{sweep}.min_cells", None)
     return fields
 
 

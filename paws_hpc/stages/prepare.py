@@ -9,7 +9,9 @@ from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import exclusive
+from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
 
 
@@ -48,8 +50,8 @@ class RunData:
         }
 
 
-def run(config: Config) -> None:
-    """Pack what is missing, then draw or read the splits."""
+def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> None:
+    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``."""
     for subset, path in (("train", config.data.train), ("test", config.data.test)):
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / "manifest.json").exists():
@@ -61,6 +63,8 @@ def run(config: Config) -> None:
             f"{test.path} has the classes {list(test.classes)[:5]}…, but {data.train.path} has "
             f"{list(data.train.classes)[:5]}…. Pack both from the same data set."
         )
+    control.fence()
+    mark_done(run.prepare, digests=data.digests | {"test": test.digest})
 
 
 def open_data(config: Config) -> RunData:

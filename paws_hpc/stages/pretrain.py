@@ -12,6 +12,7 @@ from paws_hpc.data.order import Positions
 from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.pretrain import Pretraining, pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
@@ -22,8 +23,12 @@ from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
 
 
-def run(config: Config, run: RunFolder, device: torch.device) -> None:
-    """Pre-train, or continue from the newest valid checkpoint, or return at once if it is done."""
+def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
+    """Pre-train, or continue from the newest valid checkpoint, or return at once if it is done.
+
+    Raises:
+        PreemptedError: ``control`` asked to stop, and the state is saved.
+    """
     if is_done(run.pretrain):
         return
     data = open_data(config)
@@ -46,7 +51,7 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
         stream=stream,
         device=device,
     )
-    checkpoints = checkpoint_folder(config, run, data)
+    checkpoints = checkpoint_folder(config, run, data, control)
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
         training.load_state_dict(checkpoint.state)
@@ -55,10 +60,20 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
         write_crop_grid(run.pretrain / "crops.png", stream)
 
     def validate() -> Row:
-        scores = score_nearest_neighbours(encoder, data, data.validation_images(config), config, device)
+        scores = score_nearest_neighbours(
+            encoder, data, data.validation_images(config), config, device, control=control
+        )
         return {"validation/paws_nn": scores.top1}
 
-    job = open_trackers(config, run, run.pretrain, job="pretrain", start=start, total_steps=training.total_steps)
+    job = open_trackers(
+        config,
+        run,
+        run.pretrain,
+        job="pretrain",
+        start=start,
+        total_steps=training.total_steps,
+        awaits_validation=training.awaits_validation(start),
+    )
     with job as tracker:
         summary = pretrain(
             training,
@@ -67,7 +82,9 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
             start=start,
             validate=validate,
             describe=lambda records: names(data, records),
+            control=control,
         )
+    control.fence()
     if distributed.is_main():
         write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
     mark_done(run.pretrain, steps=summary.steps)
@@ -78,7 +95,9 @@ def names(data: RunData, records: Positions) -> list[str]:
     return [data.train.keys[int(record)] for record in records]
 
 
-def checkpoint_folder(config: Config, run: RunFolder, data: RunData) -> CheckpointFolder:
+def checkpoint_folder(
+    config: Config, run: RunFolder, data: RunData, control: JobControl = UNATTENDED
+) -> CheckpointFolder:
     """The checkpoints of a run's pre-training, bound to what determines them."""
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
@@ -87,6 +106,7 @@ def checkpoint_folder(config: Config, run: RunFolder, data: RunData) -> Checkpoi
         identity=determined,
         keep=config.pretrain.keep_checkpoints,
         accept_changes=tuple(config.accept_changes),
+        fence=control.fence,
     )
 
 
@@ -111,14 +131,20 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
 
 
 def score_nearest_neighbours(
-    encoder: Encoder, data: RunData, queries: EvaluationSet, config: Config, device: torch.device
+    encoder: Encoder,
+    data: RunData,
+    queries: EvaluationSet,
+    config: Config,
+    device: torch.device,
+    *,
+    control: JobControl = UNATTENDED,
 ) -> Scores:
-    """PAWS-NN on ``queries``, with the labelled images as support."""
+    """PAWS-NN on ``queries``, with the labelled images as support; ``control`` may interrupt."""
     dtype, network = next(encoder.parameters()).dtype, Representation(encoder)
     supports = data.labelled_images(config)
     predictions = paws_nn(
-        forward_all(network, queries.batches(device, dtype), len(queries)),
-        forward_all(network, supports.batches(device, dtype), len(supports)),
+        forward_all(network, queries.batches(device, dtype), len(queries), control),
+        forward_all(network, supports.batches(device, dtype), len(supports), control),
         supports.labels.to(device),
         num_classes=len(data.train.classes),
         temperature=config.objective.temperature,

@@ -28,6 +28,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def prepare(self) -> Path:
+        """Of the first stage, which leaves only its ``DONE`` here."""
+        return self.path / "prepare"
+
+    @property
     def pretrain(self) -> Path:
         """Folder of pre-training."""
         return self.path / "pretrain"
@@ -55,6 +60,14 @@ class RunFolder:
     def cell(self, sweep: str, cell: Cell) -> Path:
         """Folder of one cell; ``sweep`` is ``finetune`` or ``baseline``."""
         return self.path / sweep / cell.name
+
+    def job(self, name: str) -> Path:
+        """Folder of the starts of a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
+        return self.path / "jobs" / name
+
+    def logs(self, stage: str) -> Path:
+        """Folder of what the ranks of a stage's jobs print."""
+        return self.path / "logs" / stage
 
     def describe(self) -> dict[str, Any]:
         """``chain.json``; empty where the chain was not begun by the launcher."""

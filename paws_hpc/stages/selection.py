@@ -15,6 +15,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
 from paws_hpc.engine.evaluate import Scores, score
 from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models import build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
@@ -29,50 +30,72 @@ class Choice:
     """The winner of a sweep.
 
     Attributes:
-        cell: the winner.
+        cell: the winner; None if no cell has finished and ``min_cells=0`` lets selection go on without this sweep.
         validation_accuracy: its best, on the local validation split.
         missing: cells without a result.
     """
 
-    cell: Cell
-    validation_accuracy: float
+    cell: Cell | None
+    validation_accuracy: float | None
     missing: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``selected.json``."""
+        told: dict[str, Any] = {"missing": self.missing}
+        if self.cell is not None:
+            told |= _cell(self.cell) | {"cell": self.cell.name, "validation_accuracy": self.validation_accuracy}
+        return told
 
 
 def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
     """The cell with the best validation accuracy; of equals the first in the sweep's order.
 
     Raises:
-        FileNotFoundError: no cell has finished.
+        ValueError: fewer than ``min_cells`` cells have finished; those that are missing are named.
     """
-    cells = sweep_config(config, sweep).cells()
+    settings = sweep_config(config, sweep)
+    cells = settings.cells()
     finished = [cell for cell in cells if is_done(run.cell(sweep, cell))]
-    if not finished:
-        raise FileNotFoundError(
-            f"No cell under {run.path / sweep} has finished: run the stage {sweep!r} of this run first."
+    missing = [cell.name for cell in cells if cell not in finished]
+    if len(finished) < settings.min_cells:
+        raise ValueError(
+            f"{len(finished)} of the {len(cells)} cells under {run.path / sweep} have finished, but "
+            f"{sweep}.min_cells={settings.min_cells}. Missing: {'; '.join(missing)}. Launch the stage {sweep!r} of "
+            f"this run again, or ask for fewer with {sweep}.min_cells."
         )
+    if not finished:
+        return Choice(None, None, missing)
     accuracies = {cell: read_json(run.cell(sweep, cell) / "result.json")["validation_accuracy"] for cell in finished}
     winner = max(finished, key=lambda cell: accuracies[cell])
-    return Choice(winner, accuracies[winner], [cell.name for cell in cells if cell not in finished])
+    return Choice(winner, accuracies[winner], missing)
 
 
-def run(config: Config, run: RunFolder, device: torch.device) -> None:
-    """Write ``selected.json`` and ``result.json``, or return at once if they are there."""
+def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
+    """Write ``selected.json`` and ``result.json``, or return at once if they are there.
+
+    Raises:
+        ValueError: too few cells have finished, or the result that is there is of another sweep.
+    """
     if run.result.exists():
         _check_sweep_is_the_scored_one(config, run)
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
+    control.fence()
     if distributed.is_main():
         cells = [cell.name for cell in config.finetune.cells()]
-        write_json(run.selected, _selected(winner) | {"cells": cells, "baseline": _selected(baseline)})
+        write_json(run.selected, winner.as_dict() | {"cells": cells, "baseline": baseline.as_dict()})
     encoder, _ = load_pretrained(config, run, data, device)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
     nearest = score_nearest_neighbours(encoder, data, test, config, device)
-    tuned = _score_cell(config, run, test, device, sweep="finetune", cell=winner.cell)
-    supervised = _score_cell(config, run, test, device, sweep="baseline", cell=baseline.cell)
+    scored = {"paws_nn": nearest.as_dict()}
+    for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
+        if choice.cell is not None:
+            scores = _score_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
+            scored[method] = scores.as_dict() | _cell(choice.cell)
+    control.fence()
     if distributed.is_main():
         write_json(
             run.result,
@@ -81,12 +104,8 @@ def run(config: Config, run: RunFolder, device: torch.device) -> None:
                 "validation_labels": len(data.validation_split.keys),
                 "classes": list(data.train.classes),
                 "seed": config.seed,
-                "test": {
-                    "count": len(test),
-                    "paws_nn": nearest.as_dict(),
-                    "fine_tuned": tuned.as_dict() | _cell(winner.cell),
-                    "baseline": supervised.as_dict() | _cell(baseline.cell),
-                },
+                "missing": {"finetune": winner.missing, "baseline": baseline.missing},
+                "test": {"count": len(test)} | scored,
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
@@ -112,11 +131,3 @@ def _score_cell(
 
 def _cell(cell: Cell) -> dict[str, Any]:
     return {"learning_rate": cell.learning_rate, "epochs": cell.epochs}
-
-
-def _selected(choice: Choice) -> dict[str, Any]:
-    return _cell(choice.cell) | {
-        "cell": choice.cell.name,
-        "validation_accuracy": choice.validation_accuracy,
-        "missing": choice.missing,
-    }

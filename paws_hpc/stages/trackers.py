@@ -12,7 +12,16 @@ from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
 from paws_hpc.stages.run_folder import RunFolder
 
 
-def open_trackers(config: Config, run: RunFolder, folder: Path, *, job: str, start: int, total_steps: int) -> Tracker:
+def open_trackers(
+    config: Config,
+    run: RunFolder,
+    folder: Path,
+    *,
+    job: str,
+    start: int,
+    total_steps: int,
+    awaits_validation: bool,
+) -> Tracker:
     """``metrics.jsonl`` and progress always, Weights & Biases unless disabled; nothing on ranks other than 0.
 
     Args:
@@ -22,11 +31,12 @@ def open_trackers(config: Config, run: RunFolder, folder: Path, *, job: str, sta
         job: name of the stage or cell.
         start: steps done already.
         total_steps: of the stage.
+        awaits_validation: whether those steps end with a validation that is still to be done.
     """
     if not distributed.is_main():
         return NullTracker()
     trackers: list[Tracker] = [
-        MetricsFile(folder / "metrics.jsonl", resume_step=start),
+        MetricsFile(folder / "metrics.jsonl", resume_step=start, awaits_validation=awaits_validation),
         ProgressTracker(job, total_steps=total_steps, start=start),
     ]
     if config.tracking.wandb != "disabled":

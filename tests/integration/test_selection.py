@@ -67,7 +67,7 @@ def test_cells_without_a_finished_result_are_left_out_and_named(config: Config, 
 
 def test_without_a_finished_cell_there_is_no_winner(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.1,epochs=2": 0.8}, sweep="baseline")
-    with pytest.raises(FileNotFoundError, match=r"No cell under .*run/finetune has finished: run the stage 'finetune'"):
+    with pytest.raises(ValueError, match=r"0 of the 4 cells under .*run/finetune have finished.* the stage 'finetune'"):
         selection.choose(config, run, "finetune")
     assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
 
@@ -80,7 +80,7 @@ def chain(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> tu
     config = tiny_config(digits_stores.train, test, folder)
     run = RunFolder(folder / "run")
     test.symlink_to(digits_stores.test)
-    prepare.run(config)
+    prepare.run(config, run)
     test.unlink()
     pretrain.run(config, run, CPU)
     for cell in config.finetune.cells()[1:]:

@@ -156,9 +156,7 @@ def three_steps(rank: int, world: int) -> dict[str, Tensor]:
         set_statistics(training.classifier, "global")
         losses = []
         for step in range(3):
-            batch = training.stream.batch(step)
-            images = training.stream.augment(batch, CPU, torch.float32)
-            losses.append(training.step(images, batch.labels, step)["loss/total"])
+            losses.append(training.step(training.stream.batch(step))["loss/total"])
     return {"losses": torch.stack(losses), **training.classifier.state_dict()}
 
 
