@@ -7,4 +7,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec .venv/bin/python -m paws_hpc.launch experiment=imagenet_10pct \
-  resources.pretrain.ranks="${GPUS:-1}" resources.finetune.ranks="${GPUS:-1}" resources.baseline.ranks="${GPUS:-1}" "$@"
+  resources.pretrain.tasks_per_node="${GPUS:-1}" resources.finetune.tasks_per_node="${GPUS:-1}" resources.baseline.tasks_per_node="${GPUS:-1}" "$@"

@@ -53,21 +53,52 @@ class DataConfig:
 
 @dataclass
 class StageResources:
-    """What one stage may use.
+    """What one stage may use. On Slurm a field that is None is taken from ``hydra.launcher``.
 
     Attributes:
-        ranks: processes that train together; sizes in the config stay global.
+        nodes: machines; 1 if none.
+        tasks_per_node: processes on each, one per GPU where there are GPUs; all of a stage train together, and sizes in
+            the config stay global. 1 if none.
         threads_per_rank: CPU threads of each for tensor work; if none, the cores shared equally by the ranks of a node.
+        gpus_per_node: GPUs (Slurm).
+        cpus_per_task: cores (Slurm).
+        mem_gb: memory per node, GB (Slurm).
+        timeout_min: after which the job is ended, or saves and is queued again if it trains; minutes (Slurm).
+        partition: (Slurm)
+        account: (Slurm)
+        qos: quality of service (Slurm).
+        constraint: features that nodes must have (Slurm).
+        exclude: nodes to avoid (Slurm).
+        additional_parameters: any other flags of sbatch, such as ``{nice: 100, exclusive: true}``.
     """
 
-    ranks: int = 1
+    nodes: int | None = None
+    tasks_per_node: int | None = None
     threads_per_rank: int | None = None
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem_gb: float | None = None
+    timeout_min: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.ranks < 1 or (self.threads_per_rank is not None and self.threads_per_rank < 1):
-            raise ValueError(
-                f"resources: ranks={self.ranks} and threads_per_rank={self.threads_per_rank} must be >= 1."
-            )
+        for name in ("nodes", "tasks_per_node", "threads_per_rank", "cpus_per_task", "timeout_min"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"resources: {name}={value} must be at least 1.")
+        if (self.gpus_per_node or 0) < 0 or (self.mem_gb or 0) < 0:
+            raise ValueError(f"resources: gpus_per_node={self.gpus_per_node} and mem_gb={self.mem_gb} must be >= 0.")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        nodes, tasks = self.nodes or 1, self.tasks_per_node or 1
+        return nodes * tasks
 
 
 @dataclass
@@ -104,6 +135,10 @@ class Config:
         baseline: sweep from random weights on the same labels.
         tracking: Weights & Biases.
         resources: per stage.
+        restarts_without_progress: a crashed job is queued again as long as the starts that crashed without getting
+            further are no more than this (Slurm).
+        dry_run: print what would be submitted, and submit and write nothing (Slurm).
+        cancel: end all jobs of this run instead of starting any (Slurm).
     """
 
     name: str = "run"
@@ -123,6 +158,9 @@ class Config:
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    restarts_without_progress: int = 3
+    dry_run: bool = False
+    cancel: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
@@ -133,8 +171,11 @@ class Config:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
         if self.resources.prepare.ranks > 1 or self.resources.report.ranks > 1:
             raise ValueError(
-                "resources.prepare.ranks and resources.report.ranks must be 1: one process does their work."
+                "resources.prepare and resources.report must have nodes=1 and tasks_per_node=1: one process does their "
+                "work."
             )
+        if self.restarts_without_progress < 0:
+            raise ValueError(f"restarts_without_progress={self.restarts_without_progress} must be 0 or more.")
         ranks, support = self.resources.pretrain.ranks, self.pretrain.support
         check_divides(self.pretrain.batch_size, ranks, name="pretrain.batch_size")
         check_divides(
@@ -159,6 +200,9 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "accept_changes",
     "tracking",
     "resources",
+    "restarts_without_progress",
+    "dry_run",
+    "cancel",
     "data.name",
     "data.train",
     "data.test",

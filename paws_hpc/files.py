@@ -86,6 +86,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def create_json(path: Path, value: Any) -> None:
+    """Write ``value`` as a file that nobody else has created: of several writers, on any machine, one succeeds.
+
+    Raises:
+        FileExistsError: somebody was first; their file stays.
+    """
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_json(mine, value)
+    try:
+        os.link(mine, path)  # atomic on network file systems too, and the file is whole when it appears
+    finally:
+        mine.unlink()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

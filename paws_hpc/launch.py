@@ -1,8 +1,9 @@
-"""Command: compose the config and run the chain.
+"""Command: compose the config, and submit the chain to Slurm or run it here.
 
     python -m paws_hpc.launch [experiment=NAME] [FIELD=VALUE ...]
+    python -m paws_hpc.launch experiment=NAME hydra/launcher=submitit_slurm [dry_run=true | cancel=true]
 
-Run again, the same command resumes what is unfinished and says so when all is done.
+Run again, the same command resumes what is unfinished and says so when all is done. ``-m seed=0,1,2`` launches three.
 """
 
 from __future__ import annotations
@@ -13,78 +14,73 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.cluster.frozen import ConfigError, explain, freeze, to_config
+from paws_hpc.cluster.compose import CONF, compose_run, runs_of
+from paws_hpc.cluster.frozen import ConfigError, freeze, to_config
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
+from paws_hpc.cluster.resources import Launcher
+from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
 from paws_hpc.engine.metrics import TrainingStoppedError
 from paws_hpc.files import exclusive
+from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-ConfigStore.instance().store(name="schema", node=Config)
+_ASKED_OF_HYDRA = ("-m", "--multirun")
 
 
 def launch(composed: DictConfig) -> None:
-    """Run one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
+    """Launch one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
     try:
         _launch(composed)
-    except (ValueError, OSError, TrainingStoppedError) as error:
+    except (
+        ValueError,
+        OSError,
+        TrainingStoppedError,
+        LeaseHeldError,
+        SchedulerError,
+        SchedulerUnreachableError,
+    ) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         sys.exit(f"error: {error}")  # not through Hydra, which would print its own advice around it
 
 
 def _launch(composed: DictConfig) -> None:
-    """Freeze the config, run the chain, print the table."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     config = to_config(OmegaConf.to_container(composed, resolve=True))
     run = RunFolder(Path(config.runs) / config.name)
-    with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
-        _run(config, run)
-
-
-def _run(config: Config, run: RunFolder) -> None:
-    freeze(config, run.config)
-    finished = run.result.exists()
-    worked = run_chain(config, run, _runner(config, run))
-    if not any(job.startswith(("pretrain", "finetune", "baseline")) for job in worked) and finished:
-        print(f"All stages of {run.path} were done already.")
-    _print_table(run)
-
-
-def _runner(config: Config, run: RunFolder) -> Runner:
-    """How the launcher that Hydra composed runs a job."""
-    composed = HydraConfig.get()
-    target = composed.launcher["_target_"]
-    kind = target.rpartition(".")[2]
-    several = [stage for stage, used in vars(config.resources).items() if used.ranks > 1]
-    if composed.mode == RunMode.MULTIRUN and kind != "BasicLauncher":
-        raise ConfigError("Leave hydra/launcher out with -m: chains then run here, one after another.")
+    launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
+    assert isinstance(launcher, dict), "Hydra composes a launcher"
+    kind = str(launcher["_target_"]).rpartition(".")[2]
     match kind:
-        case "BasicLauncher" if not several:
-            return in_process(run)
+        case "SlurmLauncher":
+            _on_slurm(config, run, {str(name): value for name, value in launcher.items()})
         case "BasicLauncher" | "LocalLauncher":
-            return submitit_local(config, run)
+            _here(config, run, kind)
         case _:
             raise ConfigError(
-                f"hydra/launcher with {kind} cannot run chains yet. Leave hydra/launcher out to run here, or use "
-                "hydra/launcher=submitit_local."
+                f"hydra/launcher with {kind} cannot run chains. Leave hydra/launcher out to run here, or use "
+                "hydra/launcher=submitit_slurm or submitit_local."
             )
 
 
-def _print_table(run: RunFolder) -> None:
+def _here(config: Config, run: RunFolder, kind: str) -> None:
+    """Run the chain on this machine, and print what came of it."""
+    if config.dry_run or config.cancel:
+        raise ConfigError("dry_run and cancel are for chains on Slurm: add hydra/launcher=submitit_slurm.")
+    with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
+        freeze(config, run.config)
+        finished = run.result.exists()
+        worked = run_chain(config, run, _runner(config, run, kind))
+    if not any(job.startswith(("pretrain", "finetune", "baseline")) for job in worked) and finished:
+        print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
     for name, value in result_table(run.path):
         table.add_row(name, value)
@@ -93,35 +89,70 @@ def _print_table(run: RunFolder) -> None:
     console.print(f"Report: {run.report}")
 
 
-def _check_overrides(arguments: list[str]) -> None:
-    """Compose once before Hydra does, so that a misspelt field is one clear line.
-
-    Raises:
-        ConfigError: the config does not compose.
-    """
-    try:
-        overrides = OverridesParser.create().parse_overrides([text for text in arguments if not text.startswith("-")])
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            hydra.compose("config", overrides=[_one_of(override) for override in overrides], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(error)) from error
+def _runner(config: Config, run: RunFolder, kind: str) -> Runner:
+    several = any(getattr(config.resources, stage).ranks > 1 for stage in config.stages)
+    return submitit_local(config, run) if several or kind == "LocalLauncher" else in_process(run)
 
 
-def _one_of(override: Override) -> str:
-    """The override itself, or the first value of a sweep such as ``seed=0,1,2``."""
-    if not override.is_sweep_override():
-        return str(override.input_line)
-    return f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}"
+def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
+    """Submit the chain, or show or end it, and print the jobs."""
+    if config.cancel:
+        _cancel(run)
+        return
+    chain = SlurmChain(config, run, launcher)
+    if config.dry_run:
+        for stage, script in chain.dry_run():
+            print(f"# ---- {stage} ----\n{script}")
+        return
+    submitted = chain.launch()
+    if not submitted:
+        print(f"Nothing to submit: all stages of {run.path} are done or in the queue.")
+    else:
+        table = Table(title=f"{run.path}: {len(submitted)} jobs submitted", title_justify="left")
+        for heading in ("job", "id", "after", "partition"):
+            table.add_column(heading)
+        for job in submitted:
+            table.add_row(job["job"], job["job_id"], job["after"] or "nothing", job["partition"] or "default")
+        Console().print(table)
+    print(f"Watch it: python -m paws_hpc.status {run.path}")
+
+
+def _cancel(run: RunFolder) -> None:
+    if not run.chain.exists():
+        raise ConfigError(f"{run.path} has no chain to cancel.")
+    ended = cancel_chain(run)
+    print(f"{run.path}: cancelled {', '.join(ended)}." if ended else f"{run.path}: no job of it was in the queue.")
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point: every run that the arguments ask for, one after another; a run that fails does not keep others."""
+    program, *arguments = sys.argv
+    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(launch)
+    flags = [argument for argument in arguments if argument.startswith("-") and argument not in _ASKED_OF_HYDRA]
+    if flags:  # Hydra's own questions, such as --help and --cfg
+        entry()
+        return
+    several = any(argument in _ASKED_OF_HYDRA for argument in arguments)
     try:
-        if not any(argument.startswith("-") and argument not in ("-m", "--multirun") for argument in sys.argv[1:]):
-            _check_overrides(sys.argv[1:])
+        runs = runs_of([argument for argument in arguments if argument not in _ASKED_OF_HYDRA])
+        for overrides in runs:
+            compose_run(overrides)  # before anything starts, so that a misspelt field is one clear line
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(launch)()
+    if len(runs) > 1 and not several:
+        sys.exit(f"error: these arguments ask for {len(runs)} runs: add -m to launch them all.")
+    failed = []
+    for overrides in runs:
+        sys.argv = [program, *overrides]
+        try:
+            entry()
+        except SystemExit as stop:
+            if not several:
+                raise
+            print(stop.code, file=sys.stderr)
+            failed.append(" ".join(overrides))
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

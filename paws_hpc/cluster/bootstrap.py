@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import submitit
@@ -13,10 +16,28 @@ import torch.distributed as dist
 
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.cluster.rendezvous import join
+from paws_hpc.cluster.liveness import is_alive
+from paws_hpc.cluster.rendezvous import join, own_address
+from paws_hpc.cluster.slurm_job import SlurmJob
 from paws_hpc.config import Config
+from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.preemption import JobControl, PreemptedError
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.attempts import (
+    Holder,
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    acquire,
+    read_starts,
+    record_failure,
+)
 from paws_hpc.stages.run_folder import RunFolder
+
+_LOG = logging.getLogger(__name__)
+_LEAVING_S = 120.0  # for a job that is being ended: KillWait, 30 s unless the site changed it, and then some
+_PASSING_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ENOMEM, errno.EREMOTEIO, errno.EHOSTDOWN})
+_FINAL_RUNTIME_ERRORS = (TrainingStoppedError, LeaseHeldError, LeaseLostError, NotImplementedError)
 
 
 def run_job(path: Path, job: Job) -> None:
@@ -24,57 +45,169 @@ def run_job(path: Path, job: Job) -> None:
     run = RunFolder(path)
     config = read_config(run.config)
     _set_threads(config, job, local_ranks=1)
-    _run(config, run, job, _device(config, local_rank=0))
+    with _started(run, job, Holder.this_process(job.name, ranks=1, progress=job.progress(run))) as lease:
+        _run(config, run, job, _device(config, local_rank=0, local_ranks=1), JobControl(fence=lease.fence))
 
 
-def run_job_as_rank(path: Path, job: Job) -> None:
-    """Run a job as one of several ranks, as which this process was started by submitit.
+def run_job_as_local_rank(path: Path, job: Job) -> None:
+    """Run a job as one of the ranks that submitit's local executor started."""
+    _log_to_stderr()
+    run, place = RunFolder(path), submitit.JobEnvironment()
+    config = read_config(run.config)
+    with _place_among(run, job, place) as lease:
+        _run_as_rank(config, run, job, place, partial(JobControl, fence=_fence(lease)))
+
+
+def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
+    """Run a job as one of its ranks on Slurm; when asked to stop, save and go back into the queue.
+
+    Args:
+        path: the run directory.
+        frozen: the config as it was when the job was submitted.
+        job: to run.
+        notice_s: between Slurm's signal and the end of the job.
+    """
+    _log_to_stderr()
+    own = SlurmJob.this_process()
+    own.listen(notice_s=notice_s, has_steps=job.has_steps)
+    run, place, config = RunFolder(path), submitit.JobEnvironment(), read_config(frozen)
+    with _place_among(run, job, place, own) as lease:
+        own.lease = lease
+        control = partial(JobControl, requested=own.requested, fence=_fence(lease))
+        try:
+            _run_as_rank(config, run, job, place, control, restart=own.restart)
+        except PreemptedError as stop:  # saved by all ranks at one step; those beside rank 0 just leave
+            if lease is not None:
+                own.give_back(step=stop.step)
+        own.leave()
+
+
+@contextmanager
+def _place_among(
+    run: RunFolder, job: Job, place: submitit.JobEnvironment, own: SlurmJob | None = None
+) -> Iterator[Lease | None]:
+    """Rank 0 begins a start of the job and holds its lease; the other ranks only report their failures to it."""
+    if place.global_rank > 0:
+        with _reported(run, job, place.global_rank):
+            yield None
+        return
+    holder = Holder.this_process(
+        job.name,
+        ranks=place.num_tasks,
+        progress=job.progress(run),
+        job_id=own.job_id if own else None,
+        restart=own.restart if own else 0,
+    )
+    with _started(run, job, holder, leaving_s=_LEAVING_S if own else 0.0) as lease:
+        yield lease
+
+
+@contextmanager
+def _started(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0) -> Iterator[Lease]:
+    """Begin a start of a job, and record how it ends."""
+    folder = run.job(job.name)
+    with (
+        _reported(run, job, rank=0),
+        acquire(folder, holder, is_alive=partial(is_alive, own_job_id=holder.job_id), wait_s=leaving_s) as lease,
+    ):
+        try:
+            yield lease
+        except BaseException as error:
+            if not lease.ended:
+                lease.end("failed" if isinstance(error, Exception) else "interrupted", message=str(error))
+            raise
+        if not lease.ended:
+            lease.end("done")
+
+
+@contextmanager
+def _reported(run: RunFolder, job: Job, rank: int) -> Iterator[None]:
+    """Write down why a rank fails, before the exception ends its process."""
+    try:
+        yield
+    except Exception as error:
+        folder = run.job(job.name)
+        try:
+            record_failure(folder, len(read_starts(folder)), rank, error, definite=is_definite(error))
+        except OSError as full:
+            _LOG.error("The failure of rank %d cannot be recorded in %s: %s", rank, folder, full)
+        raise
+
+
+def is_definite(error: Exception) -> bool:
+    """Whether a job that failed so would fail again: a wrong setting or input, a full disk, a loss that is not finite.
+
+    Anything that may pass, such as a lost connection, a hiccup of the file system or an error of the device, is not.
+    """
+    if isinstance(error, TimeoutError | ConnectionError | MemoryError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in _PASSING_ERRORS
+    return not isinstance(error, RuntimeError) or isinstance(error, _FINAL_RUNTIME_ERRORS)
+
+
+def _run_as_rank(
+    config: Config,
+    run: RunFolder,
+    job: Job,
+    place: submitit.JobEnvironment,
+    make_control: Callable[[], JobControl],
+    *,
+    restart: int = 0,
+) -> None:
+    """Meet the other ranks, if there are any, and run the stage.
+
+    Args:
+        config: of the run.
+        run: its directory.
+        job: to run.
+        place: of this process among the ranks.
+        make_control: called once the ranks have met.
+        restart: tells the starts of one job id apart.
 
     Raises:
-        RuntimeError: the job has another number of tasks than the config asks ranks for.
+        ValueError: the job has another number of tasks than the config asks ranks for.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run = RunFolder(path)
-    config = read_config(run.config)
-    place, asked = submitit.JobEnvironment(), getattr(config.resources, job.stage).ranks
+    asked = getattr(config.resources, job.stage).ranks
     if place.num_tasks != asked:
-        raise RuntimeError(
-            f"resources.{job.stage}.ranks={asked}, but job {place.job_id} has {place.num_tasks} tasks. Training with "
-            "another number of ranks than was asked for would not be the same run."
+        raise ValueError(
+            f"resources.{job.stage} asks for {asked} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
+            "Training with another number of ranks than was asked for would not be the same run."
         )
-    _set_threads(config, job, local_ranks=-(-place.num_tasks // place.num_nodes))
-    device = _device(config, local_rank=place.local_rank)
-    if asked == 1:
-        _run(config, run, job, device)
-        return
-    host = socket.gethostname() if place.num_nodes > 1 else "127.0.0.1"
-    if place.num_nodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    join(
-        run.path / "rendezvous",
-        job=f"{job.name.replace('/', '-')}-{place.job_id}",
-        rank=place.global_rank,
-        world_size=place.num_tasks,
-        host=host,
-        device=device,
-    )
+    local_ranks = -(-place.num_tasks // place.num_nodes)
+    _set_threads(config, job, local_ranks=local_ranks)
+    device = _device(config, local_rank=place.local_rank, local_ranks=local_ranks)
+    if asked > 1:
+        if place.num_nodes == 1:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        join(
+            run.path / "rendezvous",
+            start=f"{job.name.replace('/', '-')}-{place.job_id}-{restart}",
+            rank=place.global_rank,
+            world_size=place.num_tasks,
+            address=own_address(place.num_nodes),
+            device=device,
+        )
+    control = make_control()
     try:
-        _run(config, run, job, device)
+        _run(config, run, job, device, control)
     finally:
-        dist.destroy_process_group()
+        control.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _run(config: Config, run: RunFolder, job: Job, device: torch.device) -> None:
+def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
     match job.stage:
         case "prepare":
-            prepare.run(config)
+            prepare.run(config, run)
         case "pretrain":
-            pretrain.run(config, run, device)
+            pretrain.run(config, run, device, control=control)
         case "finetune" | "baseline":
             assert job.cell is not None, "a sweep's jobs are its cells"
-            finetune.run_cell(config, run, device, sweep=job.stage, cell=job.cell)
+            finetune.run_cell(config, run, device, sweep=job.stage, cell=job.cell, control=control)
         case "selection":
-            selection.run(config, run, device)
+            selection.run(config, run, device, control=control)
         case "report":
             from paws_hpc.stages.report import build_report  # noqa: PLC0415 - matplotlib takes seconds to import
 
@@ -87,7 +220,7 @@ def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
 
 
-def _device(config: Config, *, local_rank: int) -> torch.device:
+def _device(config: Config, *, local_rank: int, local_ranks: int) -> torch.device:
     """Of this rank.
 
     Raises:
@@ -95,11 +228,22 @@ def _device(config: Config, *, local_rank: int) -> torch.device:
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    bound = seen == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # Slurm shows each task its own device alone
+    if not bound and local_ranks > seen:
         raise ValueError(
-            f"device={config.device}: local rank {local_rank} finds {torch.cuda.device_count()} CUDA devices. "
-            "Ask for as many GPUs as tasks per node, or use device=cpu."
+            f"device={config.device}: {local_ranks} ranks on this node find {seen} CUDA devices. Ask for as many GPUs "
+            "as tasks per node, or use device=cpu."
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", 0 if bound else local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def _fence(lease: Lease | None) -> Callable[[], None]:
+    """Of rank 0; the other ranks write nothing."""
+    return lease.fence if lease is not None else lambda: None

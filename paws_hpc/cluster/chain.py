@@ -1,4 +1,4 @@
-"""The chain: which stages a run has, what each consists of, and what ``chain.json`` says of them."""
+"""The chain: which jobs a run has, which wait for which, and what ``chain.json`` says of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import platform
 import secrets
 import shutil
 import subprocess
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,29 @@ from typing import Any
 from paws_hpc.config import STAGES, Config
 from paws_hpc.engine.finetune import Cell
 from paws_hpc.files import read_json, write_json
+from paws_hpc.stages.attempts import now
 from paws_hpc.stages.finetune import SWEEPS, sweep_config
+from paws_hpc.stages.report_run import parse_cell
 from paws_hpc.stages.run_folder import RunFolder, is_done
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "pretrain": ("prepare",),
+    "finetune": ("pretrain",),
+    "baseline": ("prepare",),
+    "selection": ("pretrain",),
+    "report": (),
+}
+"""Stages without whose success a stage cannot begin; it is cancelled when one of them fails."""
+
+FOLLOWS: dict[str, tuple[str, ...]] = dict.fromkeys(STAGES, ()) | {
+    "selection": ("finetune", "baseline"),
+    "report": ("prepare", "pretrain", "finetune", "baseline", "selection"),
+}
+"""Stages whose end a stage waits for, however they end: selection makes do with the cells that succeeded, and a report
+of a broken chain is when a report is needed most."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +49,42 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For people and logs."""
+        """For people and logs, and of its folder under ``jobs/``."""
         return self.stage if self.cell is None else f"{self.stage}/{self.cell.name}"
 
-    def is_done(self, run: RunFolder) -> bool:
+    @property
+    def has_steps(self) -> bool:
+        """Whether it trains, and so can be stopped between two steps; the others start over in moments."""
+        return self.stage in ("pretrain", *SWEEPS)
+
+    def folder(self, run: RunFolder) -> Path:
+        """Where the stage writes, with ``DONE`` as the last thing."""
+        return run.path / self.stage if self.cell is None else run.cell(self.stage, self.cell)
+
+    def is_done(self, config: Config, run: RunFolder) -> bool:
         """Whether its result is in the run directory."""
         match self.stage:
-            case "pretrain":
-                return is_done(run.pretrain)
-            case stage if stage in SWEEPS and self.cell is not None:
-                return is_done(run.cell(stage, self.cell))
+            case "prepare":
+                stores = (Path(config.data.train), Path(config.data.test))
+                return is_done(self.folder(run)) and all((store / "manifest.json").exists() for store in stores)
+            case "selection":
+                return run.result.exists()
+            case "report":
+                return run.report.exists()
             case _:
-                return False  # the others check for themselves what is there, in moments
+                return is_done(self.folder(run))
+
+    def progress(self, run: RunFolder) -> int:
+        """Training steps of its newest checkpoint, 0 where there is none."""
+        saved = (self.folder(run) / "checkpoints").glob("step-*.json")  # written after the weights
+        return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)
+
+
+def job_called(name: str) -> Job:
+    """The job of a name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
+    stage, _, cell = name.partition("/")
+    point = parse_cell(cell)
+    return Job(stage, None if point is None else Cell(*point))
 
 
 def jobs_of(config: Config, stage: str) -> list[Job]:
@@ -54,7 +95,7 @@ def jobs_of(config: Config, stage: str) -> list[Job]:
 
 
 class Chain:
-    """``chain.json`` of one run."""
+    """``chain.json`` of one run; only the launcher writes it."""
 
     def __init__(self, run: RunFolder, name: str) -> None:
         """Read it, or begin it."""
@@ -65,39 +106,50 @@ class Chain:
         self._value = {
             "name": name,
             "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": now(),
             "versions": {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
             | {package: version(package) for package in _PACKAGES},
             "commit": _commit(),
             "host_cores": os.cpu_count(),
-            "stages": [{"name": stage, "state": "pending", "seconds": None} for stage in STAGES],
+            "submissions": [],
         }
         write_json(self._path, self._value)
 
-    def begin(self, stage: str) -> float:
-        """Mark a stage as running; returns the time to hand to :meth:`end`."""
-        self._entry(stage)["state"] = "running"
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits, unique to the run."""
+        return str(self._value["id"])
+
+    @property
+    def submissions(self) -> list[dict[str, Any]]:
+        """What was submitted to a scheduler, oldest first."""
+        return list(self._value["submissions"])
+
+    def add_submission(self, submission: dict[str, Any]) -> None:
+        """Remember jobs that were submitted together."""
+        self._value["submissions"] = [*self.submissions, submission]
+        self._value.pop("cancelled", None)
         write_json(self._path, self._value)
-        return time.monotonic()
 
-    def end(self, stage: str, began: float, *, state: str, worked: bool = True) -> None:
-        """Mark a stage as ``done`` or ``failed``; its seconds add up over restarts.
+    def mark_cancelled(self) -> None:
+        """Remember that a person ended this chain."""
+        write_json(self._path, self._value | {"cancelled": now()})
 
-        Args:
-            stage: its name.
-            began: from :meth:`begin`.
-            state: ``done`` or ``failed``.
-            worked: False for a stage that was done already, whose seconds stay as they are.
+    def job_ids(self) -> dict[str, str]:
+        """Job name → the id under which it was last submitted."""
+        return {job["job"]: job["job_id"] for submission in self.submissions for job in submission["jobs"]}
+
+    def job_name(self, job_id: str) -> str:
+        """The job that was submitted under an id.
+
+        Raises:
+            ValueError: none was.
         """
-        entry = self._entry(stage)
-        entry["state"] = state
-        if worked:
-            entry["seconds"] = round((entry["seconds"] or 0.0) + time.monotonic() - began, 2)
-        write_json(self._path, self._value)
-
-    def _entry(self, stage: str) -> dict[str, Any]:
-        entry: dict[str, Any] = next(entry for entry in self._value["stages"] if entry["name"] == stage)
-        return entry
+        for submission in self.submissions:
+            for job in submission["jobs"]:
+                if job["job_id"] == job_id:
+                    return str(job["job"])
+        raise ValueError(f"{self._path} knows no job {job_id}.")
 
 
 def _commit() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from dataclasses import asdict
@@ -84,24 +85,35 @@ def read_config(path: Path) -> Config:
 
 
 def freeze(config: Config, path: Path) -> None:
-    """Write the config of a run, or check it against the one with which the run was begun.
+    """Write the config of a run, once :func:`check_frozen` has nothing against it.
 
-    Fields that do not determine the result may differ, and so may those in ``accept_changes``; the file is updated.
+    Raises:
+        ConfigError: it is another experiment than the one with which the run was begun.
+    """
+    check_frozen(config, path)
+    asked = dataclasses.replace(config, dry_run=False, cancel=False)  # asked of the launcher, not of the run
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(asked)))
+
+
+def check_frozen(config: Config, path: Path) -> None:
+    """Check a config against the one with which a run was begun, if it was.
+
+    Fields that do not determine the result may differ, and so may those in ``accept_changes``.
 
     Raises:
         ConfigError: other fields differ; both values are named.
     """
-    if path.exists():
-        now, then = identity(config), identity(read_config(path))
-        differing = [
-            name
-            for name in sorted(now.keys() | then.keys())
-            if now.get(name) != then.get(name) and name not in config.accept_changes
-        ]
-        if differing:
-            told = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
-            raise ConfigError(
-                f"{path.parent} was begun with other settings: {told}. Give this run another name=…, or continue it "
-                f"all the same with accept_changes=[{','.join(differing)}]."
-            )
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    if not path.exists():
+        return
+    now, then = identity(config), identity(read_config(path))
+    differing = [
+        name
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name) and name not in config.accept_changes
+    ]
+    if differing:
+        told = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
+        raise ConfigError(
+            f"{path.parent} was begun with other settings: {told}. Give this run another name=…, or continue it "
+            f"all the same with accept_changes=[{','.join(differing)}]."
+        )

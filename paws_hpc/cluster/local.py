@@ -9,7 +9,7 @@ from pathlib import Path
 
 import submitit
 
-from paws_hpc.cluster.bootstrap import run_job, run_job_as_rank
+from paws_hpc.cluster.bootstrap import run_job, run_job_as_local_rank
 from paws_hpc.cluster.chain import Chain, Job, jobs_of
 from paws_hpc.config import STAGES, Config
 from paws_hpc.stages.run_folder import RunFolder
@@ -28,19 +28,13 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
     Returns:
         the names of the jobs that had work to do.
     """
-    chain = Chain(run, config.name)
+    Chain(run, config.name)
     worked: list[str] = []
     for stage in (stage for stage in STAGES if stage in config.stages):
-        pending = [job for job in jobs_of(config, stage) if not job.is_done(run)]
-        began = chain.begin(stage)
-        try:
-            for job in pending:
-                runner(job)
-        except BaseException:
-            chain.end(stage, began, state="failed")
-            raise
-        chain.end(stage, began, state="done", worked=bool(pending))
-        worked += [job.name for job in pending]
+        pending = [job for job in jobs_of(config, stage) if stage == "report" or not job.is_done(config, run)]
+        for job in pending:
+            runner(job)
+            worked.append(job.name)
     return worked
 
 
@@ -50,13 +44,13 @@ def in_process(run: RunFolder) -> Runner:
 
 
 def submitit_local(config: Config, run: RunFolder) -> Runner:
-    """Run each job as ``resources.<stage>.ranks`` processes on this machine and wait for it."""
+    """Run each job as as many processes as ``resources.<stage>`` has ranks on this machine and wait for it."""
 
     def runner(job: Job) -> None:
-        logs, ranks = run.path / "logs" / job.name.replace("/", "-"), getattr(config.resources, job.stage).ranks
+        logs, ranks = run.logs(job.stage), getattr(config.resources, job.stage).ranks
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(tasks_per_node=ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30)
-        submitted = executor.submit(run_job_as_rank, Path(run.path).resolve(), job)
+        submitted = executor.submit(run_job_as_local_rank, Path(run.path).resolve(), job)
         print(f"{job.name}: {ranks} rank{'s' if ranks > 1 else ''}, logs in {logs}", file=sys.stderr, flush=True)
         try:
             submitted.results()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,47 @@ from paws_hpc.files import read_json, write_json
 _POLL_S = 0.1
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where rank 0 can be reached, and where it listens.
+
+    Attributes:
+        host: name or number that the other ranks connect to.
+        listen_on: address of the interface; empty for all of them.
+    """
+
+    host: str
+    listen_on: str
+
+
+def own_address(num_nodes: int) -> Address:
+    """Of this machine: loopback on one node; MASTER_ADDR if the environment has it, for clusters where a node's name
+    leads to the wrong network; otherwise the node's name, on all interfaces."""
+    if num_nodes == 1:
+        return Address("127.0.0.1", "127.0.0.1")
+    if chosen := os.environ.get("MASTER_ADDR"):
+        return Address(chosen, chosen)
+    return Address(socket.gethostname(), "")
+
+
 def join(
-    folder: Path, *, job: str, rank: int, world_size: int, host: str, device: torch.device, timeout_s: float = 600.0
+    folder: Path,
+    *,
+    start: str,
+    rank: int,
+    world_size: int,
+    address: Address,
+    device: torch.device,
+    timeout_s: float = 600.0,
 ) -> None:
     """Form the process group of ``world_size`` ranks, over NCCL on GPUs and gloo on CPUs.
 
     Args:
-        folder: seen by all ranks; holds ``<job>.json`` with rank 0's address.
-        job: unique to this start of this job, so that no address of an earlier start is taken for it.
+        folder: seen by all ranks; holds ``<start>.json`` with rank 0's address.
+        start: unique to this start of this job, so that no address of an earlier start is taken for it.
         rank: of this process.
         world_size: of the job; 1 is only ever asked for, never fallen back to.
-        host: name or address of this process's machine, as the other ranks can reach it.
+        address: of this process's machine.
         device: of this rank.
         timeout_s: to wait for the others.
 
@@ -34,13 +66,13 @@ def join(
         TimeoutError: rank 0 published no address in time.
         RuntimeError: not all ranks arrived in time.
     """
-    path = folder / f"{job}.json"
+    path = folder / f"{start}.json"
     timeout = timedelta(seconds=timeout_s)
     if rank == 0:
-        listener = socket.create_server((host, 0))
+        listener = socket.create_server((address.listen_on, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host,
+            address.host,
             port,
             world_size,
             is_master=True,
@@ -48,10 +80,10 @@ def join(
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-        write_json(path, {"host": host, "port": port})
+        write_json(path, {"host": address.host, "port": port})
     else:
-        address = _wait_for(path, timeout_s)
-        store = dist.TCPStore(address["host"], address["port"], world_size, is_master=False, timeout=timeout)
+        published = _wait_for(path, timeout_s)
+        store = dist.TCPStore(published["host"], published["port"], world_size, is_master=False, timeout=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

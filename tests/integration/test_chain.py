@@ -106,7 +106,7 @@ def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyP
 def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path) -> None:
     losses = []
     for ranks in (1, 2):  # in fp64, where ten steps of two ranks and of one agree to the bar of 1e-8
-        run = (f"name=ranks-{ranks}", f"resources.pretrain.ranks={ranks}", "pretrain.precision=fp64")
+        run = (f"name=ranks-{ranks}", f"resources.pretrain.tasks_per_node={ranks}", "pretrain.precision=fp64")
         done = launch(tmp_path, "stages=[prepare,pretrain]", "pretrain.epochs=1", *run)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / f"runs/ranks-{ranks}/pretrain/metrics.jsonl").read_text().splitlines()
@@ -116,7 +116,9 @@ def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path)
 
 
 def test_a_rank_that_fails_fails_the_launch_loudly(tmp_path: Path) -> None:
-    failed = launch(tmp_path, "stages=[prepare,pretrain]", "resources.pretrain.ranks=2", "optimizer.peak_lr=1e30")
+    failed = launch(
+        tmp_path, "stages=[prepare,pretrain]", "resources.pretrain.tasks_per_node=2", "optimizer.peak_lr=1e30"
+    )
     assert failed.returncode != 0
     assert "The loss is" in failed.stderr
     assert not (tmp_path / "runs/run/pretrain/DONE").exists()

@@ -72,7 +72,7 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
         ("pretrain.support.classes=11", "support.classes=11, but only 10 classes have labelled images"),
         ("labels.per_class=3", "class 0 has only 3 labelled images"),
         ("labels.file=nowhere.txt labels.per_class=null", "nowhere.txt does not exist"),
-        ("resources.pretrain.ranks=3", "pretrain.batch_size=128 does not divide by 3 ranks"),
+        ("resources.pretrain.tasks_per_node=3", "pretrain.batch_size=128 does not divide by 3 ranks"),
     ],
 )
 def test_a_wrong_input_is_one_clear_line_and_exit_code_1(tmp_path: Path, override: str, message: str) -> None:

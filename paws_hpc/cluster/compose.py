@@ -1,0 +1,75 @@
+"""From words on a command line to a run: Hydra's composition, with errors in one line."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from paws_hpc.cluster.frozen import ConfigError, explain, to_config
+from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
+from paws_hpc.config import Config
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+ConfigStore.instance().store(name="schema", node=Config)
+# Under a name of its own: conf/hydra/launcher/submitit_slurm.yaml hides the plugin's, and extends it.
+ConfigStore.instance().store(
+    group="hydra/launcher", name="submitit_slurm_schema", node=SlurmQueueConf(), provider="submitit_launcher"
+)
+
+
+def runs_of(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run that sweeps such as ``seed=0,1,2`` ask for, in their order.
+
+    Raises:
+        ConfigError: an argument is no override.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise ConfigError(explain(error)) from error
+    return [list(run) for run in itertools.product(*(_values(override) for override in overrides))]
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
+    """The run that overrides describe, and the fields of its launcher.
+
+    Raises:
+        ConfigError: they do not compose, or to a run that cannot be.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
+        launcher = cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
+        with open_dict(composed):
+            del composed["hydra"]
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return to_config(plain), launcher
+
+
+def parameters_of(overrides: Sequence[str]) -> tuple[Config, dict[str, dict[str, Any]]]:
+    """The run that overrides describe as it would be submitted, and submitit's parameters for each of its stages."""
+    config, launcher = compose_run(overrides)
+    config = resolve(config, launcher)
+    return config, stage_parameters(config, launcher)

@@ -1,0 +1,343 @@
+"""The state of runs and of their jobs, put together from the run directory and from Slurm.
+
+What is known comes from four places, and every job says from which: the markers of finished stages; Slurm's queue, and
+its accounting where there is one, for jobs of the last submission; and the starts, heartbeats and ends that jobs write
+themselves, which is all there is for a run without Slurm or when Slurm cannot be asked. Nothing here writes, and a
+half-written or damaged file makes a note, not an error. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from paws_hpc.cluster import plan, scheduler, traces
+from paws_hpc.cluster.grace import grace_warnings
+from paws_hpc.cluster.inventory import Partition, partitions, settings
+from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.traces import Progress
+from paws_hpc.stages.attempts import Start, read_starts
+
+SILENT_S = 60.0  # six heartbeats
+_STUCK_S = 900.0
+_LOG_LINES = 12
+_TIMELESS = 3  # starts in a row from the same step
+
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+_FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+_REASONS = {
+    "DependencyNeverSatisfied": "DependencyNeverSatisfied: a job it waits for failed",
+    "JobHeldUser": "JobHeldUser: held, until `scontrol release`",
+    "BeginTime": "BeginTime: Slurm lets a requeued job wait about two minutes",
+}
+_HOW = {  # how a start ended → state of the job, as far as its own files tell
+    "done": "done",
+    "requeued": "waiting",
+    "failed": "failed",
+    "crashed": "failed",
+    "cancelled": "cancelled",
+    "interrupted": "interrupted",
+}
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """What Slurm said.
+
+    Attributes:
+        queue: jobs that the controller knows.
+        accounts: jobs that the data base knows.
+        trouble: why it could not be asked, or not all of it; None if it could.
+        partitions: by name.
+        settings: of the cluster.
+    """
+
+    queue: dict[str, QueuedJob] = field(default_factory=dict)
+    accounts: dict[str, AccountedJob] = field(default_factory=dict)
+    trouble: str | None = None
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobOverview:
+    """One job of a run.
+
+    Attributes:
+        job: ``pretrain``, ``finetune/lr=0.05,epochs=30``, …
+        stage: that it belongs to.
+        state: ``done``, ``running``, ``waiting`` (in the queue), ``silent`` (no heartbeat, and Slurm does not say),
+            ``failed``, ``cancelled``, ``interrupted``, ``submitted`` (nothing known since), ``lost`` (Slurm no longer
+            knows it, and it never said how it ended) or ``not started``.
+        reason: in Slurm's words or the job's own; may be empty.
+        source: of the state: ``marker``, ``squeue``, ``sacct``, ``starts`` (its own files) or ``chain`` (nothing but
+            the submission is known).
+        job_id: under which it was submitted last; None without Slurm.
+        restarts: starts after the first, over all submissions.
+        nodes: it runs on, as Slurm abbreviates them.
+        seconds: that its starts ran in all.
+        silent_s: since the last heartbeat of a start that has not ended.
+        progress: of a training job.
+        failure: of the rank that failed first (``rank``, ``type``, ``message``, ``definite``, ``host``, ``time``).
+        log: of that rank.
+        log_tail: its last lines.
+        notes: what else a user should know of it.
+    """
+
+    job: str
+    stage: str
+    state: str
+    reason: str
+    source: str
+    job_id: str | None
+    restarts: int
+    nodes: str
+    seconds: float
+    silent_s: float | None
+    progress: Progress | None
+    failure: dict[str, Any] | None
+    log: str | None
+    log_tail: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class RunOverview:
+    """A run: its jobs in the order of the chain, and what its files and Slurm have trouble with."""
+
+    name: str
+    path: str
+    state: str
+    created: str | None
+    cancelled: str | None
+    jobs: list[JobOverview]
+    warnings: list[str]
+    trouble: str | None
+
+    @property
+    def current(self) -> JobOverview | None:
+        """The job to look at: one that runs, else that failed, else that waits, else the last that is done."""
+        for state in ("running", "silent", "failed", "lost", "waiting", "submitted", "interrupted", "cancelled"):
+            for job in self.jobs:
+                if job.state == state:
+                    return job
+        return next((job for job in reversed(self.jobs) if job.state == "done"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``status --json`` prints: all fields, with ``seconds_left`` in each progress."""
+        value = asdict(self)
+        for job, written in zip(self.jobs, value["jobs"], strict=True):
+            if job.progress is not None:
+                written["progress"]["seconds_left"] = job.progress.seconds_left
+        return {"format": 1, "time": datetime.now(UTC).isoformat(timespec="seconds")} | value
+
+
+def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOverview]:
+    """Look at several runs, asking Slurm once.
+
+    Args:
+        paths: of run directories.
+        details: also ask for the cluster's settings, for warnings about the time that is left to save.
+    """
+    plans = [plan.read_plan(path) for path in paths]
+    wanted = {run.path: [job for job in run.jobs if job.job_id and not job.is_done] for run in plans}
+    ids = {job.job_id for jobs in wanted.values() for job in jobs if job.job_id}
+    owners = {run.path.stat().st_uid for run in plans if wanted[run.path]}
+    slurm = ask_slurm(ids, owners, details=details)
+    return [_run(run, slurm) for run in plans]
+
+
+def ask_slurm(job_ids: Iterable[str], owners: Iterable[int], *, details: bool) -> Slurm:
+    """Ask for jobs: the controller first, and the accounting for those that it has forgotten; never raises.
+
+    Args:
+        job_ids: those of interest; nothing is asked if there are none.
+        owners: user numbers whose queue to read.
+        details: also partitions and settings.
+    """
+    ids, known = set(job_ids), Slurm()
+    if not ids:
+        return known
+    try:
+        for owner in sorted(owners):
+            known = replace(known, queue=known.queue | scheduler.queue(str(owner)))
+        if details:
+            known = replace(known, partitions=partitions(), settings=settings())
+        if forgotten := ids - known.queue.keys():
+            known = replace(known, accounts=scheduler.accounting(forgotten) or {})
+    except (SchedulerUnreachableError, SchedulerError) as error:
+        return replace(known, trouble=str(error))
+    return known
+
+
+def _run(run: plan.Plan, slurm: Slurm) -> RunOverview:
+    jobs = [_job(run, job, slurm) for job in run.jobs]
+    warnings = [*run.warnings]
+    for planned, job in zip(run.jobs, jobs, strict=True):
+        if job.progress is not None and job.state in ("running", "waiting"):
+            warnings += grace_warnings(
+                job.job,
+                save_s=job.progress.save_s,
+                step_s=job.progress.step_s,
+                partition=slurm.partitions.get(planned.partition or ""),
+                settings=slurm.settings,
+                signal_delay_s=planned.signal_delay_s,
+            )
+    return RunOverview(
+        name=run.name,
+        path=str(run.path),
+        state=_state_of_run(run, jobs),
+        created=run.created,
+        cancelled=run.cancelled,
+        jobs=jobs,
+        warnings=warnings,
+        trouble=slurm.trouble if any(job.job_id and not job.is_done for job in run.jobs) else None,
+    )
+
+
+def _state_of_run(run: plan.Plan, jobs: list[JobOverview]) -> str:
+    states = {job.state for job in jobs}
+    if states == {"done"}:
+        return "done"
+    for state in ("running", "silent"):
+        if state in states:
+            return state
+    if run.cancelled:
+        return "cancelled"
+    for state in ("waiting", "submitted", "failed", "lost", "cancelled", "interrupted"):
+        if state in states:
+            return state
+    return "unfinished" if "done" in states else "not started"
+
+
+def _job(run: plan.Plan, job: plan.PlannedJob, slurm: Slurm) -> JobOverview:
+    notes: list[str] = []
+    try:
+        starts = read_starts(run.path / "jobs" / job.name)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        starts = []
+        notes.append(f"its starts cannot be read: {error}")
+    last = starts[-1] if starts else None
+    silent_s = _silence(last)
+    state, reason, source = _state(job, last, silent_s, slurm)
+    queued = slurm.queue.get(job.job_id or "")
+    progress = None
+    if job.trains:
+        progress = traces.read_progress(run.path / job.name, epochs=job.epochs, batch_size=job.batch_size)
+    failure = traces.first_failure(last) if last is not None else None
+    unlucky = state in ("failed", "interrupted", "lost", "silent")
+    log = traces.log_of(run.path / "logs" / job.stage, job.job_id, failure["rank"] if failure else 0)
+    log = log if unlucky else None
+    notes += _notes(state, starts, silent_s, progress)
+    return JobOverview(
+        job=job.name,
+        stage=job.stage,
+        state=state,
+        reason=reason,
+        source=source,
+        job_id=job.job_id,
+        restarts=max(len(starts) - 1, (queued.restarts or 0) if queued else 0),
+        nodes=queued.nodes if queued else "",
+        seconds=sum(start.seconds for start in starts),
+        silent_s=silent_s,
+        progress=progress,
+        failure=failure if unlucky else None,
+        log=str(log) if log else None,
+        log_tail=traces.last_lines(log, _LOG_LINES) if log else [],
+        notes=notes,
+    )
+
+
+def _state(job: plan.PlannedJob, last: Start | None, silent_s: float | None, slurm: Slurm) -> tuple[str, str, str]:
+    """State, reason and source of a job."""
+    if job.is_done:
+        return "done", "", "marker"
+    if (queued := slurm.queue.get(job.job_id or "")) is not None:
+        state, reason = _of_slurm(queued.state, queued.reason)
+        source = "squeue"
+    elif (accounted := slurm.accounts.get(job.job_id or "")) is not None:
+        state, reason = _of_slurm(accounted.state, f"exit code {accounted.exit_code}")
+        source = "sacct"
+    else:
+        state, reason, source = _of_starts(job, last, silent_s, asked=job.job_id is not None and not slurm.trouble)
+    if state in ("ended", "lost") and job.was_done:  # before this submission, which found nothing to do
+        return "done", "", "marker"
+    if state == "ended":
+        return "failed", "ended without finishing", source
+    return state, reason, source
+
+
+def _of_slurm(state: str, reason: str) -> tuple[str, str]:
+    if state in _WAITING:
+        return "waiting", _REASONS.get(reason, reason)
+    if state in _FAILED:
+        return "failed", state if reason in ("", "None", "NonZeroExitCode") else f"{state} ({reason})"
+    if state == "CANCELLED":
+        return "cancelled", "" if reason.startswith("exit code") else reason
+    if state == "COMPLETED":
+        return "ended", ""
+    return "running", "" if state == "RUNNING" else state
+
+
+def _of_starts(
+    job: plan.PlannedJob, last: Start | None, silent_s: float | None, *, asked: bool
+) -> tuple[str, str, str]:
+    """What the job's own files tell: ``asked`` says that Slurm was asked and does not know the job."""
+    if last is None or (job.job_id is not None and last.holder.job_id != job.job_id):
+        if job.job_id is None:
+            return "not started", "", "starts"
+        return ("lost", "Slurm no longer knows it", "chain") if asked else ("submitted", "", "chain")
+    if last.end is not None:
+        how = str(last.end.get("how"))
+        state = _HOW.get(how, how)
+        if asked and state == "waiting":
+            return "lost", "it was requeued, and Slurm no longer knows it", "starts"
+        return ("ended" if state == "done" else state), str(last.end.get("message") or ""), "starts"
+    if asked:
+        return "lost", "Slurm no longer knows it", "starts"
+    if silent_s is not None and silent_s > SILENT_S:
+        return "silent", f"silent for {span(silent_s)}", "starts"
+    return "running", "", "starts"
+
+
+def _silence(last: Start | None) -> float | None:
+    """Seconds since a start that has not ended gave a sign of life."""
+    if last is None or last.end is not None:
+        return None
+    seen = last.beat["time"] if last.beat is not None else last.began
+    return max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
+
+
+def _notes(state: str, starts: list[Start], silent_s: float | None, progress: Progress | None) -> list[str]:
+    notes = []
+    if state == "running" and silent_s is not None and silent_s > SILENT_S:
+        notes.append(f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped")
+    if state == "running" and not starts:
+        notes.append("starting: Python has not begun yet")
+    if state == "running" and starts and progress is not None:
+        since = max(progress.changed or 0.0, datetime.fromisoformat(starts[-1].began).timestamp())
+        if time.time() - since > _STUCK_S:
+            notes.append(f"no new metrics for {span(time.time() - since)}")
+    came = [start.holder.progress for start in starts]
+    repeated = next((i for i, step in enumerate(reversed(came)) if step != came[-1]), len(came))
+    if progress is not None and state != "done" and repeated >= _TIMELESS and progress.saved_step <= came[-1]:
+        notes.append(f"does not advance: the last {repeated} starts all began at step {came[-1]}")
+    earlier = [failure for start in starts[:-1] if (failure := traces.first_failure(start))]
+    if earlier and state in ("running", "waiting"):
+        notes.append(f"an earlier start failed: {earlier[-1].get('type')}: {earlier[-1].get('message')}")
+    return notes
+
+
+def span(seconds: float) -> str:
+    """A length of time for people: ``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 04 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"

@@ -1,0 +1,67 @@
+"""What each stage asks of Slurm: the launcher's fields, where ``resources.<stage>`` says nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from paws_hpc.config import STAGES, Config
+
+Launcher = Mapping[str, Any]
+"""The fields of ``hydra/launcher=submitit_slurm`` as Hydra composed them."""
+
+_ALONE = ("prepare", "selection", "report")  # one task, whatever shape the launcher gives to training
+_WITHOUT_GPU = ("prepare", "report")
+_SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")
+_PLACE = (
+    "timeout_min", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu", "partition", "account",
+    "qos", "comment", "constraint", "exclude", "signal_delay_s", "array_parallelism",
+)  # fmt: skip
+
+
+def resolve(config: Config, launcher: Launcher) -> Config:
+    """Fill what ``resources`` leaves open with the launcher's values, which checks the batch sizes against the ranks.
+
+    Stages of a single task take its partition, time and so on, but not its shape: they have one node, one task, and at
+    most one GPU.
+    """
+    stages = {}
+    for stage in STAGES:
+        asked = getattr(config.resources, stage)
+        known = {name.name for name in dataclasses.fields(asked)}
+        given = {name: value for name, value in launcher.items() if name in known and name != "additional_parameters"}
+        if stage in _ALONE:
+            gpus = 0 if stage in _WITHOUT_GPU else min(1, given.get("gpus_per_node") or 0)
+            given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
+        filled = {name: value for name, value in given.items() if getattr(asked, name) is None}
+        extra = {**(launcher.get("additional_parameters") or {}), **asked.additional_parameters}
+        stages[stage] = dataclasses.replace(asked, **filled, additional_parameters=extra)
+    return dataclasses.replace(config, resources=dataclasses.replace(config.resources, **stages))
+
+
+def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, Any]]:
+    """What ``submitit.SlurmExecutor.update_parameters`` is given per stage.
+
+    Args:
+        config: as :func:`resolve` returns it.
+        launcher: of which fields that ``resources`` does not have are taken too.
+    """
+    parameters = {}
+    for stage in STAGES:
+        resources = getattr(config.resources, stage)
+        shape = () if stage in _ALONE else _SHAPE
+        fields = {name: launcher.get(name) for name in (*_PLACE, *shape)} | {
+            name.name: getattr(resources, name.name) for name in dataclasses.fields(resources)
+        }
+        del fields["threads_per_rank"]
+        parameters[stage] = {name: value for name, value in fields.items() if value is not None} | {
+            "stderr_to_stdout": True,
+            "additional_parameters": {"requeue": True, **resources.additional_parameters},
+            "srun_args": ["--kill-on-bad-exit=1", "--wait=60"],
+            "setup": [*(launcher.get("setup") or []), *_SETUP],
+        }
+    return parameters
+
+
+_SETUP = ["# Signals to the job reach this shell too; it must outlive srun to look after a crash.", "trap : TERM USR2"]

@@ -1,0 +1,196 @@
+"""The chain on Slurm: submit all of its jobs or none.
+
+Jobs are submitted held and released together once ``chain.json`` names them. A launcher that is killed in between
+leaves jobs that cannot start, and the next launch of the run finds them by their names and cancels them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from paws_hpc.cluster import scheduler
+from paws_hpc.cluster.bootstrap import run_job_on_slurm
+from paws_hpc.cluster.chain import Chain
+from paws_hpc.cluster.frozen import check_frozen, freeze
+from paws_hpc.cluster.liveness import ENDED
+from paws_hpc.cluster.plan import Planned, dependency, plan
+from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
+from paws_hpc.cluster.scheduler import QueuedJob, SchedulerError
+from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
+from paws_hpc.config import Config
+from paws_hpc.files import exclusive
+from paws_hpc.stages.attempts import now
+from paws_hpc.stages.run_folder import RunFolder
+
+
+class SlurmChain:
+    """One run as jobs on Slurm."""
+
+    def __init__(self, config: Config, run: RunFolder, launcher: Launcher) -> None:
+        """Prepare; nothing is written or submitted.
+
+        Args:
+            config: of the run; what ``resources`` leaves open is filled from the launcher.
+            run: its directory.
+            launcher: the fields of ``hydra/launcher=submitit_slurm``.
+        """
+        self.config, self.run = resolve(config, launcher), run
+        self.parameters = stage_parameters(self.config, launcher)
+
+    def launch(self) -> list[dict[str, Any]]:
+        """Submit what is unfinished and not in the queue, and return at once.
+
+        Returns:
+            the jobs that were submitted: ``job``, ``job_id``, ``after``, …; empty if there is nothing to do.
+
+        Raises:
+            ConfigError: a field or another run under this name stands against it.
+            SchedulerError: Slurm refused a job; those that it had taken are cancelled.
+            SchedulerUnreachableError: Slurm could not be asked.
+        """
+        with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
+            freeze(self.config, self.run.config)
+            chain = Chain(self.run, self.config.name)
+            queued = scheduler.queue()
+            scheduler.cancel(_orphans(chain, queued))
+            active = _active(chain, queued)
+            scheduler.release(job.job_id for job in active.values() if job.reason == "JobHeldUser")
+            planned = plan(self.config, self.run, active)
+            if not planned:
+                return []
+            number = len(chain.submissions) + 1
+            frozen = self.run.path / "submissions" / f"{number:04d}" / "config.yaml"
+            freeze(self.config, frozen)
+            snapshot = take_snapshot(self.run.path)
+            try:
+                jobs = self._submit(planned, active, frozen, snapshot, chain.id)
+            except BaseException as error:
+                scheduler.cancel(_orphans(chain, scheduler.queue()))
+                if isinstance(error, FailedJobError | FailedSubmissionError):
+                    raise SchedulerError(f"Slurm refused a job, so none was submitted. It said: {error}") from error
+                raise
+            chain.add_submission({"time": now(), "launcher": "slurm", "code": snapshot.digest, "jobs": jobs})
+            scheduler.cancel(job_id for each in planned for job_id in each.replaces)
+            scheduler.release(sorted({_base(job["job_id"]) for job in jobs}))
+            return jobs
+
+    def _submit(
+        self, planned: list[Planned], active: Mapping[str, QueuedJob], frozen: Path, snapshot: Snapshot, chain_id: str
+    ) -> list[dict[str, Any]]:
+        """Submit stage by stage, held, each with its dependencies on those before."""
+        replaced = {job_id for each in planned for job_id in each.replaces}
+        ids: dict[str, set[str]] = {}
+        for name, queued in active.items():
+            if queued.job_id not in replaced:
+                ids.setdefault(name.partition("/")[0], set()).add(_base(queued.job_id))
+        submitted = []
+        for each in planned:
+            after, parameters = dependency(each.stage, ids), self.parameters[each.stage]
+            executor = self._executor(each.stage, after, snapshot, chain_id)
+            place = (self.run.path.resolve(), frozen.resolve())
+            notice_s = float(parameters["signal_delay_s"])
+            with _outside_any_job(), executor.batch():
+                taken = [executor.submit(run_job_on_slurm, *place, job, notice_s=notice_s) for job in each.jobs]
+            facts = {"after": after, "partition": parameters.get("partition"), "notice_s": notice_s}
+            submitted += [
+                {"job": job.name, "job_id": str(as_taken.job_id), **facts}
+                for job, as_taken in zip(each.jobs, taken, strict=True)
+            ]
+            ids.setdefault(each.stage, set()).add(_base(str(taken[0].job_id)))
+        return submitted
+
+    def dry_run(self) -> Iterator[tuple[str, str]]:
+        """What :meth:`launch` would submit if nothing of the chain were in the queue; writes nothing.
+
+        Yields:
+            stage and sbatch script; ids that are not known yet read ``<stage>``.
+        """
+        check_frozen(self.config, self.run.config)
+        ids: dict[str, set[str]] = {}
+        snapshot = plan_snapshot(self.run.path)
+        for each in plan(self.config, self.run, {}):
+            executor = self._executor(each.stage, dependency(each.stage, ids), snapshot, "<chain id>")
+            if len(each.jobs) > 1:
+                executor.parameters["map_count"] = len(each.jobs)
+            ids[each.stage] = {f"<{each.stage}>"}
+            # submitit has no public way to show a script.
+            yield each.stage, executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+    def _executor(self, stage: str, after: str | None, snapshot: Snapshot, chain_id: str) -> submitit.SlurmExecutor:
+        """Of a stage's jobs: held, and run by the frozen code behind the shield."""
+        python, parameters = shlex.quote(sys.executable), self.parameters[stage]
+        shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
+        aftermath = f"{shielded} -m paws_hpc.cluster.aftermath {shlex.quote(str(self.run.path.resolve()))}"
+        waiting = {"hold": True} | ({"dependency": after, "kill-on-invalid-dep": "yes"} if after else {})
+        executor = submitit.SlurmExecutor(folder=self.run.logs(stage), python=shielded, max_num_timeout=0)
+        executor.update_parameters(
+            **{
+                **parameters,
+                "name": f"{self.config.name}.{stage}.{chain_id}",
+                "additional_parameters": {**parameters["additional_parameters"], **waiting},
+                "teardown": [
+                    "status=$?",
+                    '[ "$status" -eq 0 ] && exit 0',
+                    f"{aftermath} {self.config.restarts_without_progress}",
+                    'exit "$status"',
+                ],
+            }
+        )
+        return executor
+
+
+def cancel_chain(run: RunFolder) -> list[str]:
+    """End all jobs of a run, and return their ids."""
+    with exclusive(run.path / ".lock"):
+        chain = Chain(run, "")
+        queued = scheduler.queue()
+        ended = [*_orphans(chain, queued), *(job.job_id for job in _active(chain, queued).values())]
+        scheduler.cancel(ended)
+        chain.mark_cancelled()
+        return ended
+
+
+def _active(chain: Chain, queued: Mapping[str, QueuedJob]) -> dict[str, QueuedJob]:
+    """The jobs of the chain that run or wait, by name."""
+    return {
+        name: queued[job_id]
+        for name, job_id in chain.job_ids().items()
+        if job_id in queued and queued[job_id].state not in ENDED
+    }
+
+
+def _orphans(chain: Chain, queued: Mapping[str, QueuedJob]) -> list[str]:
+    """Ids of jobs that a launcher of this chain submitted before it died, so that ``chain.json`` does not name them."""
+    known: Collection[str] = chain.job_ids().values()
+    return [
+        job.job_id
+        for job in queued.values()
+        if job.name.endswith(f".{chain.id}") and job.job_id not in known and job.state not in ENDED
+    ]
+
+
+def _base(job_id: str) -> str:
+    """The id of the array to which an element belongs."""
+    return job_id.partition("_")[0]
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """A job that is submitted from within a job must not inherit that one's shape."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    conf = os.environ.get("SLURM_CONF")
+    with submitit.helpers.clean_env():
+        if conf is not None:  # where Slurm is, which is no property of the job
+            os.environ["SLURM_CONF"] = conf
+        yield

@@ -1,0 +1,166 @@
+"""What a job leaves in its run directory: how far it came, how fast it goes, and what it said last.
+
+Read by those who watch, while the job writes: a file may be absent, or end in half a line. Nothing here imports torch,
+which would take longer than the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paws_hpc.files import read_json
+from paws_hpc.stages.attempts import Start
+
+_TAIL_BYTES = 1 << 20  # of a metrics file; holds some tens of epochs
+_LOG_BYTES = 1 << 16
+_VALIDATION = ("validation/paws_nn", "validation_accuracy")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training job came. None is what its files do not tell (yet).
+
+    Attributes:
+        step: training steps done, saved or not.
+        saved_step: of the newest checkpoint; 0 without one.
+        total_steps: of the whole job.
+        epoch: passes over the data done, with fractions.
+        epochs: of the whole job.
+        images_per_s: over all ranks, in the last stretch that was logged.
+        validation_accuracy: in [0, 1]; the last one, or of a finished cell the best.
+        save_s: seconds that writing the newest checkpoint took.
+        step_s: seconds of a step, from the rate.
+        changed: when the metrics grew last, as a POSIX time.
+    """
+
+    step: int = 0
+    saved_step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    epochs: int | None = None
+    images_per_s: float | None = None
+    validation_accuracy: float | None = None
+    save_s: float | None = None
+    step_s: float | None = None
+    changed: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the last rate, without the time that validation and saving take."""
+        if self.total_steps is None or self.step_s is None:
+            return None
+        return max(self.total_steps - self.step, 0) * self.step_s
+
+
+def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | None = None) -> Progress:
+    """How far the job came that writes to ``folder`` (``pretrain``, or a cell of a sweep).
+
+    Args:
+        folder: with ``metrics.jsonl``, ``checkpoints/`` and, when it is done, ``DONE``.
+        epochs: that the config asks for.
+        batch_size: images per step, over all ranks.
+    """
+    metrics = folder / "metrics.jsonl"
+    rows = [row for row in tail_rows(metrics) if isinstance(row.get("step"), int)]
+    saved_step, save_s = _newest_save(folder / "checkpoints")
+    step = max(max((row["step"] + 1 for row in rows), default=0), saved_step)
+    epoch = _last(rows, "epoch")
+    total: int | None = _mapping(folder / "DONE").get("steps")
+    placed = next((row for row in reversed(rows) if row.get("epoch")), None)
+    if total is None and epochs is not None and placed is not None:
+        total = round(epochs * (placed["step"] + 1) / placed["epoch"])
+    rate = _last(rows, "throughput/images_per_s")
+    best = _mapping(folder / "result.json").get("validation_accuracy")
+    return Progress(
+        step=step if total is None else min(step, total),
+        saved_step=saved_step,
+        total_steps=total,
+        epoch=epoch,
+        epochs=epochs,
+        images_per_s=rate,
+        validation_accuracy=_last(rows, *_VALIDATION) if best is None else best,
+        save_s=save_s,
+        step_s=batch_size / rate if batch_size and rate else None,
+        changed=metrics.stat().st_mtime if metrics.exists() else None,
+    )
+
+
+def tail_rows(path: Path) -> list[dict[str, Any]]:
+    """The last rows of a ``metrics.jsonl``, whole ones only; none where there is no file."""
+    rows = []
+    for line in _tail(path, _TAIL_BYTES):
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line being written, or one torn by a kill: training drops it when it resumes
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def first_failure(start: Start) -> dict[str, Any] | None:
+    """Of the ranks that failed in a start, the one that failed first: the others often fail of its absence."""
+    return min(start.failures, key=lambda failure: str(failure.get("time")), default=None)
+
+
+def log_of(logs: Path, job_id: str | None, rank: int) -> Path | None:
+    """The log of a rank.
+
+    Args:
+        logs: ``logs/<stage>`` of the run.
+        job_id: ``17`` or ``18_0``; None for the newest job there.
+        rank: of the process.
+    """
+    if job_id is not None:
+        path = logs / f"{job_id}_{rank}_log.out"
+        return path if path.exists() else None
+    return max(logs.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last ``count`` lines of a log that are not blank."""
+    return [line.rstrip() for line in _tail(path, _LOG_BYTES) if line.strip()][-count:]
+
+
+def _tail(path: Path, size: int) -> list[str]:
+    """The lines in the last ``size`` bytes, without the part of a line with which they begin."""
+    try:
+        with open(path, "rb") as file:
+            cut = max(file.seek(0, os.SEEK_END) - size, 0)
+            file.seek(cut)
+            lines = file.read().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    return lines[1:] if cut else lines
+
+
+def _newest_save(checkpoints: Path) -> tuple[int, float | None]:
+    """Step of the newest checkpoint and the seconds that writing it took; (0, None) without one."""
+    records = sorted(checkpoints.glob("step-*.json"), reverse=True)
+    for path in records:
+        step, record = path.stem.removeprefix("step-"), _mapping(path)
+        if step.isdigit() and record:  # it may have been removed for a newer one since
+            return int(step), record.get("seconds")
+    return 0, None
+
+
+def _last(rows: list[dict[str, Any]], *names: str) -> float | None:
+    for row in reversed(rows):
+        for name in names:
+            if isinstance(row.get(name), int | float):
+                return float(row[name])
+    return None
+
+
+def _mapping(path: Path) -> Mapping[str, Any]:
+    """The JSON object in ``path``; empty if there is none."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
