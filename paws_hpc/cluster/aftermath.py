@@ -11,43 +11,49 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from paws_hpc.cluster import scheduler
-from paws_hpc.cluster.chain import Chain, job_called
-from paws_hpc.cluster.slurm_job import SlurmJob
-from paws_hpc.stages.attempts import Start, read_starts, record_end
-from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.cluster.own_job import own_job
+
+if TYPE_CHECKING:
+    from paws_hpc.stages.attempts import Start
 
 _LOG = logging.getLogger(__name__)
 
 
-def main(run: RunFolder, limit: int) -> None:
-    """Decide for the job whose batch script calls this."""
-    own = SlurmJob.this_process()
-    name = Chain(run, "").job_name(own.job_id)
-    state = scheduler.job_state(own.job_id)
-    if state != "RUNNING":
-        _LOG.info("Slurm says that job %s is %s: it is queued again already, or ended by others.", own.job_id, state)
+def main(path: Path, limit: int) -> None:
+    """Decide for the job whose batch script calls this.
+
+    Args:
+        path: the run directory.
+        limit: crashes in a row without progress after which the job fails.
+    """
+    job_id, restart = own_job()
+    state = scheduler.job_state(job_id)
+    if state != "RUNNING":  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
+        _LOG.info("Slurm says that job %s is %s: it is queued again already, or ended by others.", job_id, state)
         return
+    from paws_hpc.cluster.chain import Chain, job_called  # noqa: PLC0415
+    from paws_hpc.stages.attempts import read_starts, record_end  # noqa: PLC0415
+    from paws_hpc.stages.run_folder import RunFolder  # noqa: PLC0415
+
+    run = RunFolder(path)
+    name = Chain(run, "").job_name(job_id)
     folder, progress = run.job(name), job_called(name).progress(run)
-    starts = [start for start in read_starts(folder) if start.holder.job_id == own.job_id]
-    if starts and starts[-1].holder.restart == own.restart and starts[-1].end is None:
-        record_end(folder, starts[-1].number, "crashed", seconds=starts[-1].seconds, message=_reason(starts[-1]))
-        starts = [start for start in read_starts(folder) if start.holder.job_id == own.job_id]
-    if definite := [failure for start in starts[-1:] for failure in start.failures if failure["definite"]]:
+    starts = [start for start in read_starts(folder) if start.holder.job_id == job_id]
+    last = starts[-1] if starts and starts[-1].holder.restart == restart else None
+    if last is not None and last.end is None:
+        record_end(folder, last.number, "crashed", seconds=last.seconds, message=_reason(last))
+    definite = [failure for failure in (last.failures if last else []) if failure["definite"]]
+    fruitless = fruitless_crashes(starts, progress) if last is not None else restart + 1
+    if definite:
         _LOG.error("%s failed and would fail again: %s", name, definite[0]["message"])
-        return
-    fruitless = fruitless_crashes(starts, progress) if starts else own.restart + 1
-    if fruitless > limit:
-        _LOG.error(
-            "%s crashed %d times in a row without getting past step %d; restarts_without_progress=%d, so it fails.",
-            name, fruitless, progress, limit,
-        )  # fmt: skip
-        return
-    _LOG.warning(
-        "%s crashed at step %d or later (%d in a row without progress). Queued again.", name, progress, fruitless
-    )
-    scheduler.requeue(own.job_id)
+    elif fruitless > limit:
+        _LOG.error("%s crashed %d times in a row without getting past step %d: it fails.", name, fruitless, progress)
+    else:
+        _LOG.warning("%s crashed, %d times in a row without getting past step %d.", name, fruitless, progress)
+        scheduler.requeue(job_id)
 
 
 def fruitless_crashes(starts: list[Start], progress: int) -> int:
@@ -71,4 +77,4 @@ def _reason(start: Start) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    main(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -20,9 +20,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.bootstrap import run_job_on_slurm
 from paws_hpc.cluster.chain import Chain
+from paws_hpc.cluster.dependencies import ToSubmit, dependency, to_submit
 from paws_hpc.cluster.frozen import check_frozen, freeze
 from paws_hpc.cluster.liveness import ENDED
-from paws_hpc.cluster.plan import Planned, dependency, plan
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.cluster.scheduler import QueuedJob, SchedulerError
 from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
@@ -64,7 +64,7 @@ class SlurmChain:
             scheduler.cancel(_orphans(chain, queued))
             active = _active(chain, queued)
             scheduler.release(job.job_id for job in active.values() if job.reason == "JobHeldUser")
-            planned = plan(self.config, self.run, active)
+            planned = to_submit(self.config, self.run, active)
             if not planned:
                 return []
             number = len(chain.submissions) + 1
@@ -84,7 +84,7 @@ class SlurmChain:
             return jobs
 
     def _submit(
-        self, planned: list[Planned], active: Mapping[str, QueuedJob], frozen: Path, snapshot: Snapshot, chain_id: str
+        self, planned: list[ToSubmit], active: Mapping[str, QueuedJob], frozen: Path, snapshot: Snapshot, chain_id: str
     ) -> list[dict[str, Any]]:
         """Submit stage by stage, held, each with its dependencies on those before."""
         replaced = {job_id for each in planned for job_id in each.replaces}
@@ -117,7 +117,7 @@ class SlurmChain:
         check_frozen(self.config, self.run.config)
         ids: dict[str, set[str]] = {}
         snapshot = plan_snapshot(self.run.path)
-        for each in plan(self.config, self.run, {}):
+        for each in to_submit(self.config, self.run, {}):
             executor = self._executor(each.stage, dependency(each.stage, ids), snapshot, "<chain id>")
             if len(each.jobs) > 1:
                 executor.parameters["map_count"] = len(each.jobs)

@@ -7,6 +7,7 @@ import os
 import time
 
 from paws_hpc.cluster import scheduler
+from paws_hpc.cluster.own_job import own_job
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.stops import StopRequests
 from paws_hpc.stages.attempts import Lease
@@ -28,9 +29,7 @@ class SlurmJob:
     @classmethod
     def this_process(cls) -> SlurmJob:
         """As the environment says that Slurm made."""
-        array = os.environ.get("SLURM_ARRAY_JOB_ID")
-        job_id = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-        return cls(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        return cls(*own_job())
 
     def listen(self, *, notice_s: float, has_steps: bool) -> None:
         """Take requests to stop from now on.

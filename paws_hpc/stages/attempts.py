@@ -119,6 +119,26 @@ def _read(path: Path) -> Start:
     )
 
 
+def stage_times(jobs: Path, stage: str) -> tuple[str, float | None]:
+    """The state of a stage, as the starts of its jobs tell, and the seconds that they took together.
+
+    Args:
+        jobs: the folder of all jobs of a run.
+        stage: its name.
+
+    Returns:
+        ``pending``, ``running`` (or killed, which nobody could write down), ``failed``, or else how the last start of
+        its last job ended; seconds are None for a stage that was never started.
+    """
+    folders = sorted({path.parent for path in (jobs / stage).rglob("start-*.json")})
+    starts = [read_starts(folder) for folder in folders]
+    if not starts:
+        return "pending", None
+    ends = [several[-1].end["how"] if several[-1].end else "running" for several in starts]
+    state = next((how for how in ("failed", "crashed", "running") if how in ends), ends[-1])
+    return state.replace("crashed", "failed"), round(sum(start.seconds for several in starts for start in several), 2)
+
+
 def read_beat(folder: Path, number: int) -> dict[str, Any] | None:
     """The last heartbeat of a start, None before the first."""
     path = folder / f"beat-{number:04d}.json"

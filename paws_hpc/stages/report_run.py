@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.config import STAGES
 from paws_hpc.files import read_json
+from paws_hpc.stages.attempts import stage_times
 
 _CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
 
@@ -82,11 +84,14 @@ class RunRecord:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """chain.json's stages: name, state, seconds."""
-        return list(self.chain.get("stages", []))
+        """Name, state and seconds of every stage; empty where no chain was begun."""
+        if not self.chain:
+            return []
+        told = {stage: stage_times(self.folder / "jobs", stage) for stage in STAGES}
+        return [{"name": stage, "state": state, "seconds": seconds} for stage, (state, seconds) in told.items()]
 
     def state(self, stage: str) -> str:
-        """The state of a stage as one word; ``unknown`` where chain.json does not list it."""
+        """The state of a stage as one word; ``unknown`` where no chain was begun."""
         return next((str(entry["state"]) for entry in self.stages if entry["name"] == stage), "unknown")
 
 

@@ -142,21 +142,12 @@ def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Scor
 
 def stage_times(record: RunRecord) -> list[StageTime]:
     """State and seconds of each stage but the report, which cannot time itself while it is being written."""
-    measured = record.result.get("stages", {})
     stages = [stage for stage in record.stages if stage["name"] != "report"]
-    if not stages:
-        stages = [{"name": name, "state": "done", "seconds": value} for name, value in measured.items()]
-    seconds = [_seconds(stage, measured) for stage in stages]
-    total = sum(value or 0.0 for value in seconds) or 1.0
+    total = sum(stage["seconds"] or 0.0 for stage in stages) or 1.0
     return [
-        StageTime(str(stage["name"]), str(stage["state"]), duration(value), value or 0.0, (value or 0.0) / total)
-        for stage, value in zip(stages, seconds, strict=True)
+        StageTime(stage["name"], stage["state"], duration(seconds), seconds or 0.0, (seconds or 0.0) / total)
+        for stage, seconds in ((stage, stage["seconds"]) for stage in stages)
     ]
-
-
-def _seconds(stage: dict[str, Any], measured: dict[str, Any]) -> float | None:
-    value = stage.get("seconds")
-    return value if value is not None else measured.get(stage["name"])
 
 
 def result_table(run: Path) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from selenium.webdriver.common.by import By
 
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_tables import result_table
+from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
@@ -42,11 +43,12 @@ def write_run(
     chain = {
         "name": "digits", "created": "2025-11-22T16:53:07+00:00", "commit": "536bd850a1b2c3d4e5f60718293a4b5c6d7e8f90",
         "versions": {"paws_hpc": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "torchvision": "0.26.0"},
-        "host_cores": 2,
-        "stages": [{"name": name, "state": "done", "seconds": value} for name, value in stages.items()]
-        + [{"name": "report", "state": "running", "seconds": None}],
+        "host_cores": 2, "submissions": [],
     }  # fmt: skip
     _json(run / "chain.json", chain)
+    for stage, seconds in stages.items():
+        write_start(run, stage, how="done", seconds=seconds)
+    write_start(run, "report", how=None)
     config = (
         "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
     )
@@ -75,7 +77,7 @@ def write_run(
     digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
     _json(run / "result.json", {
         "labels": 4 * len(classes), "validation_labels": 90,
-        "classes": classes, "test": test, "stages": stages, "digests": digests, "seed": 0,
+        "classes": classes, "test": test, "digests": digests, "seed": 0,
     })  # fmt: skip
     return run
 
@@ -167,11 +169,9 @@ def kill(run: Path) -> Path:
         (run / name).unlink()
     metrics = run / "pretrain" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes()[: metrics.stat().st_size // 2 - 7])
-    chain = json.loads((run / "chain.json").read_text())
-    states = ["done", "running", "pending", "pending", "pending", "pending"]
-    for stage, state in zip(chain["stages"], states, strict=True):
-        stage["state"], stage["seconds"] = state, stage["seconds"] if state == "done" else None
-    _json(run / "chain.json", chain)
+    (run / "jobs/pretrain/end-0001.json").unlink()
+    for stage in ("finetune", "baseline", "selection", "report"):
+        shutil.rmtree(run / "jobs" / stage)
     return run
 
 

@@ -14,6 +14,7 @@ from paws_hpc.stages.report_panels import pretrain_panels
 from paws_hpc.stages.report_plots import Curve, Plot, draw, thin
 from paws_hpc.stages.report_run import Cell, Metrics, parse_cell, read_metrics, read_run
 from paws_hpc.stages.report_tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
+from tests.starts import write_start
 
 
 def _result(run: Path, **test: Any) -> Path:
@@ -52,17 +53,21 @@ def test_a_result_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         scores(read_run(tmp_path))
 
 
-def test_seconds_come_from_the_chain_and_leave_the_report_out(tmp_path: Path) -> None:
-    stages = [
-        {"name": "pretrain", "state": "done", "seconds": 5400.0},
-        {"name": "finetune", "state": "failed", "seconds": None},
-        {"name": "report", "state": "running", "seconds": None},
-    ]
-    (tmp_path / "chain.json").write_text(json.dumps({"name": "x", "stages": stages}))
-    assert result_table(tmp_path)[-2:] == [
+def test_seconds_add_up_over_starts_and_leave_the_report_out(tmp_path: Path) -> None:
+    (tmp_path / "chain.json").write_text(json.dumps({"name": "x"}))
+    write_start(tmp_path, "pretrain", how="requeued", seconds=1800)
+    write_start(tmp_path, "pretrain", how="done", seconds=3600, number=2)
+    write_start(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=2)
+    write_start(tmp_path, "finetune/lr=0.2,epochs=2", how="failed", seconds=1)
+    write_start(tmp_path, "report", how=None)
+    assert result_table(tmp_path)[-5:] == [
+        ("stage prepare", "\N{EN DASH}"),
         ("stage pretrain", "5,400 s (1 h 30 min)"),
-        ("stage finetune", "\N{EN DASH}"),
+        ("stage finetune", "3.0 s"),
+        ("stage baseline", "\N{EN DASH}"),
+        ("stage selection", "\N{EN DASH}"),
     ]
+    assert read_run(tmp_path).state("finetune") == "failed"
     assert duration(599.96) == "600.0 s"
 
 
