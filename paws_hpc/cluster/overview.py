@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.cluster import plan, scheduler, traces
+from paws_hpc.cluster import scheduler, traces
 from paws_hpc.cluster.grace import grace_warnings
 from paws_hpc.cluster.inventory import Partition, partitions, settings
+from paws_hpc.cluster.layout import JobLayout, Layout, read_layout
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.traces import Progress
 from paws_hpc.stages.attempts import Start, read_starts
@@ -34,8 +35,9 @@ _REASONS = {
     "JobHeldUser": "JobHeldUser: held, until `scontrol release`",
     "BeginTime": "BeginTime: Slurm lets a requeued job wait about two minutes",
 }
+_FORGOTTEN = "Slurm no longer knows it"
 _HOW = {  # how a start ended → state of the job, as far as its own files tell
-    "done": "done",
+    "done": "ended",
     "requeued": "waiting",
     "failed": "failed",
     "crashed": "failed",
@@ -143,12 +145,12 @@ def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOvervi
         paths: of run directories.
         details: also ask for the cluster's settings, for warnings about the time that is left to save.
     """
-    plans = [plan.read_plan(path) for path in paths]
-    wanted = {run.path: [job for job in run.jobs if job.job_id and not job.is_done] for run in plans}
+    layouts = [read_layout(path) for path in paths]
+    wanted = {run.path: [job for job in run.jobs if job.job_id and not job.is_done] for run in layouts}
     ids = {job.job_id for jobs in wanted.values() for job in jobs if job.job_id}
-    owners = {run.path.stat().st_uid for run in plans if wanted[run.path]}
+    owners = {run.path.stat().st_uid for run in layouts if wanted[run.path]}
     slurm = ask_slurm(ids, owners, details=details)
-    return [_run(run, slurm) for run in plans]
+    return [_run(run, slurm) for run in layouts]
 
 
 def ask_slurm(job_ids: Iterable[str], owners: Iterable[int], *, details: bool) -> Slurm:
@@ -174,18 +176,18 @@ def ask_slurm(job_ids: Iterable[str], owners: Iterable[int], *, details: bool) -
     return known
 
 
-def _run(run: plan.Plan, slurm: Slurm) -> RunOverview:
+def _run(run: Layout, slurm: Slurm) -> RunOverview:
     jobs = [_job(run, job, slurm) for job in run.jobs]
     warnings = [*run.warnings]
-    for planned, job in zip(run.jobs, jobs, strict=True):
+    for asked, job in zip(run.jobs, jobs, strict=True):
         if job.progress is not None and job.state in ("running", "waiting"):
             warnings += grace_warnings(
                 job.job,
                 save_s=job.progress.save_s,
                 step_s=job.progress.step_s,
-                partition=slurm.partitions.get(planned.partition or ""),
+                partition=_partition(asked, slurm),
                 settings=slurm.settings,
-                signal_delay_s=planned.signal_delay_s,
+                signal_delay_s=asked.notice_s,
             )
     return RunOverview(
         name=run.name,
@@ -199,7 +201,7 @@ def _run(run: plan.Plan, slurm: Slurm) -> RunOverview:
     )
 
 
-def _state_of_run(run: plan.Plan, jobs: list[JobOverview]) -> str:
+def _state_of_run(run: Layout, jobs: list[JobOverview]) -> str:
     states = {job.state for job in jobs}
     if states == {"done"}:
         return "done"
@@ -214,7 +216,7 @@ def _state_of_run(run: plan.Plan, jobs: list[JobOverview]) -> str:
     return "unfinished" if "done" in states else "not started"
 
 
-def _job(run: plan.Plan, job: plan.PlannedJob, slurm: Slurm) -> JobOverview:
+def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
     notes: list[str] = []
     try:
         starts = read_starts(run.path / "jobs" / job.name)
@@ -252,7 +254,7 @@ def _job(run: plan.Plan, job: plan.PlannedJob, slurm: Slurm) -> JobOverview:
     )
 
 
-def _state(job: plan.PlannedJob, last: Start | None, silent_s: float | None, slurm: Slurm) -> tuple[str, str, str]:
+def _state(job: JobLayout, last: Start | None, silent_s: float | None, slurm: Slurm) -> tuple[str, str, str]:
     """State, reason and source of a job."""
     if job.is_done:
         return "done", "", "marker"
@@ -283,25 +285,27 @@ def _of_slurm(state: str, reason: str) -> tuple[str, str]:
     return "running", "" if state == "RUNNING" else state
 
 
-def _of_starts(
-    job: plan.PlannedJob, last: Start | None, silent_s: float | None, *, asked: bool
-) -> tuple[str, str, str]:
+def _of_starts(job: JobLayout, last: Start | None, silent_s: float | None, *, asked: bool) -> tuple[str, str, str]:
     """What the job's own files tell: ``asked`` says that Slurm was asked and does not know the job."""
     if last is None or (job.job_id is not None and last.holder.job_id != job.job_id):
-        if job.job_id is None:
-            return "not started", "", "starts"
-        return ("lost", "Slurm no longer knows it", "chain") if asked else ("submitted", "", "chain")
+        known = "not started" if job.job_id is None else "lost" if asked else "submitted"
+        return known, _FORGOTTEN if known == "lost" else "", "starts" if job.job_id is None else "chain"
+    state, reason = "running", ""
     if last.end is not None:
         how = str(last.end.get("how"))
-        state = _HOW.get(how, how)
-        if asked and state == "waiting":
-            return "lost", "it was requeued, and Slurm no longer knows it", "starts"
-        return ("ended" if state == "done" else state), str(last.end.get("message") or ""), "starts"
-    if asked:
-        return "lost", "Slurm no longer knows it", "starts"
-    if silent_s is not None and silent_s > SILENT_S:
-        return "silent", f"silent for {span(silent_s)}", "starts"
-    return "running", "", "starts"
+        state, reason = _HOW.get(how, how), str(last.end.get("message") or "")
+    elif silent_s is not None and silent_s > SILENT_S:
+        state, reason = "silent", f"silent for {span(silent_s)}"
+    if asked and state in ("running", "silent", "waiting"):
+        state, reason = "lost", _FORGOTTEN
+    return state, reason, "starts"
+
+
+def _partition(job: JobLayout, slurm: Slurm) -> Partition | None:
+    """To which a job was submitted."""
+    if job.partition is not None:
+        return slurm.partitions.get(job.partition)
+    return next((partition for partition in slurm.partitions.values() if partition.default), None)
 
 
 def _silence(last: Start | None) -> float | None:

@@ -63,7 +63,8 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
     Args:
         folder: with ``metrics.jsonl``, ``checkpoints/`` and, when it is done, ``DONE``.
         epochs: that the config asks for.
-        batch_size: images per step, over all ranks.
+        batch_size: images per step, over all ranks; one of a sweep's cells may make do with fewer labels than that, and
+            then has a single step per epoch.
     """
     metrics = folder / "metrics.jsonl"
     rows = [row for row in tail_rows(metrics) if isinstance(row.get("step"), int)]
@@ -85,7 +86,7 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
         images_per_s=rate,
         validation_accuracy=_last(rows, *_VALIDATION) if best is None else best,
         save_s=save_s,
-        step_s=batch_size / rate if batch_size and rate else None,
+        step_s=batch_size / rate if batch_size and rate and (placed is None or step > placed["epoch"]) else None,
         changed=metrics.stat().st_mtime if metrics.exists() else None,
     )
 
