@@ -1,0 +1,118 @@
+"""Command: what became of a run, or of all runs.
+
+    python -m paws_hpc.status                      one line per run under runs/
+    python -m paws_hpc.status digits-seed0         its stages and jobs, failures and warnings
+    python -m paws_hpc.status digits-seed0 --watch
+
+It only reads. ``--json`` prints one object (or a list of them without RUN) with the fields of
+:class:`paws_hpc.cluster.overview.RunOverview`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from paws_hpc.cluster.overview import RunOverview, overviews
+from paws_hpc.cluster.overview_text import plain_run, plain_runs, rich_run, rich_runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 1 if there is no such run."""
+    options = _parser().parse_args(arguments)
+    try:
+        paths = [_find(options.run, options.runs)] if options.run else _all(options.runs)
+        if options.watch:
+            _watch(paths, options)
+        else:
+            _print(_look(paths, options), options)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paws_hpc.status", description="What became of a run, or of all runs under runs/."
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--watch", action="store_true", help="look again and again, until interrupted")
+    parser.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between looks (%(default)g)")
+    parser.add_argument("--all", action="store_true", help="list every cell of a sweep, also where many are alike")
+    parser.add_argument("--json", action="store_true", help="print JSON; with --watch one line per look")
+    return parser
+
+
+def _find(name: str, runs: Path) -> Path:
+    """The folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none; names that are spelled alike are in the message.
+    """
+    for path in (runs / name, Path(name)):
+        if _is_run(path):
+            return path
+    known = [path.name for path in _all(runs)] if runs.is_dir() else []
+    near = difflib.get_close_matches(Path(name).name, known, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:10]) or 'none'}."
+    raise FileNotFoundError(f"There is no run {name}, neither as a folder nor under {runs}. {hint}")
+
+
+def _all(runs: Path) -> list[Path]:
+    """The folders of all runs, the newest last.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not runs.is_dir():
+        raise FileNotFoundError(f"{runs} is no folder. Name the folder of all runs with --runs.")
+    found = [path for path in runs.iterdir() if _is_run(path)]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in ("chain.json", "config.yaml", "jobs"))
+
+
+def _look(paths: Sequence[Path], options: argparse.Namespace) -> list[RunOverview]:
+    return overviews(paths, details=options.run is not None)
+
+
+def _print(runs: list[RunOverview], options: argparse.Namespace) -> None:
+    if options.json:
+        values = [run.to_json() for run in runs]
+        print(json.dumps(values[0] if options.run else values, indent=None if options.watch else 2), flush=True)
+    elif sys.stdout.isatty():
+        Console().print(rich_run(runs[0], everything=options.all) if options.run else rich_runs(runs))
+    else:
+        print("\n".join(plain_run(runs[0], everything=options.all) if options.run else plain_runs(runs)), flush=True)
+
+
+def _watch(paths: Sequence[Path], options: argparse.Namespace) -> None:
+    """Look again and again; on a terminal in place, otherwise one block or line after another."""
+    if options.json or not sys.stdout.isatty():
+        while True:
+            _print(_look(paths, options), options)
+            time.sleep(options.every)
+    with Live(auto_refresh=False, screen=True) as live:
+        while True:
+            runs = _look(paths, options)
+            shown = rich_run(runs[0], everything=options.all) if options.run else rich_runs(runs)
+            live.update(shown, refresh=True)
+            time.sleep(options.every)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
