@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -80,6 +81,9 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
             if lease is not None:
                 own.give_back(step=stop.step)
         own.leave()
+    # Not through submitit, which would pickle a result that nobody reads, and a requeued job whose earlier start was
+    # killed while it wrote that file fails at its very end.
+    sys.exit(0)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import OmegaConf, open_dict
@@ -23,11 +24,13 @@ from paws_hpc.config import Config
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-ConfigStore.instance().store(name="schema", node=Config)
-# Under a name of its own: conf/hydra/launcher/submitit_slurm.yaml hides the plugin's, and extends it.
-ConfigStore.instance().store(
-    group="hydra/launcher", name="submitit_slurm_schema", node=SlurmQueueConf(), provider="submitit_launcher"
-)
+Plugins.instance()  # so that they have registered their configs, and do not do so later
+_STORE = ConfigStore.instance()
+_STORE.store(name="schema", node=Config)
+# conf/hydra/launcher/submitit_slurm.yaml takes the name of the plugin's own config and extends it under this one; of
+# two of the same name Hydra would validate one by the other, with a warning at every launch.
+_STORE.store(group="hydra/launcher", name="submitit_slurm_schema", node=SlurmQueueConf(), provider="submitit_launcher")
+_STORE.repo["hydra"]["launcher"].pop("submitit_slurm.yaml")
 
 
 def runs_of(arguments: Sequence[str]) -> list[list[str]]:

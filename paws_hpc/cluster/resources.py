@@ -58,10 +58,15 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
         parameters[stage] = {name: value for name, value in fields.items() if value is not None} | {
             "stderr_to_stdout": True,
             "additional_parameters": {"requeue": True, **resources.additional_parameters},
-            "srun_args": ["--kill-on-bad-exit=1", "--wait=60"],
+            "srun_args": ["--kill-on-bad-exit=1", "--wait=60", *_cpus(fields["cpus_per_task"])],
             "setup": [*(launcher.get("setup") or []), *_SETUP],
         }
     return parameters
+
+
+def _cpus(per_task: int | None) -> list[str]:
+    """Since 22.05 srun does not take this from the job, and would give each task one core."""
+    return [] if per_task is None else [f"--cpus-per-task={per_task}"]
 
 
 _SETUP = ["# Signals to the job reach this shell too; it must outlive srun to look after a crash.", "trap : TERM USR2"]

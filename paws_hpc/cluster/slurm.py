@@ -31,6 +31,10 @@ from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.run_folder import RunFolder
 
+_COMMON = (  # parameters that submitit names without the prefix of the cluster
+    "name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout",
+)  # fmt: skip
+
 
 class SlurmChain:
     """One run as jobs on Slurm."""
@@ -119,33 +123,42 @@ class SlurmChain:
         snapshot = plan_snapshot(self.run.path)
         for each in to_submit(self.config, self.run, {}):
             executor = self._executor(each.stage, dependency(each.stage, ids), snapshot, "<chain id>")
-            if len(each.jobs) > 1:
-                executor.parameters["map_count"] = len(each.jobs)
             ids[each.stage] = {f"<{each.stage}>"}
-            # submitit has no public way to show a script.
-            yield each.stage, executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+            yield each.stage, _script(executor, jobs=len(each.jobs))
 
-    def _executor(self, stage: str, after: str | None, snapshot: Snapshot, chain_id: str) -> submitit.SlurmExecutor:
+    def _executor(self, stage: str, after: str | None, snapshot: Snapshot, chain_id: str) -> submitit.AutoExecutor:
         """Of a stage's jobs: held, and run by the frozen code behind the shield."""
         python, parameters = shlex.quote(sys.executable), self.parameters[stage]
         shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
         aftermath = f"{shielded} -m paws_hpc.cluster.aftermath {shlex.quote(str(self.run.path.resolve()))}"
         waiting = {"hold": True} | ({"dependency": after, "kill-on-invalid-dep": "yes"} if after else {})
-        executor = submitit.SlurmExecutor(folder=self.run.logs(stage), python=shielded, max_num_timeout=0)
+        asked = {
+            **parameters,
+            "name": f"{self.config.name}.{stage}.{chain_id}",
+            "additional_parameters": {**parameters["additional_parameters"], **waiting},
+            "teardown": [
+                "status=$?",
+                '[ "$status" -eq 0 ] && exit 0',
+                f"{aftermath} {self.config.restarts_without_progress}",
+                'exit "$status"',
+            ],
+        }
+        executor = submitit.AutoExecutor(
+            self.run.logs(stage), cluster="slurm", slurm_python=shielded, slurm_max_num_timeout=0
+        )
         executor.update_parameters(
-            **{
-                **parameters,
-                "name": f"{self.config.name}.{stage}.{chain_id}",
-                "additional_parameters": {**parameters["additional_parameters"], **waiting},
-                "teardown": [
-                    "status=$?",
-                    '[ "$status" -eq 0 ] && exit 0',
-                    f"{aftermath} {self.config.restarts_without_progress}",
-                    'exit "$status"',
-                ],
-            }
+            **{name if name in _COMMON else f"slurm_{name}": value for name, value in asked.items()}
         )
         return executor
+
+
+def _script(executor: submitit.AutoExecutor, *, jobs: int) -> str:
+    """The sbatch script of one job or of an array of several; submitit has no public way to show it."""
+    slurm = executor._executor
+    if jobs > 1:
+        slurm.parameters["map_count"] = jobs
+    text: str = slurm._make_submission_file_text(slurm._submitit_command_str, "dry-run")
+    return text
 
 
 def cancel_chain(run: RunFolder) -> list[str]:
