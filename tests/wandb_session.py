@@ -13,7 +13,9 @@ import random
 import signal
 import struct
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from paws_hpc.engine import tracking
+from paws_hpc.engine.preemption import PreemptedError
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, TrackingConfig, WandbTracker
 
 FAKE_KEY = "0123456789" * 4
@@ -85,6 +88,26 @@ def kill_service(folder: Path) -> None:
         after.log(0, row(0))
 
 
+def preempt(folder: Path) -> None:
+    """A job is stopped in the middle of a run."""
+    with suppress(PreemptedError), tracker("offline", folder, "preempted") as preempted:
+        preempted.log(0, row(0))
+        raise PreemptedError(1)
+
+
+def preempt_without_answer(folder: Path) -> float:
+    """The same while W&B's service is stopped, as by a network that hangs; returns the seconds that leaving took."""
+    with suppress(PreemptedError), tracker("offline", folder, "silent") as preempted:
+        preempted.log(0, row(0))
+        service = service_process()
+        os.kill(service, signal.SIGSTOP)
+        began = time.monotonic()
+        raise PreemptedError(1)
+    seconds = time.monotonic() - began
+    os.kill(service, signal.SIGCONT)
+    return seconds
+
+
 def train(watched: Tracker) -> str:
     """A loop that draws from every global random state; returns its weights as text."""
     random.seed(0)
@@ -118,6 +141,10 @@ def history(folder: Path) -> list[dict[str, Any]]:
             if record.HasField("history"):
                 items = record.history.item
                 found["rows"].append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+            if record.HasField("preempting"):
+                found["preempting"] = True
+            if record.HasField("exit"):
+                found["exit_code"] = record.exit.exit_code
         runs.append(found)
     return runs
 
@@ -149,6 +176,11 @@ def main(folder: Path) -> None:
     report["weights"] = [train(NullTracker()), train(tracker("offline", folder / "weights", "weights"))]
     two_segments(folder / "segments")
     heard("fine")
+    preempt(folder / "preempted")
+    heard("preempted")
+    tracking._PREEMPTED_FINISH_TIMEOUT_S = 1.0
+    report["seconds"] = preempt_without_answer(folder / "silent")
+    heard("silent")
     with tracker("online", folder / "online", "online") as online:
         online.log(0, row(0))
         online.log(1, row(1))
@@ -170,7 +202,7 @@ def main(folder: Path) -> None:
         with tracker("auto", folder / "unreachable", run_id) as offline:
             offline.log(0, row(0))
     heard("unreachable")
-    names = ("segments", "killed", "auto", "unreachable")
+    names = ("segments", "preempted", "killed", "auto", "unreachable")
     report["runs"] = {name: history(folder / name) for name in names}
     (folder / "report.json").write_text(json.dumps(report))
 

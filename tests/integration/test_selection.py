@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.engine.finetune import Cell, ClassifierConfig, predict
 from paws_hpc.files import write_json
 from paws_hpc.models import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.report import build_report
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -70,6 +72,29 @@ def test_without_a_finished_cell_there_is_no_winner(config: Config, run: RunFold
     with pytest.raises(ValueError, match=r"0 of the 4 cells under .*run/finetune have finished.* the stage 'finetune'"):
         selection.choose(config, run, "finetune")
     assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
+
+
+def test_too_few_finished_cells_are_an_error_that_names_the_others(config: Config, run: RunFolder) -> None:
+    finished(run, {"lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9})
+    config.finetune.min_cells = 2
+    assert selection.choose(config, run, "finetune").cell == Cell(0.1, 1)
+    config.finetune.min_cells = 3
+    with pytest.raises(ValueError, match=r"2 of the 4 cells .*finetune\.min_cells=3\. Missing: ") as told:
+        selection.choose(config, run, "finetune")
+    assert "Missing: lr=0.02,epochs=1; lr=0.1,epochs=2." in str(told.value)
+
+
+def test_a_sweep_that_may_be_missing_altogether_is_left_out(config: Config, run: RunFolder) -> None:
+    config.baseline.min_cells = 0
+    assert selection.choose(config, run, "baseline").as_dict() == {"missing": ["lr=0.1,epochs=2"]}
+    finished(run, {"lr=0.1,epochs=2": 0.8}, sweep="baseline")
+    assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
+
+
+@pytest.mark.parametrize("cells", [-1, 5])
+def test_more_cells_than_the_sweep_has_cannot_be_asked_for(cells: int) -> None:
+    with pytest.raises(ValueError, match=rf"min_cells={cells} .* between 0 and the number of cells in the sweep, 4"):
+        ClassifierConfig(learning_rates=[0.1, 0.2], epochs=[1, 2], min_cells=cells)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +172,28 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     assert result["test"]["count"] == len(store) == 400
     assert (result["labels"], result["seed"]) == (40, 0)
     assert result["digests"]["test"] == store.digest
+    assert json.loads((run.prepare / "DONE").read_text()) == {"digests": result["digests"]}
+    assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": []}
     assert result["test"]["paws_nn"]["top1"] == pytest.approx(nearest_neighbour_accuracy(config, run, images))
+
+
+def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
+    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
+) -> None:
+    run = chain[1]
+    without = RunFolder(tmp_path / "run")
+    shutil.copytree(run.path, without.path, ignore=shutil.ignore_patterns("baseline", "result.json.*"))
+    for path in (without.result, without.selected):
+        path.unlink(missing_ok=True)
+    alone = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    with pytest.raises(ValueError, match=r"0 of the 1 cells under .*baseline have finished, but baseline.min_cells=1"):
+        selection.run(alone, without, CPU)
+    alone.baseline.min_cells = 0
+    selection.run(alone, without, CPU)
+    expected, result = (json.loads(folder.result.read_text()) for folder in (run, without))
+    assert result["test"] == {name: value for name, value in expected["test"].items() if name != "baseline"}
+    assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": ["lr=0.1,epochs=2"]}
+    build_report(without.path)
 
 
 def test_an_unfinished_cell_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:
@@ -161,6 +207,9 @@ def test_an_unfinished_cell_goes_on_in_a_larger_sweep_but_not_in_another_one(cha
     finetune.run_cell(wider, run, CPU, sweep="finetune", cell=Cell(0.1, 1))
     again = json.loads((folder / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    wider.finetune.min_cells = 2
+    (folder / "DONE").unlink()
+    finetune.run_cell(wider, run, CPU, sweep="finetune", cell=Cell(0.1, 1))
     baseline = run.path / "baseline" / "lr=0.1,epochs=2"
     (baseline / "DONE").unlink()
     wider.baseline.momentum, wider.model.channels = 0.5, [8, 12]

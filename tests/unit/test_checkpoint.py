@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,3 +203,39 @@ def test_the_record_beside_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     record = json.loads((tmp_path / "step-00000004.json").read_text())
     assert (record["step"], record["identity"]) == (4, IDENTITY)
+
+
+def test_the_record_tells_how_long_saving_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, fsync = 0.3, os.fsync
+
+    def slow(descriptor: int) -> None:
+        if str(tmp_path) in os.readlink(f"/proc/self/fd/{descriptor}") and not written_once:
+            written_once.append(time.sleep(written))
+        fsync(descriptor)
+
+    written_once: list[None] = []
+    monkeypatch.setattr(os, "fsync", slow)
+    saved(tmp_path, 4)
+    seconds = json.loads((tmp_path / "step-00000004.json").read_text())["seconds"]
+    assert written <= seconds < written + 5
+
+
+def test_who_was_taken_over_writes_and_removes_nothing(tmp_path: Path) -> None:
+    """Before each of three places: the weights become visible, their record does, older checkpoints go."""
+    for place in range(3):
+        passed = []
+
+        def fence(place: int = place, passed: list[None] = passed) -> None:
+            if len(passed) == place:
+                raise PermissionError
+            passed.append(None)
+
+        path = tmp_path / str(place)
+        saved(path, 1, 2)
+        before = names(path)
+        checkpoints = CheckpointFolder(path, identity=IDENTITY, keep=1, fence=fence)
+        with pytest.raises(PermissionError):
+            checkpoints.save(3, state(3))
+        added = ["step-00000003.pt", "step-00000003.json"][:place]
+        assert names(path) == sorted([*before, *added])
+        assert folder(path).newest(CPU).step == (3 if place == 2 else 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import Cell, CellResult, ClassifierConfig, ClassifierTraining, predict, train_classifier
 from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.preemption import JobControl, PreemptedError
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models import ModelConfig, build_classifier, build_encoder, set_statistics
 from paws_hpc.store import ArraySource, ImageStore, pack
@@ -52,14 +55,22 @@ class Trial:
         validation = np.concatenate([rows[2:6] for rows in members])
         self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16), self.store)
 
-    def run(self) -> CellResult:
-        """Train from the newest checkpoint in the folder, as the stage does."""
-        checkpoints = CheckpointFolder(self.folder / "checkpoints", identity={}, keep=100)
+    def run(self, asked_at: int | None = None, fence: Callable[[], None] = lambda: None) -> CellResult:
+        """Train from the newest checkpoint in the folder, as the stage does.
+
+        Args:
+            asked_at: the number of the check just before which the job is asked to stop.
+            fence: called before writes.
+        """
+        self.checks = itertools.count()
+        control = JobControl(lambda: next(self.checks) >= (10**6 if asked_at is None else asked_at), fence)
+        checkpoints = CheckpointFolder(self.folder / "checkpoints", identity={}, keep=100, fence=control.fence)
         start = 0
         if (checkpoint := checkpoints.newest(CPU)) is not None:
             self.training.load_state_dict(checkpoint.state)
             start = checkpoint.step
-        with MetricsFile(self.folder / "metrics.jsonl", resume_step=start) as metrics:
+        awaits = self.training.awaits_validation(start)
+        with MetricsFile(self.folder / "metrics.jsonl", resume_step=start, awaits_validation=awaits) as metrics:
             return train_classifier(
                 self.training,
                 validation=self.validation,
@@ -68,6 +79,7 @@ class Trial:
                 start=start,
                 best_path=self.folder / "best.pt",
                 describe=lambda records: [self.store.keys[int(record)] for record in records],
+                control=control,
             )
 
     def weights(self) -> dict[str, Tensor]:
@@ -101,6 +113,87 @@ def test_resumed_from_any_epoch_it_ends_with_the_same_bits(digits_stores: Stores
         assert_same(resumed.weights(), whole.weights())
         assert_same(load_tensors(resumed.folder / "best.pt", CPU), load_tensors(whole.folder / "best.pt", CPU))
         assert curve(resumed.folder) == curve(whole.folder)
+
+
+def assert_same_end(found: Trial, expected: Trial) -> None:
+    """Weights, momentum, best weights and curve, to the bit."""
+    assert_same(found.weights(), expected.weights())
+    momentum, expected_momentum = (trial.training.optimizer.state_dict()["state"] for trial in (found, expected))
+    torch.testing.assert_close(momentum, expected_momentum, rtol=0, atol=0)
+    assert (found.folder / "best.pt").read_bytes() == (expected.folder / "best.pt").read_bytes()
+    assert curve(found.folder) == curve(expected.folder)
+
+
+UNEVEN = Cell(0.1, epochs=4)
+"""At this learning rate the best epoch is neither the first nor the last."""
+
+
+@pytest.fixture
+def uninterrupted(digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trial, CellResult]:
+    monkeypatch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 15)  # a score has three batches
+    trial = Trial(digits_stores, tmp_path / "uninterrupted", UNEVEN)
+    result = trial.run()
+    assert 1 < result.best_epoch < UNEVEN.epochs
+    return trial, result
+
+
+def test_interrupted_at_any_step_or_batch_it_ends_with_the_same_bits(
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+) -> None:
+    whole, result = uninterrupted
+    checks = next(whole.checks)
+    assert checks == 4 * (2 + 3), "two steps and three batches of validation images in each epoch"
+    for call in range(checks):
+        folder = tmp_path / str(call)
+        with pytest.raises(PreemptedError) as told:
+            Trial(digits_stores, folder, UNEVEN).run(asked_at=call)
+        assert told.value.step == 2 * (call // 5) + min(call % 5, 2)
+        assert not (folder / "best.pt").exists()
+        resumed = Trial(digits_stores, folder, UNEVEN)
+        assert resumed.run() == result
+        assert_same_end(resumed, whole)
+
+
+def test_interrupted_again_and_again_it_ends_with_the_same_bits(
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+) -> None:
+    """Four boundaries each time: in the middle of epochs, and inside the validation with which a start begins."""
+    whole, result = uninterrupted
+    for starts in range(1, 30):
+        trial = Trial(digits_stores, tmp_path / "often", UNEVEN)
+        try:
+            assert trial.run(asked_at=2 if starts % 2 else 4) == result
+            break
+        except PreemptedError:
+            continue
+    assert starts > 4
+    assert_same_end(trial, whole)
+
+
+def test_checkpoint_and_best_weights_agree_wherever_a_start_ends(
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+) -> None:
+    """Taken over before any of its writes: three per checkpoint, and the best weights at the end."""
+    whole, result = uninterrupted
+
+    def refusing(write: int) -> Callable[[], None]:
+        left = iter(range(write))
+
+        def fence() -> None:
+            if next(left, None) is None:
+                raise PermissionError
+
+        return fence
+
+    for write in range(4 * 3 + 1):
+        folder = tmp_path / str(write)
+        with pytest.raises(PermissionError):
+            Trial(digits_stores, folder, UNEVEN).run(fence=refusing(write))
+        assert not (folder / "best.pt").exists()
+        assert not list(folder.rglob("*.tmp"))
+        resumed = Trial(digits_stores, folder, UNEVEN)
+        assert resumed.run() == result
+        assert_same_end(resumed, whole)
 
 
 def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stores, tmp_path: Path) -> None:

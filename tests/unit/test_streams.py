@@ -373,6 +373,23 @@ def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, 
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 12, 13])
+def test_every_rank_has_equally_many_evaluation_batches(
+    digits: ImageStore, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Shares of 13 among 3 are 5, 4 and 4: in batches of 4 one rank needs a second batch, so the others get one too."""
+    monkeypatch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 4)
+    images = EvaluationSet(digits, np.arange(count), CenterCropConfig(16, 10), digits, threads=3)
+    whole = torch.cat(list(images.batches(CPU, F32)))
+    assert len(whole) == count
+    parts = []
+    for rank in range(3):
+        ranks.become(rank, 3)
+        parts.append(list(images.batches(CPU, F32)))
+    assert {len(part) for part in parts} == {2 if count == 13 else 1}
+    assert torch.equal(torch.cat([batch for part in parts for batch in part]), whole)
+
+
 def test_a_test_set_is_normalised_as_the_training_images_were(digits: ImageStore, tmp_path: Path) -> None:
     pixels = digits.read_raw(np.arange(40))
     darker = ArraySource("digits", pixels // 2, digits.labels[:40], digits.keys[:40], digits.classes)

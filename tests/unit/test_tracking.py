@@ -34,6 +34,18 @@ def test_a_resumed_curve_is_the_curve_of_an_uninterrupted_run(tmp_path: Path) ->
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_a_validation_that_is_to_be_done_again_leaves_no_row(tmp_path: Path) -> None:
+    """The checkpoint of step 6 is from before the validation after it, whose row may be there or not."""
+    log_steps(tmp_path / "whole.jsonl", 0, 6)
+    log_steps(tmp_path / "metrics.jsonl", 0, 7)
+    whole = read_rows(tmp_path / "whole.jsonl")
+    assert [row["step"] for row in whole if "validation" in row] == [2, 5]
+    for _ in range(2):
+        with MetricsFile(tmp_path / "metrics.jsonl", resume_step=6, awaits_validation=True):
+            pass
+        assert read_rows(tmp_path / "metrics.jsonl") == whole[:-1]
+
+
 def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, resume_step=0) as metrics:
@@ -128,7 +140,21 @@ def test_an_offline_run_holds_what_the_metrics_file_holds(session: Path, report:
     assert len(watched) == 8
 
 
-@pytest.mark.parametrize("what", ["online without a key", "unwritable", "killed"])
+def test_a_preempted_run_is_left_as_one_that_goes_on(report: dict[str, Any]) -> None:
+    (run,) = report["runs"]["preempted"]
+    assert (run["id"], run["preempting"], len(run["rows"])) == ("preempted", True, 1)
+    assert run["exit_code"] != 0, "else it would count as finished"
+    assert report["messages"]["preempted"] == []
+    for segment in report["runs"]["segments"]:
+        assert "preempting" not in segment
+        assert segment["exit_code"] == 0
+
+
+def test_a_service_that_does_not_answer_does_not_hold_up_a_job_that_must_leave(report: dict[str, Any]) -> None:
+    assert 1.0 <= report["seconds"] < 3.0
+
+
+@pytest.mark.parametrize("what", ["online without a key", "unwritable", "killed", "silent"])
 def test_a_failure_is_told_once_and_never_raised(report: dict[str, Any], what: str) -> None:
     """That the session ended without a traceback says that none of them was raised."""
     assert len(report["messages"][what]) == 1
