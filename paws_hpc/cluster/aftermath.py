@@ -44,7 +44,13 @@ def main(path: Path, limit: int) -> None:
     starts = [start for start in read_starts(folder) if start.holder.job_id == job_id]
     last = starts[-1] if starts and starts[-1].holder.restart == restart else None
     if last is not None and last.end is None:
-        record_end(folder, last.number, "crashed", seconds=last.seconds, message=_reason(last))
+        try:
+            record_end(folder, last.number, "crashed", seconds=last.seconds, message=_reason(last))
+        except OSError as error:  # a full disk: the next start could not write either
+            _LOG.error(
+                "%s crashed, and nothing can be written: %s. It fails; launch again once that is mended.", name, error
+            )
+            return
     definite = [failure for failure in (last.failures if last else []) if failure["definite"]]
     fruitless = fruitless_crashes(starts, progress) if last is not None else restart + 1
     if definite:

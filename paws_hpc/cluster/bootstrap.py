@@ -15,6 +15,7 @@ import submitit
 import torch
 import torch.distributed as dist
 
+from paws_hpc import distributed
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.liveness import is_alive
@@ -194,11 +195,23 @@ def _run_as_rank(
         )
     control = make_control()
     try:
-        _run(config, run, job, device, control)
+        with _together():
+            _run(config, run, job, device, control)
     finally:
         control.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Let no rank leave before rank 0 has closed its logs and marked the stage as done: srun ends those who linger."""
+    try:
+        yield
+    except PreemptedError:
+        distributed.barrier()
+        raise
+    distributed.barrier()
 
 
 def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:

@@ -8,6 +8,7 @@ fencing: a start that was believed dead, on a node that lost its network say, ca
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
@@ -20,6 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from paws_hpc.files import create_json, read_json, write_json
+
+_LOG = logging.getLogger(__name__)
 
 BEAT_EVERY_S = 10.0
 _LOOK_AGAIN_S = 2.0
@@ -180,7 +183,10 @@ class Lease:
         count = 0
         while not self._left.wait(BEAT_EVERY_S if count else 0.0):
             count += 1
-            write_json(self.folder / f"beat-{self.number:04d}.json", {"beat": count, "time": now()})
+            try:
+                write_json(self.folder / f"beat-{self.number:04d}.json", {"beat": count, "time": now()})
+            except OSError as error:  # a full disk, say: what matters will say so too, and louder
+                _LOG.warning("No heartbeat: %s", error)
 
     def __enter__(self) -> Lease:
         self._thread.start()
