@@ -134,3 +134,49 @@ def seconds(text: str) -> float | None:
     for part in clock.split(":"):
         total = total * 60 + int(part)
     return float(int(days or 0) * 86400 + total)
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What the accounting data base lets a user ask for.
+
+    Attributes:
+        accounts: to charge jobs to.
+        qos: that may be asked for, under any of the accounts.
+    """
+
+    accounts: frozenset[str]
+    qos: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Qos:
+    """A quality of service: what happens to its jobs when they are preempted, and after how many seconds."""
+
+    name: str
+    preempt_mode: str
+    grace_s: float
+
+
+def rights(user: str) -> Rights:
+    """The accounts and qualities of service of a user, as sacctmgr tells them.
+
+    Raises:
+        SchedulerError: this cluster keeps no accounts.
+        SchedulerUnreachableError: the data base could not be asked.
+    """
+    lines = ask(["sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"]).split()
+    rows = [line.split("|") for line in lines]
+    return Rights(frozenset(row[0] for row in rows), frozenset(name for row in rows for name in row[1].split(",")))
+
+
+def qualities() -> dict[str, Qos]:
+    """All qualities of service, by name.
+
+    Raises:
+        SchedulerError: this cluster keeps no accounts.
+        SchedulerUnreachableError: the data base could not be asked.
+    """
+    lines = ask(["sacctmgr", "-n", "-P", "show", "qos", "format=name,preemptmode,gracetime"]).split()
+    rows = [line.split("|") for line in lines]
+    return {name: Qos(name, mode, seconds(grace) or 0.0) for name, mode, grace in rows}

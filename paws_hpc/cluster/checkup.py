@@ -1,0 +1,287 @@
+"""Whether a cluster can run a chain: questions asked of Slurm before the first submission.
+
+Slurm accepts many jobs that can never start (``EnforcePartLimits=NO`` is its default), so that its ``--test-only`` is
+asked but not relied on.
+"""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from paws_hpc.cluster.grace import grace_warnings, preemption_notice_s
+from paws_hpc.cluster.inventory import NodeGroup, Partition, partitions, qualities, rights, seconds, settings
+from paws_hpc.cluster.overview import span
+from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, ask
+from paws_hpc.cluster.sitecheck import Check, Parameters, check_site, ok, problem, warning
+from paws_hpc.cluster.traces import read_progress
+from paws_hpc.config import Config
+from paws_hpc.stages.finetune import SWEEPS, sweep_config
+from paws_hpc.stages.run_folder import RunFolder
+
+COMMANDS, CONTROLLER = "Slurm commands", "controller"
+_PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+_IN_SERVICE = ("idle", "mixed", "allocated", "completing", "planned", "reserved")
+_SHORT_NOTICE_S = 30.0
+_DEFAULT_SIGNAL_DELAY_S = 90.0  # submitit's
+_FLAGS = {"timeout_min": "time", "tasks_per_node": "ntasks-per-node", "mem_gb": "mem"}
+_NOT_FLAGS = {
+    "additional_parameters", "array_parallelism", "name", "setup", "signal_delay_s", "srun_args", "stderr_to_stdout",
+    "teardown", "use_srun",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cluster:
+    settings: Mapping[str, str]
+    partitions: Mapping[str, Partition]
+
+
+def checkup(config: Config, stage_parameters: Mapping[str, Parameters], run: RunFolder) -> list[Check]:
+    """Look at everything that a submission needs; nothing is submitted, and nothing raises.
+
+    Args:
+        config: of the run.
+        stage_parameters: what submitit would be given, per stage.
+        run: where the run is or will be.
+
+    Returns:
+        one verdict per question, in the order in which to mend them.
+    """
+    asked = {stage: stage_parameters[stage] for stage in config.stages}
+    return [*_slurm(config, asked, run), *check_site(config, asked, run)]
+
+
+def _slurm(config: Config, asked: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
+    missing = [name for name in _PROGRAMS if shutil.which(name) is None]
+    if missing:
+        yield problem(
+            "Slurm commands",
+            f"{', '.join(missing)} not on PATH",
+            "Run this on a login node; maybe `module load slurm`.",
+        )
+        return
+    try:
+        cluster = _Cluster(settings(), partitions())
+    except (SchedulerUnreachableError, SchedulerError) as error:
+        yield problem(CONTROLLER, str(error), "Ask again later; if it stays, ask those who run the cluster.")
+        return
+    version, name = cluster.settings.get("SLURM_VERSION", "?"), cluster.settings.get("ClusterName", "?")
+    yield ok(CONTROLLER, f"Slurm {version}, cluster {name}, {len(cluster.partitions)} partitions")
+    for stages, parameters in _alike(asked):
+        yield from _shape(stages, parameters, cluster)
+    yield from _accounts(asked, cluster)
+    yield from _preemption(config, asked, cluster, run)
+    yield from _sweeps(config, cluster)
+
+
+def _alike(asked: Mapping[str, Parameters]) -> list[tuple[str, Parameters]]:
+    """Stages that ask for the same thing as one, so that it is said once."""
+    groups: list[tuple[list[str], Parameters]] = []
+    for stage, parameters in asked.items():
+        for stages, others in groups:
+            if others == parameters:
+                stages.append(stage)
+                break
+        else:
+            groups.append(([stage], parameters))
+    return [(", ".join(stages), parameters) for stages, parameters in groups]
+
+
+def _shape(stages: str, parameters: Parameters, cluster: _Cluster) -> Iterator[Check]:
+    """Whether the partition can ever hold such a job."""
+    partition, title = _partition(parameters, cluster), f"jobs of {stages}"
+    if partition is None:
+        name = parameters.get("partition")
+        near = get_close_matches(str(name), cluster.partitions, n=1, cutoff=0.0)
+        found = "no default partition" if name is None else f"there is no partition {name}"
+        yield problem(title, found, f"Set hydra.launcher.partition; maybe {near[0]}." if near else "")
+        return
+    if partition.state != "UP":
+        yield problem(title, f"partition {partition.name} is {partition.state}", "Choose another partition, or wait.")
+    limit, asked_s = partition.max_time_s, 60.0 * float(parameters.get("timeout_min", 0))
+    if limit is not None and asked_s > limit:
+        yield problem(
+            title,
+            f"{span(asked_s)} is more than partition {partition.name} allows ({span(limit)}), so it would never start",
+            f"Set hydra.launcher.timeout_min={limit / 60:.0f}: a job that trains saves and is queued again.",
+        )
+    delay_s = float(parameters.get("signal_delay_s", _DEFAULT_SIGNAL_DELAY_S))
+    if 0 < asked_s <= delay_s:
+        yield problem(
+            title,
+            f"the signal to save comes {delay_s:g} s before the end of a job of {span(asked_s)}",
+            "Lower hydra.launcher.signal_delay_s or raise timeout_min.",
+        )
+    nodes = int(parameters.get("nodes", 1))
+    lacking = {group.names: _lacks(parameters, group) for group in partition.groups}
+    fitting = [group for group in partition.groups if not lacking[group.names]]
+    enough, alive = sum(group.count for group in fitting), sum(g.count for g in fitting if _serves(g))
+    if enough < nodes or (partition.max_nodes is not None and nodes > partition.max_nodes):
+        why = next((f": {names} has {lack}" for names, lack in lacking.items() if lack), "")
+        most = "" if partition.max_nodes is None else f", and a job may have {partition.max_nodes}"
+        yield problem(
+            title,
+            f"asks for {nodes} nodes{_needs(parameters)}; partition {partition.name} has {enough} such{most}{why}",
+            "Ask for less with hydra.launcher.* or resources.<stage>.*, or choose another partition.",
+        )
+        return
+    if alive < nodes:
+        yield warning(title, f"only {alive} of {enough} fitting nodes of {partition.name} are in service", "")
+    try:
+        ask(["sbatch", "--test-only", *sbatch_flags(parameters), "--wrap", "true"])
+    except (SchedulerError, SchedulerUnreachableError) as error:
+        yield problem(title, str(error), "Change the field that Slurm names.")
+        return
+    limits = "no time limit" if limit is None else f"at most {span(limit)}"
+    yield ok(title, f"fit {enough} of {partition.nodes} nodes of partition {partition.name} ({limits})")
+
+
+def _partition(parameters: Parameters, cluster: _Cluster) -> Partition | None:
+    name = parameters.get("partition")
+    if name is None:
+        return next((partition for partition in cluster.partitions.values() if partition.default), None)
+    return cluster.partitions.get(str(name).partition(",")[0])
+
+
+def _lacks(parameters: Parameters, group: NodeGroup) -> str:
+    """What a node has too little of; empty if it fits."""
+    tasks = int(parameters.get("tasks_per_node", 1))
+    wanted = {
+        "CPUs": (tasks * int(parameters.get("cpus_per_task", 1)), group.cpus),
+        "GPUs": (int(parameters.get("gpus_per_node", 0)), group.gpus),
+        "MB of memory": (round(1024 * float(parameters.get("mem_gb", 0))), group.memory_mb),
+    }
+    return ", ".join(f"{has} {unit}" for unit, (need, has) in wanted.items() if need > has)
+
+
+def _needs(parameters: Parameters) -> str:
+    words = [f"{int(parameters.get('tasks_per_node', 1)) * int(parameters.get('cpus_per_task', 1))} CPUs"]
+    words += [f"{parameters['gpus_per_node']} GPUs"] if parameters.get("gpus_per_node") else []
+    words += [f"{parameters['mem_gb']:g} GB"] if parameters.get("mem_gb") else []
+    return f" with {' and '.join(words)} each"
+
+
+def _serves(group: NodeGroup) -> bool:
+    return group.state.rstrip("*~#!%$@^-+").lower() in _IN_SERVICE
+
+
+def sbatch_flags(parameters: Parameters) -> list[str]:
+    """submitit's parameters as sbatch takes them."""
+    flags = []
+    for name, value in {**parameters, **parameters.get("additional_parameters", {})}.items():
+        if name in _NOT_FLAGS or value is None or value is False:
+            continue
+        flag = f"--{_FLAGS.get(name, name).replace('_', '-')}"
+        value = f"{value:g}GB" if name == "mem_gb" else value  # noqa: PLW2901
+        flags.append(flag if value is True else f"{flag}={value}")
+    return flags
+
+
+def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Check]:
+    """Account and quality of service, where the cluster keeps accounts."""
+    if not cluster.settings.get("AccountingStorageType", "").endswith("slurmdbd"):
+        yield ok("accounts", "this cluster keeps none; account and qos are not checked")
+        return
+    try:
+        own = rights(getpass.getuser())
+    except (SchedulerError, SchedulerUnreachableError) as error:
+        yield warning("accounts", f"cannot be asked for: {error}", "Account and qos are not checked.")
+        return
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for stage, parameters in asked.items():
+        partition = _partition(parameters, cluster)
+        for field, granted, allowed in (
+            ("account", own.accounts, partition.allowed_accounts if partition else None),
+            ("qos", own.qos, partition.allowed_qos if partition else None),
+        ):
+            name = parameters.get(field)
+            usable = granted if allowed is None else granted & set(allowed)
+            if name is not None and name not in usable:
+                refused.setdefault((field, str(name), ", ".join(sorted(usable))), []).append(stage)
+    for (field, name, usable_names), stages in refused.items():
+        yield problem(f"{field} of {', '.join(stages)}", f"{name} is not yours to use", f"Use one of: {usable_names}.")
+    if not refused:
+        yield ok("accounts", f"yours: {', '.join(sorted(own.accounts)) or 'none'}; qos {', '.join(sorted(own.qos))}")
+
+
+def _preemption(config: Config, asked: Mapping[str, Parameters], cluster: _Cluster, run: RunFolder) -> Iterator[Check]:
+    """What happens to jobs that must make room, and whether they have the time to save."""
+    parameters: Parameters = asked.get("pretrain", {})
+    partition = _partition(parameters, cluster)
+    if partition is not None:
+        yield _preempted(parameters, partition, cluster)
+        folder = run.pretrain
+        seen = read_progress(folder, epochs=config.pretrain.epochs, batch_size=config.pretrain.batch_size)
+        for text in grace_warnings(
+            "pretrain",
+            save_s=seen.save_s,
+            step_s=seen.step_s,
+            partition=partition,
+            settings=cluster.settings,
+            signal_delay_s=float(parameters.get("signal_delay_s", _DEFAULT_SIGNAL_DELAY_S)),
+        ):
+            yield warning("time to save", text, "")
+    if cluster.settings.get("JobRequeue") == "0":
+        yield ok("JobRequeue", "0, but these jobs ask with --requeue, which counts")
+
+
+def _preempted(parameters: Parameters, partition: Partition, cluster: _Cluster) -> Check:
+    kind = cluster.settings.get("PreemptType", "preempt/none")
+    mode, grace_s, of = partition.preempt_mode.upper(), partition.grace_s, f"partition {partition.name}"
+    if kind == "preempt/qos":
+        name = str(parameters.get("qos") or "normal")
+        try:
+            quality = qualities()[name]
+        except (KeyError, SchedulerError, SchedulerUnreachableError):
+            return warning(
+                "preemption", f"by qos, but nothing is known of qos {name}", "Ask those who run the cluster."
+            )
+        inherits = quality.preempt_mode.upper() == "CLUSTER"
+        mode = cluster.settings.get("PreemptMode", "OFF").upper() if inherits else quality.preempt_mode.upper()
+        grace_s, of = quality.grace_s, f"qos {name}"
+    if kind == "preempt/none" or mode == "OFF":
+        return ok("preemption", f"jobs of {of} are not preempted")
+    if "CANCEL" in mode:
+        return warning(
+            "preemption",
+            f"a preempted job of {of} is cancelled, not queued again",
+            "Launch again to continue, or choose a partition whose PreemptMode is REQUEUE.",
+        )
+    if "SUSPEND" in mode:
+        return warning(
+            "preemption",
+            f"a preempted job of {of} is suspended and keeps its memory, on GPUs too; NCCL may time out",
+            "Choose a partition whose PreemptMode is REQUEUE if there is one.",
+        )
+    own = "preempt_send_user_signal" in cluster.settings.get("SlurmctldParameters", "")
+    own = own or "send_user_signal" in cluster.settings.get("PreemptParameters", "")
+    notice_s = grace_s + (seconds(cluster.settings.get("KillWait", "")) or 0.0)
+    if kind == "preempt/partition_prio":
+        notice_s = preemption_notice_s(partition, cluster.settings) or notice_s
+    told = (
+        f"a preempted job of {of} gets {'SIGUSR2' if own else 'SIGTERM'} and has {notice_s:g} s to save (GraceTime "
+        f"{grace_s:g} s, KillWait {cluster.settings.get('KillWait', '?')}), then is queued again"
+    )
+    if notice_s < _SHORT_NOTICE_S:
+        return warning(
+            "preemption", told, "A large model may not save in time: keep pretrain.checkpoint_every_steps low."
+        )
+    return ok("preemption", told)
+
+
+def _sweeps(config: Config, cluster: _Cluster) -> Iterator[Check]:
+    most = cluster.settings.get("MaxArraySize", "")
+    for sweep in (stage for stage in SWEEPS if stage in config.stages and most.isdigit()):
+        cells = len(sweep_config(config, sweep).cells())
+        if cells > int(most):
+            yield problem(
+                f"sweep {sweep}",
+                f"has {cells} cells, but an array may have {most} (MaxArraySize)",
+                f"Shorten {sweep}.learning_rates or {sweep}.epochs, or split the sweep over runs.",
+            )
+        else:
+            yield ok(f"sweep {sweep}", f"{cells} cells; an array may have {most}")

@@ -1,0 +1,115 @@
+"""A look from a compute node: a tiny job that reports what it finds there.
+
+As a program (``python probe.py FOLDER NONCE STORE…``) it is that job, and needs nothing but Python to begin.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "torchvision", "numpy", "h5py", "submitit", "hydra", "simplejpeg", "paws_hpc")
+_POLL_S = 1.0
+_ARRIVAL_S = 30.0  # network file systems show other machines' files late
+
+
+def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
+    """Submit the job, wait for it, and return what it found; nothing of it stays.
+
+    Args:
+        folder: that both sides must see and write: the run directory, or the folder of all runs.
+        stores: image stores to open there.
+        flags: of sbatch, for partition, account and one GPU.
+        timeout_s: to wait, in the queue too; then the job is cancelled.
+
+    Returns:
+        ``host``, ``python``, ``packages`` (version or error by name), ``cuda`` and ``nccl``, ``devices``, ``stores``
+        (images or error by path), ``nonce`` (whether the folder is the same one there).
+
+    Raises:
+        TimeoutError: no answer in time; the message says what Slurm said of the job.
+        OSError: the folder cannot be written here.
+        SchedulerError: Slurm refused the job.
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    from paws_hpc.cluster import scheduler  # noqa: PLC0415 - on the node this file must load without the package
+    from paws_hpc.cluster.liveness import ENDED  # noqa: PLC0415
+
+    folder.mkdir(parents=True, exist_ok=True)
+    nonce = secrets.token_hex(8)
+    asked, answer, log = (folder / f".probe-{nonce}{suffix}" for suffix in ("", ".json", ".out"))
+    asked.write_text(nonce)
+    command = [sys.executable, str(Path(__file__).resolve()), *map(str, [folder.resolve(), nonce, *stores])]
+    root = Path(__file__).resolve().parents[2]
+    wrapped = f"PYTHONPATH={shlex.quote(str(root))} {shlex.join(command)}"
+    own = ["--job-name=probe", "--time=5", "--nodes=1", "--ntasks=1", f"--output={log.resolve()}"]
+    job_id = scheduler.ask(["sbatch", "--parsable", *own, *flags, f"--wrap={wrapped}"]).strip().partition(";")[0]
+    deadline, ended = time.monotonic() + timeout_s, None
+    try:
+        while not answer.exists():
+            state = scheduler.job_state(job_id)
+            ended = ended or (time.monotonic() if state is None or state in ENDED else None)
+            if time.monotonic() > deadline or (ended is not None and time.monotonic() > ended + _ARRIVAL_S):
+                reason = scheduler.queue()[job_id].reason if job_id in scheduler.queue() else ""
+                said = log.read_text(errors="replace")[-1000:].strip() if log.exists() else "nothing"
+                raise TimeoutError(f"job {job_id} is {state} {reason} and left no answer in {folder}; it said: {said}")
+            time.sleep(_POLL_S)
+        found: dict[str, Any] = json.loads(answer.read_text())
+        return found
+    finally:
+        scheduler.cancel([job_id])
+        for path in (asked, answer, log):
+            path.unlink(missing_ok=True)
+
+
+def main(folder: Path, nonce: str, stores: Sequence[str]) -> None:
+    """The job."""
+    found: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
+    asked = folder / f".probe-{nonce}"
+    found["nonce"] = asked.exists() and asked.read_text() == nonce
+    found["packages"] = {name: _version(name) for name in _PACKAGES}
+    found |= _devices()
+    found["stores"] = {path: _images(path) for path in stores}
+    temporary = folder / f".probe-{nonce}.json.tmp"
+    temporary.write_text(json.dumps(found))
+    os.replace(temporary, folder / f".probe-{nonce}.json")
+
+
+def _version(name: str) -> str:
+    try:
+        return str(getattr(importlib.import_module(name), "__version__", "there"))
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+
+
+def _devices() -> dict[str, Any]:
+    try:
+        import torch  # noqa: PLC0415
+    except ImportError:
+        return {"cuda": None, "nccl": None, "devices": []}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cuda": torch.version.cuda, "nccl": nccl, "devices": names}
+
+
+def _images(path: str) -> int | str:
+    try:
+        from paws_hpc.store import ImageStore  # noqa: PLC0415
+
+        with ImageStore.open(path) as store:
+            return len(store)
+    except (ImportError, OSError, ValueError) as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
