@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What tests use beside Python: a browser for the report; Slurm, of which tests start their own.
+DEBIAN := chromium chromium-driver slurm-wlm munge slurmdbd mariadb-server
 
-.PHONY: help env demo test check format pins browser clean
+.PHONY: help env demo test check format pins debian clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -15,7 +17,7 @@ env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with 
 demo: $(INSTALLED) ## from images to report on this machine, in about three minutes; it prints where the report is
 	$(BIN)/python -m paws_hpc.launch
 
-test: $(INSTALLED) browser ## all tests
+test: $(INSTALLED) debian ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED) ## format, lint, types, direction of imports
@@ -32,11 +34,12 @@ pins: $(INSTALLED) ## write the versions now in .venv to constraints.txt
 	{ head -1 constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python | grep -v '^-e' | sort -f; } > constraints.new
 	mv constraints.new constraints.txt
 
-# The report is tested in a real browser. Without root those tests are skipped, and say so.
-browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && \
-	  apt-get update -q && apt-get install -q -y --no-install-recommends chromium chromium-driver; } || \
-	  echo "The report's browser tests will be skipped: apt-get install chromium chromium-driver"
+# Without root, or where there is no apt, the tests that need these are skipped, and say so.
+debian:
+	@missing=$$(for name in $(DEBIAN); do dpkg -s $$name 2>/dev/null | grep -q '^Status: .* installed$$' || echo $$name; done); \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; } || \
+	  echo "Tests that need them will be skipped: apt-get install" $$missing
 
 clean: ## remove the environment and caches; runs and packed shards stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
