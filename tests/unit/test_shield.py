@@ -1,0 +1,89 @@
+"""No signal ends a rank, and none is lost, from its first instruction on; and it runs the frozen code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paws_hpc
+from paws_hpc.cluster.snapshot import plan_snapshot, take_snapshot
+from tests.ranks import ROOT
+
+STARTING = """
+import signal, subprocess, sys, time
+print("up", flush=True)
+sys.stdin.readline()                       # signals come now, while nothing of ours is imported
+from paws_hpc.cluster.stops import StopRequests
+stops = StopRequests(patience_s={patience}, overdue=lambda: (print("overdue", flush=True), __import__("os")._exit(3)))
+stops.listen()
+deadline = time.monotonic() + 20
+while not stops.requested() and time.monotonic() < deadline: time.sleep(0.01)
+subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 15); print('lives')"])
+print("requested", stops.requested(), flush=True)
+if {patience} > 1: stops.answered()
+else: time.sleep(30)
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    shield = Path(paws_hpc.__file__).parent / "cluster" / "shield.py"
+    command = [sys.executable, "-I", "-S", str(shield), sys.executable, "-c", code]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_signals_during_start_up_wait_and_children_do_not_die_of_them(number: signal.Signals) -> None:
+    process = start(STARTING.format(patience=20))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # a second one
+    out, _ = process.communicate("go\n", timeout=30)
+    assert out == "lives\nrequested True\n"
+    assert process.returncode == 0
+
+
+def test_a_job_that_reaches_no_place_to_stop_goes_back_on_its_own() -> None:
+    process = start(STARTING.format(patience=0.2))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGUSR2)
+    out, _ = process.communicate("go\n", timeout=30)
+    assert "overdue\n" in out
+    assert process.returncode == 3
+
+
+def test_jobs_run_the_copy_whatever_is_edited_or_lies_in_their_folder(tmp_path: Path) -> None:
+    snapshot = take_snapshot(tmp_path)
+    assert take_snapshot(tmp_path) == snapshot == plan_snapshot(tmp_path)
+    (snapshot.path / "paws_hpc" / "__init__.py").write_text("WHICH = 'the copy'\n")
+    ask = "import paws_hpc; print(getattr(paws_hpc, 'WHICH', 'the checkout'))"
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", str(snapshot.shield), sys.executable, "-c", ask],
+        cwd=ROOT,  # where `import paws_hpc` would find the checkout
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout == "the copy\n"
+
+
+def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "paws_hpc"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(paws_hpc, "__file__", str(package / "__init__.py"))
+    before = plan_snapshot(tmp_path)
+    (package / "__init__.py").write_text("x = 1\n")
+    assert plan_snapshot(tmp_path).digest != before.digest
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "x.pyc").write_bytes(b"")
+    again = plan_snapshot(tmp_path)
+    (package / "new.py").write_text("")
+    assert plan_snapshot(tmp_path).digest != again.digest

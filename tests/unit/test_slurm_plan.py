@@ -1,0 +1,152 @@
+"""What is submitted, with what resources, and what it waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paws_hpc.cluster.chain import jobs_of
+from paws_hpc.cluster.compose import compose_run, parameters_of, runs_of
+from paws_hpc.cluster.dependencies import dependency, to_submit
+from paws_hpc.cluster.frozen import ConfigError
+from paws_hpc.cluster.scheduler import QueuedJob
+from paws_hpc.config import STAGES, Config
+from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.files import write_json
+from paws_hpc.stages.run_folder import RunFolder
+
+CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    made = Config(name="run", runs=str(tmp_path), finetune=ClassifierConfig([0.01, 0.1], [3]))
+    made.baseline = ClassifierConfig([0.1], [3])
+    made.data.train, made.data.test = str(tmp_path / "train"), str(tmp_path / "test")
+    return made
+
+
+@pytest.fixture
+def run(config: Config) -> RunFolder:
+    return RunFolder(Path(config.runs) / config.name)
+
+
+def finish(config: Config, run: RunFolder, *stages: str) -> None:
+    for stage in stages:
+        for job in jobs_of(config, stage):
+            write_json(job.folder(run) / "DONE", {})
+        if stage == "prepare":
+            for store in (config.data.train, config.data.test):
+                write_json(Path(store) / "manifest.json", {})
+        if stage == "selection":
+            write_json(run.result, {})
+        if stage == "report":
+            write_json(run.report, {})
+
+
+def queued(**states: str) -> dict[str, QueuedJob]:
+    names = {name.replace("__", "/"): state for name, state in states.items()}
+    return {
+        name: QueuedJob(f"{number}", name, state, "", 0, "", "low", None, None)
+        for number, (name, state) in enumerate(names.items(), 1)
+    }
+
+
+def planned(config: Config, run: RunFolder, active: dict[str, QueuedJob]) -> dict[str, list[str]]:
+    return {each.stage: [job.name for job in each.jobs] for each in to_submit(config, run, active)}
+
+
+def test_a_new_chain_is_submitted_whole(config: Config, run: RunFolder) -> None:
+    assert list(planned(config, run, {})) == list(STAGES)
+    assert planned(config, run, {})["finetune"] == CELLS
+
+
+def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) -> None:
+    finish(config, run, *STAGES)
+    assert planned(config, run, {}) == {}
+
+
+def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> None:
+    finish(config, run, "prepare")
+    active = queued(pretrain="RUNNING", selection="PENDING", report="PENDING")
+    active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "", "low", None, None) for name in CELLS}
+    active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "", "low", None, None)
+    assert planned(config, run, active) == {}
+
+
+def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
+    finish(config, run, "prepare", "pretrain", "baseline")
+    write_json(run.path / CELLS[0] / "DONE", {})
+    active = queued(selection="PENDING", report="PENDING")
+    todo = to_submit(config, run, active)
+    assert [(each.stage, [job.name for job in each.jobs], each.replaces) for each in todo] == [
+        ("finetune", CELLS[1:], []),
+        ("selection", ["selection"], ["1"]),
+        ("report", ["report"], ["2"]),
+    ], "those that wait for the wrong jobs are replaced"
+
+
+def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
+    finish(config, run, "prepare", "pretrain", "baseline", "selection", "report")
+    assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
+
+
+def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder) -> None:
+    config.stages = ["finetune"]
+    with pytest.raises(ConfigError, match="finetune needs pretrain, which has not been done"):
+        to_submit(config, run, {})
+    assert planned(config, run, queued(pretrain="RUNNING")) == {"finetune": CELLS}
+
+
+def test_success_is_needed_of_parents_and_only_an_end_of_the_sweeps() -> None:
+    ids = {"prepare": {"1"}, "pretrain": {"2"}, "finetune": {"3", "7"}, "baseline": {"4"}}
+    assert dependency("prepare", {}) is None
+    assert dependency("finetune", ids) == "afterok:2"
+    assert dependency("baseline", ids) == "afterok:1"
+    assert dependency("selection", ids) == "afterok:2,afterany:3:4:7"
+    assert dependency("selection", {"finetune": {"3"}}) == "afterany:3", "what is done is not waited for"
+    assert dependency("report", ids) == "afterany:1:2:3:4:7", "a broken chain is reported too"
+
+
+SLURM = ("hydra/launcher=slurm_8gpu", "name=run", "experiment=imagenet_10pct")
+
+
+def test_the_launchers_fields_are_defaults_and_resources_override_them_per_stage() -> None:
+    _, parameters = parameters_of(
+        [*SLURM, "hydra.launcher.account=vision", "resources.pretrain.nodes=8", "resources.finetune.partition=small",
+         "+resources.finetune.additional_parameters.nice=100", "resources.selection.timeout_min=30"]
+    )  # fmt: skip
+    pretrain, finetune, selection, report = (
+        parameters[stage] for stage in ("pretrain", "finetune", "selection", "report")
+    )
+    assert (pretrain["nodes"], pretrain["tasks_per_node"], pretrain["gpus_per_node"]) == (8, 8, 8)
+    assert (pretrain["partition"], finetune["partition"], report["partition"]) == ("gpu", "small", "gpu")
+    assert {stage["account"] for stage in parameters.values()} == {"vision"}
+    assert finetune["additional_parameters"] == {"requeue": True, "nice": 100}
+    assert (selection["timeout_min"], pretrain["timeout_min"]) == (30, 2880)
+
+
+def test_stages_of_one_task_do_not_take_the_shape_of_training() -> None:
+    _, parameters = parameters_of(SLURM)
+    for stage, gpus in (("prepare", None), ("selection", 1), ("report", None)):
+        asked = parameters[stage]
+        assert (asked["nodes"], asked["tasks_per_node"], asked.get("gpus_per_node")) == (1, 1, gpus)
+
+
+def test_a_shape_that_does_not_divide_the_batch_is_refused_before_anything_is_submitted() -> None:
+    with pytest.raises(ValueError, match=r"pretrain\.batch_size=4096 does not divide by 24 ranks.*4080 or 4104"):
+        parameters_of([*SLURM, "hydra.launcher.nodes=3"])
+
+
+def test_a_field_that_slurm_does_not_have_is_named() -> None:
+    with pytest.raises(ConfigError, match="partion"):
+        compose_run(["hydra/launcher=submitit_slurm", "name=run", "hydra.launcher.partion=gpu"])
+
+
+def test_sweeps_become_runs_in_order() -> None:
+    assert runs_of(["seed=0,1", "experiment=digits", "data.threads=range(1,3)"]) == [
+        ["seed=0", "experiment=digits", "data.threads=1"], ["seed=0", "experiment=digits", "data.threads=2"],
+        ["seed=1", "experiment=digits", "data.threads=1"], ["seed=1", "experiment=digits", "data.threads=2"],
+    ]  # fmt: skip
+    assert runs_of(["stages=[prepare,pretrain]"]) == [["stages=[prepare,pretrain]"]]
