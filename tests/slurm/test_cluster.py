@@ -29,16 +29,6 @@ def test_two_nodes_run_one_job_and_schedule_gpus_that_are_not_there(cluster: Clu
     assert "not available" in refused.stderr
 
 
-def test_a_preempted_job_keeps_its_number_and_starts_again(cluster: Cluster) -> None:
-    job = cluster.submit("-N2", "-o", "/dev/null", "--wrap", STUBBORN)
-    cluster.wait_for(job, "RUNNING")
-    cluster.preempt(job)
-    cluster.wait_for(job, "RUNNING", timeout_s=30)
-    assert cluster.show(job)["Restarts"] == "1"
-    cluster.run("scancel", job)
-    cluster.wait_for(job, "CANCELLED")
-
-
 def test_a_job_survives_the_loss_of_a_node(cluster: Cluster) -> None:
     job = cluster.submit("-N2", "-o", "/dev/null", "--wrap", STUBBORN)
     wait_until(lambda: len(cluster.tasks(job, rank=1)) > 0, 20, cluster.queue)
