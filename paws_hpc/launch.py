@@ -137,7 +137,7 @@ def main() -> None:
         runs = runs_of([argument for argument in arguments if argument not in _ASKED_OF_HYDRA])
         for overrides in runs:
             compose_run(overrides)  # before anything starts, so that a misspelt field is one clear line
-    except ConfigError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:
         sys.exit(f"error: these arguments ask for {len(runs)} runs: add -m to launch them all.")
