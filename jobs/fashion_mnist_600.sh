@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Fashion-MNIST with 600 labels, WideResNet-28-2.
-# Command:  GPUS=1 bash jobs/fashion_mnist_600.sh [FIELD=VALUE ...]
+# Command:  bash jobs/fashion_mnist_600.sh [FIELD=VALUE ...]
 # Cost:     600 epochs of 234 steps; meant for a GPU, not run yet.
 # Expected: unknown until it is run; the paper has no figure for this data set.
+# Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
+# Here:     add resources.pretrain.tasks_per_node=8 (and finetune, baseline) to use eight GPUs of this machine.
 # Run again, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch experiment=fashion_mnist_600 \
-  resources.pretrain.tasks_per_node="${GPUS:-1}" resources.finetune.tasks_per_node="${GPUS:-1}" resources.baseline.tasks_per_node="${GPUS:-1}" "$@"
+exec .venv/bin/python -m paws_hpc.launch experiment=fashion_mnist_600 "$@"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # ImageNet with 1 % of the labels, ResNet-50.
-# Command:  GPUS=8 bash jobs/imagenet_1pct.sh [FIELD=VALUE ...]
+# Command:  bash jobs/imagenet_1pct.sh [FIELD=VALUE ...]
 # Cost:     100 epochs of 312 steps at a global batch of 4,096; 8.2 h on 64 V100 in the paper, not run here.
 # Expected: PAWS-NN 61.5 %, fine-tuned 63.8 % (paper, corrected).
+# Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
+# Here:     add resources.pretrain.tasks_per_node=8 (and finetune, baseline) to use eight GPUs of this machine.
 # Run again, it resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch experiment=imagenet_1pct \
-  resources.pretrain.tasks_per_node="${GPUS:-1}" resources.finetune.tasks_per_node="${GPUS:-1}" resources.baseline.tasks_per_node="${GPUS:-1}" "$@"
+exec .venv/bin/python -m paws_hpc.launch experiment=imagenet_1pct "$@"

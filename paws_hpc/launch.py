@@ -22,6 +22,7 @@ from rich.table import Table
 from paws_hpc.cluster.compose import CONF, compose_run, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze, to_config
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
+from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.resources import Launcher
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
@@ -114,6 +115,8 @@ def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
         for job in submitted:
             table.add_row(job["job"], job["job_id"], job["after"] or "nothing", job["partition"] or "default")
         Console().print(table)
+    for warning in overviews([run.path], details=True)[0].warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"Watch it: python -m paws_hpc.status {run.path}")
 
 
