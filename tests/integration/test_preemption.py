@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,15 @@ def test_a_job_that_is_never_left_in_peace_still_gets_there(
             saved = stopped.step
         assert newest(tmp_path) == saved
     assert starts > 2
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_what_is_scored_is_not_scored_again(whole: tuple[Path, Path, int], tmp_path: Path) -> None:
+    """Launched again without DONE, a finished run is found complete; every boundary would be counted."""
+    store, uninterrupted, _ = whole
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "pretrain" / "DONE").unlink()
+    assert start(store, tmp_path) == 0
     assert_same_run(tmp_path, uninterrupted)
 
 
