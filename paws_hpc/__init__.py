@@ -2,8 +2,8 @@
 
 The layers; a module imports from the lines below its own and never from beside or above::
 
-    launch, shards                        commands
-    cluster                               where stages run (the only submitit imports)
+    launch, shards, status, doctor        commands
+    cluster                               where stages run, and how they stop (the only submitit imports)
     stages                                frozen config → files in the run directory
     config                                the whole schema, as dataclasses
     engine                                loops, optimiser, checkpoints, tracking

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from paws_hpc.cluster.overview import RunOverview, overviews
@@ -95,9 +95,14 @@ def _print(runs: list[RunOverview], options: argparse.Namespace) -> None:
         values = [run.to_json() for run in runs]
         print(json.dumps(values[0] if options.run else values, indent=None if options.watch else 2), flush=True)
     elif sys.stdout.isatty():
-        Console().print(rich_run(runs[0], everything=options.all) if options.run else rich_runs(runs))
+        console = Console()
+        console.print(_drawn(runs, options, console.width))
     else:
         print("\n".join(plain_run(runs[0], everything=options.all) if options.run else plain_runs(runs)), flush=True)
+
+
+def _drawn(runs: list[RunOverview], options: argparse.Namespace, width: int) -> RenderableType:
+    return rich_run(runs[0], width=width, everything=options.all) if options.run else rich_runs(runs)
 
 
 def _watch(paths: Sequence[Path], options: argparse.Namespace) -> None:
@@ -109,8 +114,7 @@ def _watch(paths: Sequence[Path], options: argparse.Namespace) -> None:
     with Live(auto_refresh=False, screen=True) as live:
         while True:
             runs = _look(paths, options)
-            shown = rich_run(runs[0], everything=options.all) if options.run else rich_runs(runs)
-            live.update(shown, refresh=True)
+            live.update(_drawn(runs, options, live.console.width), refresh=True)
             time.sleep(options.every)
 
 

@@ -1,1 +1,1 @@
-"""Where stages run: the chain on this machine now, and the seam behind which Slurm comes to stand."""
+"""Where stages run: here or as jobs on Slurm, and how those are submitted, stopped, resumed and looked at."""

@@ -30,10 +30,10 @@ _TIMELESS = 3  # starts in a row from the same step
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 _FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
-_REASONS = {
-    "DependencyNeverSatisfied": "DependencyNeverSatisfied: a job it waits for failed",
-    "JobHeldUser": "JobHeldUser: held, until `scontrol release`",
-    "BeginTime": "BeginTime: Slurm lets a requeued job wait about two minutes",
+_HINTS = {
+    "DependencyNeverSatisfied": "a job that it waits for failed",
+    "JobHeldUser": "it is held, until the launcher or `scontrol release` lets it go",
+    "BeginTime": "Slurm lets a job that was queued again wait for about two minutes",
 }
 _FORGOTTEN = "Slurm no longer knows it"
 _HOW = {  # how a start ended → state of the job, as far as its own files tell
@@ -234,7 +234,7 @@ def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
     unlucky = state in ("failed", "interrupted", "lost", "silent")
     log = traces.log_of(run.path / "logs" / job.stage, job.job_id, failure["rank"] if failure else 0)
     log = log if unlucky else None
-    notes += _notes(state, starts, silent_s, progress)
+    notes += _notes(state, reason, starts, silent_s, progress)
     return JobOverview(
         job=job.name,
         stage=job.stage,
@@ -275,11 +275,11 @@ def _state(job: JobLayout, last: Start | None, silent_s: float | None, slurm: Sl
 
 def _of_slurm(state: str, reason: str) -> tuple[str, str]:
     if state in _WAITING:
-        return "waiting", _REASONS.get(reason, reason)
+        return "waiting", reason
     if state in _FAILED:
         return "failed", state if reason in ("", "None", "NonZeroExitCode") else f"{state} ({reason})"
     if state == "CANCELLED":
-        return "cancelled", "" if reason.startswith("exit code") else reason
+        return "cancelled", reason if reason.startswith("Dependency") else ""
     if state == "COMPLETED":
         return "ended", ""
     return "running", "" if state == "RUNNING" else state
@@ -316,8 +316,10 @@ def _silence(last: Start | None) -> float | None:
     return max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
 
 
-def _notes(state: str, starts: list[Start], silent_s: float | None, progress: Progress | None) -> list[str]:
-    notes = []
+def _notes(
+    state: str, reason: str, starts: list[Start], silent_s: float | None, progress: Progress | None
+) -> list[str]:
+    notes = [f"{reason}: {_HINTS[reason]}"] if reason in _HINTS else []
     if state == "running" and silent_s is not None and silent_s > SILENT_S:
         notes.append(f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped")
     if state == "running" and not starts:
@@ -330,9 +332,11 @@ def _notes(state: str, starts: list[Start], silent_s: float | None, progress: Pr
     repeated = next((i for i, step in enumerate(reversed(came)) if step != came[-1]), len(came))
     if progress is not None and state != "done" and repeated >= _TIMELESS and progress.saved_step <= came[-1]:
         notes.append(f"does not advance: the last {repeated} starts all began at step {came[-1]}")
-    earlier = [failure for start in starts[:-1] if (failure := traces.first_failure(start))]
-    if earlier and state in ("running", "waiting"):
-        notes.append(f"an earlier start failed: {earlier[-1].get('type')}: {earlier[-1].get('message')}")
+    over = starts[:-1] if state == "running" else starts if state == "waiting" else []
+    if crashes := [start for start in over if start.end is not None and start.end.get("how") in ("failed", "crashed")]:
+        failure = traces.first_failure(crashes[-1]) or crashes[-1].end or {}
+        kind = f"{failure['type']}: " if "type" in failure else ""
+        notes.append(f"start {crashes[-1].number} of {len(starts)} crashed: {kind}{failure.get('message')}")
     return notes
 
 

@@ -30,8 +30,9 @@ _SOURCES = {
     "starts": "the jobs' own files",
     "chain": "chain.json",
 }
-_Row = tuple[str, str, str, str, str, str, str, str]
-_HEADINGS = ("job", "state", "id", "step", "epoch", "img/s", "left", "val")
+_Row = tuple[str, str, str, str, str, str, str, str, str]
+_HEADINGS = ("job", "state", "restarts", "id", "step", "epoch", "img/s", "left", "val")
+_WIDE = 100  # columns of a terminal from which on epochs are shown beside steps
 
 
 def rich_runs(runs: list[RunOverview]) -> RenderableType:
@@ -58,7 +59,7 @@ def _run_row(run: RunOverview) -> tuple[str, ...]:
         state += f", {failed} failed"
     if current is None or run.state in ("done", "not started"):
         return run.name, state, "", "", "", ""
-    _, _, _, step, _, rate, left, _ = _job_row(current)
+    _, _, _, _, step, _, rate, left, _ = _job_row(current)
     return run.name, state, current.job, step, rate, left
 
 
@@ -67,17 +68,23 @@ def _troubles(runs: list[RunOverview]) -> list[str]:
     return [f"Slurm could not be asked, so states are as the jobs wrote them: {trouble}" for trouble in troubles]
 
 
-def rich_run(run: RunOverview, *, everything: bool = False) -> RenderableType:
+def rich_run(run: RunOverview, *, width: int, everything: bool = False) -> RenderableType:
     """A run's jobs as a table, with what failed and what to know below it.
 
     Args:
         run: to show.
+        width: of the terminal.
         everything: list every cell of a sweep, also where many are alike.
     """
     head = Text.assemble((run.name, "bold"), "  ", (run.state, _STYLES.get(run.state, "")), f"  {run.path}")
     rows = list(_rows(run, everything=everything))
-    used = [column for column in range(len(_HEADINGS)) if any(row[column] for _, _, row in rows)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    hidden = () if width >= _WIDE else ("epoch",)
+    used = [
+        column
+        for column, heading in enumerate(_HEADINGS)
+        if heading not in hidden and any(row[column] for _, _, row in rows)
+    ]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in used:
         right = _HEADINGS[column] not in ("job", "state", "id")
         table.add_column(_HEADINGS[column], justify="right" if right else "left", no_wrap=_HEADINGS[column] != "state")
@@ -116,7 +123,7 @@ def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, str, _Ro
             shown.add(kind)
             scores = [other.progress.validation_accuracy for other in alike if other.progress is not None]
             best = max((score for score in scores if score is not None), default=None)
-            row = (f"{job.stage}: {len(alike)} cells", _state(job), "", "", "", "", "", _percent(best))
+            row = (f"{job.stage}: {len(alike)} cells", _state(job), "", "", "", "", "", "", _percent(best))
             yield job.stage, job.state, row
 
 
@@ -131,12 +138,12 @@ def _job_row(job: JobOverview) -> _Row:
         if job.state == "running":
             rate = "" if progress.images_per_s is None else f"{progress.images_per_s:,.0f}"
             left = "" if progress.seconds_left is None else span(progress.seconds_left)
-    return job.job, _state(job), job.job_id or "", step, epoch, rate, left, score
+    restarts = str(job.restarts) if job.restarts else ""
+    return job.job, _state(job), restarts, job.job_id or "", step, epoch, rate, left, score
 
 
 def _state(job: JobOverview) -> str:
-    words = f"{job.state}: {job.reason}" if job.reason else job.state
-    return f"{words} (restart {job.restarts})" if job.restarts and job.state != "done" else words
+    return f"{job.state}: {job.reason}" if job.reason else job.state
 
 
 def _percent(score: float | None) -> str:
@@ -152,7 +159,7 @@ def _remarks(run: RunOverview) -> list[str]:
     lines += _troubles([run])
     used = {job.source for job in run.jobs if job.state != "not started"} - {"marker"}
     if used:
-        lines.append(f"known from {' and '.join(_SOURCES[source] for source in sorted(used | {'marker'}))}")
+        lines.append(f"known from {', '.join(_SOURCES[source] for source in sorted(used | {'marker'}))}")
     return lines
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -239,7 +240,7 @@ def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
         SchedulerUnreachableError: it is not installed, did not answer in time or did not reach the controller.
         SchedulerError: it failed otherwise.
     """
-    told = shlex.join(command)
+    told = textwrap.shorten(shlex.join(command), 160, placeholder=" …")
     # A user's own taste in formats must not change what is read here.
     environment = {name: value for name, value in os.environ.items() if not _FORMATTING.match(name)}
     try:

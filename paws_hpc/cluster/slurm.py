@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from paws_hpc.cluster.dependencies import ToSubmit, dependency, to_submit
 from paws_hpc.cluster.frozen import check_frozen, freeze
 from paws_hpc.cluster.liveness import ENDED
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
-from paws_hpc.cluster.scheduler import QueuedJob, SchedulerError
+from paws_hpc.cluster.scheduler import QueuedJob, SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
 from paws_hpc.config import Config
 from paws_hpc.files import exclusive
@@ -62,9 +63,9 @@ class SlurmChain:
             SchedulerUnreachableError: Slurm could not be asked.
         """
         with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
+            queued = scheduler.queue()  # first of all: without Slurm nothing is begun
             freeze(self.config, self.run.config)
             chain = Chain(self.run, self.config.name)
-            queued = scheduler.queue()
             scheduler.cancel(_orphans(chain, queued))
             active = _active(chain, queued)
             scheduler.release(job.job_id for job in active.values() if job.reason == "JobHeldUser")
@@ -128,6 +129,8 @@ class SlurmChain:
 
     def _executor(self, stage: str, after: str | None, snapshot: Snapshot, chain_id: str) -> submitit.AutoExecutor:
         """Of a stage's jobs: held, and run by the frozen code behind the shield."""
+        if shutil.which("srun") is None:
+            raise SchedulerUnreachableError("srun is not installed here. Launch on a login node of the cluster.")
         python, parameters = shlex.quote(sys.executable), self.parameters[stage]
         shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
         aftermath = f"{shielded} -m paws_hpc.cluster.aftermath {shlex.quote(str(self.run.path.resolve()))}"
