@@ -17,7 +17,6 @@ from paws_hpc.engine.finetune import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.finetune import SWEEPS, sweep_config
-from paws_hpc.stages.report_run import parse_cell
 from paws_hpc.stages.run_folder import RunFolder, is_done
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")
@@ -83,8 +82,7 @@ class Job:
 def job_called(name: str) -> Job:
     """The job of a name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
     stage, _, cell = name.partition("/")
-    point = parse_cell(cell)
-    return Job(stage, None if point is None else Cell(*point))
+    return Job(stage, Cell.named(cell) if cell else None)
 
 
 def jobs_of(config: Config, stage: str) -> list[Job]:
