@@ -14,9 +14,9 @@ from difflib import get_close_matches
 
 from paws_hpc.cluster.grace import grace_warnings, preemption_notice_s
 from paws_hpc.cluster.inventory import NodeGroup, Partition, partitions, qualities, rights, seconds, settings
-from paws_hpc.cluster.overview import span
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, ask
 from paws_hpc.cluster.sitecheck import Check, Parameters, check_site, ok, problem, warning
+from paws_hpc.cluster.states import span
 from paws_hpc.cluster.traces import read_progress
 from paws_hpc.config import Config
 from paws_hpc.stages.finetune import SWEEPS, sweep_config

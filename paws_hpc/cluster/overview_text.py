@@ -9,7 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from paws_hpc.cluster.overview import JobOverview, RunOverview, span
+from paws_hpc.cluster.overview import JobOverview, RunOverview
+from paws_hpc.cluster.states import span
 
 _ALIKE = 4  # cells in the same state that are still listed one by one
 _STYLES = {
