@@ -146,6 +146,7 @@ def test_a_job_that_is_never_left_in_peace_still_gets_there(
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.parametrize("whole", [False], ids=["noise"], indirect=True)
 def test_what_is_scored_is_not_scored_again(whole: tuple[Path, Path, int], tmp_path: Path) -> None:
     """Launched again without DONE, a finished run is found complete; every boundary would be counted."""
     store, uninterrupted, _ = whole
@@ -170,6 +171,7 @@ def refusing(write: int) -> Callable[[], None]:
     return fence
 
 
+@pytest.mark.parametrize("whole", [False], ids=["noise"], indirect=True)
 def test_a_start_that_was_taken_over_anywhere_spoils_nothing(whole: tuple[Path, Path, int], tmp_path: Path) -> None:
     """Also a start that had logged the validation for which the one before it had no time."""
     store, uninterrupted, _ = whole
