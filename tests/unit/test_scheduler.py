@@ -1,0 +1,198 @@
+"""Slurm's commands read: outputs recorded from Slurm 22.05.8, printed by programs of the same names on PATH.
+
+tests/slurm asks a real Slurm; here are the answers that one cluster does not give.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paws_hpc.cluster import inventory, scheduler
+from paws_hpc.cluster.inventory import NodeGroup, gpus_of, partitions, seconds, settings
+from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, expand_array
+
+Program = Callable[..., None]
+
+UNREACHABLE = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Puts a program on PATH, in place of all others, that prints and exits as told."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name: str, out: str = "", *, err: str = "", status: int = 0, before: str = "") -> None:
+        (folder / f"{name}.out").write_text(out)
+        (folder / f"{name}.err").write_text(err)
+        script = f"#!/bin/sh\n{before}\n/bin/cat {folder}/{name}.out\n/bin/cat {folder}/{name}.err >&2\nexit {status}\n"
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+
+    return make
+
+
+def test_a_queue_tells_arrays_element_by_element(program: Program) -> None:
+    widths = scheduler._COLUMNS.values()
+    rows = [
+        ("18_0", "RUNNING", "2", "2026-11-22T20:07:45", "2026-11-22T20:07:40", "low", "None", "n[1-2]", "run|a b"),
+        ("18_1", "PENDING", "0", "N/A", "2026-11-22T20:07:40", "low", "JobArrayTaskLimit", "", "run|a b"),
+    ]
+    program("squeue", "".join("".join(map(str.ljust, row, widths)) + "\n" for row in rows))
+    jobs = scheduler.queue()
+    running, pending = jobs["18_0"], jobs["18_1"]
+    assert (running.state, running.restarts, running.nodes, running.reason) == ("RUNNING", 2, "n[1-2]", "")
+    assert (pending.state, pending.reason, pending.started, pending.nodes) == ("PENDING", "JobArrayTaskLimit", None, "")
+    assert running.name == "run|a b"
+    assert running.started is not None
+    assert running.started.strftime("%H:%M:%S") == "20:07:45"
+    assert running.started.tzinfo is not None
+
+
+def test_formats_of_the_user_change_nothing(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    monkeypatch.setenv("SQUEUE_FORMAT", "%i")
+    program("squeue", before="/usr/bin/env | /bin/grep -E 'SLURM_TIME_FORMAT|SQUEUE_FORMAT' >&2 && exit 1")
+    assert scheduler.queue() == {}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        UNREACHABLE,
+        "slurm_load_jobs error: Socket timed out on send/recv operation",
+        "squeue: fatal: Unable to process configuration file",
+        "squeue: error: fetch_config: DNS SRV lookup failed squeue: fatal: Could not establish a configuration source",
+        "slurm_load_jobs error: Protocol authentication error",
+    ],
+)
+def test_a_controller_that_does_not_answer_is_not_a_refusal(program: Program, said: str) -> None:
+    program("squeue", err=said, status=1)
+    with pytest.raises(SchedulerUnreachableError, match="could not reach Slurm"):
+        scheduler.queue()
+
+
+def test_a_command_that_hangs_is_given_up(program: Program) -> None:
+    program("squeue", before="exec /bin/sleep 60")
+    began = time.monotonic()
+    with pytest.raises(SchedulerUnreachableError, match=r"gave no answer within 0\.5 s"):
+        scheduler.ask(["squeue"], timeout_s=0.5)
+    assert time.monotonic() - began < 10
+
+
+def test_a_machine_without_slurm_is_told_from_one_whose_slurm_is_down(program: Program) -> None:
+    with pytest.raises(SchedulerUnreachableError, match="scontrol is not installed here"):
+        scheduler.job_state("17")
+
+
+def test_a_job_that_the_controller_forgot_has_no_state(program: Program) -> None:
+    program("scontrol", err="slurm_load_jobs error: Invalid job id specified", status=1)
+    assert scheduler.job_state("17") is None
+    program("scontrol", err="Job 18_9 not found", status=1)
+    assert scheduler.job_state("18_9") is None
+    program("scontrol", err=UNREACHABLE, status=1)
+    with pytest.raises(SchedulerUnreachableError):
+        scheduler.job_state("17")
+
+
+def test_a_refusal_holds_what_was_asked_and_what_slurm_said(program: Program) -> None:
+    program("scontrol", err="2_0-2: Job is pending execution", status=1)
+    with pytest.raises(SchedulerError, match=r"`scontrol requeue 2_1` was refused .*: Job is pending execution"):
+        scheduler.requeue("2_1")
+
+
+def test_accounts_are_none_where_a_cluster_keeps_none(program: Program) -> None:
+    program("sacct", err="Slurm accounting storage is disabled", status=1)
+    assert scheduler.accounting(["17"]) is None
+    program("sacct", err="sacct: error: Sending PersistInit msg: Connection refused", status=1)
+    with pytest.raises(SchedulerUnreachableError):
+        scheduler.accounting(["17"])
+
+
+def test_accounts_tell_the_state_in_one_word_and_arrays_element_by_element(program: Program) -> None:
+    rows = [
+        "3|CANCELLED by 0|0:0|2026-11-22T20:26:11|2026-11-22T20:26:11|n1",
+        "1_[0-4:2%1]|PENDING|0:0|Unknown|Unknown|None assigned",
+    ]
+    program("sacct", "\n".join(rows) + "\n")
+    accounts = scheduler.accounting(["3", "1_0"])
+    assert accounts is not None
+    assert accounts["3"].state == "CANCELLED"
+    assert accounts["3"].ended is not None
+    assert sorted(accounts) == ["1_0", "1_2", "1_4", "3"]
+    assert accounts["1_2"].started is None
+
+
+@pytest.mark.parametrize(
+    ("text", "elements"),
+    [("17", ["17"]), ("18_3", ["18_3"]), ("18_[2]", ["18_2"]), ("18_[0-1,7%4]", ["18_0", "18_1", "18_7"])],
+)
+def test_array_ids(text: str, elements: list[str]) -> None:
+    assert expand_array(text) == elements
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1-00:00:00", 86400),
+        ("01:00:00", 3600),
+        ("10:00", 600),
+        ("30", 30),
+        ("30 sec", 30),
+        ("UNLIMITED", None),
+        ("INVALID", None),
+        ("", None),
+    ],
+)
+def test_durations(text: str, expected: float | None) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("gres", "expected"),
+    [
+        ("gpu:2", 2),
+        ("gpu", 1),
+        ("gpu:tesla", 1),
+        ("gpu:a100:4(S:0-1),nvme:1", 4),
+        ("gpu:a100:4,gpu:1g.5gb:7", 11),
+        ("gpu:8(IDX:0-7)", 8),
+        ("nvme:4", 0),
+        ("(null)", 0),
+    ],
+)
+def test_gpus_of_a_node(gres: str, expected: int) -> None:
+    assert gpus_of(gres) == expected
+
+
+def test_partitions_have_their_limits_and_the_nodes_that_sinfo_groups(program: Program) -> None:
+    program("sinfo", "low|1|4|8000|mixed|n1|gpu:2\nlow|3|64|256000|idle|n[2-4]|gpu:a100:4(S:0-1)\n")
+    program(
+        "scontrol",
+        "PartitionName=low AllowGroups=ALL AllowAccounts=lab,guest AllowQos=ALL Default=YES QoS=N/A DefaultTime=NONE "
+        "GraceTime=10 MaxNodes=2 MaxTime=1-00:00:00 Nodes=n[1-4] PriorityTier=1 PreemptMode=REQUEUE State=UP\n",
+    )
+    low = partitions()["low"]
+    assert (low.grace_s, low.max_time_s, low.max_nodes, low.nodes, low.gpus_per_node) == (10, 86400, 2, 4, 4)
+    assert (low.allowed_accounts, low.allowed_qos, low.default, low.state) == (("lab", "guest"), None, True, "UP")
+    assert low.groups[0] == NodeGroup(1, 4, 8000, 2, "mixed", "n1")
+
+
+def test_settings_read_what_is_not_set_as_empty(program: Program) -> None:
+    program(
+        "scontrol",
+        "Configuration data as of 2026-11-22T20:07:51\nKillWait                = 5 sec\n"
+        "SlurmctldParameters     = (null)\nPreemptMode             = REQUEUE\n",
+    )
+    found = settings()
+    assert found == {"KillWait": "5 sec", "SlurmctldParameters": "", "PreemptMode": "REQUEUE"}
+
+
+def test_rights_come_from_all_accounts_of_the_user(program: Program) -> None:
+    program("sacctmgr", "lab|normal,long\nguest|normal\n")
+    assert inventory.rights("me") == inventory.Rights(frozenset({"lab", "guest"}), frozenset({"normal", "long"}))
