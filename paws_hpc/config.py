@@ -215,6 +215,8 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "pretrain.checkpoint_every_steps",
     "pretrain.keep_checkpoints",
     "pretrain.collapse",
+    "finetune.min_cells",
+    "baseline.min_cells",
 )
 
 Identity = dict[str, Any]

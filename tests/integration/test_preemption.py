@@ -191,7 +191,7 @@ def test_a_start_that_was_taken_over_anywhere_spoils_nothing(whole: tuple[Path, 
     assert left == [3, 3, 4, 4, 4, 6, 6]
 
 
-def on_two_ranks(rank: int, world: int) -> dict[str, Any]:
+def on_several_ranks(rank: int, world: int) -> dict[str, Any]:
     """An uninterrupted run, and runs in which one rank alone is asked to stop, somewhere, and that are resumed."""
     from tempfile import TemporaryDirectory
 
@@ -207,8 +207,8 @@ def on_two_ranks(rank: int, world: int) -> dict[str, Any]:
     top = Path(folder[0])
     store, stops = top / "store", []
     checks = start(store, top / "whole")
-    for call in range(0, checks - 1, 2):
-        asked = call if rank == call // 2 % 2 else None
+    for call in range(0, checks - 1, 2) if world == 2 else (2, 5):
+        asked = call if rank == call // 2 % world else None
         with pytest.raises(PreemptedError) as told:
             start(store, top / str(call), asked_at=asked)
         stops.append((told.value.step, newest(top / str(call))))
@@ -223,9 +223,16 @@ def on_two_ranks(rank: int, world: int) -> dict[str, Any]:
 
 
 def test_one_rank_that_is_asked_stops_both_at_the_same_step_and_the_run_is_the_same(tmp_path: Path) -> None:
-    run_on_ranks(tmp_path, {2: [on_two_ranks]})
-    first, second = results_of(on_two_ranks, 2, tmp_path)
+    run_on_ranks(tmp_path, {2: [on_several_ranks]})
+    first, second = results_of(on_several_ranks, 2, tmp_path)
     assert first == second
     assert first["checks"] == STEPS + 2 * 3, "8 queries in 2 batches and 4 supports in one per rank"
     # One boundary later than the request: a step further, or a batch further in the validation after steps 3 and 6.
     assert first["stops"] == [(step, step) for step in (1, 3, 3, 4, 6, 6)]
+
+
+def test_four_ranks_sum_their_gradients_in_the_same_order_after_a_restart(tmp_path: Path) -> None:
+    """Of two ranks a + b = b + a; from three on the order of the sum tells."""
+    run_on_ranks(tmp_path, {4: [on_several_ranks]})
+    for told in results_of(on_several_ranks, 4, tmp_path):
+        assert len(told["stops"]) == 2

@@ -25,8 +25,12 @@ WITHOUT_EFFECT = {
     *(
         f"resources.{stage}.{field}"
         for stage in ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
-        for field in ("ranks", "threads_per_rank")
+        for field in (
+            *("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min"),
+            *("partition", "account", "qos", "constraint", "exclude", "additional_parameters"),
+        )
     ),
+    *("finetune.min_cells", "baseline.min_cells", "restarts_without_progress", "dry_run", "cancel"),
 }
 """Spelled out, so that a new field is in a run's identity unless somebody decides here that it need not be."""
 
@@ -66,7 +70,7 @@ BAD: dict[str, Callable[[], Any]] = {
         pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
     ),
     r"data.threads=0": lambda: DataConfig(threads=0),
-    r"resources: ranks=0": lambda: StageResources(ranks=0),
+    r"resources: nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
     r"labels.per_class=4 and labels.file=list.txt: give exactly one": lambda: LabelsConfig(
         per_class=4, file="list.txt", validation_per_class=1
