@@ -1,0 +1,263 @@
+"""What status says of runs without Slurm: from markers, starts and heartbeats, whole files and broken ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from paws_hpc import config, status
+from paws_hpc.cluster import layout
+from paws_hpc.cluster.grace import grace_warnings
+from paws_hpc.cluster.inventory import Partition
+from paws_hpc.cluster.overview import RunOverview, overviews
+from paws_hpc.cluster.overview_text import plain_run
+from paws_hpc.cluster.states import span
+from paws_hpc.engine.finetune import Cell
+from paws_hpc.files import write_json
+from paws_hpc.stages.attempts import record_failure
+from paws_hpc.stages.finetune import SWEEPS
+from tests.starts import write_start
+
+CONFIG = """\
+stages: [prepare, pretrain, finetune, selection, report]
+pretrain: {epochs: 10, batch_size: 100}
+finetune: {learning_rates: [0.1, 1.0e-05], epochs: [2], batch_size: 20}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was begun; no Slurm can be asked."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = tmp_path / "runs" / "first"
+    write_json(folder / "chain.json", {"name": "first", "id": "0123abcd", "created": "2026-01-02", "submissions": []})
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def look(run: Path) -> RunOverview:
+    return overviews([run], details=True)[0]
+
+
+def states(run: Path) -> dict[str, str]:
+    return {job.job: job.state for job in look(run).jobs}
+
+
+def submit(run: Path, **ids: str) -> None:
+    jobs = [{"job": job, "job_id": job_id, "notice_s": 60.0} for job, job_id in ids.items()]
+    chain = json.loads((run / "chain.json").read_text())
+    write_json(run / "chain.json", chain | {"submissions": [{"time": "2026-01-02T03:00:00+00:00", "jobs": jobs}]})
+
+
+def beat(folder: Path, *, ago_s: float) -> None:
+    when = (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat()
+    write_json(folder / "beat-0001.json", {"beat": 3, "time": when})
+
+
+def train(folder: Path, *, steps: int, per_epoch: int, rate: float = 200.0) -> None:
+    rows = [{"step": step, "epoch": (step + 1) / per_epoch, "throughput/images_per_s": rate} for step in range(steps)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_names_that_need_no_torch_are_those_of_the_launcher() -> None:
+    assert layout.STAGES == config.STAGES
+    assert layout.SWEEPS == SWEEPS
+    for rate, epochs in ((0.05, 30), (1e-05, 2), (1.0, 100)):
+        assert layout.cell_name(rate, epochs) == Cell(rate, epochs).name
+
+
+def test_looking_at_runs_imports_no_torch() -> None:
+    asked = "import sys, paws_hpc.status; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+
+
+def test_a_run_that_was_only_begun_has_all_its_jobs_before_it(run: Path) -> None:
+    assert states(run) == dict.fromkeys(
+        ["prepare", "pretrain", "finetune/lr=0.1,epochs=2", "finetune/lr=1e-05,epochs=2", "selection", "report"],
+        "not started",
+    )
+    assert look(run).state == "not started"
+
+
+def test_a_beating_heart_runs_and_a_stopped_one_is_silent(run: Path) -> None:
+    folder = write_start(run, "pretrain", how=None)
+    beat(folder, ago_s=12)
+    assert look(run).state == "running"
+    beat(folder, ago_s=300)
+    job = look(run).jobs[1]
+    assert (job.state, job.reason, job.source) == ("silent", "silent for 5 min", "starts")
+
+
+def test_progress_tells_total_rate_and_time_left(run: Path) -> None:
+    beat(write_start(run, "pretrain", how=None), ago_s=0)
+    train(run / "pretrain", steps=30, per_epoch=12)
+    write_json(run / "pretrain" / "checkpoints" / "step-00000024.json", {"step": 24, "seconds": 1.5})
+    progress = look(run).jobs[1].progress
+    assert progress is not None
+    assert (progress.step, progress.saved_step, progress.total_steps, progress.save_s) == (30, 24, 120, 1.5)
+    assert progress.seconds_left == pytest.approx(90 * 100 / 200)
+    assert look(run).to_json()["jobs"][1]["progress"]["seconds_left"] == pytest.approx(45.0)
+
+
+def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) -> None:
+    train(run / "finetune" / "lr=0.1,epochs=2", steps=1, per_epoch=1)
+    progress = look(run).jobs[2].progress
+    assert progress is not None
+    assert (progress.total_steps, progress.seconds_left) == (2, None)
+
+
+def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(run: Path) -> None:
+    folder = write_start(run, "pretrain", how="failed", job_id="17")
+    submit(run, pretrain="17")
+    record_failure(folder, 1, 1, ValueError("the disk is full"), definite=True)
+    record_failure(folder, 1, 0, RuntimeError("connection closed by peer"), definite=False)
+    log = run / "logs" / "pretrain" / "17_1_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("".join(f"line {number}\n" for number in range(100)))
+    overview = look(run)
+    job = overview.jobs[1]
+    assert (overview.state, job.state) == ("failed", "failed")
+    assert job.failure is not None
+    assert (job.failure["rank"], job.failure["message"]) == (1, "the disk is full")
+    assert job.log_tail[-1] == "line 99"
+    text = "\n".join(plain_run(overview))
+    assert "pretrain failed (rank 1" in text
+    assert "ValueError: the disk is full" in text
+    assert "line 99" in text
+
+
+def test_without_slurm_a_submitted_chain_says_so(run: Path) -> None:
+    submit(run, prepare="16", pretrain="17")
+    overview = look(run)
+    assert [job.state for job in overview.jobs[:2]] == ["submitted", "submitted"]
+    assert overview.trouble is not None
+    assert "squeue is not installed here" in overview.trouble
+    beat(write_start(run, "pretrain", how=None, job_id="17"), ago_s=0)
+    assert look(run).jobs[1].state == "running"
+
+
+def test_a_start_of_an_earlier_submission_says_nothing_of_this_one(run: Path) -> None:
+    write_start(run, "pretrain", how="failed", job_id="11")
+    submit(run, pretrain="17")
+    assert look(run).jobs[1].state == "submitted"
+
+
+def test_markers_say_done_whatever_else_is_there(run: Path) -> None:
+    write_start(run, "pretrain", how="failed")
+    for marker in ("prepare/DONE", "pretrain/DONE", "result.json", "report/index.html"):
+        (run / marker).parent.mkdir(parents=True, exist_ok=True)
+        (run / marker).write_text("{}")
+    assert [job.job for job in look(run).jobs if job.state != "done"] == [
+        "finetune/lr=0.1,epochs=2",
+        "finetune/lr=1e-05,epochs=2",
+    ]
+
+
+def test_a_result_from_before_this_submission_is_not_its_result(run: Path) -> None:
+    (run / "result.json").write_text("{}")
+    submit(run, selection="19")
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    chain = json.loads((run / "chain.json").read_text())
+    chain["submissions"][0]["time"] = tomorrow
+    write_json(run / "chain.json", chain)
+    assert next(job.state for job in look(run).jobs if job.job == "selection") == "submitted"
+
+
+def test_starts_that_get_no_further_are_told(run: Path) -> None:
+    for number in (1, 2, 3):
+        folder = write_start(run, "pretrain", how="crashed", number=number, progress=24)
+    record_failure(folder, 3, 0, RuntimeError("NCCL"), definite=False)
+    assert "does not advance: the last 3 starts all began at step 24" in look(run).jobs[1].notes
+    write_start(run, "pretrain", how="crashed", number=4, progress=48)
+    assert not any("advance" in note for note in look(run).jobs[1].notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chain.json", "{"),
+        ("chain.json", "[1, 2]"),
+        ("config.yaml", "pretrain: [unclosed"),
+        ("config.yaml", "- a list"),
+        ("pretrain/metrics.jsonl", '{"step": 3, "epoch"'),
+        ("pretrain/checkpoints/step-00000003.json", "torn"),
+        ("pretrain/DONE", ""),
+        ("jobs/pretrain/start-0001.json", '{"job": "pretrain"}'),
+        ("jobs/pretrain/start-0001.json", "torn"),
+    ],
+)
+def test_a_broken_file_makes_no_traceback(run: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text(text)
+    assert status.main([str(run)]) == 0
+    assert "first" in capsys.readouterr().out
+
+
+def test_an_empty_folder_is_no_run_and_near_names_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main(["frist", "--runs", str(run.parent)]) == 1
+    assert "Did you mean first?" in capsys.readouterr().err
+
+
+def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beat(write_start(run, "pretrain", how=None), ago_s=0)
+    train(run / "pretrain", steps=30, per_epoch=12)
+    assert status.main(["--runs", str(run.parent)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == [
+        "first",
+        "running",
+        "pretrain",
+        "30/120",
+        "200",
+        "45",
+        "s",
+    ]
+
+
+def test_json_is_one_object_of_a_known_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([str(run), "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert (value["format"], value["name"], value["jobs"][0]["job"]) == (1, "first", "prepare")
+
+
+def test_many_cells_alike_are_one_line_unless_all_are_asked_for(run: Path) -> None:
+    rates = ", ".join(str(0.1 * number) for number in range(1, 9))
+    (run / "config.yaml").write_text(CONFIG.replace("0.1, 1.0e-05", rates))
+    assert any(line.startswith("finetune: 8 cells") for line in plain_run(look(run)))
+    assert sum(line.startswith("finetune/") for line in plain_run(look(run), everything=True)) == 8
+
+
+PARTITION = Partition("low", "UP", True, 10.0, "REQUEUE", 1, None, None, None, None, ())
+SETTINGS = {"PreemptType": "preempt/partition_prio", "KillWait": "5 sec"}
+
+
+def test_too_little_time_to_save_is_told_with_the_measured_figures() -> None:
+    def warn(save_s: float | None, signal_delay_s: float) -> list[str]:
+        return grace_warnings(
+            "pretrain",
+            save_s=save_s,
+            step_s=2.0,
+            partition=PARTITION,
+            settings=SETTINGS,
+            signal_delay_s=signal_delay_s,
+        )
+
+    assert warn(12.0, 60.0) == []  # 14 s of the 15 s that GraceTime and KillWait leave
+    assert warn(None, 1.0) == []
+    (text,) = warn(20.0, 60.0)
+    assert "needs 22.0 s to save" in text
+    assert "leaves a preempted job 15 s" in text
+    assert len(warn(20.0, 20.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(5, "5 s"), (89, "89 s"), (120, "2 min"), (3900, "1 h 05 min"), (190000, "2 d 04 h")],
+)
+def test_spans_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert span(seconds) == text
