@@ -30,9 +30,9 @@ def main(path: Path, limit: int) -> None:
         limit: crashes in a row without progress after which the job fails.
     """
     job_id, restart = own_job()
-    state = scheduler.job_state(job_id)
-    if state != "RUNNING":  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
-        _LOG.info("Slurm says that job %s is %s: it is queued again already, or ended by others.", job_id, state)
+    runs, told = scheduler.runs_since(job_id, restart)
+    if not runs:  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
+        _LOG.info("Slurm says that job %s is %s: it is queued again already, or ended by others.", job_id, told)
         return
     from paws_hpc.cluster.chain import Chain, job_called  # noqa: PLC0415
     from paws_hpc.stages.attempts import read_starts, record_end  # noqa: PLC0415

@@ -166,13 +166,32 @@ def job_state(job_id: str) -> str | None:
     Raises:
         SchedulerUnreachableError: Slurm could not be asked.
     """
+    return _shown(job_id, "JobState")
+
+
+def runs_since(job_id: str, restart: int) -> tuple[bool, str]:
+    """Whether a job runs, and still in the start that counts ``restart`` starts before it.
+
+    After a node was lost and came back, what still runs there is not the job any more: Slurm has started it elsewhere.
+
+    Returns:
+        that, and for messages what Slurm says of the job.
+
+    Raises:
+        SchedulerUnreachableError: Slurm could not be asked.
+    """
+    state, restarts = _shown(job_id, "JobState"), _shown(job_id, "Restarts")
+    return state == "RUNNING" and restarts == str(restart), f"{state or 'forgotten'} after {restarts or 0} restarts"
+
+
+def _shown(job_id: str, field: str) -> str | None:
     try:
         text = ask(["scontrol", "show", "job", "--oneliner", job_id])
     except SchedulerError as error:
         if _UNKNOWN_JOB.search(str(error)):
             return None
         raise
-    found = re.search(r"\sJobState=(\S+)", text)
+    found = re.search(rf"\s{field}=(\S+)", text)
     return found.group(1) if found else None
 
 

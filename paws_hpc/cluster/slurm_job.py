@@ -62,20 +62,20 @@ class SlurmJob:
         Raises:
             SchedulerError: Slurm refuses to queue it again.
         """
-        state = self._state()
-        if state != "RUNNING":
-            _LOG.warning("Slurm says that job %s is %s, so it is not queued again.", self.job_id, state)
-            self._record("cancelled", step, f"Slurm said {state}.")
+        runs, told = self._ask_slurm()
+        if not runs:
+            _LOG.warning("Slurm says that job %s is %s, so it is not queued again.", self.job_id, told)
+            self._record("cancelled", step, f"Slurm said: {told}.")
             return
         self._record("requeued", step, None)
         scheduler.requeue(self.job_id)
         _LOG.warning("Job %s is queued again and continues from %s.", self.job_id, _place(step))
 
-    def _state(self) -> str | None:
+    def _ask_slurm(self) -> tuple[bool, str]:
         """Ask until Slurm answers: there is nothing better to do with the time that is left."""
         while True:
             try:
-                return scheduler.job_state(self.job_id)
+                return scheduler.runs_since(self.job_id, self.restart)
             except SchedulerUnreachableError as error:
                 _LOG.warning("%s Asking again.", error)
                 time.sleep(_ASK_AGAIN_S)
