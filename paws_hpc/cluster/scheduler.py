@@ -166,7 +166,7 @@ def job_state(job_id: str) -> str | None:
     Raises:
         SchedulerUnreachableError: Slurm could not be asked.
     """
-    return _shown(job_id, "JobState")
+    return _shown(job_id).get("JobState")
 
 
 def runs_since(job_id: str, restart: int) -> tuple[bool, str]:
@@ -180,19 +180,20 @@ def runs_since(job_id: str, restart: int) -> tuple[bool, str]:
     Raises:
         SchedulerUnreachableError: Slurm could not be asked.
     """
-    state, restarts = _shown(job_id, "JobState"), _shown(job_id, "Restarts")
-    return state == "RUNNING" and restarts == str(restart), f"{state or 'forgotten'} after {restarts or 0} restarts"
+    shown = _shown(job_id)
+    state, restarts = shown.get("JobState", "forgotten"), shown.get("Restarts", "0")
+    return state == "RUNNING" and restarts == str(restart), f"{state} after {restarts} restarts"
 
 
-def _shown(job_id: str, field: str) -> str | None:
+def _shown(job_id: str) -> dict[str, str]:
+    """The fields of one job that are single words; empty if the controller knows no such job."""
     try:
         text = ask(["scontrol", "show", "job", "--oneliner", job_id])
     except SchedulerError as error:
         if _UNKNOWN_JOB.search(str(error)):
-            return None
+            return {}
         raise
-    found = re.search(rf"\s{field}=(\S+)", text)
-    return found.group(1) if found else None
+    return dict(re.findall(r"(\w+)=(\S*)", text))
 
 
 def requeue(job_id: str) -> None:
