@@ -1,0 +1,211 @@
+"""Launching the real command against a test cluster, and looking at the run that comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paws_hpc.engine.tracking import read_rows
+from paws_hpc.stages.attempts import Start, read_starts
+from tests.integration.launching import command, environment
+from tests.slurm.cluster import Cluster, wait_until
+
+ROOT = Path(__file__).parents[2]
+ON_SLURM = (
+    "hydra/launcher=submitit_slurm",
+    "hydra.launcher.partition=low",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.timeout_min=20",
+    "hydra.launcher.signal_delay_s=60",
+    "resources.pretrain.nodes=2",  # two ranks on two nodes
+    "data.threads=1",
+    "finetune.learning_rates=[0.1]",  # and so two elements
+)
+_LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}  # both nodes are this machine
+_OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+class Run:
+    """A run directory, and the chain of jobs that fills it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *overrides: str, name: str = "run") -> None:
+        """Of the stores and the folder ``runs`` in ``folder``; ``overrides`` are added to every launch."""
+        self.cluster, self.folder, self.name, self.overrides = cluster, folder, name, overrides
+        self.path = folder / "runs" / name
+
+    # Launching
+
+    def try_launch(self, *overrides: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run the launch command to its end."""
+        return subprocess.run(
+            self.command(*overrides),
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+            cwd=ROOT,
+        )
+
+    def launch(self, *overrides: str) -> str:
+        """Run the launch command, which must succeed; returns what it printed."""
+        done = self.try_launch(*overrides)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def command(self, *overrides: str) -> list[str]:
+        """The launch command."""
+        return [*command(self.folder, *ON_SLURM), f"name={self.name}", *self.overrides, *overrides]
+
+    def environment(self) -> dict[str, str]:
+        """Of the launch command, and through it of the jobs."""
+        return {**environment(), **self.cluster.environment, **_LOOPBACK}
+
+    # Jobs
+
+    def job_ids(self) -> dict[str, str]:
+        """Job name → id under which it was last submitted."""
+        chain = json.loads((self.path / "chain.json").read_text())
+        return {job["job"]: job["job_id"] for each in chain["submissions"] for job in each["jobs"]}
+
+    def states(self) -> dict[str, str]:
+        """Job name → what Slurm says of it now."""
+        return {job: self.cluster.state(job_id) for job, job_id in self.job_ids().items()}
+
+    def wait_running(self, job: str, *, timeout_s: float = 90) -> str:
+        """Wait until a job runs; returns its id."""
+        job_id = self.job_ids()[job]
+        self._wait(lambda: self.cluster.state(job_id) == "RUNNING", timeout_s, f"{job} does not run")
+        return job_id
+
+    def wait_start(self, job: str, number: int, *, timeout_s: float = 90) -> None:
+        """Wait until the ranks of a job have begun its start ``number`` (counted from 1)."""
+        self._wait(lambda: len(self.starts(job)) >= number, timeout_s, f"{job} has no start {number}")
+
+    def wait_rows(self, job: str, count: int, *, timeout_s: float = 90) -> None:
+        """Wait until a job has logged so many rows of metrics."""
+        self._wait(lambda: len(self.rows(job)) >= count, timeout_s, f"{job} has not logged {count} rows")
+
+    def wait_over(self, *, timeout_s: float = 180) -> dict[str, str]:
+        """Wait until no job of the chain waits or runs; returns their last states."""
+
+        def over() -> bool:
+            return all(state in _OVER for state in self.states().values())
+
+        self._wait(over, timeout_s, "the chain does not end")
+        return self.states()
+
+    def wait_done(self, *, timeout_s: float = 180) -> None:
+        """Wait until the chain has ended; all of its jobs must have succeeded."""
+        states = self.wait_over(timeout_s=timeout_s)
+        assert set(states.values()) == {"COMPLETED"}, self.report()
+
+    def _wait(self, condition: Any, timeout_s: float, otherwise: str) -> None:
+        wait_until(condition, timeout_s, lambda: f"{otherwise}\n{self.report()}")
+
+    def starts(self, job: str) -> list[Start]:
+        """The starts of a job, oldest first."""
+        return read_starts(self.path / "jobs" / job)
+
+    def ends(self, job: str) -> list[str | None]:
+        """How the starts of a job ended; None for one that was killed."""
+        return [start.end["how"] if start.end else None for start in self.starts(job)]
+
+    # Ranks
+
+    def ranks(self, job: str, rank: int) -> list[int]:
+        """Numbers of the processes of one rank, the oldest first."""
+        return self.cluster.tasks(self._raw_id(job), rank)
+
+    def signal_rank(self, job: str, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank alone."""
+        os.kill(self.ranks(job, rank)[0], number)
+
+    def signal_ranks(self, job: str, number: signal.Signals) -> None:
+        """Send a signal to both ranks of pre-training."""
+        for rank in (0, 1):
+            self.signal_rank(job, rank, number)
+
+    def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 150) -> None:
+        """Wait until the start ``number`` of pre-training has begun, and stop its ranks most of the time until then."""
+
+        def arrived() -> bool:
+            with suppress(IndexError, ProcessLookupError):  # no ranks at the moment
+                self.signal_ranks(job, signal.SIGSTOP)
+                time.sleep(1.0)
+                self.signal_ranks(job, signal.SIGCONT)
+            return len(self.starts(job)) >= number
+
+        self._wait(arrived, timeout_s, f"{job} has no start {number}")
+
+    def wait_shielded(self, job: str, rank: int, *, timeout_s: float = 90) -> None:
+        """Wait until a rank has come so far that no signal is lost, which is long before it has imported torch."""
+
+        def shielded() -> bool:
+            return any(_blocks(pid, signal.SIGUSR2) for pid in self.ranks(job, rank))
+
+        self._wait(shielded, timeout_s, f"rank {rank} of {job} does not start")
+
+    def _raw_id(self, job: str) -> str:
+        return self.cluster.show(self.job_ids()[job])["JobId"]  # an array's element has one of its own
+
+    # Results
+
+    def rows(self, job: str) -> list[dict[str, Any]]:
+        """Rows of metrics of a job, without how long things took."""
+        path = self.path / job / "metrics.jsonl"
+        rows = read_rows(path) if path.exists() else []
+        return [{name: row[name] for name in row if not name.startswith("throughput/")} for row in rows]
+
+    def weights(self) -> dict[str, Any]:
+        """All tensors that training left: the last checkpoint of pre-training and the best of every cell."""
+        paths = [*sorted(self.path.glob("pretrain/checkpoints/*.pt"))[-1:], *sorted(self.path.glob("*/lr=*/best.pt"))]
+        states = {str(path.relative_to(self.path)): torch.load(path, weights_only=True) for path in paths}
+        for state in states.values():
+            state.pop("validated", None)  # whether the last score was before or after the last checkpoint
+        return states
+
+    def log(self, job: str) -> str:
+        """What the ranks of a job's stage and their batch scripts said, of all starts."""
+        folder = self.path / "logs" / job.partition("/")[0]
+        return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.out")))
+
+    def report(self) -> str:
+        """For messages: queue, starts, and the last lines of the logs."""
+        parts = [self.cluster.queue()]
+        for path in sorted((self.path / "jobs").rglob("*-*.json")):
+            parts.append(f"{path.relative_to(self.path)}: {' '.join(path.read_text().split())}")
+        for path in sorted((self.path / "logs").rglob("*.out")):
+            lines = path.read_text(errors="replace").splitlines()[-25:]
+            parts.append("\n".join([f"---- {path.relative_to(self.path)}", *lines]))
+        return "\n".join(parts)
+
+
+def assert_same_results(found: Run, expected: Run, jobs: Sequence[str]) -> None:
+    """Weights are the same to the bit, and so are curves but for how long things took."""
+    torch.testing.assert_close(found.weights(), expected.weights(), rtol=0, atol=0)
+    for job in jobs:
+        assert found.rows(job), f"{job} has logged nothing"
+        assert found.rows(job) == expected.rows(job), f"the curves of {job} differ"
+    result = "result.json"
+    if (expected.path / result).exists():
+        assert json.loads((found.path / result).read_text()) == json.loads((expected.path / result).read_text())
+
+
+def _blocks(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has blocked a signal; False if it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigBlk"))
+    return bool(mask >> (number - 1) & 1)
