@@ -11,6 +11,7 @@ from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import STAGES, Config
 from paws_hpc.stages.finetune import SWEEPS
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.selection import check_sweep_is_the_scored_one
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
 
     Raises:
         ConfigError: a stage is asked for whose needs are neither met nor about to be.
+        ValueError: selection is over, and was made among other cells than the sweep now has.
     """
+    selected = "selection" in config.stages and run.result.exists()
+    if selected:
+        check_sweep_is_the_scored_one(config, run)
     found: dict[str, ToSubmit] = {}
     for stage in (stage for stage in STAGES if stage in config.stages):
-        if stage in SWEEPS and run.result.exists():
-            continue  # selection is over, and the test split is scored once
+        if stage in SWEEPS and selected:
+            continue  # a cell that failed comes too late: the test split is scored once
         renewed = any(parent in found for parent in (*NEEDS[stage], *FOLLOWS[stage]))
         jobs = [job for job in jobs_of(config, stage) if not _is_done(job, config, run, renewed=renewed)]
         missing = [job for job in jobs if job.name not in active]

@@ -15,6 +15,7 @@ from paws_hpc.config import STAGES, Config
 from paws_hpc.stages.run_folder import RunFolder
 
 Runner = Callable[[Job], None]
+_ALWAYS = ("selection", "report")  # in moments: selection sees for itself what is there, and a report tells of it
 
 
 def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
@@ -31,7 +32,8 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
     Chain(run, config.name)
     worked: list[str] = []
     for stage in (stage for stage in STAGES if stage in config.stages):
-        pending = [job for job in jobs_of(config, stage) if stage == "report" or not job.is_done(config, run)]
+        jobs = jobs_of(config, stage)
+        pending = jobs if stage in _ALWAYS else [job for job in jobs if not job.is_done(config, run)]
         for job in pending:
             runner(job)
             worked.append(job.name)

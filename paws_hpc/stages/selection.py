@@ -77,7 +77,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         ValueError: too few cells have finished, or the result that is there is of another sweep.
     """
     if run.result.exists():
-        _check_sweep_is_the_scored_one(config, run)
+        check_sweep_is_the_scored_one(config, run)
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
@@ -111,7 +111,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         )
 
 
-def _check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
+def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
+    """Raise ValueError if ``result.json`` was scored after selection among other cells than the sweep now has."""
     scored, asked = read_json(run.selected)["cells"], [cell.name for cell in config.finetune.cells()]
     if scored != asked:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from paws_hpc import distributed
-from paws_hpc.cluster.rendezvous import join
+from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.engine.optimizer import OptimizerConfig
@@ -34,7 +34,10 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
     if world > 1:
-        join(folder, job=f"{world}-{dtype}", rank=rank, world_size=world, host="127.0.0.1", device=cpu, timeout_s=120)
+        join(
+            folder, start=f"{world}-{dtype}", rank=rank, world_size=world, address=own_address(1), device=cpu,
+            timeout_s=120,
+        )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
     grey = AugmentConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)

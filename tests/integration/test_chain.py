@@ -8,6 +8,7 @@ import pytest
 
 from paws_hpc.cluster.chain import Chain
 from paws_hpc.files import exclusive
+from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.launching import launch
 
@@ -17,7 +18,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     first = launch(folder, "stages=[prepare,pretrain]")
     assert first.returncode == 0, first.stderr
-    states = {stage["name"]: stage["state"] for stage in read(folder / "runs/run/chain.json")["stages"]}
+    states = {stage["name"]: stage["state"] for stage in read_run(folder / "runs/run").stages}
     assert states["pretrain"] == "done"
     assert states["finetune"] == "pending"
     rest = launch(folder)
@@ -31,7 +32,7 @@ def read(path: Path) -> dict:
 
 def test_one_command_leads_from_images_to_a_report(finished: Path) -> None:
     run = finished / "runs/run"
-    assert {stage["state"] for stage in read(run / "chain.json")["stages"]} == {"done"}
+    assert {stage["state"] for stage in read_run(run).stages} == {"done"}
     assert len(list((run / "finetune").glob("lr=*/best.pt"))) == 4
     result = read(run / "result.json")
     assert result["labels"] == 40

@@ -41,6 +41,7 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
                 write_json(Path(store) / "manifest.json", {})
         if stage == "selection":
             write_json(run.result, {})
+            write_json(run.selected, {"cells": [cell.name for cell in config.finetune.cells()]})
         if stage == "report":
             write_json(run.report, {})
 
@@ -89,7 +90,13 @@ def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Con
 
 def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline", "selection", "report")
+    (run.path / CELLS[0] / "DONE").unlink()
     assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
+    config.finetune = ClassifierConfig([0.01, 0.1, 1.0], [3])
+    with pytest.raises(ValueError, match="scored after selection among"):
+        planned(config, run, {})
+    config.stages = ["finetune"]
+    assert planned(config, run, {}) == {"finetune": [CELLS[0], "finetune/lr=1,epochs=3"]}, "if they are asked for"
 
 
 def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder) -> None:
