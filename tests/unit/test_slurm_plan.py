@@ -90,13 +90,12 @@ def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Con
 
 def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline", "selection", "report")
-    (run.path / CELLS[0] / "DONE").unlink()
     assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
     config.finetune = ClassifierConfig([0.01, 0.1, 1.0], [3])
     with pytest.raises(ValueError, match="scored after selection among"):
         planned(config, run, {})
     config.stages = ["finetune"]
-    assert planned(config, run, {}) == {"finetune": [CELLS[0], "finetune/lr=1,epochs=3"]}, "if they are asked for"
+    assert planned(config, run, {}) == {"finetune": [*CELLS, "finetune/lr=1,epochs=3"]}, "if they are asked for"
 
 
 def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder) -> None:
