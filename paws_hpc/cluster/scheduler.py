@@ -20,6 +20,7 @@ TIMEOUT_S = 60.0  # a busy controller may take tens of seconds
 
 _UNREACHABLE = re.compile(
     r"unable to contact|unable to process configuration|configuration source|connection (?:refused|timed out|reset)"
+    r"|unexpected message received"  # all that 22.05's `scontrol requeue` says when the controller is gone
     r"|timed out|communication|no route to host|authentication|munge|zero bytes|controller (?:is|not)",
     re.IGNORECASE,
 )

@@ -124,12 +124,10 @@ def file_system(path: Path) -> str:
 
 
 def _store(name: str, path: str, data: DataConfig) -> Check:
+    if data.source is not None and not (Path(path) / "manifest.json").exists():
+        return ok(name, f"{path} is not there yet; the stage prepare packs it from {data.source}")
     try:
         store = ImageStore.open(Path(path))
-    except FileNotFoundError as error:
-        if data.source is None:
-            return problem(name, str(error), "Pack it with `python -m paws_hpc.shards pack`.")
-        return ok(name, f"{path} is not there yet; the stage prepare packs it from {data.source}")
     except (OSError, ValueError) as error:
         return problem(name, str(error), "Look closer with `python -m paws_hpc.shards verify`.")
     with store:

@@ -208,15 +208,8 @@ def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     beat(write_start(run, "pretrain", how=None), ago_s=0)
     train(run / "pretrain", steps=30, per_epoch=12)
     assert status.main(["--runs", str(run.parent)]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        "first",
-        "running",
-        "pretrain",
-        "30/120",
-        "200",
-        "45",
-        "s",
-    ]
+    words = capsys.readouterr().out.splitlines()[1].split()
+    assert words == ["first", "running", "pretrain", "30/120", "200", "45", "s"]
 
 
 def test_json_is_one_object_of_a_known_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

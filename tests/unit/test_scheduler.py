@@ -69,6 +69,7 @@ def test_formats_of_the_user_change_nothing(program: Program, monkeypatch: pytes
         "squeue: fatal: Unable to process configuration file",
         "squeue: error: fetch_config: DNS SRV lookup failed squeue: fatal: Could not establish a configuration source",
         "slurm_load_jobs error: Protocol authentication error",
+        "Unexpected message received for job 17",
     ],
 )
 def test_a_controller_that_does_not_answer_is_not_a_refusal(program: Program, said: str) -> None:

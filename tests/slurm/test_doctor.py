@@ -1,0 +1,111 @@
+"""``doctor`` against a real Slurm: what it finds before a submission is what Slurm would do with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.settings import ClusterOptions
+
+pytestmark = pytest.mark.timeout(240)
+ROOT = Path(__file__).parents[2]
+GOOD = ("hydra.launcher.partition=low", "hydra.launcher.timeout_min=60", "device=cpu")
+
+
+@pytest.fixture(scope="module")
+def cluster_options() -> ClusterOptions:
+    return ClusterOptions(accounting=True, grace_s=40, extra={"MaxArraySize": "4"})
+
+
+def doctor(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit status, and the checks by name (of several with one name the worst)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "paws_hpc.doctor", f"runs={folder}", *arguments, "--json"],
+        env={**cluster.environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        cwd=ROOT,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    order = ("ok", "warning", "problem")
+    checks = sorted(json.loads(done.stdout), key=lambda check: order.index(check["verdict"]))
+    return done.returncode, {check["name"]: check for check in checks}
+
+
+def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    status, checks = doctor(cluster, tmp_path, *GOOD, "--probe", "--probe-timeout", "120")
+    assert status == 0, checks
+    assert checks["preemption"]["verdict"] == "ok"
+    assert "SIGUSR2 and has 45 s to save" in checks["preemption"]["found"]
+    assert checks["probe"]["verdict"] == "ok"
+    assert "torch" in checks["probe: packages"]["found"]
+    assert checks["probe: store"]["verdict"] == "ok"
+    assert "shared folders" not in checks  # the probe has answered that
+    assert os.listdir(tmp_path) == []
+
+
+SHAPES = (
+    ("resources.pretrain.gpus_per_node=3", "jobs of pretrain", "n[1-2] has 2 GPUs", "Ask for less"),
+    ("resources.report.mem_gb=100", "jobs of report", "n[1-2] has 8000 MB of memory", "Ask for less"),
+    ("resources.finetune.nodes=4", "jobs of finetune", "asks for 4 nodes", "Ask for less"),
+    ("resources.baseline.timeout_min=2", "jobs of baseline", "the signal to save comes 120 s before", "signal_delay_s"),
+    ("resources.selection.constraint=h100", "jobs of selection", "feature", "Change the field"),
+)
+REST = (
+    ("hydra.launcher.account=nobody", "account of prepare, pretrain", "nobody is not yours", "test"),
+    ("resources.finetune.qos=gold", "qos of finetune", "gold is not yours", "normal"),
+    ("finetune.epochs=[1,2,3]", "sweep finetune", "6 cells, but an array may have 4", "Shorten"),
+    ("data.train=/nowhere/train", "training images", "/nowhere/train", "verify"),
+    ("data.source=null", "training images", "manifest.json", "verify"),
+)
+
+
+@pytest.mark.parametrize(
+    "faults", [SHAPES, REST, (("hydra.launcher.partition=lou", "jobs of", "there is no partition lou", "low"),)]
+)
+def test_what_slurm_would_never_start_is_a_problem_with_a_remedy(
+    cluster: Cluster, tmp_path: Path, faults: tuple[tuple[str, str, str, str], ...]
+) -> None:
+    status, checks = doctor(cluster, tmp_path, *GOOD, *(override for override, *_ in faults))
+    assert status == 1
+    for override, name, found, remedy in faults:
+        bad = [check for check in checks.values() if check["verdict"] == "problem" and check["name"].startswith(name)]
+        assert any(found in check["found"] and remedy in check["remedy"] for check in bad), (override, checks)
+
+
+def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=30", "State=DOWN")
+    try:
+        status, checks = doctor(cluster, tmp_path, *GOOD, "hydra.launcher.partition=high")
+        said = json.dumps(checks)
+        assert status == 1
+        assert checks["preemption"]["found"] == "jobs of partition high are not preempted"
+        assert "more than partition high allows (30 min)" in said or "partition high is DOWN" in said
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=UNLIMITED", "State=UP")
+
+
+def test_without_a_controller_the_rest_is_still_checked(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.stop_controller()
+    try:
+        status, checks = doctor(cluster, tmp_path, *GOOD, "--probe")
+        assert status == 1
+        assert checks["controller"]["verdict"] == "problem"
+        assert checks["training images"]["verdict"] == "ok"
+        assert "probe" not in checks
+    finally:
+        cluster.start_controller()
+
+
+def test_a_misspelt_field_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    status, checks = doctor(cluster, tmp_path, "nmae=x")
+    assert status == 1
+    assert checks["config"]["found"] == "nmae is not a field of the config. Did you mean 'name'?"
