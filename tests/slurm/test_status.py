@@ -1,0 +1,198 @@
+"""``status`` and the scheduler's commands against a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paws_hpc.cluster import scheduler
+from paws_hpc.cluster.inventory import partitions, settings
+from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from tests.slurm.chain import ROOT, Run
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.settings import ClusterOptions
+
+pytestmark = pytest.mark.timeout(400)
+LONG = ("stages=[prepare,pretrain,report]", "pretrain.epochs=300", "optimizer.warmup_epochs=1")
+
+
+@pytest.fixture(scope="module")
+def cluster_options() -> ClusterOptions:
+    return ClusterOptions(grace_s=0, kill_wait_s=2, accounting=True)
+
+
+@pytest.fixture
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, to which commands of this process talk too."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    return cluster
+
+
+@pytest.fixture
+def run(cluster: Cluster, tmp_path: Path) -> Run:
+    shutil.copytree(ROOT / "shards" / "digits", tmp_path / "shards")
+    return Run(cluster, tmp_path)
+
+
+def status(run: Run, *arguments: str) -> str:
+    """What the command prints about a run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "paws_hpc.status", str(run.path), *arguments],
+        env=run.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def job(run: Run, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(status(run, "--json"))
+    return next(job for job in value["jobs"] if job["job"] == name)
+
+
+def test_status_follows_a_chain_through_preemption_loss_of_the_controller_and_cancelling(run: Run) -> None:
+    cluster = run.cluster
+    run.launch(*LONG)
+    run.wait_rows("pretrain", 4)
+    found = job(run, "pretrain")
+    assert (found["state"], found["source"], found["job_id"]) == ("running", "squeue", run.job_ids()["pretrain"])
+    assert found["progress"]["total_steps"] == 3000
+    assert found["progress"]["step"] >= 4
+    assert found["progress"]["seconds_left"] > 0
+    assert (job(run, "report")["state"], job(run, "report")["reason"]) == ("waiting", "Dependency")
+
+    cluster.preempt(run.job_ids()["pretrain"])
+    found = job(run, "pretrain")
+    assert (found["state"], found["restarts"]) == ("waiting", 1)
+    assert "BeginTime" in status(run)
+    cluster.release_begin_time(run.job_ids()["pretrain"])
+    run.wait_start("pretrain", 2)
+
+    cluster.stop_controller()
+    try:
+        found = job(run, "pretrain")
+        assert (found["state"], found["source"]) == ("running", "starts")
+        assert "Slurm could not be asked" in status(run)
+    finally:
+        cluster.start_controller()
+
+    run.launch("cancel=true")
+    run.wait_over()
+    text = status(run)
+    assert re.search(r"^pretrain +cancelled", text, re.MULTILINE), text
+    assert "cancelled by launch at" in text
+
+
+def test_a_failure_is_shown_with_the_end_of_its_log_and_what_it_stopped(run: Run) -> None:
+    run.launch("stages=[prepare,pretrain,selection]", "optimizer.peak_lr=1e30", "optimizer.start_lr=1e30")
+    run.wait_over()
+    found = job(run, "pretrain")
+    assert found["state"] == "failed"
+    assert found["failure"]["definite"]
+    assert "not finite" in found["failure"]["message"]
+    assert found["log_tail"]
+    text = status(run)
+    assert "TrainingStoppedError" in text
+    assert re.search(r"^selection +cancelled", text, re.MULTILINE), text
+
+
+def test_on_a_terminal_a_run_is_a_table_that_fits_its_width(run: Run) -> None:
+    run.launch(*LONG)
+    try:
+        run.wait_rows("pretrain", 2)
+        for width in (80, 140):
+            lines = _on_terminal(run, width)
+            assert any("pretrain" in line and "running" in line for line in lines), lines
+            assert max(map(len, lines)) <= width
+    finally:
+        run.launch("cancel=true")
+        run.wait_over()
+
+
+def _on_terminal(run: Run, width: int) -> list[str]:
+    """The lines that the command writes to a terminal."""
+    master, slave = pty.openpty()
+    done = subprocess.Popen(
+        [sys.executable, "-m", "paws_hpc.status", str(run.path)],
+        env={**run.environment(), "COLUMNS": str(width), "TERM": "xterm"},
+        stdout=slave,
+        cwd=ROOT,
+    )
+    os.close(slave)
+    said = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # Linux says so when nobody holds the other end any more
+            break
+        said += part
+    os.close(master)
+    assert done.wait(timeout=30) == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "").split("\n")
+
+
+def test_the_scheduler_is_told_and_asked_about_jobs_and_arrays(here: Cluster) -> None:
+    held = here.submit("-H", "-p", "low", "--array=0-2", "-o", "/dev/null", "--wrap", "exec sleep 100")
+    names = [f"{held}_{index}" for index in range(3)]
+    known = scheduler.queue()
+    assert [known[name].state for name in names] == ["PENDING"] * 3
+    assert known[names[0]].reason == "JobHeldUser"
+    scheduler.release([held])
+    here.wait_for(names[1], "RUNNING")
+    assert scheduler.job_state(names[1]) == "RUNNING"
+    scheduler.requeue(names[1])
+    here.wait_for(names[1], "PENDING")
+    assert scheduler.queue()[names[1]].restarts == 1
+    with pytest.raises(SchedulerError, match="Job is pending execution"):
+        scheduler.requeue(names[1])
+    scheduler.cancel([*names, "99999"])
+    for name in names:
+        here.wait_for(name, "CANCELLED")
+    scheduler.cancel(names)
+    assert scheduler.job_state("99999") is None
+
+
+def test_accounts_know_what_the_queue_forgets(here: Cluster) -> None:
+    failed = here.submit("-o", "/dev/null", "--wrap", "exit 3")
+    here.wait_for(failed, "FAILED")
+
+    def accounted() -> bool:
+        found = scheduler.accounting([failed, "99999"])
+        assert found is not None
+        return failed in found and found[failed].state == "FAILED" and found[failed].exit_code == "3:0"
+
+    wait_until(accounted, 20, here.queue)
+
+
+def test_partitions_and_settings_are_those_of_the_cluster(here: Cluster) -> None:
+    found = partitions()
+    assert (found["low"].preempt_mode, found["low"].grace_s, found["low"].default) == ("REQUEUE", 0, True)
+    assert (found["low"].nodes, found["low"].gpus_per_node) == (2, here.options.gpus)
+    assert found["high"].preempt_mode == "OFF"
+    assert settings()["KillWait"] == "2 sec"
+
+
+def test_a_controller_that_is_gone_is_unreachable_not_a_refusal(here: Cluster) -> None:
+    here.stop_controller()
+    try:
+        for ask in (scheduler.queue, partitions, settings):
+            with pytest.raises(SchedulerUnreachableError, match="Unable to contact slurm controller"):
+                ask()
+        with pytest.raises(SchedulerUnreachableError):
+            scheduler.requeue("1")
+    finally:
+        here.start_controller()
