@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,25 +34,38 @@ class Fault:
 def size_fault(folder: Path, manifest: Manifest, number: int) -> Fault | None:
     """Compare the size of shard ``number`` with the manifest.
 
-    A truncated shard cannot be opened any more; where ``index.npy`` is at hand, the first record that is lost is named.
+    A truncated shard cannot be opened any more; where ``index.bin`` is at hand, the first record that is lost is named.
     """
     entry = manifest.shards[number]
     try:
-        size = (folder / entry.name).stat().st_size
+        size = os.stat(folder / entry.name).st_size
     except FileNotFoundError:
         return Fault(entry.name, None, "is missing")
+    except OSError as error:
+        return Fault(entry.name, None, f"cannot be looked at: {error.strerror}")
     if size == entry.bytes:
         return None
     problem = f"has {size:,} bytes instead of {entry.bytes:,}"
+    lost = _lost_keys(folder, manifest, number, size) if size < entry.bytes else []
+    if not lost:
+        return Fault(entry.name, None, problem)
+    problem = f"is the first of {len(lost):,} that are lost: the shard was truncated, it {problem}"
+    return Fault(entry.name, lost[0], problem)
+
+
+def _lost_keys(folder: Path, manifest: Manifest, number: int, size: int) -> list[str]:
+    """Keys of the records beyond the first ``size`` bytes of a shard, as far as ``index.bin`` can say."""
+    entry = manifest.shards[number]
     index = read_cached_index(folder, manifest)
-    if size > entry.bytes or index is None or entry.data_offset is None:
-        return Fault(entry.name, None, problem)
-    rows = index[index["shard"] == number]
-    lost = rows[entry.data_offset + rows["offset"].astype(np.int64) + rows["length"] > size]
-    if not len(lost):
-        return Fault(entry.name, None, problem)
-    key = str(lost["key"][0].decode())
-    return Fault(entry.name, key, f"is the first of {len(lost):,} that are lost: the shard was truncated, it {problem}")
+    if index is None or entry.data_offset is None:
+        return []
+    positions = sum(shard.count for shard in manifest.shards[:number]) + np.arange(entry.count)
+    try:
+        rows = index.rows(positions)
+        lost = entry.data_offset + rows["offset"].astype(np.int64) + rows["length"] > size
+        return [key.decode() for key in index.keys(positions[lost])]
+    except StoreError:  # the index is damaged as well: the shard is named all the same
+        return []
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

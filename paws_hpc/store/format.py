@@ -1,12 +1,13 @@
-"""The store's on-disk contract as types: constants, the manifest, the index columns, digests (shards/FORMAT.md).
+"""The store's on-disk contract as types: constants, the manifest, the columns of a shard's index (shards/FORMAT.md).
 
 Legend: N records of the store, n records of one shard, H x W x C one raw image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +20,10 @@ from paws_hpc.files import read_json, value_digest
 
 FORMAT = "paws-hpc-store"
 SHARD_FORMAT = "paws-hpc-shard"
-VERSION = 1
+VERSION = 2
+SHARD_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-INDEX_NAME = "index.npy"
+INDEX_NAME = "index.bin"
 
 Encoding = Literal["jpeg", "raw"]
 """How one record's bytes are read: a three-component JPEG file, or the H*W*C pixels themselves."""
@@ -32,6 +34,14 @@ FLAG_PROGRESSIVE = 2
 """The record is a progressive JPEG, which decodes about three times slower than a baseline one."""
 FLAG_RECOVERED = 4
 """The source file was damaged or unusual and only the lenient decoder could read it."""
+FLAG_STRIPPED = 8
+"""Metadata, a preview or bytes after the image were taken out of the source's JPEG; its pixels are the same."""
+FLAG_MADE_BASELINE = 16
+"""The source was a progressive JPEG; its coefficients were written anew as a baseline one, without loss."""
+FLAG_TURNED = 32
+"""The image was turned as the orientation in its metadata says, as viewers show it."""
+FLAG_SHRUNK = 64
+"""The image was reduced in size, as the packer was asked to."""
 
 INDEX_COLUMNS: dict[str, str] = {
     "offset": "<u8",
@@ -63,12 +73,18 @@ class RecordError(StoreError):
     Attributes:
         key: the record's key.
         shard: name of the shard that holds it; None before it is packed.
+        position: of the record in its store; None before it is packed.
+        lasting: its bytes are wrong, for every process that reads them; False if the system failed to read them.
     """
 
-    def __init__(self, message: str, *, key: str, shard: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, key: str, shard: str | None = None, position: int | None = None, lasting: bool = True
+    ) -> None:
         super().__init__(message)
         self.key = key
         self.shard = shard
+        self.position = position
+        self.lasting = lasting
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,12 @@ class Packing:
     """Version of paws_hpc."""
     seed: int
     shard_bytes: int
+    """Bytes of the source's images that make a shard."""
     on_error: Literal["stop", "skip"]
+    max_short_side: int | None = None
+    """Images with a longer short side, in pixels, were shrunk to it; None: none were."""
+    transcoder: str | None = None
+    """What wrote progressive JPEGs as baseline ones and turned images without loss; None: neither was done so."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +167,9 @@ class Manifest:
     class_counts: tuple[int, ...]
     statistics: Statistics
     digest: str
-    """:func:`dataset_digest`: the sequence of records, whatever the shard size."""
+    """:func:`paws_hpc.store.joined.dataset_digest`: the sequence of records, whatever the shard size."""
     index_hash: str
-    """:func:`index_hash` of the joined index, by which ``index.npy`` is recognised."""
+    """:attr:`paws_hpc.store.joined.JoinedIndex.hash`, by which ``index.bin`` is recognised."""
     origin: Origin
     packing: Packing
     reencoded: dict[str, int]
@@ -158,8 +179,15 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest as JSON values, keys in the order of FORMAT.md."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        """The manifest as JSON values, keys in the order of FORMAT.md, with a checksum of them all at the end."""
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return values | {"checksum": value_digest(values)}
+
+    @cached_property
+    def checksum(self) -> str:
+        """Identity of the store to the byte: SHA-256 of the manifest, which has the hash of every shard."""
+        checksum: str = self.to_json()["checksum"]
+        return checksum
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -184,6 +212,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(
             f"{path} has store version {value.get('version')!r}, this program reads version {VERSION}: "
             "use the matching paws_hpc or pack the store again with --force."
+        )
+    checksum = value.pop("checksum", None)
+    try:
+        fits = checksum == value_digest(value)
+    except ValueError:  # JSON as Python reads it may hold NaN, which no manifest does
+        fits = False
+    if not fits:
+        raise StoreError(
+            f"{path} is damaged or was edited: it does not fit its checksum. Restore it or pack the store again with "
+            "--force."
         )
     return _manifest(value, path)
 
@@ -213,7 +251,7 @@ def _manifest(value: dict[str, Any], path: Path) -> Manifest:
             skipped=tuple(Omission(**entry) for entry in value["skipped"]),
             shards=tuple(ShardEntry(**entry) for entry in value["shards"]),
         )
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is damaged: field {error} is missing or wrong. Restore it or pack the store again with --force."
         ) from error
@@ -221,6 +259,9 @@ def _manifest(value: dict[str, Any], path: Path) -> Manifest:
         raise StoreError(f"{path}: encoding={manifest.encoding!r} is not one of {', '.join(get_args(Encoding))}.")
     if manifest.count != sum(shard.count for shard in manifest.shards):
         raise StoreError(f"{path} is damaged: count={manifest.count} is not the sum of its shards' counts.")
+    for shard in manifest.shards:
+        if shard.name != os.path.basename(shard.name) or not shard.name.endswith(".h5"):
+            raise StoreError(f"{path}: shard {shard.name!r} is not the name of a file in the store's folder.")
     return manifest
 
 
@@ -264,42 +305,3 @@ class ShardIndex:
         raw[8] = (raw[8] & 0x3F) | 0x80
         text = raw.hex()
         return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def join_indexes(indexes: Sequence[ShardIndex]) -> NDArray[np.void]:
-    """Join the indexes of all shards into one (N,) structured array.
-
-    Its fields are ``shard`` (position in the manifest), the columns of :data:`INDEX_COLUMNS` (``offset`` counts from
-    the beginning of the shard's ``/data``) and ``key``: UTF-8, padded with zero bytes to the longest key.
-    """
-    keys = [key for index in indexes for key in index.key_bytes]
-    width = max(len(key) for key in keys)
-    joined = np.empty(len(keys), dtype=[("shard", "<u4"), *INDEX_COLUMNS.items(), ("key", f"S{width}")])
-    joined["shard"] = np.repeat(np.arange(len(indexes)), [len(index) for index in indexes])
-    for column in INDEX_COLUMNS:
-        joined[column] = np.concatenate([getattr(index, column) for index in indexes])
-    joined["key"] = keys
-    return joined
-
-
-def index_hash(joined: NDArray[np.void]) -> str:
-    """128-bit xxh3 of a joined index: type description and values, as 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128(str(joined.dtype.descr).encode())
-    digest.update(np.ascontiguousarray(joined).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def dataset_digest(
-    joined: NDArray[np.void], *, encoding: Encoding, shape: tuple[int, int, int] | None, classes: Sequence[str]
-) -> str:
-    """Identity of the data set as training sees it: 32 hexadecimal digits.
-
-    It covers the sequence of (key, label, length, CRC32C), the encoding, the shape and the class names. Two stores with
-    the same digest give the same image at every position; the shard size does not matter.
-    """
-    header = {"encoding": encoding, "shape": shape, "classes": list(classes), "count": len(joined)}
-    digest = xxhash.xxh3_128(value_digest(header).encode())
-    digest.update(b"\0".join(joined["key"].tolist()))
-    for column in ("label", "length", "crc32c"):
-        digest.update(np.ascontiguousarray(joined[column]).tobytes())
-    return digest.hexdigest()

@@ -6,25 +6,25 @@ h5py handle stays open: those must not cross a fork, and h5py reads under one lo
 
 from __future__ import annotations
 
-import errno
 import math
-import weakref
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import overload
+from typing import TypeVar
 
-import google_crc32c
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, StoreError, read_manifest
-from paws_hpc.store.joined import load_index
-from paws_hpc.store.shard import ShardFile
+from paws_hpc.store.joined import JoinedIndex, load_index
+from paws_hpc.store.keys import Keys, find_keys, in_order
+from paws_hpc.store.shardset import ShardSet
+from paws_hpc.store.substitutes import Substitutes
+
+Read = TypeVar("Read")
 
 
 class ImageStore:
@@ -35,39 +35,64 @@ class ImageStore:
     Attributes:
         path: the store's folder.
         manifest: everything that is known about the store.
+        shards: the open files; knows how many of them are local copies.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: NDArray[np.void], *, check: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        index: JoinedIndex,
+        *,
+        check: bool,
+        stage_to: Path | None,
+        max_substitutes: int,
+    ) -> None:
         """Use :meth:`open`."""
         self.path = path
         self.manifest = manifest
         self.check = check
+        self.stage_to = stage_to
+        self.shards = ShardSet(path, manifest, stage_to=stage_to)
         self._index = index
-        self._labels = _frozen(index["label"].astype(np.int64))
-        self._keys = Keys(index["key"])
-        self._shards = _open_shards(path, manifest)
-        self._close = weakref.finalize(self, _close_all, self._shards)
+        self._keys = Keys(index)
+        self._ends = np.cumsum([shard.count for shard in manifest.shards])
+        self._substitutes = Substitutes(index, limit=max_substitutes)
 
     @classmethod
-    def open(cls, path: Path | str, *, check: bool = True) -> ImageStore:
-        """Open a store.
+    def open(
+        cls, path: Path | str, *, check: bool = True, stage_to: Path | str | None = None, max_substitutes: int = 0
+    ) -> ImageStore:
+        """Open a store, which takes the same time and memory whatever its number of records.
 
         Args:
             path: the folder with ``manifest.json``.
             check: compare the CRC32C of every record that is read (about 25 µs per 110 KB).
+            stage_to: folder on the node's own disk to which :func:`paws_hpc.store.start_staging` copies the store. A
+                shard is read from there as soon as its copy is complete, and from ``path`` before, or if the copy turns
+                out missing or damaged.
+            max_substitutes: how many damaged records may be replaced by the next good one of their class, each with a
+                warning. 0: a damaged record is an error.
 
         Raises:
             StoreError: the store is incomplete, or a shard is missing, truncated or damaged; the shard is named, and
-                where the cached index is at hand the first record that is lost.
+                where the cached index is at hand the first record that is lost. Or ``stage_to`` cannot be written.
         """
         path = Path(path)
         manifest = read_manifest(path)
         check_sizes(path, manifest)
-        return cls(path, manifest, load_index(path, manifest), check=check)
+        return cls(
+            path,
+            manifest,
+            load_index(path, manifest),
+            check=check,
+            stage_to=None if stage_to is None else Path(stage_to),
+            max_substitutes=max_substitutes,
+        )
 
     def close(self) -> None:
         """Close the shards; reading afterwards is an error."""
-        self._close()
+        self.shards.close()
 
     def __enter__(self) -> ImageStore:
         return self
@@ -78,7 +103,7 @@ class ImageStore:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.path, self.check)
+        return _reopen, (self.path, self.check, self.stage_to, self._substitutes.limit)
 
     def __repr__(self) -> str:
         return f"ImageStore({str(self.path)!r}, {len(self):,} images, {len(self.classes)} classes, {self.encoding})"
@@ -88,28 +113,33 @@ class ImageStore:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(N,) int64, positions in :attr:`classes`; read-only."""
-        return self._labels
+        """(N,) int64, positions in :attr:`classes`; read-only, mapped into memory where the store is large."""
+        return self._index.labels
 
-    @cached_property
+    @property
     def widths(self) -> NDArray[np.int64]:
-        """(N,) int64, pixels; read-only."""
-        return _frozen(self._index["width"].astype(np.int64))
+        """(N,) int64, pixels, a new array; :meth:`sizes` gives those of some records."""
+        return self._index["width"].astype(np.int64)
 
-    @cached_property
+    @property
     def heights(self) -> NDArray[np.int64]:
-        """(N,) int64, pixels; read-only."""
-        return _frozen(self._index["height"].astype(np.int64))
+        """(N,) int64, pixels, a new array; :meth:`sizes` gives those of some records."""
+        return self._index["height"].astype(np.int64)
 
-    @cached_property
+    @property
     def flags(self) -> NDArray[np.int64]:
-        """(N,) int64, the bits ``FLAG_*`` of :mod:`paws_hpc.store.format`; read-only."""
-        return _frozen(self._index["flags"].astype(np.int64))
+        """(N,) int64, the bits ``FLAG_*`` of :mod:`paws_hpc.store.format`; a new array."""
+        return self._index["flags"].astype(np.int64)
 
     @property
     def keys(self) -> Keys:
         """The N keys in store order."""
         return self._keys
+
+    @property
+    def substitutes(self) -> dict[int, int]:
+        """Position of each damaged record that was replaced so far → position of the record that stands in for it."""
+        return self._substitutes.found
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -147,25 +177,26 @@ class ImageStore:
         Raises:
             ValueError: a key is not in the store; it is named.
         """
-        wanted = np.array([key.encode() for key in keys], dtype=bytes)
-        if not len(wanted):
-            return np.empty(0, dtype=np.int64)
-        names, order = self._sorted_keys
-        places = np.minimum(np.searchsorted(names, wanted), len(names) - 1)
-        unknown = np.flatnonzero(names[places] != wanted)
+        seed = self.manifest.packing.seed
+        positions = find_keys(self._index, keys, seed=seed)
+        unknown = np.flatnonzero(positions < 0)
+        if len(unknown) and not in_order(self._index, seed=seed):
+            raise StoreError(f"{self.path}: its records are not in the order of packing.seed={seed}. {REMEDY}")
         if len(unknown):
             raise ValueError(
                 f"key {keys[unknown[0]]!r} is not in the store {self.path} ({len(unknown):,} of {len(keys):,} keys are "
                 f"unknown; the store's look like {self.keys[0]!r}). Use keys of this store, or draw the split again."
             )
-        return order[places]
+        return positions
 
-    @cached_property
-    def _sorted_keys(self) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
-        """The keys in byte order (N,), and their positions in the store (N,)."""
-        names = self._index["key"]
-        order = np.argsort(names, kind="stable")
-        return names[order], order
+    def sizes(self, indices: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Heights and widths (n,) int64 in pixels of n images, as they are read: of the substitute where one stands in.
+
+        Raises:
+            ValueError: an index is outside the store.
+        """
+        rows = self._index.rows(self._substitutes.apply(self._positions(indices)))
+        return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
     def read(self, indices: ArrayLike) -> list[bytes] | NDArray[np.uint8]:
         """Read n records as stored: :meth:`read_encoded` of a JPEG store, :meth:`read_raw` of a raw one."""
@@ -180,8 +211,7 @@ class ImageStore:
         """
         if self.encoding == "raw":
             return list(_three_channels(self.read_raw(indices)))
-        positions = self._positions(indices)
-        return [self._decode(*pair) for pair in zip(positions.tolist(), self._read_buffers(positions), strict=True)]
+        return self._with_substitutes(self._decoded, self._positions(indices))
 
     def read_encoded(self, indices: ArrayLike) -> list[bytes]:
         """Read n encoded images of a JPEG store.
@@ -192,7 +222,8 @@ class ImageStore:
         """
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
-        return [buffer.tobytes() for buffer in self._read_buffers(self._positions(indices))]
+        buffers = self._with_substitutes(self._read_buffers, self._positions(indices))
+        return [buffer.tobytes() for buffer in buffers]
 
     def read_raw(self, indices: ArrayLike) -> NDArray[np.uint8]:
         """Read n images of a raw store as (n, H, W, C) uint8, C 1 or 3.
@@ -205,7 +236,7 @@ class ImageStore:
             raise ValueError(f"{self.path} holds encoded images, not raw pixels: use read_encoded or images.")
         positions = self._positions(indices)
         pixels = np.empty((len(positions), math.prod(self.shape)), dtype=np.uint8)
-        self._fill(positions, pixels)
+        self._with_substitutes(lambda places: self._fill(places, pixels), positions)
         return pixels.reshape(len(positions), *self.shape)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -218,9 +249,18 @@ class ImageStore:
             raise ValueError(f"{self.path}: index {outside[0]} is outside the store's {len(self):,} images.")
         return positions.astype(np.int64)
 
+    def _with_substitutes(self, read: Callable[[NDArray[np.int64]], Read], positions: NDArray[np.int64]) -> Read:
+        """Read records, others in place of damaged ones as far as that is allowed."""
+        while True:
+            try:
+                return read(self._substitutes.apply(positions))
+            except RecordError as error:
+                self._substitutes.add(error)
+
     def _read_buffers(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Read n records into parts of one new buffer."""
-        bounds = [0, *np.cumsum(self._index["length"][positions], dtype=np.int64).tolist()]
+        lengths = self._index.rows(positions)["length"]
+        bounds = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
         whole = np.empty(bounds[-1], dtype=np.uint8)
         buffers = [whole[start:stop] for start, stop in pairwise(bounds)]
         self._fill(positions, buffers)
@@ -228,75 +268,43 @@ class ImageStore:
 
     def _fill(self, positions: NDArray[np.int64], buffers: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> None:
         """Read n records into n buffers of their lengths and check them."""
-        if not self._close.alive:
+        if self.shards.closed:
             raise ValueError(f"the store {self.path} was closed: open it again to read.")
-        rows = self._index[positions]
-        shards, offsets, checksums = rows["shard"].tolist(), rows["offset"].tolist(), rows["crc32c"].tolist()
+        self.shards.look()
+        rows = self._index.rows(positions)
+        shards, offsets = self._shard_of(positions).tolist(), rows["offset"].tolist()
+        checksums = rows["crc32c"].tolist() if self.check else [None] * len(positions)
         for i, buffer in enumerate(buffers):
+            problem = self.shards.read(shards[i], buffer, offsets[i], checksums[i])
+            if problem is not None:
+                raise self._fault(int(positions[i]), problem.text, lasting=problem.lasting)
+
+    def _decoded(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Read and decode n JPEGs, each (H, W, 3) of the size that the index says."""
+        rows = self._index.rows(positions)
+        sizes = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
+        images = []
+        for position, size, buffer in zip(positions.tolist(), sizes, self._read_buffers(positions), strict=True):
             try:
-                read = self._shards[shards[i]].read_into(buffer, offsets[i])
-            except OSError as error:
-                raise self._fault(int(positions[i]), f"cannot be read: {error}") from error
-            if read < len(buffer):
-                raise self._fault(int(positions[i]), f"is cut off: {read:,} of {len(buffer):,} bytes are there")
-            if self.check and google_crc32c.value(buffer) != checksums[i]:
-                raise self._fault(int(positions[i]), "is damaged: its CRC32C differs from the index")
+                images.append(decode_jpeg(buffer, size=size))
+            except ValueError as error:
+                raise self._fault(position, f"cannot be decoded: {error}") from error
+        return images
 
-    def _decode(self, position: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        try:
-            return decode_jpeg(buffer)
-        except ValueError as error:
-            raise self._fault(position, f"cannot be decoded: {error}") from error
+    def _shard_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers (n,) of the shards that hold n records."""
+        return np.searchsorted(self._ends, positions, side="right")
 
-    def _fault(self, position: int, problem: str) -> RecordError:
+    def _fault(self, position: int, problem: str, *, lasting: bool = True) -> RecordError:
         """Name a record that cannot be used."""
-        key, shard = self.keys[position], self.manifest.shards[int(self._index["shard"][position])].name
-        return RecordError(f"record {key!r} in {self.path / shard} {problem}. {REMEDY}", key=key, shard=shard)
-
-
-class Keys(Sequence[str]):
-    """The keys of a store, decoded when asked for: a million strings would cost 100 MB in every process."""
-
-    def __init__(self, column: NDArray[np.bytes_]) -> None:
-        """Wrap the (N,) column of UTF-8 keys."""
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    @overload
-    def __getitem__(self, item: int) -> str: ...
-    @overload
-    def __getitem__(self, item: slice) -> list[str]: ...
-    def __getitem__(self, item: int | slice) -> str | list[str]:
-        if isinstance(item, slice):
-            return [key.decode() for key in self._column[item].tolist()]
-        return str(self._column[item].decode())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self[:])
-
-
-def _open_shards(path: Path, manifest: Manifest) -> list[ShardFile]:
-    """Open all shards for reading."""
-    shards: list[ShardFile] = []
-    for entry in manifest.shards:
-        try:
-            shards.append(ShardFile(path / entry.name, entry.data_offset))
-        except OSError as error:
-            _close_all(shards)
-            if error.errno == errno.EMFILE:
-                raise StoreError(
-                    f"{path} has {len(manifest.shards):,} shards, more files than this process may open: "
-                    f"raise the limit (`ulimit -n {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
-                ) from error
-            raise StoreError(f"{path / entry.name} cannot be opened: {error.strerror}. {REMEDY}") from error
-    return shards
-
-
-def _close_all(shards: list[ShardFile]) -> None:
-    for shard in shards:
-        shard.close()
+        key, shard = self.keys[position], self.manifest.shards[int(self._shard_of(np.array([position]))[0])].name
+        return RecordError(
+            f"record {key!r} in {self.path / shard} {problem}. {REMEDY}",
+            key=key,
+            shard=shard,
+            position=position,
+            lasting=lasting,
+        )
 
 
 def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -309,11 +317,6 @@ def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return repeated
 
 
-def _frozen(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    values.flags.writeable = False
-    return values
-
-
-def _reopen(path: Path, check: bool) -> ImageStore:
+def _reopen(path: Path, check: bool, stage_to: Path | None, max_substitutes: int) -> ImageStore:
     """Unpickle by opening the store in this process."""
-    return ImageStore.open(path, check=check)
+    return ImageStore.open(path, check=check, stage_to=stage_to, max_substitutes=max_substitutes)

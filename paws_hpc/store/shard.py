@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from paws_hpc.store.format import (
     LARGE_ALIGNMENT,
     REMEDY,
     SHARD_FORMAT,
+    SHARD_VERSION,
     SMALL_ALIGNMENT,
-    VERSION,
     Encoding,
     ShardEntry,
     ShardIndex,
@@ -43,7 +44,7 @@ class ShardHeader:
     """Version of paws_hpc that wrote the file."""
     source_digest: str
     format: str = SHARD_FORMAT
-    version: int = VERSION
+    version: int = SHARD_VERSION
 
 
 def write_shard(path: Path, payloads: Sequence[bytes], index: ShardIndex, header: ShardHeader) -> ShardEntry:
@@ -123,8 +124,8 @@ def read_shard(path: Path) -> ShardContents:
         raise StoreError(f"{path} is missing. {REMEDY}") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what h5py raises on damaged metadata
         raise StoreError(f"{path} is damaged or not a shard: HDF5 says {error}. {REMEDY}") from error
-    if contents.header.format != SHARD_FORMAT or contents.header.version != VERSION:
-        raise StoreError(f"{path} is not a shard of version {VERSION}, its attributes are {attributes}. {REMEDY}")
+    if contents.header.format != SHARD_FORMAT or contents.header.version != SHARD_VERSION:
+        raise StoreError(f"{path} is not a shard of version {SHARD_VERSION}, its attributes are {attributes}. {REMEDY}")
     return contents
 
 
@@ -159,21 +160,30 @@ class ShardFile:
 
     def __init__(self, path: Path, data_offset: int | None) -> None:
         """Open the file; raises OSError."""
+        self._descriptor: int | None = None
         self.path = path
         self.data_offset = data_offset
-        self._descriptor = None if data_offset is None else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if data_offset is not None:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        self.close()
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: the file cannot be read, or no ``/data`` is in it any more.
         """
-        if self._descriptor is None or self.data_offset is None:
-            with h5py.File(self.path, "r", locking=False) as file:
-                part = file["data"][offset : offset + len(buffer)]
-            buffer[: len(part)] = part
+        if self.data_offset is None:
+            try:
+                with h5py.File(self.path, "r", locking=False) as file:
+                    part = file["data"][offset : offset + len(buffer)]
+                buffer[: len(part)] = part
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py on damaged metadata
+                raise OSError(errno.EIO, f"HDF5 says {error}", str(self.path)) from error
             return len(part)
+        assert self._descriptor is not None, "nobody reads a shard after closing it"
         place = self.data_offset + offset
         read = os.preadv(self._descriptor, [buffer.data], place)
         while 0 < read < len(buffer):  # network file systems may give less than was asked for

@@ -19,11 +19,9 @@ from paws_hpc.store.format import (
     ShardEntry,
     ShardIndex,
     StoreError,
-    dataset_digest,
-    index_hash,
-    join_indexes,
     read_manifest,
 )
+from paws_hpc.store.joined import dataset_digest, join_indexes
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores
@@ -127,7 +125,7 @@ def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault
     counts = np.bincount(joined["label"], minlength=len(manifest.classes)).tolist()
     for name, found, wanted in (
         ("digest", digest, manifest.digest),
-        ("index_hash", index_hash(joined), manifest.index_hash),
+        ("index_hash", joined.hash, manifest.index_hash),
         ("class_counts", counts, list(manifest.class_counts)),
     ):
         if found != wanted:

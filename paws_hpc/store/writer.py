@@ -30,12 +30,9 @@ from paws_hpc.store.format import (
     ShardEntry,
     ShardIndex,
     StoreError,
-    dataset_digest,
-    index_hash,
-    join_indexes,
     read_manifest,
 )
-from paws_hpc.store.joined import write_index
+from paws_hpc.store.joined import dataset_digest, index_hash, join_indexes, write_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardHeader, write_shard
 from paws_hpc.store.sources.base import Source

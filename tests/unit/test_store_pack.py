@@ -266,7 +266,7 @@ def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp
     (destination / "shard-00001.h5").write_bytes(b"half")
     (destination / "shard-00099.h5").write_bytes(b"stale")
     (destination / ".shard-00002.h5.123.tmp").write_bytes(b"cut off")
-    (destination / ".index.npy.123-ab.tmp").write_bytes(b"cut off")
+    (destination / ".index.bin.123-ab.tmp").write_bytes(b"cut off")
     (destination / "splits").mkdir()
     (destination / "splits" / "mine.json").write_text("[]")
     with pytest.raises(StoreError, match="has no manifest"):

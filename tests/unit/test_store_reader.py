@@ -8,13 +8,15 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
+from paws_hpc.files import value_digest
 from paws_hpc.store import ImageFolder, ImageStore, PackOptions, RecordError, StoreError, pack
-from paws_hpc.store.format import Manifest, read_manifest
+from paws_hpc.store.format import read_manifest
 from paws_hpc.store.joined import load_index
 from paws_hpc.store.sources.digits import digits
 
@@ -54,10 +56,19 @@ def raw_store(tmp_path: Path) -> Path:
 def place_in_file(path: Path, position: int) -> tuple[Path, int, int]:
     """Shard file, offset in it and length of one record."""
     manifest = read_manifest(path)
-    row = load_index(path, manifest)[position]
-    shard = manifest.shards[int(row["shard"])]
+    row = load_index(path, manifest).rows(np.array([position]))[0]
+    number = int(np.searchsorted(np.cumsum([shard.count for shard in manifest.shards]), position, side="right"))
+    shard = manifest.shards[number]
     assert shard.data_offset is not None
     return path / shard.name, shard.data_offset + int(row["offset"]), int(row["length"])
+
+
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a store's manifest and make its checksum fit."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("checksum")
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
 
 
 def flip_bit(file: Path, offset: int) -> None:
@@ -168,12 +179,12 @@ def test_a_missing_shard_is_named(jpeg_store: Path) -> None:
 def test_the_cached_index_is_made_again_when_it_is_absent_damaged_or_of_another_store(
     jpeg_store: Path, raw_store: Path
 ) -> None:
-    index = jpeg_store / "index.npy"
+    index = jpeg_store / "index.bin"
     whole = index.read_bytes()
     keys = list(ImageStore.open(jpeg_store).keys)
     damaged = bytearray(whole)
     damaged[-60] ^= 4
-    for content in (None, b"", whole[:500], bytes(damaged), (raw_store / "index.npy").read_bytes()):
+    for content in (None, b"", whole[:500], bytes(damaged), (raw_store / "index.bin").read_bytes()):
         if content is None:
             index.unlink()
         else:
@@ -186,20 +197,20 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     jpeg_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = list(ImageStore.open(jpeg_store).keys)
-    (jpeg_store / "index.npy").unlink()
+    (jpeg_store / "index.bin").unlink()
 
     def refuse(path: Path) -> None:
         raise PermissionError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr("paws_hpc.store.joined.atomic_write", refuse)  # root may write anywhere: modes do not stop it
     assert list(ImageStore.open(jpeg_store).keys) == keys
-    assert not (jpeg_store / "index.npy").exists()
+    assert not (jpeg_store / "index.bin").exists()
 
 
 def test_a_damaged_index_inside_a_shard_is_named(jpeg_store: Path) -> None:
     import h5py
 
-    (jpeg_store / "index.npy").unlink()
+    (jpeg_store / "index.bin").unlink()
     with h5py.File(jpeg_store / "shard-00002.h5", "r+", locking=False) as file:
         file["index/label"][0] ^= 1
     with pytest.raises(StoreError, match=r"shard-00002.h5 holds another index than was packed"):
@@ -208,10 +219,7 @@ def test_a_damaged_index_inside_a_shard_is_named(jpeg_store: Path) -> None:
 
 def test_without_an_offset_records_are_read_through_hdf5(jpeg_store: Path) -> None:
     store = ImageStore.open(jpeg_store)
-    manifest = json.loads((jpeg_store / "manifest.json").read_text())
-    for shard in manifest["shards"]:
-        shard["data_offset"] = None
-    (jpeg_store / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(jpeg_store, lambda manifest: [shard.update(data_offset=None) for shard in manifest["shards"]])
     assert ImageStore.open(jpeg_store).read(range(30)) == store.read(range(30))
 
 
@@ -220,15 +228,41 @@ def test_without_an_offset_records_are_read_through_hdf5(jpeg_store: Path) -> No
     [
         (lambda text: text[:-30], r"manifest.json is damaged"),
         (lambda text: text.replace("paws-hpc-store", "other"), r"is not the manifest of an image store"),
-        (lambda text: text.replace('"version": 1', '"version": 2'), r"store version 2, this program reads version 1"),
-        (lambda text: text.replace('"digest"', '"digset"'), r"manifest.json is damaged: field"),
-        (lambda text: text.replace('"count": 30', '"count": 31'), r"count=31 is not the sum"),
-        (lambda text: text.replace('"jpeg"', '"avif"'), r"encoding='avif' is not one of jpeg, raw"),
+        (lambda text: text.replace('"version": 2', '"version": 1'), r"store version 1, this program reads version 2"),
+        (lambda text: text.replace('"count": 30', '"count": 31'), r"manifest.json .* does not fit its checksum"),
+        (lambda text: text.replace('"mean": [', '"mean": [NaN, '), r"manifest.json .* does not fit its checksum"),
+        (lambda text: text.replace('"checksum"', '"chocksum"'), r"manifest.json .* does not fit its checksum"),
     ],
 )
 def test_a_manifest_that_is_not_right_is_named(jpeg_store: Path, change: Callable[[str], str], message: str) -> None:
     path = jpeg_store / "manifest.json"
     path.write_text(change(path.read_text()))
+    with pytest.raises(StoreError, match=message):
+        ImageStore.open(jpeg_store)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"digset": ""}, r"manifest.json is damaged: field 'digest'"),
+        ({"count": 31}, r"count=31 is not the sum"),
+        ({"encoding": "avif"}, r"encoding='avif' is not one of jpeg, raw"),
+        ({"statistics": []}, r"manifest.json is damaged"),
+        ({"shards": [{"name": "../outside.h5"}]}, r"shard '../outside.h5' is not the name of a file"),
+    ],
+)
+def test_a_manifest_of_other_programs_is_named(jpeg_store: Path, change: dict[str, Any], message: str) -> None:
+    """The checksum fits, as others can make it fit."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        if "digset" in change:
+            del manifest["digest"]
+        elif "shards" in change:
+            manifest["shards"][0] |= change["shards"][0]
+        else:
+            manifest |= change
+
+    edit_manifest(jpeg_store, edit)
     with pytest.raises(StoreError, match=message):
         ImageStore.open(jpeg_store)
 
@@ -241,20 +275,23 @@ def test_a_closed_store_refuses_to_read(jpeg_store: Path) -> None:
     store.close()
 
 
-def test_more_shards_than_files_may_be_open_is_a_named_error(jpeg_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    manifest: Manifest = read_manifest(jpeg_store)
-    opened, closed = [], []
+def test_more_shards_than_files_may_be_open_is_a_named_error(jpeg_store: Path) -> None:
+    import resource
 
-    class Limited:
-        def __init__(self, path: Path, data_offset: int | None) -> None:
-            if len(opened) == 2:
-                raise OSError(24, "Too many open files")
-            opened.append(path)
-
-        def close(self) -> None:
-            closed.append(self)
-
-    monkeypatch.setattr("paws_hpc.store.reader.ShardFile", Limited)
-    with pytest.raises(StoreError, match=rf"{len(manifest.shards)} shards, more files than .*ulimit -n"):
-        ImageStore.open(jpeg_store)
-    assert len(closed) == 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    taken: list[int] = []
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for descriptor in (taken.pop(), taken.pop()):
+            os.close(descriptor)
+        with pytest.raises(StoreError, match=r"\d+ shards, more files than .*ulimit -n"):
+            ImageStore.open(jpeg_store)
+        os.close(os.open(os.devnull, os.O_RDONLY))  # what had been opened was closed again
+        os.close(taken.pop())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)

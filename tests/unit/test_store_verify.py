@@ -14,6 +14,7 @@ import pytest
 import simplejpeg
 from sklearn.datasets import load_sample_images
 
+from paws_hpc.files import value_digest
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack, verify
 from paws_hpc.store.format import Manifest, ShardIndex, read_manifest
 
@@ -130,8 +131,9 @@ def test_quick_names_a_shard_whose_index_changed(store: Path) -> None:
 
 def test_quick_names_shards_that_were_exchanged(store: Path) -> None:
     manifest = json.loads((store / "manifest.json").read_text())
+    manifest.pop("checksum")
     manifest["shards"][0], manifest["shards"][1] = manifest["shards"][1], manifest["shards"][0]
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
     problems = [problem for _, _, problem in faults(store, "quick")]
     assert len(problems) == 2
     assert problems[0].startswith("has digest")
@@ -169,10 +171,11 @@ def test_deep_finds_a_size_that_the_index_has_wrong(store: Path) -> None:
 def _make_consistent(store: Path) -> None:
     """Write the first shard's identity and the manifest's hashes anew."""
     from paws_hpc.files import file_hash
-    from paws_hpc.store.format import dataset_digest, index_hash, join_indexes
+    from paws_hpc.store.joined import dataset_digest, join_indexes
     from paws_hpc.store.shard import read_shard
 
     manifest = json.loads((store / "manifest.json").read_text())
+    manifest.pop("checksum")
     entry = manifest["shards"][0]
     index: ShardIndex = read_shard(store / entry["name"]).index
     with h5py.File(store / entry["name"], "r+", locking=False) as shard:
@@ -181,6 +184,6 @@ def _make_consistent(store: Path) -> None:
     entry["bytes"] = (store / entry["name"]).stat().st_size
     entry["file_hash"] = file_hash(store / entry["name"])
     joined = join_indexes([read_shard(store / shard["name"]).index for shard in manifest["shards"]])
-    manifest["index_hash"] = index_hash(joined)
+    manifest["index_hash"] = joined.hash
     manifest["digest"] = dataset_digest(joined, encoding="jpeg", shape=None, classes=manifest["classes"])
-    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))

@@ -1,0 +1,147 @@
+"""The folder of a store's local copy: where shards lie, when they may be used, and who uses them.
+
+Below a folder on the node's own disk, several stores may have copies, each known by its manifest's checksum:
+
+    <id>.users            lock: readers share it, whoever evicts must have it alone
+    <id>.leader           lock: of the process that copies
+    <id>/shard-00042.h5   a copy, complete once it has
+    <id>/shard-00042.h5.ok   its marker, which holds the hash that the copy was found to have
+
+The locks are the system's (flock): a process that dies gives up its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from paws_hpc.files import write_text
+from paws_hpc.store.format import Manifest, ShardEntry, StoreError
+
+MARKER = ".ok"
+_USERS = ".users"
+_LEADER = ".leader"
+_WAIT_S = 30.0
+
+
+class LocalFolder:
+    """Where one store's copy lies on this node.
+
+    Attributes:
+        root: the folder that was given, which may hold the copies of several stores.
+        path: the folder of this store's copy.
+        leader_lock: lock file of the process that copies.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        """Name the folder; creates nothing."""
+        self.root = root
+        self.path = root / manifest.checksum[:32]
+        self.leader_lock = root / f"{self.path.name}{_LEADER}"
+        self._entries = {entry.name: (number, entry) for number, entry in enumerate(manifest.shards)}
+
+    def use(self) -> TextIO:
+        """Keep the copy from eviction while the returned file is open.
+
+        Raises:
+            StoreError: the folder cannot be written, or another process does not finish evicting.
+        """
+        lock = self.root / f"{self.path.name}{_USERS}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "a")  # noqa: SIM115 - held open on purpose
+        except OSError as error:
+            raise StoreError(
+                f"stage_to={self.root} cannot be used: {error.strerror}. Name a folder on the node's own disk that "
+                "this job may write, or leave staging out."
+            ) from error
+        deadline = time.monotonic() + _WAIT_S
+        while not _locked(file, fcntl.LOCK_SH):
+            if time.monotonic() > deadline:
+                file.close()
+                raise StoreError(f"{lock}: another process has been evicting this copy for {_WAIT_S:.0f} s.")
+            time.sleep(0.1)
+        os.utime(lock)  # the least recently used copy is evicted first
+        self.path.mkdir(exist_ok=True)  # it may have been evicted before the lock was ours
+        return file
+
+    def marked(self) -> dict[int, Path]:
+        """Number of each shard whose copy is complete → the copy. A marker of another file is passed over."""
+        found = {}
+        try:
+            names = os.listdir(self.path)
+        except FileNotFoundError:  # somebody cleaned up
+            return {}
+        for name in names:
+            number, entry = self._entries.get(name.removesuffix(MARKER), (0, None))
+            if entry is not None and name.endswith(MARKER) and self._marker_fits(entry):
+                found[number] = self.path / entry.name
+        return found
+
+    def mark(self, entry: ShardEntry) -> None:
+        """Declare the copy of a shard complete."""
+        write_text(self._marker(entry), entry.file_hash + "\n")
+
+    def unmark(self, entry: ShardEntry) -> None:
+        """Take the marker away, so that nobody begins to use the copy; who has it open may go on."""
+        with suppress(OSError):  # somebody was first, or the disk has gone: what matters is that nobody uses it
+            self._marker(entry).unlink()
+
+    def _marker(self, entry: ShardEntry) -> Path:
+        return self.path / (entry.name + MARKER)
+
+    def _marker_fits(self, entry: ShardEntry) -> bool:
+        try:
+            return self._marker(entry).read_text() == entry.file_hash + "\n"
+        except (OSError, UnicodeDecodeError):
+            return False
+
+
+def evict_unused(root: Path, *, keep: Path, needed: int) -> Iterator[tuple[Path, int]]:
+    """Remove the copies of other stores that no process uses, the least recently used first.
+
+    Args:
+        root: folder with the copies of several stores.
+        keep: the copy that is not to be touched.
+        needed: bytes to make free; stops when that is done.
+
+    Yields:
+        each copy that was removed, and its bytes.
+    """
+    locks = [(lock.stat().st_mtime, lock) for lock in root.glob(f"*{_USERS}")]
+    for _, lock in sorted(locks):
+        copy = lock.with_name(lock.name.removesuffix(_USERS))
+        if needed <= 0:
+            return
+        if copy == keep or not copy.is_dir():
+            continue
+        with open(lock, "a") as file:
+            if not _locked(file, fcntl.LOCK_EX):
+                continue
+            freed = _remove(copy)
+        needed -= freed
+        yield copy, freed
+
+
+def _remove(copy: Path) -> int:
+    """Remove a copy, markers first; returns its bytes."""
+    freed = 0
+    for path in sorted(copy.iterdir(), key=lambda path: not path.name.endswith(MARKER)):
+        freed += path.stat().st_size
+        path.unlink()
+    copy.rmdir()
+    return freed
+
+
+def _locked(file: TextIO, kind: int) -> bool:
+    """Try to lock; does not wait."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,204 @@
+"""All shards of a store, open for reading; each from the node's own disk as soon as a complete copy is there."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.store.format import REMEDY, Manifest, StoreError
+from paws_hpc.store.local import LocalFolder
+from paws_hpc.store.shard import ShardFile
+
+_LOG = logging.getLogger(__name__)
+_LOOK_INTERVAL_S = 2.0
+_TRIALS = 3
+"""Copies of one shard that may turn out damaged before its copies are left alone."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record could not be read.
+
+    Attributes:
+        text: end of a sentence that begins with the record.
+        lasting: the bytes are wrong and stay so for every process; False if the system failed to read them.
+    """
+
+    text: str
+    lasting: bool
+
+
+class ShardSet:
+    """Reads records from any thread while shards are being switched to their local copies.
+
+    A thread that reads holds a reference to the open shard, and the descriptor is closed with the last reference: so a
+    shard is switched, or the set closed, without a lock and without closing what somebody is reading.
+
+    Attributes:
+        fallbacks: local copies that were found missing or damaged and are not used any more.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, stage_to: Path | None = None) -> None:
+        """Open all shards; see :class:`paws_hpc.store.reader.ImageStore` for the errors."""
+        self._folder, self._manifest = folder, manifest
+        self._local = None if stage_to is None else LocalFolder(stage_to, manifest)
+        self._use = None if self._local is None else self._local.use()
+        self._shared = dict.fromkeys(range(len(manifest.shards)), True)
+        self._failures: Counter[int] = Counter()
+        self._looking = threading.Lock()
+        self._next_look = 0.0
+        self._files: list[ShardFile] | None = _open_shared(folder, manifest)
+        self.fallbacks = 0
+        _OPEN.add(self)
+        self.look()
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._files is None
+
+    @property
+    def local(self) -> int:
+        """Number of shards that are read from their local copy."""
+        return sum(not shared for shared in self._shared.values())
+
+    def close(self) -> None:
+        """Let go of all files; those that a thread is reading are closed when it has finished."""
+        self._files = None
+        if self._use is not None:
+            self._use.close()
+
+    def look(self) -> None:
+        """Begin to use the local copies that are complete by now; looks at most every two seconds."""
+        if self._local is None or time.monotonic() < self._next_look or not self._looking.acquire(blocking=False):
+            return
+        try:
+            for number, path in self._local.marked().items():
+                if self._shared[number] and self._failures[number] < _TRIALS:
+                    self._adopt(number, path)
+            everything = not any(self._shared.values())
+            self._next_look = float("inf") if everything else time.monotonic() + _LOOK_INTERVAL_S
+        finally:
+            self._looking.release()
+
+    def read(self, shard: int, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+        """Fill ``buffer`` with a record; a local copy that fails is replaced by the store's own shard.
+
+        Args:
+            shard: number of the shard.
+            buffer: of the record's length.
+            offset: of the record in ``/data``.
+            crc32c: what the record's CRC32C must be; None checks nothing.
+
+        Returns:
+            None, or why the record cannot be had.
+        """
+        files = self._files
+        if files is None:
+            return Problem("was not read, the store was closed meanwhile", lasting=False)
+        file = files[shard]
+        problem = _read(file, buffer, offset, crc32c)
+        if problem is None or file.path.parent == self._folder:
+            return problem
+        self._fall_back(shard, file, problem.text)
+        return _read(files[shard], buffer, offset, crc32c)
+
+    def _adopt(self, number: int, path: Path) -> None:
+        """Switch a shard to its local copy."""
+        entry, files = self._manifest.shards[number], self._files
+        if files is None:
+            return
+        try:
+            size = path.stat().st_size
+            file = ShardFile(path, entry.data_offset)
+        except OSError as error:
+            self._give_up(number, path, f"cannot be opened: {error.strerror}")
+            return
+        if size != entry.bytes:
+            self._give_up(number, path, f"has {size:,} bytes instead of {entry.bytes:,}")
+            return
+        files[number] = file
+        self._shared[number] = False
+
+    def _fall_back(self, number: int, file: ShardFile, problem: str) -> None:
+        """Switch a shard back to the store's own file, unless another thread has done so."""
+        files = self._files
+        with self._looking:
+            if files is None or files[number] is not file:
+                return
+            self._give_up(number, file.path, f"has a record that {problem}")
+            entry = self._manifest.shards[number]
+            try:
+                files[number] = ShardFile(self._folder / entry.name, entry.data_offset)
+            except OSError as error:
+                raise StoreError(
+                    f"{self._folder / entry.name} cannot be opened ({error.strerror}), and its local copy {file.path} "
+                    f"{problem}. {REMEDY}"
+                ) from error
+            self._shared[number] = True
+            self._next_look = time.monotonic() + _LOOK_INTERVAL_S
+
+    def _give_up(self, number: int, path: Path, problem: str) -> None:
+        """Count and report a local copy that cannot be used."""
+        assert self._local is not None, "only local copies are given up"
+        self.fallbacks += 1
+        self._failures[number] += 1
+        self._local.unmark(self._manifest.shards[number])
+        _LOG.warning(
+            "local copy %s %s: reading %s instead (%d local copies have failed)",
+            path,
+            problem,
+            self._folder / path.name,
+            self.fallbacks,
+        )
+
+
+_OPEN: weakref.WeakSet[ShardSet] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked process, free the locks that threads of its parent held: those threads are not here."""
+    for shards in _OPEN:
+        shards._looking = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_locks)
+
+
+def _read(file: ShardFile, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+    try:
+        read = file.read_into(buffer, offset)
+    except OSError as error:
+        return Problem(f"cannot be read: {error}", lasting=False)
+    if read < len(buffer):
+        return Problem(f"is cut off: {read:,} of {len(buffer):,} bytes are there", lasting=True)
+    if crc32c is not None and google_crc32c.value(buffer) != crc32c:
+        return Problem("is damaged: its CRC32C differs from the index", lasting=True)
+    return None
+
+
+def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
+    """Open all shards for reading."""
+    shards: list[ShardFile] = []
+    for entry in manifest.shards:
+        try:
+            shards.append(ShardFile(folder / entry.name, entry.data_offset))
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise StoreError(
+                    f"{folder} has {len(manifest.shards):,} shards, more files than this process may open: "
+                    f"raise the limit (`ulimit -n {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
+                ) from error
+            raise StoreError(f"{folder / entry.name} cannot be opened: {error.strerror}. {REMEDY}") from error
+    return shards
