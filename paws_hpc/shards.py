@@ -1,22 +1,38 @@
-"""Command: pack, describe and verify image stores.
+"""Command: pack, describe, verify and stage image stores.
 
 python -m paws_hpc.shards pack digits --split train --to shards/digits/train
 python -m paws_hpc.shards info shards/digits/train
 python -m paws_hpc.shards verify --full shards/digits/train
+python -m paws_hpc.shards stage shards/digits/train --to /local/disk
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from paws_hpc.store import SOURCES, Manifest, Omission, PackOptions, PackReport, SourceConfig, open_source, pack, verify
+from paws_hpc.store import (
+    SOURCES,
+    Manifest,
+    Omission,
+    PackOptions,
+    PackReport,
+    SourceConfig,
+    open_source,
+    pack,
+    stage,
+    verify,
+)
 from paws_hpc.store.format import read_manifest
+from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
 
 _LISTED = 20
+_BACKGROUND_NICENESS = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: a store without manifest.json is incomplete, packing again replaces it", file=sys.stderr)
+        print("interrupted: what is complete stays, the same command goes on or begins anew", file=sys.stderr)
         return 130
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify.")
+    parser = argparse.ArgumentParser(
+        prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, stage."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pack(commands.add_parser("pack", help="pack a data set into shards"))
     info = commands.add_parser("info", help="describe a store")
@@ -51,8 +69,30 @@ def _parser() -> argparse.ArgumentParser:
     ):
         levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=meaning)
     check.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+    check.add_argument("--json", action="store_true", help="print the faults as JSON")
     check.set_defaults(run=_verify, level="full")
+    _add_stage(commands.add_parser("stage", help="copy a store to this node's own disk; training may run meanwhile"))
     return parser
+
+
+def _add_stage(copy: argparse.ArgumentParser) -> None:
+    """Add the options of ``stage``."""
+    copy.add_argument("store", type=Path, help="folder of the store")
+    copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
+    copy.add_argument(
+        "--workers", type=int, default=DEFAULT_WORKERS, help="shards that are copied at the same time (%(default)s)"
+    )
+    copy.add_argument(
+        "--mib-per-s", type=float, default=DEFAULT_MIB_PER_S, help="most that is read per second (%(default)g MiB)"
+    )
+    copy.add_argument("--partial", action="store_true", help="copy what there is room for, rather than nothing")
+    copy.add_argument("--json", action="store_true", help="print the report as JSON")
+    copy.add_argument(
+        "--background",
+        action="store_true",
+        help="for programs: yields the cores to others and ends when standard input is closed",
+    )
+    copy.set_defaults(run=_stage)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +105,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
             source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
         if kind.has_splits:
             source.add_argument("--split", required=True, choices=("train", "test"))
-        if kind.has_size:
+        if "size" in kind.extra:
             source.add_argument("--size", type=int, default=SourceConfig.size, help="side in pixels (%(default)s)")
         source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
         source.add_argument(
@@ -158,11 +198,41 @@ def _info_lines(path: Path, manifest: Manifest) -> list[str]:
 
 def _verify(options: argparse.Namespace) -> int:
     faults, records = verify(options.store, level=options.level, workers=options.workers, show_progress=True)
+    if options.json:
+        report = {"store": str(options.store), "level": options.level, "records": records}
+        print(json.dumps(report | {"faults": [asdict(fault) for fault in faults]}, indent=2))
+        return 1 if faults else 0
     for fault in faults:
         print(f"FAULT {fault}")
     looked_at = f"{records:,} records read" if options.level != "quick" else "no records read"
     print(f"{options.store}: {options.level} verification found {len(faults) or 'no'} faults ({looked_at})")
     return 1 if faults else 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    if options.background:
+        os.nice(_BACKGROUND_NICENESS)
+        end_with_standard_input()
+    report = stage(
+        options.store,
+        options.to,
+        workers=options.workers,
+        mib_per_s=options.mib_per_s,
+        partial=options.partial,
+        show_progress=not options.background,
+    )
+    if options.json:
+        print(json.dumps(asdict(report), indent=2, default=str))
+    else:
+        print(
+            f"{report.path}: {report.copied:,} shards copied ({_size(report.bytes)}, {report.seconds:.1f} s), ", end=""
+        )
+        print(f"{report.present:,} were there, {report.left_out:,} did not fit, {len(report.failed):,} failed")
+        for copy in report.evicted:
+            print(f"removed to make room: {copy}")
+    for problem in report.failed:
+        print(f"error: {problem}", file=sys.stderr)
+    return 0 if report.complete else 1
 
 
 def _size(count: int) -> str:

@@ -5,6 +5,7 @@ from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import Manifest, Omission, RecordError, StoreError
 from paws_hpc.store.reader import ImageStore, Keys
 from paws_hpc.store.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
+from paws_hpc.store.staging import StageReport, Staging, stage, start_staging
 from paws_hpc.store.verify import verify
 from paws_hpc.store.writer import PackOptions, PackReport, pack
 
@@ -22,9 +23,13 @@ __all__ = [
     "RecordError",
     "Source",
     "SourceConfig",
+    "StageReport",
+    "Staging",
     "StoreError",
     "decode_jpeg",
     "open_source",
     "pack",
+    "stage",
+    "start_staging",
     "verify",
 ]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
 
 from paws_hpc.files import write_text
 from paws_hpc.store.format import Manifest, ShardEntry, StoreError
@@ -27,6 +27,38 @@ MARKER = ".ok"
 _USERS = ".users"
 _LEADER = ".leader"
 _WAIT_S = 30.0
+
+
+class Use:
+    """An open lock file, closed at the latest when nobody refers to it; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it; raises OSError."""
+        self._descriptor: int | None = None
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    @property
+    def descriptor(self) -> int:
+        """To lock."""
+        assert self._descriptor is not None, "nobody locks after closing"
+        return self._descriptor
+
+    def close(self) -> None:
+        """Give the lock up."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Use:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class LocalFolder:
@@ -45,8 +77,8 @@ class LocalFolder:
         self.leader_lock = root / f"{self.path.name}{_LEADER}"
         self._entries = {entry.name: (number, entry) for number, entry in enumerate(manifest.shards)}
 
-    def use(self) -> TextIO:
-        """Keep the copy from eviction while the returned file is open.
+    def use(self) -> Use:
+        """Keep the copy from eviction as long as the returned object is not closed.
 
         Raises:
             StoreError: the folder cannot be written, or another process does not finish evicting.
@@ -54,21 +86,21 @@ class LocalFolder:
         lock = self.root / f"{self.path.name}{_USERS}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a")  # noqa: SIM115 - held open on purpose
+            use = Use(lock)
         except OSError as error:
             raise StoreError(
                 f"stage_to={self.root} cannot be used: {error.strerror}. Name a folder on the node's own disk that "
                 "this job may write, or leave staging out."
             ) from error
         deadline = time.monotonic() + _WAIT_S
-        while not _locked(file, fcntl.LOCK_SH):
+        while not _locked(use.descriptor, fcntl.LOCK_SH):
             if time.monotonic() > deadline:
-                file.close()
+                use.close()
                 raise StoreError(f"{lock}: another process has been evicting this copy for {_WAIT_S:.0f} s.")
             time.sleep(0.1)
         os.utime(lock)  # the least recently used copy is evicted first
         self.path.mkdir(exist_ok=True)  # it may have been evicted before the lock was ours
-        return file
+        return use
 
     def marked(self) -> dict[int, Path]:
         """Number of each shard whose copy is complete → the copy. A marker of another file is passed over."""
@@ -121,7 +153,7 @@ def evict_unused(root: Path, *, keep: Path, needed: int) -> Iterator[tuple[Path,
         if copy == keep or not copy.is_dir():
             continue
         with open(lock, "a") as file:
-            if not _locked(file, fcntl.LOCK_EX):
+            if not _locked(file.fileno(), fcntl.LOCK_EX):
                 continue
             freed = _remove(copy)
         needed -= freed
@@ -138,10 +170,10 @@ def _remove(copy: Path) -> int:
     return freed
 
 
-def _locked(file: TextIO, kind: int) -> bool:
+def _locked(descriptor: int, kind: int) -> bool:
     """Try to lock; does not wait."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -19,8 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, StoreError, read_manifest
-from paws_hpc.store.joined import JoinedIndex, load_index
+from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
 from paws_hpc.store.keys import Keys, find_keys, in_order
+from paws_hpc.store.local import LocalFolder
 from paws_hpc.store.shardset import ShardSet
 from paws_hpc.store.substitutes import Substitutes
 
@@ -81,14 +82,10 @@ class ImageStore:
         path = Path(path)
         manifest = read_manifest(path)
         check_sizes(path, manifest)
-        return cls(
-            path,
-            manifest,
-            load_index(path, manifest),
-            check=check,
-            stage_to=None if stage_to is None else Path(stage_to),
-            max_substitutes=max_substitutes,
-        )
+        stage_to = None if stage_to is None else Path(stage_to)
+        local = None if stage_to is None else read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
+        index = local or load_index(path, manifest)
+        return cls(path, manifest, index, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
 
     def close(self) -> None:
         """Close the shards; reading afterwards is an error."""
