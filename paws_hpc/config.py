@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from paws_hpc.data.cutting import PLACEMENTS
 from paws_hpc.data.splits import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
 from paws_hpc.distributed import check_divides
@@ -24,24 +25,45 @@ STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
 
 @dataclass
 class DataConfig:
-    """Where the packed images are, and how to pack them if they are not.
+    """Where the packed images are, how to pack them if they are not, in which order they come and where work runs.
 
     Attributes:
         name: of the data set, for people.
-        train: store of the training images, labelled and unlabelled.
+        train: store of the training images; without ``labelled`` the labelled ones are among them.
+        labelled: store of labelled images and of those for validation, where they are not part of ``train``. Classes
+            are this store's then, and labels of ``train`` are never read. All images are normalised by the statistics
+            of ``train``: one network sees both, and most of what it sees is unlabelled.
         test: store of the test images, read once, after selection.
         source: kind of source, one that comes divided into train and test, to pack from when a store is missing; none:
             a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
+        order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
+            together for a while, which a cold parallel file system rewards (``paws_hpc.data.order.EpochOrder``).
+        block_mb: consecutive records that ``window`` keeps together, MB.
+        window_blocks: blocks whose records ``window`` shuffles among each other.
+        support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
+            and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
+        cache_gb: memory of a node for the labelled images, shared by its processes, GB; 0 reads them again and again.
+        placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
+            ``auto``, which the run keeps once it has chosen (``paws_hpc.data.cutting``, ``paws_hpc.data.placement``).
+        prefetch_gb: memory of a rank for batches made ahead, at most three, GB.
     """
 
     name: str = "digits"
     train: str = "shards/digits/train"
+    labelled: str | None = None
     test: str = "shards/digits/test"
     source: str | None = None
     source_path: str | None = None
     threads: int = 1
+    order: str = "full"
+    block_mb: float = 8.0
+    window_blocks: int = 256
+    support_order: str = "paper"
+    cache_gb: float = 2.0
+    placement: str = "auto"
+    prefetch_gb: float = 1.0
 
     def __post_init__(self) -> None:
         if self.threads < 1:
@@ -49,6 +71,20 @@ class DataConfig:
         divided = [name for name, kind in SOURCES.items() if kind.has_splits]
         if self.source is not None and self.source not in divided:
             raise ValueError(f"data.source={self.source!r} must be null or one of {', '.join(divided)}.")
+        for name, allowed in (
+            ("order", ("full", "window")),
+            ("support_order", ("paper", "balanced")),
+            ("placement", ("auto", *PLACEMENTS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"data.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+        if not self.block_mb > 0 or self.window_blocks < 1:
+            raise ValueError(
+                f"data.block_mb={self.block_mb} must be positive and data.window_blocks={self.window_blocks} at least "
+                "1."
+            )
+        if not (self.cache_gb >= 0 and self.prefetch_gb >= 0):
+            raise ValueError(f"data.cache_gb={self.cache_gb} and data.prefetch_gb={self.prefetch_gb} must be >= 0.")
 
 
 @dataclass
@@ -205,10 +241,14 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "cancel",
     "data.name",
     "data.train",
+    "data.labelled",
     "data.test",
     "data.source",
     "data.source_path",
     "data.threads",
+    "data.cache_gb",
+    "data.placement",
+    "data.prefetch_gb",
     "pretrain.log_every_steps",
     "pretrain.diagnose_every_steps",
     "pretrain.validate_every_epochs",

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paws_hpc.data.devices import to_device
 from paws_hpc.data.philox import Stream, uniform
 from paws_hpc.data.views import AugmentConfig
 
@@ -128,13 +129,13 @@ def augment(
         ],
         images.device,
     )
-    jitter = _to_device(parameters.jitter, images.device)
+    jitter = to_device(parameters.jitter, images.device)
     pixels = _unit_interval(images)
     _apply(_mirror, pixels, flipped)
     for (kind, _), rows in zip(groups, jittered, strict=True):
         _apply(_JITTER[kind], pixels, rows, jitter[:, kind])
     _apply(to_grayscale, pixels, gray)
-    _apply(gaussian_blur, pixels, blurred, _to_device(parameters.blur_sigma, images.device))
+    _apply(gaussian_blur, pixels, blurred, to_device(parameters.blur_sigma, images.device))
     return _normalised(pixels, mean, std, channels_last)
 
 
@@ -302,19 +303,14 @@ def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float], cha
     n, _, height, width = pixels.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
     result = torch.empty((n, 3, height, width), dtype=pixels.dtype, device=pixels.device, memory_format=layout)
-    centre, scale = _to_device(torch.tensor((mean, std), dtype=pixels.dtype), pixels.device)[:, :, None, None]
+    centre, scale = to_device(torch.tensor((mean, std), dtype=pixels.dtype), pixels.device)[:, :, None, None]
     return torch.sub(pixels, centre, out=result).div_(scale)
 
 
 def _rows_on_device(groups: list[NDArray[np.int64]], device: torch.device) -> Sequence[Tensor]:
     """Row numbers as tensors on the device, by one copy."""
-    rows = _to_device(torch.from_numpy(np.concatenate(groups)), device)
+    rows = to_device(torch.from_numpy(np.concatenate(groups)), device)
     return rows.split([len(group) for group in groups])
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy without making the host wait; that takes pinned memory."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _require_images(images: Tensor) -> None:

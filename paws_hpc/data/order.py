@@ -6,7 +6,9 @@ cycle walking), so that step t of an epoch costs the same for a thousand records
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,22 +77,50 @@ def _encrypt(values: NDArray[np.uint64], half: NDArray[np.uint64], keys: NDArray
     return (left << half) | right
 
 
-_EPOCH, _CLASSES, _IMAGES = 1, 2, 3  # keeps the three permutations below independent of each other
+_EPOCH, _CLASSES, _IMAGES = 1, 2, 3  # keeps the permutations below independent of each other
+_BLOCKS, _WINDOW, _ROTATION, _BALANCED_CLASSES, _BALANCED_IMAGES = 4, 5, 6, 7, 8
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far the order of an epoch may take records from their neighbours on disk.
+
+    Attributes:
+        block_records: consecutive records that stay together, about 4-8 MB of them.
+        blocks: whose records are shuffled among each other.
+    """
+
+    block_records: int
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.block_records < 1 or self.blocks < 1:
+            raise ValueError(f"block_records={self.block_records} and blocks={self.blocks} must be at least 1.")
 
 
 @dataclass(frozen=True)
 class EpochOrder:
     """One pass over all records per epoch, in an order drawn anew for each; an incomplete last batch is left out.
 
+    Without a window the order is a permutation of all records. With one, the records are cut into blocks of neighbours
+    (from a place drawn for each epoch, so that no two records are always together), the blocks are permuted, and the
+    records of so many consecutive blocks are shuffled. What that buys: at any time all reads of all ranks fall into a
+    few regions of a few MB, which a parallel file system's servers and read-ahead hold after the first touch, where a
+    full permutation seeks for every record until the page caches are warm. What it costs: a batch is drawn from
+    ``blocks * block_records`` records instead of from all of them, which matters little while that is many times the
+    batch and the packer has shuffled the records (it does); on local disks and warm caches nothing is gained.
+
     Attributes:
         count: records, N.
         batch_size: global batch, B.
         seed: of the run.
+        window: None for ``full`` order.
     """
 
     count: int
     batch_size: int
     seed: int
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size > self.count:
@@ -112,18 +142,61 @@ class EpochOrder:
         """The global batch of a step: (B,) distinct record positions."""
         start = step % self.steps_per_epoch * self.batch_size
         positions = np.arange(start, start + self.batch_size)
+        if self.window is not None:
+            return self._windowed(positions, self.epoch(step), self.window)
         return permute(positions, self.count, cipher_key(self.seed, _EPOCH, self.epoch(step)))
+
+    def _windowed(self, places: Positions, epoch: int, window: Window) -> Positions:
+        """The records at these places of an epoch: window → slot of a permuted block → record, all by the cipher."""
+        span = window.block_records * window.blocks
+        number = places // span
+        first = number * span
+        keys = cipher_key(self.seed, _WINDOW, epoch, number)
+        slot, inside = np.divmod(
+            first + permute(places - first, np.minimum(span, self.count - first), keys), window.block_records
+        )
+        whole = self.count // window.block_records
+        blocks = slot.copy()  # what is left over after the whole blocks comes last; the rotation moves it about
+        moved = slot < whole
+        if moved.any():
+            blocks[moved] = permute(slot[moved], whole, cipher_key(self.seed, _BLOCKS, epoch))
+        rotation = int(permute(np.zeros(1, np.int64), self.count, cipher_key(self.seed, _ROTATION, epoch))[0])
+        return (rotation + blocks * window.block_records + inside) % self.count
+
+
+class SupportDraw(NamedTuple):
+    """The global support batch of a step, class-major: S = K * images_per_class rows.
+
+    Attributes:
+        records: (S,) record positions.
+        places: (S,) places of their classes among the K drawn ones.
+        repeats: (S,) how often the same record came before in this step; a repeated image is cropped anew.
+    """
+
+    records: Positions
+    places: Positions
+    repeats: Positions
 
 
 class SupportOrder:
-    """The support mini-batch of each step (paper, Appendix A): classes first, then the same number of images of each.
+    """The support mini-batch of each step: classes first, then the same number of images of each.
 
-    Classes are drawn without replacement inside a step, and so are the images of a class; both return to the pool for
-    the next step.
+    ``paper`` (Appendix A): classes are drawn without replacement inside a step, and so are the images of a class; both
+    return to the pool for the next step. ``balanced``: classes, and the images of each class, take turns in an order
+    that is drawn anew each time all of them have had equally many. At any step the uses of two images of a class
+    differ by one at most, and so do those of two classes. A class with fewer images than a step asks for repeats them
+    as evenly as it can, one label per class included; the repeats are other crops of the same image.
     """
 
     def __init__(
-        self, records: Positions, labels: Positions, *, num_classes: int, images_per_class: int, seed: int
+        self,
+        records: Positions,
+        labels: Positions,
+        *,
+        num_classes: int,
+        images_per_class: int,
+        seed: int,
+        balanced: bool = False,
     ) -> None:
         """Group the labelled records by class.
 
@@ -133,9 +206,11 @@ class SupportOrder:
             num_classes: drawn per step, K.
             images_per_class: drawn from each.
             seed: of the run.
+            balanced: take turns instead of drawing.
 
         Raises:
-            ValueError: more classes are asked for than are labelled, or a class has too few labelled images.
+            ValueError: more classes are asked for than are labelled, or a class has too few labelled images to draw
+                from.
         """
         grouped = np.argsort(labels, kind="stable")
         self._records = np.asarray(records)[grouped]
@@ -147,23 +222,54 @@ class SupportOrder:
                 f"support.classes={num_classes}, but only {len(self._classes)} classes have labelled images. "
                 f"Ask for at most {len(self._classes)}."
             )
-        if self._counts.min() < images_per_class:
+        if not balanced and self._counts.min() < images_per_class:
             scarce = int(self._counts.argmin())
             raise ValueError(
                 f"support.images_per_class={images_per_class}, but class {self._classes[scarce]} has only "
                 f"{self._counts[scarce]} labelled images. Lower support.images_per_class to at most "
-                f"{self._counts[scarce]} or label more images of that class."
+                f"{self._counts[scarce]}, label more images of that class, or set data.support_order=balanced, which "
+                "repeats images of such classes with other crops."
             )
-        self.num_classes, self.images_per_class, self.seed = num_classes, images_per_class, seed
+        self.num_classes, self.images_per_class, self.seed, self.balanced = (
+            num_classes,
+            images_per_class,
+            seed,
+            balanced,
+        )
 
-    def draw(self, step: int) -> tuple[Positions, Positions]:
-        """The global support batch of a step, class-major.
+    @property
+    def most_repeats(self) -> int:
+        """How often a step may hold the same image at most."""
+        return int(-(-self.images_per_class // self._counts.min()))
 
-        Returns:
-            (S,) record positions and (S,) places of their classes among the K drawn ones, S = K * images_per_class.
-        """
-        drawn = permute(np.arange(self.num_classes), len(self._classes), cipher_key(self.seed, _CLASSES, step))
-        keys = cipher_key(self.seed, _IMAGES, step, self._classes[drawn])[:, None]
-        inside = permute(np.arange(self.images_per_class)[None], self._counts[drawn][:, None], keys)
+    def draw(self, step: int) -> SupportDraw:
+        """The supports of a 0-based step."""
+        if self.balanced:
+            drawn, inside, repeats = self._take_turns(step)
+        else:
+            drawn = permute(np.arange(self.num_classes), len(self._classes), cipher_key(self.seed, _CLASSES, step))
+            keys = cipher_key(self.seed, _IMAGES, step, self._classes[drawn])[:, None]
+            inside = permute(np.arange(self.images_per_class)[None], self._counts[drawn][:, None], keys)
+            repeats = np.zeros_like(inside)
         records = self._records[self._starts[drawn][:, None] + inside]
-        return records.reshape(-1), np.repeat(np.arange(self.num_classes), self.images_per_class)
+        places = np.repeat(np.arange(self.num_classes), self.images_per_class)
+        return SupportDraw(records.reshape(-1), places, repeats.reshape(-1))
+
+    def _take_turns(self, step: int) -> tuple[Positions, Positions, Positions]:
+        """(K,) classes, (K, images_per_class) places among the images of each, and (K, images_per_class) repeats.
+
+        Members of a group of n go round in one order for n / gcd(n, m) turns of m members. By then all have had
+        equally many, and the next order is drawn. So no turn meets a member twice unless m > n.
+        """
+        n, m = len(self._classes), self.num_classes
+        turns = n // math.gcd(n, m)
+        round_, turn = divmod(step, turns)
+        went = turn * m + np.arange(m)
+        drawn = permute(went % n, n, cipher_key(self.seed, _BALANCED_CLASSES, round_))
+        # How often the class had its turn before: in the rounds before, and in this one.
+        used = (round_ * (m // math.gcd(n, m)) + went // n)[:, None]
+        counts, m = self._counts[drawn][:, None], self.images_per_class
+        rounds, turn_of_class = np.divmod(used, counts // np.gcd(counts, m))
+        went = turn_of_class * m + np.arange(m)
+        keys = cipher_key(self.seed, _BALANCED_IMAGES, rounds, self._classes[drawn][:, None])
+        return drawn, permute(went % counts, counts, keys), np.broadcast_to(np.arange(m) // counts, went.shape)

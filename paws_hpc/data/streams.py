@@ -8,24 +8,28 @@ Legend: n unlabelled images and S support rows per rank, m small crops, V views 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import AugmentParameters, augment, draw_parameters, normalise
-from paws_hpc.data.crops import center_crop, draw_boxes, equal_size_resized_crops, resized_crops
+from paws_hpc.data.augment import normalise
+from paws_hpc.data.batches import LabelledBatch, PawsBatch, StreamOptions, StreamState, apply
+from paws_hpc.data.crops import center_crop
+from paws_hpc.data.cutting import Cutter, make_strategy
+from paws_hpc.data.images import StoreImages
 from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
 from paws_hpc.data.prefetch import Prefetch
 from paws_hpc.data.views import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
     FIRST_SUPPORT_VIEW,
+    MAX_SUPPORT_VIEWS,
     AugmentConfig,
     CenterCropConfig,
     CropConfig,
@@ -34,123 +38,8 @@ from paws_hpc.data.views import (
 from paws_hpc.store import ImageStore
 
 _EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Crops:
-    """Crops on the host, and what augmentation is to do to them.
-
-    Attributes:
-        images: (N, 3, s, s) uint8, or (N, 1, s, s) from grey pixels, view-major.
-        parameters: of the same N rows.
-    """
-
-    images: Tensor
-    parameters: AugmentParameters
-
-
-@dataclass(frozen=True)
-class PawsBatch:
-    """This rank's part of one pre-training step.
-
-    Attributes:
-        step: 0-based.
-        records: (n,) positions of the unlabelled images in their store.
-        supports: V * S rows, view-major.
-        large: 2n rows, view-major.
-        small: m * n rows, view-major; None without small crops.
-        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them;
-            entries are places among the K classes drawn for this step.
-    """
-
-    step: int
-    records: Positions
-    supports: Crops
-    large: Crops
-    small: Crops | None
-    support_classes: Tensor
-
-    @property
-    def num_support_rows(self) -> int:
-        """V * S, of this rank."""
-        return len(self.supports.images)
-
-
-@dataclass(frozen=True)
-class LabelledBatch:
-    """This rank's part of one step of classifier training.
-
-    Attributes:
-        step: 0-based.
-        records: (n,) positions in the store.
-        crops: n rows.
-        labels: (n,) int64 classes.
-    """
-
-    step: int
-    records: Positions
-    crops: Crops
-    labels: Tensor
-
-
-class Cutter:
-    """Decodes records and cuts random crops from them, on a few threads."""
-
-    def __init__(self, store: ImageStore, *, seed: int, threads: int) -> None:
-        self.store, self.seed = store, seed
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
-
-    def cut(
-        self, records: Positions, kinds: Sequence[tuple[CropConfig, int]], *, epoch: int, config: AugmentConfig
-    ) -> list[Crops]:
-        """Cut every kind of crop from each record, which is decoded once.
-
-        Args:
-            records: (n,) positions.
-            kinds: crop configurations with the number of their first view.
-            epoch: of the draw.
-            config: of the augmentation whose parameters travel along.
-
-        Returns:
-            per kind, ``count * n`` rows, view-major.
-        """
-        parts = np.array_split(records, min(self._threads, len(records)))
-        cut = list(self._pool.map(lambda part: self._cut_part(part, kinds, epoch), parts))
-        result = []
-        for kind, (crop, first_view) in enumerate(kinds):
-            images = torch.cat([part[kind] for part in cut], dim=1).flatten(0, 1)
-            samples = np.tile(records, crop.count)
-            views = np.repeat(np.arange(first_view, first_view + crop.count), len(records))
-            parameters = draw_parameters(config, seed=self.seed, epoch=epoch, samples=samples, view=views)
-            result.append(Crops(images, parameters))
-        return result
-
-    def _cut_part(self, records: Positions, kinds: Sequence[tuple[CropConfig, int]], epoch: int) -> list[Tensor]:
-        """Per kind, (count, n, C, s, s) uint8."""
-        images, heights, widths = self._decode(records), self.store.heights[records], self.store.widths[records]
-        result = []
-        for crop, first_view in kinds:
-            boxes = [
-                draw_boxes(
-                    crop, seed=self.seed, epoch=epoch, samples=records, view=view, heights=heights, widths=widths
-                )
-                for view in range(first_view, first_view + crop.count)
-            ]
-            result.append(torch.stack([_crop(images, view_boxes, crop.size) for view_boxes in boxes]))
-        return result
-
-    def _decode(self, records: Positions) -> Tensor | list[Tensor]:
-        """(n, C, H, W) of a raw store, whose images have one size; n times (3, H, W) otherwise."""
-        if self.store.encoding == "raw":
-            return torch.from_numpy(self.store.read_raw(records)).permute(0, 3, 1, 2)
-        return [torch.from_numpy(image).permute(2, 0, 1) for image in self.store.images(records)]
-
-
-def _crop(images: Tensor | list[Tensor], boxes: NDArray[np.int64], size: int) -> Tensor:
-    if isinstance(images, Tensor):
-        return equal_size_resized_crops(images, boxes, size)
-    return resized_crops(images, boxes, size)
+_Batch = TypeVar("_Batch", PawsBatch, LabelledBatch)
+_DEFAULT = StreamOptions()
 
 
 class PawsStream:
@@ -167,28 +56,49 @@ class PawsStream:
         images_per_class: int,
         seed: int,
         threads: int,
+        supports: StoreImages | None = None,
+        options: StreamOptions = _DEFAULT,
     ) -> None:
-        """Prepare; reads nothing yet.
+        """Prepare; reads nothing yet, unless the placement is ``resident``.
 
         Args:
-            store: of the unlabelled images, the labelled ones among them.
-            labelled: (M,) positions of the labelled images.
+            store: of the unlabelled images.
+            labelled: (M,) positions of the labelled images in their store.
             views: crops and augmentation.
             batch_size: unlabelled images per step over all ranks.
             support_classes: drawn per step over all ranks, K.
             images_per_class: drawn from each.
             seed: of the run.
             threads: that decode and crop.
+            supports: source of the labelled images; None means ``store``, of which they are part.
+            options: order and placement.
 
         Raises:
-            ValueError: a global size does not divide by the ranks, or the labels do not suffice for the support.
+            ValueError: a global size does not divide by the ranks, the labels do not suffice for the support, or an
+                image would be repeated more often in a step than there are numbers for its views.
         """
-        self.store, self.views = store, views
-        self._order = EpochOrder(len(store), batch_size, seed)
+        self.store, self.views, self.options, self.seed = store, views, options, seed
+        images = StoreImages(store)
+        supports = images if supports is None else supports
+        self._order = EpochOrder(len(store), batch_size, seed, options.window)
         self._support = SupportOrder(
-            labelled, store.labels[labelled], num_classes=support_classes, images_per_class=images_per_class, seed=seed
+            labelled,
+            supports.store.labels[labelled],
+            num_classes=support_classes,
+            images_per_class=images_per_class,
+            seed=seed,
+            balanced=options.balanced_support,
         )
-        self._cutter = Cutter(store, seed=seed, threads=threads)
+        _check_views_suffice(self._support.most_repeats, views)
+        unlabelled = make_strategy(images, options.placement, threads=threads, device=options.device)
+        # A resident store lives on the device once; and threads are shared wherever the images are.
+        shared = supports is images or (options.placement == "resident" and supports.store is store)
+        self._cutter = Cutter(unlabelled, seed=seed)
+        self._support_cutter = (
+            self._cutter
+            if shared
+            else Cutter(make_strategy(supports, options.placement, threads=threads, device=options.device), seed=seed)
+        )
         self._images = distributed.per_rank(batch_size, name="pretrain.batch_size")
         self._supports = distributed.per_rank(
             support_classes * images_per_class, name="pretrain.support.classes * pretrain.support.images_per_class"
@@ -203,15 +113,16 @@ class PawsStream:
         if views.small.count:
             kinds.append((views.small, FIRST_SMALL_VIEW))
         unlabelled = self._cutter.cut(records, kinds, epoch=epoch, config=views.augment)
-        drawn, places = self._support.draw(step)
+        drawn, mine = self._support.draw(step), slice(rank * self._supports, (rank + 1) * self._supports)
         support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
-        supports = self._cutter.cut(
-            drawn[rank * self._supports : (rank + 1) * self._supports],
+        supports = self._support_cutter.cut(
+            drawn.records[mine],
             [(support_crop, FIRST_SUPPORT_VIEW)],
             epoch=step,
             config=views.augment,
+            repeats=drawn.repeats[mine],
         )
-        by_rank = np.split(places, distributed.world_size())
+        by_rank = np.split(drawn.places, distributed.world_size())
         classes = np.concatenate([np.tile(part, views.support_views) for part in by_rank])
         return PawsBatch(
             step,
@@ -222,14 +133,49 @@ class PawsStream:
             torch.from_numpy(classes),
         )
 
+    def state(self, step: int) -> StreamState:
+        """Where the stream stands before a 0-based step."""
+        epoch = self._order.epoch(step)
+        samples = (step - epoch * self.steps_per_epoch) * self._order.batch_size
+        return StreamState(self.seed, epoch, samples, self.store.digest)
+
+    def step_at(self, state: StreamState) -> int:
+        """The step with which to go on.
+
+        Raises:
+            ValueError: the state is of another seed or data set, or inside a batch.
+        """
+        epoch, samples = state.epoch, state.samples
+        step = epoch * self.steps_per_epoch + samples // self._order.batch_size
+        if self.state(step) != state:
+            raise ValueError(
+                f"{state} is no place in this stream, whose nearest is {self.state(step)}. Go on with the seed, the "
+                "data set and the batch size of the run that left it."
+            )
+        return step
+
     def prefetch(self, start: int, stop: int) -> Prefetch[PawsBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager."""
-        return Prefetch(self.batch, start, stop)
+        return _ahead(self.batch, start, stop, self.options)
 
     def augment(self, batch: PawsBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device: supports, large crops and, if there are any, small crops."""
         crops = [batch.supports, batch.large] + ([batch.small] if batch.small is not None else [])
+        # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
         return [apply(crop, self.store, device, dtype) for crop in crops]
+
+
+def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
+    if repeats * views.support_views > MAX_SUPPORT_VIEWS:
+        raise ValueError(
+            f"pretrain.support.images_per_class needs {repeats} repeats of an image, each with views.support_views="
+            f"{views.support_views} crops. There are numbers for {MAX_SUPPORT_VIEWS} crops of an image per step: lower "
+            "pretrain.support.images_per_class."
+        )
+
+
+def _ahead(make: Callable[[int], _Batch], start: int, stop: int, options: StreamOptions) -> Prefetch[_Batch]:
+    return Prefetch(make, start, stop, size=lambda batch: batch.nbytes, budget_bytes=options.prefetch_bytes)
 
 
 class ClassifierStream:
@@ -250,17 +196,23 @@ class ClassifierStream:
         batch_size: int,
         seed: int,
         threads: int,
+        images: StoreImages | None = None,
+        normalised_as: ImageStore | None = None,
+        options: StreamOptions = _DEFAULT,
     ) -> None:
         """Prepare; a labelled set smaller than ``batch_size`` makes one batch of all of it.
 
         Args:
-            store: of the images.
+            store: of the labelled images.
             labelled: (M,) positions.
             crop: training crop.
             augment: operations on it.
             batch_size: over all ranks.
             seed: of the run.
             threads: that decode and crop.
+            images: their source; None reads ``store``.
+            normalised_as: store whose mean and standard deviation normalise; None means ``store``.
+            options: placement; the order has none.
 
         Raises:
             ValueError: there are more ranks than images in a step.
@@ -273,7 +225,11 @@ class ClassifierStream:
             )
         self._crop, self._augment, self._labelled = crop, augment, labelled
         self._order = EpochOrder(len(labelled), self.batch_size, seed)
-        self._cutter = Cutter(store, seed=seed, threads=threads)
+        self._like, self._options = normalised_as or store, options
+        source = images or StoreImages(store)
+        self._cutter = Cutter(
+            make_strategy(source, options.placement, threads=threads, device=options.device), seed=seed
+        )
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def batch(self, step: int) -> LabelledBatch:
@@ -287,19 +243,11 @@ class ClassifierStream:
 
     def prefetch(self, start: int, stop: int) -> Prefetch[LabelledBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager."""
-        return Prefetch(self.batch, start, stop)
+        return _ahead(self.batch, start, stop, self._options)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""
-        return apply(batch.crops, self.store, device, dtype)
-
-
-def apply(crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Bring crops to the device and augment them there."""
-    images = crops.images.to(device, non_blocking=True)
-    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=device.type == "cuda").to(
-        dtype
-    )
+        return apply(batch.crops, self._like, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -313,6 +261,7 @@ class EvaluationSet:
         training_store: whose mean and standard deviation normalise, as they did in training; a test set's own would map
             its images elsewhere, and would be taken from images that are to be scored one by one.
         threads: that decode and crop.
+        source: of the pixels; None reads ``store``.
     """
 
     store: ImageStore
@@ -320,6 +269,7 @@ class EvaluationSet:
     crop: CenterCropConfig
     training_store: ImageStore
     threads: int = 1
+    source: StoreImages | None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -349,5 +299,6 @@ class EvaluationSet:
 
     def _crop_part(self, records: Positions) -> Tensor:
         """(n, 3, s, s) uint8."""
-        images = [torch.from_numpy(image).permute(2, 0, 1) for image in self.store.images(records)]
+        source = self.source or StoreImages(self.store)
+        images = [torch.from_numpy(image).permute(2, 0, 1) for image in source.pixels(records)]
         return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])

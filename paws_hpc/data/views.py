@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 FIRST_SMALL_VIEW = 2
 FIRST_SUPPORT_VIEW = 1024
 FIRST_FINETUNE_VIEW = 2048
+MAX_SUPPORT_VIEWS = FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW
 
 
 @dataclass
@@ -121,8 +122,5 @@ class ViewsConfig:
             raise ValueError(
                 f"views.small.count={self.small.count} must be at most {FIRST_SUPPORT_VIEW - FIRST_SMALL_VIEW}"
             )
-        if not 1 <= self.support_views <= FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW:
-            raise ValueError(
-                f"views.support_views={self.support_views} must be between 1 and "
-                f"{FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW}"
-            )
+        if not 1 <= self.support_views <= MAX_SUPPORT_VIEWS:
+            raise ValueError(f"views.support_views={self.support_views} must be between 1 and {MAX_SUPPORT_VIEWS}")

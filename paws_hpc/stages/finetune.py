@@ -11,13 +11,14 @@ import torch
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity
+from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.finetune import Cell, ClassifierConfig, ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import write_json
 from paws_hpc.models import Encoder, build_classifier, build_encoder
-from paws_hpc.stages.prepare import RunData, open_data
+from paws_hpc.stages.prepare import RunData, open_data, stream_options
 from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
@@ -47,19 +48,38 @@ def run_cell(
     folder = run.cell(sweep, cell)
     if is_done(folder):
         return
-    began = time.monotonic()
-    data, sweep_settings = open_data(config), sweep_config(config, sweep)
+    data = open_data(config)
+    options = stream_options(config, data, folder, device)
+    with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+        _train(config, run, cached, options, sweep=sweep, cell=cell, control=control)
+
+
+def _train(
+    config: Config,
+    run: RunFolder,
+    data: RunData,
+    options: StreamOptions,
+    *,
+    sweep: str,
+    cell: Cell,
+    control: JobControl,
+) -> None:
+    device, began, folder = options.device, time.monotonic(), run.cell(sweep, cell)
+    sweep_settings = sweep_config(config, sweep)
     encoder, start_weights = _starting_point(config, run, data, device, sweep)
     stream = ClassifierStream(
-        data.train,
+        data.labelled_store,
         data.labelled,
         crop=sweep_settings.crop,
         augment=sweep_settings.augment,
         batch_size=sweep_settings.batch_size,
         seed=config.seed,
         threads=config.data.threads,
+        images=data.supports,
+        normalised_as=data.train,
+        options=options,
     )
-    classifier = build_classifier(encoder, len(data.train.classes))
+    classifier = build_classifier(encoder, len(data.classes))
     training = ClassifierTraining(classifier, cell, sweep_settings, stream, device)
     checkpoints = CheckpointFolder(
         folder / "checkpoints",
@@ -88,7 +108,7 @@ def run_cell(
             tracker=tracker,
             start=start,
             best_path=folder / "best.pt",
-            describe=lambda records: names(data, records),
+            describe=lambda records: names(data.labelled_store, records),
             control=control,
         )
     control.fence()

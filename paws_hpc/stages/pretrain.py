@@ -8,6 +8,7 @@ import torch
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity
+from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.order import Positions
 from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
@@ -18,9 +19,10 @@ from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
-from paws_hpc.stages.prepare import RunData, open_data
+from paws_hpc.stages.prepare import RunData, open_data, order_identity, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
+from paws_hpc.store import ImageStore
 
 
 def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
@@ -32,6 +34,13 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     if is_done(run.pretrain):
         return
     data = open_data(config)
+    options = stream_options(config, data, run.pretrain, device)
+    with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+        _train(config, run, cached, options, control=control)
+
+
+def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions, *, control: JobControl) -> None:
+    device = options.device
     stream = PawsStream(
         data.train,
         data.labelled,
@@ -41,6 +50,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         images_per_class=config.pretrain.support.images_per_class,
         seed=config.seed,
         threads=config.data.threads,
+        supports=data.supports,
+        options=options,
     )
     encoder = build_encoder(config.model, seed=config.seed)
     training = Pretraining(
@@ -81,7 +92,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
             tracker=tracker,
             start=start,
             validate=validate,
-            describe=lambda records: names(data, records),
+            describe=lambda records: names(data.train, records),
             control=control,
         )
     control.fence()
@@ -90,9 +101,9 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     mark_done(run.pretrain, steps=summary.steps)
 
 
-def names(data: RunData, records: Positions) -> list[str]:
+def names(store: ImageStore, records: Positions) -> list[str]:
     """Keys of records, for messages."""
-    return [data.train.keys[int(record)] for record in records]
+    return [store.keys[int(record)] for record in records]
 
 
 def checkpoint_folder(
@@ -100,6 +111,7 @@ def checkpoint_folder(
 ) -> CheckpointFolder:
     """The checkpoints of a run's pre-training, bound to what determines them."""
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
+    determined |= order_identity(config, data)
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
     return CheckpointFolder(
         run.checkpoints,
@@ -146,7 +158,7 @@ def score_nearest_neighbours(
         forward_all(network, queries.batches(device, dtype), len(queries), control),
         forward_all(network, supports.batches(device, dtype), len(supports), control),
         supports.labels.to(device),
-        num_classes=len(data.train.classes),
+        num_classes=len(data.classes),
         temperature=config.objective.temperature,
     )
     return score(predictions.cpu(), queries.labels)

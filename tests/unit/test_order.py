@@ -51,8 +51,9 @@ def make_support(classes: int = 10, per_class: int = 12, **asked: int) -> tuple[
 def test_support_is_stratified_distinct_and_a_function_of_the_step() -> None:
     order, labels = make_support(num_classes=7, images_per_class=5)
     for step in (0, 1, 999_999):
-        records, places = order.draw(step)
+        records, places, repeats = order.draw(step)
         assert len(np.unique(records)) == 35
+        assert not repeats.any()
         classes = labels[records - 1000].reshape(7, 5)
         assert np.all(classes == classes[:, :1]), "rows of one place share their class"
         assert len(np.unique(classes[:, 0])) == 7

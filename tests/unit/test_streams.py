@@ -16,8 +16,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.data.batches import PawsBatch
 from paws_hpc.data.crops import draw_boxes
-from paws_hpc.data.streams import ClassifierStream, Crops, EvaluationSet, PawsBatch, PawsStream
+from paws_hpc.data.cutting import Crops
+from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsStream
 from paws_hpc.data.views import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
 from tests.conftest import Stores

@@ -1,0 +1,295 @@
+"""Random crops of records. One object cuts them; where the work runs is a strategy behind it.
+
+| placement    | decoded      | cropped    | travels to the device            |
+|--------------|--------------|------------|----------------------------------|
+| `cpu-crop`   | on the CPU   | on the CPU | crops                            |
+| `cpu-decode` | on the CPU   | there      | decoded images                   |
+| `nvjpeg`     | on the GPU   | there      | JPEG files                       |
+| `resident`   | at the start | there      | nothing: small raw stores live there |
+
+Boxes and augmentation parameters are the same in each. Pixels of the first, second and fourth differ by at most one of
+255 levels where a value lies between two (in no bit for raw stores on a CPU); nvJPEG also decodes in its own way, which
+moves pixels by about a level on average and more at sharp edges of colour.
+
+Legend: n records, V crops of a kind from each, C channels, s the side of a crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paws_hpc.data.augment import AugmentParameters, draw_parameters
+from paws_hpc.data.crops import (
+    RaggedImages,
+    draw_boxes,
+    equal_size_resized_crops,
+    resized_crop,
+)
+from paws_hpc.data.devices import host_buffer
+from paws_hpc.data.images import StoreImages
+from paws_hpc.data.order import Positions
+from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
+from paws_hpc.data.views import AugmentConfig, CropConfig
+from paws_hpc.store import ImageStore
+
+Placement = Literal["cpu-crop", "cpu-decode", "nvjpeg", "resident"]
+PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+
+_DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
+_RESIDENT_READ = 4096
+
+DrawBoxes = Callable[[int, slice, NDArray[np.int64], NDArray[np.int64]], Boxes]
+"""(kind, which of the n records, their heights, their widths) → (V * m, 4) boxes, view-major."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops, and what augmentation is to do to them.
+
+    Attributes:
+        pixels: of N = V * n rows, view-major.
+        parameters: of the same N rows.
+    """
+
+    pixels: Pixels
+    parameters: AugmentParameters
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def images(self) -> Tensor:
+        """(N, C, s, s) uint8 on the CPU, C 3, or 1 from grey pixels."""
+        return self.pixels.on(torch.device("cpu"))
+
+
+class Strategy(Protocol):
+    """A placement at work on one source of images; used by one thread at a time."""
+
+    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        """Per kind its V * n crops, view-major; each record is decoded once."""
+
+
+class Cutter:
+    """Draws boxes and augmentation for records and has the crops cut."""
+
+    def __init__(self, strategy: Strategy, *, seed: int) -> None:
+        self.seed, self._strategy = seed, strategy
+
+    def cut(
+        self,
+        records: Positions,
+        kinds: Sequence[tuple[CropConfig, int]],
+        *,
+        epoch: int,
+        config: AugmentConfig,
+        repeats: Positions | None = None,
+    ) -> list[Crops]:
+        """Cut every kind of crop from each record, which is decoded once.
+
+        Args:
+            records: (n,) positions.
+            kinds: crop configurations with the number of their first view.
+            epoch: of the draw.
+            config: of the augmentation whose parameters travel along.
+            repeats: (n,) how often the record came before in this batch, so that its crops differ; never if None.
+
+        Returns:
+            per kind, ``count * n`` rows, view-major.
+        """
+        again = np.zeros_like(records) if repeats is None else repeats
+
+        def views(kind: int, part: slice) -> Positions:
+            crop, first = kinds[kind]
+            of_view = np.repeat(np.arange(first, first + crop.count), len(records[part]))
+            return of_view + crop.count * np.tile(again[part], crop.count)
+
+        def boxes(kind: int, part: slice, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Boxes:
+            crop = kinds[kind][0]
+            return draw_boxes(
+                crop,
+                seed=self.seed,
+                epoch=epoch,
+                samples=np.tile(records[part], crop.count),
+                view=views(kind, part),
+                heights=np.tile(heights, crop.count),
+                widths=np.tile(widths, crop.count),
+            )
+
+        crops = [crop for crop, _ in kinds]
+        return [
+            Crops(
+                pixels,
+                draw_parameters(
+                    config,
+                    seed=self.seed,
+                    epoch=epoch,
+                    samples=np.tile(records, crop.count),
+                    view=views(kind, slice(None)),
+                ),
+            )
+            for kind, (crop, pixels) in enumerate(zip(crops, self._strategy.cut(records, crops, boxes), strict=True))
+        ]
+
+
+def make_strategy(images: StoreImages, placement: Placement, *, threads: int, device: torch.device) -> Strategy:
+    """A placement for one source of images.
+
+    Args:
+        images: the source.
+        placement: where the work runs; see :func:`paws_hpc.data.placement.choose` for what is possible.
+        threads: that decode and crop.
+        device: of training.
+    """
+    match placement:
+        case "cpu-crop":
+            return CpuCrop(images, threads)
+        case "cpu-decode":
+            return CpuDecode(images, threads, device)
+        case "nvjpeg":
+            return NvJpeg(images, threads)
+        case "resident":
+            return Resident(images.store, device)
+
+
+class CpuCrop:
+    """Decodes and crops on a few threads, straight into the batch."""
+
+    def __init__(self, images: StoreImages, threads: int) -> None:
+        self._images, self._threads = images, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
+
+    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        """As of Strategy."""
+        shape = self._images.store.shape
+        channels, n = 3 if shape is None else shape[2], len(records)
+        # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
+        batches = [torch.empty((crop.count, n, crop.size, crop.size, channels), dtype=torch.uint8) for crop in kinds]
+        views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
+        cut_part = self._cut_jpeg if shape is None else self._cut_raw
+        list(self._pool.map(lambda part: cut_part(records, part, kinds, draw, views), self._parts(n)))
+        return [CutPixels(view.flatten(0, 1)) for view in views]
+
+    def _parts(self, n: int) -> list[slice]:
+        if self._images.store.shape is not None:  # one product per thread: its cost is mostly overhead
+            return parts(n, min(self._threads, n))
+        return parts(n, max(-(-n // _DECODED_AT_ONCE), min(self._threads, n)))
+
+    def _cut_jpeg(
+        self, records: Positions, part: slice, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
+    ) -> None:
+        images = self._images.pixels(records[part])
+        heights, widths = sides(images)
+        boxes = [
+            draw(kind, part, heights, widths).reshape(crop.count, len(images), 4).tolist()
+            for kind, crop in enumerate(kinds)
+        ]
+        for place, pixels in enumerate(images):
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            for crop, of_kind, batch in zip(kinds, boxes, out, strict=True):
+                for view in range(crop.count):
+                    resized_crop(image, of_kind[view][place], crop.size, out=batch[view, part.start + place])
+
+    def _cut_raw(
+        self, records: Positions, part: slice, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
+    ) -> None:
+        images = torch.from_numpy(self._images.store.read_raw(records[part])).permute(0, 3, 1, 2)
+        heights, widths = equal_sides(images)
+        for kind, (crop, batch) in enumerate(zip(kinds, out, strict=True)):
+            boxes = draw(kind, part, heights, widths).reshape(crop.count, len(images), 4)
+            for view in range(crop.count):
+                batch[view, part] = equal_size_resized_crops(images, boxes[view], crop.size)
+
+
+class CpuDecode:
+    """Decodes on a few threads; the images travel, and are cropped on the device."""
+
+    def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
+        self._images, self._threads, self._device = images, threads, device
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        """As of Strategy."""
+        if self._images.store.shape is not None:
+            read = torch.from_numpy(self._images.store.read_raw(records)).permute(0, 3, 1, 2)
+            return uncut(EqualSize(read), *equal_sides(read), kinds, draw)
+        slices = parts(len(records), max(-(-len(records) // _DECODED_AT_ONCE), min(self._threads, len(records))))
+        decoded = [
+            image for part in self._pool.map(lambda s: self._images.pixels(records[s]), slices) for image in part
+        ]
+        heights, widths = sides(decoded)
+        starts = np.concatenate(([0], np.cumsum(heights * widths)))
+        buffer = host_buffer(int(starts[-1]), 3, device=self._device)
+        for image, start, stop in zip(decoded, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            buffer[start:stop] = torch.from_numpy(image).view(-1, 3)
+        return uncut(Ragged(RaggedImages(buffer, starts[:-1], heights, widths)), heights, widths, kinds, draw)
+
+
+class NvJpeg:
+    """Reads JPEG files; decoding and cropping run on the GPU."""
+
+    def __init__(self, images: StoreImages, threads: int) -> None:
+        self._images, self._threads = images, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+
+    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        """As of Strategy."""
+        slices = parts(len(records), min(self._threads, len(records)))
+        files = [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
+        # From the files themselves: boxes must lie in what will be decoded.
+        heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+        return uncut(Encoded([torch.tensor(file) for file in files]), heights, widths, kinds, draw)
+
+
+class Resident:
+    """A raw store that lives on the device as a whole."""
+
+    def __init__(self, store: ImageStore, device: torch.device) -> None:
+        assert store.shape is not None, "only raw stores can be resident, which choose() has checked"
+        height, width, channels = store.shape
+        self._pixels = torch.empty((len(store), height, width, channels), dtype=torch.uint8, device=device)
+        for start in range(0, len(store), _RESIDENT_READ):
+            records = np.arange(start, min(start + _RESIDENT_READ, len(store)))
+            self._pixels[start : start + len(records)] = torch.from_numpy(store.read_raw(records)).to(device)
+
+    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        """As of Strategy."""
+        _, height, width, _ = self._pixels.shape
+        held = ResidentRows(self._pixels, torch.from_numpy(records))
+        return uncut(held, np.full(len(records), height), np.full(len(records), width), kinds, draw)
+
+
+def uncut(
+    held: Uncut, heights: NDArray[np.int64], widths: NDArray[np.int64], kinds: Sequence[CropConfig], draw: DrawBoxes
+) -> list[Pixels]:
+    """Every kind of crop of the same images, to be cut on the device."""
+    return [UncutPixels(held, draw(kind, slice(None), heights, widths), crop.size) for kind, crop in enumerate(kinds)]
+
+
+def sides(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) heights and (n,) widths of (H, W, C) images as decoded."""
+    return np.array([len(image) for image in images], np.int64), np.array(
+        [image.shape[1] for image in images], np.int64
+    )
+
+
+def equal_sides(images: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) heights and (n,) widths of (n, C, H, W) images."""
+    n, _, height, width = images.shape
+    return np.full(n, height), np.full(n, width)
+
+
+def parts(total: int, count: int) -> list[slice]:
+    """``range(total)`` in ``count`` contiguous parts that differ by one at most."""
+    bounds = np.linspace(0, total, count + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -1,0 +1,179 @@
+"""Pixels of a batch: crops that were cut on the host, or images from which the device is still to cut them.
+
+Legend: n images, V crops of a kind from each, C channels, s the side of a crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from paws_hpc.data.crops import RaggedImages, equal_size_resized_crops, ragged_resized_crops
+from paws_hpc.data.devices import to_device
+
+Boxes = NDArray[np.int64]
+
+
+class Pixels(Protocol):
+    """Crops that are cut, or will be where they are asked for."""
+
+    @property
+    def held(self) -> object:
+        """What keeps the memory; kinds of crops of the same images share it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of :attr:`held`."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """(V * n, C, s, s) uint8 on the device."""
+
+
+@dataclass(frozen=True)
+class CutPixels:
+    """Crops on the host: (N, C, s, s) uint8."""
+
+    crops: Tensor
+
+    @property
+    def held(self) -> object:
+        """The crops themselves."""
+        return self.crops
+
+    @property
+    def nbytes(self) -> int:
+        """As of Pixels."""
+        return self.crops.nbytes
+
+    def on(self, device: torch.device) -> Tensor:
+        """As of Pixels."""
+        return self.crops.to(device, non_blocking=True)
+
+
+class Uncut(Protocol):
+    """The images of a batch, from which crops are still to be cut."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory."""
+
+    def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
+        """(V * n, 4) boxes, view-major → (V * n, C, size, size) uint8 on the device."""
+
+
+@dataclass(frozen=True)
+class UncutPixels:
+    """Crops that are cut on the device: (V * n, 4) boxes, view-major, of n images."""
+
+    held: Uncut
+    boxes: Boxes
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """As of Pixels."""
+        return self.held.nbytes
+
+    def on(self, device: torch.device) -> Tensor:
+        """As of Pixels."""
+        return self.held.cut(self.boxes, self.size, device)
+
+
+class EqualSize:
+    """(n, C, H, W) uint8 on the host; they travel once for all kinds of crops."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images
+        self._there: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """As of Uncut."""
+        return self._images.nbytes
+
+    def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
+        """As of Uncut."""
+        if self._there is None or self._there.device.type != device.type:
+            self._there = to_device(self._images, device)
+        return _cut_views(self._there, boxes, size)
+
+
+class ResidentRows:
+    """Rows of a (N, H, W, C) uint8 tensor on the device: (n,) positions."""
+
+    def __init__(self, pixels: Tensor, rows: Tensor) -> None:
+        self._pixels, self._rows = pixels, rows
+
+    @property
+    def nbytes(self) -> int:
+        """As of Uncut."""
+        return self._rows.nbytes
+
+    def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
+        """As of Uncut."""
+        images = self._pixels[to_device(self._rows, self._pixels.device)].permute(0, 3, 1, 2)
+        return _cut_views(images, boxes, size).to(device)
+
+
+class Ragged:
+    """Decoded images of any sizes on the host; they travel once for all kinds of crops."""
+
+    def __init__(self, images: RaggedImages) -> None:
+        self._images = images
+        self._there: RaggedImages | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """As of Uncut."""
+        return self._images.pixels.nbytes
+
+    def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
+        """As of Uncut."""
+        if self._there is None or self._there.pixels.device.type != device.type:
+            self._there = replace(self._images, pixels=to_device(self._images.pixels, device))
+        return _cut_ragged(self._there, boxes, size)
+
+
+class Encoded:
+    """JPEG files on the host, each (bytes,) uint8; the GPU decodes them once for all kinds of crops."""
+
+    def __init__(self, files: list[Tensor]) -> None:
+        self._files = files
+        self._decoded: RaggedImages | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """As of Uncut."""
+        return sum(file.nbytes for file in self._files)
+
+    def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
+        """As of Uncut; crops that are asked for on the CPU are cut from what a GPU decoded too."""
+        if self._decoded is None:
+            self._decoded = decode_on_gpu(self._files)
+        return _cut_ragged(self._decoded, boxes, size).to(device)
+
+
+def decode_on_gpu(files: list[Tensor]) -> RaggedImages:
+    """Decode JPEG files, each (bytes,) uint8 on the host, by nvJPEG on the current GPU."""
+    decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device="cuda")
+    heights, widths = np.array([image.shape[1:] for image in decoded], np.int64).T
+    starts = np.concatenate(([0], np.cumsum(heights * widths)))[:-1]
+    return RaggedImages(
+        torch.cat([image.permute(1, 2, 0).reshape(-1, 3) for image in decoded]), starts, heights, widths
+    )
+
+
+def _cut_views(images: Tensor, boxes: Boxes, size: int) -> Tensor:
+    """View by view, as :class:`CpuCrop` does it, so that a CPU gives the same bits."""
+    return torch.cat([equal_size_resized_crops(images, view, size) for view in boxes.reshape(-1, len(images), 4)])
+
+
+def _cut_ragged(images: RaggedImages, boxes: Boxes, size: int) -> Tensor:
+    """View-major crops of all images."""
+    return ragged_resized_crops(images, np.resize(np.arange(len(images.starts)), len(boxes)), boxes, size)
