@@ -15,13 +15,14 @@ from paws_hpc.files import file_hash
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import Fault, size_fault
 from paws_hpc.store.format import (
+    INDEX_NAME,
     Manifest,
     ShardEntry,
     ShardIndex,
     StoreError,
     read_manifest,
 )
-from paws_hpc.store.joined import dataset_digest, join_indexes
+from paws_hpc.store.joined import dataset_digest, join_indexes, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores
@@ -58,6 +59,7 @@ def verify(
     whole = [index for index in indexes if index is not None]
     if len(whole) == len(indexes):
         faults += _check_join(manifest, whole)
+    faults += _check_cached_index(folder, manifest, all_of_it=level != "quick")
     if level == "quick":
         return faults, 0
     with (
@@ -130,6 +132,18 @@ def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault
     ):
         if found != wanted:
             yield Fault(None, None, f"has {name} {wanted} in its manifest, its shards give {found}")
+
+
+def _check_cached_index(folder: Path, manifest: Manifest, *, all_of_it: bool) -> Iterator[Fault]:
+    """Compare ``index.bin`` with the manifest; its absence is no fault."""
+    index = read_cached_index(folder, manifest)
+    try:
+        if index is not None and all_of_it:
+            index.check()
+    except StoreError:
+        index = None
+    if index is None and (folder / INDEX_NAME).exists():
+        yield Fault(None, None, f"has a damaged {INDEX_NAME}; remove it, it is made anew from the shards")
 
 
 def _check_records(

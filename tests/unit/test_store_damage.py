@@ -1,0 +1,374 @@
+"""Whatever is cut or flipped in whichever file of a store: reading gives the packed bytes or a named error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import h5py
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_sample_images
+
+from paws_hpc.files import value_digest
+from paws_hpc.store import (
+    ArraySource,
+    ImageFolder,
+    ImageStore,
+    PackOptions,
+    RecordError,
+    StoreError,
+    decode_jpeg,
+    pack,
+    verify,
+)
+from paws_hpc.store.decode import MAX_PIXELS
+
+KIB = 1 << 10
+EXAMPLES = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def photo(number: int) -> bytes:
+    """A JPEG of a part of a photograph, no two alike and not of one size."""
+    image = load_sample_images().images[number % 2]
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image[5 * number : 5 * number + 40 + number, 9 * number : 9 * number + 48]), quality=85
+    )
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A JPEG store and a raw one of 12 images, each in some shards."""
+    root = tmp_path_factory.mktemp("damage")
+    for number in range(12):
+        path = root / "source" / "abc"[number % 3] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(number))
+    pack(ImageFolder(root / "source"), root / "jpeg", options=PackOptions(shard_bytes=6 * KIB))
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(12, dtype=np.int64) % 3
+    source = ArraySource("noise", pixels, labels, [f"n{place}" for place in range(12)], tuple("abc"))
+    pack(source, root / "raw", options=PackOptions(shard_bytes=5 * 64))
+    return {"jpeg": root / "jpeg", "raw": root / "raw"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """All that a reader can be told by a store."""
+
+    records: tuple[bytes, ...]
+    pixels: tuple[bytes, ...]
+    labels: tuple[int, ...]
+    keys: tuple[str, ...]
+    sizes: tuple[tuple[int, int], ...]
+    flags: tuple[int, ...]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, store: ImageStore) -> Known:
+        """Read everything."""
+        everything = range(len(store))
+        heights, widths = store.sizes(everything)
+        assert store.find(list(store.keys)).tolist() == list(everything)
+        return cls(
+            records=tuple(bytes(record) for record in store.read(everything)),
+            pixels=tuple(image.tobytes() for image in store.images(everything)),
+            labels=tuple(store.labels.tolist()),
+            keys=tuple(store.keys),
+            sizes=tuple(zip(heights.tolist(), widths.tolist(), strict=True)),
+            flags=tuple(store.flags.tolist()),
+            classes=store.classes,
+            mean=store.mean + store.std,
+            digest=store.digest,
+        )
+
+
+def flip(content: bytes, place: float, mask: int) -> bytes:
+    at = int(place * len(content))
+    return content[:at] + bytes([content[at] ^ mask]) + content[at + 1 :]
+
+
+def overwrite(content: bytes, place: float, mask: int) -> bytes:
+    at, count = int(place * len(content)), 1 + mask * 3
+    return (content[:at] + bytes([mask]) * count + content[at + count :])[: len(content)]
+
+
+def remove(content: bytes, place: float, mask: int) -> bytes:
+    at = int(place * len(content))
+    return content[:at] + content[at + mask :]
+
+
+def insert(content: bytes, place: float, mask: int) -> bytes:
+    at = int(place * len(content))
+    return content[:at] + bytes(mask) + content[at:]
+
+
+def cut(content: bytes, place: float, mask: int) -> bytes:
+    return content[: int(place * len(content))]
+
+
+def exchange(content: bytes, place: float, mask: int) -> bytes:
+    """Two parts of the file change places."""
+    at = int(place * len(content))
+    return content[at:] + content[:at]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A change of one file of a store."""
+
+    file: int
+    how: Callable[[bytes, float, int], bytes]
+    place: float
+    mask: int
+
+    def to(self, path: Path, pattern: str = "*") -> tuple[str, bool]:
+        """Damage a file in place; returns its name, and whether that changed it."""
+        files = sorted(file for file in path.glob(pattern) if file.is_file())
+        file = files[self.file % len(files)]
+        before = file.read_bytes()
+        after = self.how(before, self.place, self.mask)
+        file.write_bytes(after)
+        return file.name, after != before
+
+
+DAMAGES = st.builds(
+    Damage,
+    file=st.integers(0, 11),
+    how=st.sampled_from([flip, flip, flip, overwrite, remove, insert, cut, exchange]),
+    place=st.floats(0, 1, exclude_max=True),
+    mask=st.integers(1, 255),
+)
+
+
+def known_or_error(path: Path) -> Known | StoreError:
+    try:
+        return Known.of(ImageStore.open(path))
+    except StoreError as error:
+        return error
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+@pytest.mark.parametrize("index_is_there", [True, False])
+@EXAMPLES
+@given(damage=DAMAGES)
+def test_a_damaged_store_gives_the_packed_images_or_a_named_error(
+    stores: dict[str, Path], kind: str, index_is_there: bool, damage: Damage
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(stores[kind], Path(folder) / "store"))
+        name, changed = damage.to(path)
+        if not index_is_there:
+            (path / "index.bin").unlink()
+        got = known_or_error(path)
+        if isinstance(got, StoreError):
+            assert changed
+            assert str(path) in str(got)  # it names the place
+            assert name.startswith(("manifest", "shard"))  # index.bin is made anew
+        else:
+            assert got == known_or_error(stores[kind])
+            # What reads well and is found all the same: bytes of a shard that nobody needs.
+            assert name.startswith("shard") or not verify(path, level="full", workers=1)[0]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+@EXAMPLES
+@given(damage=DAMAGES)
+def test_verification_finds_every_change_of_a_shard_and_of_the_index(
+    stores: dict[str, Path], kind: str, damage: Damage
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(stores[kind], Path(folder) / "store"))
+        name, changed = damage.to(path, "[si]*")
+        found, _ = verify(path, level="full", workers=1)
+        assert {fault.shard or "index.bin" for fault in found} == ({name} if changed else set())
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+@pytest.mark.parametrize("has_offset", [True, False])
+@EXAMPLES
+@given(damage=DAMAGES)
+def test_a_shard_damaged_under_an_open_store_gives_the_packed_images_or_a_named_record(
+    stores: dict[str, Path], kind: str, has_offset: bool, damage: Damage
+) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(shutil.copytree(stores[kind], Path(folder) / "store"))
+        if not has_offset:
+            without_offsets(path)
+        with ImageStore.open(path) as store:
+            expected = Known.of(store)
+            name, _ = damage.to(path, "shard*")
+            got: Known | RecordError
+            try:
+                got = Known.of(store)
+            except RecordError as error:
+                got = error
+            if isinstance(got, RecordError):
+                assert got.shard == name
+                assert got.key in expected.keys
+                assert str(path / name) in str(got)
+            else:
+                assert got == expected
+
+
+def without_offsets(path: Path) -> None:
+    """Make a store whose records have to be read through HDF5."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    for shard in manifest["shards"]:
+        shard["data_offset"] = None
+    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
+
+
+def test_a_manifest_of_another_pack_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Sizes and names fit, as those of two shuffles of one raw data set do; with and without the other's index."""
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    source = ArraySource("noise", pixels, np.arange(12) % 3, [f"n{place}" for place in range(12)], tuple("abc"))
+    other = pack(source, tmp_path / "other", options=PackOptions(shard_bytes=5 * 64)).path
+    path = Path(shutil.copytree(stores["raw"], tmp_path / "store"))
+    shutil.copy(other / "manifest.json", path)
+    with pytest.raises(StoreError, match=r"shard-00000.h5 holds another index than was packed"):
+        ImageStore.open(path)
+    shutil.copy(other / "index.bin", path)
+    mixed = ImageStore.open(path)
+    for place in range(12):
+        with pytest.raises(RecordError, match="is damaged: its CRC32C differs"):
+            mixed.read([place])
+    assert {fault.shard for fault in verify(path, level="quick")[0]} == {f"shard-{n:05d}.h5" for n in range(3)}
+
+
+def claim(width: int, height: int) -> bytes:
+    """A JPEG of some hundred bytes whose header claims another size."""
+    content = bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = height.to_bytes(2, "big") + width.to_bytes(2, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"no image at all" * 9, "JPEG"),
+        (claim(65_500, 65_500), rf"it claims 65500 x 65500 pixels, more than the {MAX_PIXELS:,} that are decoded"),
+        (claim(0, 16), "."),
+    ],
+)
+def test_what_is_no_image_or_a_bomb_is_refused_before_memory_is_taken(content: bytes, message: str) -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for payload in (content, np.frombuffer(content, np.uint8)):
+        with pytest.raises(ValueError, match=message):
+            decode_jpeg(payload)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all" * 9, claim(65_500, 65_500)])
+def test_packing_names_what_is_no_image_or_leaves_it_out_and_says_so(tmp_path: Path, content: bytes) -> None:
+    for name, payload in (("a/good.jpg", photo(1)), ("a/odd.jpg", content)):
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(payload)
+    with pytest.raises(RecordError, match=r"image 'a/odd.jpg' cannot be packed"):
+        pack(ImageFolder(tmp_path / "source"), tmp_path / "store")
+    report = pack(ImageFolder(tmp_path / "source"), tmp_path / "other", options=PackOptions(on_error="skip"))
+    assert [omission.key for omission in report.manifest.skipped] == ["a/odd.jpg"]
+    assert ImageStore.open(tmp_path / "other").keys[:] == ["a/good.jpg"]
+
+
+def spoil(path: Path, positions: list[int]) -> None:
+    """Flip a bit in the middle of records."""
+    store = ImageStore.open(path)
+    counts = np.cumsum([0] + [entry.count for entry in store.manifest.shards])
+    for position in positions:
+        number = int(np.searchsorted(counts, position, side="right")) - 1
+        entry = store.manifest.shards[number]
+        with h5py.File(path / entry.name, "r", locking=False) as file:
+            row = position - int(counts[number])
+            place = int(file["index/offset"][row]) + int(file["index/length"][row]) // 2
+        assert entry.data_offset is not None
+        with open(path / entry.name, "r+b") as file:
+            file.seek(entry.data_offset + place)
+            byte = file.read(1)[0]
+            file.seek(entry.data_offset + place)
+            file.write(bytes([byte ^ 4]))
+
+
+@pytest.fixture
+def copies(stores: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """Copies that the test may damage."""
+    return lambda kind: Path(shutil.copytree(stores[kind], tmp_path / kind))
+
+
+def substitute(store: ImageStore, position: int, bad: list[int]) -> int:
+    """What the rule says: the next good record of the label, after the last the first."""
+    count = len(store)
+    others = [place % count for place in range(position + 1, position + count)]
+    return next(place for place in others if store.labels[place] == store.labels[position] and place not in bad)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+def test_substitutes_are_the_next_good_record_of_the_class_in_whatever_order_they_are_met(
+    copies: Callable[[str], Path], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copies(kind)
+    whole = ImageStore.open(path)
+    images = whole.images(range(12))
+    label = int(whole.labels[11])
+    bad = [*np.flatnonzero(whole.labels == label)[-2:].tolist(), int(np.flatnonzero(whole.labels != label)[0])]
+    spoil(path, bad)
+    expected = {position: substitute(whole, position, bad) for position in bad}
+    for seed in range(4):
+        store = ImageStore.open(path, max_substitutes=3)
+        order = np.random.default_rng(seed).permutation(12)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            for part in np.array_split(order, 5):
+                read = store.images(part)
+                heights, widths = store.sizes(part)
+                for position, image, height, width in zip(part.tolist(), read, heights, widths, strict=True):
+                    assert np.array_equal(image, images[expected.get(position, position)])
+                    assert image.shape[:2] == (height, width)
+        assert store.substitutes == expected
+        assert len(caplog.records) == 3
+        assert all("stands in for it" in record.getMessage() for record in caplog.records)
+
+
+def test_more_damage_than_allowed_stops_reading(copies: Callable[[str], Path]) -> None:
+    path = copies("jpeg")
+    spoil(path, [0, 5, 7])
+    with pytest.raises(RecordError, match=r"is damaged: its CRC32C"):
+        ImageStore.open(path).images(range(12))
+    with pytest.raises(RecordError, match=r"It is damaged record number 3; max_substitutes=2 may be replaced"):
+        ImageStore.open(path, max_substitutes=2).images(range(12))
+
+
+def test_a_class_without_a_good_record_is_an_error(copies: Callable[[str], Path]) -> None:
+    path = copies("raw")
+    label = ImageStore.open(path).labels
+    spoil(path, np.flatnonzero(label == label[0]).tolist())
+    store = ImageStore.open(path, max_substitutes=12)
+    with pytest.raises(StoreError, match=r"every record of the class of record \d+ is damaged"):
+        store.read([0])
+    with pytest.raises(StoreError, match="every record of the class"):
+        store.read([0])  # again: no endless search
+
+
+def test_what_only_this_process_cannot_read_is_never_substituted(copies: Callable[[str], Path]) -> None:
+    path = copies("jpeg")
+    without_offsets(path)
+    store = ImageStore.open(path, max_substitutes=12)
+    (path / "shard-00000.h5").unlink()  # under the running reader
+    with pytest.raises(RecordError, match=r"shard-00000.h5 cannot be read: .*No such file"):
+        store.images([0])
+    assert store.substitutes == {}
