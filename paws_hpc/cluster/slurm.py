@@ -170,7 +170,9 @@ def cancel_chain(run: RunFolder) -> list[str]:
         chain = Chain(run, "")
         queued = scheduler.queue()
         ended = [*_orphans(chain, queued), *(job.job_id for job in _active(chain, queued).values())]
-        scheduler.cancel(ended)
+        scheduler.cancel(
+            sorted({_base(job_id) for job_id in ended})
+        )  # whole arrays: Slurm then keeps their elements apart
         chain.mark_cancelled()
         return ended
 

@@ -33,6 +33,7 @@ class StopRequests:
     def listen(self) -> StopRequests:
         """Take signals from now on, those that are pending included, until the process ends."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # also where nobody started this process through shield.py
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # comes with every other one; submitit would log it each time
         threading.Thread(target=self._wait, name="stop requests", daemon=True).start()
         return self
 
