@@ -187,3 +187,4 @@ def _make_consistent(store: Path) -> None:
     manifest["index_hash"] = joined.hash
     manifest["digest"] = dataset_digest(joined, encoding="jpeg", shape=None, classes=manifest["classes"])
     (store / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
+    (store / "index.bin").unlink()
