@@ -89,3 +89,20 @@ def test_nothing_to_make_is_no_error() -> None:
     with Prefetch(lambda step: step, 7, 7) as batches:
         assert list(batches) == []
     assert not running()
+
+
+@pytest.mark.parametrize(("size", "ahead"), [(1, 3), (10, 2), (25, 1), (100, 1)])
+def test_batches_ahead_fit_the_budget_in_bytes(size: int, ahead: int) -> None:
+    """A budget of 25 bytes holds two batches of 10, the one in the making included, and any single larger one."""
+    made: list[bytes] = []
+
+    def make(step: int) -> bytes:
+        made.append(bytes(size))
+        return made[-1]
+
+    with Prefetch(make, 0, 20, size=len, budget_bytes=25) as batches:
+        taken = iter(batches)
+        for number in range(4):
+            next(taken)
+            time.sleep(0.1)  # the maker goes as far as it may
+            assert len(made) == number + 1 + ahead

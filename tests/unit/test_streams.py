@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.batches import PawsBatch
+from paws_hpc.data.batches import PawsBatch, StreamOptions, StreamState
 from paws_hpc.data.crops import draw_boxes
 from paws_hpc.data.cutting import Crops
+from paws_hpc.data.images import StoreImages
+from paws_hpc.data.order import Window
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsStream
 from paws_hpc.data.views import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
@@ -401,3 +403,116 @@ def test_a_test_set_is_normalised_as_the_training_images_were(digits: ImageStore
     found = torch.cat(list(EvaluationSet(test, records, CenterCropConfig(16, 16), digits, threads=3).batches(CPU, F32)))
     expected = (torch.from_numpy(pixels[..., 0] // 2) / 255 - digits.mean[0]) / digits.std[0]
     torch.testing.assert_close(found, expected[:, None].expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("window", [None, Window(block_records=50, blocks=4)])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
+    digits: ImageStore, ranks: Ranks, window: Window | None, balanced: bool
+) -> None:
+    """1 rank, then 2, then 1: all that goes from one to the next is the state."""
+    options = StreamOptions(window=window, balanced_support=balanced)
+
+    def make() -> PawsStream:
+        return PawsStream(
+            digits, labelled(digits), views=views(), batch_size=N, support_classes=K, images_per_class=PER_CLASS,
+            seed=3, threads=1, options=options,
+        )  # fmt: skip
+
+    steps_per_epoch = len(digits) // N
+    first = steps_per_epoch - 3
+    whole = [make().batch(first + step) for step in range(6)]  # over the end of an epoch
+    state = make().state(first)
+    assert state == StreamState(seed=3, epoch=0, samples=first * N, dataset=digits.digest)
+    for step in range(6):
+        world, parts = (2 if step in (2, 3) else 1), []
+        for rank in range(world):
+            ranks.become(rank, world)
+            resumed = make()
+            parts.append(resumed.batch(resumed.step_at(state)))
+        assert np.array_equal(np.concatenate([part.records for part in parts]), whole[step].records)
+        for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
+            pieces = [by_view(getattr(part, name), count) for part in parts]
+            for together, expected in zip(
+                zip(*pieces, strict=True), by_view(getattr(whole[step], name), count), strict=True
+            ):
+                assert torch.equal(torch.cat(together, dim=1), expected), name
+        state = resumed.state(resumed.step_at(state) + 1)
+    assert (state.epoch, state.samples) == (1, 3 * N)
+
+
+def test_a_state_of_another_run_is_refused(digits: ImageStore) -> None:
+    source = stream(digits)
+    state = source.state(5)
+    for wrong in ({"seed": 4}, {"samples": 5 * N + 1}, {"dataset": "other"}):
+        with pytest.raises(ValueError, match="is no place in this stream"):
+            source.step_at(replace(state, **wrong))
+
+
+def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits: ImageStore, ranks: Ranks) -> None:
+    one_each = labelled(digits, 1)
+
+    def make(**changes: Any) -> PawsStream:
+        return PawsStream(
+            digits, one_each, views=views(augment=ALWAYS_JITTER), batch_size=N, support_classes=K,
+            images_per_class=PER_CLASS, seed=3, threads=1, options=StreamOptions(**changes),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"has only 1 labelled images.*support_order=balanced"):
+        make()
+    batch = make(balanced_support=True).batch(2)
+    assert batch.num_support_rows == VIEWS * K * PER_CLASS
+    jitter = {row.numpy().tobytes() for row in batch.supports.parameters.jitter}
+    assert len(jitter) == VIEWS * K * PER_CLASS, "no two rows are alike, though only K images are there"
+    pixels = batch.supports.images.view(VIEWS, K, PER_CLASS, -1)
+    assert torch.unique(pixels[:, 0].flatten(0, 1), dim=0).shape[0] > VIEWS * PER_CLASS // 2
+    parts = []
+    for rank in range(2):
+        ranks.become(rank, 2)
+        parts.append(by_view(make(balanced_support=True).batch(2).supports, VIEWS))
+    for together, expected in zip(zip(*parts, strict=True), by_view(batch.supports, VIEWS), strict=True):
+        assert torch.equal(torch.cat(together, dim=1), expected), "repeats are counted over all ranks"
+
+
+def test_repeats_that_run_out_of_numbers_are_an_error(digits: ImageStore) -> None:
+    with pytest.raises(ValueError, match=r"600 repeats of an image.*lower pretrain.support.images_per_class"):
+        PawsStream(
+            digits, labelled(digits, 1), views=views(), batch_size=N, support_classes=K, images_per_class=600, seed=3,
+            threads=1, options=StreamOptions(balanced_support=True),
+        )  # fmt: skip
+
+
+def test_classes_of_very_different_numbers_of_labels(digits: ImageStore) -> None:
+    """Classes are drawn alike, however many labels they have."""
+    counts = [1, 2, 3, 40, 5, 6, 7, 8, 9, 10]
+    records = np.concatenate([np.flatnonzero(digits.labels == label)[:count] for label, count in enumerate(counts)])
+    source = PawsStream(
+        digits, records, views=views(), batch_size=N, support_classes=K, images_per_class=PER_CLASS, seed=3, threads=1,
+        options=StreamOptions(balanced_support=True),
+    )  # fmt: skip
+    drawn = np.concatenate([digits.labels[source._support.draw(step).records] for step in range(50)])
+    assert np.ptp(np.bincount(drawn)) <= PER_CLASS
+
+
+def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_path: Path) -> None:
+    """Its labels count, and the unlabelled store's are never read; its images are normalised as the others are."""
+    places = np.flatnonzero(digits.labels < 3)[:30]
+    pixels = digits.read_raw(places) // 2
+    labels = 2 - digits.labels[places]  # other names for the classes
+    names = [f"other {place}" for place in places]
+    other = ImageStore.open(pack(ArraySource("digits", pixels, labels, names, ("c", "b", "a")), tmp_path / "a").path)
+    unlabelled = ImageStore.open(digits.path)
+    unlabelled._labels = None  # type: ignore[assignment]
+    still = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
+    whole = CropConfig(size=16, count=2, scale=[1.0, 1.0], ratio=[1.0, 1.0])
+    source = PawsStream(
+        unlabelled, np.arange(30), views=views(large=whole, augment=still), batch_size=N, support_classes=3,
+        images_per_class=4, seed=3, threads=1, supports=StoreImages(other),
+    )  # fmt: skip
+    batch = source.batch(0)
+    known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
+    classes = np.array([known[row.numpy().tobytes()] for row in batch.supports.images])
+    assert len(np.unique(classes[:12].reshape(3, 4), axis=1).flatten()) == 3
+    rows = source.augment(batch, CPU, F32)[0]
+    expected = (batch.supports.images / 255 - digits.mean[0]) / digits.std[0]
+    torch.testing.assert_close(rows, expected.expand(-1, 3, -1, -1))
