@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,20 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 class Run:
     """A run directory, and the chain of jobs that fills it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *overrides: str, name: str = "run") -> None:
-        """Of the stores and the folder ``runs`` in ``folder``; ``overrides`` are added to every launch."""
+    def __init__(
+        self, cluster: Cluster, folder: Path, *overrides: str, name: str = "run", checkout: Path = ROOT
+    ) -> None:
+        """Prepare; nothing is launched.
+
+        Args:
+            cluster: to run on.
+            folder: of the stores and of the folder ``runs``, shared by all runs that name it.
+            overrides: added to every launch.
+            name: of the run.
+            checkout: the code to launch.
+        """
         self.cluster, self.folder, self.name, self.overrides = cluster, folder, name, overrides
+        self.checkout = checkout
         self.path = folder / "runs" / name
 
     # Launching
@@ -53,7 +65,7 @@ class Run:
             text=True,
             check=False,
             timeout=timeout_s,
-            cwd=ROOT,
+            cwd=self.checkout,
         )
 
     def launch(self, *overrides: str) -> str:
@@ -119,6 +131,13 @@ class Run:
     def ends(self, job: str) -> list[str | None]:
         """How the starts of a job ended; None for one that was killed."""
         return [start.end["how"] if start.end else None for start in self.starts(job)]
+
+    def span(self, job: str) -> tuple[datetime, datetime]:
+        """When the first start of a job began, and when its last one ended."""
+        starts = self.starts(job)
+        return datetime.fromisoformat(starts[0].began), datetime.fromisoformat(starts[-1].began) + timedelta(
+            seconds=starts[-1].seconds
+        )
 
     # Ranks
 

@@ -231,6 +231,8 @@ class Cluster:
     def show(self, job_id: str) -> dict[str, str]:
         """The fields of ``scontrol show job``; empty if the controller does not know the job."""
         done = self.try_run("scontrol", "show", "job", "-o", job_id)
+        if "not found" in done.stdout:  # elements that are cancelled one by one while they wait become their array
+            done = self.try_run("scontrol", "show", "job", "-o", job_id.partition("_")[0])
         first = done.stdout.partition("\n")[0] if done.returncode == 0 else ""
         return dict(part.split("=", 1) for part in first.split() if "=" in part)
 
