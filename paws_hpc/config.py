@@ -38,6 +38,10 @@ class DataConfig:
             a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
+        stage_to: folder on each node's own disk, to which pre-training copies ``train`` while it runs and from which it
+            reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
+        max_substitutes: damaged images, of each store, that may be replaced by the next good one of their class, each
+            with a line in the log; the one after that stops the run, which is otherwise the first.
         order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
             together for a while, which a cold parallel file system rewards (``paws_hpc.data.order.EpochOrder``).
         block_mb: consecutive records that ``window`` keeps together, MB.
@@ -57,6 +61,8 @@ class DataConfig:
     source: str | None = None
     source_path: str | None = None
     threads: int = 1
+    stage_to: str | None = None
+    max_substitutes: int = 0
     order: str = "full"
     block_mb: float = 8.0
     window_blocks: int = 256
@@ -68,6 +74,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")
+        if self.max_substitutes < 0:
+            raise ValueError(f"data.max_substitutes={self.max_substitutes} must be 0 or more.")
         divided = [name for name, kind in SOURCES.items() if kind.has_splits]
         if self.source is not None and self.source not in divided:
             raise ValueError(f"data.source={self.source!r} must be null or one of {', '.join(divided)}.")
@@ -246,6 +254,8 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "data.source",
     "data.source_path",
     "data.threads",
+    "data.stage_to",
+    "data.max_substitutes",
     "data.cache_gb",
     "data.placement",
     "data.prefetch_gb",

@@ -80,10 +80,10 @@ class SharedCache:
 
     def pixels(self, records: Positions, store: ImageStore) -> list[Blob]:
         """n decoded images (H, W, 3) uint8; records that are not here are read from ``store``."""
-        found = self._find(records)
-        absent = [record for record, entry in zip(records, found, strict=True) if entry is None]
+        found = [None if entry is None else self._pixels(entry) for entry in self._find(records)]
+        absent = [record for record, image in zip(records, found, strict=True) if image is None]
         read = iter(store.images(absent) if absent else [])
-        return [next(read) if entry is None else self._pixels(entry) for entry in found]
+        return [next(read) if image is None else image for image in found]
 
     def encoded(self, records: Positions, store: ImageStore) -> list[Blob]:
         """n JPEG files (bytes,) uint8; records that are not here, or only as pixels, are read from ``store``."""
@@ -94,18 +94,22 @@ class SharedCache:
 
     def _find(self, records: Positions) -> list[np.void | None]:
         places = np.minimum(np.searchsorted(self._records, records), len(self._records) - 1)
-        here = self._records[places] == records
+        here = (self._records[places] == records) & (self._entries["length"][places] > 0)
         return [self._entries[place] if there else None for place, there in zip(places, here, strict=True)]
 
     def _blob(self, entry: np.void) -> Blob:
         start = int(entry["offset"])
         return self._bytes[start : start + int(entry["length"])]
 
-    def _pixels(self, entry: np.void) -> Blob:
+    def _pixels(self, entry: np.void) -> Blob | None:
+        """(H, W, 3) uint8; None where the bytes are no image, which the store knows how to report or replace."""
         blob = self._blob(entry)
-        if self.form == "bytes":
+        if self.form == "pixels":
+            return blob.reshape(int(entry["height"]), int(entry["width"]), 3)
+        try:
             return decode_jpeg(blob)
-        return blob.reshape(int(entry["height"]), int(entry["width"]), 3)
+        except ValueError:
+            return None
 
 
 def open_shared_cache(
@@ -162,7 +166,8 @@ def _bytes_needed(store: ImageStore, records: Positions, form: Form) -> int:
     """Size of the file, from the index; of bytes about, from the mean length of the store's records."""
     before = _PAGE + len(records) * _ENTRY.itemsize
     if form == "pixels":
-        return before + int((store.heights[records] * store.widths[records]).sum()) * 3
+        heights, widths = store.sizes(records)
+        return before + int((heights * widths).sum()) * 3
     return before + len(records) * sum(shard.bytes for shard in store.manifest.shards) // len(store)
 
 
@@ -286,6 +291,8 @@ def _fill(descriptor: int, *, store: ImageStore, records: Positions, form: Form)
             entries[place] = (offset, blob.nbytes, *shape)
             _write(descriptor, blob, offset)
             offset, place = offset + blob.nbytes, place + 1
+    # What stands in for a damaged record is up to each run's settings, so the store is asked for these each time.
+    entries["length"][np.isin(records, list(store.substitutes))] = 0
     _write(descriptor, entries, _PAGE)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import exclusive, read_json, write_json
 from paws_hpc.stages.run_folder import RunFolder, mark_done
-from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack, start_staging
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,47 @@ def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> 
     mark_done(run.prepare, digests=data.digests | {"test": test.digest})
 
 
-def open_data(config: Config) -> RunData:
+def open_data(config: Config, *, staged: bool = False) -> RunData:
     """Open the stores with the splits of a run.
+
+    Args:
+        config: of the run.
+        staged: read the training store from ``data.stage_to`` as far as it is copied there (:func:`staging`).
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
         ValueError: store or split is damaged or does not fit the config.
     """
-    train = ImageStore.open(Path(config.data.train))
-    labelled_store = train if config.data.labelled is None else ImageStore.open(Path(config.data.labelled))
+    data, folder = config.data, stage_folder(config) if staged else None
+    train = ImageStore.open(Path(data.train), stage_to=folder, max_substitutes=data.max_substitutes)
+    labelled_store = train
+    if data.labelled is not None:
+        labelled_store = ImageStore.open(Path(data.labelled), max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunData(train, labelled_store, labelled, validation, StoreImages(labelled_store))
+
+
+def stage_folder(config: Config) -> Path | None:
+    """Where this node keeps copies of stores; None for nowhere.
+
+    Raises:
+        ValueError: a name in ``data.stage_to`` is not in this node's environment.
+    """
+    if config.data.stage_to is None:
+        return None
+    folder = os.path.expandvars(config.data.stage_to)
+    if "$" in folder:
+        raise ValueError(
+            f"data.stage_to={config.data.stage_to!r} names something that is not in the environment of "
+            f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.stage_to=null."
+        )
+    return Path(folder)
+
+
+def staging(config: Config) -> AbstractContextManager[object]:
+    """Copy the training store to this node's disk while the block runs, if the config asks for it."""
+    folder = stage_folder(config)
+    return nullcontext() if folder is None else start_staging(Path(config.data.train), folder)
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:

@@ -19,7 +19,7 @@ from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
-from paws_hpc.stages.prepare import RunData, open_data, order_identity, stream_options
+from paws_hpc.stages.prepare import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
@@ -33,9 +33,9 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     """
     if is_done(run.pretrain):
         return
-    data = open_data(config)
+    data = open_data(config, staged=True)
     options = stream_options(config, data, run.pretrain, device)
-    with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+    with staging(config), data.caching(config, decoded=options.placement != "nvjpeg") as cached:
         _train(config, run, cached, options, control=control)
 
 

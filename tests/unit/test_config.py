@@ -19,7 +19,8 @@ from paws_hpc.objective import ObjectiveConfig
 WITHOUT_EFFECT = {
     *("name", "runs", "device", "stages", "accept_changes", "data.name", "data.train", "data.test", "data.source"),
     *("data.source_path", "data.threads", "data.labelled", "data.cache_gb", "data.placement", "data.prefetch_gb"),
-    *("pretrain.log_every_steps", "pretrain.diagnose_every_steps", "pretrain.validate_every_epochs"),
+    *("data.stage_to", "data.max_substitutes", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
+    *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
     *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
     *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags"),

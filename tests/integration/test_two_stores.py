@@ -1,0 +1,176 @@
+"""Labels from one store and unlabelled images from another, and one label per class: from images to test scores."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paws_hpc.config import Config
+from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.files import read_json, write_json
+from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
+from tests.conftest import Stores
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def divided(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Stores:
+    """The digits in two stores: 300 with their classes, and the others, all of one class, darker."""
+    folder, whole = tmp_path_factory.mktemp("divided"), ImageStore.open(digits_stores.train)
+    records = np.random.default_rng(0).permutation(len(whole))
+    mine, others = np.sort(records[:300]), np.sort(records[300:])
+
+    def part(records: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], name: str) -> Path:
+        pixels = whole.read_raw(records) if name == "labelled" else whole.read_raw(records) // 2
+        keys = [whole.keys[int(record)] for record in records]
+        return pack(ArraySource("digits", pixels, labels, keys, classes), folder / name).path
+
+    part(mine, whole.labels[mine], whole.classes, "labelled")
+    part(others, np.zeros(len(others), np.int64), ("anything",), "unlabelled")
+    return Stores(folder / "unlabelled", folder / "labelled")
+
+
+def run_of(divided: Stores, digits_stores: Stores, folder: Path) -> tuple[Config, RunFolder]:
+    config = tiny_config(divided.train, digits_stores.test, folder)
+    config.data.labelled = str(divided.test)
+    config.finetune.learning_rates, config.finetune.epochs, config.finetune.min_cells = [0.1], [2], 1
+    config.baseline.min_cells = 0
+    return config, RunFolder(folder / "run")
+
+
+def train(config: Config, run: RunFolder) -> None:
+    prepare.run(config, run)
+    pretrain.run(config, run, CPU)
+    for cell in config.finetune.cells():
+        finetune.run_cell(config, run, CPU, sweep="finetune", cell=cell)
+
+
+def test_labels_come_from_one_store_and_images_from_another(
+    divided: Stores, digits_stores: Stores, tmp_path: Path
+) -> None:
+    config, run = run_of(divided, digits_stores, tmp_path)
+    config.finetune.epochs = [20]
+    train(config, run)
+    selection.run(config, run, CPU)
+    unlabelled, labelled = ImageStore.open(divided.train), ImageStore.open(divided.test)
+    result = read_json(run.result)
+    assert result["labels"] == 40
+    assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
+    assert len(result["test"]["fine_tuned"]["confusion"]) == 10
+    digests = read_json(run.prepare / "DONE")["digests"]
+    assert (digests["train"], digests["labelled_store"]) == (unlabelled.digest, labelled.digest)
+    for folder in (run.checkpoints, run.cell("finetune", config.finetune.cells()[0]) / "checkpoints"):
+        [*_, record] = sorted(folder.glob("*.json"))
+        identity = read_json(record)["identity"]
+        assert identity["digest.train"] == unlabelled.digest
+        assert identity["digest.labelled_store"] == labelled.digest
+    assert not (divided.train / "splits").exists(), "splits are drawn from the labelled store alone"
+    assert len(list((divided.test / "splits").glob("*.json"))) == 2
+    data = open_data(config)
+    batch = next(data.labelled_images(config).batches(CPU, torch.float32))
+    pixels = torch.from_numpy(labelled.read_raw(data.labelled)[..., 0]) / 255
+    expected = (pixels - unlabelled.mean[0]) / unlabelled.std[0]
+    torch.testing.assert_close(batch[:, 0], expected, msg="normalised as the unlabelled images are")
+
+
+def test_a_labelled_store_that_is_absent_or_of_other_classes_is_an_error(
+    divided: Stores, digits_stores: Stores, tmp_path: Path
+) -> None:
+    config, run = run_of(divided, digits_stores, tmp_path)
+    config.data.labelled = str(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"data\.labelled=.*absent is not packed yet\. .*shards pack KIND"):
+        prepare.run(config, run)
+    config.data.labelled, config.data.test = str(divided.test), str(divided.train)
+    with pytest.raises(ValueError, match=r"has the classes \['anything'\]"):
+        prepare.run(config, run)
+
+
+def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stores, tmp_path: Path) -> None:
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.labels.per_class, config.views.support_views = 1, 1
+    config.objective.support_warmup_fraction = 0.5
+    config.data.support_order = "balanced"
+    run = RunFolder(tmp_path / "run")
+    prepare.run(config, run)
+    pretrain.run(config, run, CPU)
+    rows = [line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "loss/support_nce" in line]
+    assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
+
+
+def stopping_after(checks: int) -> JobControl:
+    calls = itertools.count()
+    return JobControl(lambda: next(calls) >= checks)
+
+
+def checkpoint(run: RunFolder) -> dict[str, torch.Tensor]:
+    newest = max(run.checkpoints.glob("*.pt"))
+    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["encoder"]
+    return state
+
+
+def test_a_resumed_run_keeps_its_placement_and_its_bits(digits_stores: Stores, tmp_path: Path) -> None:
+    """And a run in another order is another run."""
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.data.order, config.data.block_mb, config.data.window_blocks = "window", 0.01, 4
+    config.pretrain.checkpoint_every_steps = 2
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    pretrain.run(config, whole, CPU)
+    assert read_json(whole.pretrain / "placement.json") == {"placement": "cpu-crop", "device": "cpu"}
+    with pytest.raises(PreemptedError):
+        pretrain.run(config, parts, CPU, control=stopping_after(5))
+    write_json(parts.pretrain / "placement.json", {"placement": "resident", "device": "cpu"})  # as if chosen before
+    pretrain.run(config, parts, CPU)
+    assert read_json(parts.pretrain / "placement.json")["placement"] == "resident"
+    for name, expected in checkpoint(whole).items():
+        assert torch.equal(checkpoint(parts)[name], expected), name
+    other = RunFolder(tmp_path / "other")
+    with pytest.raises(PreemptedError):
+        pretrain.run(config, other, CPU, control=stopping_after(5))
+    config.data.order = "full"
+    with pytest.raises(ValueError, match=r"data\.order: 'window of 4 blocks of \d+ records' there, None now"):
+        pretrain.run(config, other, CPU)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise of several sizes in two classes, as JPEG."""
+    folder, random = tmp_path_factory.mktemp("jpeg"), np.random.default_rng(0)
+    for number in range(24):
+        path = folder / "images" / "ab"[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (30 + number, 40, 3), np.uint8)).save(path, "JPEG")
+    return pack(ImageFolder(folder / "images"), folder / "store").path
+
+
+def test_staging_and_a_shared_cache_change_nothing(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    results = []
+    for number, changes in enumerate(({"cache_gb": 0.0}, {"cache_gb": 1.0, "stage_to": "$STAGE_HERE"})):
+        config = tiny_config(photographs, photographs, tmp_path)
+        config.labels.per_class, config.labels.validation_per_class = 4, 2
+        config.pretrain.support.classes, config.pretrain.batch_size = 2, 8
+        for name, value in changes.items():
+            setattr(config.data, name, value)
+        monkeypatch.setenv("STAGE_HERE", str(tmp_path / "local"))
+        run = RunFolder(tmp_path / f"run{number}")
+        pretrain.run(config, run, CPU)
+        results.append(checkpoint(run))
+    assert "8 labelled images as pixels" in caplog.text
+    assert list((tmp_path / "local").iterdir())
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+    assert not list(Path("/dev/shm").glob(f"paws-hpc-{os.geteuid()}-*")), "the cache is gone with its last user"
