@@ -1,8 +1,9 @@
-"""Command: pack, describe, verify and stage image stores.
+"""Command: pack, describe, verify, repair and stage image stores.
 
 python -m paws_hpc.shards pack digits --split train --to shards/digits/train
 python -m paws_hpc.shards info shards/digits/train
 python -m paws_hpc.shards verify --full shards/digits/train
+python -m paws_hpc.shards repair shards/digits/train
 python -m paws_hpc.shards stage shards/digits/train --to /local/disk
 """
 
@@ -22,13 +23,19 @@ from paws_hpc.store import (
     Omission,
     PackOptions,
     PackReport,
+    Part,
+    PartReport,
     SourceConfig,
     open_source,
     pack,
+    pack_part,
+    plan_pack,
+    planned_listing,
+    repair,
     stage,
     verify,
 )
-from paws_hpc.store.format import read_manifest
+from paws_hpc.store.format import INDEX_NAME, read_manifest
 from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
 
 _LISTED = 20
@@ -51,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, stage."
+        prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, repair, stage."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pack(commands.add_parser("pack", help="pack a data set into shards"))
@@ -61,18 +68,35 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     check = commands.add_parser("verify", help="look for damage; exit status 1 if there is any")
     check.add_argument("store", type=Path, help="folder of the store")
-    levels = check.add_mutually_exclusive_group()
+    _add_levels(check)
+    check.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+    check.add_argument("--json", action="store_true", help="print the faults as JSON")
+    check.set_defaults(run=_verify, level="full")
+    _add_repair(commands.add_parser("repair", help="build the damaged shards again from the source"))
+    _add_stage(commands.add_parser("stage", help="copy a store to this node's own disk; training may run meanwhile"))
+    return parser
+
+
+def _add_levels(parser: argparse.ArgumentParser) -> None:
+    """Add the depths of verification."""
+    levels = parser.add_mutually_exclusive_group()
     for level, meaning in (
         ("quick", "sizes, headers and indexes against the manifest"),
         ("full", "also every record's CRC32C and every file's hash (default)"),
         ("deep", "also decode every image"),
     ):
         levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=meaning)
-    check.add_argument("--workers", type=int, help="threads (default: one per usable core)")
-    check.add_argument("--json", action="store_true", help="print the faults as JSON")
-    check.set_defaults(run=_verify, level="full")
-    _add_stage(commands.add_parser("stage", help="copy a store to this node's own disk; training may run meanwhile"))
-    return parser
+
+
+def _add_repair(mend: argparse.ArgumentParser) -> None:
+    """Add the options of ``repair``."""
+    mend.add_argument("store", type=Path, help="folder of the store")
+    mend.add_argument("--root", type=Path, help="where the source is now, as for pack; not needed by all kinds")
+    mend.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
+    _add_levels(mend)
+    mend.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+    mend.add_argument("--json", action="store_true", help="print the report as JSON")
+    mend.set_defaults(run=_repair, level="full")
 
 
 def _add_stage(copy: argparse.ArgumentParser) -> None:
@@ -97,45 +121,128 @@ def _add_stage(copy: argparse.ArgumentParser) -> None:
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per kind of source, each with the options that apply to it."""
-    defaults = PackOptions()
     sources = parser.add_subparsers(required=True, metavar="SOURCE", dest="kind")
     for name, kind in SOURCES.items():
-        source = sources.add_parser(name, help=kind.help, description=kind.help)
+        source = sources.add_parser(name, help=kind.help, description=f"{kind.help}. {_PACKING}")
+        if "dataset" in kind.extra:
+            source.add_argument("dataset", metavar="CLASS", help="package.module:Class, or a torchvision.datasets name")
         if kind.root_help:
             source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
         if kind.has_splits:
             source.add_argument("--split", required=True, choices=("train", "test"))
+        if kind.names_splits:
+            source.add_argument("--split", help="as the class calls it, or train or test")
         if "size" in kind.extra:
             source.add_argument("--size", type=int, default=SourceConfig.size, help="side in pixels (%(default)s)")
+        if "labels" in kind.extra:
+            source.add_argument("--labels", help="lines '<image>,<class>', for archives without class folders")
+        if "label_field" in kind.extra:
+            source.add_argument(
+                "--label-field", default=SourceConfig.label_field, help="of .json files (%(default)s)", metavar="FIELD"
+            )
         source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
-        source.add_argument(
-            "--shard-mib", type=float, default=defaults.shard_bytes / (1 << 20), help="data per shard (%(default)g MiB)"
-        )
-        source.add_argument("--seed", type=int, default=defaults.seed, help="seed of the shuffle (%(default)s)")
-        source.add_argument(
-            "--on-error",
-            choices=("stop", "skip"),
-            default=defaults.on_error,
-            help="what to do about an unreadable image (%(default)s)",
-        )
-        source.add_argument("--force", action="store_true", help="replace another store that is there")
-        source.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+        _add_pack_options(source, PackOptions())
         source.set_defaults(run=_pack)
 
 
+_PACKING = (
+    "The same command goes on after an interruption, without packing finished shards again. Images become baseline "
+    "JPEG files without metadata, upright, with their coefficients unchanged where possible; data sets of small images "
+    "stay raw pixels."
+)
+
+
+def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) -> None:
+    """Add the options of every kind of source."""
+    source.add_argument(
+        "--shard-mib",
+        type=float,
+        default=defaults.shard_bytes / (1 << 20),
+        help="bytes of the source's images per shard (%(default)g MiB)",
+    )
+    source.add_argument("--seed", type=int, default=defaults.seed, help="seed of the shuffle (%(default)s)")
+    source.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default=defaults.on_error,
+        help="what to do about an unreadable image (%(default)s)",
+    )
+    source.add_argument(
+        "--max-short-side",
+        type=int,
+        metavar="PIXELS",
+        help="shrink images whose short side is longer, at some loss (default: keep all as they are)",
+    )
+    source.add_argument(
+        "--force",
+        action="store_true",
+        help="replace another store that is there, once the new one is whole; discard another unfinished one",
+    )
+    source.add_argument(
+        "--workers",
+        type=int,
+        help="processes, of one shard each at a time, or threads for fewer shards (default: one per usable core)",
+    )
+    parts = source.add_mutually_exclusive_group()
+    parts.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="pack the I-th of N parts (1/N to N/N), for the tasks of a job array; the last to end makes the store",
+    )
+    parts.add_argument(
+        "--plan-only",
+        action="store_true",
+        help="only list the source and keep the list, so that the parts need not list it again",
+    )
+
+
+def _part(text: str) -> Part:
+    """Parse "3/8"."""
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/8")
+    try:
+        return Part(int(number), int(of))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _pack(options: argparse.Namespace) -> int:
-    given = {name: getattr(options, name) for name in ("kind", "root", "split", "size") if hasattr(options, name)}
-    source = open_source(SourceConfig(**given))
+    fields = ("kind", "root", "split", "size", "labels", "label_field", "dataset")
+    config = SourceConfig(**{name: getattr(options, name) for name in fields if hasattr(options, name)})
     pack_options = PackOptions(
         shard_bytes=round(options.shard_mib * (1 << 20)),
         seed=options.seed,
         on_error=options.on_error,
+        max_short_side=options.max_short_side,
         force=options.force,
         workers=options.workers,
     )
-    report = pack(source, options.to, options=pack_options, show_progress=True)
-    print("\n".join(_report_lines(report)))
+    if options.part is None:
+        source = open_source(config)
+        if options.plan_only:
+            shards, images = plan_pack(source, options.to, options=pack_options)
+            print(f"{options.to}: {images:,} images make {shards:,} shards; pack them with --part I/N")
+            return 0
+        report = pack(source, options.to, options=pack_options, show_progress=True)
+        print("\n".join(_report_lines(report)))
+        return 0
+    source = open_source(config, planned_listing(options.to, config.kind))
+    part = pack_part(source, options.to, options.part, options=pack_options, show_progress=True)
+    print("\n".join(_part_lines(part, options.part)))
     return 0
+
+
+def _part_lines(report: PartReport, part: Part) -> list[str]:
+    """What packing a part did, for people."""
+    lines = [
+        f"part {part.number}/{part.of} of {report.path}: {report.packed:,} shards packed, {report.kept:,} were done, "
+        f"{report.seconds:.1f} s"
+    ]
+    if report.store is not None:
+        return lines + _report_lines(report.store)
+    return [*lines, f"{report.missing:,} shards of other parts are not done; who packs the last makes the store"]
 
 
 def _report_lines(report: PackReport) -> list[str]:
@@ -147,9 +254,25 @@ def _report_lines(report: PackReport) -> list[str]:
         f"{_size(size)}, digest {manifest.digest}"
     )
     if not report.packed:
-        return [f"{report.path} already holds this store: {contents}. Nothing was done."]
+        lines = [f"{report.path} already holds this store: {contents}. Nothing was done."]
+        if report.newer:
+            lines.append(
+                f"NOTE: {report.newer:,} source images were written after it, with the same names and sizes. If their "
+                "contents changed, pack again with --force."
+            )
+        return lines
     lines = [f"packed {report.path}: {contents}, {report.seconds:.1f} s"]
+    if report.kept:
+        lines.append(f"{report.kept:,} shards were done before")
+    lines += [f"{count:,} images: {what}, pixels unchanged" for what, count in manifest.rewritten.items()]
     lines += _omission_lines("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded)
+    if report.progressive:
+        lines.append(
+            f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "
+            "with turbojpeg installed (pip install turbojpeg), pack --force makes them baseline without loss"
+        )
+    if not all(manifest.statistics.std):
+        lines.append("NOTE: a colour channel has the same value in every pixel that was counted (std 0, see info)")
     lines += _omission_lines("LEFT OUT", manifest.skipped, limit=len(manifest.skipped))
     return lines
 
@@ -187,6 +310,7 @@ def _info_lines(path: Path, manifest: Manifest) -> list[str]:
         "std": " ".join(f"{value:.4f}" for value in statistics.std)
         + f" ({statistics.method}, {statistics.images:,} images)",
         "re-encoded": ", ".join(f"{count:,} {reason}" for reason, count in manifest.reencoded.items()) or "none",
+        "rewritten": ", ".join(f"{count:,} {what}" for what, count in manifest.rewritten.items()) or "none",
         "skipped": ", ".join(omission.key for omission in manifest.skipped) or "none",
         "classes": f"{len(manifest.classes):,}, of {min(counts):,} to {max(counts):,} images",
     }
@@ -207,6 +331,30 @@ def _verify(options: argparse.Namespace) -> int:
     looked_at = f"{records:,} records read" if options.level != "quick" else "no records read"
     print(f"{options.store}: {options.level} verification found {len(faults) or 'no'} faults ({looked_at})")
     return 1 if faults else 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    report = repair(
+        options.store,
+        options.root,
+        labels=options.labels,
+        level=options.level,
+        workers=options.workers,
+        show_progress=True,
+    )
+    if options.json:
+        print(json.dumps(asdict(report), indent=2))
+        return 0 if report.whole else 1
+    for fault in report.faults:
+        print(f"FAULT {fault}")
+    for name in report.repaired:
+        print(f"repaired {name}: it is what was packed")
+    for name, problem in report.refused.items():
+        print(f"NOT REPAIRED {name}: {problem}")
+    if report.index_made:
+        print(f"made {INDEX_NAME} anew")
+    print(f"{options.store}: {'the store is whole' if report.whole else 'the store is still damaged'}")
+    return 0 if report.whole else 1
 
 
 def _stage(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -85,6 +85,9 @@ class RecordError(StoreError):
         self.shard = shard
         self.position = position
         self.lasting = lasting
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return partial(RecordError, **vars(self)), self.args
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ class Manifest:
     origin: Origin
     packing: Packing
     reencoded: dict[str, int]
-    """Reason → number of images that were encoded anew."""
+    """Reason → number of images that were encoded anew, at some loss."""
+    rewritten: dict[str, int]
+    """What was done → number of images whose file was changed but whose pixels are the same."""
     recovered: tuple[Omission, ...]
     skipped: tuple[Omission, ...]
     shards: tuple[ShardEntry, ...]
@@ -247,6 +252,7 @@ def _manifest(value: dict[str, Any], path: Path) -> Manifest:
             origin=Origin(**value["origin"]),
             packing=Packing(**value["packing"]),
             reencoded=dict(value["reencoded"]),
+            rewritten=dict(value.get("rewritten", {})),  # stores of before it was counted
             recovered=tuple(Omission(**entry) for entry in value["recovered"]),
             skipped=tuple(Omission(**entry) for entry in value["skipped"]),
             shards=tuple(ShardEntry(**entry) for entry in value["shards"]),

@@ -9,7 +9,17 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _LINE_INTERVAL_S = 15.0
 
@@ -33,12 +43,28 @@ def progress(description: str, total: int, *, show: bool) -> Iterator[Advance]:
     if not show:
         yield lambda steps, /: None
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(description, total=total)
             yield lambda steps, /: bar.advance(task, steps)
     else:
         yield _Lines(description, total)
+
+
+class _RateColumn(ProgressColumn):
+    """Images per second, lately."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, where it is known."""
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
 
 
 class _Lines:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -47,25 +47,76 @@ class ShardHeader:
     version: int = SHARD_VERSION
 
 
-def write_shard(path: Path, payloads: Sequence[bytes], index: ShardIndex, header: ShardHeader) -> ShardEntry:
-    """Write a shard whole: temporary file → fsync → rename.
+class ShardWriter:
+    """Writes a shard as its records come, so that memory holds their index only.
 
-    h5py lays the file out in memory, with ``/data`` allocated but unwritten; then head, payloads and tail are written
-    as to any file. So HDF5 never meets a full disk, which it takes badly: errors in destructors, files left open.
+    h5py lays out the HDF5 file around the records without ever seeing the disk: it keeps what it writes in memory, and
+    that is put before and after them. So HDF5 never meets a full disk, which it takes badly: errors in destructors,
+    files left open. Shards of less than 4 MiB wait in memory, because their records begin at another place.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Write to a new binary file, from its beginning."""
+        self._file = file
+        self._waiting: list[bytes] | None = []
+        self._size = 0
+
+    def add(self, payload: bytes) -> None:
+        """Append a record.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._size += len(payload)
+        if self._waiting is None:
+            self._file.write(payload)
+            return
+        self._waiting.append(payload)
+        if self._size >= LARGE_ALIGNMENT:
+            self._file.write(bytes(LARGE_ALIGNMENT))  # the head comes last
+            self._file.writelines(self._waiting)
+            self._waiting = None
+
+    def finish(self, index: ShardIndex, header: ShardHeader) -> tuple[int, int]:
+        """Write all but the records; returns offset and length of ``/data``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        assert self._size, "a shard has at least one record"
+        head, tail = _lay_out(self._size, index, header)
+        if self._waiting is None:
+            assert len(head) == LARGE_ALIGNMENT, "attributes and headers take less than 4 MiB"
+            self._file.write(tail)
+            self._file.seek(0)
+            self._file.write(head)
+        else:
+            self._file.writelines((head, *self._waiting, tail))
+        return len(head), self._size
+
+
+def write_shard(path: Path, payloads: Iterable[bytes], index: ShardIndex, header: ShardHeader) -> ShardEntry:
+    """Write a shard whole: temporary file → fsync → rename.
 
     Raises:
         OSError: the file cannot be written, the disk is full included; nothing stays at ``path``.
     """
-    size = sum(len(payload) for payload in payloads)
-    head, tail = _lay_out(size, index, header)
     with atomic_write(path) as file:
-        file.writelines((head, *payloads, tail))
+        writer = ShardWriter(file)
+        for payload in payloads:
+            writer.add(payload)
+        offset, size = writer.finish(index, header)
+    return shard_entry(path, header, offset, size)
+
+
+def shard_entry(path: Path, header: ShardHeader, data_offset: int, data_bytes: int) -> ShardEntry:
+    """What the manifest says about a shard that was just written; reads the file once, for its hash."""
     return ShardEntry(
         name=path.name,
-        count=len(index),
+        count=header.count,
         bytes=path.stat().st_size,
-        data_offset=len(head),
-        data_bytes=size,
+        data_offset=data_offset,
+        data_bytes=data_bytes,
         file_hash=file_hash(path),
         uuid=header.uuid,
     )
@@ -73,31 +124,85 @@ def write_shard(path: Path, payloads: Sequence[bytes], index: ShardIndex, header
 
 def _lay_out(size: int, index: ShardIndex, header: ShardHeader) -> tuple[bytes, bytes]:
     """Make the HDF5 file and return what lies before and after the ``size`` bytes of its ``/data``."""
-    image = io.BytesIO()
+    image = _SparseFile()
     with h5py.File(
         image,
         "w",
         libver=_LIBVER,
-        alignment_threshold=size,  # only /data is as large as that
+        alignment_threshold=size,
         alignment_interval=LARGE_ALIGNMENT if size >= LARGE_ALIGNMENT else SMALL_ALIGNMENT,
     ) as file:
         for name, value in vars(header).items():
             if value is not None:
                 file.attrs[name] = value
-        for column, kind in INDEX_COLUMNS.items():
-            file.create_dataset(f"index/{column}", data=getattr(index, column), dtype=kind)
-        file.create_dataset("keys/blob", data=index.key_blob, dtype="u1")
-        file.create_dataset("keys/offset", data=index.key_offset, dtype="<u8")
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         properties.set_obj_track_times(False)  # a time stamp would make equal shards differ
         space = h5py.h5s.create_simple((size,))
+        # Before the index, so that the records begin at the same place however many there are.
         data = h5py.h5d.create(file.id, b"data", h5py.h5t.STD_U8LE, space, dcpl=properties)
         offset = data.get_offset()
+        for column, kind in INDEX_COLUMNS.items():
+            file.create_dataset(f"index/{column}", data=getattr(index, column), dtype=kind)
+        file.create_dataset("keys/blob", data=index.key_blob, dtype="u1")
+        file.create_dataset("keys/offset", data=index.key_offset, dtype="<u8")
     assert offset is not None, "a contiguous data set that is allocated early has an offset"
-    whole = image.getvalue()
-    return whole[:offset].ljust(offset, b"\0"), whole[offset + size :]
+    return image.part(0, offset), image.part(offset + size, image.size)
+
+
+class _SparseFile:
+    """A file in memory that keeps only what is written: the 256 MiB in the middle of a shard take nothing."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, bytes]] = []
+        self._place = 0
+        self.size = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move, as files do."""
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        """The place that is read or written next."""
+        return self._place
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Keep a copy."""
+        piece = bytes(content)
+        self._pieces.append((self._place, piece))
+        self._place += len(piece)
+        self.size = max(self.size, self._place)
+        return len(piece)
+
+    def read(self, count: int) -> bytes:
+        """Read what was written, zeros where nothing was."""
+        content = self.part(self._place, min(self._place + count, self.size))
+        self._place += len(content)
+        return content
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Read into a buffer."""
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def truncate(self, size: int) -> None:
+        """Set the length."""
+        self.size = size
+
+    def flush(self) -> None:
+        """Everything is where it belongs."""
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Bytes ``start`` to ``stop - 1``."""
+        content = bytearray(max(stop - start, 0))
+        for place, piece in self._pieces:
+            first, last = max(place, start), min(place + len(piece), stop)
+            if first < last:
+                content[first - start : last - start] = piece[first - place : last - place]
+        return bytes(content)
 
 
 @dataclass(frozen=True)
@@ -169,6 +274,24 @@ class ShardFile:
     def __del__(self) -> None:
         self.close()
 
+    def read(self, length: int, offset: int) -> bytes:
+        """Return ``length`` bytes of ``/data`` from ``offset``, fewer only where the file ends.
+
+        Raises:
+            OSError: the file cannot be read, or no ``/data`` is in it any more.
+        """
+        if self.data_offset is None:
+            return self._read_through_hdf5(length, offset).tobytes()
+        assert self._descriptor is not None, "nobody reads a shard after closing it"
+        place = self.data_offset + offset
+        content = os.pread(self._descriptor, length, place)
+        while 0 < len(content) < length:  # network file systems may give less than was asked for
+            more = os.pread(self._descriptor, length - len(content), place + len(content))
+            if not more:
+                break
+            content += more
+        return content
+
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.
 
@@ -176,22 +299,26 @@ class ShardFile:
             OSError: the file cannot be read, or no ``/data`` is in it any more.
         """
         if self.data_offset is None:
-            try:
-                with h5py.File(self.path, "r", locking=False) as file:
-                    part = file["data"][offset : offset + len(buffer)]
-                buffer[: len(part)] = part
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py on damaged metadata
-                raise OSError(errno.EIO, f"HDF5 says {error}", str(self.path)) from error
+            part = self._read_through_hdf5(len(buffer), offset)
+            buffer[: len(part)] = part
             return len(part)
         assert self._descriptor is not None, "nobody reads a shard after closing it"
         place = self.data_offset + offset
         read = os.preadv(self._descriptor, [buffer.data], place)
-        while 0 < read < len(buffer):  # network file systems may give less than was asked for
+        while 0 < read < len(buffer):
             more = os.preadv(self._descriptor, [buffer[read:].data], place + read)
             if not more:
                 break
             read += more
         return read
+
+    def _read_through_hdf5(self, length: int, offset: int) -> NDArray[np.uint8]:
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                part: NDArray[np.uint8] = file["data"][offset : offset + length].astype(np.uint8, copy=False)
+                return part
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py on damaged metadata
+            raise OSError(errno.EIO, f"HDF5 says {error}", str(self.path)) from error
 
     def close(self) -> None:
         """Close the file. A second call would close whoever got the descriptor's number next, so it does nothing."""

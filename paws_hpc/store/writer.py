@@ -2,70 +2,88 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import google_crc32c
 import numpy as np
-import xxhash
-from numpy.typing import NDArray
 
 from paws_hpc import __version__
-from paws_hpc.files import write_json
+from paws_hpc.files import write_json, write_text
+from paws_hpc.store.building import Change, ShardResult, ShardTask, counted
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import (
-    FLAG_RECOVERED,
+    FLAG_PROGRESSIVE,
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
     Omission,
     Origin,
     Packing,
-    RecordError,
     ShardEntry,
     ShardIndex,
     StoreError,
     read_manifest,
 )
-from paws_hpc.store.joined import dataset_digest, index_hash, join_indexes, write_index
+from paws_hpc.store.joined import JoinedIndex, build_index, dataset_digest, index_hash
+from paws_hpc.store.plan import Plan, packing_order
+from paws_hpc.store.processes import build_shards
 from paws_hpc.store.progress import progress
-from paws_hpc.store.shard import ShardHeader, write_shard
+from paws_hpc.store.shard import read_shard
 from paws_hpc.store.sources.base import Source
-from paws_hpc.store.standard import standard_jpeg
-from paws_hpc.store.statistics import PixelSums, combine, pixel_sums
-from paws_hpc.store.workers import in_order, slices, usable_cores
+from paws_hpc.store.sources.listing import Listing
+from paws_hpc.store.standard import transcoder
+from paws_hpc.store.statistics import combine
+from paws_hpc.store.underway import CHANGES_NAME, Identity, Underway
+from paws_hpc.store.workers import usable_cores
 
-_STATISTICS_IMAGES = 2_000
-_IMAGES_PER_TASK = 32
+__all__ = [
+    "PackOptions",
+    "PackReport",
+    "Part",
+    "PartReport",
+    "pack",
+    "pack_part",
+    "packing_order",
+    "plan_pack",
+    "planned_listing",
+]
+
+_LARGEST_SHARD = 1 << 36
 
 
 @dataclass
 class PackOptions:
-    """How to pack; the first three decide the store's bytes."""
+    """How to pack; all but the last two decide the store's bytes."""
 
     shard_bytes: int = 256 << 20
-    """Target size of a shard's data: a shard ends before the record that would exceed it."""
+    """Bytes of the source's images that make a shard: it ends before the image that would exceed it."""
     seed: int = 0
     """Shuffles the images before they are divided into shards, so that reading in order is reading at random."""
     on_error: str = "stop"
     """stop at an image that cannot be read, or skip it and report it."""
+    max_short_side: int | None = None
+    """Shrinks images whose short side has more pixels, at some loss; None keeps all as they are."""
     force: bool = False
-    """Replace a different or damaged store at the destination."""
+    """Replace a different or damaged store at the destination, once the new one is whole."""
     workers: int | None = None
-    """Threads that load and check images; None: one per core this process may use."""
+    """Processes that each build one shard at a time, or threads where there are fewer shards; None: one per core."""
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1:
-            raise ValueError(f"pack.shard_bytes={self.shard_bytes} must be positive; 268435456 (256 MiB) is usual.")
+        if not 1 <= self.shard_bytes <= _LARGEST_SHARD:
+            raise ValueError(
+                f"pack.shard_bytes={self.shard_bytes} must be positive and at most {_LARGEST_SHARD}; "
+                "268435456 (256 MiB) is usual."
+            )
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"pack.on_error={self.on_error!r} must be 'stop' or 'skip'.")
+        if self.max_short_side is not None and self.max_short_side < 1:
+            raise ValueError(f"pack.max_short_side={self.max_short_side} must be at least 1 pixel.")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"pack.workers={self.workers} must be at least 1.")
 
@@ -78,15 +96,62 @@ class PackReport:
         path: the store's folder.
         manifest: its manifest; ``manifest.skipped`` names the images that were left out.
         packed: False where the same complete store was there already and nothing was done.
-        reencoded: the images whose bytes are not the source's, with the reason; empty where ``packed`` is False.
+        changes: the images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is
+            False. Images that only lost metadata are counted in the manifest and flagged in the index.
+        kept: shards that an interrupted run, or other parts of the work, had finished.
+        progressive: JPEGs that stayed progressive, because turbojpeg is not installed.
+        newer: images whose files were written after the store that was there; names and sizes are the same.
         seconds: duration.
     """
 
     path: Path
     manifest: Manifest
     packed: bool
-    reencoded: tuple[Omission, ...]
+    changes: tuple[Change, ...] = ()
+    kept: int = 0
+    progressive: int = 0
+    newer: int = 0
+    seconds: float = 0.0
+
+    @property
+    def reencoded(self) -> tuple[Omission, ...]:
+        """The images that were encoded anew, with the reason."""
+        return tuple(Omission(change.key, change.reason) for change in self.changes if not change.lossless)
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What packing a part did.
+
+    Attributes:
+        path: the store's folder.
+        packed: shards that were built.
+        kept: shards of this part that were done before.
+        missing: shards of other parts that are not done.
+        store: the whole store, where this part was the last; else None.
+        seconds: duration.
+    """
+
+    path: Path
+    packed: int
+    kept: int
+    missing: int
+    store: PackReport | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the work: every ``of``-th shard, beginning with shard ``number`` - 1."""
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise ValueError(
+                f"part {self.number}/{self.of}: parts are numbered from 1/{self.of} to {self.of}/{self.of}."
+            )
 
 
 def pack(
@@ -94,245 +159,257 @@ def pack(
 ) -> PackReport:
     """Pack ``source`` into the folder ``destination``.
 
-    A complete store of the same source and options is left as it is; an incomplete one (without manifest) is replaced.
-    The manifest is written last, so that an interrupted run never looks like a store.
+    A complete store of the same source and options is left as it is. Shards that an interrupted run finished are kept.
+    The manifest is written last, so that an interrupted run never looks like a store, and a former store at the
+    destination (``options.force``) stays until the new one is whole.
 
     Raises:
         RecordError: an image cannot be read and ``options.on_error`` is ``stop``; its key is named.
-        StoreError: the source has no images or ambiguous keys, or another store is at ``destination``.
-        OSError: the disk is full or the folder cannot be written; finished shards stay, the temporary file goes.
+        SourceChangedError: the source changed while it was packed.
+        StoreError: the source has no images or ambiguous keys, or another store, whole or unfinished, is at
+            ``destination``.
+        OSError: the disk is full or the folder cannot be written; finished shards stay, temporary files go.
+    """
+    options, started = options or PackOptions(), time.monotonic()
+    identity = _identity(source, options)
+    if not options.force and (there := _same_store(destination, identity)) is not None:
+        newer = _written_after(source, destination)
+        return PackReport(destination, there, packed=False, newer=newer, seconds=time.monotonic() - started)
+    plan, underway = Plan(source, identity), Underway(destination)
+    underway.begin(identity, force=options.force)
+    kept = _build(plan, underway, range(len(plan)), options, show_progress)
+    report = _finish(plan, underway)
+    return replace(report, kept=kept, seconds=time.monotonic() - started)
+
+
+def plan_pack(source: Source, destination: Path, *, options: PackOptions | None = None) -> tuple[int, int]:
+    """Begin packing in parts: keep the list of the source, so that no part need make it again.
+
+    Returns:
+        The numbers of shards and of images.
+
+    Raises:
+        StoreError: as :func:`pack`.
     """
     options = options or PackOptions()
-    started = time.monotonic()
-    _check_source(source)
-    origin = Origin(kind=source.kind, digest=source.digest, options=source.options)
-    packing = _packing(options)
-    if not options.force and (there := _same_store(destination, origin, packing)) is not None:
-        return PackReport(destination, there, packed=False, reencoded=(), seconds=time.monotonic() - started)
-    _clear(destination)
-    order = packing_order(source.keys, seed=options.seed)
-    run = _Run(source, destination, options)
-    with progress(f"packing {destination.name}", len(order), show=show_progress) as advance:
-        for batch in _prepared(source, order, workers=options.workers):
-            for outcome in batch:
-                run.take(outcome)
-            advance(len(batch))
-    manifest = run.finish(origin, packing)
-    return PackReport(
-        destination, manifest, packed=True, reencoded=tuple(run.reencoded), seconds=time.monotonic() - started
-    )
+    identity = _identity(source, options)
+    plan = Plan(source, identity)
+    if _same_store(destination, identity) is None:
+        underway = Underway(destination)
+        underway.begin(identity, force=options.force)
+        _keep_listing(underway, source)
+    return len(plan), len(plan.order)
 
 
-def packing_order(keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
-    """The shuffled order (N,) int64: images sorted by a hash of (seed, key), so it depends on nothing else."""
-    ranks = np.fromiter((xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys), np.uint64, count=len(keys))
-    return np.argsort(ranks, kind="stable")
+def planned_listing(destination: Path, kind: str) -> Listing | None:
+    """The list of files that the unfinished pack at ``destination`` began with; None if there is none of this kind.
+
+    Raises:
+        StoreError, ValueError: the record or the list is damaged.
+    """
+    underway = Underway(destination)
+    identity = underway.identity()
+    return underway.listing() if identity is not None and identity.get("kind") == kind else None
 
 
-def _packing(options: PackOptions) -> Packing:
+def _keep_listing(underway: Underway, source: Source) -> None:
+    listing = getattr(source, "listing", None)
+    if isinstance(listing, Listing):
+        underway.keep_listing(listing)
+
+
+def pack_part(
+    source: Source, destination: Path, part: Part, *, options: PackOptions | None = None, show_progress: bool = False
+) -> PartReport:
+    """Pack a part of the shards; whoever finishes the last shard makes the store of all.
+
+    Any number of parts may be packed at once by processes on any nodes that share the folder, in any order, again
+    after being killed, and twice at the same time: their files are equal.
+
+    Raises:
+        ValueError: ``options.force`` is set: a part that starts late would begin a finished store anew.
+        RecordError, SourceChangedError, StoreError, OSError: as :func:`pack`.
+    """
+    options, started = options or PackOptions(), time.monotonic()
+    if options.force:
+        raise ValueError(
+            "parts cannot be packed with --force: one that starts late would begin a finished store anew. "
+            "Pack into a new folder, or remove the former store first."
+        )
+    identity = _identity(source, options)
+    if (there := _same_store(destination, identity)) is not None:
+        report = PackReport(destination, there, packed=False, newer=_written_after(source, destination))
+        return PartReport(destination, 0, 0, 0, report, time.monotonic() - started)
+    plan, underway = Plan(source, identity), Underway(destination)
+    underway.begin(identity, force=False)
+    _keep_listing(underway, source)
+    mine = range(part.number - 1, len(plan), part.of)
+    kept = _build(plan, underway, mine, options, show_progress)
+    missing = len(set(range(len(plan))) - underway.noted())
+    store = None if missing else _finish(plan, underway)
+    return PartReport(destination, len(mine) - kept, kept, missing, store, time.monotonic() - started)
+
+
+def _identity(source: Source, options: PackOptions) -> Identity:
     on_error: Literal["stop", "skip"] = "skip" if options.on_error == "skip" else "stop"
-    return Packing(packer=__version__, seed=options.seed, shard_bytes=options.shard_bytes, on_error=on_error)
+    if source.encoding == "raw" and options.max_short_side is not None:
+        raise ValueError(
+            f"pack.max_short_side={options.max_short_side} does not apply to the {source.kind} source, which gives raw "
+            "pixels: remove it."
+        )
+    packing = Packing(
+        packer=__version__,
+        seed=options.seed,
+        shard_bytes=options.shard_bytes,
+        on_error=on_error,
+        max_short_side=options.max_short_side,
+        transcoder=transcoder() if source.encoding == "jpeg" else None,
+    )
+    return Identity(Origin(kind=source.kind, digest=source.digest, options=source.options), packing)
 
 
-def _check_source(source: Source) -> None:
-    """Refuse what could not be found again by key."""
-    if not len(source.keys):
-        raise StoreError(f"the {source.kind} source has no images.")
-    assert len(source.labels) == len(source.keys), "a source gives one label per key"
-    key, times = Counter(source.keys).most_common(1)[0]
-    if times > 1:
-        raise StoreError(f"key {key!r} occurs {times} times in the {source.kind} source: keys must be distinct.")
-    for key in source.keys:
-        if not key or "\0" in key or any("\ud800" <= character <= "\udfff" for character in key):
-            raise StoreError(f"key {key!r} cannot be stored: it is empty, has a zero byte or is not UTF-8. Rename it.")
-
-
-def _same_store(destination: Path, origin: Origin, packing: Packing) -> Manifest | None:
+def _same_store(destination: Path, identity: Identity) -> Manifest | None:
     """The manifest of the store at ``destination`` if packing would only repeat it; None if there is none."""
     if not (destination / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(destination)
-    there = asdict(manifest.origin) | asdict(replace(manifest.packing, packer=packing.packer))
-    wanted = asdict(origin) | asdict(packing)
-    differing = [f"{name}={there[name]!r} (wanted {wanted[name]!r})" for name in wanted if there[name] != wanted[name]]
+    # A store of another version of this program, or packed without turbojpeg, holds the same images.
+    like = replace(manifest.packing, packer=identity.packing.packer, transcoder=identity.packing.transcoder)
+    differing = identity.differences(asdict(manifest.origin) | asdict(like))
     if differing:
         raise StoreError(
             f"{destination} already holds another store: {', '.join(differing)}. "
             "Choose another folder, or replace the store with --force."
         )
     check_sizes(destination, manifest)
+    underway = Underway(destination)
+    if underway.folder.exists() and not underway.has_shards():
+        underway.discard()  # it was interrupted after its very last step
     return manifest
 
 
-def _clear(destination: Path) -> None:
-    """Remove a former store; the manifest goes first, so that what is left never looks complete."""
-    leftovers = (f".{name}.*.tmp" for name in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5"))  # of a killed packer
-    for pattern in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5", *leftovers):
-        for path in sorted(destination.glob(pattern)):
-            path.unlink()
+def _written_after(source: Source, destination: Path) -> int:
+    """How many of the source's images were written after the store; 0 where the digest covers their contents."""
+    packed = (destination / MANIFEST_NAME).stat().st_mtime_ns
+    return int(np.count_nonzero(source.stamps > packed))
 
 
-@dataclass(frozen=True)
-class _Record:
-    """One image ready to be stored."""
+def _build(plan: Plan, underway: Underway, numbers: range, options: PackOptions, show_progress: bool) -> int:
+    """Build those shards that are not done; returns how many are."""
+    done = {number for number in numbers if _done(plan, underway, number) is not None}
+    missing = [number for number in numbers if number not in done]
+    if not missing:
+        return len(done)
+    workers = options.workers or usable_cores()
+    processes = min(workers, len(missing))
+    images = sum(len(plan.members(number)) for number in missing)
 
-    key: str
-    label: int
-    payload: bytes
-    crc32c: int
-    shape: tuple[int, ...]
-    flags: int
-    changed: str | None
-    sums: PixelSums | None
+    def tasks() -> Iterator[ShardTask]:
+        return (plan.task(number, underway.shard_path(number)) for number in missing)
 
-
-class _Run:
-    """The state of one packing: the shard being filled and what the manifest will say."""
-
-    def __init__(self, source: Source, destination: Path, options: PackOptions) -> None:
-        self.source, self.destination, self.options = source, destination, options
-        self.records: list[_Record] = []
-        self.size = 0
-        self.entries: list[ShardEntry] = []
-        self.indexes: list[ShardIndex] = []
-        self.sums: list[PixelSums] = []
-        self.shape: tuple[int, ...] | None = None
-        self.reencoded: list[Omission] = []
-        self.recovered: list[Omission] = []
-        self.skipped: list[Omission] = []
-
-    def take(self, outcome: _Record | Omission) -> None:
-        """Add a record, writing the shard before it if it is full; skip an unreadable image or stop there."""
-        if isinstance(outcome, Omission):
-            if self.options.on_error == "stop":
-                raise RecordError(
-                    f"image {outcome.key!r} cannot be packed: {outcome.reason}. "
-                    "Repair or remove it, or leave such images out with --on-error skip.",
-                    key=outcome.key,
-                )
-            self.skipped.append(outcome)
-            return
-        if self.source.encoding == "raw":
-            self.shape = self.shape or outcome.shape
-            if outcome.shape != self.shape:
-                raise StoreError(
-                    f"image {outcome.key!r} is {outcome.shape}, the others {self.shape}: raw needs one shape."
-                )
-        if self.records and self.size + len(outcome.payload) > self.options.shard_bytes:
-            self._write()
-        self.records.append(outcome)
-        self.size += len(outcome.payload)
-        if outcome.sums is not None:
-            self.sums.append(outcome.sums)
-        if outcome.changed is not None:
-            self.reencoded.append(Omission(outcome.key, outcome.changed))
-        if outcome.flags & FLAG_RECOVERED:
-            self.recovered.append(self.reencoded[-1])
-
-    def _write(self) -> None:
-        """Write the filled shard."""
-        index = _shard_index(self.records)
-        header = ShardHeader(
-            count=len(index),
-            uuid=index.uuid,
-            encoding=self.source.encoding,
-            shape=_triple(self.shape),
-            packer=__version__,
-            source_digest=self.source.digest,
-        )
-        path = self.destination / f"shard-{len(self.entries):05d}.h5"
-        self.entries.append(write_shard(path, [record.payload for record in self.records], index, header))
-        self.indexes.append(index)
-        self.records, self.size = [], 0
-
-    def finish(self, origin: Origin, packing: Packing) -> Manifest:
-        """Write the last shard, the joined index and then the manifest."""
-        if self.records:
-            self._write()
-        if not self.entries:
-            raise StoreError(
-                f"none of the {len(self.skipped):,} images could be read; the first, {self.skipped[0].key!r}: "
-                f"{self.skipped[0].reason}. Nothing was packed."
-            )
-        source, joined, shape = self.source, join_indexes(self.indexes), _triple(self.shape)
-        manifest = Manifest(
-            encoding=source.encoding,
-            shape=shape,
-            count=len(joined),
-            classes=source.classes,
-            class_counts=tuple(np.bincount(joined["label"], minlength=len(source.classes)).tolist()),
-            statistics=combine(self.sums, exact=len(self.sums) == len(joined)),
-            digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
-            index_hash=index_hash(joined),
-            origin=origin,
-            packing=packing,
-            reencoded=dict(sorted(Counter(change.reason for change in self.reencoded).items())),
-            recovered=tuple(self.recovered),
-            skipped=tuple(self.skipped),
-            shards=tuple(self.entries),
-        )
-        write_index(self.destination, joined)
-        write_json(self.destination / MANIFEST_NAME, manifest.to_json())
-        return manifest
+    with progress(f"packing {underway.destination.name}", images, show=show_progress) as advance:
+        for result in build_shards(tasks(), processes=processes, threads=workers // processes, advance=advance):
+            underway.keep(result)
+    return len(done)
 
 
-def _triple(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
-    if shape is None:
-        return None
-    height, width, channels = shape
-    return height, width, channels
+def _done(plan: Plan, underway: Underway, number: int) -> ShardResult | None:
+    return underway.result(number, plan.fingerprint(number), skipping=plan.recipe.on_error == "skip")
 
 
-def _shard_index(records: Sequence[_Record]) -> ShardIndex:
-    """The index of records that are stored one after another."""
-    length = np.array([len(record.payload) for record in records], dtype="<u4")
-    keys = [record.key.encode() for record in records]
-    return ShardIndex(
-        offset=np.concatenate([[0], np.cumsum(length[:-1], dtype="<u8")]).astype("<u8"),
-        length=length,
-        crc32c=np.array([record.crc32c for record in records], dtype="<u4"),
-        label=np.array([record.label for record in records], dtype="<i4"),
-        width=np.array([record.shape[1] for record in records], dtype="<u4"),
-        height=np.array([record.shape[0] for record in records], dtype="<u4"),
-        flags=np.array([record.flags for record in records], dtype="<u4"),
-        key_blob=np.frombuffer(b"".join(keys), dtype="u1"),
-        key_offset=np.concatenate([[0], np.cumsum([len(key) for key in keys])]).astype("<u8"),
-    )
+def _finish(plan: Plan, underway: Underway) -> PackReport:
+    """Make the store of all its shards, which are done.
 
-
-def _prepared(source: Source, order: NDArray[np.int64], *, workers: int | None) -> Iterator[list[_Record | Omission]]:
-    """Load and check the images in ``order`` on threads (decoding releases the GIL), giving them back in order."""
-    # All raw images are counted in the statistics; of JPEGs every k-th.
-    stride = 1 if source.encoding == "raw" else -(-len(order) // _STATISTICS_IMAGES)
-
-    def prepare(places: Sequence[int]) -> list[_Record | Omission]:
-        return [_prepare(source, int(order[place]), count=place % stride == 0) for place in places]
-
-    with ThreadPoolExecutor(workers or usable_cores()) as pool:
-        yield from in_order(pool, prepare, slices(len(order), _IMAGES_PER_TASK))
-
-
-def _prepare(source: Source, index: int, *, count: bool) -> _Record | Omission:
-    """Load and check one image; one that cannot be read becomes an omission with the reason."""
-    key, label = source.keys[index], int(source.labels[index])
+    Others may do the same at the same time, and be faster.
+    """
     try:
-        content = source.load(index)
-        if isinstance(content, bytes):
-            image = standard_jpeg(content)
-            payload, pixels, flags, changed = image.payload, image.pixels, image.flags, image.changed
-        else:
-            payload, pixels, flags, changed = content.tobytes(), content, 0, None
-    except OSError as error:
-        return Omission(key, f"it cannot be read: {error.strerror}")
-    except ValueError as error:
-        return Omission(key, str(error))
-    return _Record(
-        key=key,
-        label=label,
-        payload=payload,
-        crc32c=google_crc32c.value(payload),
-        shape=pixels.shape,
-        flags=flags,
-        changed=changed,
-        sums=pixel_sums(pixels) if count else None,
+        return _assemble(plan, underway)
+    except (OSError, StoreError):
+        there = _same_store(underway.destination, plan.identity)
+        if there is None:
+            raise
+        return PackReport(underway.destination, there, packed=False)
+
+
+def _assemble(plan: Plan, underway: Underway) -> PackReport:
+    """Check the results, move the shards into place, and write index, list of changes and manifest, in this order."""
+    results = []
+    for number in range(len(plan)):
+        result = _done(plan, underway, number)
+        if result is None:
+            raise StoreError(f"{underway.shard_path(number)} was damaged since it was packed. Pack again.")
+        results.append(result)
+    with_records = [(result, result.entry) for result in results if result.entry is not None]
+    if not with_records:
+        skipped = [omission for result in results for omission in result.skipped]
+        underway.discard()
+        raise StoreError(
+            f"none of the {len(skipped):,} images could be read; the first, {skipped[0].key!r}: {skipped[0].reason}. "
+            "Nothing was packed."
+        )
+    # A shard all of whose images were skipped has no file: the others close the gap.
+    final = {entry.name: f"shard-{place:05d}.h5" for place, (_, entry) in enumerate(with_records)}
+    entries = tuple(replace(entry, name=final[entry.name]) for _, entry in with_records)
+    joined = build_index(underway.folder, _Indexes(underway, [entry.name for _, entry in with_records]))
+    manifest = _manifest(plan, results, entries, joined)
+    changes = tuple(change for result in results for change in result.changes)
+    progressive = int(np.count_nonzero(joined["flags"] & FLAG_PROGRESSIVE))
+    final[INDEX_NAME] = INDEX_NAME
+    underway.complete(final)
+    underway.move_into_place(final, manifest)
+    if changes:
+        lines = (f"{json.dumps(change.key)}\t{change.reason}\n" for change in changes)
+        write_text(underway.destination / CHANGES_NAME, "".join(lines))
+    write_json(underway.destination / MANIFEST_NAME, manifest.to_json())
+    underway.discard()
+    return PackReport(underway.destination, manifest, packed=True, changes=changes, progressive=progressive)
+
+
+class _Indexes:
+    """The indexes of finished shards, read again whenever they are gone through, so that memory holds one."""
+
+    def __init__(self, underway: Underway, names: Sequence[str]) -> None:
+        self._underway, self._names = underway, names
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return (read_shard(self._underway.find_shard(name)).index for name in self._names)
+
+
+def _manifest(
+    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: JoinedIndex
+) -> Manifest:
+    """Everything that is known about the store."""
+    source, identity = plan.source, plan.identity
+    shapes = {result.shape for result in results if result.entry is not None}
+    if len(shapes) > 1:
+        raise StoreError(
+            f"the {source.kind} source gives images of the shapes {sorted(map(str, shapes))}: raw needs one."
+        )
+    (shape,) = shapes
+    sums = [result.sums for result in results if result.sums is not None]
+    if not sums:
+        raise StoreError(
+            "every image that was to be counted in the statistics was left out; repair the images, or pack with "
+            "another --seed."
+        )
+    statistics = combine(sums, exact=plan.recipe.stride == 1)
+    changes = [change for result in results for change in result.changes]
+    rewritten = counted(changes, lossless=True)
+    rewritten["metadata taken out"] += sum(result.stripped for result in results)
+    return Manifest(
+        encoding=source.encoding,
+        shape=shape,
+        count=len(joined),
+        classes=source.classes,
+        class_counts=tuple(np.bincount(joined["label"], minlength=len(source.classes)).tolist()),
+        statistics=statistics,
+        digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
+        index_hash=index_hash(joined),
+        origin=identity.origin,
+        packing=identity.packing,
+        reencoded=dict(sorted(counted(changes, lossless=False).items())),
+        rewritten={reason: count for reason, count in sorted(rewritten.items()) if count},
+        recovered=tuple(omission for result in results for omission in result.recovered),
+        skipped=tuple(omission for result in results for omission in result.skipped),
+        shards=entries,
     )

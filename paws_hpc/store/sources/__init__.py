@@ -7,13 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from paws_hpc.store.sources.base import ArraySource, Source
+from paws_hpc.store.sources.base import ArraySource, Images, Source
 from paws_hpc.store.sources.cifar import cifar
+from paws_hpc.store.sources.dataset import DEFAULT_MODULE, dataset
 from paws_hpc.store.sources.digits import digits
 from paws_hpc.store.sources.idx import FASHION_CLASSES, idx
 from paws_hpc.store.sources.imagefolder import ImageFolder
+from paws_hpc.store.sources.listing import Listing
+from paws_hpc.store.sources.tars import TarSource, list_tars, list_webdataset
 
-__all__ = ["SOURCES", "ArraySource", "ImageFolder", "Source", "SourceConfig", "SourceKind", "open_source"]
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "ImageFolder",
+    "Images",
+    "Listing",
+    "Source",
+    "SourceConfig",
+    "SourceKind",
+    "TarSource",
+    "open_source",
+]
 
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package ``dataset-fashion-mnist`` installs the files."""
@@ -24,13 +38,19 @@ class SourceConfig:
     """Which images to pack; ``kind`` decides which of the other fields apply."""
 
     kind: str = "digits"
-    """folder, cifar10, cifar100, idx, fashion_mnist or digits."""
+    """folder, tar, webdataset, cifar10, cifar100, idx, fashion_mnist, dataset or digits."""
     root: str | None = None
     """Folder with the images or files; digits need none, fashion_mnist defaults to Debian's package."""
     split: str | None = None
-    """train or test, for the kinds that come divided; a folder is packed whole."""
+    """train or test, for the kinds that come divided; a folder is packed whole; a dataset names its own."""
     size: int = 32
     """Side in pixels to which digits are enlarged."""
+    labels: str | None = None
+    """File of image names and classes, for tar archives without class folders."""
+    label_field: str = "label"
+    """Field of WebDataset's .json files that holds the label, where there is no .cls."""
+    dataset: str | None = None
+    """Class of a dataset: package.module:Class, or a name in torchvision.datasets."""
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
@@ -42,8 +62,13 @@ class SourceConfig:
             raise ValueError(f"source.root is needed for source.kind={self.kind!r}: {known.root_help}.")
         if known.has_splits and self.split not in ("train", "test"):
             raise ValueError(f"source.split={self.split!r}: source.kind={self.kind!r} needs train or test.")
-        if not known.has_splits and self.split is not None:
+        if not known.has_splits and not known.names_splits and self.split is not None:
             raise ValueError(f"source.split={self.split!r} does not apply to source.kind={self.kind!r}: remove it.")
+        for name, given in (("labels", self.labels), ("dataset", self.dataset)):
+            if given is not None and name not in known.extra:
+                raise ValueError(f"source.{name}={given!r} does not apply to source.kind={self.kind!r}: remove it.")
+        if "dataset" in known.extra and self.dataset is None:
+            raise ValueError(f"source.dataset is needed for source.kind={self.kind!r}: the name of its class.")
         if self.size < 8:
             raise ValueError(f"source.size={self.size} is below 8, the side of the original digits.")
 
@@ -57,16 +82,30 @@ class SourceKind:
     root_help: str = ""
     needs_root: bool = False
     has_splits: bool = True
-    has_size: bool = False
+    """Comes divided into train and test."""
+    names_splits: bool = False
+    """May have any split."""
+    extra: tuple[str, ...] = ()
+    """Other fields of :class:`SourceConfig` that apply."""
+    relist: Callable[[SourceConfig, Listing], Source] | None = None
+    """Opens a source of files from a list that was made before; None for data sets that must be read anyway."""
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
     """List the images that ``config`` describes.
+
+    Args:
+        config: kind of source and where it is.
+        listing: what an earlier call listed, so that a million files need not be looked at again; kinds that have
+            nothing to list ignore it.
 
     Raises:
         StoreError: files are missing or are not what their kind says.
     """
-    return SOURCES[config.kind].open(config)
+    kind = SOURCES[config.kind]
+    if listing is not None and kind.relist is not None:
+        return kind.relist(config, listing)
+    return kind.open(config)
 
 
 def _root(config: SourceConfig) -> Path:
@@ -84,13 +123,60 @@ def _fashion_mnist(config: SourceConfig) -> Source:
     return idx(root, split=_split(config), kind="fashion_mnist", classes=FASHION_CLASSES)
 
 
+def _list_tars(config: SourceConfig) -> Source:
+    labels = None if config.labels is None else Path(config.labels)
+    return _tar(config, list_tars(_root(config), labels))
+
+
+def _tar(config: SourceConfig, listing: Listing) -> Source:
+    return TarSource("tar", _root(config), listing, {})
+
+
+def _webdataset(config: SourceConfig, listing: Listing) -> Source:
+    return TarSource("webdataset", _root(config), listing, {"label_field": config.label_field})
+
+
+def _dataset(config: SourceConfig) -> Source:
+    assert config.dataset is not None, "SourceConfig checks this"
+    return dataset(config.dataset, _root(config), config.split)
+
+
 SOURCES: dict[str, SourceKind] = {
     "folder": SourceKind(
         help="one folder of image files per class (ImageNet as it is usually unpacked)",
         open=lambda config: ImageFolder(_root(config)),
+        relist=lambda config, listing: ImageFolder(_root(config), listing),
         root_help="the folder with one folder per class",
         needs_root=True,
         has_splits=False,
+    ),
+    "tar": SourceKind(
+        help="tar archives, read without unpacking: ImageNet's archive of class archives, class archives beside each "
+        "other, or archives of class folders",
+        open=_list_tars,
+        relist=_tar,
+        root_help="the archive, or the folder with *.tar",
+        needs_root=True,
+        has_splits=False,
+        extra=("labels",),
+    ),
+    "webdataset": SourceKind(
+        help="WebDataset archives: NAME.jpg beside NAME.cls or NAME.json",
+        open=lambda config: _webdataset(config, list_webdataset(_root(config), config.label_field)),
+        relist=_webdataset,
+        root_help="the archive, or the folder with *.tar",
+        needs_root=True,
+        has_splits=False,
+        extra=("label_field",),
+    ),
+    "dataset": SourceKind(
+        help=f"a data set class, such as those of {DEFAULT_MODULE}, on files that are there (nothing is downloaded)",
+        open=_dataset,
+        root_help="the folder that the class is given",
+        needs_root=True,
+        has_splits=False,
+        names_splits=True,
+        extra=("dataset",),
     ),
     "cifar10": SourceKind(
         help="CIFAR10 as torchvision unpacks it",
@@ -118,7 +204,7 @@ SOURCES: dict[str, SourceKind] = {
     "digits": SourceKind(
         help="scikit-learn's handwritten digits, which need no download",
         open=lambda config: digits(split=_split(config), size=config.size),
-        has_size=True,
+        extra=("size",),
     ),
 }
 """Kind → how to open it."""

@@ -1,0 +1,103 @@
+"""The list of a source's image files, which is all that packing needs to divide the work, and can be kept in a file."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.files import atomic_write, value_digest
+
+
+@dataclass(frozen=True)
+class Listing:
+    """N image files, on their own or inside archives.
+
+    Attributes:
+        classes: names in label order.
+        keys: N names in the order in which the source lists them.
+        labels: (N,) int64, positions in ``classes``.
+        sizes: (N,) int64 bytes; 0 for a file that cannot be reached, which packing reports.
+        stamps: (N,) int64 modification times in ns, of the file or its archive.
+        files: names of the archives below the root; empty for a folder of files.
+        file_of: (N,) int64 positions in ``files``; all 0 for a folder.
+        offsets: (N,) int64 bytes, where the image begins in its archive; all 0 for a folder.
+    """
+
+    classes: tuple[str, ...]
+    keys: Sequence[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    stamps: NDArray[np.int64]
+    files: tuple[str, ...]
+    file_of: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @property
+    def digest(self) -> str:
+        """Hash of all keys with their sizes and labels; neither places nor times count."""
+        return value_digest([list(self.keys), self.sizes.tolist(), self.labels.tolist(), self.classes])
+
+    def take(self, indices: NDArray[np.int64]) -> Listing:
+        """These entries, in this order, with the archives that hold them."""
+        used, file_of = np.unique(self.file_of[indices], return_inverse=True)
+        return Listing(
+            classes=self.classes,
+            keys=[self.keys[index] for index in indices],
+            labels=self.labels[indices],
+            sizes=self.sizes[indices],
+            stamps=self.stamps[indices],
+            files=tuple(self.files[file] for file in used) if self.files else (),
+            file_of=file_of.reshape(-1).astype(np.int64),
+            offsets=self.offsets[indices],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the listing as .npz, atomically.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        encoded = [key.encode() for key in self.keys]
+        with atomic_write(path) as file:
+            np.savez(
+                file,
+                names=_bytes(json.dumps({"classes": self.classes, "files": self.files}).encode()),
+                key_blob=_bytes(b"".join(encoded)),
+                key_bounds=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+                **{name: getattr(self, name) for name in _COLUMNS},
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Listing:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                names = json.loads(arrays["names"].tobytes())
+                blob, bounds = arrays["key_blob"].tobytes(), arrays["key_bounds"].tolist()
+                return cls(
+                    classes=tuple(names["classes"]),
+                    keys=[blob[start:stop].decode() for start, stop in pairwise(bounds)],
+                    files=tuple(names["files"]),
+                    **{name: arrays[name] for name in _COLUMNS},
+                )
+        except (EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}). Remove it: the source is then listed again.") from error
+
+
+_COLUMNS = ("labels", "sizes", "stamps", "file_of", "offsets")
+
+
+def _bytes(text: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(text, dtype=np.uint8)
