@@ -272,7 +272,10 @@ def _report_lines(report: PackReport) -> list[str]:
             "with turbojpeg installed (pip install turbojpeg), pack --force makes them baseline without loss"
         )
     if not all(manifest.statistics.std):
-        lines.append("NOTE: a colour channel has the same value in every pixel that was counted (std 0, see info)")
+        lines.append(
+            "NOTE: a colour channel has the same value in every pixel that was counted (std 0): there is nothing to "
+            "learn from it, and training divides it by 1"
+        )
     lines += _omission_lines("LEFT OUT", manifest.skipped, limit=len(manifest.skipped))
     return lines
 

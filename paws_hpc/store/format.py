@@ -123,6 +123,12 @@ class Statistics:
     method: Literal["exact", "sample"]
     """``exact``: all images; ``sample``: every k-th in packing order, at most 2,000."""
 
+    @property
+    def scale(self) -> tuple[float, float, float]:
+        """By what normalised pixels are divided: ``std``, or 1 for a channel that is the same in every pixel."""
+        red, green, blue = (value or 1.0 for value in self.std)
+        return red, green, blue
+
 
 @dataclass(frozen=True)
 class Origin:

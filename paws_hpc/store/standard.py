@@ -11,7 +11,7 @@ from importlib.metadata import version
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import turbojpeg  # type: ignore[import-not-found]
@@ -104,6 +104,8 @@ def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardIm
     Raises:
         ValueError: the bytes are no readable image of 8 bits per channel, or it has absurdly many pixels.
     """
+    if not content:
+        raise ValueError("it is empty")
     flags, changed = 0, None
     if content[:2] == b"\xff\xd8":
         try:
@@ -224,6 +226,8 @@ def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
             upright = ImageOps.exif_transpose(image)
             turned = upright is not None and image.getexif().get(0x0112, 1) in _TURNS
             return np.ascontiguousarray(_eight_bits(upright, name)), name, turned
+    except UnidentifiedImageError as error:  # whose message has an address in memory
+        raise ValueError("it is not a readable image: its format is not known") from error
     except (
         OSError,
         SyntaxError,
