@@ -96,6 +96,9 @@ def create_json(path: Path, value: Any) -> None:
     write_json(mine, value)
     try:
         os.link(mine, path)  # atomic on network file systems too, and the file is whole when it appears
+    except FileExistsError:
+        if mine.stat().st_nlink != 2:  # it is 2 if the link was made and only NFS's answer got lost
+            raise
     finally:
         mine.unlink()
 

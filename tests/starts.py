@@ -16,7 +16,8 @@ def write_start(
     folder = run / "jobs" / job
     folder.mkdir(parents=True, exist_ok=True)
     holder = {
-        "job": job, "job_id": job_id, "restart": number - 1, "host": "n1", "pid": 1, "ranks": 1, "progress": progress,
+        "job": job, "job_id": job_id, "restart": number - 1, "key": f"{job_id or 'local'}-{number - 1}",
+        "host": "n1", "pid": 1, "ranks": 1, "progress": progress,
     }  # fmt: skip
     create_json(folder / f"start-{number:04d}.json", holder | {"began": "2026-01-02T03:04:05.000+00:00"})
     if how is not None:

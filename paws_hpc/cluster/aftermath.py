@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paws_hpc.cluster import scheduler
-from paws_hpc.cluster.own_job import own_job
+from paws_hpc.cluster.requeue import own_job, patiently, queue_again
 
 if TYPE_CHECKING:
     from paws_hpc.stages.attempts import Start
@@ -30,55 +30,61 @@ def main(path: Path, limit: int) -> None:
         limit: crashes in a row without progress after which the job fails.
     """
     job_id, restart = own_job()
-    runs, told = scheduler.runs_since(job_id, restart)
-    if not runs:  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
-        _LOG.info("Slurm says that job %s is %s: it is queued again already, or ended by others.", job_id, told)
+    what, told = patiently(lambda: scheduler.fate(job_id, restart))
+    if what != "runs":  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
+        _LOG.info("Job %s is in the queue again already, or was ended by others: %s.", job_id, told)
         return
     from paws_hpc.cluster.chain import Chain, job_called  # noqa: PLC0415
-    from paws_hpc.stages.attempts import read_starts, record_end  # noqa: PLC0415
+    from paws_hpc.stages.attempts import read_failures, read_starts  # noqa: PLC0415
     from paws_hpc.stages.run_folder import RunFolder  # noqa: PLC0415
 
     run = RunFolder(path)
-    name = Chain(run, "").job_name(job_id)
+    name = Chain(run).job_name(job_id)
     folder, progress = run.job(name), job_called(name).progress(run)
-    starts = [start for start in read_starts(folder) if start.holder.job_id == job_id]
-    last = starts[-1] if starts and starts[-1].holder.restart == restart else None
-    if last is not None and last.end is None:
-        try:
-            record_end(folder, last.number, "crashed", seconds=last.seconds, message=_reason(last))
-        except OSError as error:  # a full disk: the next start could not write either
-            _LOG.error(
-                "%s crashed, and nothing can be written: %s. It fails; launch again once that is mended.", name, error
-            )
-            return
-    definite = [failure for failure in (last.failures if last else []) if failure["definite"]]
-    fruitless = fruitless_crashes(starts, progress) if last is not None else restart + 1
+    try:
+        starts = _record_crash([start for start in read_starts(folder) if start.holder.job_id == job_id], restart)
+    except OSError as error:  # a full disk: the next start could not write either
+        _LOG.error("%s crashed, and nothing can be written: %s. Mend that, then launch again.", name, error)
+        return
+    definite = [failure for failure in read_failures(folder, f"{job_id}-{restart}") if failure["definite"]]
+    fruitless = fruitless_crashes(starts, progress, restart)
     if definite:
         _LOG.error("%s failed and would fail again: %s", name, definite[0]["message"])
     elif fruitless > limit:
         _LOG.error("%s crashed %d times in a row without getting past step %d: it fails.", name, fruitless, progress)
     else:
         _LOG.warning("%s crashed, %d times in a row without getting past step %d.", name, fruitless, progress)
-        scheduler.requeue(job_id)
+        queue_again(run.chain, job_id, restart, record=lambda how, message: None)
 
 
-def fruitless_crashes(starts: list[Start], progress: int) -> int:
-    """How many of the last starts crashed and left no newer checkpoint than they found; preemptions do not count.
+def _record_crash(starts: list[Start], restart: int) -> list[Start]:
+    """Write down the end of the present start if it had no time to do so itself."""
+    from paws_hpc.stages.attempts import read_starts, record_end  # noqa: PLC0415
+
+    last = starts[-1] if starts else None
+    if last is None or last.holder.restart != restart or last.end is not None:
+        return starts
+    told = last.failures[0]["message"] if last.failures else "A rank was killed: by the system for memory, say."
+    record_end(last.folder, last.number, "crashed", seconds=last.seconds, message=told)
+    return [start for start in read_starts(last.folder) if start.holder.job_id == last.holder.job_id]
+
+
+def fruitless_crashes(starts: list[Start], progress: int, restart: int) -> int:
+    """How many starts in a row crashed and left no newer checkpoint than they found.
+
+    A start that was preempted does not count, nor one that just ended with its node, which nobody could write down.
 
     Args:
-        starts: of one job, oldest first.
+        starts: of one job id, oldest first.
         progress: training steps of the newest checkpoint now.
+        restart: of the present start; it and those before it that do not appear in ``starts`` crashed too early to.
     """
-    count = 0
+    count = restart - (starts[-1].holder.restart if starts else -1)
     for start in reversed(starts):
         if start.holder.progress < progress:
             break
-        count += start.end is None or start.end["how"] in ("crashed", "failed")
+        count += start.end is not None and start.end["how"] in ("crashed", "failed")
     return count
-
-
-def _reason(start: Start) -> str:
-    return start.failures[0]["message"] if start.failures else "A rank was killed: by the system for memory, say."
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.liveness import is_alive
 from paws_hpc.cluster.rendezvous import join, own_address
+from paws_hpc.cluster.resources import WITHOUT_GPU
 from paws_hpc.cluster.slurm_job import SlurmJob
 from paws_hpc.config import Config
 from paws_hpc.engine.metrics import TrainingStoppedError
@@ -31,7 +33,6 @@ from paws_hpc.stages.attempts import (
     LeaseHeldError,
     LeaseLostError,
     acquire,
-    read_starts,
     record_failure,
 )
 from paws_hpc.stages.run_folder import RunFolder
@@ -47,8 +48,9 @@ def run_job(path: Path, job: Job) -> None:
     run = RunFolder(path)
     config = read_config(run.config)
     _set_threads(config, job, local_ranks=1)
-    with _started(run, job, Holder.this_process(job.name, ranks=1, progress=job.progress(run))) as lease:
-        _run(config, run, job, _device(config, local_rank=0, local_ranks=1), JobControl(fence=lease.fence))
+    holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
+    with _started(run, job, holder) as lease:
+        _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), JobControl(fence=lease.fence))
 
 
 def run_job_as_local_rank(path: Path, job: Job) -> None:
@@ -70,9 +72,10 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
         notice_s: between Slurm's signal and the end of the job.
     """
     _log_to_stderr()
-    own = SlurmJob.this_process()
+    run, place = RunFolder(path), submitit.JobEnvironment()
+    own = SlurmJob(run.chain)
     own.listen(notice_s=notice_s, has_steps=job.has_steps)
-    run, place, config = RunFolder(path), submitit.JobEnvironment(), read_config(frozen)
+    config = read_config(frozen)
     with _place_among(run, job, place, own) as lease:
         own.lease = lease
         control = partial(JobControl, requested=own.requested, fence=_fence(lease))
@@ -92,14 +95,16 @@ def _place_among(
     run: RunFolder, job: Job, place: submitit.JobEnvironment, own: SlurmJob | None = None
 ) -> Iterator[Lease | None]:
     """Rank 0 begins a start of the job and holds its lease; the other ranks only report their failures to it."""
+    key = own.key if own else f"local{place.job_id}"
     if place.global_rank > 0:
-        with _reported(run, job, place.global_rank):
+        with _reported(run, job, key, place.global_rank):
             yield None
         return
     holder = Holder.this_process(
         job.name,
         ranks=place.num_tasks,
         progress=job.progress(run),
+        key=key,
         job_id=own.job_id if own else None,
         restart=own.restart if own else 0,
     )
@@ -112,7 +117,7 @@ def _started(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0
     """Begin a start of a job, and record how it ends."""
     folder = run.job(job.name)
     with (
-        _reported(run, job, rank=0),
+        _reported(run, job, holder.key, rank=0),
         acquire(folder, holder, is_alive=partial(is_alive, own_job_id=holder.job_id), wait_s=leaving_s) as lease,
     ):
         try:
@@ -126,14 +131,14 @@ def _started(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0
 
 
 @contextmanager
-def _reported(run: RunFolder, job: Job, rank: int) -> Iterator[None]:
+def _reported(run: RunFolder, job: Job, key: str, rank: int) -> Iterator[None]:
     """Write down why a rank fails, before the exception ends its process."""
     try:
         yield
     except Exception as error:
         folder = run.job(job.name)
         try:
-            record_failure(folder, len(read_starts(folder)), rank, error, definite=is_definite(error))
+            record_failure(folder, key, rank, error, definite=is_definite(error))
         except OSError as full:
             _LOG.error("The failure of rank %d cannot be recorded in %s: %s", rank, folder, full)
         raise
@@ -181,7 +186,7 @@ def _run_as_rank(
         )
     local_ranks = -(-place.num_tasks // place.num_nodes)
     _set_threads(config, job, local_ranks=local_ranks)
-    device = _device(config, local_rank=place.local_rank, local_ranks=local_ranks)
+    device = _device(config, job, local_rank=place.local_rank, local_ranks=local_ranks)
     if asked > 1:
         if place.num_nodes == 1:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -199,25 +204,32 @@ def _run_as_rank(
             _run(config, run, job, device, control)
     finally:
         control.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Let no rank leave before rank 0 has closed its logs and marked the stage as done: srun ends those who linger."""
+    """Ranks leave together, once rank 0 has closed its logs and marked the stage as done.
+
+    After an error they do not: some may be gone, and NCCL would wait for them.
+    """
     try:
         yield
     except PreemptedError:
-        distributed.barrier()
+        _part()
         raise
-    distributed.barrier()
+    _part()
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        distributed.barrier()
+        dist.destroy_process_group()
 
 
 def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
     match job.stage:
         case "prepare":
-            prepare.run(config, run)
+            prepare.run(config, run, control=control)
         case "pretrain":
             pretrain.run(config, run, device, control=control)
         case "finetune" | "baseline":
@@ -234,18 +246,29 @@ def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control
 def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
     """For every stage anew: sums are the same to the bit only for the same number of threads."""
     threads = getattr(config.resources, job.stage).threads_per_rank
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    granted = os.environ.get("SLURM_CPUS_PER_TASK")  # the cores in sight may be those of this task or of all of them
+    cores = int(granted) if granted else len(os.sched_getaffinity(0)) // local_ranks
+    torch.set_num_threads(threads or max(1, cores))
 
 
-def _device(config: Config, *, local_rank: int, local_ranks: int) -> torch.device:
+def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> torch.device:
     """Of this rank.
 
     Raises:
         ValueError: CUDA is asked for and there is none, or there are fewer devices than local ranks.
+        RuntimeError: Slurm granted GPUs that cannot be seen, so that this node is broken; another one may not be.
     """
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device == "cpu" or job.stage in WITHOUT_GPU:
+        return torch.device("cpu")
+    if not seen and "SLURM_JOB_GPUS" in os.environ:
+        raise RuntimeError(
+            f"Slurm granted GPUs {os.environ['SLURM_JOB_GPUS']} on {socket.gethostname()}, but torch sees none there. "
+            "Training on its CPUs would be another run: mend the node's driver, or keep it out with "
+            f"resources.{job.stage}.exclude, or set device=cpu."
+        )
+    if config.device == "auto" and not seen:
+        return torch.device("cpu")
     bound = seen == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # Slurm shows each task its own device alone
     if not bound and local_ranks > seen:
         raise ValueError(

@@ -95,23 +95,31 @@ def jobs_of(config: Config, stage: str) -> list[Job]:
 class Chain:
     """``chain.json`` of one run; only the launcher writes it."""
 
-    def __init__(self, run: RunFolder, name: str) -> None:
-        """Read it, or begin it."""
+    def __init__(self, run: RunFolder) -> None:
+        """Read it.
+
+        Raises:
+            FileNotFoundError: nobody has begun it.
+        """
         self._path = run.chain
-        if self._path.exists():
-            self._value: dict[str, Any] = read_json(self._path)
-            return
-        self._value = {
-            "name": name,
-            "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts
-            "created": now(),
-            "versions": {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
-            | {package: version(package) for package in _PACKAGES},
-            "commit": _commit(),
-            "host_cores": os.cpu_count(),
-            "submissions": [],
-        }
-        write_json(self._path, self._value)
+        self._value: dict[str, Any] = read_json(self._path)
+
+    @classmethod
+    def begin(cls, run: RunFolder, name: str) -> Chain:
+        """Read it, or write the first one."""
+        if not run.chain.exists():
+            value: dict[str, Any] = {
+                "name": name,
+                "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts
+                "created": now(),
+                "versions": {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
+                | {package: version(package) for package in _PACKAGES},
+                "commit": _commit(),
+                "host_cores": os.cpu_count(),
+                "submissions": [],
+            }
+            write_json(run.chain, value)
+        return cls(run)
 
     @property
     def id(self) -> str:

@@ -13,14 +13,6 @@ from paws_hpc.stages.attempts import BEAT_EVERY_S, Start, read_beat
 
 _LOG = logging.getLogger(__name__)
 
-ENDED = frozenset(
-    {
-        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
-        "REVOKED", "TIMEOUT",
-    }
-)  # fmt: skip
-"""States of Slurm in which a job neither runs nor will."""
-
 
 def is_alive(start: Start, *, own_job_id: str | None) -> bool:
     """Whether a start without a recorded end still runs.
@@ -44,7 +36,7 @@ def is_alive(start: Start, *, own_job_id: str | None) -> bool:
         )
         return _beats(start)
     # A job that waits in the queue again has left; it will take its own next start.
-    return state is not None and state != "PENDING" and state not in ENDED
+    return state is not None and state != "PENDING" and state not in scheduler.ENDED
 
 
 def _exists(pid: int) -> bool:

@@ -29,7 +29,7 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
     Returns:
         the names of the jobs that had work to do.
     """
-    Chain(run, config.name)
+    Chain.begin(run, config.name)
     worked: list[str] = []
     for stage in (stage for stage in STAGES if stage in config.stages):
         jobs = jobs_of(config, stage)

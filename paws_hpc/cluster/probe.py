@@ -42,7 +42,7 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
         SchedulerUnreachableError: Slurm could not be asked.
     """
     from paws_hpc.cluster import scheduler  # noqa: PLC0415 - on the node this file must load without the package
-    from paws_hpc.cluster.liveness import ENDED  # noqa: PLC0415
+    from paws_hpc.cluster.scheduler import ENDED  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     nonce = secrets.token_hex(8)

@@ -63,6 +63,7 @@ def join(
         timeout_s: to wait for the others.
 
     Raises:
+        ValueError: rank 0 published a loopback address, and is on another machine.
         TimeoutError: rank 0 published no address in time.
         RuntimeError: not all ranks arrived in time.
     """
@@ -80,9 +81,10 @@ def join(
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-        write_json(path, {"host": address.host, "port": port})
+        write_json(path, {"host": address.host, "port": port, "node": socket.gethostname()})
     else:
         published = _wait_for(path, timeout_s)
+        _check_reachable(published)
         store = dist.TCPStore(published["host"], published["port"], world_size, is_master=False, timeout=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
@@ -91,6 +93,16 @@ def join(
     finally:
         if rank == 0:  # nobody may take this address for that of a later start
             path.unlink()
+
+
+def _check_reachable(published: dict[str, Any]) -> None:
+    host, node = published["host"], published["node"]
+    if (host == "localhost" or host.startswith("127.")) and node != socket.gethostname():
+        raise ValueError(
+            f"Rank 0 on {node} says that it is at {host}, which is this machine ({socket.gethostname()}) for everybody "
+            "else. That comes from MASTER_ADDR in the environment of the launch: unset it, or set it to rank 0's own "
+            "address in hydra.launcher.setup."
+        )
 
 
 def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:

@@ -12,7 +12,8 @@ Launcher = Mapping[str, Any]
 """The fields of ``hydra/launcher=submitit_slurm`` as Hydra composed them."""
 
 _ALONE = ("prepare", "selection", "report")  # one task, whatever shape the launcher gives to training
-_WITHOUT_GPU = ("prepare", "report")
+WITHOUT_GPU = ("prepare", "report")
+_GPUS = ("gpus_per_node", "gpus_per_task", "gres")
 _SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")
 _PLACE = (
     "timeout_min", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu", "partition", "account",
@@ -32,7 +33,7 @@ def resolve(config: Config, launcher: Launcher) -> Config:
         known = {name.name for name in dataclasses.fields(asked)}
         given = {name: value for name, value in launcher.items() if name in known and name != "additional_parameters"}
         if stage in _ALONE:
-            gpus = 0 if stage in _WITHOUT_GPU else min(1, given.get("gpus_per_node") or 0)
+            gpus = int(stage not in WITHOUT_GPU and any(launcher.get(field) for field in _GPUS))
             given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
         filled = {name: value for name, value in given.items() if getattr(asked, name) is None}
         extra = {**(launcher.get("additional_parameters") or {}), **asked.additional_parameters}
@@ -50,6 +51,7 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
     parameters = {}
     for stage in STAGES:
         resources = getattr(config.resources, stage)
+        _check_notice(stage, resources.timeout_min, launcher.get("signal_delay_s"))
         shape = () if stage in _ALONE else _SHAPE
         fields = {name: launcher.get(name) for name in (*_PLACE, *shape)} | {
             name.name: getattr(resources, name.name) for name in dataclasses.fields(resources)
@@ -58,10 +60,19 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
         parameters[stage] = {name: value for name, value in fields.items() if value is not None} | {
             "stderr_to_stdout": True,
             "additional_parameters": {"requeue": True, **resources.additional_parameters},
-            "srun_args": ["--kill-on-bad-exit=1", "--wait=60", *_cpus(fields["cpus_per_task"])],
+            # No --wait: ranks that are through must not have rank 0 ended while it still talks to Slurm.
+            "srun_args": ["--kill-on-bad-exit=1", "--wait=0", *_cpus(fields["cpus_per_task"])],
             "setup": [*(launcher.get("setup") or []), *_SETUP],
         }
     return parameters
+
+
+def _check_notice(stage: str, timeout_min: int | None, signal_delay_s: float | None) -> None:
+    if timeout_min is not None and signal_delay_s is not None and signal_delay_s >= 60 * timeout_min:
+        raise ValueError(
+            f"hydra.launcher.signal_delay_s={signal_delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the "
+            "job would be told to stop before it began, again and again. Ask for more time, or for less notice."
+        )
 
 
 def _cpus(per_task: int | None) -> list[str]:

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 TIMEOUT_S = 60.0  # a busy controller may take tens of seconds
 
@@ -38,6 +39,17 @@ _COLUMNS = {  # squeue's fields and their widths; the name comes last, as it alo
     "NodeList": 256,
     "Name": 512,
 }
+
+
+Fate = Literal["runs", "replaced", "ended"]
+
+ENDED = frozenset(
+    {
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "REVOKED", "TIMEOUT",
+    }
+)  # fmt: skip
+"""States in which a job neither runs nor will, unless somebody puts it back into the queue."""
 
 
 class SchedulerUnreachableError(RuntimeError):
@@ -170,20 +182,22 @@ def job_state(job_id: str) -> str | None:
     return _shown(job_id).get("JobState")
 
 
-def runs_since(job_id: str, restart: int) -> tuple[bool, str]:
-    """Whether a job runs, and still in the start that counts ``restart`` starts before it.
-
-    After a node was lost and came back, what still runs there is not the job any more: Slurm has started it elsewhere.
+def fate(job_id: str, restart: int) -> tuple[Fate, str]:
+    """What has become of the start of a job that counts ``restart`` starts before it.
 
     Returns:
-        that, and for messages what Slurm says of the job.
+        ``runs``; ``replaced`` if Slurm has put the job back into the queue or started it elsewhere, after a node was
+        lost say; ``ended`` if it was cancelled or is over. And, for messages, what Slurm says of the job.
 
     Raises:
         SchedulerUnreachableError: Slurm could not be asked.
     """
     shown = _shown(job_id)
     state, restarts = shown.get("JobState", "forgotten"), shown.get("Restarts", "0")
-    return state == "RUNNING" and restarts == str(restart), f"{state} after {restarts} restarts"
+    told = f"{state} after {restarts} restarts"
+    if int(restarts) > restart:
+        return "replaced", told
+    return "runs" if state == "RUNNING" else "ended", told
 
 
 def _shown(job_id: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +24,15 @@ from paws_hpc.cluster.bootstrap import run_job_on_slurm
 from paws_hpc.cluster.chain import Chain
 from paws_hpc.cluster.dependencies import ToSubmit, dependency, to_submit
 from paws_hpc.cluster.frozen import check_frozen, freeze
-from paws_hpc.cluster.liveness import ENDED
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
-from paws_hpc.cluster.scheduler import QueuedJob, SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import ENDED, QueuedJob, SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
 from paws_hpc.config import Config
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.run_folder import RunFolder
 
+_LEAVING_S = 120.0
 _COMMON = (  # parameters that submitit names without the prefix of the cluster
     "name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout",
 )  # fmt: skip
@@ -63,9 +64,10 @@ class SlurmChain:
             SchedulerUnreachableError: Slurm could not be asked.
         """
         with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
-            queued = scheduler.queue()  # first of all: without Slurm nothing is begun
-            freeze(self.config, self.run.config)
-            chain = Chain(self.run, self.config.name)
+            check_frozen(self.config, self.run.config)
+            scheduler.queue()  # first of all: without Slurm nothing is begun
+            chain = Chain.begin(self.run, self.config.name)
+            queued = _settled_queue(chain)
             scheduler.cancel(_orphans(chain, queued))
             active = _active(chain, queued)
             scheduler.release(job.job_id for job in active.values() if job.reason == "JobHeldUser")
@@ -83,6 +85,7 @@ class SlurmChain:
                 if isinstance(error, FailedJobError | FailedSubmissionError):
                     raise SchedulerError(f"Slurm refused a job, so none was submitted. It said: {error}") from error
                 raise
+            freeze(self.config, self.run.config)
             chain.add_submission({"time": now(), "launcher": "slurm", "code": snapshot.digest, "jobs": jobs})
             scheduler.cancel(job_id for each in planned for job_id in each.replaces)
             scheduler.release(sorted({_base(job["job_id"]) for job in jobs}))
@@ -167,13 +170,12 @@ def _script(executor: submitit.AutoExecutor, *, jobs: int) -> str:
 def cancel_chain(run: RunFolder) -> list[str]:
     """End all jobs of a run, and return their ids."""
     with exclusive(run.path / ".lock"):
-        chain = Chain(run, "")
+        chain = Chain(run)
+        chain.mark_cancelled()  # before anything ends: a job that is about to queue itself again looks here
         queued = scheduler.queue()
         ended = [*_orphans(chain, queued), *(job.job_id for job in _active(chain, queued).values())]
-        scheduler.cancel(
-            sorted({_base(job_id) for job_id in ended})
-        )  # whole arrays: Slurm then keeps their elements apart
-        chain.mark_cancelled()
+        # Whole arrays: after the elements of one are cancelled one by one Slurm does not tell them apart any more.
+        scheduler.cancel(sorted({_base(job_id) for job_id in ended}))
         return ended
 
 
@@ -182,8 +184,33 @@ def _active(chain: Chain, queued: Mapping[str, QueuedJob]) -> dict[str, QueuedJo
     return {
         name: queued[job_id]
         for name, job_id in chain.job_ids().items()
-        if job_id in queued and queued[job_id].state not in ENDED
+        if job_id in queued and _is_of(chain, queued[job_id]) and queued[job_id].state not in ENDED
     }
+
+
+def _is_of(chain: Chain, job: QueuedJob) -> bool:
+    """By its name: ids begin anew when a cluster loses its state."""
+    return job.name.endswith(f".{chain.id}")
+
+
+def _settled_queue(chain: Chain) -> dict[str, QueuedJob]:
+    """The queue, once no job of the chain is on its way out: it cannot be known yet whether that one has to run again.
+
+    Raises:
+        SchedulerError: one does not leave in two minutes.
+    """
+    deadline = time.monotonic() + _LEAVING_S
+    while True:
+        queued = scheduler.queue()
+        leaving = [job for job in queued.values() if _is_of(chain, job) and job.state == "COMPLETING"]
+        if not leaving:
+            return queued
+        if time.monotonic() > deadline:
+            raise SchedulerError(
+                f"Job {leaving[0].job_id} of this chain has been COMPLETING for {_LEAVING_S:g} s, and nobody knows yet "
+                "whether it succeeded. Launch again when it has left the queue."
+            )
+        time.sleep(1.0)
 
 
 def _orphans(chain: Chain, queued: Mapping[str, QueuedJob]) -> list[str]:
@@ -192,7 +219,7 @@ def _orphans(chain: Chain, queued: Mapping[str, QueuedJob]) -> list[str]:
     return [
         job.job_id
         for job in queued.values()
-        if job.name.endswith(f".{chain.id}") and job.job_id not in known and job.state not in ENDED
+        if _is_of(chain, job) and job.job_id not in known and job.state not in ENDED
     ]
 
 

@@ -20,7 +20,7 @@ class Prefetch(Generic[T]):
     that of the largest so far.
 
     An error in ``make`` is raised where its batch would have been taken. A thread, not a process: decoding and cropping
-    release the interpreter lock, nothing is copied or pickled, and signals go to the main thread alone.
+    release the interpreter lock, nothing is copied or pickled, and there is no process that a signal could meet.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ from paws_hpc.files import atomic_write
 _LOG = logging.getLogger(__name__)
 _INIT_TIMEOUT_S = 30.0
 _PREEMPTED_FINISH_TIMEOUT_S = 5.0  # of a grace time that may be half a minute in all
+_FINISH_TIMEOUT_S = 120.0  # the other ranks wait meanwhile, and what comes after this stage too
 
 Row = dict[str, Any]
 
@@ -236,13 +237,12 @@ class WandbTracker:
     ) -> None:
         if self._run is None:
             return
-        if kind is not None and issubclass(kind, PreemptedError):
-            self._guarded("finish before the job is preempted", self._leave_preempted)
-        else:
-            self._guarded("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+        preempted = kind is not None and issubclass(kind, PreemptedError)
+        what = "finish before the job is preempted" if preempted else "finish"
+        self._guarded(what, lambda: self._finish(preempted=preempted, exit_code=0 if kind is None else 1))
 
-    def _leave_preempted(self) -> None:
-        """Tell W&B that the run goes on later under its id; a service or a network that does not answer is left behind.
+    def _finish(self, *, preempted: bool, exit_code: int) -> None:
+        """End the run, or say that it goes on later under its id; whatever does not answer is left behind.
 
         Raises:
             TimeoutError: it did not finish in time. What was logged is on disk, for ``wandb sync``.
@@ -252,18 +252,20 @@ class WandbTracker:
 
         def finish() -> None:
             try:
-                run.mark_preempting()
-                run.finish(exit_code=1)  # 0 would mean that there is nothing to continue
+                if preempted:
+                    run.mark_preempting()
+                run.finish(exit_code=exit_code)  # 0 would mean that there is nothing to continue
             except Exception as error:  # noqa: BLE001 - handed to the guard
                 errors.append(error)
 
         thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
         thread.start()
-        thread.join(_PREEMPTED_FINISH_TIMEOUT_S)
+        timeout_s = _PREEMPTED_FINISH_TIMEOUT_S if preempted else _FINISH_TIMEOUT_S
+        thread.join(timeout_s)
         if errors:
             raise errors[0]
         if thread.is_alive():
-            raise TimeoutError(f"no answer within {_PREEMPTED_FINISH_TIMEOUT_S:g} s")
+            raise TimeoutError(f"no answer within {timeout_s:g} s")
 
     def _guarded(self, what: str, call: Any) -> None:
         try:

@@ -44,6 +44,7 @@ class Holder:
         job: its name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
         job_id: the scheduler's; None without a scheduler.
         restart: how often the scheduler has started this id before.
+        key: known to all ranks of this start and to no other start, so that they can name their failures.
         host: of rank 0.
         pid: of rank 0.
         ranks: processes that run it together.
@@ -53,6 +54,7 @@ class Holder:
     job: str
     job_id: str | None
     restart: int
+    key: str
     host: str
     pid: int
     ranks: int
@@ -60,10 +62,10 @@ class Holder:
 
     @classmethod
     def this_process(
-        cls, job: str, *, ranks: int, progress: int, job_id: str | None = None, restart: int = 0
+        cls, job: str, *, ranks: int, progress: int, key: str, job_id: str | None = None, restart: int = 0
     ) -> Holder:
         """Rank 0 is the calling process."""
-        return cls(job, job_id, restart, socket.gethostname(), os.getpid(), ranks, progress)
+        return cls(job, job_id, restart, key, socket.gethostname(), os.getpid(), ranks, progress)
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,16 @@ def _read(path: Path) -> Start:
         began=began,
         beat=read_beat(folder, int(number)),
         end=read_json(end) if end.exists() else None,
-        failures=[
-            read_json(failure) | {"rank": int(failure.stem.rpartition("rank")[2])}
-            for failure in sorted(folder.glob(f"failure-{number}-rank*.json"))
-        ],
+        failures=read_failures(folder, value["key"]),
     )
+
+
+def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
+    """What the ranks of a start said when they failed (``rank``, ``type``, ``message``, ``definite``, …)."""
+    return [
+        read_json(path) | {"rank": int(path.stem.rpartition("rank")[2])}
+        for path in sorted(folder.glob(f"failure-{key}-rank*.json"))
+    ]
 
 
 def stage_times(jobs: Path, stage: str) -> tuple[str, float | None]:
@@ -240,18 +247,18 @@ def record_end(
     write_json(folder / f"end-{number:04d}.json", {"how": how, "step": step, "seconds": seconds, "message": message})
 
 
-def record_failure(folder: Path, number: int, rank: int, error: BaseException, *, definite: bool) -> None:
+def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, definite: bool) -> None:
     """Say why a rank failed, for those who decide whether to try again and for ``status``.
 
     Args:
         folder: of the job.
-        number: of the start.
+        key: of the start, which it may have failed to begin.
         rank: that failed.
         error: why.
         definite: whether trying again must fail in the same way.
     """
     write_json(
-        folder / f"failure-{number:04d}-rank{rank}.json",
+        folder / f"failure-{key}-rank{rank}.json",
         {
             "type": type(error).__name__,
             "message": str(error),

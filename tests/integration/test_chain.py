@@ -100,7 +100,7 @@ def test_a_second_launch_of_a_running_chain_is_refused(finished: Path) -> None:
 
 def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    Chain(RunFolder(tmp_path), "run")
+    Chain.begin(RunFolder(tmp_path), "run")
     assert read(tmp_path / "chain.json")["commit"] is None
 
 

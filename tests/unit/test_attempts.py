@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tests.starts import write_start
 
 
 def begin(folder: Path, *, alive: bool = False, job_id: str | None = "17") -> Lease:
-    holder = Holder.this_process("pretrain", ranks=2, progress=0, job_id=job_id)
+    holder = Holder.this_process("pretrain", ranks=2, progress=0, key=f"{job_id}-0", job_id=job_id)
     return acquire(folder, holder, is_alive=lambda _: alive, wait_s=0.0)
 
 
@@ -71,8 +72,9 @@ def test_of_many_that_start_at_once_exactly_one_holds_the_job(tmp_path: Path) ->
 
 def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
     with begin(tmp_path) as lease:
-        while read_beat(tmp_path, lease.number) is None:
-            pass
+        deadline = time.monotonic() + 10
+        while read_beat(tmp_path, lease.number) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
     beat = read_beat(tmp_path, lease.number)
     assert beat is not None
     assert beat["beat"] == 1
@@ -81,11 +83,11 @@ def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
 def test_a_process_that_is_gone_is_dead_and_what_ran_under_the_own_job_id_too(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    here = Holder.this_process("pretrain", ranks=1, progress=0)
-    gone = Holder(here.job, None, 0, here.host, process.pid, 1, 0)
+    here = Holder.this_process("pretrain", ranks=1, progress=0, key="local1")
+    gone = Holder(here.job, None, 0, "local1", here.host, process.pid, 1, 0)
     start = Start(tmp_path, 1, gone, "2026-01-02T03:04:05+00:00", None, None, [])
     assert not liveness.is_alive(start, own_job_id=None)
-    requeued = Start(tmp_path, 1, Holder(here.job, "17", 0, "n1", 1, 1, 0), start.began, None, None, [])
+    requeued = Start(tmp_path, 1, Holder(here.job, "17", 0, "17-0", "n1", 1, 1, 0), start.began, None, None, [])
     assert not liveness.is_alive(requeued, own_job_id="17")
 
 
@@ -95,7 +97,7 @@ def test_where_nobody_can_be_asked_a_changing_heartbeat_is_life(
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     monkeypatch.setattr(liveness, "BEAT_EVERY_S", 0.3)
     monkeypatch.setattr("paws_hpc.stages.attempts.BEAT_EVERY_S", 0.1)
-    elsewhere = Holder("pretrain", "17", 0, "another-node", 1, 1, 0)
+    elsewhere = Holder("pretrain", "17", 0, "17-0", "another-node", 1, 1, 0)
     with begin(tmp_path) as lease:
         start = Start(tmp_path, lease.number, elsewhere, "2026-01-02T03:04:05+00:00", None, None, [])
         assert liveness.is_alive(start, own_job_id="18")
@@ -109,18 +111,21 @@ def test_crashes_count_only_as_long_as_nothing_new_is_saved(tmp_path: Path) -> N
             write_start(folder, "pretrain", how=how, number=number, job_id="17", progress=progress)
         return read_starts(folder / "jobs/pretrain")
 
-    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 0)), 0) == 2
-    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 0)), 5) == 0, "the last start saved step 5"
-    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 5), (None, 5)), 5) == 2
-    assert fruitless_crashes(starts(("crashed", 5), ("requeued", 5), ("failed", 5)), 5) == 2, "preemption is no crash"
+    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 0)), 0, restart=1) == 2
+    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 0)), 5, restart=1) == 0, "the last start saved step 5"
+    assert fruitless_crashes(starts(("crashed", 0), ("crashed", 5), ("crashed", 5)), 5, restart=2) == 2
+    assert fruitless_crashes(starts(("crashed", 5), ("requeued", 5), ("failed", 5)), 5, restart=2) == 2, "no crash"
+    assert fruitless_crashes(starts(("crashed", 5), (None, 5), ("failed", 5)), 5, restart=2) == 2, "a lost node is none"
+    assert fruitless_crashes([], 0, restart=2) == 3, "crashed before they could say that they began"
+    assert fruitless_crashes(starts(("requeued", 0), ("requeued", 4)), 9, restart=2) == 1, "the third one did"
 
 
 def test_the_state_of_a_stage_is_the_worst_of_its_jobs_and_seconds_add_up(tmp_path: Path) -> None:
     assert stage_times(tmp_path / "jobs", "finetune") == ("pending", None)
     write_start(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=3)
     assert stage_times(tmp_path / "jobs", "finetune") == ("done", 3)
-    folder = write_start(tmp_path, "finetune/lr=0.2,epochs=2", how="crashed", seconds=2)
-    record_failure(folder, 1, 3, RuntimeError("the device is lost"), definite=False)
+    folder = write_start(tmp_path, "finetune/lr=0.2,epochs=2", how="crashed", seconds=2, job_id="17")
+    record_failure(folder, "17-0", 3, RuntimeError("the device is lost"), definite=False)
     assert stage_times(tmp_path / "jobs", "finetune") == ("failed", 5)
     (start,) = read_starts(folder)
     assert [(failure["rank"], failure["message"]) for failure in start.failures] == [(3, "the device is lost")]

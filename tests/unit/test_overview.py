@@ -115,8 +115,8 @@ def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) ->
 def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(run: Path) -> None:
     folder = write_start(run, "pretrain", how="failed", job_id="17")
     submit(run, pretrain="17")
-    record_failure(folder, 1, 1, ValueError("the disk is full"), definite=True)
-    record_failure(folder, 1, 0, RuntimeError("connection closed by peer"), definite=False)
+    record_failure(folder, "17-0", 1, ValueError("the disk is full"), definite=True)
+    record_failure(folder, "17-0", 0, RuntimeError("connection closed by peer"), definite=False)
     log = run / "logs" / "pretrain" / "17_1_log.out"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(100)))
@@ -172,7 +172,7 @@ def test_a_result_from_before_this_submission_is_not_its_result(run: Path) -> No
 def test_starts_that_get_no_further_are_told(run: Path) -> None:
     for number in (1, 2, 3):
         folder = write_start(run, "pretrain", how="crashed", number=number, progress=24)
-    record_failure(folder, 3, 0, RuntimeError("NCCL"), definite=False)
+    record_failure(folder, "local-2", 0, RuntimeError("NCCL"), definite=False)
     assert "does not advance: the last 3 starts all began at step 24" in look(run).jobs[1].notes
     write_start(run, "pretrain", how="crashed", number=4, progress=48)
     assert not any("advance" in note for note in look(run).jobs[1].notes)
