@@ -42,6 +42,7 @@ _HEADER = struct.Struct("<16sQQ")  # magic, records, bytes of keys
 _LABEL = np.dtype("<i8")
 _BLOCK = 8192
 _HASH = np.dtype("<u8")
+_BLOCKS_AHEAD = 512
 _IN_MEMORY_BYTES = 64 << 20
 _CHUNK = 1 << 16
 
@@ -53,26 +54,32 @@ class JoinedIndex:
         hash: 128-bit xxh3 of the table of block hashes and the size, 32 hexadecimal digits: it stands for every byte.
     """
 
-    def __init__(self, content: NDArray[np.uint8], *, name: str = INDEX_NAME) -> None:
+    def __init__(self, content: bytes | memoryview | mmap.mmap, *, name: str = INDEX_NAME) -> None:
         """Interpret the bytes of an index file.
 
         Raises:
             StoreError: they are not those of an index, or not of their length.
         """
-        self._name, self._content = name, content
-        if len(content) < _HEADER.size:
-            raise StoreError(f"{name} is not an index: it has only {len(content)} bytes.")
-        magic, self._count, self._key_bytes = _HEADER.unpack(content[: _HEADER.size].tobytes())
+        self._name = name
+        self._mapped = content if isinstance(content, mmap.mmap) else None
+        if self._mapped is not None:
+            self._mapped.madvise(mmap.MADV_RANDOM)  # reading ahead would read sixteen times what is asked for
+        self._content = whole = np.frombuffer(content, np.uint8)
+        if len(whole) < _HEADER.size:
+            raise StoreError(f"{name} is not an index: it has only {len(whole)} bytes.")
+        magic, self._count, self._key_bytes = _HEADER.unpack(whole[: _HEADER.size].tobytes())
         self._labels_start = _HEADER.size + self._count * ROW.itemsize
         self._keys_start = self._labels_start + self._count * _LABEL.itemsize
         self._stop = self._keys_start + self._key_bytes
         blocks = -(-self._stop // _BLOCK)
-        if magic != _MAGIC or len(content) != self._stop + blocks * _HASH.itemsize:
+        if magic != _MAGIC or len(whole) != self._stop + blocks * _HASH.itemsize:
             raise StoreError(f"{name} is not an index of this version, or was cut off.")
-        self._hashes = np.frombuffer(content[self._stop :].tobytes(), _HASH)
+        self._hashes = np.frombuffer(whole[self._stop :].tobytes(), _HASH)
         self._checked = np.zeros(blocks, np.bool_)
-        self._rows = content[_HEADER.size : self._labels_start].view(ROW)
-        self._labels = content[self._labels_start : self._keys_start].view(_LABEL)
+        self._all_checked = False
+        self._rows = whole[_HEADER.size : self._labels_start].view(ROW)
+        self._words = whole[_HEADER.size : self._labels_start].view(np.uint64).reshape(self._count, -1)
+        self._labels = whole[self._labels_start : self._keys_start].view(_LABEL)
         self._labels.flags.writeable = False
         self.hash = xxhash.xxh3_128_hexdigest(self._hashes.tobytes() + self._stop.to_bytes(8, "little"))
 
@@ -99,11 +106,11 @@ class JoinedIndex:
         Raises:
             StoreError: they were damaged since they were written.
         """
-        starts = _HEADER.size + positions * ROW.itemsize
-        self._check_blocks(starts // _BLOCK)
-        self._check_blocks((starts + ROW.itemsize - 1) // _BLOCK)
-        rows: NDArray[np.void] = self._rows[positions]
-        return rows
+        if not self._all_checked:
+            starts = _HEADER.size + positions * ROW.itemsize
+            self._check_blocks(starts // _BLOCK)
+            self._check_blocks((starts + ROW.itemsize - 1) // _BLOCK)
+        return self._words[positions].view(ROW)[:, 0]  # twice as fast as self._rows[positions]
 
     def label(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Copy the labels (n,) int64 at n positions in [0, N)."""
@@ -131,6 +138,7 @@ class JoinedIndex:
             StoreError: the index is damaged.
         """
         self._check(0, self._stop)
+        self._all_checked = True
 
     def save(self, file: BinaryIO) -> None:
         """Write the index to a file."""
@@ -139,13 +147,22 @@ class JoinedIndex:
     def _check(self, start: int, stop: int) -> None:
         """Check the blocks in which the bytes ``start`` to ``stop - 1`` lie."""
         first, last = start // _BLOCK, -(-stop // _BLOCK)
-        if stop > start and not self._checked[first:last].all():
-            self._check_blocks(np.arange(first, last))
+        if stop <= start or self._checked[first:last].all():
+            return
+        for block in range(first, last, _BLOCKS_AHEAD):
+            blocks = np.arange(block, min(block + _BLOCKS_AHEAD, last))
+            self._check_blocks(blocks)
 
     def _check_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Check blocks that nobody has asked for yet; two threads that meet here do the same work twice."""
-        new = blocks[~self._checked[blocks]]
-        for block in np.unique(new).tolist() if len(new) else ():
+        unchecked = blocks[~self._checked[blocks]]
+        if not len(unchecked):
+            return
+        new = np.unique(unchecked).tolist()
+        if self._mapped is not None:
+            for block in new:  # all at once, where one after the other would wait for the disk each time
+                self._mapped.madvise(mmap.MADV_WILLNEED, block * _BLOCK, _BLOCK)
+        for block in new:
             part = self._content[block * _BLOCK : min((block + 1) * _BLOCK, self._stop)]
             if xxhash.xxh3_64_intdigest(part.data) != self._hashes[block]:
                 raise StoreError(
@@ -159,7 +176,7 @@ def join_indexes(indexes: Iterable[ShardIndex]) -> JoinedIndex:
     """Join the indexes of all shards, in memory: about 76 bytes per record. ``indexes`` is gone through four times."""
     file = io.BytesIO()
     _write(file, indexes)
-    return JoinedIndex(np.frombuffer(file.getbuffer(), np.uint8))
+    return JoinedIndex(file.getbuffer())
 
 
 def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> JoinedIndex:
@@ -242,7 +259,7 @@ def _open(path: Path) -> JoinedIndex:
         small = file.seek(0, io.SEEK_END) <= _IN_MEMORY_BYTES
         file.seek(0)
         content = file.read() if small else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    index = JoinedIndex(np.frombuffer(content, np.uint8), name=str(path))
+    index = JoinedIndex(content, name=str(path))
     if small:
         index.check()
     return index

@@ -7,11 +7,11 @@ h5py handle stays open: those must not cross a fork, and h5py reads under one lo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,7 @@ from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, Store
 from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
 from paws_hpc.store.keys import Keys, find_keys, in_order
 from paws_hpc.store.local import LocalFolder
-from paws_hpc.store.shardset import ShardSet
+from paws_hpc.store.shardset import Problem, ShardSet
 from paws_hpc.store.substitutes import Substitutes
 
 Read = TypeVar("Read")
@@ -59,6 +59,7 @@ class ImageStore:
         self._keys = Keys(index)
         self._ends = np.cumsum([shard.count for shard in manifest.shards])
         self._substitutes = Substitutes(index, limit=max_substitutes)
+        self._own = threading.local()
 
     @classmethod
     def open(
@@ -165,8 +166,8 @@ class ImageStore:
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Standard deviation of the pixels per RGB channel, in [0, 1]."""
-        return self.manifest.statistics.std
+        """Standard deviation of the pixels per RGB channel, in [0, 1]; 1 for a channel that never changes."""
+        return self.manifest.statistics.scale
 
     def find(self, keys: Sequence[str]) -> NDArray[np.int64]:
         """Return the positions (n,) int64 of ``keys``, in their order.
@@ -219,8 +220,7 @@ class ImageStore:
         """
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
-        buffers = self._with_substitutes(self._read_buffers, self._positions(indices))
-        return [buffer.tobytes() for buffer in buffers]
+        return self._with_substitutes(self._payloads, self._positions(indices))
 
     def read_raw(self, indices: ArrayLike) -> NDArray[np.uint8]:
         """Read n images of a raw store as (n, H, W, C) uint8, C 1 or 3.
@@ -254,43 +254,61 @@ class ImageStore:
             except RecordError as error:
                 self._substitutes.add(error)
 
-    def _read_buffers(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Read n records into parts of one new buffer."""
-        lengths = self._index.rows(positions)["length"]
-        bounds = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
-        whole = np.empty(bounds[-1], dtype=np.uint8)
-        buffers = [whole[start:stop] for start, stop in pairwise(bounds)]
-        self._fill(positions, buffers)
-        return buffers
+    def _payloads(self, positions: NDArray[np.int64]) -> list[bytes]:
+        """Read n records and check them."""
+        payloads = []
+        for place in self._places(positions):
+            payload = self.shards.read(place.shard, place.length, place.offset, place.crc32c)
+            if isinstance(payload, Problem):
+                raise self._fault(place.position, payload.text, lasting=payload.lasting)
+            payloads.append(payload)
+        return payloads
 
-    def _fill(self, positions: NDArray[np.int64], buffers: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> None:
-        """Read n records into n buffers of their lengths and check them."""
-        if self.shards.closed:
-            raise ValueError(f"the store {self.path} was closed: open it again to read.")
-        self.shards.look()
-        rows = self._index.rows(positions)
-        shards, offsets = self._shard_of(positions).tolist(), rows["offset"].tolist()
-        checksums = rows["crc32c"].tolist() if self.check else [None] * len(positions)
-        for i, buffer in enumerate(buffers):
-            problem = self.shards.read(shards[i], buffer, offsets[i], checksums[i])
+    def _fill(self, positions: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
+        """Read n records of one length into the rows of (n, length) and check them."""
+        for place, buffer in zip(self._places(positions), pixels, strict=True):
+            problem = self.shards.read_into(place.shard, buffer, place.offset, place.crc32c)
             if problem is not None:
-                raise self._fault(int(positions[i]), problem.text, lasting=problem.lasting)
+                raise self._fault(place.position, problem.text, lasting=problem.lasting)
 
     def _decoded(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """Read and decode n JPEGs, each (H, W, 3) of the size that the index says."""
-        rows = self._index.rows(positions)
-        sizes = zip(rows["height"].tolist(), rows["width"].tolist(), strict=True)
         images = []
-        for position, size, buffer in zip(positions.tolist(), sizes, self._read_buffers(positions), strict=True):
+        for place in self._places(positions):
+            buffer = self._buffer(place.length)
+            problem = self.shards.read_into(place.shard, buffer, place.offset, place.crc32c)
+            if problem is not None:
+                raise self._fault(place.position, problem.text, lasting=problem.lasting)
             try:
-                images.append(decode_jpeg(buffer, size=size))
+                images.append(decode_jpeg(buffer, size=(place.height, place.width)))
             except ValueError as error:
-                raise self._fault(position, f"cannot be decoded: {error}") from error
+                raise self._fault(place.position, f"cannot be decoded: {error}") from error
         return images
+
+    def _buffer(self, length: int) -> NDArray[np.uint8]:
+        """A buffer of this thread's that the next call uses again: new memory costs half as much as reading."""
+        buffer: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
+        if buffer is None or len(buffer) < length:
+            buffer = self._own.buffer = np.empty(2 * length, np.uint8)
+        return buffer[:length]
+
+    def _places(self, positions: NDArray[np.int64]) -> Iterator[_Place]:
+        """Where n records lie, and what they must be."""
+        if self.shards.closed:
+            raise ValueError(f"the store {self.path} was closed: open it again to read.")
+        self.shards.look()
+        rows = self._index.rows(positions).tolist()
+        check = self.check
+        return (
+            _Place(position, shard, offset, length, height, width, crc32c if check else None)
+            for position, shard, (offset, _, length, crc32c, width, height, _, _) in zip(
+                positions.tolist(), self._shard_of(positions).tolist(), rows, strict=True
+            )
+        )
 
     def _shard_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers (n,) of the shards that hold n records."""
-        return np.searchsorted(self._ends, positions, side="right")
+        return self._ends.searchsorted(positions, side="right")
 
     def _fault(self, position: int, problem: str, *, lasting: bool = True) -> RecordError:
         """Name a record that cannot be used."""
@@ -302,6 +320,18 @@ class ImageStore:
             position=position,
             lasting=lasting,
         )
+
+
+class _Place(NamedTuple):
+    """Where a record lies, and what it must be."""
+
+    position: int
+    shard: int
+    offset: int
+    length: int
+    height: int
+    width: int
+    crc32c: int | None
 
 
 def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

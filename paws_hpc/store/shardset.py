@@ -39,6 +39,9 @@ class Problem:
     lasting: bool
 
 
+_CLOSED = Problem("was not read, the store was closed meanwhile", lasting=False)
+
+
 class ShardSet:
     """Reads records from any thread while shards are being switched to their local copies.
 
@@ -92,27 +95,39 @@ class ShardSet:
         finally:
             self._looking.release()
 
-    def read(self, shard: int, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
-        """Fill ``buffer`` with a record; a local copy that fails is replaced by the store's own shard.
+    def read(self, shard: int, length: int, offset: int, crc32c: int | None) -> bytes | Problem:
+        """Return a record; a local copy that fails is replaced by the store's own shard.
 
         Args:
             shard: number of the shard.
-            buffer: of the record's length.
+            length: of the record, bytes.
             offset: of the record in ``/data``.
             crc32c: what the record's CRC32C must be; None checks nothing.
 
         Returns:
-            None, or why the record cannot be had.
+            the record, or why it cannot be had.
         """
         files = self._files
         if files is None:
-            return Problem("was not read, the store was closed meanwhile", lasting=False)
+            return _CLOSED
         file = files[shard]
-        problem = _read(file, buffer, offset, crc32c)
+        content = _read(file, length, offset, crc32c)
+        if not isinstance(content, Problem) or file.path.parent == self._folder:
+            return content
+        self._fall_back(shard, file, content.text)
+        return _read(files[shard], length, offset, crc32c)
+
+    def read_into(self, shard: int, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+        """Fill ``buffer`` with a record of its length; otherwise as :meth:`read`."""
+        files = self._files
+        if files is None:
+            return _CLOSED
+        file = files[shard]
+        problem = _read_into(file, buffer, offset, crc32c)
         if problem is None or file.path.parent == self._folder:
             return problem
         self._fall_back(shard, file, problem.text)
-        return _read(files[shard], buffer, offset, crc32c)
+        return _read_into(files[shard], buffer, offset, crc32c)
 
     def _adopt(self, number: int, path: Path) -> None:
         """Switch a shard to its local copy."""
@@ -176,14 +191,27 @@ def _free_locks() -> None:
 os.register_at_fork(after_in_child=_free_locks)
 
 
-def _read(file: ShardFile, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+def _read(file: ShardFile, length: int, offset: int, crc32c: int | None) -> bytes | Problem:
+    try:
+        content = file.read(length, offset)
+    except OSError as error:
+        return Problem(f"cannot be read: {error}", lasting=False)
+    return _problem(content, len(content), length, crc32c) or content
+
+
+def _read_into(file: ShardFile, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
     try:
         read = file.read_into(buffer, offset)
     except OSError as error:
         return Problem(f"cannot be read: {error}", lasting=False)
-    if read < len(buffer):
-        return Problem(f"is cut off: {read:,} of {len(buffer):,} bytes are there", lasting=True)
-    if crc32c is not None and google_crc32c.value(buffer) != crc32c:
+    return _problem(buffer, read, len(buffer), crc32c)
+
+
+def _problem(content: bytes | NDArray[np.uint8], read: int, length: int, crc32c: int | None) -> Problem | None:
+    """What is wrong with the bytes of a record."""
+    if read < length:
+        return Problem(f"is cut off: {read:,} of {length:,} bytes are there", lasting=True)
+    if crc32c is not None and google_crc32c.value(content) != crc32c:
         return Problem("is damaged: its CRC32C differs from the index", lasting=True)
     return None
 

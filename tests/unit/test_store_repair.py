@@ -1,0 +1,168 @@
+"""Repair gives back the very bytes that were packed, or leaves everything as it is and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from sklearn.datasets import load_sample_images
+
+from paws_hpc.files import file_hash
+from paws_hpc.shards import main
+from paws_hpc.store import ImageFolder, ImageStore, PackOptions, SourceConfig, StoreError, open_source, pack, verify
+from paws_hpc.store.format import read_manifest
+
+KIB = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 photographs, one of them unreadable, and its store of several shards."""
+    root = tmp_path_factory.mktemp("made")
+    for number in range(24):
+        photo = load_sample_images().images[number % 2]
+        path = root / "source" / ("a", "b")[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tile = np.ascontiguousarray(photo[number : number + 64, 3 * number : 3 * number + 80])
+        path.write_bytes(simplejpeg.encode_jpeg(tile, quality=90))
+    (root / "source" / "a" / "odd.jpg").write_bytes(b"no image")
+    pack(ImageFolder(root / "source"), root / "store", options=PackOptions(shard_bytes=7 * KIB, on_error="skip"))
+    return root
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+
+
+@pytest.fixture
+def source(made: Path, tmp_path: Path) -> Path:
+    """A copy of the source, elsewhere and with other times."""
+    return Path(shutil.copytree(made / "source", tmp_path / "source", copy_function=shutil.copyfile))
+
+
+def hashes(store: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in sorted(store.iterdir()) if path.is_file()}
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def repair(store: Path, source: Path, *options: str) -> int:
+    return main(["repair", str(store), "--root", str(source), *options])
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_damaged_shards_become_what_was_packed(store: Path, source: Path, with_index: bool) -> None:
+    before, reader = hashes(store), ImageStore.open(store)
+    shards = [store / entry.name for entry in read_manifest(store).shards]
+    assert len(shards) >= 5
+    flipped(shards[0])
+    os.truncate(shards[1], 5 * KIB)
+    shards[2].unlink()
+    shutil.copy(shards[4], shards[3])
+    if not with_index:
+        (store / "index.bin").unlink()
+    untouched = shards[4].stat().st_ino
+    assert repair(store, source) == 0
+    assert hashes(store) == before
+    assert shards[4].stat().st_ino == untouched  # only the damaged ones were written
+    assert verify(store, level="deep")[0] == []
+    assert len(reader.keys) == 24
+
+
+def test_a_store_without_faults_is_left_alone(store: Path, source: Path) -> None:
+    inodes = {path.name: path.stat().st_ino for path in store.iterdir()}
+    assert repair(store, source) == 0
+    assert {path.name: path.stat().st_ino for path in store.iterdir()} == inodes
+
+
+def change_an_image(source: Path, key: str) -> str:
+    (source / key).write_bytes((source / key).read_bytes()[:-2] + b"\0\xff\xd9")
+    return f"image '{key}' gives other bytes, and 0 more"
+
+
+def remove_an_image(source: Path, key: str) -> str:
+    (source / key).unlink()
+    return f"the source has no image '{key}', nor 0 others of this shard"
+
+
+def spoil_an_image(source: Path, key: str) -> str:
+    (source / key).write_bytes(b"")
+    return f"image '{key}' cannot be packed"
+
+
+@pytest.mark.parametrize("change", [change_an_image, remove_an_image, spoil_an_image])
+def test_a_shard_whose_source_is_another_is_left_as_it_is_and_the_reason_said(
+    store: Path,
+    source: Path,
+    change: Callable[[Path, str], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second, *_ = read_manifest(store).shards
+    before = hashes(store)
+    message = change(source, ImageStore.open(store).keys[first.count])
+    flipped(store / first.name)
+    flipped(store / second.name)
+    damaged = file_hash(store / second.name)
+    assert repair(store, source) == 1
+    output = capsys.readouterr().out
+    assert f"NOT REPAIRED {second.name}: " in output
+    assert message in output
+    assert hashes(store) == before | {second.name: damaged}  # the other was repaired
+    capsys.readouterr()
+    assert repair(store, source, "--json") == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (report["repaired"], list(report["refused"]), report["whole"]) == ([], [second.name], False)
+    assert [fault["shard"] for fault in report["faults"]] == [second.name]
+
+
+def test_without_the_index_another_number_of_images_is_refused(
+    store: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flipped(store / "shard-00000.h5")
+    (store / "index.bin").unlink()
+    shutil.copy(source / "a" / "00.jpg", source / "a" / "new.jpg")
+    assert repair(store, source) == 1
+    assert "the source has 25 images that were not skipped, the store 24" in capsys.readouterr().out
+
+
+def test_a_damaged_index_needs_no_source(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = hashes(store)
+    flipped(store / "index.bin")
+    assert main(["repair", str(store)]) == 0
+    assert "made index.bin anew" in capsys.readouterr().out
+    assert hashes(store) == before
+
+
+def test_a_store_of_digits_repairs_itself(tmp_path: Path) -> None:
+    source = open_source(SourceConfig(kind="digits", split="test", size=16))
+    path = pack(source, tmp_path / "store", options=PackOptions(shard_bytes=30 * KIB)).path
+    before = hashes(path)
+    flipped(path / "shard-00002.h5")
+    assert main(["repair", str(path)]) == 0
+    assert hashes(path) == before
+
+
+def test_a_source_that_is_needed_and_not_named_is_an_error(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flipped(store / "shard-00000.h5")
+    assert main(["repair", str(store)]) == 1
+    assert "source.root is needed for source.kind='folder'" in capsys.readouterr().err
+
+
+def test_a_damaged_manifest_is_not_repaired_but_named(store: Path, source: Path) -> None:
+    from paws_hpc.store import repair as repair_store
+
+    flipped(store / "manifest.json")
+    with pytest.raises(StoreError, match=r"manifest.json"):
+        repair_store(store, source)

@@ -1,0 +1,176 @@
+"""A hundred million records open in an instant and take no memory; a few of them are found by a few looks."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import xxhash
+
+from paws_hpc.files import value_digest
+from paws_hpc.store import ImageStore, StoreError
+from paws_hpc.store.format import ShardIndex
+from paws_hpc.store.joined import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, JoinedIndex, join_indexes
+from paws_hpc.store.keys import find_keys, in_order
+
+RECORDS_PER_SHARD = 250_000
+
+
+def sparse_store(folder: Path, count: int) -> Path:
+    """A store of ``count`` records of one black pixel, whose files are holes: rows, labels and pixels are zeros."""
+    folder.mkdir()
+    header = _HEADER.pack(_MAGIC, count, 0)
+    stop = len(header) + count * (ROW.itemsize + _LABEL.itemsize)
+    blocks = -(-stop // _BLOCK)
+    hashes = np.full(blocks, xxhash.xxh3_64_intdigest(bytes(_BLOCK)), "<u8")
+    hashes[0] = xxhash.xxh3_64_intdigest(header + bytes(_BLOCK - len(header)))
+    hashes[-1] = xxhash.xxh3_64_intdigest(bytes(stop - (blocks - 1) * _BLOCK))
+    with open(folder / "index.bin", "wb") as file:
+        file.write(header)
+        file.seek(stop)
+        file.write(hashes.tobytes())
+    shards = []
+    for number, start in enumerate(range(0, count, RECORDS_PER_SHARD)):
+        records = min(RECORDS_PER_SHARD, count - start)
+        entry = {"name": f"shard-{number:05d}.h5", "count": records, "bytes": 4096 + records, "data_offset": 4096}
+        shards.append(entry | {"data_bytes": records, "file_hash": "", "uuid": ""})
+        with open(folder / f"shard-{number:05d}.h5", "wb") as file:
+            file.truncate(4096 + records)
+    manifest = {"format": "paws-hpc-store", "version": 2, "encoding": "raw", "shape": [1, 1, 1], "count": count}
+    manifest |= {"classes": ["black"], "class_counts": [count], "digest": "", "shards": shards, "reencoded": {}}
+    manifest |= {"rewritten": {}, "recovered": [], "skipped": []}
+    manifest |= {"index_hash": xxhash.xxh3_128_hexdigest(hashes.tobytes() + stop.to_bytes(8, "little"))}
+    manifest |= {"statistics": {"mean": [0, 0, 0], "std": [1, 1, 1], "images": 1, "method": "sample"}}
+    manifest |= {"origin": {"kind": "holes", "digest": "", "options": {}}}
+    packing = {"packer": "0", "seed": 0, "shard_bytes": 1, "on_error": "stop"}
+    manifest |= {"packing": packing | {"max_short_side": None, "transcoder": None}}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
+    return folder
+
+
+def own_memory() -> int:
+    """Bytes of this process that are not pages of files, which the system takes back when it needs them."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("RssAnon:"))) << 10
+
+
+def test_opening_and_reading_cost_the_same_for_ten_and_a_hundred_million_records(tmp_path: Path) -> None:
+    seconds, memory = {}, {}
+    for count in (10_000_000, 100_000_000):
+        path = sparse_store(tmp_path / str(count), count)
+        before, durations = own_memory(), []
+        for _ in range(3):
+            started = time.perf_counter()
+            store = ImageStore.open(path, check=False)
+            durations.append(time.perf_counter() - started)
+        seconds[count] = min(durations)
+        for seed in range(20):
+            places = np.random.default_rng(seed).integers(count, size=512)
+            assert not store.read_raw(places).any()
+        memory[count] = own_memory() - before
+        assert len(store) == count
+        store.close()
+    assert seconds[100_000_000] < 1  # 0.04 s on an idle core
+    assert memory[100_000_000] < memory[10_000_000] + (16 << 20)  # a byte for each of 8 KiB, and their hashes
+    assert memory[100_000_000] < 40 << 20
+
+
+@pytest.mark.parametrize("part", ["rows", "labels"])
+def test_damage_in_a_large_index_is_named_where_it_is_met(tmp_path: Path, part: str) -> None:
+    count = 2_000_000
+    path = sparse_store(tmp_path / "store", count)
+    record = 1_234_567
+    place = _HEADER.size + (
+        ROW.itemsize * record if part == "rows" else ROW.itemsize * count + _LABEL.itemsize * record
+    )
+    with open(path / "index.bin", "r+b") as file:
+        file.seek(place)
+        file.write(b"\x01")
+    store = ImageStore.open(path, check=False)
+    assert store.read_raw([0, count - 1]).tolist() == [[[[0]]], [[[0]]]]
+    with pytest.raises(StoreError, match=rf"{path / 'index.bin'} is damaged: block \d+ .* Remove the file"):
+        store.read_raw([record]) if part == "rows" else store.labels
+
+
+def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:
+    """The indexes of shards of ``count`` records in packing order, and their keys."""
+    keys = [f"class{number % 7}/image-{number}.jpg" for number in range(count)]
+    keys.sort(key=lambda key: xxhash.xxh3_64_intdigest(key.encode(), seed))
+    indexes = []
+    for start, stop in pairwise([0, count // 3, count]):
+        encoded = [key.encode() for key in keys[start:stop]]
+        zeros = np.zeros(len(encoded), "<u4")
+        indexes.append(
+            ShardIndex(
+                offset=zeros.astype("<u8"),
+                length=zeros,
+                crc32c=zeros,
+                label=np.arange(start, stop).astype("<i4"),
+                width=zeros,
+                height=zeros,
+                flags=zeros,
+                key_blob=np.frombuffer(b"".join(encoded), "u1"),
+                key_offset=np.cumsum([0, *map(len, encoded)]).astype("<u8"),
+            )
+        )
+    return indexes, keys
+
+
+@pytest.fixture(scope="module")
+def many() -> tuple[JoinedIndex, list[str]]:
+    """An index of 60,000 records packed with seed 3, and its keys."""
+    indexes, keys = shard_indexes(60_000, seed=3)
+    return join_indexes(indexes), keys
+
+
+@pytest.mark.parametrize("wanted", [1, 100, 60_000])
+def test_keys_are_found_and_strangers_are_not(many: tuple[JoinedIndex, list[str]], wanted: int) -> None:
+    index, keys = many
+    places = np.random.default_rng(wanted).permutation(len(keys))[:wanted]
+    assert np.array_equal(find_keys(index, [keys[place] for place in places], seed=3), places)
+    strangers = [keys[place] + "x" for place in places] + ["", "ö"]
+    assert (find_keys(index, strangers, seed=3) == -1).all()
+
+
+def test_a_few_keys_are_found_without_reading_the_others(many: tuple[JoinedIndex, list[str]]) -> None:
+    index, keys = many
+    looked = 0
+    keys_of = index.keys
+
+    def counting(positions: np.ndarray) -> list[bytes]:
+        nonlocal looked
+        looked += len(positions)
+        return keys_of(positions)
+
+    index.keys = counting  # type: ignore[method-assign]
+    try:
+        assert np.array_equal(find_keys(index, keys[5:6000:600], seed=3), np.arange(5, 6000, 600))
+    finally:
+        del index.keys  # type: ignore[method-assign]
+    assert looked < 10 * 25
+
+
+def test_another_seed_is_noticed(many: tuple[JoinedIndex, list[str]]) -> None:
+    index, keys = many
+    assert in_order(index, seed=3)
+    assert not in_order(index, seed=4)
+    assert (find_keys(index, keys[:50], seed=4) == -1).any()
+
+
+def test_keys_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64-bit hashes of real keys hardly collide; hashes cut to 6 bits do."""
+
+    def short(content: bytes, seed: int) -> int:
+        return xxhash.xxh3_64_intdigest(content, seed) >> 58 << 58
+
+    indexes, keys = shard_indexes(500, seed=1)
+    index = join_indexes(indexes)
+    monkeypatch.setattr("paws_hpc.store.keys.xxhash", SimpleNamespace(xxh3_64_intdigest=short))
+    for wanted in (range(500), range(0, 500, 60)):
+        assert find_keys(index, [keys[place] for place in wanted], seed=1).tolist() == list(wanted)
+    assert find_keys(index, ["stranger", "another"], seed=1).tolist() == [-1, -1]
