@@ -238,7 +238,7 @@ def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
         TypeError,
         OverflowError,
         Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
+        Warning,  # where warnings are errors, the bomb warning included
     ) as error:  # what PIL's readers are known to raise on damaged files
         raise ValueError(f"it is not a readable image: {error}") from error
 

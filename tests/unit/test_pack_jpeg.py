@@ -1,0 +1,214 @@
+"""What packing does to an image: nothing that changes pixels where that can be avoided, and everything is said."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import sklearn.datasets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, ImageSequence
+
+from paws_hpc.store import standard
+from paws_hpc.store.decode import decode_jpeg
+from paws_hpc.store.format import (
+    FLAG_MADE_BASELINE,
+    FLAG_PROGRESSIVE,
+    FLAG_REENCODED,
+    FLAG_SHRUNK,
+    FLAG_STRIPPED,
+    FLAG_TURNED,
+)
+from paws_hpc.store.jpeg import exif_orientation, take_apart
+from paws_hpc.store.standard import Standard, StandardImage, standard_jpeg, transcoder
+
+PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+needs_turbojpeg = pytest.mark.skipif(transcoder() is None, reason="turbojpeg is not installed")
+
+
+def tile(width: int = 160, height: int = 112) -> Image.Image:
+    with Image.open(PHOTO) as photo:
+        return photo.crop((100, 80, 100 + width, 80 + height))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010E] = orientation, "a private description"
+    return tags
+
+
+def pixels_of(image: StandardImage) -> NDArray[np.uint8]:
+    pixels = decode_jpeg(image.payload)
+    assert pixels.shape == (image.height, image.width, 3)
+    if image.pixels is not None:
+        assert np.array_equal(pixels, image.pixels)
+    return pixels
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_metadata_goes_and_every_pixel_stays(subsampling: int) -> None:
+    content = encoded(
+        tile(), quality=90, subsampling=subsampling, exif=exif(1), comment=b"secret", icc_profile=b"a profile" * 99
+    )
+    image = standard_jpeg(content + b"another image behind it")
+    assert (image.flags, image.changed) == (FLAG_STRIPPED, "metadata taken out")
+    assert np.array_equal(pixels_of(image), decode_jpeg(content))
+    for trace in (b"Exif", b"secret", b"profile", b"private", b"behind"):
+        assert trace not in image.payload
+    plain = encoded(tile(), quality=90, subsampling=subsampling)
+    assert standard_jpeg(plain).payload == plain
+    assert standard_jpeg(plain).changed is None
+    assert standard_jpeg(image.payload).payload == image.payload
+
+
+def test_a_preview_in_the_header_goes() -> None:
+    plain = encoded(tile())
+    assert plain[4:11] == b"\0\x10JFIF\0"
+    preview = plain[:4] + struct.pack(">H", 16 + 3 * 4) + plain[6:18] + b"\2\2" + b"\x7f" * 12 + plain[20:]
+    assert np.array_equal(decode_jpeg(preview), decode_jpeg(plain))
+    assert standard_jpeg(preview).payload == plain
+
+
+def test_adobes_colours_stay_what_they_are() -> None:
+    """JPEGs whose components are RGB say so in Adobe's segment only: without it they would turn green and pink."""
+    content = encoded(tile(), quality=95, keep_rgb=True)
+    assert b"Adobe" in content
+    image = standard_jpeg(content + b"x")
+    assert image.flags == FLAG_STRIPPED
+    assert np.array_equal(pixels_of(image), decode_jpeg(content))
+    assert np.abs(pixels_of(image).astype(int) - np.asarray(tile())).mean() < 3
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_progressive_jpegs_become_baseline_without_loss(subsampling: int) -> None:
+    content = encoded(tile(97, 61), quality=90, subsampling=subsampling, progressive=True)
+    image = standard_jpeg(content)
+    assert (image.flags, image.changed) == (FLAG_MADE_BASELINE, "progressive made baseline")
+    assert not take_apart(image.payload).progressive
+    assert np.array_equal(pixels_of(image), decode_jpeg(content))
+
+
+def test_without_turbojpeg_progressive_jpegs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard, "transcoder", lambda: None)
+    content = encoded(tile(), progressive=True)
+    image = standard_jpeg(content)
+    assert (image.payload, image.flags) == (content, FLAG_PROGRESSIVE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("lossless", [False, pytest.param(True, marks=needs_turbojpeg)])
+def test_images_are_stored_as_viewers_show_them(
+    orientation: int, lossless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not lossless:
+        monkeypatch.setattr(standard, "transcoder", lambda: None)
+    for width, height in ((160, 112), (61, 47)):
+        content = encoded(tile(width, height), quality=95, exif=exif(orientation))
+        with Image.open(io.BytesIO(content)) as opened:
+            shown = np.asarray(ImageOps.exif_transpose(opened)).astype(int)
+        image = standard_jpeg(content)
+        assert np.abs(pixels_of(image) - shown).mean() < 2
+        assert bool(image.flags & FLAG_TURNED) == (orientation != 1)
+        whole_blocks = width == 160
+        assert bool(image.flags & FLAG_REENCODED) <= (orientation != 1 and not (lossless and whole_blocks))
+        assert take_apart(image.payload).orientation == 1
+
+
+def test_sixteen_bits_are_cut_to_eight_over_the_full_scale() -> None:
+    ramp = np.broadcast_to(np.arange(0, 65536, 256, dtype=np.uint16), (64, 256))
+    image = standard_jpeg(encoded(Image.fromarray(np.ascontiguousarray(ramp)), "PNG"))
+    assert np.abs(pixels_of(image)[..., 0].astype(int) - np.arange(256)).max() <= 2
+    with pytest.raises(ValueError, match=r"mode 'I;16'.*convert it to 8 bits"):
+        standard_jpeg(encoded(Image.fromarray(np.ascontiguousarray(ramp)), "TIFF"))
+
+
+def test_a_misnamed_animation_gives_its_first_frame() -> None:
+    frames = [tile(40, 30), ImageOps.invert(tile(40, 30))]
+    for kind in ("GIF", "WEBP", "PNG"):
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        with Image.open(io.BytesIO(content)) as opened:
+            assert len(list(ImageSequence.Iterator(opened))) == 2
+        image = standard_jpeg(content)
+        assert image.changed == kind
+        assert np.abs(pixels_of(image).astype(int) - np.asarray(frames[0])).mean() < 12  # a GIF has 256 colours
+
+
+def test_large_images_are_shrunk_only_when_asked_to() -> None:
+    content = encoded(tile(200, 150), quality=95)
+    assert standard_jpeg(content).payload == content
+    assert standard_jpeg(content, Standard(max_short_side=150)).payload == content
+    image = standard_jpeg(content, Standard(max_short_side=75))
+    assert (image.height, image.width) == (75, 100)
+    assert (image.flags, image.changed) == (FLAG_SHRUNK | FLAG_REENCODED, "shrunk to a short side of 75")
+    smaller = np.asarray(tile(200, 150).resize((100, 75), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(pixels_of(image) - smaller).mean() < 5
+    thin = standard_jpeg(encoded(tile(300, 2), "PNG"), Standard(max_short_side=1))
+    assert (thin.height, thin.width) == (1, 150)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_damage_is_found_whether_or_not_pixels_are_wanted(wanted: bool) -> None:
+    content = encoded(tile(), quality=90)
+    assert (standard_jpeg(content, Standard(pixels=wanted)).pixels is not None) == wanted
+    image = standard_jpeg(content[:-700] + content[-2:], Standard(pixels=wanted))
+    assert image.changed is not None
+    assert image.changed.startswith("JPEG with faults")
+    with pytest.raises(ValueError, match="it is not a readable image"):
+        standard_jpeg(content[:700], Standard(pixels=wanted))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_absurd_sizes_are_refused_before_memory_is_taken(wanted: bool) -> None:
+    content = encoded(tile(16, 16))
+    frame = content.index(b"\xff\xc0")
+    huge = content[: frame + 5] + struct.pack(">HH", 65_500, 65_500) + content[frame + 9 :]
+    with pytest.raises(ValueError, match=r"65500 x 65500|4290250000"):
+        standard_jpeg(huge, Standard(pixels=wanted))
+    bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
+    assert len(bomb) < 200_000
+    with pytest.raises(ValueError, match=r"200000000|20000 x 10000"):
+        standard_jpeg(bomb, Standard(pixels=wanted))
+    with pytest.raises(ValueError, match="70000 x 1 pixels"):
+        standard_jpeg(encoded(Image.new("RGB", (70_000, 1)), "PNG"), Standard(pixels=wanted))
+
+
+def test_a_file_made_to_keep_decoders_busy_is_refused() -> None:
+    content = encoded(tile(16, 16), progressive=True)
+    last = content.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="more than 500 scans"):
+        standard_jpeg(content[:last] + content[last:-2] * 600 + b"\xff\xd9")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_damaged_bytes_give_an_image_or_a_value_error_and_nothing_else(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"]))
+    content = bytearray(encoded(tile(24, 17), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content
+    try:
+        image = standard_jpeg(bytes(content))
+    except ValueError:
+        return
+    pixels_of(image)
+    assert simplejpeg.decode_jpeg_header(image.payload)[2] in ("YCbCr", "RGB")
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0", b"MM\0*", b"II*\0\x08\0\0\0"]))
+def test_any_exif_bytes_give_an_orientation(noise: bytes, start: bytes) -> None:
+    assert exif_orientation(start + noise) in range(1, 9)
