@@ -141,7 +141,7 @@ class Ragged:
 
 
 class Encoded:
-    """JPEG files on the host, each (bytes,) uint8; the GPU decodes them once for all kinds of crops."""
+    """JPEG files on the host, each (bytes,) uint8; the device decodes them once for all kinds of crops."""
 
     def __init__(self, files: list[Tensor]) -> None:
         self._files = files
@@ -153,15 +153,15 @@ class Encoded:
         return sum(file.nbytes for file in self._files)
 
     def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
-        """As of Uncut; crops that are asked for on the CPU are cut from what a GPU decoded too."""
-        if self._decoded is None:
-            self._decoded = decode_on_gpu(self._files)
-        return _cut_ragged(self._decoded, boxes, size).to(device)
+        """As of Uncut."""
+        if self._decoded is None or self._decoded.pixels.device.type != device.type:
+            self._decoded = decode_files(self._files, device)
+        return _cut_ragged(self._decoded, boxes, size)
 
 
-def decode_on_gpu(files: list[Tensor]) -> RaggedImages:
-    """Decode JPEG files, each (bytes,) uint8 on the host, by nvJPEG on the current GPU."""
-    decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device="cuda")
+def decode_files(files: list[Tensor], device: torch.device) -> RaggedImages:
+    """Decode JPEG files, each (bytes,) uint8 on the host, on the device: by nvJPEG on a GPU."""
+    decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
     heights, widths = np.array([image.shape[1:] for image in decoded], np.int64).T
     starts = np.concatenate(([0], np.cumsum(heights * widths)))[:-1]
     return RaggedImages(

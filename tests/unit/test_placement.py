@@ -85,6 +85,17 @@ def test_decoded_images_give_the_same_crops_on_the_device_to_one_level(photograp
         assert not isinstance(there.large.pixels, type(here.large.pixels))
 
 
+def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageStore) -> None:
+    """The path of ``nvjpeg`` with torchvision's decoder for the CPU in nvJPEG's place: all but nvJPEG itself."""
+    here, there = (stream(photographs, placement).batch(1) for placement in ("cpu-crop", "nvjpeg"))
+    greatest, share = levels_apart(here, there)
+    assert greatest <= 1
+    assert share < 0.1
+    everything = photographs.read_encoded(here.records)
+    assert sum(map(len, everything)) < there.nbytes < 0.5 * photographs.sizes(here.records)[0].sum() * 640
+    assert there.large.pixels.held is there.small.pixels.held
+
+
 @pytest.mark.parametrize("placement", ["cpu-decode", "resident"])
 def test_raw_stores_give_the_same_bits_everywhere_on_a_cpu(digits: ImageStore, placement: Placement) -> None:
     for step in (0, 70):
