@@ -246,8 +246,11 @@ class NvJpeg:
         """As of Strategy."""
         slices = parts(len(records), min(self._threads, len(records)))
         files = [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
-        # From the files themselves: boxes must lie in what will be decoded.
-        heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+        try:  # the files themselves, not the index: boxes must lie in what will be decoded
+            heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+        except ValueError:
+            self._images.store.images(records)  # which names the record
+            raise
         return uncut(Encoded([torch.tensor(file) for file in files]), heights, widths, kinds, draw)
 
 

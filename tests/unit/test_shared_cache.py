@@ -130,16 +130,40 @@ def test_a_folder_is_not_filled_beyond_half_of_what_is_free(store: ImageStore, t
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_damaged_record_is_named_and_leaves_no_cache(path: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(path: Path, tmp_path: Path) -> Path:
+    """The store with one flipped bit in the middle of its data."""
     shutil.copytree(path, tmp_path / "store")
-    store, wanted = ImageStore.open(tmp_path / "store"), np.arange(COUNT)
-    shard = store.manifest.shards[0]
-    content = bytearray((store.path / shard.name).read_bytes())
-    content[(shard.data_offset or 0) + shard.bytes // 2] ^= 1
-    (store.path / shard.name).write_bytes(content)
+    [shard] = ImageStore.open(path).manifest.shards
+    content = bytearray((path / shard.name).read_bytes())
+    content[(shard.data_offset or 0) + shard.data_bytes // 2] ^= 1
+    (tmp_path / "store" / shard.name).write_bytes(content)
+    return tmp_path / "store"
+
+
+def test_a_damaged_record_is_named_and_leaves_no_cache(damaged: Path, tmp_path: Path) -> None:
+    store = ImageStore.open(damaged)
     with pytest.raises(RecordError, match="damaged"):
-        open_shared_cache(ImageStore.open(store.path), wanted, budget_bytes=10**9, folders=[tmp_path])
+        open_shared_cache(store, np.arange(COUNT), budget_bytes=10**9, folders=[tmp_path])
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_a_substitute_is_nobody_else_s(damaged: Path, tmp_path: Path, decoded: bool) -> None:
+    """A run that allows none must not find one in the cache of a run that does."""
+    everything, lenient = np.arange(COUNT), ImageStore.open(damaged, max_substitutes=1)
+    expected = ImageStore.open(damaged, max_substitutes=1).images(everything)
+    caches = []
+    for store in (lenient, ImageStore.open(damaged)):
+        cache = open_shared_cache(store, everything, budget_bytes=10**9, decoded=decoded, folders=[tmp_path])
+        assert cache is not None
+        caches.append(CachedImages(store, cache))
+    assert len(files(tmp_path)) == 1
+    assert same(caches[0].pixels(everything), expected)
+    with pytest.raises(RecordError, match="damaged"):
+        caches[1].pixels(everything)
+    for images in caches:
+        images.close()
 
 
 def test_a_file_that_somebody_else_put_there_is_not_trusted(store: ImageStore, tmp_path: Path) -> None:
