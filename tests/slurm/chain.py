@@ -56,7 +56,7 @@ class Run:
 
     # Launching
 
-    def try_launch(self, *overrides: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def try_launch(self, *overrides: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
         """Run the launch command to its end."""
         return subprocess.run(
             self.command(*overrides),
@@ -93,21 +93,21 @@ class Run:
         """Job name → what Slurm says of it now."""
         return {job: self.cluster.state(job_id) for job, job_id in self.job_ids().items()}
 
-    def wait_running(self, job: str, *, timeout_s: float = 90) -> str:
+    def wait_running(self, job: str, *, timeout_s: float = 240) -> str:
         """Wait until a job runs; returns its id."""
         job_id = self.job_ids()[job]
         self._wait(lambda: self.cluster.state(job_id) == "RUNNING", timeout_s, f"{job} does not run")
         return job_id
 
-    def wait_start(self, job: str, number: int, *, timeout_s: float = 90) -> None:
+    def wait_start(self, job: str, number: int, *, timeout_s: float = 240) -> None:
         """Wait until the ranks of a job have begun its start ``number`` (counted from 1)."""
         self._wait(lambda: len(self.starts(job)) >= number, timeout_s, f"{job} has no start {number}")
 
-    def wait_rows(self, job: str, count: int, *, timeout_s: float = 90) -> None:
+    def wait_rows(self, job: str, count: int, *, timeout_s: float = 240) -> None:
         """Wait until a job has logged so many rows of metrics."""
         self._wait(lambda: len(self.rows(job)) >= count, timeout_s, f"{job} has not logged {count} rows")
 
-    def wait_over(self, *, timeout_s: float = 180) -> dict[str, str]:
+    def wait_over(self, *, timeout_s: float = 400) -> dict[str, str]:
         """Wait until no job of the chain waits or runs; returns their last states."""
 
         def over() -> bool:
@@ -116,7 +116,7 @@ class Run:
         self._wait(over, timeout_s, "the chain does not end")
         return self.states()
 
-    def wait_done(self, *, timeout_s: float = 180) -> None:
+    def wait_done(self, *, timeout_s: float = 400) -> None:
         """Wait until the chain has ended; all of its jobs must have succeeded."""
         states = self.wait_over(timeout_s=timeout_s)
         assert set(states.values()) == {"COMPLETED"}, self.report()
@@ -154,7 +154,7 @@ class Run:
         for rank in (0, 1):
             self.signal_rank(job, rank, number)
 
-    def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 150) -> None:
+    def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 300) -> None:
         """Wait until the start ``number`` of pre-training has begun, and stop its ranks most of the time until then."""
 
         def arrived() -> bool:
@@ -166,7 +166,7 @@ class Run:
 
         self._wait(arrived, timeout_s, f"{job} has no start {number}")
 
-    def wait_shielded(self, job: str, rank: int, *, timeout_s: float = 90) -> None:
+    def wait_shielded(self, job: str, rank: int, *, timeout_s: float = 240) -> None:
         """Wait until a rank has come so far that no signal is lost, which is long before it has imported torch."""
 
         def shielded() -> bool:

@@ -131,7 +131,8 @@ class Cluster:
     def _start_accounting(self) -> None:
         data, database_socket = self.folder / "database", self.folder / "mysqld.sock"
         self.environment["MYSQL_UNIX_PORT"] = str(database_socket)
-        private = ("--no-defaults", f"--datadir={data}", "--user=root")
+        data.mkdir()  # its temporary files too: in a shared place those of two data bases have the same names
+        private = ("--no-defaults", f"--datadir={data}", f"--tmpdir={data}", "--user=root")
         self.run("mariadb-install-db", *private, "--auth-root-authentication-method=normal", "--skip-test-db")
         self._daemon("mariadbd", *private, f"--socket={database_socket}", "--skip-networking", "--skip-log-bin")
         self._until(database_socket.exists, "mariadbd")
@@ -244,7 +245,7 @@ class Cluster:
         """``squeue`` of all jobs, one line each, arrays expanded, finished ones included."""
         return self.run("squeue", "-r", "-t", "all", "-o", "%i %j %T %r %M %N")
 
-    def wait_for(self, job_id: str, *states: str, timeout_s: float = 60) -> str:
+    def wait_for(self, job_id: str, *states: str, timeout_s: float = 120) -> str:
         """Wait until a job is in one of these states and return it.
 
         Raises:
@@ -260,7 +261,7 @@ class Cluster:
         wait_until(arrived, timeout_s, lambda: f"Job {job_id} is not {' or '.join(states)}.\n{self.queue()}")
         return self.state(job_id)
 
-    def preempt(self, job_id: str, *, timeout_s: float = 60) -> None:
+    def preempt(self, job_id: str, *, timeout_s: float = 120) -> None:
         """Take the nodes of a running job away by a job of higher priority, until it waits in the queue again."""
         nodes = self.show(job_id)["NumNodes"]
         name = f"before-{job_id}"

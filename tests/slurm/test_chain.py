@@ -12,7 +12,7 @@ from tests.slurm.chain import Run, assert_same_results
 from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)  # of which it needs a sixth on a machine of its own
 
 CHAIN = ("pretrain.epochs=4", "pretrain.checkpoint_every_steps=7", "finetune.epochs=[1,60]", "baseline.epochs=[60]")
 PRETRAIN, SHORT, LONG, BASELINE = (

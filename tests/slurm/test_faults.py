@@ -13,7 +13,7 @@ from tests.slurm.chain import Run, assert_same_results
 from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)  # of which it needs a sixth on a machine of its own
 
 PRETRAINING = (
     "stages=[prepare,pretrain]",
@@ -120,7 +120,9 @@ def test_the_time_limit_twice(run: Run, undisturbed: Run) -> None:
         run.wait_start_slowly("pretrain", start + 1)
     run.cluster.run("scontrol", "update", f"JobId={run.job_ids()['pretrain']}", "TimeLimit=20")
     run.wait_done()
-    assert run.ends("pretrain") == ["requeued", "requeued", "done"]
+    *limited, last = run.ends("pretrain")
+    assert len(limited) >= 2, "a third time, if Slurm looked once more before the limit was raised"
+    assert (set(limited), last) == ({"requeued"}, "done")
     assert_same_results(run, undisturbed, ["pretrain"])
 
 
