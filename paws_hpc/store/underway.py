@@ -4,7 +4,7 @@ Everything lies in ``.packing`` inside the store's folder, so that a former stor
 whole:
 
     pack.json             which source and options it belongs to
-    listing.npz           the source's files, so that other parts of the work need not list them again
+    listing.bin           the source's files, so that other parts of the work need not list them again
     shard-00042.h5        a finished shard
     shard-00042.json      its result, written after it
     complete.json         all shards are done and move into their places: it can be finished, not undone
@@ -43,7 +43,7 @@ from paws_hpc.store.sources.listing import Listing
 FOLDER = ".packing"
 CHANGES_NAME = "changes.tsv"
 _RECORD = "pack.json"
-_LISTING = "listing.npz"
+_LISTING = "listing.bin"
 _COMPLETE = "complete.json"
 _DEAD_AFTER_S = 3600.0
 

@@ -100,7 +100,9 @@ def test_archives_give_the_store_that_their_folder_gives(
 ) -> None:
     root = layout(images, tmp_path / "tars")
     before = sorted(path.name for path in (tmp_path / "tars").rglob("*"))
-    packed = pack(open_source(SourceConfig("tar", str(root))), tmp_path / "a", options=PackOptions(shard_bytes=8000))
+    packed = pack(
+        open_source(SourceConfig("tar", str(root))), tmp_path / "a", options=PackOptions(shard_bytes=8000, workers=1)
+    )
     expected = pack(ImageFolder(folder), tmp_path / "b", options=PackOptions(shard_bytes=8000, workers=1))
     assert len(packed.manifest.shards) > 1
     assert packed.manifest.digest == expected.manifest.digest  # keys, labels, classes and bytes, in order

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from paws_hpc.files import atomic_write, value_digest
@@ -59,20 +60,23 @@ class Listing:
         )
 
     def save(self, path: Path) -> None:
-        """Write the listing as .npz, atomically.
+        """Write the listing atomically: a hash, and what numpy's .npz makes of it.
 
         Raises:
             OSError: the file cannot be written.
         """
         encoded = [key.encode() for key in self.keys]
+        content = io.BytesIO()
+        np.savez(
+            content,
+            names=_bytes(json.dumps({"classes": self.classes, "files": self.files}).encode()),
+            key_blob=_bytes(b"".join(encoded)),
+            key_bounds=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+            **{name: getattr(self, name) for name in _COLUMNS},
+        )
         with atomic_write(path) as file:
-            np.savez(
-                file,
-                names=_bytes(json.dumps({"classes": self.classes, "files": self.files}).encode()),
-                key_blob=_bytes(b"".join(encoded)),
-                key_bounds=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-                **{name: getattr(self, name) for name in _COLUMNS},
-            )
+            file.write(xxhash.xxh3_128_digest(content.getbuffer()))
+            file.write(content.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> Listing:
@@ -82,20 +86,22 @@ class Listing:
             FileNotFoundError: there is none.
             ValueError: the file is damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                names = json.loads(arrays["names"].tobytes())
-                blob, bounds = arrays["key_blob"].tobytes(), arrays["key_bounds"].tolist()
-                return cls(
-                    classes=tuple(names["classes"]),
-                    keys=[blob[start:stop].decode() for start, stop in pairwise(bounds)],
-                    files=tuple(names["files"]),
-                    **{name: arrays[name] for name in _COLUMNS},
-                )
-        except (EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}). Remove it: the source is then listed again.") from error
+        whole = path.read_bytes()
+        digest, content = whole[:_HASH_BYTES], whole[_HASH_BYTES:]
+        if xxhash.xxh3_128_digest(content) != digest:
+            raise ValueError(f"{path} is damaged. Remove it: the source is then listed again.")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            names = json.loads(arrays["names"].tobytes())
+            blob, bounds = arrays["key_blob"].tobytes(), arrays["key_bounds"].tolist()
+            return cls(
+                classes=tuple(names["classes"]),
+                keys=[blob[start:stop].decode() for start, stop in pairwise(bounds)],
+                files=tuple(names["files"]),
+                **{name: arrays[name] for name in _COLUMNS},
+            )
 
 
+_HASH_BYTES = 16
 _COLUMNS = ("labels", "sizes", "stamps", "file_of", "offsets")
 
 

@@ -1,0 +1,374 @@
+"""Packing survives being killed, divides among processes and jobs, and gives the same bytes however it was done."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+from paws_hpc.files import file_hash
+from paws_hpc.shards import main
+from paws_hpc.store import ImageFolder, ImageStore, PackOptions, Part, RecordError, StoreError, pack, pack_part, verify
+
+PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+IMAGES = 120
+OPTIONS = PackOptions(shard_bytes=30_000, workers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of parts of photographs, two of them PNG."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(IMAGES):
+        with Image.open(PHOTOS[number % 2]) as photo:
+            tile = photo.crop((3 * number, 2 * number, 3 * number + 100, 2 * number + 80))
+        path = root / f"c{number % 5}" / f"{number:03d}{'.png' if number in (7, 70) else '.jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        tile.save(path, quality=85)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Name → hash of the files of a store that was packed in one go by one process."""
+    report = pack(ImageFolder(folder), tmp_path_factory.mktemp("expected") / "store", options=OPTIONS)
+    assert len(report.manifest.shards) > 10
+    return bytes_of(report.path)
+
+
+def bytes_of(store: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in sorted(store.iterdir())}
+
+
+def command(folder: Path, store: Path, *more: str) -> list[str]:
+    start = [sys.executable, "-m", "paws_hpc.shards", "pack", "folder", "--root", str(folder), "--to", str(store)]
+    return [*start, "--shard-mib", str(OPTIONS.shard_bytes / (1 << 20)), *more]
+
+
+def children(pid: int) -> set[int]:
+    """Processes that ``pid`` started."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return {int(child) for child in listing.split()}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: object, *, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, expected: dict[str, str], workers: int
+) -> None:
+    pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(shard_bytes=30_000, workers=workers))
+    assert bytes_of(tmp_path / "store") == expected
+
+
+def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    """SIGKILL at random moments, with SIGTERM blocked as a job may do; the workers end, finished shards stay."""
+    store, chance = tmp_path / "store", random.Random(0)
+    block = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2]); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    kept: dict[Path, int] = {}
+    kills = 0
+    while not (store / "manifest.json").exists():
+        packer = subprocess.Popen([sys.executable, "-c", block, *command(folder, store, "--workers", "2")])
+        before = len(list(store.glob(".packing/shard-*.json")))
+        wait_until(
+            lambda before=before, packer=packer: (
+                len(list(store.glob(".packing/shard-*.json"))) >= before + 3 or packer.poll() is not None
+            )
+        )
+        time.sleep(chance.random() * 0.05)
+        workers = children(packer.pid) if packer.poll() is None else set()
+        packer.kill()
+        packer.wait()
+        kills += bool(workers)
+        wait_until(lambda workers=workers: not any(map(alive, workers)), timeout_s=10)
+        for path, stamp in kept.items():
+            assert not path.exists() or path.stat().st_mtime_ns == stamp, "a finished shard was packed again"
+        finished = [path.with_suffix(".h5") for path in store.glob(".packing/shard-*.json")]
+        kept = {path: path.stat().st_mtime_ns for path in finished}
+        if kept:
+            with pytest.raises(StoreError, match="not a complete image store"):
+                ImageStore.open(store)
+    assert kills >= 2
+    assert bytes_of(store) == expected
+
+
+def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
+    folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end moves shards and writes files: stop at each system call that changes something, then go on."""
+
+    class Killed(BaseException):
+        pass
+
+    def killing_after(calls: int) -> Iterator[None]:
+        remaining = iter(range(calls))
+
+        def counted(function: object) -> object:
+            def call(*arguments: object, **named: object) -> object:
+                if next(remaining, None) is None:
+                    raise Killed
+                return function(*arguments, **named)  # type: ignore[operator]
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in ("replace", "unlink", "rmdir"):
+                patched.setattr(os, name, counted(getattr(os, name)))
+            yield
+
+    template = tmp_path / "template"
+    pack(ImageFolder(folder), template, options=PackOptions(shard_bytes=60_000, workers=1, seed=9))  # a former store
+    forced = PackOptions(shard_bytes=30_000, workers=1, force=True)
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr("paws_hpc.store.writer._finish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            pack(ImageFolder(folder), template, options=forced)
+    assert ImageStore.open(template).manifest.packing.seed == 9  # the old store is whole until the new one is
+    for calls in range(0, 200, 3):
+        store = tmp_path / f"after-{calls}"
+        shutil.copytree(template, store)
+        steps = killing_after(calls)
+        next(steps)
+        try:
+            pack(ImageFolder(folder), store, options=forced)
+            done = True
+        except Killed:
+            done = False
+        next(steps, None)
+        if (store / "manifest.json").exists():
+            found, _ = verify(store, level="quick")
+            assert found == []  # the old store or the new one, never a mixture
+        pack(ImageFolder(folder), store, options=forced)
+        assert {name: value for name, value in bytes_of_files(store).items() if name != ".packing"} == expected
+        shutil.rmtree(store)
+        if done:
+            break
+    assert done
+    assert calls > 20
+
+
+def bytes_of_files(store: Path) -> dict[str, str]:
+    return {path.name: file_hash(path) for path in sorted(store.iterdir()) if path.is_file()}
+
+
+def test_finished_shards_that_were_damaged_are_packed_again(
+    folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    store = tmp_path / "store"
+    for part in (1, 2):
+        pack_part(ImageFolder(folder), store, Part(part, 3), options=OPTIONS)
+    first, second, third, fourth = sorted(store.glob(".packing/shard-*.h5"))[:4]
+    os.truncate(first, first.stat().st_size - 1)
+    second.unlink()
+    third.with_suffix(".json").write_text("{}")
+    result = json.loads(fourth.with_suffix(".json").read_text())
+    result["sums"]["totals"][0] += 1
+    fourth.with_suffix(".json").write_text(json.dumps(result))
+    report = pack(ImageFolder(folder), store, options=OPTIONS)
+    of_both_parts = sum(number % 3 < 2 for number in range(len(report.manifest.shards)))
+    assert report.kept == of_both_parts - 4
+    assert bytes_of(store) == expected
+
+
+def test_parts_in_any_order_and_twice_at_once_make_the_store(
+    folder: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    """Four parts as jobs of an array, one of them started twice; the last to end makes the store."""
+    store = tmp_path / "store"
+    assert main([*command(folder, store, "--plan-only")[3:]]) == 0
+    jobs = [
+        subprocess.Popen(
+            command(folder, store, "--part", f"{part}/4", "--workers", "1"), stdout=subprocess.PIPE, text=True
+        )
+        for part in (3, 1, 4, 2, 2)
+    ]
+    printed = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 5, printed
+    assert any("packed " in text and "images of 5 classes" in text for text in printed)
+    assert bytes_of(store) == expected
+    again = subprocess.run(command(folder, store, "--part", "1/4"), capture_output=True, text=True, check=True)
+    assert "already holds this store" in again.stdout
+    assert bytes_of(store) == expected
+
+
+def test_parts_do_not_list_the_source_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    arguments = command(folder, store)[3:]
+    assert main([*arguments, "--plan-only"]) == 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the source was listed again")
+
+    monkeypatch.setattr(os, "walk", refuse)
+    for part in ("1/2", "2/2"):
+        assert main([*arguments, "--part", part, "--workers", "1"]) == 0
+    assert len(ImageStore.open(store)) == IMAGES
+
+
+def test_a_part_alone_makes_no_store_and_says_what_is_missing(
+    folder: Path, tmp_path: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    report = pack_part(ImageFolder(folder), store, Part(2, 2), options=OPTIONS)
+    shards = sum(name.endswith(".h5") for name in expected)
+    assert (report.packed, report.missing, report.store) == (shards // 2, shards - shards // 2, None)
+    assert not (store / "manifest.json").exists()
+    with pytest.raises(ValueError, match=r"--force"):
+        pack_part(ImageFolder(folder), store, Part(1, 2), options=PackOptions(force=True))
+    for wrong in ("0/2", "3/2", "x", "1/0", "1"):
+        with pytest.raises(SystemExit):
+            main([*command(folder, store)[3:], "--part", wrong])
+    assert "parts are numbered from 1/2 to 2/2" in capsys.readouterr().err
+
+
+def test_another_source_or_option_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    pack_part(ImageFolder(folder), store, Part(1, 2), options=OPTIONS)
+    before = sorted(path.name for path in store.rglob("*"))
+    with pytest.raises(StoreError, match=r"unfinished pack.*seed=0 \(wanted 3\).*--force"):
+        pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, seed=3))
+    with pytest.raises(StoreError, match=r"shard_bytes=30000 \(wanted 268435456\)"):
+        pack(ImageFolder(folder), store)
+    with pytest.raises(StoreError, match=r"max_short_side=None \(wanted 64\)"):
+        pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, max_short_side=64))
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "c1" / "001.jpg").unlink()
+    with pytest.raises(StoreError, match=r"digest="):
+        pack(ImageFolder(changed), store, options=OPTIONS)
+    assert sorted(path.name for path in store.rglob("*")) == before
+    assert pack(ImageFolder(changed), store, options=PackOptions(force=True)).manifest.count == IMAGES - 1
+    assert not (store / ".packing").exists()
+
+
+def test_a_source_that_changed_between_two_runs_is_not_mixed(folder: Path, tmp_path: Path) -> None:
+    """Same name, same size, other contents: the finished shard that holds it is packed again."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    store = tmp_path / "store"
+    for part in range(1, 4):
+        pack_part(ImageFolder(source), store, Part(part, 4), options=OPTIONS)
+    path = source / "c2" / "002.jpg"
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    report = pack(ImageFolder(source), store, options=PackOptions(shard_bytes=30_000, on_error="skip"))
+    whole = pack(ImageFolder(source), tmp_path / "whole", options=PackOptions(shard_bytes=30_000, on_error="skip"))
+    assert report.manifest == whole.manifest
+
+
+def test_an_image_that_stops_packing_is_left_out_by_the_next_run(folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    (source / "c0" / "bad.jpg").write_bytes(b"nothing")
+    store = tmp_path / "store"
+    options = PackOptions(shard_bytes=30_000, workers=2)
+    with pytest.raises(RecordError, match=r"'c0/bad.jpg' cannot be packed") as caught:
+        pack(ImageFolder(source), store, options=options)
+    assert caught.value.key == "c0/bad.jpg"
+    done = len(list(store.glob(".packing/shard-*.json")))
+    report = pack(ImageFolder(source), store, options=PackOptions(shard_bytes=30_000, workers=2, on_error="skip"))
+    assert report.kept == done
+    assert [omission.key for omission in report.manifest.skipped] == ["c0/bad.jpg"]
+
+
+CRASH = """
+import os, signal, sys
+from pathlib import Path
+from paws_hpc.store import ImageFolder, PackOptions, pack
+from paws_hpc.store.sources.listing import Listing
+
+class Fatal(ImageFolder):
+    "Loading one image kills the process, as a decoder with a fault would."
+    def load(self, index):
+        if self.keys[index] == "c1/001.jpg":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().load(index)
+    def select(self, indices):
+        return Fatal(self.root, self.listing.take(indices))
+
+if __name__ != "__main__":
+    pass
+elif len(sys.argv) > 1:
+    import fatal
+    try:
+        pack(fatal.Fatal(Path(sys.argv[1])), Path(sys.argv[2]), options=PackOptions(shard_bytes=30_000, workers=2))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "fatal.py").write_text(CRASH)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "fatal.py"), str(folder), str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "was ended by SIGSEGV while it looked at 'c1/001.jpg'" in done.stdout, done.stderr
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+def test_an_interrupt_ends_the_workers_and_leaves_no_half_shards(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    packer = subprocess.Popen(
+        command(folder, store, "--workers", "2"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: list(store.glob(".packing/shard-*.json")))
+    workers = children(packer.pid)
+    os.killpg(packer.pid, signal.SIGINT)
+    _, printed = packer.communicate(timeout=60)
+    if packer.returncode != 0:  # it was not done already
+        assert packer.returncode == 130
+        assert printed.splitlines() == ["interrupted: what is complete stays, the same command goes on or begins anew"]
+    assert not any(map(alive, workers))
+    assert not list(store.rglob("*.tmp"))
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
+    """A shard of 200 MB in a process that may have 160 MB more than it needs to start."""
+    file = io.BytesIO()
+    with Image.open(PHOTOS[0]) as photo:
+        photo.resize((1600, 1200)).save(file, "JPEG", quality=97)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for number in range(200 * 10**6 // len(file.getvalue())):
+        (tmp_path / "images" / "a" / f"{number}.jpg").write_bytes(file.getvalue())
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from paws_hpc.store import ImageFolder, PackOptions, pack\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "pack(ImageFolder(Path(sys.argv[1])), Path(sys.argv[2]), options=PackOptions(workers=1))\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "images"), str(tmp_path / "store")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=True)
+    assert (tmp_path / "store" / "shard-00000.h5").stat().st_size > 180 << 20
+    assert int(done.stdout) < 160
