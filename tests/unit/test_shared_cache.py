@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -268,6 +269,12 @@ def test_a_leader_that_is_killed_is_replaced_by_one_that_waits(tmp_path: Path, s
     leader = start("slow")
     assert leader.line() == ["filling"]
     waiting = [start(), start()]
+    [name] = files(tmp_path)
+    inode = str((tmp_path / name).stat().st_ino)
+    deadline = time.monotonic() + 60
+    while sum("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline, "both wait for the leader"
+        time.sleep(0.01)
     leader.kill()
     opened = [user.opened() for user in waiting]
     assert opened[0] == opened[1]
