@@ -149,8 +149,7 @@ class Underway:
 
     def keep_listing(self, listing: Listing) -> None:
         """Keep the list of the source's files for the other parts of the work."""
-        if not (self.folder / _LISTING).exists():
-            listing.save(self.folder / _LISTING)
+        listing.save(self.folder / _LISTING)
 
     def shard_path(self, number: int) -> Path:
         """Where a shard is built."""

@@ -197,7 +197,7 @@ def plan_pack(source: Source, destination: Path, *, options: PackOptions | None 
     if _same_store(destination, identity) is None:
         underway = Underway(destination)
         underway.begin(identity, force=options.force)
-        _keep_listing(underway, source)
+        _keep_listing(underway, source, anew=True)
     return len(plan), len(plan.order)
 
 
@@ -212,9 +212,9 @@ def planned_listing(destination: Path, kind: str) -> Listing | None:
     return underway.listing() if identity is not None and identity.get("kind") == kind else None
 
 
-def _keep_listing(underway: Underway, source: Source) -> None:
+def _keep_listing(underway: Underway, source: Source, *, anew: bool = False) -> None:
     listing = getattr(source, "listing", None)
-    if isinstance(listing, Listing):
+    if isinstance(listing, Listing) and (anew or underway.listing() is None):
         underway.keep_listing(listing)
 
 

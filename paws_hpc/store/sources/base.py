@@ -21,6 +21,10 @@ IMAGE_EXTENSIONS = frozenset(
 """Files with other extensions (lists, checksums, archives) are not images and are passed over."""
 
 
+LIST_AGAIN = "List it again: pack without --part, or with --plan-only first."
+"""What to do about a source that changed."""
+
+
 class SourceChangedError(StoreError):
     """The source is not what it was when it was listed; what was packed from it would be a mixture."""
 

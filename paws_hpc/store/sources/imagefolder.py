@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.store.format import Encoding, StoreError
-from paws_hpc.store.sources.base import IMAGE_EXTENSIONS, SourceChangedError
+from paws_hpc.store.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
 from paws_hpc.store.sources.listing import Listing
 
 
@@ -59,7 +59,7 @@ class ImageFolder:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             if (status.st_size, status.st_mtime_ns) != (self.sizes[index], self.stamps[index]):
-                raise SourceChangedError(f"{path} changed since the source was listed. Let it rest and pack again.")
+                raise SourceChangedError(f"{path} changed since the source was listed. {LIST_AGAIN}")
             return file.read()
 
     def close(self) -> None:

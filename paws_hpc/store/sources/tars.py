@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.store.format import Encoding, StoreError
-from paws_hpc.store.sources.base import IMAGE_EXTENSIONS, SourceChangedError
+from paws_hpc.store.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
 from paws_hpc.store.sources.listing import Listing
 from paws_hpc.store.sources.tarwalk import Member, tar_members
 
@@ -77,7 +77,9 @@ class TarSource:
             if not keep:
                 os.close(descriptor)
         if len(content) < size:
-            raise SourceChangedError(f"{archive_path(self.root, name)} became shorter while it was packed.")
+            raise SourceChangedError(
+                f"{archive_path(self.root, name)} became shorter while it was packed. {LIST_AGAIN}"
+            )
         return content
 
     def _open_archive(self, name: str, stamp: int) -> int:
@@ -85,7 +87,7 @@ class TarSource:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if os.fstat(descriptor).st_mtime_ns != stamp:
             os.close(descriptor)
-            raise SourceChangedError(f"{path} changed since the source was listed. Let it rest and pack again.")
+            raise SourceChangedError(f"{path} changed since the source was listed. {LIST_AGAIN}")
         return descriptor
 
     def close(self) -> None:
