@@ -168,6 +168,12 @@ def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) ->
         help="what to do about an unreadable image (%(default)s)",
     )
     source.add_argument(
+        "--check",
+        choices=("decode", "structure"),
+        default=defaults.check,
+        help="decode every JPEG while packing, or look at its structure only: much faster, finds less (%(default)s)",
+    )
+    source.add_argument(
         "--max-short-side",
         type=int,
         metavar="PIXELS",
@@ -216,6 +222,7 @@ def _pack(options: argparse.Namespace) -> int:
         seed=options.seed,
         on_error=options.on_error,
         max_short_side=options.max_short_side,
+        check=options.check,
         force=options.force,
         workers=options.workers,
     )

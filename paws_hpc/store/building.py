@@ -48,6 +48,7 @@ class Recipe:
         on_error: stop at an image that cannot be read, or skip it.
         max_short_side: pixels to which the short side of larger images is shrunk; None leaves them.
         stride: every so many-th image in packing order is counted in the statistics.
+        check: how JPEGs that are stored as they are are checked; see ``Packing.check``.
     """
 
     encoding: Encoding
@@ -56,6 +57,7 @@ class Recipe:
     on_error: Literal["stop", "skip"]
     max_short_side: int | None
     stride: int
+    check: Literal["decode", "structure"] = "decode"
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,7 @@ def _prepare(task: ShardTask, place: int) -> _Record | Omission:
             height, width, _ = content.shape
             image = StandardImage(content.tobytes(), height, width, content, flags=0, changed=None)
         else:
-            standard = Standard(recipe.max_short_side, pixels=count)
+            standard = Standard(recipe.max_short_side, pixels=count, decode=recipe.check == "decode")
             image = (
                 standard_jpeg(content, standard)
                 if isinstance(content, bytes)

@@ -45,6 +45,7 @@ class Plan:
             source_digest=identity.origin.digest,
             on_error=packing.on_error,
             max_short_side=packing.max_short_side,
+            check=packing.check,
             # All raw images are counted in the statistics; of JPEGs every k-th.
             stride=1 if source.encoding == "raw" else -(-len(self.order) // _STATISTICS_IMAGES),
         )

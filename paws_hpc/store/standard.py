@@ -82,10 +82,12 @@ class Standard:
     Attributes:
         max_short_side: pixels; an image whose short side is longer is reduced to it and encoded anew. None: never.
         pixels: whether :attr:`StandardImage.pixels` are wanted.
+        decode: whether to decode images whose pixels nobody wants, to see that they can be.
     """
 
     max_short_side: int | None = None
     pixels: bool = True
+    decode: bool = True
 
 
 def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardImage:
@@ -99,7 +101,7 @@ def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardIm
       with a warning) is decoded as ``convert("RGB")`` does, transparency dropped, 16-bit PNG cut to 8 bits, of
       animations the first frame, and encoded with quality 95 and 4:4:4.
 
-    Every image is decoded once, so that none is packed that training could not read.
+    Every image is decoded once, unless the caller says otherwise, so that none is packed that training could not read.
 
     Raises:
         ValueError: the bytes are no readable image of 8 bits per channel, or it has absurdly many pixels.
@@ -159,7 +161,7 @@ def _standard_colour_jpeg(content: bytes, standard: Standard) -> StandardImage |
     if len(payload) != len(content):
         flags, done = FLAG_STRIPPED, ["metadata taken out"]
     if parts.orientation == 1 and not parts.progressive and not standard.pixels:
-        _check(payload, height, width)
+        _check(payload, height, width, decode=standard.decode)
         return StandardImage(payload, height, width, None, flags, ", ".join(done) or None)
     pixels = decode_jpeg(payload)
     if parts.orientation != 1:
@@ -180,7 +182,7 @@ def _standard_colour_jpeg(content: bytes, standard: Standard) -> StandardImage |
     return StandardImage(payload, height, width, pixels, flags, ", ".join(done) or None)
 
 
-def _check(payload: bytes, height: int, width: int) -> None:
+def _check(payload: bytes, height: int, width: int, *, decode: bool) -> None:
     """Decode a JPEG at an eighth of its size and without colour: all its data is read, in two thirds of the time.
 
     Raises:
@@ -188,7 +190,8 @@ def _check(payload: bytes, height: int, width: int) -> None:
     """
     if height * width > MAX_PIXELS:
         raise ValueError(f"it claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    simplejpeg.decode_jpeg(payload, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+    if decode:
+        simplejpeg.decode_jpeg(payload, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
 
 
 def _turned_without_loss(payload: bytes, orientation: int) -> bytes | None:

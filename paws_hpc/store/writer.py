@@ -67,6 +67,9 @@ class PackOptions:
     """stop at an image that cannot be read, or skip it and report it."""
     max_short_side: int | None = None
     """Shrinks images whose short side has more pixels, at some loss; None keeps all as they are."""
+    check: str = "decode"
+    """decode every JPEG, so that none is stored that training could not read; or look at its structure only, which is
+    several times as fast and leaves damage to be found later."""
     force: bool = False
     """Replace a different or damaged store at the destination, once the new one is whole."""
     workers: int | None = None
@@ -82,6 +85,8 @@ class PackOptions:
             raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"pack.on_error={self.on_error!r} must be 'stop' or 'skip'.")
+        if self.check not in ("decode", "structure"):
+            raise ValueError(f"pack.check={self.check!r} must be 'decode' or 'structure'.")
         if self.max_short_side is not None and self.max_short_side < 1:
             raise ValueError(f"pack.max_short_side={self.max_short_side} must be at least 1 pixel.")
         if self.workers is not None and self.workers < 1:
@@ -263,6 +268,7 @@ def _identity(source: Source, options: PackOptions) -> Identity:
         shard_bytes=options.shard_bytes,
         on_error=on_error,
         max_short_side=options.max_short_side,
+        check="structure" if options.check == "structure" else "decode",
         transcoder=transcoder() if source.encoding == "jpeg" else None,
     )
     return Identity(Origin(kind=source.kind, digest=source.digest, options=source.options), packing)
