@@ -98,7 +98,7 @@ class LocalFolder:
                 use.close()
                 raise StoreError(f"{lock}: another process has been evicting this copy for {_WAIT_S:.0f} s.")
             time.sleep(0.1)
-        os.utime(lock)  # the least recently used copy is evicted first
+        os.utime(lock, ns=(time.time_ns(),) * 2)  # the least recently used copy is evicted first
         self.path.mkdir(exist_ok=True)  # it may have been evicted before the lock was ours
         return use
 
@@ -145,7 +145,7 @@ def evict_unused(root: Path, *, keep: Path, needed: int) -> Iterator[tuple[Path,
     Yields:
         each copy that was removed, and its bytes.
     """
-    locks = [(lock.stat().st_mtime, lock) for lock in root.glob(f"*{_USERS}")]
+    locks = [(lock.stat().st_mtime_ns, lock) for lock in root.glob(f"*{_USERS}")]
     for _, lock in sorted(locks):
         copy = lock.with_name(lock.name.removesuffix(_USERS))
         if needed <= 0:

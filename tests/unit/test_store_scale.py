@@ -80,21 +80,27 @@ def test_opening_and_reading_cost_the_same_for_ten_and_a_hundred_million_records
     assert memory[100_000_000] < 40 << 20
 
 
-@pytest.mark.parametrize("part", ["rows", "labels"])
+def straddling_record() -> int:
+    """A record whose row begins in one block and ends in the next."""
+    starts = _HEADER.size + ROW.itemsize * np.arange(1_000_000)
+    return int(np.flatnonzero(starts // _BLOCK < (starts + ROW.itemsize - 1) // _BLOCK)[-1])
+
+
+@pytest.mark.parametrize("part", ["a row", "the beginning of a row", "the end of a row", "labels"])
 def test_damage_in_a_large_index_is_named_where_it_is_met(tmp_path: Path, part: str) -> None:
     count = 2_000_000
     path = sparse_store(tmp_path / "store", count)
-    record = 1_234_567
-    place = _HEADER.size + (
-        ROW.itemsize * record if part == "rows" else ROW.itemsize * count + _LABEL.itemsize * record
-    )
+    record = 1_234_567 if part in ("a row", "labels") else straddling_record()
+    place = _HEADER.size + ROW.itemsize * record + (ROW.itemsize - 1) * (part == "the end of a row")
+    if part == "labels":
+        place = _HEADER.size + ROW.itemsize * count + _LABEL.itemsize * record
     with open(path / "index.bin", "r+b") as file:
         file.seek(place)
         file.write(b"\x01")
     store = ImageStore.open(path, check=False)
     assert store.read_raw([0, count - 1]).tolist() == [[[[0]]], [[[0]]]]
     with pytest.raises(StoreError, match=rf"{path / 'index.bin'} is damaged: block \d+ .* Remove the file"):
-        store.read_raw([record]) if part == "rows" else store.labels
+        store.labels if part == "labels" else store.read_raw([record])
 
 
 def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:

@@ -15,14 +15,17 @@ import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from paws_hpc.shards import main
 from paws_hpc.store import (
     ArraySource,
+    ImageFolder,
     ImageStore,
     PackOptions,
     RecordError,
@@ -171,6 +174,30 @@ def test_a_local_copy_that_fails_is_replaced_by_the_store_and_counted(
 
 
 @pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("decode", [True, False])
+def test_jpegs_come_from_the_store_too_when_their_copy_is_damaged(tmp_path: Path, decode: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 50, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "source" / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(simplejpeg.encode_jpeg(image))
+    shared = pack(ImageFolder(tmp_path / "source"), tmp_path / "shared", options=PackOptions(shard_bytes=8 * KIB)).path
+    expected, encoded = ImageStore.open(shared).images(range(12)), ImageStore.open(shared).read_encoded(range(12))
+    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    local, shards = stage(shared, tmp_path / "local").path, read_manifest(shared).shards
+    for shard in shards:
+        assert shard.data_offset is not None
+        with open(local / shard.name, "r+b") as file:
+            file.seek(shard.data_offset)
+            file.write(bytes(100))  # the beginning of the first record
+    if decode:
+        assert all(map(np.array_equal, store.images(range(12)), expected))
+    else:
+        assert store.read_encoded(range(12)) == encoded
+    assert store.shards.fallbacks == len(shards) > 2
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_copy_that_vanishes_under_a_reader_is_still_read(shared: Path, tmp_path: Path) -> None:
     copy = stage(shared, tmp_path / "local").path
     store = ImageStore.open(shared, stage_to=tmp_path / "local")
@@ -225,6 +252,13 @@ def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Pat
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in markers(folder)}.items()
     assert not list(folder.glob("*/.*.tmp"))
     assert contents(next(folder.glob("*/"))) == contents(shared)
+
+
+def test_of_two_that_stage_at_the_same_time_one_copies(shared: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(stage, shared, tmp_path / "local", mib_per_s=4) for _ in range(2)]
+        reports = sorted((future.result() for future in both), key=lambda report: report.copied)
+    assert [(report.copied, report.present) for report in reports] == [(0, 8), (8, 0)]
 
 
 def test_staging_ends_with_the_process_that_started_it(shared: Path, tmp_path: Path) -> None:
@@ -285,6 +319,7 @@ def test_copies_in_use_are_never_evicted_and_others_are(
     assert main(["stage", str(stores[2]), "--to", str(local), "--partial", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["copied"], told["left_out"]) == (1, 2)
+    assert copies[0].exists()
     assert read_all(again) == contents(stores[0])
 
 
