@@ -71,6 +71,12 @@ class DataConfig:
     placement: str = "auto"
     prefetch_gb: float = 1.0
 
+    @property
+    def stores(self) -> dict[str, str]:
+        """Paths of the stores that a run reads, by what they hold."""
+        stores = {"training images": self.train, "test images": self.test}
+        return stores if self.labelled is None else stores | {"labelled images": self.labelled}
+
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")

@@ -78,7 +78,7 @@ def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: floa
     asked: dict[str, Any] = dict(parameters["pretrain"])
     place = {name: asked[name] for name in ("partition", "account", "qos", "constraint", "exclude") if name in asked}
     gpus = {"gpus_per_node": 1} if asked.get("gpus_per_node") else {}
-    stores = [Path(path).resolve() for path in (config.data.train, config.data.test) if Path(path).exists()]
+    stores = [Path(path).resolve() for path in config.data.stores.values() if Path(path).exists()]
     try:
         found = look_from_node(Path(config.runs), stores, sbatch_flags(place | gpus), timeout_s=timeout_s)
     except (TimeoutError, OSError, SchedulerError, SchedulerUnreachableError) as error:

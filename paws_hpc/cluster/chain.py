@@ -64,8 +64,8 @@ class Job:
         """Whether its result is in the run directory."""
         match self.stage:
             case "prepare":
-                stores = (Path(config.data.train), Path(config.data.test))
-                return is_done(self.folder(run)) and all((store / "manifest.json").exists() for store in stores)
+                stores = config.data.stores.values()
+                return is_done(self.folder(run)) and all((Path(store) / "manifest.json").exists() for store in stores)
             case "selection":
                 return run.result.exists()
             case "report":

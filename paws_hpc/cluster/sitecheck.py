@@ -58,10 +58,10 @@ def check_site(config: Config, asked: Mapping[str, Parameters], run: RunFolder) 
     """Devices asked for, folders, stores and versions."""
     yield from _devices(config, asked)
     yield _folder("run directory", run.path)
-    yield _store("training images", config.data.train, config.data)
-    yield _store("test images", config.data.test, config.data)
+    for what, path in config.data.stores.items():
+        yield _store(what, path, config.data)
     yield _versions()
-    yield _shared(Path(config.runs), Path(config.data.train), Path(config.data.test), Path(sys.prefix))
+    yield _shared(Path(config.runs), *map(Path, config.data.stores.values()), Path(sys.prefix))
 
 
 def _devices(config: Config, asked: Mapping[str, Parameters]) -> Iterator[Check]:

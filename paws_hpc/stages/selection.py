@@ -102,7 +102,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
             {
                 "labels": len(data.labelled),
                 "validation_labels": len(data.validation_split.keys),
-                "classes": list(data.train.classes),
+                "classes": list(data.classes),
                 "seed": config.seed,
                 "missing": {"finetune": winner.missing, "baseline": baseline.missing},
                 "test": {"count": len(test)} | scored,
