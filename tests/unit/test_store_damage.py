@@ -33,7 +33,7 @@ from paws_hpc.store import (
 from paws_hpc.store.decode import MAX_PIXELS
 
 KIB = 1 << 10
-EXAMPLES = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def photo(number: int) -> bytes:
