@@ -155,14 +155,17 @@ class Run:
             self.signal_rank(job, rank, number)
 
     def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 300) -> None:
-        """Wait until the start ``number`` of pre-training has begun, and stop its ranks most of the time until then."""
+        """Wait until the start ``number`` of pre-training has begun; while the one before it trains, stop its ranks for
+        most of the time."""
 
         def arrived() -> bool:
-            with suppress(IndexError, ProcessLookupError):  # no ranks at the moment
-                self.signal_ranks(job, signal.SIGSTOP)
-                time.sleep(1.0)
-                self.signal_ranks(job, signal.SIGCONT)
-            return len(self.starts(job)) >= number
+            starts = self.starts(job)
+            if len(starts) < number and starts[-1].end is None:
+                with suppress(IndexError, ProcessLookupError):  # they have just left
+                    self.signal_ranks(job, signal.SIGSTOP)
+                    time.sleep(1.0)
+                    self.signal_ranks(job, signal.SIGCONT)
+            return len(starts) >= number
 
         self._wait(arrived, timeout_s, f"{job} has no start {number}")
 

@@ -10,17 +10,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Stores
 from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
 
 pytestmark = pytest.mark.timeout(240)
 ROOT = Path(__file__).parents[2]
-GOOD = ("hydra.launcher.partition=low", "hydra.launcher.timeout_min=60", "device=cpu")
 
 
 @pytest.fixture(scope="module")
 def cluster_options() -> ClusterOptions:
     return ClusterOptions(accounting=True, grace_s=40, extra={"MaxArraySize": "4"})
+
+
+@pytest.fixture(scope="module")
+def good(digits_stores: Stores) -> tuple[str, ...]:
+    """A launch that the cluster would run."""
+    data = (f"data.train={digits_stores.train}", f"data.test={digits_stores.test}")
+    return ("hydra.launcher.partition=low", "hydra.launcher.timeout_min=60", "device=cpu", *data)
 
 
 def doctor(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
@@ -40,8 +47,10 @@ def doctor(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, dict[s
     return done.returncode, {check["name"]: check for check in checks}
 
 
-def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    status, checks = doctor(cluster, tmp_path, *GOOD, "--probe", "--probe-timeout", "120")
+def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
+    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
+) -> None:
+    status, checks = doctor(cluster, tmp_path, *good, "--probe", "--probe-timeout", "120")
     assert status == 0, checks
     assert checks["preemption"]["verdict"] == "ok"
     assert "SIGUSR2 and has 45 s to save" in checks["preemption"]["found"]
@@ -56,9 +65,9 @@ SHAPES = (
     ("resources.pretrain.gpus_per_node=3", "jobs of pretrain", "n[1-2] has 2 GPUs", "Ask for less"),
     ("resources.report.mem_gb=100", "jobs of report", "n[1-2] has 8000 MB of memory", "Ask for less"),
     ("resources.finetune.nodes=4", "jobs of finetune", "asks for 4 nodes", "Ask for less"),
-    ("resources.baseline.timeout_min=2", "jobs of baseline", "the signal to save comes 120 s before", "signal_delay_s"),
     ("resources.selection.constraint=h100", "jobs of selection", "feature", "Change the field"),
 )
+SHORT = (("resources.baseline.timeout_min=2", "config", "signal_delay_s=120", ""),)
 REST = (
     ("hydra.launcher.account=nobody", "account of prepare, pretrain", "nobody is not yours", "test"),
     ("resources.finetune.qos=gold", "qos of finetune", "gold is not yours", "normal"),
@@ -69,22 +78,22 @@ REST = (
 
 
 @pytest.mark.parametrize(
-    "faults", [SHAPES, REST, (("hydra.launcher.partition=lou", "jobs of", "there is no partition lou", "low"),)]
+    "faults", [SHAPES, REST, (("hydra.launcher.partition=lou", "jobs of", "there is no partition lou", "low"),), SHORT]
 )
 def test_what_slurm_would_never_start_is_a_problem_with_a_remedy(
-    cluster: Cluster, tmp_path: Path, faults: tuple[tuple[str, str, str, str], ...]
+    cluster: Cluster, tmp_path: Path, good: tuple[str, ...], faults: tuple[tuple[str, str, str, str], ...]
 ) -> None:
-    status, checks = doctor(cluster, tmp_path, *GOOD, *(override for override, *_ in faults))
+    status, checks = doctor(cluster, tmp_path, *good, *(override for override, *_ in faults))
     assert status == 1
     for override, name, found, remedy in faults:
         bad = [check for check in checks.values() if check["verdict"] == "problem" and check["name"].startswith(name)]
         assert any(found in check["found"] and remedy in check["remedy"] for check in bad), (override, checks)
 
 
-def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_path: Path, good: tuple[str, ...]) -> None:
     cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=30", "State=DOWN")
     try:
-        status, checks = doctor(cluster, tmp_path, *GOOD, "hydra.launcher.partition=high")
+        status, checks = doctor(cluster, tmp_path, *good, "hydra.launcher.partition=high")
         said = json.dumps(checks)
         assert status == 1
         assert checks["preemption"]["found"] == "jobs of partition high are not preempted"
@@ -93,10 +102,12 @@ def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_pat
         cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=UNLIMITED", "State=UP")
 
 
-def test_without_a_controller_the_rest_is_still_checked(cluster: Cluster, tmp_path: Path) -> None:
+def test_without_a_controller_the_rest_is_still_checked(
+    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
+) -> None:
     cluster.stop_controller()
     try:
-        status, checks = doctor(cluster, tmp_path, *GOOD, "--probe")
+        status, checks = doctor(cluster, tmp_path, *good, "--probe")
         assert status == 1
         assert checks["controller"]["verdict"] == "problem"
         assert checks["training images"]["verdict"] == "ok"

@@ -17,6 +17,7 @@ import pytest
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.inventory import partitions, settings
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from tests.conftest import Stores
 from tests.slurm.chain import ROOT, Run
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.settings import ClusterOptions
@@ -39,8 +40,8 @@ def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 @pytest.fixture
-def run(cluster: Cluster, tmp_path: Path) -> Run:
-    shutil.copytree(ROOT / "shards" / "digits", tmp_path / "shards")
+def run(cluster: Cluster, tmp_path: Path, digits_stores: Stores) -> Run:
+    shutil.copytree(digits_stores.train.parent, tmp_path / "shards")
     return Run(cluster, tmp_path)
 
 
