@@ -110,5 +110,13 @@ def _check_keys(source: Source) -> None:
         key, times = Counter(source.keys).most_common(1)[0]
         raise StoreError(f"key {key!r} occurs {times} times in the {source.kind} source: keys must be distinct.")
     for key in source.keys:
-        if not key or "\0" in key or any("\ud800" <= character <= "\udfff" for character in key):
+        if not key or "\0" in key or not (key.isascii() or _is_utf8(key)):
             raise StoreError(f"key {key!r} cannot be stored: it is empty, has a zero byte or is not UTF-8. Rename it.")
+
+
+def _is_utf8(key: str) -> bool:
+    try:
+        key.encode()
+    except UnicodeEncodeError:  # bytes of a file name that are not UTF-8
+        return False
+    return True

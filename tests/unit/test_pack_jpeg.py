@@ -84,6 +84,11 @@ def test_a_preview_in_the_header_goes() -> None:
 def test_adobes_colours_stay_what_they_are() -> None:
     """JPEGs whose components are RGB say so in Adobe's segment only: without it they would turn green and pink."""
     content = encoded(tile(), quality=95, keep_rgb=True)
+    frame, scan = content.index(b"\xff\xc0"), content.index(b"\xff\xda")
+    named = bytearray(content)  # components called R, G and B say it, too: call them 1, 2 and 3
+    for number in range(3):
+        named[frame + 10 + 3 * number] = named[scan + 5 + 2 * number] = number + 1
+    content = bytes(named)
     assert b"Adobe" in content
     image = standard_jpeg(content + b"x")
     assert image.flags == FLAG_STRIPPED

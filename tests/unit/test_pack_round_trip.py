@@ -144,6 +144,32 @@ def test_a_kept_listing_comes_back_or_is_said_to_be_damaged(keys: list[str], dam
             Listing.load(path)
 
 
+def test_statistics_of_a_sample_do_not_depend_on_the_shards(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number in range(2_101):
+        path = tmp_path / "source" / "a" / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        colour = tuple(random.integers(0, 256, 3).tolist())
+        path.write_bytes(encoded_png(colour))
+    many, one = (
+        pack(ImageFolder(tmp_path / "source"), tmp_path / name, options=PackOptions(shard_bytes=size, workers=1))
+        for name, size in (("many", 5_000), ("one", 1 << 28))
+    )
+    assert len(many.manifest.shards) > 20
+    assert many.manifest.statistics == one.manifest.statistics
+    assert (one.manifest.statistics.method, one.manifest.statistics.images) == ("sample", 1_051)
+    store = ImageStore.open(tmp_path / "one")
+    counted = np.stack(store.images(np.arange(0, 2_101, 2))) / 255
+    np.testing.assert_allclose(store.mean, counted.mean(axis=(0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(store.std, counted.std(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def encoded_png(colour: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), colour).save(file, "PNG")
+    return file.getvalue()
+
+
 def test_a_channel_that_never_changes_is_centred_and_not_divided(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     images[..., 2] = 51
