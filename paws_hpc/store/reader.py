@@ -222,6 +222,24 @@ class ImageStore:
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
         return self._with_substitutes(self._payloads, self._positions(indices))
 
+    def each(self, indices: ArrayLike) -> Iterator[NDArray[np.uint8]]:
+        """Yield n records as stored, one after the other, each (bytes,) in a buffer of this thread's.
+
+        The next record, or anything else that the thread reads from the store, overwrites it. Twice as fast as
+        :meth:`read` where every record is used up at once: new memory costs as much as reading.
+
+        Raises:
+            ValueError: an index is outside the store.
+            RecordError: a record cannot be read or its CRC32C is wrong; shard and key are named.
+        """
+        for place in self._places(self._substitutes.apply(self._positions(indices))):
+            try:
+                record = self._load(place)
+            except RecordError as error:
+                self._substitutes.add(error)
+                (record,) = self._with_substitutes(self._loaded, np.array([place.position]))
+            yield record
+
     def read_raw(self, indices: ArrayLike) -> NDArray[np.uint8]:
         """Read n images of a raw store as (n, H, W, C) uint8, C 1 or 3.
 
@@ -275,15 +293,24 @@ class ImageStore:
         """Read and decode n JPEGs, each (H, W, 3) of the size that the index says."""
         images = []
         for place in self._places(positions):
-            buffer = self._buffer(place.length)
-            problem = self.shards.read_into(place.shard, buffer, place.offset, place.crc32c)
-            if problem is not None:
-                raise self._fault(place.position, problem.text, lasting=problem.lasting)
+            record = self._load(place)
             try:
-                images.append(decode_jpeg(buffer, size=(place.height, place.width)))
+                images.append(decode_jpeg(record, size=(place.height, place.width)))
             except ValueError as error:
                 raise self._fault(place.position, f"cannot be decoded: {error}") from error
         return images
+
+    def _loaded(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        """Read one record into this thread's buffer and check it."""
+        return [self._load(place) for place in self._places(positions)]
+
+    def _load(self, place: _Place) -> NDArray[np.uint8]:
+        """Read one record into this thread's buffer and check it."""
+        record = self._buffer(place.length)
+        problem = self.shards.read_into(place.shard, record, place.offset, place.crc32c)
+        if problem is not None:
+            raise self._fault(place.position, problem.text, lasting=problem.lasting)
+        return record
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
         """A buffer of this thread's that the next call uses again: new memory costs half as much as reading."""

@@ -342,6 +342,11 @@ def test_substitutes_are_the_next_good_record_of_the_class_in_whatever_order_the
         assert store.substitutes == expected
         assert len(caplog.records) == 3
         assert all("stands in for it" in record.getMessage() for record in caplog.records)
+        records = [record.copy() for record in ImageStore.open(path, max_substitutes=3).each(order)]
+        stored = whole.shape or (-1,)
+        for position, record in zip(order.tolist(), records, strict=True):
+            pixels = decode_jpeg(record) if kind == "jpeg" else record.reshape(stored).repeat(3, axis=-1)
+            assert np.array_equal(pixels, images[expected.get(position, position)])
 
 
 def test_more_damage_than_allowed_stops_reading(copies: Callable[[str], Path]) -> None:

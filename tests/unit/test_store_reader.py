@@ -89,6 +89,17 @@ def test_threads_read_what_one_thread_reads(jpeg_store: Path, raw_store: Path) -
             assert np.array_equal(expected, np.concatenate([image.ravel() for image in images]))
 
 
+def test_records_come_one_by_one_in_a_buffer_that_is_used_again(jpeg_store: Path, raw_store: Path) -> None:
+    for path in (jpeg_store, raw_store):
+        store = ImageStore.open(path)
+        order = np.random.default_rng(0).permutation(30)
+        assert [record.tobytes() for record in store.each(order)] == [bytes(record) for record in store.read(order)]
+    places = [record.__array_interface__["data"][0] for record in store.each(range(9))]
+    assert len(set(places)) == 1
+    with pytest.raises(ValueError, match="outside the store"):
+        next(store.each([400]))
+
+
 def test_many_tiny_records_are_read_in_milliseconds(raw_store: Path) -> None:
     import time
 
