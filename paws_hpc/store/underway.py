@@ -255,6 +255,10 @@ class Underway:
         except StoreError:
             return False
 
+    def is_ending(self) -> bool:
+        """Whether some process is making the store of the shards."""
+        return (self.folder / _COMPLETE).exists()
+
     def has_shards(self) -> bool:
         """Whether any shard waits here."""
         return any(self.folder.glob("shard-*.h5"))

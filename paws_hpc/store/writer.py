@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from paws_hpc import __version__
-from paws_hpc.files import write_json, write_text
-from paws_hpc.store.building import Change, ShardResult, ShardTask, counted
-from paws_hpc.store.faults import check_sizes
-from paws_hpc.store.format import (
-    FLAG_PROGRESSIVE,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    Manifest,
-    Omission,
-    Origin,
-    Packing,
-    ShardEntry,
-    ShardIndex,
-    StoreError,
-    read_manifest,
-)
-from paws_hpc.store.joined import JoinedIndex, build_index, dataset_digest, index_hash
+from paws_hpc.store.building import ShardTask
+from paws_hpc.store.finishing import PackReport, done_before, finish, finished_by_others, same_store
+from paws_hpc.store.format import MANIFEST_NAME, Origin, Packing, StoreError
 from paws_hpc.store.plan import Plan, packing_order
 from paws_hpc.store.processes import build_shards
 from paws_hpc.store.progress import progress
-from paws_hpc.store.shard import read_shard
 from paws_hpc.store.sources.base import Source
 from paws_hpc.store.sources.listing import Listing
 from paws_hpc.store.standard import transcoder
-from paws_hpc.store.statistics import combine
-from paws_hpc.store.underway import CHANGES_NAME, Identity, Underway
+from paws_hpc.store.underway import Identity, Underway
 from paws_hpc.store.workers import usable_cores
 
 __all__ = [
@@ -94,37 +77,6 @@ class PackOptions:
 
 
 @dataclass(frozen=True)
-class PackReport:
-    """What packing did.
-
-    Attributes:
-        path: the store's folder.
-        manifest: its manifest; ``manifest.skipped`` names the images that were left out.
-        packed: False where the same complete store was there already and nothing was done.
-        changes: the images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is
-            False. Images that only lost metadata are counted in the manifest and flagged in the index.
-        kept: shards that an interrupted run, or other parts of the work, had finished.
-        progressive: JPEGs that stayed progressive, because turbojpeg is not installed.
-        newer: images whose files were written after the store that was there; names and sizes are the same.
-        seconds: duration.
-    """
-
-    path: Path
-    manifest: Manifest
-    packed: bool
-    changes: tuple[Change, ...] = ()
-    kept: int = 0
-    progressive: int = 0
-    newer: int = 0
-    seconds: float = 0.0
-
-    @property
-    def reencoded(self) -> tuple[Omission, ...]:
-        """The images that were encoded anew, with the reason."""
-        return tuple(Omission(change.key, change.reason) for change in self.changes if not change.lossless)
-
-
-@dataclass(frozen=True)
 class PartReport:
     """What packing a part did.
 
@@ -177,14 +129,20 @@ def pack(
     """
     options, started = options or PackOptions(), time.monotonic()
     identity = _identity(source, options)
-    if not options.force and (there := _same_store(destination, identity)) is not None:
+    if not options.force and (there := same_store(destination, identity)) is not None:
         newer = _written_after(source, destination)
         return PackReport(destination, there, packed=False, newer=newer, seconds=time.monotonic() - started)
     plan, underway = Plan(source, identity), Underway(destination)
     underway.begin(identity, force=options.force)
-    kept = _build(plan, underway, range(len(plan)), options, show_progress)
-    report = _finish(plan, underway)
-    return replace(report, kept=kept, seconds=time.monotonic() - started)
+    try:
+        kept = _build(plan, underway, range(len(plan)), options, show_progress)
+        report = replace(finish(plan, underway), kept=kept)
+    except (FileNotFoundError, StoreError):
+        there_now = finished_by_others(plan, underway)
+        if there_now is None:
+            raise
+        report = there_now
+    return replace(report, seconds=time.monotonic() - started)
 
 
 def plan_pack(source: Source, destination: Path, *, options: PackOptions | None = None) -> tuple[int, int]:
@@ -199,7 +157,7 @@ def plan_pack(source: Source, destination: Path, *, options: PackOptions | None 
     options = options or PackOptions()
     identity = _identity(source, options)
     plan = Plan(source, identity)
-    if _same_store(destination, identity) is None:
+    if same_store(destination, identity) is None:
         underway = Underway(destination)
         underway.begin(identity, force=options.force)
         _keep_listing(underway, source, anew=True)
@@ -242,16 +200,23 @@ def pack_part(
             "Pack into a new folder, or remove the former store first."
         )
     identity = _identity(source, options)
-    if (there := _same_store(destination, identity)) is not None:
+    if (there := same_store(destination, identity)) is not None:
         report = PackReport(destination, there, packed=False, newer=_written_after(source, destination))
         return PartReport(destination, 0, 0, 0, report, time.monotonic() - started)
     plan, underway = Plan(source, identity), Underway(destination)
     underway.begin(identity, force=False)
     _keep_listing(underway, source)
     mine = range(part.number - 1, len(plan), part.of)
-    kept = _build(plan, underway, mine, options, show_progress)
-    missing = len(set(range(len(plan))) - underway.noted())
-    store = None if missing else _finish(plan, underway)
+    kept = missing = 0
+    store = None
+    try:
+        kept = _build(plan, underway, mine, options, show_progress)
+        missing = len(set(range(len(plan))) - underway.noted())
+        store = None if missing else finish(plan, underway)
+    except (FileNotFoundError, StoreError):
+        store = finished_by_others(plan, underway)
+        if store is None:
+            raise
     return PartReport(destination, len(mine) - kept, kept, missing, store, time.monotonic() - started)
 
 
@@ -274,26 +239,6 @@ def _identity(source: Source, options: PackOptions) -> Identity:
     return Identity(Origin(kind=source.kind, digest=source.digest, options=source.options), packing)
 
 
-def _same_store(destination: Path, identity: Identity) -> Manifest | None:
-    """The manifest of the store at ``destination`` if packing would only repeat it; None if there is none."""
-    if not (destination / MANIFEST_NAME).exists():
-        return None
-    manifest = read_manifest(destination)
-    # A store of another version of this program, or packed without turbojpeg, holds the same images.
-    like = replace(manifest.packing, packer=identity.packing.packer, transcoder=identity.packing.transcoder)
-    differing = identity.differences(asdict(manifest.origin) | asdict(like))
-    if differing:
-        raise StoreError(
-            f"{destination} already holds another store: {', '.join(differing)}. "
-            "Choose another folder, or replace the store with --force."
-        )
-    check_sizes(destination, manifest)
-    underway = Underway(destination)
-    if underway.folder.exists() and not underway.has_shards():
-        underway.discard()  # it was interrupted after its very last step
-    return manifest
-
-
 def _written_after(source: Source, destination: Path) -> int:
     """How many of the source's images were written after the store; 0 where the digest covers their contents."""
     packed = (destination / MANIFEST_NAME).stat().st_mtime_ns
@@ -302,7 +247,7 @@ def _written_after(source: Source, destination: Path) -> int:
 
 def _build(plan: Plan, underway: Underway, numbers: range, options: PackOptions, show_progress: bool) -> int:
     """Build those shards that are not done; returns how many are."""
-    done = {number for number in numbers if _done(plan, underway, number) is not None}
+    done = {number for number in numbers if done_before(plan, underway, number) is not None}
     missing = [number for number in numbers if number not in done]
     if not missing:
         return len(done)
@@ -317,105 +262,3 @@ def _build(plan: Plan, underway: Underway, numbers: range, options: PackOptions,
         for result in build_shards(tasks(), processes=processes, threads=workers // processes, advance=advance):
             underway.keep(result)
     return len(done)
-
-
-def _done(plan: Plan, underway: Underway, number: int) -> ShardResult | None:
-    return underway.result(number, plan.fingerprint(number), skipping=plan.recipe.on_error == "skip")
-
-
-def _finish(plan: Plan, underway: Underway) -> PackReport:
-    """Make the store of all its shards, which are done.
-
-    Others may do the same at the same time, and be faster.
-    """
-    try:
-        return _assemble(plan, underway)
-    except (OSError, StoreError):
-        there = _same_store(underway.destination, plan.identity)
-        if there is None:
-            raise
-        return PackReport(underway.destination, there, packed=False)
-
-
-def _assemble(plan: Plan, underway: Underway) -> PackReport:
-    """Check the results, move the shards into place, and write index, list of changes and manifest, in this order."""
-    results = []
-    for number in range(len(plan)):
-        result = _done(plan, underway, number)
-        if result is None:
-            raise StoreError(f"{underway.shard_path(number)} was damaged since it was packed. Pack again.")
-        results.append(result)
-    with_records = [(result, result.entry) for result in results if result.entry is not None]
-    if not with_records:
-        skipped = [omission for result in results for omission in result.skipped]
-        underway.discard()
-        raise StoreError(
-            f"none of the {len(skipped):,} images could be read; the first, {skipped[0].key!r}: {skipped[0].reason}. "
-            "Nothing was packed."
-        )
-    # A shard all of whose images were skipped has no file: the others close the gap.
-    final = {entry.name: f"shard-{place:05d}.h5" for place, (_, entry) in enumerate(with_records)}
-    entries = tuple(replace(entry, name=final[entry.name]) for _, entry in with_records)
-    joined = build_index(underway.folder, _Indexes(underway, [entry.name for _, entry in with_records]))
-    manifest = _manifest(plan, results, entries, joined)
-    changes = tuple(change for result in results for change in result.changes)
-    progressive = int(np.count_nonzero(joined["flags"] & FLAG_PROGRESSIVE))
-    final[INDEX_NAME] = INDEX_NAME
-    underway.complete(final)
-    underway.move_into_place(final, manifest)
-    if changes:
-        lines = (f"{json.dumps(change.key)}\t{change.reason}\n" for change in changes)
-        write_text(underway.destination / CHANGES_NAME, "".join(lines))
-    write_json(underway.destination / MANIFEST_NAME, manifest.to_json())
-    underway.discard()
-    return PackReport(underway.destination, manifest, packed=True, changes=changes, progressive=progressive)
-
-
-class _Indexes:
-    """The indexes of finished shards, read again whenever they are gone through, so that memory holds one."""
-
-    def __init__(self, underway: Underway, names: Sequence[str]) -> None:
-        self._underway, self._names = underway, names
-
-    def __iter__(self) -> Iterator[ShardIndex]:
-        return (read_shard(self._underway.find_shard(name)).index for name in self._names)
-
-
-def _manifest(
-    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: JoinedIndex
-) -> Manifest:
-    """Everything that is known about the store."""
-    source, identity = plan.source, plan.identity
-    shapes = {result.shape for result in results if result.entry is not None}
-    if len(shapes) > 1:
-        raise StoreError(
-            f"the {source.kind} source gives images of the shapes {sorted(map(str, shapes))}: raw needs one."
-        )
-    (shape,) = shapes
-    sums = [result.sums for result in results if result.sums is not None]
-    if not sums:
-        raise StoreError(
-            "every image that was to be counted in the statistics was left out; repair the images, or pack with "
-            "another --seed."
-        )
-    statistics = combine(sums, exact=plan.recipe.stride == 1)
-    changes = [change for result in results for change in result.changes]
-    rewritten = counted(changes, lossless=True)
-    rewritten["metadata taken out"] += sum(result.stripped for result in results)
-    return Manifest(
-        encoding=source.encoding,
-        shape=shape,
-        count=len(joined),
-        classes=source.classes,
-        class_counts=tuple(np.bincount(joined["label"], minlength=len(source.classes)).tolist()),
-        statistics=statistics,
-        digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
-        index_hash=index_hash(joined),
-        origin=identity.origin,
-        packing=identity.packing,
-        reencoded=dict(sorted(counted(changes, lossless=False).items())),
-        rewritten={reason: count for reason, count in sorted(rewritten.items()) if count},
-        recovered=tuple(omission for result in results for omission in result.recovered),
-        skipped=tuple(omission for result in results for omission in result.skipped),
-        shards=entries,
-    )
