@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -49,11 +50,16 @@ def why_unavailable(options: ClusterOptions | None = None) -> str | None:
 
 
 def require_slurm(options: ClusterOptions | None = None) -> None:
-    """Skip the test where no cluster can be started; with ``MUST_RUN=slurm`` in the environment, as in CI, fail it."""
+    """Skip the test where no cluster can be started; see :func:`cannot_run`."""
     if reason := why_unavailable(options):
-        if "slurm" in os.environ.get("MUST_RUN", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        cannot_run(reason)
+
+
+def cannot_run(reason: str) -> NoReturn:
+    """Skip the test for this reason; with ``MUST_RUN=slurm`` in the environment, as in CI, fail it."""
+    if "slurm" in os.environ.get("MUST_RUN", ""):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.chain import ROOT, Run
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, cannot_run
 
 pytestmark = pytest.mark.timeout(900)  # of which it needs a tenth on a machine of its own
 
@@ -133,6 +133,29 @@ def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(c
     assert "lr=1e+30,epochs=2" in str(selected["missing"])
 
 
+def test_a_rank_that_is_killed_again_and_again_without_progress_ends_the_job(cluster: Cluster, folder: Path) -> None:
+    endless = ("stages=[prepare,baseline]", "baseline.epochs=[5000]", "restarts_without_progress=1")
+    run = Run(cluster, folder, *endless, "baseline.validate_every_epochs=5000", name="killed-again")
+    run.launch()
+    baseline = "baseline/lr=0.1,epochs=5000"
+    for start in (1, 2):
+        run.wait_start(baseline, start)
+        run.signal_rank(baseline, 0, signal.SIGKILL)
+    assert run.wait_over()[baseline] == "FAILED"
+    assert run.ends(baseline) == ["crashed", "crashed"]
+    assert "2 times in a row without getting past step 0" in run.log(baseline)
+
+
+def test_another_number_of_tasks_than_was_asked_for_fails_loudly(cluster: Cluster, folder: Path) -> None:
+    several = "hydra.launcher.setup=['export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_OVERCOMMIT=1']"
+    run = Run(cluster, folder, "stages=[prepare]", several, name="crowd")
+    run.launch()
+    assert run.wait_over() == {"prepare": "FAILED"}
+    assert "resources.prepare asks for 1 ranks, but job" in run.log("prepare")
+    assert "2 tasks" in run.log("prepare")
+    assert "would fail again" in run.log("prepare")
+
+
 def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: Path) -> None:
     run = Run(cluster, folder, *PRETRAINING, "pretrain.checkpoint_every_steps=10", name="full")
     run.path.mkdir(parents=True)
@@ -169,7 +192,7 @@ def mounted(path: Path, *, megabytes: int) -> Iterator[None]:
         check=False,
     )
     if done.returncode != 0:
-        pytest.skip(f"No file system can be mounted here: {done.stderr.strip()}")
+        cannot_run(f"No file system can be mounted here: {done.stderr.strip()}")
     try:
         yield
     finally:
