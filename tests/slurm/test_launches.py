@@ -73,7 +73,7 @@ def test_two_launches_at_once_make_one_chain_of_the_code_and_config_of_that_mome
 def test_a_launcher_killed_half_way_leaves_nothing_that_can_run_and_a_cancelled_chain_stays_cancelled(
     cluster: Cluster, folder: Path
 ) -> None:
-    run = Run(cluster, folder, "pretrain.epochs=30", name="killed")
+    run = Run(cluster, folder, "pretrain.epochs=3000", name="killed")  # far from done when it is cancelled
     programs = killing_at_the_third_job(folder / "programs")
     killed = subprocess.run(
         run.command(),
