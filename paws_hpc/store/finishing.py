@@ -66,7 +66,8 @@ class PackReport:
 
 def same_store(destination: Path, identity: Identity) -> Manifest | None:
     """The manifest of the store at ``destination`` if packing would only repeat it; None if there is none."""
-    if not (destination / MANIFEST_NAME).exists():
+    underway = Underway(destination)
+    if underway.is_ending() or not (destination / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(destination)
     # A store of another version of this program, or packed without turbojpeg, holds the same images.
@@ -78,9 +79,8 @@ def same_store(destination: Path, identity: Identity) -> Manifest | None:
             "Choose another folder, or replace the store with --force."
         )
     check_sizes(destination, manifest)
-    underway = Underway(destination)
-    if underway.folder.exists() and not underway.has_shards():
-        underway.discard()  # it was interrupted after its very last step
+    if underway.has_leftovers():
+        underway.discard()
     return manifest
 
 
@@ -130,10 +130,12 @@ def finish(plan: Plan, underway: Underway) -> PackReport:
     progressive = int(np.count_nonzero(joined["flags"] & FLAG_PROGRESSIVE))
     final[INDEX_NAME] = INDEX_NAME
     underway.complete(final)
-    underway.move_into_place(final, manifest)
+    underway.move_into_place(final)
     if changes:
         lines = (f"{json.dumps(change.key)}\t{change.reason}\n" for change in changes)
         write_text(underway.destination / CHANGES_NAME, "".join(lines))
+    else:
+        (underway.destination / CHANGES_NAME).unlink(missing_ok=True)
     write_json(underway.destination / MANIFEST_NAME, manifest.to_json())
     underway.discard()
     return PackReport(underway.destination, manifest, packed=True, changes=changes, progressive=progressive)

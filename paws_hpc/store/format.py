@@ -24,6 +24,8 @@ VERSION = 2
 SHARD_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
+UNDERWAY_NAME = ".packing"
+MOVING_NAME = f"{UNDERWAY_NAME}/complete.json"
 
 Encoding = Literal["jpeg", "raw"]
 """How one record's bytes are read: a three-component JPEG file, or the H*W*C pixels themselves."""
@@ -207,9 +209,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a store's manifest.
 
     Raises:
-        StoreError: there is none, it is not JSON, of another format or version, or a field is missing.
+        StoreError: there is none, it is not JSON, of another format or version, a field is missing, or the store is
+            about to be replaced by another.
     """
     path = folder / MANIFEST_NAME
+    if (folder / MOVING_NAME).exists():
+        raise StoreError(
+            f"{folder} is not a complete image store: the shards of a new pack are being moved into it. If no pack "
+            "is running, finish it with the command that began it."
+        )
     try:
         value = read_json(path)
     except FileNotFoundError as error:

@@ -9,14 +9,16 @@ whole:
     shard-00042.json      its result, written after it
     complete.json         all shards are done and move into their places: it can be finished, not undone
 
-Any number of processes on any nodes may work in it at once. They write equal files, each by a rename, and every step
-of the end can be repeated, so none needs a lock.
+Any number of processes on any nodes may work in it at once. They write equal files, each by a rename, none takes away
+what another put in place, and every step of the end can be repeated, so none needs a lock. While ``complete.json`` is
+there no reader opens the store, whose folder may hold shards of two; the last step renames ``.packing`` away, at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -28,23 +30,20 @@ from typing import Any
 from paws_hpc.files import create_json, read_json, value_digest, write_json
 from paws_hpc.store.building import ShardResult
 from paws_hpc.store.format import (
-    INDEX_NAME,
     MANIFEST_NAME,
-    Manifest,
+    MOVING_NAME,
+    UNDERWAY_NAME,
     Origin,
     Packing,
     ShardEntry,
     StoreError,
-    read_manifest,
 )
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.sources.listing import Listing
 
-FOLDER = ".packing"
 CHANGES_NAME = "changes.tsv"
 _RECORD = "pack.json"
 _LISTING = "listing.bin"
-_COMPLETE = "complete.json"
 _DEAD_AFTER_S = 3600.0
 
 
@@ -78,7 +77,7 @@ class Underway:
 
     def __init__(self, destination: Path) -> None:
         """Name the folder; creates nothing."""
-        self.destination, self.folder = destination, destination / FOLDER
+        self.destination, self.folder = destination, destination / UNDERWAY_NAME
 
     def identity(self) -> dict[str, Any] | None:
         """To what the unfinished pack belongs; None if there is none.
@@ -118,6 +117,8 @@ class Underway:
         # Shards without a skipped image are the same whatever is done about such images; see result().
         differing = identity.differences(there, but=("on_error",))
         if differing and force:
+            if self.is_ending():  # what is in the folder is not one store any more, and must not look like it
+                (self.destination / MANIFEST_NAME).unlink(missing_ok=True)
             self.discard()
             self.begin(identity, force=False)
         elif differing:
@@ -128,14 +129,15 @@ class Underway:
         self._remove_dead_files()
 
     def discard(self) -> None:
-        """Remove everything that belongs to the unfinished pack; its record goes first."""
-        for name in (_RECORD, _COMPLETE):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove everything that belongs to the unfinished pack; it goes in one step, what it held in many."""
+        with suppress(FileNotFoundError):  # there is none, or another process renamed it
+            os.replace(self.folder, self.destination / f"{UNDERWAY_NAME}.{secrets.token_hex(8)}")
+        for leftover in self.destination.glob(f"{UNDERWAY_NAME}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _remove_dead_files(self) -> None:
         """Remove temporary files of killed processes; a living one writes to its file all the time."""
-        for path in self.folder.glob(".*.tmp"):
+        for path in (*self.folder.glob(".*.tmp"), *self.destination.glob(".*.tmp")):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _DEAD_AFTER_S:
                     path.unlink()
@@ -205,7 +207,7 @@ class Underway:
 
     def _final_names(self) -> dict[str, list[str]]:
         try:
-            value = read_json(self.folder / _COMPLETE)
+            value = read_json(self.destination / MOVING_NAME)
         except (OSError, ValueError):
             return {}
         return {name: [final] for name, final in value.items()} if isinstance(value, dict) else {}
@@ -223,22 +225,18 @@ class Underway:
 
     def complete(self, final_names: dict[str, str]) -> None:
         """Say that all shards are done, and what each is called in the store; from here on a former store goes."""
-        write_json(self.folder / _COMPLETE, final_names)
+        write_json(self.destination / MOVING_NAME, final_names)
 
-    def move_into_place(self, final_names: dict[str, str], manifest: Manifest) -> None:
+    def move_into_place(self, final_names: dict[str, str]) -> None:
         """Replace what was in the store's folder by the new shards.
 
-        The former manifest goes first, so that a mixture never looks like a store. Whoever else does the same at the
-        same time finds some shards moved already, and leaves the new manifest alone.
+        Whoever else does the same at the same time finds some of them moved already.
+
+        Raises:
+            StoreError: a shard is in neither place.
         """
-        if not self._is_there(manifest):
-            for name in (MANIFEST_NAME, INDEX_NAME, CHANGES_NAME, "index.npy"):
-                (self.destination / name).unlink(missing_ok=True)
         for path in self.destination.glob("shard-*.h5"):
             if path.name not in final_names.values():
-                path.unlink(missing_ok=True)
-        for pattern in (MANIFEST_NAME, INDEX_NAME, "shard-*.h5"):  # of killed packers of earlier versions
-            for path in self.destination.glob(f".{pattern}.*.tmp"):
                 path.unlink(missing_ok=True)
         for name, final in final_names.items():
             try:
@@ -249,19 +247,13 @@ class Underway:
                         f"{self.folder / name} vanished while the store was finished. Pack again."
                     ) from error
 
-    def _is_there(self, manifest: Manifest) -> bool:
-        try:
-            return read_manifest(self.destination) == manifest
-        except StoreError:
-            return False
-
     def is_ending(self) -> bool:
         """Whether some process is making the store of the shards."""
-        return (self.folder / _COMPLETE).exists()
+        return (self.destination / MOVING_NAME).exists()
 
-    def has_shards(self) -> bool:
-        """Whether any shard waits here."""
-        return any(self.folder.glob("shard-*.h5"))
+    def has_leftovers(self) -> bool:
+        """Whether something lies here, but no shard: what is left of a pack that is done."""
+        return any(self.destination.glob(f"{UNDERWAY_NAME}*")) and not any(self.folder.glob("shard-*.h5"))
 
 
 def read_changes(path: Path) -> list[tuple[str, str]]:

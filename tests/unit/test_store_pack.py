@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -268,8 +269,9 @@ def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp
     (destination / "manifest.json").unlink()
     (destination / "shard-00001.h5").write_bytes(b"half")
     (destination / "shard-00099.h5").write_bytes(b"stale")
-    (destination / ".shard-00002.h5.123.tmp").write_bytes(b"cut off")
-    (destination / ".index.bin.123-ab.tmp").write_bytes(b"cut off")
+    for name in (".shard-00002.h5.123.tmp", ".index.bin.123-ab.tmp"):
+        (destination / name).write_bytes(b"cut off")
+        os.utime(destination / name, (0, 0))  # a living process writes to its file
     (destination / "splits").mkdir()
     (destination / "splits" / "mine.json").write_text("[]")
     with pytest.raises(StoreError, match="has no manifest"):
