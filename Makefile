@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # What tests use beside Python: a browser for the report; Slurm, of which tests start their own.
 DEBIAN := chromium chromium-driver slurm-wlm munge slurmdbd mariadb-server
 
-.PHONY: help env demo test check format pins debian clean
+.PHONY: help env demo bench test check format pins debian clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -17,8 +17,13 @@ env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with 
 demo: $(INSTALLED) ## from images to report on this machine, in about three minutes; it prints where the report is
 	$(BIN)/python -m paws_hpc.launch
 
+bench: $(INSTALLED) ## installs what benchmarks compare with, and measures the image store beside it: about 20 minutes
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python -m paws_hpc.bench store
+
 test: $(INSTALLED) debian ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
+	$(BIN)/python -m pytest -n 4 --dist loadfile tests/slurm  # apart: each file waits for a Slurm of its own
 
 check: $(INSTALLED) ## format, lint, types, direction of imports
 	$(BIN)/ruff format --check .

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import secrets
-import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from paws_hpc.config import STAGES, Config
 from paws_hpc.engine.finetune import Cell
 from paws_hpc.files import read_json, write_json
+from paws_hpc.provenance import commit
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.finetune import SWEEPS, sweep_config
 from paws_hpc.stages.run_folder import RunFolder, is_done
@@ -114,7 +113,7 @@ class Chain:
                 "created": now(),
                 "versions": {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
                 | {package: version(package) for package in _PACKAGES},
-                "commit": _commit(),
+                "commit": commit(),
                 "host_cores": os.cpu_count(),
                 "submissions": [],
             }
@@ -156,17 +155,3 @@ class Chain:
                 if job["job_id"] == job_id:
                     return str(job["job"])
         raise ValueError(f"{self._path} knows no job {job_id}.")
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, ``-dirty`` where files were changed since; None outside git or without it."""
-    folder = Path(__file__).parent
-    if shutil.which("git") is None:
-        return None
-    described = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None

@@ -1,20 +1,19 @@
-"""Launching: all jobs or none, once, of the code and config of that moment; and how chains fail and are cancelled."""
+"""Launching: all jobs or none, once, of the code and config of that moment; and how chains are cancelled."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.chain import ROOT, Run
-from tests.slurm.cluster import Cluster, cannot_run
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(900)  # of which it needs a tenth on a machine of its own
 
@@ -111,41 +110,6 @@ def killing_at_the_third_job(folder: Path) -> Path:
     return folder
 
 
-def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(cluster: Cluster, folder: Path) -> None:
-    stages = "stages=[prepare,pretrain,finetune,selection,report]"
-    run = Run(cluster, folder, stages, "baseline.min_cells=0", "finetune.epochs=[2]", name="broken")
-    run.launch("optimizer.peak_lr=1e30")
-    states = run.wait_over()
-    assert states["pretrain"] == "FAILED"
-    assert len(run.starts("pretrain")) == 1, "it would fail again"
-    assert states["finetune/lr=0.1,epochs=2"] == states["selection"] == "CANCELLED"
-    assert not (run.path / "finetune").exists()
-    assert states["report"] == "COMPLETED", "when it is needed most"
-    assert "The loss is" in run.log("pretrain")
-
-    sweep = "finetune.learning_rates=[0.1,1e30]"  # the second cannot succeed
-    again = "stages=[pretrain,finetune,selection]"
-    run.launch(again, sweep, "accept_changes=[optimizer.peak_lr,finetune.learning_rates]")
-    states = run.wait_over()
-    assert {job for job, state in states.items() if state != "COMPLETED"} == {"finetune/lr=1e+30,epochs=2"}
-    selected = json.loads((run.path / "selected.json").read_text())
-    assert selected["cell"] == "lr=0.1,epochs=2"
-    assert "lr=1e+30,epochs=2" in str(selected["missing"])
-
-
-def test_a_rank_that_is_killed_again_and_again_without_progress_ends_the_job(cluster: Cluster, folder: Path) -> None:
-    endless = ("stages=[prepare,baseline]", "baseline.epochs=[5000]", "restarts_without_progress=1")
-    run = Run(cluster, folder, *endless, "baseline.validate_every_epochs=5000", name="killed-again")
-    run.launch()
-    baseline = "baseline/lr=0.1,epochs=5000"
-    for start in (1, 2):
-        run.wait_start(baseline, start)
-        run.signal_rank(baseline, 0, signal.SIGKILL)
-    assert run.wait_over()[baseline] == "FAILED"
-    assert run.ends(baseline) == ["crashed", "crashed"]
-    assert "2 times in a row without getting past step 0" in run.log(baseline)
-
-
 def test_another_number_of_tasks_than_was_asked_for_fails_loudly(cluster: Cluster, folder: Path) -> None:
     several = "hydra.launcher.setup=['export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_OVERCOMMIT=1']"
     run = Run(cluster, folder, "stages=[prepare]", several, name="crowd")
@@ -154,49 +118,6 @@ def test_another_number_of_tasks_than_was_asked_for_fails_loudly(cluster: Cluste
     assert "resources.prepare asks for 1 ranks, but job" in run.log("prepare")
     assert "2 tasks" in run.log("prepare")
     assert "would fail again" in run.log("prepare")
-
-
-def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: Path) -> None:
-    run = Run(cluster, folder, *PRETRAINING, "pretrain.checkpoint_every_steps=10", name="full")
-    run.path.mkdir(parents=True)
-    with mounted(run.path, megabytes=8):
-        run.launch()
-        run.wait_rows("pretrain", 12)
-        fill(run.path)
-        states = run.wait_over()
-        assert states["pretrain"] == "FAILED"
-        assert "No space left on device" in run.log("pretrain")
-        assert len(run.starts("pretrain")) == 1
-
-        (run.path / "filler").unlink()
-        run.launch()
-        run.wait_done()
-        assert [row["step"] for row in run.rows("pretrain") if "loss/total" in row] == list(range(40))
-        assert run.starts("pretrain")[1].holder.progress == 10
-
-
-def fill(folder: Path) -> None:
-    """Write until the disk is full."""
-    with open(folder / "filler", "wb", buffering=0) as filler, suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
-
-
-@contextmanager
-def mounted(path: Path, *, megabytes: int) -> Iterator[None]:
-    """A small file system of its own at ``path``."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "test", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        cannot_run(f"No file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def test_m_submits_a_chain_per_seed_and_a_dry_run_none(cluster: Cluster, folder: Path) -> None:

@@ -1,0 +1,153 @@
+"""The work of this program's data path, as contenders; every function prepares and returns the work.
+
+The work returns how many images it did.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import torch
+
+from paws_hpc.bench.photographs import CLASSES
+from paws_hpc.data.batches import StreamOptions
+from paws_hpc.data.cutting import Cutter, make_strategy
+from paws_hpc.data.images import StoreImages, cached_images
+from paws_hpc.data.order import Positions
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.views import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
+from paws_hpc.store import ImageFolder, ImageStore, PackOptions, pack
+
+BATCH = 32
+VIEWS = ViewsConfig()
+KINDS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
+_CPU = torch.device("cpu")
+
+Work = Callable[[], int]
+
+
+def shuffled(count: int) -> Positions:
+    """The order in which everybody who reads at random reads."""
+    return np.random.default_rng(0).permutation(count)
+
+
+def batches(records: Positions) -> list[Positions]:
+    """Parts of :data:`BATCH` records; what is left over is left out, so that all batches are alike."""
+    return [records[start : start + BATCH] for start in range(0, len(records) - BATCH + 1, BATCH)]
+
+
+def reads(store: str, check: bool) -> Work:
+    """Every record at random, one by one, with or without its CRC32C."""
+    images = ImageStore.open(store, check=check)
+    order = batches(shuffled(len(images)))
+
+    def work() -> int:
+        for records in order:
+            for _ in images.each(records):
+                pass
+        return BATCH * len(order)
+
+    return work
+
+
+def flat_file(store: str, check: bool) -> Work:
+    """What reading at random costs at least: ``os.preadv`` into one buffer at offsets that are known, and CRC32C."""
+    images = ImageStore.open(store)
+    path = Path(store).with_suffix(".flat")
+    with open(path, "wb") as file:
+        lengths = [file.write(record) for record in images.read_encoded(np.arange(len(images)))]
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).tolist()
+    descriptor, buffer = os.open(path, os.O_RDONLY), memoryview(bytearray(max(lengths)))
+    order = np.concatenate(batches(shuffled(len(images)))).tolist()
+
+    def work() -> int:
+        for place in order:
+            record = buffer[: lengths[place]]
+            os.preadv(descriptor, [record], starts[place])
+            if check:
+                google_crc32c.value(np.frombuffer(record, np.uint8))
+        return len(order)
+
+    return work
+
+
+def plain_files(folder: str) -> Work:
+    """Every file of the image folder at random: open, read, close."""
+    paths = sorted(str(path) for path in Path(folder).rglob("*.jpg"))
+    order = np.concatenate(batches(shuffled(len(paths)))).tolist()
+
+    def work() -> int:
+        for place in order:
+            with open(paths[place], "rb", buffering=0) as file:
+                file.read()
+        return len(order)
+
+    return work
+
+
+def crops(store: str, threads: int) -> Work:
+    """2 x 224 and 6 x 96 crops of every image, without augmentation, which runs batched on the device."""
+    images = ImageStore.open(store)
+    torch.set_num_threads(1)
+    cutter = Cutter(make_strategy(StoreImages(images), "cpu-crop", threads=threads, device=_CPU), seed=0)
+    order, epochs = batches(shuffled(len(images))), iter(range(10**6))
+
+    def work() -> int:
+        epoch = next(epochs)
+        for records in order:
+            cutter.cut(records, KINDS, epoch=epoch, config=VIEWS.augment)
+        return BATCH * len(order)
+
+    return work
+
+
+def supports(store: str, decoded: bool) -> Work:
+    """One 224 crop of images that memory holds decoded, or that are read from the store each time."""
+    images = ImageStore.open(store)
+    torch.set_num_threads(1)
+    labelled = shuffled(len(images))[: min(600, len(images))]
+    source = cached_images(images, labelled, cache_gb=8.0 if decoded else 0.0)
+    cutter = Cutter(make_strategy(source, "cpu-crop", threads=1, device=_CPU), seed=0)
+    crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
+    order, steps = batches(labelled), iter(range(10**9))
+
+    def work() -> int:
+        for records in order:
+            cutter.cut(records, [(crop, FIRST_SUPPORT_VIEW)], epoch=next(steps), config=VIEWS.augment)
+        return BATCH * len(order)
+
+    return work
+
+
+def packing(folder: str, target: str, check: str) -> Work:
+    """Pack the image folder with two processes; what was packed before is removed first."""
+    path = Path(target)
+
+    def work() -> int:
+        shutil.rmtree(path, ignore_errors=True)
+        options = PackOptions(workers=2, check=check, shard_bytes=64 << 20)  # several shards, as a real set has
+        return pack(ImageFolder(Path(folder)), path, options=options).manifest.count
+
+    return work
+
+
+def paws_stream(store: ImageStore, *, threads: int, batch: int, images_per_class: int) -> PawsStream:
+    """The stream of one of 64 GPUs at ImageNet's recipe: 64 unlabelled images and 105 supports a step."""
+    labels = store.labels
+    labelled = np.concatenate([np.flatnonzero(labels == label)[:12] for label in range(CLASSES)])
+    return PawsStream(
+        store,
+        labelled,
+        views=VIEWS,
+        batch_size=batch,
+        support_classes=15,
+        images_per_class=images_per_class,
+        seed=0,
+        threads=threads,
+        options=StreamOptions(),
+    )

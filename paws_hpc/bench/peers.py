@@ -1,0 +1,258 @@
+"""What people use instead, as contenders: the same images, and the same crops where crops are made.
+
+All peers decode with torchvision's libjpeg-turbo and crop with torchvision v2 on uint8 tensors, which is the fastest
+that they offer on a CPU, from boxes that were drawn beforehand; and they run inside the process, without workers, so
+that one core does nothing else. All of that is in their favour.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import io as vision_io
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as vision
+
+from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, shuffled
+from paws_hpc.data.crops import draw_boxes
+
+Sample = list[Tensor]
+Boxes = NDArray[np.int64]
+
+
+def jpegs(folder: str) -> list[Path]:
+    """The files of the image folder; the place of each is the number in its name."""
+    return sorted(Path(folder).rglob("*.jpg"), key=lambda path: path.stem)
+
+
+def drawn_boxes(folder: str) -> list[Boxes]:
+    """Per kind of crop, the boxes (N, count, 4) of the N images."""
+    sizes = []
+    for path in jpegs(folder):
+        with Image.open(path) as image:
+            sizes.append((image.height, image.width))
+    heights, widths = np.array(sizes, np.int64).T
+    n = len(sizes)
+    return [
+        draw_boxes(
+            crop,
+            seed=0,
+            epoch=0,
+            samples=np.tile(np.arange(n), crop.count),
+            view=np.repeat(np.arange(first, first + crop.count), n),
+            heights=np.tile(heights, crop.count),
+            widths=np.tile(widths, crop.count),
+        )
+        .reshape(crop.count, n, 4)
+        .transpose(1, 0, 2)
+        for crop, first in KINDS
+    ]
+
+
+def cut(jpeg: bytes, number: int, boxes: list[Boxes]) -> Sample:
+    """Decode and crop an image: (count, 3, s, s) uint8 per kind of crop."""
+    image = vision_io.decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), vision_io.ImageReadMode.RGB)
+    return [
+        torch.stack(
+            [
+                vision.resized_crop(image, *box, size=[crop.size, crop.size], antialias=True)
+                for box in of_kind[number].tolist()
+            ]
+        )
+        for (crop, _), of_kind in zip(KINDS, boxes, strict=True)
+    ]
+
+
+class _Files(Dataset[Sample]):
+    def __init__(self, folder: str) -> None:
+        self._paths, self._boxes = jpegs(folder), drawn_boxes(folder)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> Sample:
+        return cut(self._paths[number].read_bytes(), number, self._boxes)
+
+
+def torchvision_v2(folder: str) -> Work:
+    """A DataLoader over the files."""
+    torch.set_num_threads(1)
+    return _through(DataLoader(_Files(folder), batch_size=BATCH, shuffle=True))
+
+
+def _through(loader: Iterable[Sample]) -> Work:
+    """Go through everything once."""
+
+    def work() -> int:
+        return sum(len(batch[0]) for batch in loader)
+
+    return work
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return {"number": int(path.stem), "jpeg": path.read_bytes()}
+
+
+def _optimize(folder: str, target: Path, *, workers: int) -> None:
+    import litdata  # noqa: PLC0415 - a peer, which need not be installed
+
+    litdata.optimize(
+        fn=_record,
+        inputs=jpegs(folder),
+        output_dir=str(target),
+        chunk_bytes="64MB",
+        num_workers=workers,
+        verbose=False,
+    )
+
+
+def litdata_crops(folder: str, scratch: str) -> Work:
+    """LitData's StreamingDataset from a local folder, shuffled."""
+    import litdata  # noqa: PLC0415
+
+    target, boxes = Path(scratch) / "litdata", drawn_boxes(folder)
+    if not target.exists():
+        _optimize(folder, target, workers=1)
+    torch.set_num_threads(1)
+
+    class Cropped(litdata.StreamingDataset):
+        def __getitem__(self, index: Any) -> Sample:
+            record = super().__getitem__(index)
+            return cut(record["jpeg"], record["number"], boxes)
+
+    data = Cropped(str(target), shuffle=True)
+    return _through(litdata.StreamingDataLoader(data, batch_size=BATCH, num_workers=0))
+
+
+def litdata_packing(folder: str, scratch: str) -> Work:
+    """LitData's ``optimize`` with two processes; what was packed before is removed first."""
+    import litdata  # noqa: F401, PLC0415 - whether it is there
+
+    target, count = Path(scratch) / "litdata-packed", len(jpegs(folder))
+
+    def work() -> int:
+        shutil.rmtree(target, ignore_errors=True)
+        _optimize(folder, target, workers=2)
+        return count
+
+    return work
+
+
+def mosaic_crops(folder: str, scratch: str) -> Work:
+    """Mosaic's StreamingDataset from local MDS shards, shuffled."""
+    from streaming import MDSWriter, StreamingDataset  # noqa: PLC0415
+    from streaming.base.util import clean_stale_shared_memory  # noqa: PLC0415
+
+    target, boxes = Path(scratch) / "mosaic", drawn_boxes(folder)
+    if not target.exists():
+        with MDSWriter(out=str(target), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
+            for path in jpegs(folder):
+                writer.write(_record(path))
+    torch.set_num_threads(1)
+    clean_stale_shared_memory()
+
+    class Cropped(StreamingDataset):
+        def __getitem__(self, at: Any) -> Sample:
+            record = super().__getitem__(at)
+            return cut(record["jpeg"], record["number"], boxes)
+
+    data = Cropped(local=str(target), shuffle=True, batch_size=BATCH)
+    return _through(DataLoader(data, batch_size=BATCH, num_workers=0))
+
+
+def _tar_shards(folder: str, scratch: str) -> list[str]:
+    import webdataset  # noqa: PLC0415
+
+    target = Path(scratch) / "webdataset"
+    if not target.exists():
+        target.mkdir(parents=True)
+        paths = jpegs(folder)
+        with webdataset.ShardWriter(str(target / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
+            for place in shuffled(len(paths)).tolist():
+                writer.write({"__key__": paths[place].stem, "jpg": paths[place].read_bytes()})
+    return sorted(str(path) for path in target.glob("*.tar"))
+
+
+def webdataset_reads(folder: str, scratch: str) -> Work:
+    """WebDataset's samples one after the other, undecoded."""
+    import webdataset  # noqa: PLC0415
+
+    data = webdataset.WebDataset(_tar_shards(folder, scratch), shardshuffle=False)
+
+    def work() -> int:
+        return sum(len(sample["jpg"]) > 0 for sample in data)
+
+    return work
+
+
+def webdataset_crops(folder: str, scratch: str) -> Work:
+    """WebDataset, its shards and samples shuffled."""
+    import webdataset  # noqa: PLC0415
+
+    boxes, shards = drawn_boxes(folder), _tar_shards(folder, scratch)
+    torch.set_num_threads(1)
+
+    def to_crops(sample: dict[str, Any]) -> Sample:
+        return cut(sample["jpg"], int(sample["__key__"]), boxes)
+
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(256).map(to_crops)
+    return _through(DataLoader(data, batch_size=BATCH, num_workers=0))
+
+
+def pil_augmentation(folder: str, supports: bool = False) -> Work:
+    """What the paper's code does per image: PIL decodes, crops, jitters and blurs; torchvision makes tensors.
+
+    Args:
+        folder: of the images.
+        supports: one 224 crop of each, as of a support image, in place of 2 x 224 and 6 x 96.
+    """
+    torch.set_num_threads(1)
+    paths, augment = jpegs(folder), VIEWS.augment
+    strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+
+    def view(size: int, scale: list[float]) -> Callable[[Image.Image], Tensor]:
+        blur = transforms.Lambda(partial(_pil_blur, sigma=augment.blur_sigma))
+        operations: Callable[[Image.Image], Tensor] = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, scale=tuple(scale)),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomApply([transforms.ColorJitter(*strengths)], p=augment.jitter_probability),
+                transforms.RandomGrayscale(augment.grayscale_probability),
+                transforms.RandomApply([blur], p=augment.blur_probability),
+                transforms.ToTensor(),
+                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            ]
+        )
+        return operations
+
+    kinds = [(1, view(VIEWS.large.size, VIEWS.large.scale))] if supports else [
+        (crop.count, view(crop.size, crop.scale)) for crop, _ in KINDS
+    ]  # fmt: skip
+
+    def work() -> int:
+        chosen = shuffled(len(paths))[: max(BATCH, len(paths) // 8)].tolist()  # it is slow, and always the same
+        for place in chosen:
+            with Image.open(io.BytesIO(paths[place].read_bytes())) as file:
+                image = file.convert("RGB")
+            for count, crop in kinds:
+                torch.stack([crop(image) for _ in range(count)])
+        return len(chosen)
+
+    return work
+
+
+def _pil_blur(image: Image.Image, *, sigma: list[float]) -> Image.Image:
+    least, greatest = sigma
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(least, greatest)))

@@ -1,0 +1,100 @@
+"""Rates of several contenders, taken in turns, so that what slows the machine down slows all of them down."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from paws_hpc.bench.contender import Contender, ContenderError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender to be.
+
+    Attributes:
+        name: in the table.
+        function: ``module:function``; see :mod:`paws_hpc.bench.contender`.
+        arguments: of it.
+        package: that it needs and that need not be installed.
+    """
+
+    name: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    package: str | None = None
+
+
+@dataclass
+class Rates:
+    """What one contender did.
+
+    Attributes:
+        name: of the contender.
+        per_s: images per second of each round; empty where it failed.
+        failure: why, or None.
+    """
+
+    name: str
+    per_s: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def median(self) -> float | None:
+        """Images per second; None where it failed."""
+        return statistics.median(self.per_s) if self.per_s else None
+
+
+def race(
+    entries: Sequence[Entry], *, rounds: int, cores: Sequence[int], tell: Callable[[str], None]
+) -> dict[str, Rates]:
+    """Let every contender work once per round, in turns; one more round before warms up and does not count.
+
+    Args:
+        entries: who.
+        rounds: that count.
+        cores: to which each is bound while the others wait.
+        tell: is told what is being done.
+
+    Returns:
+        by name; a contender that failed says why and takes no further part.
+    """
+    results = {entry.name: Rates(entry.name) for entry in entries}
+    with ExitStack() as running:
+        contenders: dict[str, Contender] = {}
+        for entry in entries:
+            tell(f"{entry.name}: preparing")
+            try:
+                contenders[entry.name] = running.enter_context(Contender(entry.function, entry.arguments, cores=cores))
+            except ContenderError as error:
+                results[entry.name].failure = _why(entry, error)
+        for number in range(rounds + 1):
+            for entry in entries:
+                if entry.name not in contenders:
+                    continue
+                tell(f"{entry.name}: round {number} of {rounds}")
+                try:
+                    done, seconds = contenders[entry.name].work()
+                except ContenderError as error:
+                    contenders.pop(entry.name)
+                    results[entry.name] = Rates(entry.name, failure=_why(entry, error))
+                    continue
+                if number:
+                    results[entry.name].per_s.append(done / seconds)
+    return results
+
+
+def _why(entry: Entry, error: ContenderError) -> str:
+    if entry.package is not None and "No module named" in str(error):
+        return f"not installed: pip install {entry.package}, or all of them by `make bench`"
+    return str(error)
+
+
+def ratio(mine: Rates, other: Rates) -> float | None:
+    """How many times as fast: the median over rounds of the ratio within a round; None where one of them failed."""
+    if not mine.per_s or not other.per_s:
+        return None
+    return statistics.median(a / b for a, b in zip(mine.per_s, other.per_s, strict=True))

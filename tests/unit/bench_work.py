@@ -1,0 +1,22 @@
+"""Contenders of which test_bench knows what they do."""
+
+import itertools
+import os
+from collections.abc import Callable
+
+
+def count(fail_at: int | None) -> Callable[[], int]:
+    """Counts its calls; fails at one of them."""
+    calls = itertools.count()
+
+    def work() -> int:
+        if next(calls) == fail_at:
+            raise ValueError("the disk is gone")
+        return 10
+
+    return work
+
+
+def cores() -> Callable[[], int]:
+    """How many cores it may use."""
+    return lambda: len(os.sched_getaffinity(0))
