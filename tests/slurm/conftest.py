@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 
@@ -21,3 +21,13 @@ def cluster(cluster_options: ClusterOptions) -> Iterator[Cluster]:
     require_slurm(cluster_options)
     with slurm_cluster(cluster_options) as running:
         yield running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End the jobs of a test that failed: they would take the processor from all tests that follow."""
+    report = yield
+    running = item.funcargs.get("cluster") if isinstance(item, pytest.Function) else None
+    if report.failed and isinstance(running, Cluster):
+        running.run("scancel", "--user=root")
+    return report

@@ -80,7 +80,7 @@ def test_a_launcher_killed_half_way_leaves_nothing_that_can_run_and_a_cancelled_
         cwd=ROOT,
         check=False,
         capture_output=True,
-        timeout=60,
+        timeout=240,
     )
     assert killed.returncode == -signal.SIGKILL
     assert queued(cluster, "killed") == ["PENDING JobHeldUser"] * 4, "two jobs and an array of two"
