@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from paws_hpc.data.crops import RaggedImages, equal_size_resized_crops, ragged_resized_crops
 from paws_hpc.data.devices import to_device
@@ -161,6 +160,8 @@ class Encoded:
 
 def decode_files(files: list[Tensor], device: torch.device) -> RaggedImages:
     """Decode JPEG files, each (bytes,) uint8 on the host, on the device: by nvJPEG on a GPU."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # noqa: PLC0415 - takes a second to import, for GPUs only
+
     decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
     heights, widths = np.array([image.shape[1:] for image in decoded], np.int64).T
     starts = np.concatenate(([0], np.cumsum(heights * widths)))[:-1]

@@ -276,7 +276,7 @@ class ImageStore:
         """Read n records and check them."""
         payloads = []
         for place in self._places(positions):
-            payload = self.shards.read(place.shard, place.length, place.offset, place.crc32c)
+            payload = self.shards.read(place.shard, place.length, place.offset, self._sum(place))
             if isinstance(payload, Problem):
                 raise self._fault(place.position, payload.text, lasting=payload.lasting)
             payloads.append(payload)
@@ -285,7 +285,7 @@ class ImageStore:
     def _fill(self, positions: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
         """Read n records of one length into the rows of (n, length) and check them."""
         for place, buffer in zip(self._places(positions), pixels, strict=True):
-            problem = self.shards.read_into(place.shard, buffer, place.offset, place.crc32c)
+            problem = self.shards.read_into(place.shard, buffer, place.offset, self._sum(place))
             if problem is not None:
                 raise self._fault(place.position, problem.text, lasting=problem.lasting)
 
@@ -307,10 +307,14 @@ class ImageStore:
     def _load(self, place: _Place) -> NDArray[np.uint8]:
         """Read one record into this thread's buffer and check it."""
         record = self._buffer(place.length)
-        problem = self.shards.read_into(place.shard, record, place.offset, place.crc32c)
+        problem = self.shards.read_into(place.shard, record, place.offset, self._sum(place))
         if problem is not None:
             raise self._fault(place.position, problem.text, lasting=problem.lasting)
         return record
+
+    def _sum(self, place: _Place) -> int | None:
+        """What the CRC32C of a record must be; None where nothing is checked."""
+        return place.crc32c if self.check else None
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
         """A buffer of this thread's that the next call uses again: new memory costs half as much as reading."""
@@ -324,14 +328,10 @@ class ImageStore:
         if self.shards.closed:
             raise ValueError(f"the store {self.path} was closed: open it again to read.")
         self.shards.look()
-        rows = self._index.rows(positions).tolist()
-        check = self.check
-        return (
-            _Place(position, shard, offset, length, height, width, crc32c if check else None)
-            for position, shard, (offset, _, length, crc32c, width, height, _, _) in zip(
-                positions.tolist(), self._shard_of(positions).tolist(), rows, strict=True
-            )
-        )
+        rows = self._index.rows(positions)
+        # Column by column: ten times as fast as the rows of a structured array one by one.
+        columns = (positions, self._shard_of(positions), *(rows[name] for name in _Place._fields[2:]))
+        return map(_Place._make, zip(*(column.tolist() for column in columns), strict=True))
 
     def _shard_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Numbers (n,) of the shards that hold n records."""
@@ -358,7 +358,7 @@ class _Place(NamedTuple):
     length: int
     height: int
     width: int
-    crc32c: int | None
+    crc32c: int
 
 
 def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

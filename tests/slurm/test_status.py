@@ -22,13 +22,13 @@ from tests.slurm.chain import ROOT, Run
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.settings import ClusterOptions
 
-pytestmark = pytest.mark.timeout(600)  # of which it needs a tenth on a machine of its own
+pytestmark = pytest.mark.timeout(900)  # of which it needs a tenth on a machine of its own
 LONG = ("stages=[prepare,pretrain,report]", "pretrain.epochs=300", "optimizer.warmup_epochs=1")
 
 
 @pytest.fixture(scope="module")
 def cluster_options() -> ClusterOptions:
-    return ClusterOptions(grace_s=0, kill_wait_s=2, requeue_wait_s=60, accounting=True)
+    return ClusterOptions(grace_s=0, kill_wait_s=2, requeue_wait_s=20, accounting=True)
 
 
 @pytest.fixture
