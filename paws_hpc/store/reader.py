@@ -44,6 +44,7 @@ class ImageStore:
         path: Path,
         manifest: Manifest,
         index: JoinedIndex,
+        shards: ShardSet,
         *,
         check: bool,
         stage_to: Path | None,
@@ -54,7 +55,7 @@ class ImageStore:
         self.manifest = manifest
         self.check = check
         self.stage_to = stage_to
-        self.shards = ShardSet(path, manifest, stage_to=stage_to)
+        self.shards = shards
         self._index = index
         self._keys = Keys(index)
         self._ends = np.cumsum([shard.count for shard in manifest.shards])
@@ -86,7 +87,17 @@ class ImageStore:
         stage_to = None if stage_to is None else Path(stage_to)
         local = None if stage_to is None else read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
         index = local or load_index(path, manifest)
-        return cls(path, manifest, index, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+        shards = ShardSet(path, manifest, stage_to=stage_to)
+        return cls(path, manifest, index, shards, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+
+    def strict(self) -> ImageStore:
+        """The same store, of which every record is checked and every damaged one an error, whatever this one allows.
+
+        It shares the open files: closing either closes both. Reading from it leaves :attr:`substitutes` as they are.
+        """
+        return ImageStore(
+            self.path, self.manifest, self._index, self.shards, check=True, stage_to=self.stage_to, max_substitutes=0
+        )
 
     def close(self) -> None:
         """Close the shards; reading afterwards is an error."""
@@ -195,6 +206,14 @@ class ImageStore:
         """
         rows = self._index.rows(self._substitutes.apply(self._positions(indices)))
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+
+    def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Bytes (n,) int64 of n records as stored: of the substitute where one stands in.
+
+        Raises:
+            ValueError: an index is outside the store.
+        """
+        return self._index.rows(self._substitutes.apply(self._positions(indices)))["length"].astype(np.int64)
 
     def read(self, indices: ArrayLike) -> list[bytes] | NDArray[np.uint8]:
         """Read n records as stored: :meth:`read_encoded` of a JPEG store, :meth:`read_raw` of a raw one."""
