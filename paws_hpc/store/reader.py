@@ -185,18 +185,31 @@ class ImageStore:
 
         Raises:
             ValueError: a key is not in the store; it is named.
+            StoreError: as in :meth:`look_up`.
         """
-        seed = self.manifest.packing.seed
-        positions = find_keys(self._index, keys, seed=seed)
-        unknown = np.flatnonzero(positions < 0)
-        if len(unknown) and not in_order(self._index, seed=seed):
-            raise StoreError(f"{self.path}: its records are not in the order of packing.seed={seed}. {REMEDY}")
-        if len(unknown):
+        positions, known = self.look_up(keys)
+        if len(unknown := np.flatnonzero(~known)):
             raise ValueError(
                 f"key {keys[unknown[0]]!r} is not in the store {self.path} ({len(unknown):,} of {len(keys):,} keys are "
                 f"unknown; the store's look like {self.keys[0]!r}). Use keys of this store, or draw the split again."
             )
         return positions
+
+    def look_up(self, keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Find those of n ``keys`` that are in the store.
+
+        Returns:
+            their positions (m,) int64, in their order, and which of the n they are (n,) bool.
+
+        Raises:
+            StoreError: a key was not found, and the records are not in the order in which it would have been.
+        """
+        seed = self.manifest.packing.seed
+        positions = find_keys(self._index, keys, seed=seed)
+        known = positions >= 0
+        if not known.all() and not in_order(self._index, seed=seed):
+            raise StoreError(f"{self.path}: its records are not in the order of packing.seed={seed}. {REMEDY}")
+        return positions[known], known
 
     def sizes(self, indices: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heights and widths (n,) int64 in pixels of n images, as they are read: of the substitute where one stands in.
