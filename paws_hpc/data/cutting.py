@@ -36,7 +36,7 @@ from paws_hpc.data.crops import (
     resized_crop,
 )
 from paws_hpc.data.devices import host_buffer
-from paws_hpc.data.images import StoreImages
+from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import Positions
 from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
 from paws_hpc.data.views import AugmentConfig, CropConfig
@@ -195,7 +195,7 @@ class CpuCrop:
             for kind, crop in enumerate(kinds)
         ]
         for place, pixels in enumerate(images):
-            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            image = as_tensor(pixels).permute(2, 0, 1)
             for crop, of_kind, batch in zip(kinds, boxes, out, strict=True):
                 for view in range(crop.count):
                     resized_crop(image, of_kind[view][place], crop.size, out=batch[view, part.start + place])
@@ -231,7 +231,7 @@ class CpuDecode:
         starts = np.concatenate(([0], np.cumsum(heights * widths)))
         buffer = host_buffer(int(starts[-1]), 3, device=self._device)
         for image, start, stop in zip(decoded, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            buffer[start:stop] = torch.from_numpy(image).view(-1, 3)
+            buffer[start:stop] = as_tensor(image).view(-1, 3)
         return uncut(Ragged(RaggedImages(buffer, starts[:-1], heights, widths)), heights, widths, kinds, draw)
 
 

@@ -7,7 +7,9 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from paws_hpc.data.order import Positions
 from paws_hpc.data.shared_cache import SharedCache, open_shared_cache
@@ -15,6 +17,11 @@ from paws_hpc.store import ImageStore
 
 _LOG = logging.getLogger(__name__)
 _GB = 10**9
+
+
+def as_tensor(image: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 in the image's own memory, which may be read-only; ``torch.from_numpy`` would warn of that."""
+    return torch.from_dlpack(image)
 
 
 class StoreImages:
@@ -48,14 +55,14 @@ class StoreImages:
 
 
 class CachedImages(StoreImages):
-    """Images of which some are in a shared cache; the others are read, and so are all of them once it is closed."""
+    """Images of which some are in a shared cache; the others are read, as are all of them once it is closed."""
 
     def __init__(self, store: ImageStore, cache: SharedCache) -> None:
         super().__init__(store)
         self._cache = cache
 
     def pixels(self, records: Positions) -> list[NDArray[np.uint8]]:
-        """As of :class:`StoreImages`; those from a decoded cache are views of shared memory, not to be written."""
+        """As of :class:`StoreImages`; those from a decoded cache are read-only views of shared memory."""
         return self._cache.pixels(records, self.store)
 
     def encoded(self, records: Positions) -> list[NDArray[np.uint8]]:
@@ -70,17 +77,15 @@ class CachedImages(StoreImages):
 def cached_images(store: ImageStore, records: Positions, *, cache_gb: float, decoded: bool = True) -> StoreImages:
     """The images of a store, with ``records`` held in memory once per node as far as the budget allows.
 
-    Decoded if that fits, else as JPEG bytes if those fit, else not at all, which is logged. Pixels are the same in each
-    case. Raw stores hold pixels already and the kernel's page cache shares them between processes, so they have none.
+    Decoded if that fits, else as JPEG bytes if those fit, else not at all, which is logged. Returns at once: memory is
+    filled in the background, and what is not there yet is read. Pixels and errors are the same in each case. Raw stores
+    hold pixels already and the kernel's page cache shares them between processes, so they have none.
 
     Args:
         store: of the images.
         records: (M,) positions, the labelled ones.
         cache_gb: budget of the node for them, GB (10^9 bytes); 0 turns the cache off.
         decoded: allow pixels; otherwise bytes alone, for images that are to be decoded on a GPU.
-
-    Raises:
-        RecordError: a record cannot be read or decoded.
     """
     if store.encoding != "jpeg" or cache_gb <= 0:
         return StoreImages(store)

@@ -7,7 +7,7 @@ does not change who is labelled, and it records the digest of the data set it wa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from paws_hpc.store import ImageStore
 
 _VERSION = 1
 _LABELLED, _VALIDATION = 11, 12  # so that the two draws of one seed are independent
+_CHUNK = 1 << 18
 
 
 @dataclass
@@ -192,13 +193,15 @@ def load_split(path: Path) -> Split:
 
 
 def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
-    available = np.ones(len(store), bool)
-    if apart_from is not None:
-        available[apart_from.records(store)] = False
+    """Draw from each class by the order of its keys, not of its records: the same however the store was shuffled.
+
+    So every key is read once and sorted within its class. Memory holds the keys of one class and 4 bytes per record
+    (8 beyond 2^32 records). Keys of a class lie all over the index, a few µs each if that is in memory.
+    """
+    elsewhere = set() if apart_from is None else set(apart_from.keys)
     keys: list[str] = []
-    for label, name in enumerate(store.classes):
-        # By key, not by position: the same images are drawn however the store was shuffled into shards.
-        members = sorted(store.keys[int(record)] for record in np.flatnonzero(available & (store.labels == label)))
+    for label, (name, records) in enumerate(zip(store.classes, _by_class(store), strict=True)):
+        members = sorted(key for key in store.keys.at(records) if key not in elsewhere)
         if len(members) < per_class:
             raise ValueError(
                 f"{per_class} images of each class are to be drawn, but class {name!r} of {store.path} has only "
@@ -207,6 +210,23 @@ def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, apart_from
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]
     return keys
+
+
+def _by_class(store: ImageStore) -> Iterator[Positions]:
+    """The records of each class, ascending: a counting sort that needs little more memory than its result."""
+    labels, classes = store.labels, len(store.classes)
+    narrow = np.min_scalar_type(classes - 1)  # numpy sorts 8 and 16 bits in linear time
+    chunks = [slice(start, start + _CHUNK) for start in range(0, len(labels), _CHUNK)]
+    ends = np.cumsum(sum(np.bincount(labels[chunk], minlength=classes) for chunk in chunks))
+    grouped = np.empty(len(labels), np.min_scalar_type(len(labels)))
+    free = np.concatenate(([0], ends[:-1]))  # per class, where its next record goes
+    for chunk in chunks:
+        counts = np.bincount(labels[chunk], minlength=classes)
+        order = np.argsort(labels[chunk].astype(narrow), kind="stable")
+        places = np.arange(len(order)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
+        grouped[places] = chunk.start + order
+        free += counts
+    return (part.astype(np.int64) for part in np.split(grouped, ends[:-1]))
 
 
 def _read_list(path: Path) -> list[str]:
@@ -226,9 +246,8 @@ def _resolve(lines: list[str], store: ImageStore, path: Path) -> list[str]:
         lambda line: f"{line.partition('_')[0]}/{line}",  # ImageNet: the class is the text before the underscore
         lambda line: line.zfill(width),  # CIFAR: an index into the training images
     )
-    known = set(store.keys)
     for spell in spellings:
-        if spell(lines[0]) in known:
+        if store.look_up([spell(lines[0])])[1].all():
             break
     else:
         raise ValueError(
@@ -236,14 +255,13 @@ def _resolve(lines: list[str], store: ImageStore, path: Path) -> list[str]:
             "neither as a key, nor as ImageNet's nXXXXXXXX_id.JPEG, nor as an index."
         )
     keys = [spell(line) for line in lines]
-    missing = [line for line, key in zip(lines, keys, strict=True) if key not in known]
-    if missing:
+    records, known = store.look_up(keys)
+    if len(missing := np.flatnonzero(~known)):
         raise ValueError(
-            f"{path} lists {len(missing)} images that are not in {store.path}; the first is {missing[0]!r}. "
+            f"{path} lists {len(missing)} images that are not in {store.path}; the first is {lines[missing[0]]!r}. "
             "Pack the data set that the list belongs to, or correct the list."
         )
     if len(set(keys)) < len(keys):  # after spelling: 7 and 007 are one index
         twice = Counter(keys).most_common(1)[0][0]
         raise ValueError(f"The split file {path} lists {twice!r} more than once. Remove the repetition.")
-    records = store.find(keys)
     return [keys[position] for position in np.argsort(store.labels[records], kind="stable")]

@@ -22,7 +22,7 @@ from paws_hpc.data.augment import normalise
 from paws_hpc.data.batches import LabelledBatch, PawsBatch, StreamOptions, StreamState, apply
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.cutting import Cutter, make_strategy
-from paws_hpc.data.images import StoreImages
+from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
 from paws_hpc.data.prefetch import Prefetch
 from paws_hpc.data.views import (
@@ -300,5 +300,5 @@ class EvaluationSet:
     def _crop_part(self, records: Positions) -> Tensor:
         """(n, 3, s, s) uint8."""
         source = self.source or StoreImages(self.store)
-        images = [torch.from_numpy(image).permute(2, 0, 1) for image in source.pixels(records)]
+        images = [as_tensor(image).permute(2, 0, 1) for image in source.pixels(records)]
         return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])

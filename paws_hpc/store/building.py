@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from paws_hpc.files import atomic_write
 from paws_hpc.store.format import (
@@ -39,7 +40,7 @@ _LARGEST_RECORD = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What, with its images, determines a shard's bytes.
+    """What, with its images and which of them are counted, determines a shard's bytes.
 
     Attributes:
         encoding: of the records.
@@ -47,7 +48,6 @@ class Recipe:
         source_digest: of the whole source.
         on_error: stop at an image that cannot be read, or skip it.
         max_short_side: pixels to which the short side of larger images is shrunk; None leaves them.
-        stride: every so many-th image in packing order is counted in the statistics.
         check: how JPEGs that are stored as they are are checked; see ``Packing.check``.
     """
 
@@ -56,7 +56,6 @@ class Recipe:
     source_digest: str
     on_error: Literal["stop", "skip"]
     max_short_side: int | None
-    stride: int
     check: Literal["decode", "structure"] = "decode"
 
 
@@ -68,14 +67,15 @@ class ShardTask:
         number: position among the planned shards.
         path: the file to write.
         images: its images in order.
-        first: position of the first image in packing order.
+        counted: (n,) bool, which images are counted in the statistics. These are decoded whatever the recipe's check,
+            so that faults are found in them, and mended, which in others may not be looked for.
         fingerprint: of the source files at the time; kept with the result.
     """
 
     number: int
     path: Path
     images: Images
-    first: int
+    counted: NDArray[np.bool_]
     fingerprint: str
     recipe: Recipe
 
@@ -333,7 +333,7 @@ def _prepare(task: ShardTask, place: int) -> _Record | Omission:
     """Load and check one image; one that cannot be read becomes an omission with the reason."""
     images, recipe = task.images, task.recipe
     key, label = images.keys[place], int(images.labels[place])
-    count = (task.first + place) % recipe.stride == 0
+    count = bool(task.counted[place])
     try:
         content = images.load(place)
         if recipe.encoding == "raw":

@@ -168,7 +168,7 @@ def _manifest(
             "every image that was to be counted in the statistics was left out; repair the images, or pack with "
             "another --seed."
         )
-    statistics = combine(sums, exact=plan.recipe.stride == 1)
+    statistics = combine(sums, exact=plan.stride == 1)
     changes = [change for result in results for change in result.changes]
     rewritten = counted(changes, lossless=True)
     rewritten["metadata taken out"] += sum(result.stripped for result in results)

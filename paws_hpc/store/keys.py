@@ -47,6 +47,11 @@ class Keys(Sequence[str]):
         for start in range(0, len(self), _CHUNK):
             yield from self[start : start + _CHUNK]
 
+    def at(self, positions: NDArray[np.int64]) -> Iterator[str]:
+        """Yield the keys at n positions in [0, N), in their order."""
+        for start in range(0, len(positions), _CHUNK):
+            yield from (key.decode() for key in self._index.keys(positions[start : start + _CHUNK]))
+
 
 def find_keys(index: JoinedIndex, keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
     """Positions (n,) int64 of ``keys``; -1 where a key is not in the store.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.files import value_digest
 from paws_hpc.store.building import Recipe, ShardTask
-from paws_hpc.store.format import StoreError
+from paws_hpc.store.format import Encoding, StoreError
 from paws_hpc.store.sources.base import Source
 from paws_hpc.store.underway import Identity
 
@@ -46,9 +46,8 @@ class Plan:
             on_error=packing.on_error,
             max_short_side=packing.max_short_side,
             check=packing.check,
-            # All raw images are counted in the statistics; of JPEGs every k-th.
-            stride=1 if source.encoding == "raw" else -(-len(self.order) // _STATISTICS_IMAGES),
         )
+        self.stride = statistics_stride(source.encoding, len(self.order))
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -73,16 +72,25 @@ class Plan:
             number=number,
             path=path,
             images=self.source.select(self.members(number)),
-            first=int(self.bounds[number]),
+            counted=np.arange(self.bounds[number], self.bounds[number + 1]) % self.stride == 0,
             fingerprint=self.fingerprint(number),
             recipe=self.recipe,
         )
 
 
+def statistics_stride(encoding: Encoding, count: int) -> int:
+    """Every so many-th of ``count`` images in packing order is counted in the statistics; all of a raw store."""
+    return 1 if encoding == "raw" else -(-count // _STATISTICS_IMAGES)
+
+
 def packing_order(keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
     """The shuffled order (N,) int64: images sorted by a hash of (seed, key), so it depends on nothing else."""
-    ranks = np.fromiter((xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys), np.uint64, count=len(keys))
-    return np.argsort(ranks, kind="stable")
+    return np.argsort(packing_ranks(keys, seed=seed), kind="stable")
+
+
+def packing_ranks(keys: Sequence[str], *, seed: int) -> NDArray[np.uint64]:
+    """The hashes (N,) uint64 by which images are sorted."""
+    return np.fromiter((xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys), np.uint64, count=len(keys))
 
 
 def shard_bounds(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:

@@ -44,6 +44,7 @@ class ImageStore:
         path: Path,
         manifest: Manifest,
         index: JoinedIndex,
+        shards: ShardSet,
         *,
         check: bool,
         stage_to: Path | None,
@@ -54,7 +55,7 @@ class ImageStore:
         self.manifest = manifest
         self.check = check
         self.stage_to = stage_to
-        self.shards = ShardSet(path, manifest, stage_to=stage_to)
+        self.shards = shards
         self._index = index
         self._keys = Keys(index)
         self._ends = np.cumsum([shard.count for shard in manifest.shards])
@@ -86,7 +87,17 @@ class ImageStore:
         stage_to = None if stage_to is None else Path(stage_to)
         local = None if stage_to is None else read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
         index = local or load_index(path, manifest)
-        return cls(path, manifest, index, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+        shards = ShardSet(path, manifest, stage_to=stage_to)
+        return cls(path, manifest, index, shards, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+
+    def strict(self) -> ImageStore:
+        """The same store, of which every record is checked and every damaged one an error, whatever this one allows.
+
+        It shares the open files: closing either closes both. Reading from it leaves :attr:`substitutes` as they are.
+        """
+        return ImageStore(
+            self.path, self.manifest, self._index, self.shards, check=True, stage_to=self.stage_to, max_substitutes=0
+        )
 
     def close(self) -> None:
         """Close the shards; reading afterwards is an error."""
@@ -174,18 +185,31 @@ class ImageStore:
 
         Raises:
             ValueError: a key is not in the store; it is named.
+            StoreError: as in :meth:`look_up`.
         """
-        seed = self.manifest.packing.seed
-        positions = find_keys(self._index, keys, seed=seed)
-        unknown = np.flatnonzero(positions < 0)
-        if len(unknown) and not in_order(self._index, seed=seed):
-            raise StoreError(f"{self.path}: its records are not in the order of packing.seed={seed}. {REMEDY}")
-        if len(unknown):
+        positions, known = self.look_up(keys)
+        if len(unknown := np.flatnonzero(~known)):
             raise ValueError(
                 f"key {keys[unknown[0]]!r} is not in the store {self.path} ({len(unknown):,} of {len(keys):,} keys are "
                 f"unknown; the store's look like {self.keys[0]!r}). Use keys of this store, or draw the split again."
             )
         return positions
+
+    def look_up(self, keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Find those of n ``keys`` that are in the store.
+
+        Returns:
+            their positions (m,) int64, in their order, and which of the n they are (n,) bool.
+
+        Raises:
+            StoreError: a key was not found, and the records are not in the order in which it would have been.
+        """
+        seed = self.manifest.packing.seed
+        positions = find_keys(self._index, keys, seed=seed)
+        known = positions >= 0
+        if not known.all() and not in_order(self._index, seed=seed):
+            raise StoreError(f"{self.path}: its records are not in the order of packing.seed={seed}. {REMEDY}")
+        return positions[known], known
 
     def sizes(self, indices: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Heights and widths (n,) int64 in pixels of n images, as they are read: of the substitute where one stands in.
@@ -195,6 +219,14 @@ class ImageStore:
         """
         rows = self._index.rows(self._substitutes.apply(self._positions(indices)))
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+
+    def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
+        """Bytes (n,) int64 of n records as stored: of the substitute where one stands in.
+
+        Raises:
+            ValueError: an index is outside the store.
+        """
+        return self._index.rows(self._substitutes.apply(self._positions(indices)))["length"].astype(np.int64)
 
     def read(self, indices: ArrayLike) -> list[bytes] | NDArray[np.uint8]:
         """Read n records as stored: :meth:`read_encoded` of a JPEG store, :meth:`read_raw` of a raw one."""

@@ -16,7 +16,7 @@ from paws_hpc.store.building import Recipe, ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
 from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
-from paws_hpc.store.plan import packing_order
+from paws_hpc.store.plan import packing_order, packing_ranks, statistics_stride
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.sources import Source, SourceConfig, open_source
@@ -133,7 +133,7 @@ class _Rebuilder:
             source_digest=manifest.origin.digest,
             on_error="stop",
             max_short_side=packing.max_short_side,
-            stride=1,
+            check=packing.check,
         )
 
     def rebuild(self, number: int) -> str | None:
@@ -142,7 +142,7 @@ class _Rebuilder:
         built = self._folder / f".{entry.name}.repair.tmp"
         try:
             images = self._source.select(self._images(number))
-            task = ShardTask(number, built, images, int(self._starts[number]), "", self._recipe)
+            task = ShardTask(number, built, images, self._counted(number, images.keys), "", self._recipe)
             result = build_shard(task, threads=self._threads)
             if result.entry is None or result.entry.file_hash != entry.file_hash:
                 return self._difference(built, number)
@@ -174,6 +174,13 @@ class _Rebuilder:
         if missing:
             raise StoreError(f"the source has no image {missing[0]!r}, nor {len(missing) - 1:,} others of this shard")
         return np.array([self._places[key] for key in keys], dtype=np.int64)
+
+    def _counted(self, number: int, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """Which images (n,) of a shard the statistics counted; skipped ones had their places in the packing order."""
+        seed, skipped = self._manifest.packing.seed, [omission.key for omission in self._manifest.skipped]
+        before = np.searchsorted(np.sort(packing_ranks(skipped, seed=seed)), packing_ranks(keys, seed=seed))
+        places = self._starts[number] + np.arange(len(keys)) + before
+        return places % statistics_stride(self._manifest.encoding, self._manifest.count + len(skipped)) == 0
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paws_hpc.data.splits import LabelsConfig, Split, labelled_and_validation, load_split
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack
+from paws_hpc.data.order import cipher_key, permute
+from paws_hpc.data.splits import LabelsConfig, Split, _draw, _resolve, labelled_and_validation, load_split
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, Keys, PackOptions, pack
+from paws_hpc.store.format import ShardIndex
+from paws_hpc.store.joined import join_indexes
 
 DRAWN = LabelsConfig(per_class=4, validation_per_class=6)
 CLASSES, PER_CLASS = 5, 12
@@ -78,6 +81,61 @@ def test_a_draw_is_a_function_of_the_seed_however_the_store_was_shuffled(store: 
     assert draws[0] == draws[1]
     assert draws[0][0] != draws[2][0]
     assert draws[0][1] != draws[2][1]
+
+
+@pytest.mark.parametrize(
+    ("seed", "labelled", "validation"),
+    [
+        (0, [51, 22, 46, 13, 38, 17, 26, 41, 52, 8], [3, 40, 10, 53, 25, 0, 18, 14, 37, 42, 44, 4, 20, 9, 23]),
+        (11, [11, 40, 45, 19, 17, 5, 15, 12, 50, 6], [22, 3, 21, 24, 32, 0, 38, 1, 54, 48, 49, 44, 56, 36, 8]),
+    ],
+)
+def test_what_a_seed_draws_never_changes(
+    store: ImageStore, seed: int, labelled: list[int], validation: list[int]
+) -> None:
+    """As drawn by the first version of this program: runs of different versions are compared by their seeds."""
+    drawn = labelled_and_validation(store, LabelsConfig(per_class=2, validation_per_class=3), seed=seed)
+    assert [[int(key) for key in split.keys] for split in drawn] == [labelled, validation]
+
+
+class Listed:
+    """A store's labels and keys, without the store."""
+
+    def __init__(self, labels: np.ndarray, keys: list[str]) -> None:
+        self.labels, self.classes, self.path = labels, tuple("abc"), Path("store")
+        self.keys = Keys(join_indexes([shard_index(labels, keys)]))
+
+
+def shard_index(labels: np.ndarray, keys: list[str]) -> ShardIndex:
+    encoded, zeros = [key.encode() for key in keys], np.zeros(len(keys), "<u4")
+    return ShardIndex(
+        offset=zeros.astype("<u8"), length=zeros, crc32c=zeros, label=labels.astype("<i4"), width=zeros, height=zeros,
+        flags=zeros, key_blob=np.frombuffer(b"".join(encoded), "u1"),
+        key_offset=np.cumsum([0, *map(len, encoded)]).astype("<u8"),
+    )  # fmt: skip
+
+
+def test_drawing_from_many_records_is_drawing_from_each_class_sorted_by_key() -> None:
+    """More records than are grouped at once, of classes of unlike sizes, with keys of unlike lengths and letters."""
+    random = np.random.default_rng(0)
+    count, seed, salt = 300_000, 5, 11
+    labels = np.minimum(random.geometric(0.6, size=count) - 1, 2)
+    keys = [f"{'aZ/é𝄞'[number % 5]}{number}" for number in random.permutation(count).tolist()]
+    store = Listed(labels, keys)
+    taken = Split("taken", {}, "", tuple(keys[:1000]))
+    drawn = _draw(store, 50, seed=seed, salt=salt, apart_from=taken)  # type: ignore[arg-type]
+    for label in range(3):
+        members = sorted(key for key, of in zip(keys[1000:], labels[1000:].tolist(), strict=True) if of == label)
+        places = permute(np.arange(50), len(members), cipher_key(seed, salt, label))
+        assert drawn[50 * label : 50 * (label + 1)] == [members[place] for place in places]
+
+
+def test_a_list_is_looked_up_without_reading_the_keys_of_all_records(
+    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = listed(tmp_path, "list.txt", ["3"])
+    monkeypatch.setattr(Keys, "__iter__", lambda _: pytest.fail("all keys are read"))
+    assert _resolve(["3"], store, Path(file)) == ["00003"]
 
 
 def test_labels_and_validation_are_drawn_independently(store: ImageStore, tmp_path: Path) -> None:

@@ -81,6 +81,35 @@ def test_damaged_shards_become_what_was_packed(store: Path, source: Path, with_i
     assert len(reader.keys) == 24
 
 
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("check", ["decode", "structure"])
+def test_faults_that_packing_did_not_look_for_are_not_found_by_repairing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, with_index: bool
+) -> None:
+    """With ``structure``, of JPEGs with faults only those that are counted in the statistics were encoded anew."""
+    monkeypatch.setattr("paws_hpc.store.plan._STATISTICS_IMAGES", 10)
+    tile = np.ascontiguousarray(load_sample_images().images[0][:64, :80])
+    for number in range(24):
+        content = bytearray(simplejpeg.encode_jpeg(tile, quality=90 - number))
+        content[-30:-26] = b"\xff\xd0\xff\xd1"  # restart markers where there are none
+        path = tmp_path / "source" / "a" / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image" if number % 5 == 2 else content)
+    options = PackOptions(shard_bytes=7 * KIB, on_error="skip", check=check)
+    store = pack(ImageFolder(tmp_path / "source"), tmp_path / "store", options=options).path
+    manifest = read_manifest(store)
+    assert len(manifest.skipped) == 5
+    assert sum(manifest.reencoded.values()) == len(manifest.recovered)
+    assert len(manifest.recovered) == 19 if check == "decode" else 4 < len(manifest.recovered) < 10
+    before = hashes(store)
+    for entry in manifest.shards:
+        flipped(store / entry.name)
+    if not with_index:
+        (store / "index.bin").unlink()
+    assert repair(store, tmp_path / "source") == 0
+    assert hashes(store) == before
+
+
 def test_a_store_without_faults_is_left_alone(store: Path, source: Path) -> None:
     inodes = {path.name: path.stat().st_ino for path in store.iterdir()}
     assert repair(store, source) == 0
