@@ -204,6 +204,8 @@ def _read_into(file: ShardFile, buffer: NDArray[np.uint8], offset: int, crc32c: 
         read = file.read_into(buffer, offset)
     except OSError as error:
         return Problem(f"cannot be read: {error}", lasting=False)
+    if crc32c is None and read == len(buffer):
+        return None
     return _problem(buffer, read, len(buffer), crc32c)
 
 
