@@ -54,7 +54,7 @@ class SharedFile:
     def __init__(self, path: Path, descriptor: int) -> None:
         """Use :func:`hold`."""
         self.path, self._descriptor, self._owner = path, descriptor, os.getpid()
-        weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, os.close, descriptor).atexit = False  # a thread may outlive the interpreter's end
 
     def mapped(self) -> NDArray[np.uint8]:
         """All bytes (size,) uint8, read-only; stay valid whatever becomes of this object.

@@ -3,8 +3,8 @@
     python -m tests.unit.cache_user STORE FOLDER [stops-after COUNT]
 
 Prints ``open PATH INODE``. On its standard input, ``read`` makes it print ``read CHECKSUM`` of all images, ``full``
-makes it wait for the last record and print ``full``, ``close`` makes it leave and print ``closed``. One that stops
-after so many records, of those that it puts into the cache, then prints ``stopped``.
+makes it wait for the last record and print ``full``, ``close`` makes it leave and print ``closed``. It may stop after
+so many records that it puts into the cache, as if the next one took for ever to read.
 """
 
 import sys
@@ -28,7 +28,6 @@ def stopping(store: ImageStore, count: int) -> ImageStore:
     def images(indices: ArrayLike) -> list[NDArray[np.uint8]]:
         with lock:
             if next(left, None) is None:
-                print("stopped", flush=True)
                 while True:
                     time.sleep(1)
         return read(indices)
