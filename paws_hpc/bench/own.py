@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import torch
 
+from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.photographs import CLASSES
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.cutting import Cutter, make_strategy
@@ -102,6 +104,18 @@ def crops(store: str, threads: int) -> Work:
         for records in order:
             cutter.cut(records, KINDS, epoch=epoch, config=VIEWS.augment)
         return BATCH * len(order)
+
+    return work
+
+
+def crops_by_processes(store: str, processes: int) -> Work:
+    """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
+    cores = sorted(os.sched_getaffinity(0))[:processes]
+    others = [Contender(f"{__name__}:crops", {"store": store, "threads": 1}, cores=[core]) for core in cores]
+    pool = ThreadPoolExecutor(processes)
+
+    def work() -> int:
+        return round(sum(done for done, _ in pool.map(Contender.work, others)))
 
     return work
 

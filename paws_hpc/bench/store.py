@@ -184,9 +184,15 @@ def _threads(bench: _Bench) -> Measured:
     rates = bench.race(
         Entry("two threads", f"{_OWN}:crops", bench.store | {"threads": 2}),
         Entry("one thread", f"{_OWN}:crops", bench.store | {"threads": 1}),
+        Entry("two processes", f"{_OWN}:crops_by_processes", bench.store | {"processes": 2}),
         cores=2,
     )
-    return Measured(rates, [Bar("two threads / one", ratio(rates["two threads"], rates["one thread"]), "x", 1.8)], {})
+    one, two, ceiling = rates["one thread"], rates["two threads"], rates["two processes"]
+    return Measured(
+        rates,
+        [Bar("two threads / one", ratio(two, one), "x", 1.8)],
+        {"two processes / one thread": ratio(ceiling, one)},
+    )
 
 
 def _supports(bench: _Bench) -> Measured:
