@@ -40,8 +40,9 @@ class DataConfig:
         threads: that decode and crop, per rank.
         stage_to: folder on each node's own disk, to which pre-training copies ``train`` while it runs and from which it
             reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
-        max_substitutes: damaged images, of each store, that may be replaced by the next good one of their class, each
-            with a line in the log; the one after that stops the run, which is otherwise the first.
+        max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
+            each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
+            replaces a record by the same one, but counts for itself, from its start on.
         order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
             together for a while, which a cold parallel file system rewards (``paws_hpc.data.order.EpochOrder``).
         block_mb: consecutive records that ``window`` keeps together, MB.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paws_hpc.bench.contender import ContenderError
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was written but the images, which the next run uses", file=sys.stderr)
+        print("interrupted: images and the figures of whole groups stay", file=sys.stderr)
         return 130
     return status
 
@@ -44,14 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _at_least(least: int) -> type[int]:
+def _at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
         return value
 
-    return number  # type: ignore[return-value]
+    return number
 
 
 if __name__ == "__main__":

@@ -105,6 +105,17 @@ def _record(path: Path) -> dict[str, Any]:
     return {"number": int(path.stem), "jpeg": path.read_bytes()}
 
 
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """A folder that is made once; one that was left half made is made anew."""
+    if not target.exists():
+        part = target.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        make(part)
+        part.rename(target)
+    return target
+
+
 def _optimize(folder: str, target: Path, *, workers: int) -> None:
     import litdata  # noqa: PLC0415 - a peer, which need not be installed
 
@@ -122,9 +133,8 @@ def litdata_crops(folder: str, scratch: str) -> Work:
     """LitData's StreamingDataset from a local folder, shuffled."""
     import litdata  # noqa: PLC0415
 
-    target, boxes = Path(scratch) / "litdata", drawn_boxes(folder)
-    if not target.exists():
-        _optimize(folder, target, workers=1)
+    boxes = drawn_boxes(folder)
+    target = _made(Path(scratch) / "litdata", lambda part: _optimize(folder, part, workers=1))
     torch.set_num_threads(1)
 
     class Cropped(litdata.StreamingDataset):
@@ -155,11 +165,14 @@ def mosaic_crops(folder: str, scratch: str) -> Work:
     from streaming import MDSWriter, StreamingDataset  # noqa: PLC0415
     from streaming.base.util import clean_stale_shared_memory  # noqa: PLC0415
 
-    target, boxes = Path(scratch) / "mosaic", drawn_boxes(folder)
-    if not target.exists():
-        with MDSWriter(out=str(target), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
+    boxes = drawn_boxes(folder)
+
+    def write(part: Path) -> None:
+        with MDSWriter(out=str(part), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
             for path in jpegs(folder):
                 writer.write(_record(path))
+
+    target = _made(Path(scratch) / "mosaic", write)
     torch.set_num_threads(1)
     clean_stale_shared_memory()
 
@@ -175,13 +188,14 @@ def mosaic_crops(folder: str, scratch: str) -> Work:
 def _tar_shards(folder: str, scratch: str) -> list[str]:
     import webdataset  # noqa: PLC0415
 
-    target = Path(scratch) / "webdataset"
-    if not target.exists():
-        target.mkdir(parents=True)
+    def write(part: Path) -> None:
+        part.mkdir()
         paths = jpegs(folder)
-        with webdataset.ShardWriter(str(target / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
+        with webdataset.ShardWriter(str(part / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
             for place in shuffled(len(paths)).tolist():
                 writer.write({"__key__": paths[place].stem, "jpg": paths[place].read_bytes()})
+
+    target = _made(Path(scratch) / "webdataset", write)
     return sorted(str(path) for path in target.glob("*.tar"))
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image
 
+from paws_hpc.files import atomic_write
+
 CLASSES = 100
 _SOURCES = ("china.jpg", "flower.jpg")
 _QUALITY = {"china.jpg": 96, "flower.jpg": 99}  # so that the files of either have 110 KB on average
@@ -35,6 +37,6 @@ def write_photographs(folder: Path, count: int) -> Path:
         piece = photo.crop((left, top, left + width, top + height))
         if draw.random() < 0.5:
             piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        piece.save(path, quality=quality)
+        with atomic_write(path) as file:
+            piece.save(file, "JPEG", quality=quality)
     return folder

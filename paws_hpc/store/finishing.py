@@ -79,17 +79,36 @@ def same_store(destination: Path, identity: Identity) -> Manifest | None:
             "Choose another folder, or replace the store with --force."
         )
     check_sizes(destination, manifest)
-    if underway.has_leftovers():
-        underway.discard()
+    underway.remove_leftovers()
     return manifest
 
 
-def finished_by_others(plan: Plan, underway: Underway) -> PackReport | None:
-    """The store, if another process finished it, and took the files away on which this one worked; else None."""
+Stamp = tuple[int, int]
+
+
+def stamp(destination: Path) -> Stamp | None:
+    """What tells the manifest that is there from another, though equal, one that is written later; None without one."""
+    try:
+        status = (destination / MANIFEST_NAME).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def finished_by_others(plan: Plan, underway: Underway, former: Stamp | None) -> PackReport | None:
+    """The store, if another process has finished it meanwhile, so that there is nothing left to do; else None.
+
+    Args:
+        plan: of the pack.
+        underway: its files, which are removed then.
+        former: stamp of the store that was there in the beginning, such as one that is to be replaced.
+    """
     deadline = time.monotonic() + _OTHERS_FINISH_S
     while underway.is_ending() and time.monotonic() < deadline:
         time.sleep(0.1)
-    if underway.identity() is not None or (there := same_store(underway.destination, plan.identity)) is None:
+    if stamp(underway.destination) == former:
+        return None
+    if (there := same_store(underway.destination, plan.identity)) is None:
         return None
     underway.discard()  # what this process wrote since
     return PackReport(underway.destination, there, packed=False)

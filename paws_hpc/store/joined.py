@@ -43,7 +43,7 @@ _LABEL = np.dtype("<i8")
 _BLOCK = 8192
 _HASH = np.dtype("<u8")
 _BLOCKS_AHEAD = 512
-_IN_MEMORY_BYTES = 64 << 20
+_IN_MEMORY_BYTES = 256 << 20
 _CHUNK = 1 << 16
 
 
@@ -230,11 +230,23 @@ def load_index(folder: Path, manifest: Manifest) -> JoinedIndex:
     cached = read_cached_index(folder, manifest)
     if cached is not None:
         return cached
-    indexes = _ShardIndexes(folder, manifest)
     try:
-        joined = build_index(folder, indexes)
+        return make_index(folder, manifest)
     except OSError:  # a cache only: the folder may be read-only or its disk full
-        joined = join_indexes(indexes)
+        return _that_fits(join_indexes(_ShardIndexes(folder, manifest)), folder, manifest)
+
+
+def make_index(folder: Path, manifest: Manifest) -> JoinedIndex:
+    """Derive ``index.bin`` from the shards and write it in place of what is there.
+
+    Raises:
+        StoreError: as in :func:`load_index`.
+        OSError: it cannot be written.
+    """
+    return _that_fits(build_index(folder, _ShardIndexes(folder, manifest)), folder, manifest)
+
+
+def _that_fits(joined: JoinedIndex, folder: Path, manifest: Manifest) -> JoinedIndex:
     if joined.hash != manifest.index_hash:
         raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash. {REMEDY}")
     return joined
@@ -243,8 +255,8 @@ def load_index(folder: Path, manifest: Manifest) -> JoinedIndex:
 def read_cached_index(folder: Path, manifest: Manifest) -> JoinedIndex | None:
     """Map ``index.bin`` into memory; None when it is absent, unreadable or not the manifest's.
 
-    An index of at most 64 MiB (a million records) is read whole and checked: a mapped file that others truncate kills
-    the process. Damage in a larger one is found at the first use of the damaged part.
+    An index of at most 256 MiB (three million records) is read whole and checked: a mapped file that others truncate
+    kills the process. Damage in a larger one is found at the first use of the damaged part.
     """
     try:
         index = _open(folder / INDEX_NAME)

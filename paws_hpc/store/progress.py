@@ -80,9 +80,9 @@ class _Lines:
         if now - self.printed >= _LINE_INTERVAL_S:
             self.printed = now
             rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate
+            left = f", {(self.total - self.done) / rate:,.0f} s left" if self.done else ""
             print(
-                f"{self.description}: {self.done:,} of {self.total:,} images, {rate:,.0f}/s, {left:,.0f} s left",
+                f"{self.description}: {self.done:,} of {self.total:,} images, {rate:,.0f}/s{left}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from paws_hpc.store.building import Recipe, ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
+from paws_hpc.store.joined import JoinedIndex, make_index, read_cached_index
 from paws_hpc.store.plan import packing_order, packing_ranks, statistics_stride
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
@@ -89,9 +89,7 @@ def repair(
                     report.refused[entry.name] = problem
                 advance(entry.count)
     if not report.refused and _index_is_damaged(folder, manifest):
-        with suppress(FileNotFoundError):
-            (folder / INDEX_NAME).unlink()
-        load_index(folder, manifest)
+        make_index(folder, manifest)
         report.index_made = True
     report.whole = not report.refused and not (faults and verify(folder, level="quick")[0])
     return report

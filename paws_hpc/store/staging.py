@@ -6,6 +6,7 @@ where it stopped. Each shard is usable by itself as soon as it is copied, checke
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -31,8 +32,10 @@ DEFAULT_WORKERS = 4
 DEFAULT_MIB_PER_S = 500.0
 """Of one node: many nodes begin at the same time, and the shared file system serves them all."""
 
+_LOG = logging.getLogger(__name__)
 _MIB = 1 << 20
 _COPY_BYTES = 4 * _MIB
+_CLOSE_S = 5.0
 _RESERVE_BYTES = 256 * _MIB
 """Left free on the local disk, for whoever else writes there."""
 
@@ -138,7 +141,10 @@ class Staging:
         assert self._process.stdin is not None, "start_staging opens it"
         self._process.stdin.close()
         self._process.terminate()
-        self._process.wait()
+        try:
+            self._process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:  # training must not wait for a file system that hangs
+            _LOG.warning("The process that copies shards does not end yet; it will when its file system answers.")
 
     def __enter__(self) -> Staging:
         return self

@@ -132,6 +132,10 @@ class Underway:
         """Remove everything that belongs to the unfinished pack; it goes in one step, what it held in many."""
         with suppress(FileNotFoundError):  # there is none, or another process renamed it
             os.replace(self.folder, self.destination / f"{UNDERWAY_NAME}.{secrets.token_hex(8)}")
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Remove what discarding left when it was interrupted; an unfinished pack stays."""
         for leftover in self.destination.glob(f"{UNDERWAY_NAME}.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -250,10 +254,6 @@ class Underway:
     def is_ending(self) -> bool:
         """Whether some process is making the store of the shards."""
         return (self.destination / MOVING_NAME).exists()
-
-    def has_leftovers(self) -> bool:
-        """Whether something lies here, but no shard: what is left of a pack that is done."""
-        return any(self.destination.glob(f"{UNDERWAY_NAME}*")) and not any(self.folder.glob("shard-*.h5"))
 
 
 def read_changes(path: Path) -> list[tuple[str, str]]:

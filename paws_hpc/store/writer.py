@@ -12,7 +12,7 @@ import numpy as np
 
 from paws_hpc import __version__
 from paws_hpc.store.building import ShardTask
-from paws_hpc.store.finishing import PackReport, done_before, finish, finished_by_others, same_store
+from paws_hpc.store.finishing import PackReport, done_before, finish, finished_by_others, same_store, stamp
 from paws_hpc.store.format import MANIFEST_NAME, Origin, Packing, StoreError
 from paws_hpc.store.plan import Plan, packing_order
 from paws_hpc.store.processes import build_shards
@@ -128,7 +128,7 @@ def pack(
         OSError: the disk is full or the folder cannot be written; finished shards stay, temporary files go.
     """
     options, started = options or PackOptions(), time.monotonic()
-    identity = _identity(source, options)
+    identity, former = _identity(source, options), stamp(destination)
     if not options.force and (there := same_store(destination, identity)) is not None:
         newer = _written_after(source, destination)
         return PackReport(destination, there, packed=False, newer=newer, seconds=time.monotonic() - started)
@@ -138,7 +138,7 @@ def pack(
         kept = _build(plan, underway, range(len(plan)), options, show_progress)
         report = replace(finish(plan, underway), kept=kept)
     except (FileNotFoundError, StoreError):
-        there_now = finished_by_others(plan, underway)
+        there_now = finished_by_others(plan, underway, former)
         if there_now is None:
             raise
         report = there_now
@@ -199,7 +199,7 @@ def pack_part(
             "parts cannot be packed with --force: one that starts late would begin a finished store anew. "
             "Pack into a new folder, or remove the former store first."
         )
-    identity = _identity(source, options)
+    identity, former = _identity(source, options), stamp(destination)
     if (there := same_store(destination, identity)) is not None:
         report = PackReport(destination, there, packed=False, newer=_written_after(source, destination))
         return PartReport(destination, 0, 0, 0, report, time.monotonic() - started)
@@ -212,9 +212,10 @@ def pack_part(
     try:
         kept = _build(plan, underway, mine, options, show_progress)
         missing = len(set(range(len(plan))) - underway.noted())
-        store = None if missing else finish(plan, underway)
+        # Others may have finished all of it between this part's first look and its beginning.
+        store = finished_by_others(plan, underway, former) if missing else finish(plan, underway)
     except (FileNotFoundError, StoreError):
-        store = finished_by_others(plan, underway)
+        store = finished_by_others(plan, underway, former)
         if store is None:
             raise
     return PartReport(destination, len(mine) - kept, kept, missing, store, time.monotonic() - started)

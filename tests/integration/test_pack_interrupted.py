@@ -20,7 +20,18 @@ from PIL import Image
 
 from paws_hpc.files import file_hash
 from paws_hpc.shards import main
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, Part, RecordError, StoreError, pack, pack_part, verify
+from paws_hpc.store import (
+    ImageFolder,
+    ImageStore,
+    PackOptions,
+    Part,
+    RecordError,
+    StoreError,
+    pack,
+    pack_part,
+    verify,
+    writer,
+)
 from paws_hpc.store.plan import packing_order
 from paws_hpc.store.underway import Underway
 
@@ -233,6 +244,52 @@ def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
             break
     assert not met
     assert turn > 20
+
+
+def test_a_plain_pack_leaves_a_forced_one_alone_that_has_just_begun(
+    folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, original = tmp_path / "store", writer.build_shards
+    pack(ImageFolder(folder), store, options=OPTIONS)
+
+    def met(*arguments: object, **named: object) -> object:
+        monkeypatch.setattr(writer, "build_shards", original)
+        assert not pack(ImageFolder(folder), store, options=OPTIONS).packed
+        return original(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(writer, "build_shards", met)
+    assert pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, workers=1, force=True)).packed
+    assert bytes_of(store) == expected
+
+
+def test_a_forced_pack_of_nothing_that_can_be_read_fails_and_the_former_store_stays(
+    folder: Path, tmp_path: Path
+) -> None:
+    source, store = shutil.copytree(folder, tmp_path / "source"), tmp_path / "store"
+    pack(ImageFolder(source), store, options=PackOptions(workers=1, on_error="skip"))
+    before = bytes_of(store)
+    for path in source.rglob("*.*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(StoreError, match="none of the 120 images could be read"):
+        pack(ImageFolder(source), store, options=PackOptions(workers=1, on_error="skip", force=True))
+    assert bytes_of(store) == before
+
+
+def test_a_part_that_begins_when_all_is_done_meanwhile_leaves_nothing(
+    folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, original = tmp_path / "store", Underway.begin
+
+    def late(self: Underway, identity: object, *, force: bool) -> None:
+        monkeypatch.setattr(Underway, "begin", original)
+        pack(ImageFolder(folder), store, options=OPTIONS)
+        original(self, identity, force=force)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Underway, "begin", late)
+    report = pack_part(ImageFolder(folder), store, Part(2, 3), options=OPTIONS)
+    assert report.store is not None
+    assert report.store.manifest.count == IMAGES
+    assert bytes_of(store) == expected
 
 
 def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(

@@ -74,7 +74,8 @@ def test_a_contender_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
     (tmp_path / "store").mkdir()
     good = Entry("good", "tests.unit.bench_work:count", {"fail_at": None})
     entries = [
-        Entry("no such module", "paws_hpc.bench.absent:work", {}, "absent-package"),
+        Entry("no such module", "absent_peer:work", {}, ("absent_peer", "absent-package")),
+        Entry("its own fault", "paws_hpc.bench.absent:work", {}, ("absent_peer", "absent-package")),
         Entry("fails at once", "paws_hpc.bench.own:reads", {"store": str(tmp_path / "store"), "check": True}),
         Entry("fails later", "tests.unit.bench_work:count", {"fail_at": 2}),
         good,
@@ -83,6 +84,7 @@ def test_a_contender_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
     assert rates["no such module"].failure == (
         "not installed: pip install absent-package, or all of them by `make bench`"
     )
+    assert rates["its own fault"].failure == "ModuleNotFoundError: No module named 'paws_hpc.bench.absent'"
     assert "is not a complete image store" in str(rates["fails at once"].failure)
     assert rates["fails later"].failure == "ValueError: the disk is gone"
     assert rates["fails later"].per_s == []
@@ -125,3 +127,5 @@ def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str])
         with pytest.raises(SystemExit):
             main(arguments)
         assert says in capsys.readouterr().err
+    assert main(["store", "--images", "64", "--only", "reads", "memory"]) == 1
+    assert "--images 64 is too few for the group memory" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +30,7 @@ from paws_hpc.store import (
 )
 from paws_hpc.store.format import FLAG_MADE_BASELINE, FLAG_PROGRESSIVE, FLAG_RECOVERED, FLAG_REENCODED
 from paws_hpc.store.jpeg import take_apart
+from paws_hpc.store.progress import progress
 from paws_hpc.store.sources.digits import digits
 from paws_hpc.store.standard import standard_jpeg, transcoder
 from paws_hpc.store.statistics import combine, pixel_sums
@@ -325,3 +327,16 @@ def test_statistics_of_a_constant_image_have_no_spread() -> None:
 def test_options_that_make_no_sense_are_refused_with_their_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"pack.{field}="):
         PackOptions(**{field: value})  # type: ignore[arg-type]
+
+
+def test_progress_in_a_log_is_lines_from_the_first_image_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first report of all may come before any image is done."""
+    monkeypatch.setattr("paws_hpc.store.progress._LINE_INTERVAL_S", 0.0)
+    with progress("packing photos", 10, show=True) as advance:
+        advance(0)
+        advance(5)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "packing photos: 0 of 10 images, 0/s"
+    assert re.fullmatch(r"packing photos: 5 of 10 images, [\d,]+/s, 0 s left", second)
