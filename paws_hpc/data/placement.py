@@ -60,6 +60,11 @@ def check_possible(placement: Placement, stores: Sequence[ImageStore], device: t
             raise ValueError(
                 f"data.placement=nvjpeg decodes JPEG files, but {store.path} holds raw pixels. Use data.placement=auto."
             )
+        if placement == "nvjpeg" and store.manifest.packing.check != "decode":
+            raise ValueError(
+                f"data.placement=nvjpeg takes damaged JPEG files for whole ones, and {store.path} was packed with "
+                f"--check {store.manifest.packing.check}. Use data.placement=cpu-decode, or pack with --check decode."
+            )
         if placement == "resident" and store.encoding != "raw":
             raise ValueError(
                 f"data.placement=resident holds decoded images of one size, but {store.path} holds JPEG files. Use "
@@ -120,7 +125,7 @@ def _automatic(stores: Sequence[ImageStore], views: ViewsConfig, threads: int, d
         candidates: list[Placement] = ["resident" if fits else "cpu-decode"]
     elif device.type == "cuda":
         candidates = ["cpu-crop", "cpu-decode"]
-        if all(store.encoding == "jpeg" for store in stores):
+        if all(store.encoding == "jpeg" and store.manifest.packing.check == "decode" for store in stores):
             candidates.append("nvjpeg")
     else:
         candidates = ["cpu-crop"]

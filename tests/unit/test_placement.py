@@ -18,7 +18,7 @@ from paws_hpc.data.images import cached_images
 from paws_hpc.data.placement import check_possible, choose, resident_bytes
 from paws_hpc.data.streams import ClassifierStream, PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
+from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack
 from tests.conftest import Stores
 
 CPU = torch.device("cpu")
@@ -153,7 +153,9 @@ def test_on_a_cpu_auto_crops_there_and_tells_what_limits(
         assert "limited by decoding and cropping on the CPU" in caplog.text
 
 
-def test_what_cannot_work_is_an_error_with_a_remedy(photographs: ImageStore, digits: ImageStore) -> None:
+def test_what_cannot_work_is_an_error_with_a_remedy(
+    photographs: ImageStore, digits: ImageStore, tmp_path: Path
+) -> None:
     for placement, stores, problem in (
         ("nvjpeg", [photographs], "decodes on a GPU, but training runs on cpu"),
         ("resident", [photographs], "holds JPEG files"),
@@ -164,6 +166,9 @@ def test_what_cannot_work_is_an_error_with_a_remedy(photographs: ImageStore, dig
             choose(placement, stores, views=VIEWS, threads=1, device=CPU)
     with pytest.raises(ValueError, match="holds raw pixels"):
         check_possible("nvjpeg", [digits], torch.device("cuda"))
+    unchecked = pack(ImageFolder(photographs.path.parent / "images"), tmp_path, options=PackOptions(check="structure"))
+    with pytest.raises(ValueError, match=r"takes damaged JPEG files for whole ones.*data\.placement=cpu-decode"):
+        check_possible("nvjpeg", [ImageStore.open(unchecked.path)], torch.device("cuda"))
 
 
 def test_a_resident_store_must_fit(tmp_path: Path, digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
