@@ -87,8 +87,11 @@ def straddling_record() -> int:
 
 
 @pytest.mark.parametrize("part", ["a row", "the beginning of a row", "the end of a row", "labels"])
-def test_damage_in_a_large_index_is_named_where_it_is_met(tmp_path: Path, part: str) -> None:
+def test_damage_in_a_large_index_is_named_where_it_is_met(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     count = 2_000_000
+    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 64 << 20)  # of which this one has 96
     path = sparse_store(tmp_path / "store", count)
     record = 1_234_567 if part in ("a row", "labels") else straddling_record()
     place = _HEADER.size + ROW.itemsize * record + (ROW.itemsize - 1) * (part == "the end of a row")
