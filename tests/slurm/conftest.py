@@ -23,6 +23,11 @@ def cluster(cluster_options: ClusterOptions) -> Iterator[Cluster]:
         yield running
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that where files run side by side it does not run on alone."""
+    items.sort(key=lambda item: item.path.name != "test_faults.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """End the jobs of a test that failed: they would take the processor from all tests that follow."""
