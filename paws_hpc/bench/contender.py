@@ -20,8 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 _READY = "ready"
 
@@ -31,7 +30,7 @@ class ContenderError(RuntimeError):
 
 
 class Contender:
-    """The parent's end of one contender; a context manager that ends the process."""
+    """The parent's end of one contender; whoever starts one closes it."""
 
     def __init__(self, function: str, arguments: dict[str, Any], *, cores: Sequence[int]) -> None:
         """Start it and wait until it has prepared.
@@ -94,14 +93,6 @@ class Contender:
             self._process.kill()
             self._process.communicate()
         self._errors.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def main(module: str, function: str, arguments: str, cores: str) -> None:

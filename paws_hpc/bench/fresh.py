@@ -28,7 +28,7 @@ def first_batch(path: Path) -> dict[str, float]:
     imported = time.perf_counter()
     store = ImageStore.open(path)
     opened = time.perf_counter()
-    stream = paws_stream(store, threads=2, batch=64, images_per_class=7)
+    stream = paws_stream(store, threads=2)
     with stream.prefetch(0, 1) as batches:
         next(iter(batches))
     ready = time.perf_counter()
@@ -43,7 +43,7 @@ def first_batch(path: Path) -> dict[str, float]:
 def epochs(path: Path, threads: int) -> dict[str, float | list[float]]:
     """Resident memory of this process, MB, at the end of each of a few epochs; files' pages are not counted."""
     torch.set_num_threads(1)
-    stream = paws_stream(ImageStore.open(path), threads=threads, batch=64, images_per_class=7)
+    stream = paws_stream(ImageStore.open(path), threads=threads)
     resident = []
     for epoch in range(_EPOCHS):
         first = epoch * stream.steps_per_epoch

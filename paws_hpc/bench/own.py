@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from paws_hpc.bench.contender import Contender
-from paws_hpc.bench.photographs import CLASSES
+from paws_hpc.bench.photographs import CLASSES, jpegs
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.cutting import Cutter, make_strategy
 from paws_hpc.data.images import CachedImages, StoreImages
@@ -82,7 +82,7 @@ def flat_file(store: str, check: bool) -> Work:
 
 def plain_files(folder: str) -> Work:
     """Every file of the image folder at random: open, read, close."""
-    paths = sorted(str(path) for path in Path(folder).rglob("*.jpg"))
+    paths = [str(path) for path in jpegs(folder)]
     order = np.concatenate(batches(shuffled(len(paths)))).tolist()
 
     def work() -> int:
@@ -162,7 +162,7 @@ def packing(folder: str, target: str, check: str) -> Work:
     return work
 
 
-def paws_stream(store: ImageStore, *, threads: int, batch: int, images_per_class: int) -> PawsStream:
+def paws_stream(store: ImageStore, *, threads: int) -> PawsStream:
     """The stream of one of 64 GPUs at ImageNet's recipe: 64 unlabelled images and 105 supports a step."""
     labels = store.labels
     labelled = np.concatenate([np.flatnonzero(labels == label)[:12] for label in range(CLASSES)])
@@ -170,9 +170,9 @@ def paws_stream(store: ImageStore, *, threads: int, batch: int, images_per_class
         store,
         labelled,
         views=VIEWS,
-        batch_size=batch,
+        batch_size=64,
         support_classes=15,
-        images_per_class=images_per_class,
+        images_per_class=7,
         seed=0,
         threads=threads,
         options=StreamOptions(),

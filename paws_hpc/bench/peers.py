@@ -26,15 +26,11 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as vision
 
 from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, shuffled
+from paws_hpc.bench.photographs import jpegs
 from paws_hpc.data.crops import draw_boxes
 
 Sample = list[Tensor]
 Boxes = NDArray[np.int64]
-
-
-def jpegs(folder: str) -> list[Path]:
-    """The files of the image folder; the place of each is the number in its name."""
-    return sorted(Path(folder).rglob("*.jpg"), key=lambda path: path.stem)
 
 
 def drawn_boxes(folder: str) -> list[Boxes]:

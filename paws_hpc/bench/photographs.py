@@ -40,3 +40,8 @@ def write_photographs(folder: Path, count: int) -> Path:
         with atomic_write(path) as file:
             piece.save(file, "JPEG", quality=quality)
     return folder
+
+
+def jpegs(folder: str) -> list[Path]:
+    """The files of the image folder; the place of each is the number in its name."""
+    return sorted(Path(folder).rglob("*.jpg"), key=lambda path: path.stem)

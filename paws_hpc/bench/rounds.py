@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,9 @@ def race(
         for entry in entries:
             tell(f"{entry.name}: preparing")
             try:
-                contenders[entry.name] = running.enter_context(Contender(entry.function, entry.arguments, cores=cores))
+                contenders[entry.name] = running.enter_context(
+                    closing(Contender(entry.function, entry.arguments, cores=cores))
+                )
             except ContenderError as error:
                 results[entry.name].failure = _why(entry, error)
         for number in range(rounds + 1):

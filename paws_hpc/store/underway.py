@@ -206,15 +206,15 @@ class Underway:
     def _places(self, name: str) -> Iterator[Path]:
         """Where a finished shard may be: here, or in its place already."""
         yield self.folder / name
-        for final in self._final_names().get(name, ()):
+        if (final := self._final_names().get(name)) is not None:
             yield self.destination / final
 
-    def _final_names(self) -> dict[str, list[str]]:
+    def _final_names(self) -> dict[str, str]:
         try:
             value = read_json(self.destination / MOVING_NAME)
         except (OSError, ValueError):
             return {}
-        return {name: [final] for name, final in value.items()} if isinstance(value, dict) else {}
+        return value if isinstance(value, dict) else {}
 
     def find_shard(self, name: str) -> Path:
         """The file of a finished shard.

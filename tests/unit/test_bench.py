@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 from paws_hpc.bench.__main__ import main
 from paws_hpc.bench.contender import Contender, ContenderError
 from paws_hpc.bench.own import KINDS
-from paws_hpc.bench.peers import cut, drawn_boxes, jpegs
-from paws_hpc.bench.photographs import write_photographs
+from paws_hpc.bench.peers import cut, drawn_boxes
+from paws_hpc.bench.photographs import jpegs, write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.store import Bar
 from paws_hpc.bench.synthetic import repeat_store
@@ -94,7 +95,7 @@ def test_a_contender_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
 
 
 def test_a_contender_is_bound_to_its_cores() -> None:
-    with Contender("tests.unit.bench_work:cores", {}, cores=[0]) as contender:
+    with closing(Contender("tests.unit.bench_work:cores", {}, cores=[0])) as contender:
         assert contender.work()[0] == 1
     with pytest.raises(ContenderError, match="has no attribute"):
         Contender("tests.unit.bench_work:absent", {}, cores=[0])
