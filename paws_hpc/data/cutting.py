@@ -244,14 +244,26 @@ class NvJpeg:
 
     def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
         """As of Strategy."""
-        slices = parts(len(records), min(self._threads, len(records)))
-        files = [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
+        files = self._read(records)
         try:  # the files themselves, not the index: boxes must lie in what will be decoded
-            heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+            heights, widths = _sizes(files)
         except ValueError:
-            self._images.store.images(records)  # which names the record
-            raise
-        return uncut(Encoded([torch.tensor(file) for file in files]), heights, widths, kinds, draw)
+            self._images.store.images(records)  # which names the record, or learns what stands in for it
+            files = self._read(records)
+            heights, widths = _sizes(files)
+        keys = self._images.store.keys
+        names = f"{', '.join(repr(keys[int(record)]) for record in records[:8])}, … in {self._images.store.path}"
+        return uncut(Encoded([torch.tensor(file) for file in files], names), heights, widths, kinds, draw)
+
+    def _read(self, records: Positions) -> list[NDArray[np.uint8]]:
+        slices = parts(len(records), min(self._threads, len(records)))
+        return [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
+
+
+def _sizes(files: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) heights and (n,) widths of JPEG files, by their headers; ValueError where one has none."""
+    heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+    return heights, widths
 
 
 class Resident:

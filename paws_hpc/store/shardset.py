@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import threading
 import time
 import weakref
@@ -220,6 +221,7 @@ def _problem(content: bytes | NDArray[np.uint8], read: int, length: int, crc32c:
 
 def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
     """Open all shards for reading."""
+    _allow_open_files(len(manifest.shards))
     shards: list[ShardFile] = []
     for entry in manifest.shards:
         try:
@@ -228,7 +230,17 @@ def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
             if error.errno == errno.EMFILE:
                 raise StoreError(
                     f"{folder} has {len(manifest.shards):,} shards, more files than this process may open: "
-                    f"raise the limit (`ulimit -n {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
+                    f"raise the limit (`ulimit -Hn {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
                 ) from error
             raise StoreError(f"{folder / entry.name} cannot be opened: {error.strerror}. {REMEDY}") from error
     return shards
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's soft limit, often 1,024, as far as its hard limit lets a store of ``count`` shards open."""
+    wanted = 2 * count + 256  # local copies are opened beside the shards, and others have files open too
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )

@@ -101,6 +101,14 @@ def test_a_contender_is_bound_to_its_cores() -> None:
         Contender("tests.unit.bench_work:absent", {}, cores=[0])
 
 
+def test_a_contender_that_hangs_is_ended_and_said_so() -> None:
+    with (
+        pytest.raises(ContenderError, match="gave no answer within 2 s"),
+        closing(Contender("tests.unit.bench_work:hang", {}, cores=[0], limit_s=2)) as contender,
+    ):
+        contender.work()
+
+
 def test_a_ratio_is_taken_within_rounds() -> None:
     """The machine was three times as slow in the second round: both were."""
     assert ratio(Rates("a", [300.0, 100.0, 330.0]), Rates("b", [150.0, 50.0, 150.0])) == 2.0
