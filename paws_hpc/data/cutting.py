@@ -33,7 +33,7 @@ from paws_hpc.data.crops import (
     RaggedImages,
     draw_boxes,
     equal_size_resized_crops,
-    resized_crop,
+    resized_crops,
 )
 from paws_hpc.data.devices import host_buffer
 from paws_hpc.data.images import StoreImages, as_tensor
@@ -191,14 +191,13 @@ class CpuCrop:
         images = self._images.pixels(records[part])
         heights, widths = sides(images)
         boxes = [
-            draw(kind, part, heights, widths).reshape(crop.count, len(images), 4).tolist()
+            draw(kind, part, heights, widths).reshape(crop.count, len(images), 4).swapaxes(0, 1).tolist()
             for kind, crop in enumerate(kinds)
         ]
         for place, pixels in enumerate(images):
             image = as_tensor(pixels).permute(2, 0, 1)
-            for crop, of_kind, batch in zip(kinds, boxes, out, strict=True):
-                for view in range(crop.count):
-                    resized_crop(image, of_kind[view][place], crop.size, out=batch[view, part.start + place])
+            for of_kind, batch in zip(boxes, out, strict=True):
+                resized_crops(image, of_kind[place], batch[:, part.start + place])
 
     def _cut_raw(
         self, records: Positions, part: slice, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
