@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,20 @@ class Problem:
 
     text: str
     lasting: bool
+
+
+Place = tuple[int, int, int, int | None]
+"""Of a record: number of the shard, offset in its ``/data``, length in bytes, and what its CRC32C must be, if checked.
+
+A plain tuple, since one is made for every record that is read."""
+
+
+class UnreadableError(Exception):
+    """Ends :meth:`ShardSet.each` at the record ``number``, counted from 0."""
+
+    def __init__(self, number: int, problem: Problem) -> None:
+        super().__init__(number, problem)
+        self.number, self.problem = number, problem
 
 
 _CLOSED = Problem("was not read, the store was closed meanwhile", lasting=False)
@@ -96,18 +111,9 @@ class ShardSet:
         finally:
             self._looking.release()
 
-    def read(self, shard: int, length: int, offset: int, crc32c: int | None) -> bytes | Problem:
-        """Return a record; a local copy that fails is replaced by the store's own shard.
-
-        Args:
-            shard: number of the shard.
-            length: of the record, bytes.
-            offset: of the record in ``/data``.
-            crc32c: what the record's CRC32C must be; None checks nothing.
-
-        Returns:
-            the record, or why it cannot be had.
-        """
+    def read(self, place: Place) -> bytes | Problem:
+        """Return a record, or why it cannot be had; a local copy that fails is replaced by the store's own shard."""
+        shard, offset, length, crc32c = place
         files = self._files
         if files is None:
             return _CLOSED
@@ -118,8 +124,9 @@ class ShardSet:
         self._fall_back(shard, file, content.text)
         return _read(files[shard], length, offset, crc32c)
 
-    def read_into(self, shard: int, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+    def read_into(self, place: Place, buffer: NDArray[np.uint8]) -> Problem | None:
         """Fill ``buffer`` with a record of its length; otherwise as :meth:`read`."""
+        shard, offset, _, crc32c = place
         files = self._files
         if files is None:
             return _CLOSED
@@ -129,6 +136,32 @@ class ShardSet:
             return problem
         self._fall_back(shard, file, problem.text)
         return _read_into(files[shard], buffer, offset, crc32c)
+
+    def each(self, places: Sequence[Place], buffer: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Yield records one after the other, each in the same ``buffer``, which the longest must fit.
+
+        What is done here once per record counts: a copy of 110 KB out of the page cache takes 20 µs, and leaves none of
+        the interpreter in the processor's inner caches. All that is not the usual case is left to :meth:`read_into`.
+
+        Raises:
+            UnreadableError: a record cannot be read.
+        """
+        preadv, checksum = os.preadv, google_crc32c.value
+        for number, place in enumerate(places):
+            shard, offset, length, crc32c = place
+            record, files = buffer[:length], self._files
+            if files is not None and (start := (file := files[shard]).data_offset) is not None:
+                try:  # ``file`` keeps the descriptor open
+                    read = preadv(file.descriptor, [record], start + offset)  # type: ignore[arg-type, list-item]
+                except OSError:
+                    read = 0
+                if read == length and (crc32c is None or checksum(record) == crc32c):
+                    yield record
+                    continue
+            problem = self.read_into(place, record)
+            if problem is not None:
+                raise UnreadableError(number, problem)
+            yield record
 
     def _adopt(self, number: int, path: Path) -> None:
         """Switch a shard to its local copy."""
