@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import atomic_write, file_hash
+from paws_hpc.files import atomic_write, file_hash, read_at
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
@@ -288,14 +288,7 @@ class ShardFile:
         if self.data_offset is None:
             return self._read_through_hdf5(length, offset).tobytes()
         assert self.descriptor is not None, "nobody reads a shard after closing it"
-        place = self.data_offset + offset
-        content = os.pread(self.descriptor, length, place)
-        while 0 < len(content) < length:  # network file systems may give less than was asked for
-            more = os.pread(self.descriptor, length - len(content), place + len(content))
-            if not more:
-                break
-            content += more
-        return content
+        return read_at(self.descriptor, length, self.data_offset + offset)
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.
