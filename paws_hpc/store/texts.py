@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paws_hpc.store.finishing import PackReport
 from paws_hpc.store.format import Manifest, Omission
+from paws_hpc.store.underway import CHANGES_NAME
 from paws_hpc.store.writer import Part, PartReport
 
 _LISTED = 20
@@ -43,7 +44,7 @@ def pack_lines(report: PackReport) -> list[str]:
     if report.kept:
         lines.append(f"{report.kept:,} shards were done before")
     lines += [f"{count:,} images: {what}, pixels unchanged" for what, count in manifest.rewritten.items()]
-    lines += _omission_lines("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded)
+    lines += _omission_lines("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded, all_in=CHANGES_NAME)
     if report.progressive:
         lines.append(
             f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "
@@ -54,17 +55,18 @@ def pack_lines(report: PackReport) -> list[str]:
             "NOTE: a colour channel has the same value in every pixel that was counted (std 0): there is nothing to "
             "learn from it, and training divides it by 1"
         )
-    lines += _omission_lines("LEFT OUT", manifest.skipped, limit=len(manifest.skipped))
+    lines += _omission_lines("LEFT OUT", manifest.skipped)
     return lines
 
 
-def _omission_lines(what: str, omissions: Sequence[Omission], *, limit: int = _LISTED) -> list[str]:
-    """Say how many images were changed or left out, and list the first ``limit``."""
+def _omission_lines(what: str, omissions: Sequence[Omission], *, all_in: str | None = None) -> list[str]:
+    """Say how many images were changed or left out, and list them: the first few, if a file has all."""
     if not omissions:
         return []
-    lines = [f"{len(omissions):,} images {what}:"]
-    lines += [f"  {omission.key}: {omission.reason}" for omission in omissions[:limit]]
-    return lines + ([f"  ... and {len(omissions) - limit:,} more"] if len(omissions) > limit else [])
+    listed = omissions if all_in is None else omissions[:_LISTED]
+    lines = [f"{len(omissions):,} images {what}:", *(f"  {omission.key}: {omission.reason}" for omission in listed)]
+    rest = len(omissions) - len(listed)
+    return [*lines, f"  ... and {rest:,} more, all of them in {all_in}"] if rest else lines
 
 
 def info_lines(path: Path, manifest: Manifest) -> list[str]:
