@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,27 @@ def test_neither_threads_nor_the_cache_change_a_bit(photographs: ImageStore, pla
                 threads=1, supports=supports, options=StreamOptions(placement=placement),
             )  # fmt: skip
             assert levels_apart(plain, cached.batch(1)) == (0, 0.0)
+
+
+@pytest.mark.parametrize("placement", ["cpu-crop", "cpu-decode", "nvjpeg"])
+def test_a_substitute_that_is_found_within_a_batch_gives_the_crops_of_one_that_was_known(
+    photographs: ImageStore, tmp_path: Path, placement: Placement
+) -> None:
+    """It has another size than the damaged record: boxes are drawn anew."""
+    shutil.copytree(photographs.path, tmp_path / "store")
+    records, [entry] = stream(photographs, "cpu-crop").batch(0).records, photographs.manifest.shards
+    damaged = photographs.read_encoded(records[:3])
+    path = tmp_path / "store" / entry.name
+    content = path.read_bytes()
+    for record in damaged:
+        content = content.replace(record, bytes(len(record)))
+    path.write_bytes(content)
+    store = ImageStore.open(tmp_path / "store", max_substitutes=3)
+    source = stream(store, placement)
+    finding, knowing = source.batch(0), source.batch(0)
+    assert set(store.substitutes) == set(records[:3].tolist())
+    assert any(store.sizes([place])[0] != photographs.sizes([place])[0] for place in records[:3])
+    assert levels_apart(finding, knowing) == (0, 0.0)
 
 
 def test_a_batch_knows_how_much_memory_it_holds(photographs: ImageStore) -> None:
