@@ -27,8 +27,10 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     rank's rows ("local"), or the running statistics, which then stay as they are while weight and bias train
     ("frozen"). Evaluation mode always takes the running statistics and communicates nothing.
 
-    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it off
-    for a while. ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
+    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it
+    off for a while.
+
+    ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
     counted up: only ``momentum=None`` would read it.
     """
 
