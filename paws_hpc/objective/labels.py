@@ -44,7 +44,7 @@ class ClassLabels:
 
     Attributes:
         classes: (S,) int64.
-        rows: (K, M) int64, the supports of each class. Where a class has fewer than M, S stands for none.
+        rows: (M, K) int64, the supports of each class. Where a class has fewer than M, S stands for none.
         smoothing: s in [0, 1).
     """
 
@@ -55,7 +55,7 @@ class ClassLabels:
     @property
     def shape(self) -> tuple[int, int]:
         """(S, K), as of the matrix."""
-        return len(self.classes), len(self.rows)
+        return len(self.classes), self.rows.shape[1]
 
 
 def class_labels(classes: Tensor, num_classes: int, *, smoothing: float, device: torch.device) -> ClassLabels:
@@ -85,8 +85,8 @@ def class_labels(classes: Tensor, num_classes: int, *, smoothing: float, device:
     counts = classes.bincount(minlength=num_classes)
     order = classes.argsort(stable=True)
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    rows = torch.full((num_classes, int(counts.max())), len(classes))
-    rows[classes[order], torch.arange(len(classes)) - starts] = order
+    rows = torch.full((int(counts.max()), num_classes), len(classes))
+    rows[torch.arange(len(classes)) - starts, classes[order]] = order
     together = torch.cat([classes, rows.flatten()])
     if device.type == "cuda":
         together = together.pin_memory().to(device, non_blocking=True)
@@ -125,7 +125,7 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
         padded = logits if rows.numel() == logits.shape[1] else F.pad(logits, (0, 1), value=-math.inf)
-        sums = padded.index_select(1, rows.flatten()).unflatten(1, rows.shape).logsumexp(-1)
+        sums = padded.index_select(1, rows.flatten()).unflatten(1, rows.shape).logsumexp(1)
         ctx.save_for_backward(logits, classes, sums)
         return sums
 
