@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from paws_hpc.models.norm import recomputation
 
@@ -32,7 +33,7 @@ class ResidualBlock(nn.Module, ABC):
             x,
             use_reentrant=False,
             preserve_rng_state=False,  # blocks draw nothing
-            context_fn=partial(recomputation, self),
+            context_fn=_compiled_recomputation if torch.compiler.is_compiling() else partial(recomputation, self),
         )
         assert isinstance(output, Tensor)
         return output
@@ -40,6 +41,17 @@ class ResidualBlock(nn.Module, ABC):
     @abstractmethod
     def transform(self, x: Tensor) -> Tensor:
         """What the block computes, shapes as in :meth:`forward`."""
+
+
+def _compiled_recomputation() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What :func:`.norm.recomputation` does where torch.compile decides what runs again: communication does not.
+
+    torch logs that in-place operations do not go with this. It means results that are saved and overwritten later; what
+    is saved here are statistics, and nothing writes to them.
+    """
+    collectives = torch.ops._c10d_functional
+    saved = [collectives.all_gather_into_tensor.default, collectives.wait_tensor.default]
+    return create_selective_checkpoint_contexts(saved)
 
 
 def set_recomputed(module: nn.Module, recomputed: bool) -> None:

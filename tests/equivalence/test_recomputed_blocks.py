@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.models.blocks import set_recomputed
@@ -73,11 +76,34 @@ def both(rank: int, world: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
     return results
 
 
+def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, Tensor]]]:
+    """A trunk compiled as one graph: gatherings of the forward and the backward graph, and pairs of values."""
+    gathers: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        gathers.append(sum("all_gather_into_tensor" in str(node.target) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    eager = SmallResNet(channels=[4], blocks=[1], stem_stride=1)
+    initialise(eager, seed=2)
+    set_recomputed(eager, True)
+    twin = copy.deepcopy(eager)
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    values = []
+    for trunk, call in ((eager, eager), (twin, torch.compile(twin, backend=backend, fullgraph=True))):
+        outputs = call(images)
+        outputs.pow(3).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in trunk.named_parameters()}
+        values.append({"outputs": outputs.detach()} | gradients | dict(trunk.named_buffers()))
+    return gathers, {name: (value, values[1][name]) for name, value in values[0].items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {2: [both]})
+    run_on_ranks(folder, {2: [both, compiled]})
     return folder
 
 
@@ -91,6 +117,13 @@ def test_recomputed_blocks_train_as_kept_ones_and_communicate_no_more(world: int
             assert recomputed["kept"] < 0.7 * kept["kept"], case
             for name, value in kept["values"].items():
                 assert torch.equal(recomputed["values"][name], value), (case, name)
+
+
+def test_compiled_recomputation_is_the_same_and_does_not_communicate_again(folder: Path) -> None:
+    for gathers, pairs in results_of(compiled, 2, folder):
+        assert gathers == [3, 0], "one for each normalisation layer, in the forward graph alone"
+        for name, (expected, measured) in pairs.items():
+            assert torch.equal(measured, expected), name
 
 
 def test_a_graph_that_is_kept_can_be_recomputed_twice() -> None:
