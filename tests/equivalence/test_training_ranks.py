@@ -52,5 +52,16 @@ def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, dty
             compare(name, together["weights"][name], expected, 1e-8)
 
 
+def test_a_step_communicates_once_for_supports_once_for_me_max_and_twice_per_normalisation(folder: Path) -> None:
+    """Nine layers see two sizes of crops; DistributedDataParallel has one bucket, and asks what is unused."""
+    layers, sizes, data_parallel = 9, 2, 2
+    assert not train(folder, 1, "fp32")["collectives"]
+    assert train(folder, 2, "fp32")["collectives"] == {
+        "allgather_base": layers * sizes + 1,
+        "reduce_scatter_base": 1,
+        "allreduce": layers * sizes + 1 + data_parallel,
+    }
+
+
 def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=lambda text: f"{name}: {text}")
