@@ -22,10 +22,7 @@ def write_photographs(folder: Path, count: int) -> Path:
     Each is another piece of one of the two photographs that scikit-learn ships (640 x 427 pixels), unscaled, so that
     decoding costs what it costs for photographs. The same arguments give the same files; existing ones are kept.
     """
-    photos = []
-    for name in _SOURCES:
-        with Image.open(Path(sklearn.datasets.__file__).parent / "images" / name) as file:
-            photos.append((file.convert("RGB"), _QUALITY[name]))
+    photos = open_photographs()
     for number in range(count):
         path = folder / f"class{number % CLASSES:03d}" / f"{number:06d}.jpg"
         if path.exists():
@@ -40,6 +37,15 @@ def write_photographs(folder: Path, count: int) -> Path:
         with atomic_write(path) as file:
             piece.save(file, "JPEG", quality=quality)
     return folder
+
+
+def open_photographs() -> list[tuple[Image.Image, int]]:
+    """scikit-learn's photographs, with the JPEG quality at which pieces of them are as large as ImageNet's files."""
+    photos = []
+    for name in _SOURCES:
+        with Image.open(Path(sklearn.datasets.__file__).parent / "images" / name) as file:
+            photos.append((file.convert("RGB"), _QUALITY[name]))
+    return photos
 
 
 def jpegs(folder: str) -> list[Path]:
