@@ -87,9 +87,10 @@ def _add_step_options(command: argparse.ArgumentParser, *, of_all: bool) -> None
         command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
         command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
     command.add_argument(
-        "--beside", nargs="?", const=FIRST, metavar="COMMIT",
-        help=f"the demo's pre-training by another commit's code beside this one's ({FIRST}, the first version)",
-    )  # fmt: skip
+        "--beside",
+        metavar="COMMIT",
+        help=f"pre-train the demo by its code and by this one's; the first version is {FIRST}",
+    )
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -33,7 +33,7 @@ def beside(commit: str, *, rounds: int, tell: Callable[[str], None]) -> dict[str
         tell: is told what is being done.
 
     Returns:
-        rates of both, with ``data_wait`` of each round.
+        rates of this code and of the other, with ``data_wait`` of each round.
 
     Raises:
         ValueError: git does not know the commit, or a run failed.

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-
 from paws_hpc.bench.recipes import Scene
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work, training_with_data

@@ -118,68 +118,67 @@ def _step(bench: Bench, config: Config) -> Measured:
     if bench.baseline:
         entries.append(bench.entry(_BASELINE, "plain_loader:data_loader_steps", steps=bench.steps))
     rates = bench.race(*entries, *_ceilings(bench))
-    found = Measured(rates, [], {"plain ResNet-50 images per unlabelled image": plain_images(config)})
-    if bench.beside is not None:
-        sides = beside(bench.beside, rounds=bench.rounds, tell=bench.tell)
-        rates |= {f"{name}, demo's pre-training": side for name, side in sides.items()}
-        found.bars.extend(_beside_bars(bench, *sides.values()))
-    found.bars[:0] = _step_bars(bench, config, rates)
     ours = rates[_OURS]
+    found = Measured(rates, _step_bars(bench, config, rates), {})
     if ours.seen:
         found.figures.extend(part_figures(ours.seen))
         found.figures.extend(_device_figures(ours, rates[_MATMUL], training_flops(config)))
         found.seen["graph breaks"] = ours.seen[-1]["graph_breaks"]
     if _FROM_STORE in rates and rates[_FROM_STORE].seen:
         found.seen["placement"] = rates[_FROM_STORE].seen[-1]["placement"]
+    if bench.beside is not None:
+        now, older = beside(bench.beside, rounds=bench.rounds, tell=bench.tell).values()
+        rates |= {f"the demo, {side.name}": side for side in (now, older)}
+        found.bars.extend(_beside_bars(now, older))
     return found
 
 
 def _ceilings(bench: Bench) -> list[Entry]:
-    """What the device can do."""
-    plain = {"device": bench.scene.device, "batch_size": 256 if bench.cuda else 2, "steps": 20 if bench.cuda else 1}
-    product = {"device": bench.scene.device, "size": 8192 if bench.cuda else 1536, "steps": 50 if bench.cuda else 4}
-    module = "paws_hpc.bench.training"
-    entries = [
-        Entry(_PLAIN, f"{module}:plain_resnet50", plain | {"compiled": False}),
-        Entry(_MATMUL, f"{module}:matmul", product, unit="TFLOP/s"),
-    ]
-    if bench.cuda:
-        entries.append(Entry(_COMPILED, f"{module}:plain_resnet50", plain | {"compiled": True}))
+    """What the device can do; ResNet-50 where the recipe is made of it."""
+    module, device = "paws_hpc.bench.training", {"device": bench.scene.device}
+    product = device | {"size": 8192 if bench.cuda else 1536, "steps": 50 if bench.cuda else 4}
+    entries = [Entry(_MATMUL, f"{module}:matmul", product, unit="TFLOP/s")]
+    if bench.scene.recipe == "imagenet":
+        plain = device | {"batch_size": 256 if bench.cuda else 2, "steps": 20 if bench.cuda else 1}
+        entries.append(Entry(_PLAIN, f"{module}:plain_resnet50", plain | {"compiled": False}))
+        if bench.cuda:
+            entries.append(Entry(_COMPILED, f"{module}:plain_resnet50", plain | {"compiled": True}))
     return entries
 
 
 def _step_bars(bench: Bench, config: Config, rates: dict[str, Rates]) -> list[Bar]:
-    ours, worth = rates[_OURS], plain_images(config)
+    """What this run can say of the bars of its recipe, and of those of another: a figure, not whether it is reached."""
     on_imagenet = bench.elsewhere("imagenet", cuda=True, words=_IMAGENET_GPU)
     on_cifar = bench.elsewhere("cifar", cuda=True, words=_CIFAR_GPU)
-    of_plain = ratio(ours, rates[_PLAIN])
-    bars = [
-        Bar(
-            f"step / (plain ResNet-50 / {worth:.2f})",
-            None if of_plain is None else of_plain * worth,
-            "x",
-            0.90,
-            elsewhere=on_imagenet,
-        )
-    ]
+    bars = []
+    if _PLAIN in rates:
+        worth = plain_images(config)
+        bars.append(plain_bar(rates[_OURS], rates[_PLAIN], worth, elsewhere=on_imagenet))
     if _FROM_STORE in rates:
         stored = rates[_FROM_STORE]
+        bars.append(Bar("from the store / step alone", ratio(stored, rates[_OURS]), "x", 0.95, elsewhere=on_imagenet))
         wait = statistics.median(100 * seen["data_wait"] for seen in stored.seen) if stored.seen else None
-        bars.append(Bar("from the store / step alone", ratio(stored, ours), "x", 0.95, elsewhere=on_imagenet))
         bars.append(Bar("data wait, from the store", wait, "%", 2.0, at_most=True, elsewhere=on_cifar))
-        if _BASELINE in rates:
-            end_to_end = ratio(stored, rates[_BASELINE])
-            bars.append(Bar("from the store / DataLoader", end_to_end, "x", 10.0, elsewhere=on_cifar))
+    if _BASELINE in rates:
+        end_to_end = ratio(rates[_FROM_STORE], rates[_BASELINE])
+        bars.append(Bar("from the store / DataLoader", end_to_end, "x", 10.0, elsewhere=on_cifar))
     return bars
 
 
-def _beside_bars(bench: Bench, ours: Rates, older: Rates) -> list[Bar]:
+def plain_bar(ours: Rates, plain: Rates, worth: float, *, elsewhere: str | None) -> Bar:
+    """Our unlabelled images per second beside the device's rate of plain ResNet-50 images over what one is worth."""
+    times = ratio(ours, plain)
+    value = None if times is None else times * worth
+    return Bar(f"step / (plain ResNet-50 / {worth:.2f})", value, "x", 0.90, elsewhere=elsewhere)
+
+
+def _beside_bars(ours: Rates, older: Rates) -> list[Bar]:
     # The runs are of the demo on the CPU, whatever else is measured.
     words = None if cores() == 2 else _DIGITS_CPU
     wait = statistics.median(100 * seen["data_wait"] for seen in ours.seen)
     return [
-        Bar(f"demo / commit {bench.beside}", ratio(ours, older), "x", 1.5, elsewhere=words),
-        Bar("data wait of the demo", wait, "%", 5.0, at_most=True, elsewhere=words),
+        Bar(f"the demo / {older.name}", ratio(ours, older), "x", 1.5, elsewhere=words),
+        Bar("the demo's data wait", wait, "%", 5.0, at_most=True, elsewhere=words),
     ]
 
 
