@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from paws_hpc.bench.pil import pil_view
-from paws_hpc.bench.plain_loader import open_images
 from paws_hpc.bench.recipes import Scene, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work
@@ -55,6 +53,9 @@ def per_image(scene: dict[str, Any], least_s: float) -> Work:
         scene: the recipe.
         least_s: goes on for at least so many seconds; it is slow.
     """
+    from paws_hpc.bench.pil import pil_view  # noqa: PLC0415 - torchvision, which takes seconds to import
+    from paws_hpc.bench.plain_loader import open_images  # noqa: PLC0415
+
     place = Scene(**scene)
     config = place.config()
     torch.set_num_threads(1)

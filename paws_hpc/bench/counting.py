@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import resource
+import sys
 import warnings
 from collections.abc import Callable
 
 import torch
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +55,8 @@ def plain_images(config: Config, *, size: int = 224) -> float:
 
     Its crops and its part of the supports, through torchvision's ResNet-50: 4.74 for the paper's ImageNet recipe.
     """
+    import torchvision  # noqa: PLC0415 - takes seconds
+
     with _META:
         model = torchvision.models.resnet50().eval()
     whole = sum(rows * forward_flops(model, side) for rows, side in rows_of(config))
@@ -78,11 +80,10 @@ def host_waits(step: Callable[[], object], device: torch.device) -> int | None:
 
 def graph_breaks() -> dict[str, int] | None:
     """Why torch.compile left graphs in this process, and how often; None where nothing was compiled."""
-    from torch._dynamo.utils import counters  # noqa: PLC0415 - imports the compiler, which takes seconds
-
-    if not counters["stats"]["unique_graphs"]:
+    compiler = sys.modules.get("torch._dynamo.utils")  # compiling imports it; here that would take seconds
+    if compiler is None or not compiler.counters["stats"]["unique_graphs"]:
         return None
-    return {str(reason).splitlines()[0]: int(count) for reason, count in counters["graph_break"].items()}
+    return {str(reason).splitlines()[0]: int(count) for reason, count in compiler.counters["graph_break"].items()}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import atomic_write
@@ -41,6 +40,8 @@ def write_photographs(folder: Path, count: int) -> Path:
 
 def open_photographs() -> list[tuple[Image.Image, int]]:
     """scikit-learn's photographs, with the JPEG quality at which pieces of them are as large as ImageNet's files."""
+    import sklearn.datasets  # noqa: PLC0415 - takes a second, and most processes of a benchmark make no images
+
     photos = []
     for name in _SOURCES:
         with Image.open(Path(sklearn.datasets.__file__).parent / "images" / name) as file:

@@ -70,8 +70,8 @@ RECIPES = {
         (),
         10_000,
         (
-            "pretrain.batch_size=16",
-            "pretrain.support.images_per_class=4",
+            "pretrain.batch_size=4",
+            "pretrain.support.images_per_class=2",
             "labels={per_class: 8, validation_per_class: 1}",
         ),
         640,

@@ -24,6 +24,7 @@ PARTS = ("augmentation", "forward", "loss", "loss, backward", "backward", "optim
 LOSS_PARTS = ("loss", "loss, backward", "optimiser")
 """Loss, gather and LARS."""
 
+_END = "end"
 _Mark = float | torch.cuda.Event
 
 
@@ -45,9 +46,9 @@ class Timeline:
         self._steps[-1].append((part, self._now()))
 
     def close(self) -> None:
-        """The step has ended."""
-        if self._steps:
-            self.mark("")
+        """The step has ended, if it had not."""
+        if self._steps and self._steps[-1][-1][0] != _END:
+            self.mark(_END)
 
     def read(self) -> list[dict[str, float]]:
         """Seconds of each part, step by step; waits for the device."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
 from paws_hpc.bench.counting import graph_breaks, host_waits, peak_memory_gb
 from paws_hpc.bench.recipes import Scene, as_published, cores, make_training, on_device, opened_stream, use_threads
@@ -113,6 +112,8 @@ def plain_resnet50(device: str, batch_size: int, steps: int, compiled: bool) -> 
 
     Precision and layout are those of our step: bf16 autocast and channels-last on a GPU, fp32 and contiguous on a CPU.
     """
+    import torchvision  # noqa: PLC0415 - takes seconds, and the other contenders need none of it
+
     there = torch.device(device)
     cuda = there.type == "cuda"
     torch.set_num_threads(cores())
