@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     made = Scene("digits", "cpu", str(tmp_path_factory.mktemp("bench") / "digits"), TINY)
     make_images(made)
     return made
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Processes started meanwhile have one core: threads that wait for each other's turn would take minutes."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
 
 
 def test_resnet50_costs_what_it_is_known_to_cost() -> None:
@@ -145,6 +155,7 @@ def test_a_save_is_timed_and_weighed(scene: Scene, tmp_path: Path) -> None:
     assert stopped_share(found | {"slowed_s": -1.0}) == pytest.approx(0.04)
 
 
+@pytest.mark.usefixtures("one_core")
 def test_collectives_of_two_ranks_move_the_bytes_that_they_must(scene: Scene) -> None:
     found = measure(scene, ranks=2, repeats=1)
     encoder, config = build_encoder(scene.config().model, seed=0), scene.config()
@@ -156,8 +167,9 @@ def test_collectives_of_two_ranks_move_the_bytes_that_they_must(scene: Scene) ->
     assert kinds["gradients"]["bytes"] == 4 * sum(parameter.numel() for parameter in encoder.parameters())
 
 
+@pytest.mark.usefixtures("one_core")
 def test_the_command_writes_what_it_prints_and_says_what_it_could_not_measure(
-    scene: Scene, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["step", "--from-store", "--device", "cpu", "--rounds", "1", "--steps", "1"]
     assert main([*arguments, "--folder", str(tmp_path), *TINY]) == 0
@@ -180,7 +192,7 @@ def test_the_command_writes_what_it_prints_and_says_what_it_could_not_measure(
     assert "not measured here" in printed
 
 
-def test_what_cannot_be_measured_is_refused(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert main(["step", "--device", "cuda"]) == 1
         assert "there is no GPU" in capsys.readouterr().err
