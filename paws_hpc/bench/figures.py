@@ -68,12 +68,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """The figures of one group: rates of its contenders, its bars, single figures, and what else was seen."""
+    """The figures of one group.
+
+    Attributes:
+        rates: of its contenders.
+        bars: and whether they are reached.
+        seen: what else there is to say.
+        figures: single ones.
+        details: for the file alone.
+    """
 
     rates: dict[str, Rates]
     bars: list[Bar]
     seen: dict[str, Any]
     figures: list[Figure] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -82,6 +91,7 @@ class Measured:
             "figures": [asdict(figure) for figure in self.figures],
             "bars": [asdict(bar) | {"reached": bar.reached} for bar in self.bars],
             "seen": self.seen,
+            "details": self.details,
         }
 
 

@@ -270,7 +270,7 @@ def _checkpoint(bench: Bench, config: Config) -> Measured:
         Figure("step", 1000 * median("step_s"), "ms"),
     ]
     bar = Bar(f"of training with a save every {every} steps", statistics.median(shares), "%", 1.0, at_most=True)
-    return Measured({}, [bar], {"rounds": rounds}, figures)
+    return Measured({}, [bar], {}, figures, {"rounds": rounds})
 
 
 def stopped_share(found: dict[str, Any]) -> float:
@@ -296,7 +296,8 @@ def _collectives(bench: Bench, config: Config) -> Measured:
         )
         for name, kind in found["kinds"].items()
     ]
-    return Measured({}, [], {"ranks": found["ranks"], "backend": found["backend"], "kinds": found["kinds"]}, figures)
+    seen = {"ranks": found["ranks"], "backend": found["backend"]}
+    return Measured({}, [], seen, figures, {"kinds": found["kinds"]})
 
 
 MEASURE: dict[str, Callable[[Bench, Config], Measured]] = {

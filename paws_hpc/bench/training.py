@@ -20,7 +20,6 @@ from paws_hpc.bench.recipes import Scene, as_published, cores, make_training, on
 from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
 from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
-from paws_hpc.engine.parallel import to_device
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models import Encoder
 from paws_hpc.objective import paws_loss, smooth_labels
@@ -117,12 +116,12 @@ def plain_resnet50(device: str, batch_size: int, steps: int, compiled: bool) -> 
     there = torch.device(device)
     cuda = there.type == "cuda"
     torch.set_num_threads(cores())
-    model = to_device(torchvision.models.resnet50(), there, torch.float32)
+    layout = torch.channels_last if cuda else torch.contiguous_format
+    model = torchvision.models.resnet50().to(there, memory_format=layout)
     if compiled:
         model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    images = torch.randn(batch_size, 3, 224, 224, device=there)
-    images = images.to(memory_format=torch.channels_last) if cuda else images
+    images = torch.randn(batch_size, 3, 224, 224, device=there).to(memory_format=layout)
     labels = torch.randint(1000, (batch_size,), device=there)
 
     def step() -> None:
