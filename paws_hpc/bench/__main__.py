@@ -2,6 +2,8 @@
 
 python -m paws_hpc.bench store
 python -m paws_hpc.bench store --images 200 --rounds 1 --only reads
+python -m paws_hpc.bench all
+python -m paws_hpc.bench step --recipe imagenet --from-store --baseline [FIELD=VALUE ...]
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paws_hpc.bench.contender import ContenderError
+from paws_hpc.bench.first_version import FIRST
+from paws_hpc.bench.recipes import RECIPES
+from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 
 
@@ -41,7 +46,51 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("--folder", type=Path, default=Path("bench"), help="for images and packed copies (bench)")
     store.add_argument("--json", type=Path, help="file for the figures (FOLDER/store.json)")
     store.set_defaults(run=bench_store)
+    for name, says in _SPEED.items():
+        command = commands.add_parser(name, help=says)
+        _add_speed_options(command)
+        command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if name == "all" else [name])
+        if name in ("step", "all"):
+            _add_step_options(command, of_all=name == "all")
+        else:
+            command.set_defaults(from_store=False, baseline=False, beside=None)
     return parser
+
+
+_SPEED = {
+    "step": "a training step, its parts, and what the device can do",
+    "augment": "the multi-crop augmentation beside PIL",
+    "loss": "loss, gather and LARS as a share of the step",
+    "checkpoint": "how long training stands still for a checkpoint",
+    "collectives": "the collectives of a step on several ranks",
+    "all": "all of these, with the data path and the DataLoader baseline",
+}
+
+
+def _add_speed_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--recipe", choices=list(RECIPES), default="digits", help="whose training; smaller without a GPU (digits)"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
+    command.add_argument("--rounds", type=_at_least(1), default=3, help="that count, after one that warms up (3)")
+    command.add_argument("--steps", type=_at_least(1), help="of a round (by recipe and device)")
+    command.add_argument("--ranks", type=_at_least(2), default=2, help="of the collectives (2)")
+    command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
+    command.add_argument("--json", type=Path, help="file for the figures (FOLDER/RECIPE-DEVICE-COMMAND.json)")
+    command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
+
+
+def _add_step_options(command: argparse.ArgumentParser, *, of_all: bool) -> None:
+    if of_all:
+        command.set_defaults(from_store=True, baseline=True)
+    else:
+        command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
+        command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
+    command.add_argument(
+        "--beside",
+        metavar="COMMIT",
+        help=f"pre-train the demo by its code and by this one's; the first version is {FIRST}",
+    )
 
 
 def _at_least(least: int) -> Callable[[str], int]:

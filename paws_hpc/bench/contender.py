@@ -6,7 +6,8 @@ comparable on a machine whose speed drifts. A program that cannot be imported, o
     python -m paws_hpc.bench.contender MODULE FUNCTION ARGUMENTS CORES
 
 ``FUNCTION(**ARGUMENTS)`` prepares and returns the work; for every line on standard input the work is done once, and one
-line of JSON says how much was done (whatever the work returns) and in how many seconds.
+line of JSON says how much was done (whatever the work returns) and in how many seconds. Work that returns a dictionary
+says what was ``done`` in it, may time itself (``seconds``), and adds whatever else it saw.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Contender:
         """
         module, _, name = function.partition(":")
         parts = [module, name, json.dumps(arguments), json.dumps(list(cores))]
+        self.seen: dict[str, Any] = {}  # what the last work said beside what was done and the seconds
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self._limit_s = limit_s
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with it; a pipe that nobody reads could fill up
@@ -79,7 +81,9 @@ class Contender:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         answer = json.loads(self._expect(None))
-        return answer["done"], answer["seconds"]
+        done, seconds = answer.pop("done"), answer.pop("seconds")
+        self.seen = answer
+        return done, seconds
 
     def _expect(self, line: str | None) -> str:
         """The next line of the contender, which is ``line`` or, for None, begins as JSON does; others are skipped."""
@@ -123,7 +127,9 @@ def main(module: str, function: str, arguments: str, cores: str) -> None:
     for _ in sys.stdin:
         began = time.perf_counter()
         done = work()
-        print(json.dumps({"done": done, "seconds": time.perf_counter() - began}), flush=True)
+        said = done if isinstance(done, dict) else {"done": done}
+        answer = {"done": said["done"], "seconds": time.perf_counter() - began} | said
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

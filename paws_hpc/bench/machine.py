@@ -8,18 +8,22 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from paws_hpc.provenance import commit
 
 _PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow")
 
 
 def describe(packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, versions and commit; None where something is not known."""
+    """Processor, cores that this process may use, memory, GPUs, versions and commit; None where one is not known."""
     names = (*_PACKAGES, *packages)
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
         "commit": commit(),

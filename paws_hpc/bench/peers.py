@@ -8,25 +8,23 @@ that one core does nothing else. All of that is in their favour.
 from __future__ import annotations
 
 import io
-import random
 import shutil
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import io as vision_io
-from torchvision import transforms
 from torchvision.transforms.v2 import functional as vision
 
 from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, shuffled
 from paws_hpc.bench.photographs import jpegs
+from paws_hpc.bench.pil import pil_view
 from paws_hpc.data.crops import draw_boxes
 
 Sample = list[Tensor]
@@ -230,25 +228,8 @@ def pil_augmentation(folder: str, supports: bool = False) -> Work:
     """
     torch.set_num_threads(1)
     paths, augment = jpegs(folder), VIEWS.augment
-    strengths = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
-
-    def view(size: int, scale: list[float]) -> Callable[[Image.Image], Tensor]:
-        blur = transforms.Lambda(partial(_pil_blur, sigma=augment.blur_sigma))
-        operations: Callable[[Image.Image], Tensor] = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=tuple(scale)),
-                transforms.RandomHorizontalFlip(),
-                transforms.RandomApply([transforms.ColorJitter(*strengths)], p=augment.jitter_probability),
-                transforms.RandomGrayscale(augment.grayscale_probability),
-                transforms.RandomApply([blur], p=augment.blur_probability),
-                transforms.ToTensor(),
-                transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
-        )
-        return operations
-
-    kinds = [(1, view(VIEWS.large.size, VIEWS.large.scale))] if supports else [
-        (crop.count, view(crop.size, crop.scale)) for crop, _ in KINDS
+    kinds = [(1, pil_view(VIEWS.large, augment))] if supports else [
+        (crop.count, pil_view(crop, augment)) for crop, _ in KINDS
     ]  # fmt: skip
 
     def work() -> int:
@@ -261,8 +242,3 @@ def pil_augmentation(folder: str, supports: bool = False) -> Work:
         return len(chosen)
 
     return work
-
-
-def _pil_blur(image: Image.Image, *, sigma: list[float]) -> Image.Image:
-    least, greatest = sigma
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(least, greatest)))

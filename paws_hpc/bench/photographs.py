@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import atomic_write
@@ -22,10 +21,7 @@ def write_photographs(folder: Path, count: int) -> Path:
     Each is another piece of one of the two photographs that scikit-learn ships (640 x 427 pixels), unscaled, so that
     decoding costs what it costs for photographs. The same arguments give the same files; existing ones are kept.
     """
-    photos = []
-    for name in _SOURCES:
-        with Image.open(Path(sklearn.datasets.__file__).parent / "images" / name) as file:
-            photos.append((file.convert("RGB"), _QUALITY[name]))
+    photos = open_photographs()
     for number in range(count):
         path = folder / f"class{number % CLASSES:03d}" / f"{number:06d}.jpg"
         if path.exists():
@@ -40,6 +36,17 @@ def write_photographs(folder: Path, count: int) -> Path:
         with atomic_write(path) as file:
             piece.save(file, "JPEG", quality=quality)
     return folder
+
+
+def open_photographs() -> list[tuple[Image.Image, int]]:
+    """scikit-learn's photographs, with the JPEG quality at which pieces of them are as large as ImageNet's files."""
+    import sklearn.datasets  # noqa: PLC0415 - takes a second, and most processes of a benchmark make no images
+
+    photos = []
+    for name in _SOURCES:
+        with Image.open(Path(sklearn.datasets.__file__).parent / "images" / name) as file:
+            photos.append((file.convert("RGB"), _QUALITY[name]))
+    return photos
 
 
 def jpegs(folder: str) -> list[Path]:

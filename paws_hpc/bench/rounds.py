@@ -20,12 +20,14 @@ class Entry:
         function: ``module:function``; see :mod:`paws_hpc.bench.contender`.
         arguments: of it.
         needs: module and package without which it cannot work, and which need not be installed.
+        unit: of its rate.
     """
 
     name: str
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, str] | None = None
+    unit: str = "images/s"
 
 
 @dataclass
@@ -34,17 +36,21 @@ class Rates:
 
     Attributes:
         name: of the contender.
-        per_s: images per second of each round; empty where it failed.
+        per_s: units per second of each round; empty where it failed.
         failure: why, or None.
+        unit: of the rate.
+        seen: what else it said in each round.
     """
 
     name: str
     per_s: list[float] = field(default_factory=list)
     failure: str | None = None
+    unit: str = "images/s"
+    seen: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def median(self) -> float | None:
-        """Images per second; None where it failed."""
+        """Of the rates; None where it failed."""
         return statistics.median(self.per_s) if self.per_s else None
 
 
@@ -62,7 +68,7 @@ def race(
     Returns:
         by name; a contender that failed says why and takes no further part.
     """
-    results = {entry.name: Rates(entry.name) for entry in entries}
+    results = {entry.name: Rates(entry.name, unit=entry.unit) for entry in entries}
     with ExitStack() as running:
         contenders: dict[str, Contender] = {}
         for entry in entries:
@@ -87,6 +93,7 @@ def race(
                     continue
                 if number:
                     results[entry.name].per_s.append(done / seconds)
+                    results[entry.name].seen.append(contenders[entry.name].seen)
     return results
 
 

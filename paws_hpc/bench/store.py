@@ -12,14 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.status import Status
-from rich.table import Table
-
+from paws_hpc.bench.figures import Bar, Measured, open_console, show, telling
 from paws_hpc.bench.machine import describe
 from paws_hpc.bench.photographs import write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
@@ -36,43 +33,7 @@ _LITDATA, _MOSAIC, _WEBDATASET = (
 )
 PEERS = tuple(package for _, package in (_LITDATA, _MOSAIC, _WEBDATASET))
 _LEAST_IMAGES = {"start": 1400, "memory": 1400}  # fewer make more shards than may be open, or classes without supports
-_WIDTH = 120  # of the table in a file
 _OWN, _PEERS = "paws_hpc.bench.own", "paws_hpc.bench.peers"
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A figure and what it should be.
-
-    Attributes:
-        work: what was measured.
-        value: the figure; None where a contender failed.
-        unit: of both.
-        bar: the least it should be, or the greatest where ``at_most``.
-        at_most: see there.
-    """
-
-    work: str
-    value: float | None
-    unit: str
-    bar: float
-    at_most: bool = False
-
-    @property
-    def reached(self) -> bool | None:
-        """Whether the bar is reached; None where there is no figure."""
-        if self.value is None:
-            return None
-        return self.value <= self.bar if self.at_most else self.value >= self.bar
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The figures of one group: rates of its contenders, its bars, and what else was seen."""
-
-    rates: dict[str, Rates]
-    bars: list[Bar]
-    seen: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,7 +68,7 @@ def bench_store(options: argparse.Namespace) -> int:
                 f"--images {options.images} is too few for the group {group}: give {_LEAST_IMAGES[group]} or more, or "
                 "name other groups with --only."
             )
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = open_console()
     folder = options.folder / f"photographs-{options.images}"
     machine = describe(PEERS)
     console.print(
@@ -119,21 +80,16 @@ def bench_store(options: argparse.Namespace) -> int:
     with console.status("making photographs") as status:
         write_photographs(folder / "images", options.images)
         pack(ImageFolder(folder / "images"), folder / "store", options=PackOptions(check="structure"))
-        bench = _Bench(folder, options.rounds, _telling(status, console))
+        bench = _Bench(folder, options.rounds, telling(status, console))
         for group in dict.fromkeys(options.only):
             measured = _MEASURE[group](bench)
-            figures["groups"][group] = _as_json(measured)
+            figures["groups"][group] = measured.as_json()
             write_json(target, figures)  # what was measured stays, whatever becomes of the groups to come
             status.stop()
-            _print(console, group, measured)
+            show(console, group, measured)
             status.start()
     console.print(f"figures: {target}")
     return 0
-
-
-def _telling(status: Status, console: Console) -> Callable[[str], None]:
-    """Show what is being done, where somebody watches."""
-    return status.update if console.is_terminal else lambda _: None
 
 
 def _reads(bench: _Bench) -> Measured:
@@ -278,37 +234,3 @@ _MEASURE: dict[str, Callable[[_Bench], Measured]] = {
     "start": _start,
     "memory": _memory,
 }
-
-
-def _print(console: Console, group: str, measured: Measured) -> None:
-    table = Table(title=group, title_justify="left", show_edge=False)
-    table.add_column("")
-    for name in ("", "lowest to highest", "bar"):
-        table.add_column(name, justify="right")
-    for rates in measured.rates.values():
-        if rates.failure is not None:
-            table.add_row(rates.name, "-", "", "")
-            continue
-        table.add_row(
-            rates.name, f"{rates.median:,.0f} images/s", f"{min(rates.per_s):,.0f} - {max(rates.per_s):,.0f}", ""
-        )
-    table.add_section()
-    for bar in measured.bars:
-        value = "not measured" if bar.value is None else f"{bar.value:,.2f} {bar.unit}"
-        says = {True: "reached", False: "[red]missed[/red]", None: "-"}[bar.reached]
-        table.add_row(bar.work, value, "", f"{'<=' if bar.at_most else '>='} {bar.bar:g} {bar.unit}: {says}")
-    console.print(table)
-    for rates in measured.rates.values():
-        if rates.failure is not None:
-            console.print(f"  {rates.name}: {rates.failure}", highlight=False)
-    for name, value in measured.seen.items():
-        console.print(f"  {name}: {value}")
-    console.print()
-
-
-def _as_json(measured: Measured) -> dict[str, Any]:
-    return {
-        "rates": {name: asdict(rates) | {"median": rates.median} for name, rates in measured.rates.items()},
-        "bars": [asdict(bar) | {"reached": bar.reached} for bar in measured.bars],
-        "seen": measured.seen,
-    }

@@ -12,11 +12,11 @@ import torch
 
 from paws_hpc.bench.__main__ import main
 from paws_hpc.bench.contender import Contender, ContenderError
+from paws_hpc.bench.figures import Bar
 from paws_hpc.bench.own import KINDS
 from paws_hpc.bench.peers import cut, drawn_boxes
 from paws_hpc.bench.photographs import jpegs, write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
-from paws_hpc.bench.store import Bar
 from paws_hpc.bench.synthetic import repeat_store
 from paws_hpc.data.crops import resized_crops
 from paws_hpc.store import ImageFolder, ImageStore, PackOptions, decode_jpeg, pack

@@ -1,0 +1,82 @@
+"""Augmentation as contenders: all views of a step, counted in unlabelled images."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from paws_hpc.bench.recipes import Scene, on_device, opened_stream, use_threads
+from paws_hpc.bench.timeline import synchronise
+from paws_hpc.bench.training import Work
+from paws_hpc.data.cutting import Placement
+
+_BATCHES = 2
+_open_for_good = ExitStack()  # what work needs until its process ends
+
+
+def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
+    """Batched, on the device, as in a step.
+
+    Args:
+        scene: the recipe.
+        steps: of work.
+        cut: begin with decoded images and cut the crops too, where the placement leaves that to the device; otherwise
+            uint8 crops are there.
+    """
+    config = Scene(**scene).config()
+    use_threads(config)
+    device = torch.device(config.device)
+    placement: Placement = "cpu-decode" if cut else "cpu-crop"
+    stream = _open_for_good.enter_context(opened_stream(config, placement=placement))
+    held = [stream.batch(step) for step in range(_BATCHES)]
+    batches = itertools.cycle(held if cut else [on_device(batch, device) for batch in held])
+
+    def work() -> dict[str, Any]:
+        synchronise(device.type == "cuda")
+        began = time.perf_counter()
+        for _ in range(steps):
+            stream.augment(next(batches), device, torch.float32)
+        synchronise(device.type == "cuda")
+        return {"done": steps * config.pretrain.batch_size, "seconds": time.perf_counter() - began}
+
+    return work
+
+
+def per_image(scene: dict[str, Any], least_s: float) -> Work:
+    """PIL and torchvision, image by image on one core, from decoded images: crops included, decoding not.
+
+    Args:
+        scene: the recipe.
+        least_s: goes on for at least so many seconds; it is slow.
+    """
+    from paws_hpc.bench.pil import pil_view  # noqa: PLC0415 - torchvision, which takes seconds to import
+    from paws_hpc.bench.plain_loader import open_images  # noqa: PLC0415
+
+    place = Scene(**scene)
+    config = place.config()
+    torch.set_num_threads(1)
+    views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
+    images = open_images(place)
+    decoded = [images.load(number) for number in range(min(16, len(images.labels)))]
+    large, small = (pil_view(crop, views.augment) for crop in (views.large, views.small))
+    supports_each = support.classes * support.images_per_class * views.support_views / n
+
+    def work() -> dict[str, Any]:
+        done = supports = 0
+        began = time.perf_counter()
+        while done == 0 or time.perf_counter() - began < least_s:
+            image = decoded[done % len(decoded)]
+            for view, count in ((large, views.large.count), (small, views.small.count)):
+                for _ in range(count):
+                    view(image)
+            done += 1
+            while supports < round(done * supports_each):  # as many as come with so many unlabelled images
+                large(image)
+                supports += 1
+        return {"done": done, "seconds": time.perf_counter() - began}
+
+    return work
