@@ -269,9 +269,10 @@ def train_classifier(
         if training.awaits_validation(start):  # the job was asked to stop before it had finished
             log_score(training, start, validation, tracker, rate={}, control=control)
             meter.restart()
-        with training.stream.prefetch(start, training.total_steps) as batches:
+        with checkpoints, training.stream.prefetch(start, training.total_steps) as batches:
             for batch in meter.waiting_for(batches):
                 control.check()
+                checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
                 if training.awaits_validation(done):
@@ -280,14 +281,14 @@ def train_classifier(
                     log_score(training, done, validation, tracker, rate=rate, control=control)
                     checkpoints.save(done, training.state_dict())
                     saved = done
-                    distributed.barrier()
                     meter.restart()
     except Interrupted:
         read_losses(training, window)
         if saved != done:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
-        distributed.barrier()
+        checkpoints.wait()
         raise PreemptedError(done) from None
+    checkpoints.wait()
     assert training.best is not None, "the last step is always scored"
     if distributed.is_main():
         save_tensors(best_path, training.best_weights, fence=control.fence)

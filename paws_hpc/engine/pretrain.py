@@ -298,9 +298,10 @@ def pretrain(
         if training.awaits_validation(start):  # the job was asked to stop before it had finished
             log_validation(training, start, validate, tracker)
             meter.restart()
-        with training.stream.prefetch(start, training.total_steps) as batches:
+        with checkpoints, training.stream.prefetch(start, training.total_steps) as batches:
             for batch in meter.waiting_for(batches):
                 control.check()
+                checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
                 validating = training.awaits_validation(done)
@@ -312,15 +313,15 @@ def pretrain(
                 if saving:
                     checkpoints.save(done, training.state_dict())
                     saved = done
-                    distributed.barrier()
                 if saving or validating:
                     meter.restart()
     except Interrupted:
         report_window(training, window, meter, tracker)
         if saved != done:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
-        distributed.barrier()
+        checkpoints.wait()
         raise PreemptedError(done) from None
+    checkpoints.wait()
     return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
 
 

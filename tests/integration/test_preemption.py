@@ -184,7 +184,8 @@ def test_a_start_that_was_taken_over_anywhere_spoils_nothing(whole: tuple[Path, 
             start(store, folder, fence=refusing(write))
         assert not list(folder.rglob("*.tmp"))
         scored = [row["step"] for row in curve(RunFolder(folder / "run")) if "validation/paws_nn" in row]
-        assert scored == ([2] if write < 3 else [2, 5])
+        # The checkpoint of step 4 is written while training goes on, so the fence may speak before or after the score.
+        assert scored in ([[2], [2, 5]] if write < 3 else [[2, 5]])
         left.append(newest(folder))
         start(store, folder)
         assert_same_run(folder, uninterrupted)
