@@ -5,6 +5,8 @@ Symbols: R ranks, C channels, n_r the number of values per channel on rank r (ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -25,11 +27,13 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     rank's rows ("local"), or the running statistics, which then stay as they are while weight and bias train
     ("frozen"). Evaluation mode always takes the running statistics and communicates nothing.
 
-    ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
+    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it off
+    for a while. ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
     counted up: only ``momentum=None`` would read it.
     """
 
     statistics: Statistics = "global"
+    tracked: bool = True
     momentum: float
     weight: nn.Parameter
     bias: nn.Parameter
@@ -48,8 +52,9 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
                     "Global batch normalisation got no rows on this rank; every rank needs an image of each size."
                 )
             return _NormaliseOverRanks.apply(input, self.weight, self.bias, self)
+        momentum = self.momentum if self.tracked else 0.0
         return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps
         )
 
     def extra_repr(self) -> str:
@@ -80,6 +85,25 @@ def set_statistics(module: nn.Module, statistics: Statistics) -> None:
             layer.statistics = statistics
 
 
+@contextmanager
+def untracked_statistics(module: nn.Module) -> Iterator[None]:
+    """Let training-mode passes through ``module`` normalise as always and leave every running statistic as it is.
+
+    For a pass over rows that another pass of the same step has been over already: the statistics of a step are to be
+    tracked once. Outputs and gradients are those of a tracked pass. Contexts may be nested; leaving one restores what
+    it found.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _GlobalBatchNorm)]
+    before = [layer.tracked for layer in layers]
+    for layer in layers:
+        layer.tracked = False
+    try:
+        yield
+    finally:
+        for layer, tracked in zip(layers, before, strict=True):
+            layer.tracked = tracked
+
+
 class _Channels(NamedTuple):
     """Per-channel state of a normalisation, (C,) each: x becomes (x - mean) * invstd * weight + bias."""
 
@@ -106,7 +130,8 @@ class _NormaliseOverRanks(torch.autograd.Function):
         dist.all_gather_into_tensor(every, own)
         means, variances, counts = every.view(world_size(), -1).split([mean.numel(), mean.numel(), 1], dim=1)
         mean, variance = _combine(means, variances, counts)
-        _track(layer, mean, variance, counts.sum())
+        if layer.tracked:
+            _track(layer, mean, variance, counts.sum())
         channels = _Channels(mean, torch.rsqrt(variance + layer.eps), weight, bias)
         ctx.save_for_backward(input, counts, *channels)
         return _normalise(input, channels)

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paws_hpc.models import GlobalBatchNorm1d, GlobalBatchNorm2d, ModelConfig, build_encoder, set_statistics
+from paws_hpc.models import (
+    GlobalBatchNorm1d,
+    GlobalBatchNorm2d,
+    ModelConfig,
+    build_encoder,
+    set_statistics,
+    untracked_statistics,
+)
 from tests.ranks import results_of, run_on_ranks
 
 CHANNELS = 5
@@ -116,6 +123,15 @@ def other_statistics(rank: int, world: int) -> Results:
     return results
 
 
+def untracked(rank: int, world: int) -> bool:
+    """Whether an untracked pass leaves the running statistics alone."""
+    norm = layer(2)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    with untracked_statistics(norm):
+        norm(batch((16, CHANNELS))[0][rank * 8 : rank * 8 + 8])
+    return all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+
+
 def encode(rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
     """One training step of a whole encoder with the sum of h's fourth powers as loss, gradients summed over ranks."""
     config = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 1])
@@ -142,7 +158,7 @@ def encoder_inputs() -> tuple[Tensor, Tensor]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every rank's results."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {2: [all_cases, on_gpu, half_precision, other_statistics, encode], 4: [all_cases]})
+    run_on_ranks(folder, {2: [all_cases, on_gpu, half_precision, other_statistics, untracked, encode], 4: [all_cases]})
     return folder
 
 
@@ -203,6 +219,10 @@ def test_local_and_frozen_statistics_use_no_other_rank(finished: Path):
         torch.testing.assert_close(results["frozen"], reference.eval()(rows).detach(), rtol=0, atol=1e-11)
         assert torch.equal(results["frozen running_mean"], results["local running_mean"])
     assert not torch.equal(ranks[0]["local running_mean"], ranks[1]["local running_mean"])
+
+
+def test_an_untracked_pass_over_ranks_moves_no_running_statistic(finished: Path):
+    assert results_of(untracked, 2, finished) == [True, True]
 
 
 def test_an_encoder_trains_the_same_on_two_ranks(finished: Path):

@@ -18,6 +18,7 @@ from paws_hpc.models import (
     build_classifier,
     build_encoder,
     set_statistics,
+    untracked_statistics,
 )
 
 SMALL = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 2])
@@ -154,6 +155,22 @@ def test_frozen_statistics_stay_while_the_affine_part_trains():
     assert all(torch.equal(value, running[name]) for name, value in encoder.named_buffers())
     norms = [layer for layer in encoder.modules() if isinstance(layer, GlobalBatchNorm1d | GlobalBatchNorm2d)]
     assert all(layer.weight.grad.abs().sum() > 0 for layer in norms)
+
+
+def test_an_untracked_pass_gives_the_same_outputs_and_gradients_and_moves_no_running_statistic():
+    tracked, encoder = build_encoder(SMALL, seed=0), build_encoder(SMALL, seed=0)
+    inputs = [images(8, 16), images(6, 8, seed=1)]
+    before = {name: value.clone() for name, value in encoder.named_buffers()}
+    expected = tracked(inputs)[0]
+    expected.square().sum().backward()
+    with untracked_statistics(encoder), untracked_statistics(encoder.trunk):
+        h = encoder(inputs)[0]
+    h.square().sum().backward()
+    assert torch.equal(h, expected)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(encoder.parameters(), tracked.parameters(), strict=True))
+    assert all(torch.equal(value, before[name]) for name, value in encoder.named_buffers())
+    encoder(inputs)
+    assert all(torch.equal(value, tracked.get_buffer(name)) for name, value in encoder.named_buffers())
 
 
 def test_channels_last_changes_the_layout_only():
