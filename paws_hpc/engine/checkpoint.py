@@ -47,9 +47,9 @@ class Checkpoint:
 class CheckpointFolder:
     """The checkpoints of one stage of one run. Rank 0 writes and chooses; every rank reads.
 
-    One checkpoint at most is being written, and it takes as much host memory as the state. An error in writing is raised
-    by the next call of :meth:`save`, :meth:`check` or :meth:`wait`. As a context manager the folder waits for the
-    writing when an error ends the block, and logs why it failed if it did.
+    One checkpoint at most is being written, and it takes as much host memory as the state. An error in writing is
+    raised by the next call of :meth:`save`, :meth:`check` or :meth:`wait`. As a context manager the folder waits for
+    the writing when an error ends the block, and logs why it failed if it did.
     """
 
     def __init__(

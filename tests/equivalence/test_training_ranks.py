@@ -22,13 +22,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, world: int, dtype: str) -> dict[str, Any]:
-    path = folder / f"world-{world}-{dtype}.pt"
+def train(folder: Path, world: int, dtype: str, accumulate_steps: int) -> dict[str, Any]:
+    path = folder / f"world-{world}-{dtype}-{accumulate_steps}.pt"
     if not path.exists():
         module = [sys.executable, "-m", "tests.equivalence.train_as_rank", str(folder)]
         ranks = [
             subprocess.Popen(
-                [*module, str(rank), str(world), dtype], env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+                [*module, str(rank), str(world), dtype, str(accumulate_steps)], env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
                 stderr=subprocess.PIPE, text=True,
             )
             for rank in range(world)
@@ -39,9 +39,10 @@ def train(folder: Path, world: int, dtype: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("world", [2, 4])
-def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, dtype: str) -> None:
-    alone, together = train(folder, 1, dtype), train(folder, world, dtype)
+@pytest.mark.parametrize(("world", "accumulate_steps"), [(2, 1), (4, 1), (2, 4)])
+def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, accumulate_steps: int, dtype: str) -> None:
+    """Also where micro-batches go through the network one after the other: they are the same on any number of ranks."""
+    alone, together = (train(folder, ranks, dtype, accumulate_steps) for ranks in (1, world))
     assert len(alone["losses"]["loss/total"]) == 10
     assert len(alone["losses"]["loss/support_nce"]) == 5, "the warm-up covers the first half of these steps"
     for name, expected in alone["losses"].items():

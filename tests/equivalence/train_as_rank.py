@@ -1,8 +1,8 @@
 """One rank of the run that test_training_ranks compares.
 
-    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE
+    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS
 
-Writes ``FOLDER/world-WORLD-DTYPE.pt`` from rank 0: ten losses and the weights after ten steps.
+Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses and the weights after ten steps.
 """
 
 import sys
@@ -24,7 +24,7 @@ from paws_hpc.store import ImageStore
 STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
 
 
-def main(folder: Path, rank: int, world: int, dtype: str) -> None:
+def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int) -> None:
     """Train ten steps. 40 supports on 4 ranks are 10 each, so that ranks share classes; views are two per support.
 
     The learning rate is small because ReLU has kinks: in exact arithmetic (fp64), moving the initial weights by one
@@ -35,7 +35,7 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     cpu = torch.device("cpu")
     if world > 1:
         join(
-            folder, start=f"{world}-{dtype}", rank=rank, world_size=world, address=own_address(1), device=cpu,
+            folder, start=f"{world}-{dtype}-{accumulate_steps}", rank=rank, world_size=world, address=own_address(1), device=cpu,
             timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
@@ -47,7 +47,7 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     )  # fmt: skip
     stream = PawsStream(
         store, torch.tensor(labelled).numpy(), views=views, batch_size=BATCH, support_classes=CLASSES,
-        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1,
+        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1, accumulate_steps=accumulate_steps,
     )  # fmt: skip
     model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
     training = Pretraining(
@@ -55,7 +55,7 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
         optimizer=OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            diagnose_every_steps=1,
+            diagnose_every_steps=1, accumulate_steps=accumulate_steps,
         ),
         stream=stream, device=cpu,
     )  # fmt: skip
@@ -66,10 +66,11 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     if distributed.is_main():
         compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
         curves = {name: torch.stack(losses[name]).double() for name in compared}
-        torch.save({"losses": curves, "weights": training.encoder.state_dict()}, folder / f"world-{world}-{dtype}.pt")
+        told = {"losses": curves, "weights": training.encoder.state_dict()}
+        torch.save(told, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
