@@ -19,12 +19,14 @@ from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
 from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
 from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
 from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
+from paws_hpc.models import Encoder
 from paws_hpc.objective import (
     CollapseMonitor,
     ObjectiveConfig,
@@ -96,6 +98,8 @@ class PretrainConfig:
         collapse: detection of uniform predictions.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
+        compile: whether the network goes through ``torch.compile``, which takes a while at every start
+            (paws_hpc/engine/compiled.py).
         log_every_steps: between rows of metrics; also how often device values are read by the host.
         diagnose_every_steps: between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
@@ -109,6 +113,7 @@ class PretrainConfig:
     support: SupportConfig = field(default_factory=SupportConfig)
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     precision: str = "auto"
+    compile: bool = False
     log_every_steps: int = 10
     diagnose_every_steps: int = 100
     validate_every_epochs: int = 10
@@ -146,7 +151,7 @@ class Pretraining:
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         *,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
@@ -162,6 +167,8 @@ class Pretraining:
         self.encoder = move(encoder, device, dtype)
         self.model = replicate(self.encoder, device)
         spread_momentum(self.encoder, config.accumulate_steps)
+        if config.compile:
+            compile_passes(self.encoder)
         self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
         self.monitor = CollapseMonitor(
@@ -359,7 +366,9 @@ def pretrain(
 def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
     """Score the encoder as it is after ``done`` steps."""
     synchronise_buffers(training.encoder)
-    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **validate()})
+    with as_written():
+        scores = validate()
+    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
     training.validated = done
 
 
