@@ -38,8 +38,8 @@ class DataConfig:
             a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
-        stage_to: folder on each node's own disk, to which pre-training copies ``train`` while it runs and from which it
-            reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
+        stage_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
+            it reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
         max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
             each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
             replaces a record by the same one, but counts for itself, from its start on.

@@ -75,6 +75,21 @@ def exclusive(path: Path, *, busy: str | None = None) -> Iterator[None]:
         yield
 
 
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """Read ``count`` bytes from ``offset``, fewer only where the file ends; network file systems may give less at once.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    content = os.pread(descriptor, count, offset)
+    while 0 < len(content) < count:
+        more = os.pread(descriptor, count - len(content), offset + len(content))
+        if not more:
+            break
+        content += more
+    return content
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_write(path) as file:

@@ -19,12 +19,8 @@ from pathlib import Path
 
 from paws_hpc.store import (
     SOURCES,
-    Manifest,
-    Omission,
     PackOptions,
-    PackReport,
     Part,
-    PartReport,
     SourceConfig,
     open_source,
     pack,
@@ -37,8 +33,8 @@ from paws_hpc.store import (
 )
 from paws_hpc.store.format import INDEX_NAME, read_manifest
 from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
+from paws_hpc.store.texts import bytes_text, info_lines, pack_lines, part_lines
 
-_LISTED = 20
 _BACKGROUND_NICENESS = 10
 
 
@@ -233,101 +229,18 @@ def _pack(options: argparse.Namespace) -> int:
             print(f"{options.to}: {images:,} images make {shards:,} shards; pack them with --part I/N")
             return 0
         report = pack(source, options.to, options=pack_options, show_progress=True)
-        print("\n".join(_report_lines(report)))
+        print("\n".join(pack_lines(report)))
         return 0
     source = open_source(config, planned_listing(options.to, config.kind))
     part = pack_part(source, options.to, options.part, options=pack_options, show_progress=True)
-    print("\n".join(_part_lines(part, options.part)))
+    print("\n".join(part_lines(part, options.part)))
     return 0
-
-
-def _part_lines(report: PartReport, part: Part) -> list[str]:
-    """What packing a part did, for people."""
-    lines = [
-        f"part {part.number}/{part.of} of {report.path}: {report.packed:,} shards packed, {report.kept:,} were done, "
-        f"{report.seconds:.1f} s"
-    ]
-    if report.store is not None:
-        return lines + _report_lines(report.store)
-    return [*lines, f"{report.missing:,} shards of other parts are not done; who packs the last makes the store"]
-
-
-def _report_lines(report: PackReport) -> list[str]:
-    """What packing did, for people."""
-    manifest = report.manifest
-    size = sum(shard.bytes for shard in manifest.shards)
-    contents = (
-        f"{manifest.count:,} images of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards, "
-        f"{_size(size)}, digest {manifest.digest}"
-    )
-    if not report.packed:
-        lines = [f"{report.path} already holds this store: {contents}. Nothing was done."]
-        if report.newer:
-            lines.append(
-                f"NOTE: {report.newer:,} source images were written after it, with the same names and sizes. If their "
-                "contents changed, pack again with --force."
-            )
-        return lines
-    lines = [f"packed {report.path}: {contents}, {report.seconds:.1f} s"]
-    if report.kept:
-        lines.append(f"{report.kept:,} shards were done before")
-    lines += [f"{count:,} images: {what}, pixels unchanged" for what, count in manifest.rewritten.items()]
-    lines += _omission_lines("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded)
-    if report.progressive:
-        lines.append(
-            f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "
-            "with turbojpeg installed (pip install turbojpeg), pack --force makes them baseline without loss"
-        )
-    if not all(manifest.statistics.std):
-        lines.append(
-            "NOTE: a colour channel has the same value in every pixel that was counted (std 0): there is nothing to "
-            "learn from it, and training divides it by 1"
-        )
-    lines += _omission_lines("LEFT OUT", manifest.skipped, limit=len(manifest.skipped))
-    return lines
-
-
-def _omission_lines(what: str, omissions: Sequence[Omission], *, limit: int = _LISTED) -> list[str]:
-    """Say how many images were changed or left out, and list the first ``limit``."""
-    if not omissions:
-        return []
-    lines = [f"{len(omissions):,} images {what}:"]
-    lines += [f"  {omission.key}: {omission.reason}" for omission in omissions[:limit]]
-    return lines + ([f"  ... and {len(omissions) - limit:,} more"] if len(omissions) > limit else [])
 
 
 def _info(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.store)
-    print(json.dumps(manifest.to_json(), indent=2) if options.json else "\n".join(_info_lines(options.store, manifest)))
+    print(json.dumps(manifest.to_json(), indent=2) if options.json else "\n".join(info_lines(options.store, manifest)))
     return 0
-
-
-def _info_lines(path: Path, manifest: Manifest) -> list[str]:
-    """A table of what is in the store."""
-    sizes, counts = [shard.bytes for shard in manifest.shards], manifest.class_counts
-    statistics = manifest.statistics
-    shape = "" if manifest.shape is None else " " + " x ".join(map(str, manifest.shape))
-    split = " ".join(f"{name}={value}" for name, value in manifest.origin.options.items())
-    rows = {
-        "store": str(path),
-        "digest": manifest.digest,
-        "images": f"{manifest.count:,}",
-        "encoding": manifest.encoding + shape,
-        "size": f"{_size(sum(sizes))} in {len(sizes):,} shards of {_size(min(sizes))} to {_size(max(sizes))}",
-        "source": f"{manifest.origin.kind} {split}".strip() + f", digest {manifest.origin.digest[:16]}",
-        "packed": f"by version {manifest.packing.packer}, seed {manifest.packing.seed}",
-        "mean": " ".join(f"{value:.4f}" for value in statistics.mean),
-        "std": " ".join(f"{value:.4f}" for value in statistics.std)
-        + f" ({statistics.method}, {statistics.images:,} images)",
-        "re-encoded": ", ".join(f"{count:,} {reason}" for reason, count in manifest.reencoded.items()) or "none",
-        "rewritten": ", ".join(f"{count:,} {what}" for what, count in manifest.rewritten.items()) or "none",
-        "skipped": ", ".join(omission.key for omission in manifest.skipped) or "none",
-        "classes": f"{len(manifest.classes):,}, of {min(counts):,} to {max(counts):,} images",
-    }
-    lines = [f"{name:<11} {value}" for name, value in rows.items()]
-    counted = list(zip(manifest.classes, counts, strict=True))
-    lines += [f"  {name:<20} {count:>9,}" for name, count in counted[:_LISTED]]
-    return lines + ([f"  ... and {len(counted) - _LISTED:,} more (--json has all)"] if len(counted) > _LISTED else [])
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -383,7 +296,8 @@ def _stage(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(report), indent=2, default=str))
     else:
         print(
-            f"{report.path}: {report.copied:,} shards copied ({_size(report.bytes)}, {report.seconds:.1f} s), ", end=""
+            f"{report.path}: {report.copied:,} shards copied ({bytes_text(report.bytes)}, {report.seconds:.1f} s), ",
+            end="",
         )
         print(f"{report.present:,} were there, {report.left_out:,} did not fit, {len(report.failed):,} failed")
         for copy in report.evicted:
@@ -391,16 +305,6 @@ def _stage(options: argparse.Namespace) -> int:
     for problem in report.failed:
         print(f"error: {problem}", file=sys.stderr)
     return 0 if report.complete else 1
-
-
-def _size(count: int) -> str:
-    """Bytes in a readable unit."""
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
 if __name__ == "__main__":

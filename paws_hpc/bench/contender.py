@@ -14,9 +14,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,13 +34,16 @@ class ContenderError(RuntimeError):
 class Contender:
     """The parent's end of one contender; whoever starts one closes it."""
 
-    def __init__(self, function: str, arguments: dict[str, Any], *, cores: Sequence[int]) -> None:
+    def __init__(
+        self, function: str, arguments: dict[str, Any], *, cores: Sequence[int], limit_s: float = 1200
+    ) -> None:
         """Start it and wait until it has prepared.
 
         Args:
             function: ``module:function``.
             arguments: of the function, as JSON can hold them.
             cores: to which all of its threads and processes are bound.
+            limit_s: for each answer; one that takes longer hangs, and is killed.
 
         Raises:
             ContenderError: it cannot be prepared.
@@ -46,6 +51,7 @@ class Contender:
         module, _, name = function.partition(":")
         parts = [module, name, json.dumps(arguments), json.dumps(list(cores))]
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._limit_s = limit_s
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with it; a pipe that nobody reads could fill up
         self._process = subprocess.Popen(
             [sys.executable, "-m", "paws_hpc.bench.contender", *parts],
@@ -77,10 +83,18 @@ class Contender:
     def _expect(self, line: str | None) -> str:
         """The next line of the contender, which is ``line`` or, for None, begins as JSON does; others are skipped."""
         assert self._process.stdout is not None
-        for said in self._process.stdout:  # libraries print what they like
-            if said.strip() == line or (line is None and said.startswith('{"done"')):
-                return said
+        deadline = time.monotonic() + self._limit_s
+        late = threading.Timer(self._limit_s, self._process.kill)  # at which its output ends
+        late.start()
+        try:
+            for said in self._process.stdout:  # libraries print what they like
+                if said.strip() == line or (line is None and said.startswith('{"done"')):
+                    return said
+        finally:
+            late.cancel()
         self._process.wait()
+        if time.monotonic() >= deadline and self._process.returncode == -signal.SIGKILL:
+            raise ContenderError(f"gave no answer within {self._limit_s:g} s")
         self._errors.seek(0)
         lines = [text for text in self._errors.read().splitlines() if text.strip()]
         raise ContenderError(lines[-1].strip() if lines else f"ended with status {self._process.returncode}")

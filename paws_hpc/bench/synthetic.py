@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from paws_hpc.files import write_json
-from paws_hpc.store.format import MANIFEST_NAME, read_manifest
+from paws_hpc.store.format import MANIFEST_NAME, read_manifest, shard_name
 from paws_hpc.store.joined import build_index, dataset_digest, index_hash
 from paws_hpc.store.shard import read_shard
 
@@ -27,7 +27,7 @@ def repeat_store(store: Path, target: Path, records: int) -> Path:
     target.mkdir(parents=True)
     entries = []
     for number in range(times):
-        name = f"shard-{number:05d}.h5"
+        name = shard_name(number)
         os.link(store / entry.name, target / name)
         entries.append(replace(entry, name=name))
     joined = build_index(target, [read_shard(store / entry.name).index] * times)

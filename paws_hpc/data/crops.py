@@ -108,66 +108,41 @@ def _central_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64], crop: 
     return np.stack(((heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths), axis=1)
 
 
-def resized_crop(image: Tensor, box: Sequence[int], size: int, *, out: Tensor | None = None) -> Tensor:
-    """The box of one image, resized to ``size`` x ``size`` with antialiased bilinear interpolation.
+def resized_crops(image: Tensor, boxes: Sequence[Sequence[int]], out: Tensor) -> Tensor:
+    """The boxes of one image, each resized by antialiased bilinear interpolation.
 
-    Fastest when ``image`` and ``out`` are laid out as (H, W, C) in memory, as decoders write them.
+    Fastest when ``image`` and the rows of ``out`` are laid out as (H, W, C) in memory, as decoders write them. Small
+    crops take 60 µs, of which anything that is done here in Python is soon a tenth.
 
     Args:
         image: (C, H, W) uint8 on the CPU, any strides.
-        box: (top, left, height, width), inside the image.
-        size: pixels.
-        out: (C, size, size) uint8 to write to, for instance a row of a batch in ``channels_last`` layout.
+        boxes: k of (top, left, height, width), inside the image.
+        out: (k, C, h, w) uint8 to write to, for instance rows of a batch.
 
     Returns:
-        ``out``, or a new (C, size, size) uint8 tensor, in (H, W, C) layout.
+        ``out``.
 
     Raises:
-        ValueError: dtype, box or ``out`` do not fit.
+        ValueError: dtype, a box or ``out`` do not fit.
     """
-    top, left, height, width = (int(side) for side in box)
-    channels, image_height, image_width = image.shape
-    inside = 0 <= top < top + height <= image_height and 0 <= left < left + width <= image_width
-    if image.dtype != torch.uint8 or not inside:
+    channels, height, width = image.shape
+    by_channel, by_row, by_column = image.stride()
+    if image.dtype != torch.uint8 or out.dtype != torch.uint8 or out.shape[:2] != (len(boxes), channels):
         raise ValueError(
-            f"box {(top, left, height, width)} must lie in a uint8 image; it is {image.dtype} {image.shape}"
+            f"{len(boxes)} crops of {channels} channels, both uint8, do not go from {image.dtype} "
+            f"{tuple(image.shape)} to {out.dtype} {tuple(out.shape)}"
         )
-    if out is None:
-        out = torch.empty((size, size, channels), dtype=torch.uint8).permute(2, 0, 1)
-    elif out.shape != (channels, size, size) or out.dtype != torch.uint8:
-        raise ValueError(f"out must be uint8 {(channels, size, size)}, not {out.dtype} {tuple(out.shape)}")
-    view = image[None, :, top : top + height, left : left + width]
-    # What F.interpolate(mode="bilinear", antialias=True) calls; its out= form spares an allocation and a copy.
-    torch.ops.aten._upsample_bilinear2d_aa.out(view, (size, size), False, None, None, out=out[None])
-    return out
-
-
-def resized_crops(
-    images: Sequence[Tensor], boxes: NDArray[np.int64], size: int, *, out: Tensor | None = None
-) -> Tensor:
-    """One crop of each image (``resized_crop``); an image that is cropped several times is repeated in the list.
-
-    Args:
-        images: n tensors (C, H, W) uint8 on the CPU, of any sizes and equal C.
-        boxes: (n, 4).
-        size: pixels.
-        out: (n, C, size, size) uint8 to write to.
-
-    Returns:
-        ``out``, or a new (n, C, size, size) uint8 tensor in ``channels_last`` layout.
-
-    Raises:
-        ValueError: no images, not as many as boxes, or one does not fit.
-    """
-    if len(images) != len(boxes) or len(images) == 0:
-        raise ValueError(f"{len(images)} images and {len(boxes)} boxes: need equally many, at least one")
-    if out is None:
-        shape = (len(images), images[0].shape[0], size, size)
-        out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    elif len(out) != len(images):
-        raise ValueError(f"out has {len(out)} rows for {len(images)} images")
-    for image, box, row in zip(images, boxes.tolist(), out, strict=True):
-        resized_crop(image, box, size, out=row)
+    start, count, size = image.storage_offset(), image.numel(), out.shape[2:]
+    for (top, left, rows, columns), crop in zip(boxes, out.split(1), strict=True):
+        if not (0 <= top < top + rows <= height and 0 <= left < left + columns <= width):
+            raise ValueError(f"box {(top, left, rows, columns)} must lie in the image, which is {height} x {width}")
+        part = image.as_strided(  # a third of the time of slicing
+            (1, channels, rows, columns),
+            (count, by_channel, by_row, by_column),
+            start + top * by_row + left * by_column,
+        )
+        # What F.interpolate(mode="bilinear", antialias=True) calls; its out= form spares an allocation and a copy.
+        torch.ops.aten._upsample_bilinear2d_aa.out(part, size, False, None, None, out=crop)
     return out
 
 

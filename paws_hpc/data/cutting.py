@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
@@ -33,7 +34,7 @@ from paws_hpc.data.crops import (
     RaggedImages,
     draw_boxes,
     equal_size_resized_crops,
-    resized_crop,
+    resized_crops,
 )
 from paws_hpc.data.devices import host_buffer
 from paws_hpc.data.images import StoreImages, as_tensor
@@ -176,8 +177,11 @@ class CpuCrop:
         # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
         batches = [torch.empty((crop.count, n, crop.size, crop.size, channels), dtype=torch.uint8) for crop in kinds]
         views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
-        cut_part = self._cut_jpeg if shape is None else self._cut_raw
-        list(self._pool.map(lambda part: cut_part(records, part, kinds, draw, views), self._parts(n)))
+        if shape is None:
+            cut_part = self._cutting_jpeg(records, kinds, draw, views)
+        else:
+            cut_part = partial(self._cut_raw, records, kinds, draw, views)
+        list(self._pool.map(cut_part, self._parts(n)))
         return [CutPixels(view.flatten(0, 1)) for view in views]
 
     def _parts(self, n: int) -> list[slice]:
@@ -185,23 +189,31 @@ class CpuCrop:
             return parts(n, min(self._threads, n))
         return parts(n, max(-(-n // _DECODED_AT_ONCE), min(self._threads, n)))
 
-    def _cut_jpeg(
-        self, records: Positions, part: slice, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
-    ) -> None:
-        images = self._images.pixels(records[part])
-        heights, widths = sides(images)
-        boxes = [
-            draw(kind, part, heights, widths).reshape(crop.count, len(images), 4).tolist()
-            for kind, crop in enumerate(kinds)
-        ]
-        for place, pixels in enumerate(images):
-            image = as_tensor(pixels).permute(2, 0, 1)
-            for crop, of_kind, batch in zip(kinds, boxes, out, strict=True):
-                for view in range(crop.count):
-                    resized_crop(image, of_kind[view][place], crop.size, out=batch[view, part.start + place])
+    def _cutting_jpeg(
+        self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
+    ) -> Callable[[slice], None]:
+        """What a thread does with its part of the records.
+
+        Boxes are drawn before, all at once: numpy would have the threads wait for each other.
+        """
+        heights, widths = self._images.store.sizes(records)
+        everywhere = _boxes_by_record(kinds, draw, slice(None), heights, widths)
+
+        def cut(part: slice) -> None:
+            images = self._images.pixels(records[part])
+            boxes = [of_kind[part] for of_kind in everywhere]
+            found = sides(images)
+            if not np.array_equal(found, (heights[part], widths[part])):  # a substitute was put in just now
+                boxes = _boxes_by_record(kinds, draw, part, *found)
+            for place, pixels in enumerate(images):
+                image = as_tensor(pixels).permute(2, 0, 1)
+                for of_kind, batch in zip(boxes, out, strict=True):
+                    resized_crops(image, of_kind[place], batch[:, part.start + place])
+
+        return cut
 
     def _cut_raw(
-        self, records: Positions, part: slice, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
+        self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor], part: slice
     ) -> None:
         images = torch.from_numpy(self._images.store.read_raw(records[part])).permute(0, 3, 1, 2)
         heights, widths = equal_sides(images)
@@ -209,6 +221,20 @@ class CpuCrop:
             boxes = draw(kind, part, heights, widths).reshape(crop.count, len(images), 4)
             for view in range(crop.count):
                 batch[view, part] = equal_size_resized_crops(images, boxes[view], crop.size)
+
+
+def _boxes_by_record(
+    kinds: Sequence[CropConfig],
+    draw: DrawBoxes,
+    part: slice,
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> list[list[list[list[int]]]]:
+    """Per kind, of every record of a part, its V boxes."""
+    return [
+        draw(kind, part, heights, widths).reshape(crop.count, len(heights), 4).swapaxes(0, 1).tolist()
+        for kind, crop in enumerate(kinds)
+    ]
 
 
 class CpuDecode:
@@ -244,14 +270,26 @@ class NvJpeg:
 
     def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
         """As of Strategy."""
-        slices = parts(len(records), min(self._threads, len(records)))
-        files = [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
+        files = self._read(records)
         try:  # the files themselves, not the index: boxes must lie in what will be decoded
-            heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+            heights, widths = _sizes(files)
         except ValueError:
-            self._images.store.images(records)  # which names the record
-            raise
-        return uncut(Encoded([torch.tensor(file) for file in files]), heights, widths, kinds, draw)
+            self._images.store.images(records)  # which names the record, or learns what stands in for it
+            files = self._read(records)
+            heights, widths = _sizes(files)
+        keys = self._images.store.keys
+        names = f"{', '.join(repr(keys[int(record)]) for record in records[:8])}, … in {self._images.store.path}"
+        return uncut(Encoded([torch.tensor(file) for file in files], names), heights, widths, kinds, draw)
+
+    def _read(self, records: Positions) -> list[NDArray[np.uint8]]:
+        slices = parts(len(records), min(self._threads, len(records)))
+        return [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
+
+
+def _sizes(files: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) heights and (n,) widths of JPEG files, by their headers; ValueError where one has none."""
+    heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
+    return heights, widths
 
 
 class Resident:

@@ -142,8 +142,9 @@ class Ragged:
 class Encoded:
     """JPEG files on the host, each (bytes,) uint8; the device decodes them once for all kinds of crops."""
 
-    def __init__(self, files: list[Tensor]) -> None:
-        self._files = files
+    def __init__(self, files: list[Tensor], names: str) -> None:
+        """Take the files, and what an error is to call them."""
+        self._files, self._names = files, names
         self._decoded: RaggedImages | None = None
 
     @property
@@ -154,7 +155,13 @@ class Encoded:
     def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
         """As of Uncut."""
         if self._decoded is None or self._decoded.pixels.device.type != device.type:
-            self._decoded = decode_files(self._files, device)
+            try:
+                self._decoded = decode_files(self._files, device)
+            except RuntimeError as error:  # of torchvision, which does not say which file it was
+                raise ValueError(
+                    f"One of {self._names} cannot be decoded on {device}: {error}. data.placement=cpu-decode names it, "
+                    "or replaces it if data.max_substitutes allows."
+                ) from error
         return _cut_ragged(self._decoded, boxes, size)
 
 

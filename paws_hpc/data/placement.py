@@ -119,24 +119,12 @@ def named(placement: str) -> Placement:
 
 
 def _automatic(stores: Sequence[ImageStore], views: ViewsConfig, threads: int, device: torch.device) -> Placement:
-    unlabelled = stores[0]
-    if device.type == "cuda" and all(store.encoding == "raw" for store in stores):
-        fits = resident_bytes(stores) <= _RESIDENT_SHARE * free_bytes(device)
-        candidates: list[Placement] = ["resident" if fits else "cpu-decode"]
-    elif device.type == "cuda":
-        candidates = ["cpu-crop", "cpu-decode"]
-        if all(store.encoding == "jpeg" and store.manifest.packing.check == "decode" for store in stores):
-            candidates.append("nvjpeg")
-    else:
-        candidates = ["cpu-crop"]
-    if candidates == ["resident"]:  # nothing to time: no stage is left to the CPU
+    possible = candidates(stores, device)
+    if possible == ["resident"]:  # nothing to time: no stage is left to the CPU
         _LOG.info("data.placement=auto: resident; %.2f GB live on %s.", resident_bytes(stores) / 1e9, device)
         return "resident"
-    rates = [probe(unlabelled, placement, views=views, threads=threads, device=device) for placement in candidates]
-    best = rates[0]
-    for other in rates[1:]:
-        if other.images_per_s > _CLEARLY * best.images_per_s:
-            best = other
+    rates = [probe(stores[0], placement, views=views, threads=threads, device=device) for placement in possible]
+    best = preferred(rates)
     _LOG.info(
         "data.placement=auto: %s; this rank can prepare about %.0f unlabelled images/s, limited by %s (%s).",
         best.placement,
@@ -148,6 +136,32 @@ def _automatic(stores: Sequence[ImageStore], views: ViewsConfig, threads: int, d
         ),
     )
     return best.placement
+
+
+def candidates(stores: Sequence[ImageStore], device: torch.device) -> list[Placement]:
+    """The placements between which ``auto`` decides, those first that leave most of the device to training.
+
+    Args:
+        stores: of the unlabelled and of the labelled images.
+        device: of training; free memory is asked of it where all stores are raw.
+    """
+    if device.type != "cuda":
+        return ["cpu-crop"]
+    if all(store.encoding == "raw" for store in stores):
+        fits = resident_bytes(stores) <= _RESIDENT_SHARE * free_bytes(device)
+        return ["resident"] if fits else ["cpu-decode"]
+    if all(store.encoding == "jpeg" and store.manifest.packing.check == "decode" for store in stores):
+        return ["cpu-crop", "cpu-decode", "nvjpeg"]
+    return ["cpu-crop", "cpu-decode"]
+
+
+def preferred(rates: Sequence[Rates]) -> Rates:
+    """The first, unless a later one is clearly faster: it takes from the device what training could use."""
+    best = rates[0]
+    for other in rates[1:]:
+        if other.images_per_s > _CLEARLY * best.images_per_s:
+            best = other
+    return best
 
 
 def probe(store: ImageStore, placement: Placement, *, views: ViewsConfig, threads: int, device: torch.device) -> Rates:

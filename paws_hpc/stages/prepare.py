@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,7 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
 
     Args:
         config: of the run.
-        staged: read the training store from ``data.stage_to`` as far as it is copied there (:func:`staging`).
+        staged: read training images from ``data.stage_to`` as far as they are copied there (:func:`staging`).
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
@@ -122,7 +122,7 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     train = ImageStore.open(Path(data.train), stage_to=folder, max_substitutes=data.max_substitutes)
     labelled_store = train
     if data.labelled is not None:
-        labelled_store = ImageStore.open(Path(data.labelled), max_substitutes=data.max_substitutes)
+        labelled_store = ImageStore.open(Path(data.labelled), stage_to=folder, max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunData(train, labelled_store, labelled, validation, StoreImages(labelled_store))
 
@@ -144,10 +144,15 @@ def stage_folder(config: Config) -> Path | None:
     return Path(folder)
 
 
-def staging(config: Config) -> AbstractContextManager[object]:
-    """Copy the training store to this node's disk while the block runs, if the config asks for it."""
-    folder = stage_folder(config)
-    return nullcontext() if folder is None else start_staging(Path(config.data.train), folder)
+@contextmanager
+def staging(config: Config) -> Iterator[None]:
+    """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
+    folder, data = stage_folder(config), config.data
+    with ExitStack() as copying:
+        if folder is not None:
+            for store in {data.train, data.labelled or data.train}:
+                copying.enter_context(start_staging(Path(store), folder))
+        yield
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:

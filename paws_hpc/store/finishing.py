@@ -23,6 +23,7 @@ from paws_hpc.store.format import (
     ShardIndex,
     StoreError,
     read_manifest,
+    shard_name,
 )
 from paws_hpc.store.joined import JoinedIndex, build_index, dataset_digest, index_hash
 from paws_hpc.store.plan import Plan
@@ -141,7 +142,7 @@ def finish(plan: Plan, underway: Underway) -> PackReport:
             "Nothing was packed."
         )
     # A shard all of whose images were skipped has no file: the others close the gap.
-    final = {entry.name: f"shard-{place:05d}.h5" for place, (_, entry) in enumerate(with_records)}
+    final = {entry.name: shard_name(place) for place, (_, entry) in enumerate(with_records)}
     entries = tuple(replace(entry, name=final[entry.name]) for _, entry in with_records)
     joined = build_index(underway.folder, _Indexes(underway, [entry.name for _, entry in with_records]))
     manifest = _manifest(plan, results, entries, joined)

@@ -205,6 +205,11 @@ class Manifest:
         return checksum
 
 
+def shard_name(number: int) -> str:
+    """File name of a shard, counted from 0; names of many sort by number up to 100,000 of them."""
+    return f"shard-{number:05d}.h5"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read a store's manifest.
 

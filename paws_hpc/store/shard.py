@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import atomic_write, file_hash
+from paws_hpc.files import atomic_write, file_hash, read_at
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
@@ -261,15 +261,20 @@ class ShardFile:
 
     ``preadv`` at an offset needs no shared file position. Without an offset of ``/data`` (a file that other tools wrote
     anew), h5py reads instead: it opens the file for every record, which is slow but works for any layout.
+
+    Attributes:
+        path: of the file.
+        data_offset: of ``/data`` in the file, bytes; None where it is unknown.
+        descriptor: of the open file; None where h5py reads, and after closing.
     """
 
     def __init__(self, path: Path, data_offset: int | None) -> None:
         """Open the file; raises OSError."""
-        self._descriptor: int | None = None
+        self.descriptor: int | None = None
         self.path = path
         self.data_offset = data_offset
         if data_offset is not None:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
         self.close()
@@ -282,15 +287,8 @@ class ShardFile:
         """
         if self.data_offset is None:
             return self._read_through_hdf5(length, offset).tobytes()
-        assert self._descriptor is not None, "nobody reads a shard after closing it"
-        place = self.data_offset + offset
-        content = os.pread(self._descriptor, length, place)
-        while 0 < len(content) < length:  # network file systems may give less than was asked for
-            more = os.pread(self._descriptor, length - len(content), place + len(content))
-            if not more:
-                break
-            content += more
-        return content
+        assert self.descriptor is not None, "nobody reads a shard after closing it"
+        return read_at(self.descriptor, length, self.data_offset + offset)
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.
@@ -302,12 +300,12 @@ class ShardFile:
             part = self._read_through_hdf5(len(buffer), offset)
             buffer[: len(part)] = part
             return len(part)
-        assert self._descriptor is not None, "nobody reads a shard after closing it"
+        assert self.descriptor is not None, "nobody reads a shard after closing it"
         place = self.data_offset + offset
         # The array itself: a memoryview of it costs a hundredth of the read. Stubs know its buffer from Python 3.12 on.
-        read = os.preadv(self._descriptor, [buffer], place)  # type: ignore[list-item]
+        read = os.preadv(self.descriptor, [buffer], place)  # type: ignore[list-item]
         while 0 < read < len(buffer):
-            more = os.preadv(self._descriptor, [buffer[read:].data], place + read)
+            more = os.preadv(self.descriptor, [buffer[read:].data], place + read)
             if not more:
                 break
             read += more
@@ -323,6 +321,6 @@ class ShardFile:
 
     def close(self) -> None:
         """Close the file. A second call would close whoever got the descriptor's number next, so it does nothing."""
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:
             os.close(descriptor)

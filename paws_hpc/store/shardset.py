@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import threading
 import time
 import weakref
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,20 @@ class Problem:
 
     text: str
     lasting: bool
+
+
+Place = tuple[int, int, int, int | None]
+"""Of a record: number of the shard, offset in its ``/data``, length in bytes, and what its CRC32C must be, if checked.
+
+A plain tuple, since one is made for every record that is read."""
+
+
+class UnreadableError(Exception):
+    """Ends :meth:`ShardSet.each` at the record ``number``, counted from 0."""
+
+    def __init__(self, number: int, problem: Problem) -> None:
+        super().__init__(number, problem)
+        self.number, self.problem = number, problem
 
 
 _CLOSED = Problem("was not read, the store was closed meanwhile", lasting=False)
@@ -95,18 +111,9 @@ class ShardSet:
         finally:
             self._looking.release()
 
-    def read(self, shard: int, length: int, offset: int, crc32c: int | None) -> bytes | Problem:
-        """Return a record; a local copy that fails is replaced by the store's own shard.
-
-        Args:
-            shard: number of the shard.
-            length: of the record, bytes.
-            offset: of the record in ``/data``.
-            crc32c: what the record's CRC32C must be; None checks nothing.
-
-        Returns:
-            the record, or why it cannot be had.
-        """
+    def read(self, place: Place) -> bytes | Problem:
+        """Return a record, or why it cannot be had; a local copy that fails is replaced by the store's own shard."""
+        shard, offset, length, crc32c = place
         files = self._files
         if files is None:
             return _CLOSED
@@ -117,8 +124,9 @@ class ShardSet:
         self._fall_back(shard, file, content.text)
         return _read(files[shard], length, offset, crc32c)
 
-    def read_into(self, shard: int, buffer: NDArray[np.uint8], offset: int, crc32c: int | None) -> Problem | None:
+    def read_into(self, place: Place, buffer: NDArray[np.uint8]) -> Problem | None:
         """Fill ``buffer`` with a record of its length; otherwise as :meth:`read`."""
+        shard, offset, _, crc32c = place
         files = self._files
         if files is None:
             return _CLOSED
@@ -128,6 +136,32 @@ class ShardSet:
             return problem
         self._fall_back(shard, file, problem.text)
         return _read_into(files[shard], buffer, offset, crc32c)
+
+    def each(self, places: Sequence[Place], buffer: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """Yield records one after the other, each in the same ``buffer``, which the longest must fit.
+
+        What is done here once per record counts: a copy of 110 KB out of the page cache takes 20 µs, and leaves none of
+        the interpreter in the processor's inner caches. All that is not the usual case is left to :meth:`read_into`.
+
+        Raises:
+            UnreadableError: a record cannot be read.
+        """
+        preadv, checksum = os.preadv, google_crc32c.value
+        for number, place in enumerate(places):
+            shard, offset, length, crc32c = place
+            record, files = buffer[:length], self._files
+            if files is not None and (start := (file := files[shard]).data_offset) is not None:
+                try:  # ``file`` keeps the descriptor open
+                    read = preadv(file.descriptor, [record], start + offset)  # type: ignore[arg-type, list-item]
+                except OSError:
+                    read = 0
+                if read == length and (crc32c is None or checksum(record) == crc32c):
+                    yield record
+                    continue
+            problem = self.read_into(place, record)
+            if problem is not None:
+                raise UnreadableError(number, problem)
+            yield record
 
     def _adopt(self, number: int, path: Path) -> None:
         """Switch a shard to its local copy."""
@@ -220,6 +254,7 @@ def _problem(content: bytes | NDArray[np.uint8], read: int, length: int, crc32c:
 
 def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
     """Open all shards for reading."""
+    _allow_open_files(len(manifest.shards))
     shards: list[ShardFile] = []
     for entry in manifest.shards:
         try:
@@ -228,7 +263,17 @@ def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
             if error.errno == errno.EMFILE:
                 raise StoreError(
                     f"{folder} has {len(manifest.shards):,} shards, more files than this process may open: "
-                    f"raise the limit (`ulimit -n {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
+                    f"raise the limit (`ulimit -Hn {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
                 ) from error
             raise StoreError(f"{folder / entry.name} cannot be opened: {error.strerror}. {REMEDY}") from error
     return shards
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's soft limit, often 1,024, as far as its hard limit lets a store of ``count`` shards open."""
+    wanted = 2 * count + 256  # local copies are opened beside the shards, and others have files open too
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )

@@ -37,6 +37,7 @@ from paws_hpc.store.format import (
     Packing,
     ShardEntry,
     StoreError,
+    shard_name,
 )
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.sources.listing import Listing
@@ -159,7 +160,7 @@ class Underway:
 
     def shard_path(self, number: int) -> Path:
         """Where a shard is built."""
-        return self.folder / f"shard-{number:05d}.h5"
+        return self.folder / shard_name(number)
 
     def keep(self, result: ShardResult) -> None:
         """Note that a shard is done."""
@@ -167,7 +168,7 @@ class Underway:
         write_json(self._result_path(result.number), value | {"checksum": value_digest(value)})
 
     def _result_path(self, number: int) -> Path:
-        return self.folder / f"shard-{number:05d}.json"
+        return self.shard_path(number).with_suffix(".json")
 
     def noted(self) -> set[int]:
         """Numbers of the shards that are noted as done, by a look at the folder only."""

@@ -19,7 +19,6 @@ from paws_hpc.data.crops import (
     center_crop,
     draw_boxes,
     equal_size_resized_crops,
-    resized_crop,
     resized_crops,
     sample_boxes,
 )
@@ -142,7 +141,8 @@ def test_a_resized_crop_equals_pil_to_one_level(
     for image in (*photographs, noise):
         piece = image[:channels]
         expected = pil_crop(piece, box, size)
-        assert levels_apart(resized_crop(piece, box, size), expected) <= 1
+        alone = resized_crops(piece, [box], torch.empty(1, channels, size, size, dtype=torch.uint8))
+        assert levels_apart(alone[0], expected) <= 1
         batched = equal_size_resized_crops(piece[None], np.array([box]), size)
         assert levels_apart(batched[0], expected) <= 1
 
@@ -170,20 +170,18 @@ def test_a_crop_sees_nothing_outside_its_box() -> None:
     image[:, :, 5:15, 4:12] = 7
     box = np.array([[5, 4, 10, 8]])
     assert (equal_size_resized_crops(image, box, 4) == 7).all()
-    assert (resized_crops([image[0]], box, 4) == 7).all()
+    assert (resized_crops(image[0], box.tolist(), torch.empty(1, 3, 4, 4, dtype=torch.uint8)) == 7).all()
 
 
-def test_a_list_of_crops_equals_interpolate_bit_for_bit_and_fills_a_given_buffer(photographs: list[Tensor]) -> None:
-    images = [photographs[0], photographs[1][:, :300, :211], photographs[0].contiguous()]
-    boxes = np.array([[3, 5, 200, 301], [0, 0, 300, 211], [3, 5, 200, 301]])
-    out = torch.empty((3, 3, 96, 96), dtype=torch.uint8, memory_format=torch.channels_last)
-    assert resized_crops(images, boxes, 96, out=out) is out
-    for image, (top, left, height, width), row in zip(images, boxes.tolist(), out, strict=True):
-        piece = image[None, :, top : top + height, left : left + width]
-        assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
-    fresh = resized_crops(images, boxes, 96)
-    assert torch.equal(fresh, out)
-    assert fresh.is_contiguous(memory_format=torch.channels_last)
+def test_crops_of_an_image_equal_interpolate_bit_for_bit_whatever_its_layout(photographs: list[Tensor]) -> None:
+    boxes = [(3, 5, 200, 301), (0, 0, 300, 211), (120, 77, 33, 40)]
+    for image in (photographs[0], photographs[1][:, 7:400, 100:500], photographs[0].contiguous()):
+        batch = torch.zeros((3, 2, 96, 96, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)  # as the streams have it
+        resized_crops(image, boxes, batch[:, 1])
+        for (top, left, height, width), row in zip(boxes, batch[:, 1], strict=True):
+            piece = image[None, :, top : top + height, left : left + width]
+            assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
+        assert (batch[:, 0] == 0).all(), "nothing beside the rows is written"
 
 
 @pytest.mark.parametrize(("height", "width"), [(427, 640), (427, 300), (224, 224), (61, 333), (33, 32)])
@@ -205,23 +203,24 @@ def test_a_box_outside_its_image_is_an_error() -> None:
     image = torch.zeros(3, 10, 20, dtype=torch.uint8)
     for box in ((0, 0, 11, 5), (0, 16, 5, 5), (-1, 0, 5, 5), (0, 0, 0, 5)):
         with pytest.raises(ValueError, match="box"):
-            resized_crop(image, box, 8)
+            resized_crops(image, [box], torch.empty(1, 3, 8, 8, dtype=torch.uint8))
         with pytest.raises(ValueError, match="box"):
             equal_size_resized_crops(image[None], np.array([box]), 8)
 
 
 def test_pixels_that_are_not_uint8_and_lists_that_do_not_match_are_errors() -> None:
     image, box = torch.zeros(3, 10, 20), np.array([[0, 0, 5, 5]])
+    out = torch.empty(1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"):
-        resized_crop(image, (0, 0, 5, 5), 8)
+        resized_crops(image, box.tolist(), out)
     with pytest.raises(ValueError, match="uint8"):
         equal_size_resized_crops(image[None], box, 8)
     with pytest.raises(ValueError, match="uint8"):
         center_crop(image, resize=8, size=8)
-    with pytest.raises(ValueError, match="2 images and 1 boxes"):
-        resized_crops([image.byte(), image.byte()], box, 8)
-    with pytest.raises(ValueError, match="out"):
-        resized_crops([image.byte()], box, 8, out=torch.empty(1, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="2 crops of 3 channels"):
+        resized_crops(image.byte(), [*box.tolist(), *box.tolist()], out)
+    with pytest.raises(ValueError, match="1 crops of 3 channels"):
+        resized_crops(image.byte(), box.tolist(), out[:, :1])
     with pytest.raises(ValueError, match="uniform"):
         sample_boxes(np.array([10]), np.array([20]), RECIPES["large"], np.zeros((1, 5)))
 

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from paws_hpc.doctor import main
 from tests.conftest import Stores
 from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
@@ -30,10 +32,37 @@ def good(digits_stores: Stores) -> tuple[str, ...]:
     return ("hydra.launcher.partition=low", "hydra.launcher.timeout_min=60", "device=cpu", *data)
 
 
-def doctor(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
-    """Exit status, and the checks by name (of several with one name the worst)."""
+Checks = dict[str, dict[str, str]]
+Doctor = Callable[..., tuple[int, Checks]]
+
+
+def by_name(printed: str) -> Checks:
+    """The checks that were printed, by name; of several with one name the worst."""
+    order = ("ok", "warning", "problem")
+    checks = sorted(json.loads(printed), key=lambda check: order.index(check["verdict"]))
+    return {check["name"]: check for check in checks}
+
+
+@pytest.fixture
+def doctor(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Doctor:
+    """The command within this process, which has imported torch already; returns exit status and checks."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> tuple[int, Checks]:
+        status = main([f"runs={tmp_path}", *arguments, "--json"])
+        return status, by_name(capsys.readouterr().out)
+
+    return run
+
+
+def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
+    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "paws_hpc.doctor", f"runs={folder}", *arguments, "--json"],
+        [sys.executable, "-m", "paws_hpc.doctor", f"runs={tmp_path}", *good, "--probe", "--json"],
         env={**cluster.environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,17 +70,8 @@ def doctor(cluster: Cluster, folder: Path, *arguments: str) -> tuple[int, dict[s
         timeout=200,
         cwd=ROOT,
     )
-    assert done.returncode in (0, 1), done.stderr
-    order = ("ok", "warning", "problem")
-    checks = sorted(json.loads(done.stdout), key=lambda check: order.index(check["verdict"]))
-    return done.returncode, {check["name"]: check for check in checks}
-
-
-def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
-    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
-) -> None:
-    status, checks = doctor(cluster, tmp_path, *good, "--probe", "--probe-timeout", "120")
-    assert status == 0, checks
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = by_name(done.stdout)
     assert checks["preemption"]["verdict"] == "ok"
     assert "SIGUSR2 and has 45 s to save" in checks["preemption"]["found"]
     assert checks["probe"]["verdict"] == "ok"
@@ -81,19 +101,19 @@ REST = (
     "faults", [SHAPES, REST, (("hydra.launcher.partition=lou", "jobs of", "there is no partition lou", "low"),), SHORT]
 )
 def test_what_slurm_would_never_start_is_a_problem_with_a_remedy(
-    cluster: Cluster, tmp_path: Path, good: tuple[str, ...], faults: tuple[tuple[str, str, str, str], ...]
+    doctor: Doctor, good: tuple[str, ...], faults: tuple[tuple[str, str, str, str], ...]
 ) -> None:
-    status, checks = doctor(cluster, tmp_path, *good, *(override for override, *_ in faults))
+    status, checks = doctor(*good, *(override for override, *_ in faults))
     assert status == 1
     for override, name, found, remedy in faults:
         bad = [check for check in checks.values() if check["verdict"] == "problem" and check["name"].startswith(name)]
         assert any(found in check["found"] and remedy in check["remedy"] for check in bad), (override, checks)
 
 
-def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_path: Path, good: tuple[str, ...]) -> None:
+def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, doctor: Doctor, good: tuple[str, ...]) -> None:
     cluster.run("scontrol", "update", "PartitionName=high", "MaxTime=30", "State=DOWN")
     try:
-        status, checks = doctor(cluster, tmp_path, *good, "hydra.launcher.partition=high")
+        status, checks = doctor(*good, "hydra.launcher.partition=high")
         said = json.dumps(checks)
         assert status == 1
         assert checks["preemption"]["found"] == "jobs of partition high are not preempted"
@@ -103,11 +123,11 @@ def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, tmp_pat
 
 
 def test_without_a_controller_the_rest_is_still_checked(
-    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
+    cluster: Cluster, doctor: Doctor, good: tuple[str, ...]
 ) -> None:
     cluster.stop_controller()
     try:
-        status, checks = doctor(cluster, tmp_path, *good, "--probe")
+        status, checks = doctor(*good, "--probe")
         assert status == 1
         assert checks["controller"]["verdict"] == "problem"
         assert checks["training images"]["verdict"] == "ok"
@@ -116,7 +136,7 @@ def test_without_a_controller_the_rest_is_still_checked(
         cluster.start_controller()
 
 
-def test_a_misspelt_field_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
-    status, checks = doctor(cluster, tmp_path, "nmae=x")
+def test_a_misspelt_field_is_one_line(doctor: Doctor) -> None:
+    status, checks = doctor("nmae=x")
     assert status == 1
     assert checks["config"]["found"] == "nmae is not a field of the config. Did you mean 'name'?"

@@ -10,20 +10,10 @@ import torch
 
 from paws_hpc.engine.checkpoint import load_tensors
 from tests.slurm.chain import Run, assert_same_results
-from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
 
-pytestmark = pytest.mark.timeout(900)  # of which it needs a sixth on a machine of its own
+pytestmark = pytest.mark.timeout(900)  # of which they need a sixth on a machine of their own
 
-PRETRAINING = (
-    "stages=[prepare,pretrain]",
-    "pretrain.epochs=6",
-    "pretrain.checkpoint_every_steps=7",
-    "pretrain.validate_every_epochs=3",
-    "labels.validation_per_class=100",  # three batches of evaluation per rank, and
-    "views.evaluation.resize=64",
-    "views.evaluation.size=64",  # each takes a while, so that a signal can meet it
-)
 STEPS, HALF = 60, 30
 
 
@@ -31,22 +21,6 @@ STEPS, HALF = 60, 30
 def cluster_options() -> ClusterOptions:
     """Preemption as Slurm does it unless told otherwise: by SIGTERM alone."""
     return ClusterOptions(preempt_sends_user_signal=False)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = Run(cluster, tmp_path_factory.mktemp("faults"), *PRETRAINING, name="undisturbed")
-    run.launch()
-    run.wait_done()
-    assert run.ends("pretrain") == ["done"]
-    assert run.rows("pretrain")[-1]["step"] == STEPS - 1
-    return run
-
-
-@pytest.fixture
-def run(undisturbed: Run, request: pytest.FixtureRequest) -> Run:
-    """A run of the same settings and stores."""
-    return Run(undisturbed.cluster, undisturbed.folder, *PRETRAINING, name=request.node.name)
 
 
 def test_signals_to_one_rank_during_import_training_and_evaluation_and_a_killed_rank(
@@ -109,20 +83,6 @@ def test_preempted_by_sigterm_alone_and_both_nodes_lost_with_the_newest_checkpoi
     assert run.job_ids()["pretrain"] == job
     assert len(run.starts("pretrain")) == 4
     assert damaged.name in run.log("pretrain"), "the damaged checkpoint is named"
-    assert_same_results(run, undisturbed, ["pretrain"])
-
-
-def test_the_time_limit_twice(run: Run, undisturbed: Run) -> None:
-    run.launch("resources.pretrain.timeout_min=1", "hydra.launcher.signal_delay_s=30")
-    for start in (1, 2):
-        run.wait_start("pretrain", start)
-        # Slurm looks at limits every 30 s: training would have to last as long, were its nodes not slow now.
-        run.wait_start_slowly("pretrain", start + 1)
-    run.cluster.run("scontrol", "update", f"JobId={run.job_ids()['pretrain']}", "TimeLimit=20")
-    run.wait_done()
-    *limited, last = run.ends("pretrain")
-    assert len(limited) >= 2, "a third time, if Slurm looked once more before the limit was raised"
-    assert (set(limited), last) == ({"requeued"}, "done")
     assert_same_results(run, undisturbed, ["pretrain"])
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Callable
 
 
@@ -20,3 +21,13 @@ def count(fail_at: int | None) -> Callable[[], int]:
 def cores() -> Callable[[], int]:
     """How many cores it may use."""
     return lambda: len(os.sched_getaffinity(0))
+
+
+def hang() -> Callable[[], int]:
+    """Never comes back."""
+
+    def work() -> int:
+        time.sleep(3600)
+        return 1
+
+    return work

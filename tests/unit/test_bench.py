@@ -18,7 +18,7 @@ from paws_hpc.bench.photographs import jpegs, write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.store import Bar
 from paws_hpc.bench.synthetic import repeat_store
-from paws_hpc.data.crops import resized_crop
+from paws_hpc.data.crops import resized_crops
 from paws_hpc.store import ImageFolder, ImageStore, PackOptions, decode_jpeg, pack
 
 
@@ -43,8 +43,8 @@ def test_peers_make_the_crops_that_we_make(photographs: Path) -> None:
         theirs = cut(jpeg, number, boxes)
         image = torch.from_numpy(decode_jpeg(jpeg)).permute(2, 0, 1)
         for (crop, _), of_kind, crops in zip(KINDS, boxes, theirs, strict=True):
-            mine = torch.stack([resized_crop(image, box, crop.size) for box in of_kind[number].tolist()])
-            assert crops.shape == mine.shape == (crop.count, 3, crop.size, crop.size)
+            mine = resized_crops(image, of_kind[number].tolist(), torch.empty_like(crops))
+            assert crops.shape == (crop.count, 3, crop.size, crop.size)
             assert (crops.int() - mine.int()).abs().max() <= 1
 
 
@@ -99,6 +99,14 @@ def test_a_contender_is_bound_to_its_cores() -> None:
         assert contender.work()[0] == 1
     with pytest.raises(ContenderError, match="has no attribute"):
         Contender("tests.unit.bench_work:absent", {}, cores=[0])
+
+
+def test_a_contender_that_hangs_is_ended_and_said_so() -> None:
+    with (
+        pytest.raises(ContenderError, match="gave no answer within 2 s"),
+        closing(Contender("tests.unit.bench_work:hang", {}, cores=[0], limit_s=2)) as contender,
+    ):
+        contender.work()
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:

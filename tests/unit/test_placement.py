@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from sklearn.datasets import load_sample_images
 from paws_hpc.data.batches import PawsBatch, StreamOptions
 from paws_hpc.data.cutting import PLACEMENTS, Placement
 from paws_hpc.data.images import cached_images
-from paws_hpc.data.placement import check_possible, choose, resident_bytes
+from paws_hpc.data.pixels import Encoded
+from paws_hpc.data.placement import Rates, candidates, check_possible, choose, preferred, resident_bytes
 from paws_hpc.data.streams import ClassifierStream, PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack
@@ -98,6 +100,15 @@ def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageSto
     assert there.parts[0].large.pixels.held is there.parts[0].small.pixels.held
 
 
+def test_a_file_that_the_device_cannot_decode_is_named_with_the_remedy(photographs: ImageStore) -> None:
+    whole = photographs.read_encoded([0, 1])
+    files = Encoded(
+        [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in (whole[0], whole[1][:-200])], "'a', 'b'"
+    )
+    with pytest.raises(ValueError, match=r"One of 'a', 'b' cannot be decoded on cpu: .*data\.placement=cpu-decode"):
+        files.cut(np.array([[0, 0, 8, 8]] * 2), 8, CPU)
+
+
 @pytest.mark.parametrize("placement", ["cpu-decode", "resident"])
 def test_raw_stores_give_the_same_bits_everywhere_on_a_cpu(digits: ImageStore, placement: Placement) -> None:
     for step in (0, 70):
@@ -137,6 +148,27 @@ def test_neither_threads_nor_the_cache_change_a_bit(photographs: ImageStore, pla
             assert levels_apart(plain, cached.batch(1)) == (0, 0.0)
 
 
+@pytest.mark.parametrize("placement", ["cpu-crop", "cpu-decode", "nvjpeg"])
+def test_a_substitute_that_is_found_within_a_batch_gives_the_crops_of_one_that_was_known(
+    photographs: ImageStore, tmp_path: Path, placement: Placement
+) -> None:
+    """It has another size than the damaged record: boxes are drawn anew."""
+    shutil.copytree(photographs.path, tmp_path / "store")
+    records, [entry] = stream(photographs, "cpu-crop").batch(0).records, photographs.manifest.shards
+    damaged = photographs.read_encoded(records[:3])
+    path = tmp_path / "store" / entry.name
+    content = path.read_bytes()
+    for record in damaged:
+        content = content.replace(record, bytes(len(record)))
+    path.write_bytes(content)
+    store = ImageStore.open(tmp_path / "store", max_substitutes=3)
+    source = stream(store, placement)
+    finding, knowing = source.batch(0), source.batch(0)
+    assert set(store.substitutes) == set(records[:3].tolist())
+    assert any(store.sizes([place])[0] != photographs.sizes([place])[0] for place in records[:3])
+    assert levels_apart(finding, knowing) == (0, 0.0)
+
+
 def test_a_batch_knows_how_much_memory_it_holds(photographs: ImageStore) -> None:
     cut, uncut = (stream(photographs, placement).batch(0) for placement in ("cpu-crop", "cpu-decode"))
     assert cut.nbytes == sum(getattr(cut.parts[0], kind).images.nbytes for kind in KINDS)
@@ -153,6 +185,38 @@ def test_on_a_cpu_auto_crops_there_and_tells_what_limits(
         assert choose("auto", [store, store], views=VIEWS, threads=1, device=CPU) == "cpu-crop"
         assert "data.placement=auto: cpu-crop; this rank can prepare about" in caplog.text
         assert "limited by decoding and cropping on the CPU" in caplog.text
+
+
+def test_auto_takes_from_the_gpu_only_what_clearly_pays() -> None:
+    """Images/s of 16 cores beside a fast GPU, of 4 cores, and of a GPU whose own stage is the slow one."""
+
+    def rates(placement: Placement, host: float, device: float) -> Rates:
+        return Rates(placement, {"reading": 1e5, "host": host} | ({"the device": device} if device else {}))
+
+    crop, decode, nvjpeg = rates("cpu-crop", 1000, 0), rates("cpu-decode", 1400, 9000), rates("nvjpeg", 9000, 1450)
+    assert preferred([crop, decode, nvjpeg]) is crop, "1.45 times as fast is not worth the device's time"
+    assert preferred([rates("cpu-crop", 900, 0), decode, nvjpeg]).placement == "cpu-decode"
+    fast = rates("nvjpeg", 9000, 2200)
+    assert preferred([rates("cpu-crop", 900, 0), decode, fast]) is fast
+    assert fast.limit == "the device"
+    assert preferred([rates("cpu-crop", 900, 0), rates("cpu-decode", 5000, 800)]).placement == "cpu-crop"
+
+
+def test_auto_looks_only_at_what_can_work(photographs: ImageStore, digits: ImageStore, tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    assert candidates([photographs, photographs], CPU) == ["cpu-crop"]
+    assert candidates([photographs, photographs], cuda) == ["cpu-crop", "cpu-decode", "nvjpeg"]
+    assert candidates([photographs, digits], cuda) == ["cpu-crop", "cpu-decode"], "nvJPEG cannot read raw pixels"
+    unchecked = pack(ImageFolder(photographs.path.parent / "images"), tmp_path, options=PackOptions(check="structure"))
+    assert candidates([ImageStore.open(unchecked.path)], cuda) == ["cpu-crop", "cpu-decode"]
+
+
+@pytest.mark.parametrize(("free", "expected"), [(4, "resident"), (3.9, "cpu-decode")])
+def test_a_raw_store_is_resident_where_it_takes_a_quarter_of_the_memory(
+    digits: ImageStore, monkeypatch: pytest.MonkeyPatch, free: float, expected: Placement
+) -> None:
+    monkeypatch.setattr("paws_hpc.data.placement.free_bytes", lambda _: int(free * resident_bytes([digits])))
+    assert candidates([digits, digits], torch.device("cuda")) == [expected]
 
 
 def test_what_cannot_work_is_an_error_with_a_remedy(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.files import read_at
 from paws_hpc.store.format import Encoding, StoreError
 from paws_hpc.store.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
 from paws_hpc.store.sources.listing import Listing
@@ -72,7 +73,7 @@ class TarSource:
             else:
                 keep = True
         try:
-            content = os.pread(descriptor, size, offset)
+            content = read_at(descriptor, size, offset)
         finally:
             if not keep:
                 os.close(descriptor)
@@ -313,7 +314,7 @@ def _label(descriptor: int, parts: dict[str, Member], field: str, sample: str, p
         problem = "neither .cls nor .json" if part is None else f"a label file of {part.size:,} bytes"
         raise StoreError(f"{path}: sample {sample!r} has {problem}, so its class is not known.")
     try:
-        text = os.pread(descriptor, part.size, part.offset).decode()
+        text = read_at(descriptor, part.size, part.offset).decode()
         value = text.strip() if "cls" in parts else json.loads(text)[field]
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise StoreError(

@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from paws_hpc.files import read_at
 from paws_hpc.store.format import StoreError
 
 BLOCK = 512
@@ -79,7 +80,7 @@ def _padded(size: int) -> int:
 
 def _read(descriptor: int, place: int, count: int, end: int, archive: str) -> bytes:
     """Read bytes that must be there."""
-    content = os.pread(descriptor, count, place) if place + count <= end else b""
+    content = read_at(descriptor, count, place) if place + count <= end else b""
     if len(content) < count:
         raise StoreError(f"{archive} is cut off: a header is missing at byte {place:,}. Get the archive again.")
     return content
