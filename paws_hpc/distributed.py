@@ -1,7 +1,7 @@
 """Ranks, and the three collectives that training needs. Alone, every one of them is the identity.
 
-The losses of all ranks are added by the backward pass of these functions and gradients are averaged over ranks
-afterwards (as DistributedDataParallel does), so that the gradient equals that of one process on the whole batch.
+The backward pass of a gathering adds the losses of all ranks, and gradients are averaged over ranks afterwards (as
+DistributedDataParallel does), so that the gradient equals that of one process on the whole batch.
 """
 
 from __future__ import annotations
@@ -68,17 +68,11 @@ def share(total: int) -> slice:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        ctx.rows = rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        return _all_gather(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        start = rank() * ctx.rows
-        return gradient[start : start + ctx.rows]
+        return _reduce_scatter(gradients[0])
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -93,6 +87,49 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _Gather.apply(rows)
 
 
+class _GatherPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, constants: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        ctx.dtype = rows.dtype
+        gathered, others = (
+            _all_gather(torch.cat([rows, constants], 1)).to(dtype).split([rows.shape[1], constants.shape[1]], 1)
+        )
+        ctx.mark_non_differentiable(others)
+        return gathered, others
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter(gradients[0]).to(ctx.dtype), None, None
+
+
+def gather_rows_and_constants(rows: Tensor, constants: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`gather_rows` of two matrices in one collective, of which the second has no gradient.
+
+    Args:
+        rows: (R, D), the same shape on every rank. They travel as they are; their gradients are summed in ``dtype``.
+        constants: (R, E), of the same dtype as ``rows``.
+        dtype: of the result, at least as wide as that of ``rows``.
+
+    Returns:
+        (world * R, D) with gradients, and (world * R, E) without.
+    """
+    if world_size() == 1:
+        return rows.to(dtype), constants.detach().to(dtype)
+    return _GatherPair.apply(rows, constants.detach(), dtype)
+
+
+def _all_gather(rows: Tensor) -> Tensor:
+    every = rows.new_empty(world_size() * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(every, rows.contiguous())
+    return every
+
+
+def _reduce_scatter(rows: Tensor) -> Tensor:
+    own = rows.new_empty(rows.shape[0] // world_size(), *rows.shape[1:])
+    dist.reduce_scatter_tensor(own, rows.contiguous())
+    return own
+
+
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -102,13 +139,14 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].clone()
-        dist.all_reduce(gradient)
-        return gradient / world_size()
+        return gradients[0]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of ``value`` over ranks, with gradients (backward: the mean of the ranks' gradients).
+    """The mean of ``value`` over ranks, with gradients where **every rank's loss takes the mean in the same way**.
+
+    Then the gradient with respect to the mean is the same on every rank, and so equals the mean of the ranks'
+    gradients: the backward pass hands it on and communicates nothing.
 
     Args:
         value: any shape, the same on every rank.
@@ -129,8 +167,7 @@ def concatenate_rows(rows: Tensor, total: int) -> Tensor:
         return rows
     longest = -(-total // world_size())
     padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: rows.shape[0]] = rows
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
+    padded[: rows.shape[0]] = rows.detach()
+    parts = _all_gather(padded).chunk(world_size())
     base, extra = divmod(total, world_size())
     return torch.cat([part[: base + (r < extra)] for r, part in enumerate(parts)])

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[1]
 Work = Callable[[int, int], Any]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what this rank communicates, backward passes and DistributedDataParallel included.
+
+    Attributes:
+        counts: name of a collective as torch's c10d library has it → calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[function._opname.strip("_")] += 1
+        return function(*args, **(kwargs or {}))
 
 
 def run_on_ranks(folder: Path, works: Mapping[int, Sequence[Work]], *, timeout_s: float = 200) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from paws_hpc.models import Encoder
 from paws_hpc.objective import (
     CollapseMonitor,
     ObjectiveConfig,
+    class_labels,
     paws_loss,
-    smooth_labels,
     supervised_nce,
     support_warmup_weight,
 )
@@ -262,16 +262,18 @@ class Pretraining:
     def _losses(self, batch: PawsBatch, h: Tensor, z: Tensor) -> dict[str, Tensor]:
         rows, large = batch.num_support_rows, 2 * len(batch.records)
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        supports = distributed.gather_rows(z[:rows].to(wide))
-        classes = batch.support_classes.to(self.device)
-        labels = smooth_labels(
-            classes, self.config.support.classes, smoothing=self.objective.label_smoothing, dtype=wide
+        supports, target_supports = distributed.gather_rows_and_constants(z[:rows], h[:rows], dtype=wide)
+        labels = class_labels(
+            batch.support_classes,
+            self.config.support.classes,
+            smoothing=self.objective.label_smoothing,
+            device=self.device,
         )
         loss = paws_loss(
             z[rows:].to(wide),
             supports,
             h[rows : rows + large].detach().to(wide),
-            distributed.gather_rows(h[:rows].detach().to(wide)),
+            target_supports,
             labels,
             temperature=self.objective.temperature,
             sharpening=self.objective.sharpening,
@@ -287,7 +289,7 @@ class Pretraining:
             weight=self.objective.support_warmup_weight,
         )
         if weight > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
-            hard = smooth_labels(classes, self.config.support.classes, smoothing=0.0, dtype=wide)
+            hard = replace(labels, smoothing=0.0)
             metrics["loss/support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
             metrics["loss/total"] = loss.total + weight * metrics["loss/support_nce"]
         if batch.step % self.config.diagnose_every_steps == 0:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paws_hpc.models.blocks import set_recomputed
 from paws_hpc.models.heads import PredictionHead, ProjectionHead
 from paws_hpc.models.initialisation import initialise
-from paws_hpc.models.norm import set_statistics
+from paws_hpc.models.norm import Statistics, set_statistics
 from paws_hpc.models.resnet import resnet18, resnet50
 from paws_hpc.models.small_resnet import SmallResNet
 from paws_hpc.models.wide_resnet import WideResNet
@@ -40,7 +41,10 @@ class ModelConfig:
         prediction_head: whether z has its own head. The paper trains ImageNet with one and finds it slightly better
             without (Table 5); CIFAR without.
         prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
-        global_batch_norm: statistics over all ranks' images; false: each rank its own.
+        batch_norm: where statistics come from in training: ``global``, all ranks' images; ``sync``, the same by
+            torch.nn.SyncBatchNorm, on CUDA only; ``local``, each rank's own.
+        checkpoint_activations: keep only the inputs of residual blocks and run each block again in the backward pass:
+            a third more computing, for networks too wide for the memory otherwise. Results are the same to the bit.
 
     Raises:
         ValueError: an unknown name (the nearest is suggested), or a size that no network has.
@@ -56,7 +60,8 @@ class ModelConfig:
     projection_dim: int | None = None
     prediction_head: bool = False
     prediction_hidden_dim: int | None = None
-    global_batch_norm: bool = True
+    batch_norm: str = "global"
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in _TRUNKS:
@@ -68,6 +73,13 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1.")
+        if self.batch_norm not in _STATISTICS:
+            raise ValueError(f"model.batch_norm={self.batch_norm!r} must be one of {', '.join(_STATISTICS)}.")
+        if self.batch_norm == "sync" and self.checkpoint_activations:
+            raise ValueError(
+                "model.checkpoint_activations=true does not go with model.batch_norm=sync, whose layers would "
+                "communicate again when blocks are recomputed. model.batch_norm=global computes the same and does not."
+            )
         if self.name == "wide_resnet" and (self.depth < 10 or (self.depth - 4) % 6):
             near_depth = max(10, 4 + 6 * round((self.depth - 4) / 6))
             raise ValueError(f"model.depth={self.depth} is not 6n + 4, as WRN-d-k needs; the nearest is {near_depth}.")
@@ -98,7 +110,8 @@ class Encoder(nn.Module):
         if config.prediction_head:
             bottleneck = config.prediction_hidden_dim or max(1, self.output_dim // 4)
             self.prediction = PredictionHead(self.output_dim, bottleneck)
-        set_statistics(self, "global" if config.global_batch_norm else "local")
+        set_statistics(self, _STATISTICS[config.batch_norm])
+        set_recomputed(self, config.checkpoint_activations)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Encode several batches of images, all of one size together.
@@ -194,6 +207,7 @@ def _small_resnet(config: ModelConfig) -> nn.Module:
     return SmallResNet(channels=channels, blocks=config.blocks, stem_stride=config.stem_stride)
 
 
+_STATISTICS: dict[str, Statistics] = {"global": "global", "sync": "sync", "local": "local"}
 _TRUNKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet50": lambda config: resnet50(width=config.width),
     "resnet18": lambda config: resnet18(width=config.width),

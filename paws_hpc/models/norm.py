@@ -5,8 +5,8 @@ Symbols: R ranks, C channels, n_r the number of values per channel on rank r (ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -14,26 +14,39 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules._functions import SyncBatchNorm
 
 from paws_hpc.distributed import world_size
 
-Statistics = Literal["global", "local", "frozen"]
+Statistics = Literal["global", "sync", "local", "frozen"]
+
+
+class _Moments(NamedTuple):
+    """Mean and biased variance of the rows of all ranks, (C,) each, and the ranks' counts of values, (R, 1)."""
+
+    mean: Tensor
+    variance: Tensor
+    counts: Tensor
 
 
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with parameters and buffers named as in :class:`torch.nn.BatchNorm2d`.
 
-    ``statistics`` says where the training-mode mean and variance come from: the rows of all ranks ("global"), this
-    rank's rows ("local"), or the running statistics, which then stay as they are while weight and bias train
-    ("frozen"). Evaluation mode always takes the running statistics and communicates nothing.
+    ``statistics`` says where the training-mode mean and variance come from: the rows of all ranks ("global", or "sync"
+    by :class:`torch.nn.SyncBatchNorm`'s own code), this rank's rows ("local"), or the running statistics, which then
+    stay as they are while weight and bias train ("frozen"). Evaluation mode always takes the running statistics and
+    communicates nothing.
 
-    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it off
-    for a while. ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
+    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it
+    off for a while. ``tape`` holds the statistics of a pass that will run again, see :func:`recomputation`.
+
+    ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
     counted up: only ``momentum=None`` would read it.
     """
 
     statistics: Statistics = "global"
     tracked: bool = True
+    tape: dict[nn.Module, _Moments] | None = None
     momentum: float
     weight: nn.Parameter
     bias: nn.Parameter
@@ -42,20 +55,51 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise ``input`` (B, C) or (B, C, H, W) per channel; same shape, dtype and memory format.
 
         Raises:
-            ValueError: training with no rows on this rank, or with a single value per channel over all ranks.
+            ValueError: training with no rows on this rank, with a single value per channel over all ranks, or with
+                "sync" statistics elsewhere than on CUDA.
         """
         self._check_input_dim(input)
         training = self.training and self.statistics != "frozen"
+        if training and self.statistics == "sync":
+            _require_cuda(input)
         if training and self.statistics == "global" and world_size() > 1:
-            if input.numel() == 0:
-                raise ValueError(
-                    "Global batch normalisation got no rows on this rank; every rank needs an image of each size."
-                )
-            return _NormaliseOverRanks.apply(input, self.weight, self.bias, self)
+            return self._normalise_over_ranks(input)
+        # The running statistics are (1 - momentum) old + momentum new.
         momentum = self.momentum if self.tracked else 0.0
+        if training and self.statistics == "sync" and world_size() > 1:
+            running = (self.running_mean, self.running_var)
+            return SyncBatchNorm.apply(
+                input, self.weight, self.bias, *running, self.eps, momentum, dist.group.WORLD, world_size()
+            )
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps
         )
+
+    def _normalise_over_ranks(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:
+            raise ValueError(
+                "Global batch normalisation got no rows on this rank; every rank needs an image of each size."
+            )
+        input = input.contiguous(memory_format=_memory_format(input))
+        moments = None if self.tape is None else self.tape.get(self)
+        if moments is None:
+            moments = _moments_over_ranks(input.detach())
+            if self.tape is not None:
+                self.tape[self] = moments
+        if self.tracked:
+            self._track(moments)
+        invstd = torch.rsqrt(moments.variance + self.eps)
+        return _NormaliseOverRanks.apply(input, self.weight, self.bias, moments.mean, invstd, moments.counts)
+
+    @torch.no_grad()
+    def _track(self, moments: _Moments) -> None:
+        """Move the running statistics, the variance in its unbiased form, as one process would."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        total = moments.counts.sum()
+        unbiased = moments.variance * (total / (total - 1))
+        self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, statistics={self.statistics}"
@@ -72,36 +116,79 @@ class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
 def set_statistics(module: nn.Module, statistics: Statistics) -> None:
     """Choose where every normalisation layer in ``module`` takes its training-mode statistics from.
 
-    "global": all ranks (pre-training). "local": this rank alone (fine-tuning). "frozen": the running statistics, which
-    stay fixed while weight and bias still train.
+    "global": all ranks (pre-training). "sync": the same by PyTorch's own SyncBatchNorm, on CUDA only. "local": this
+    rank alone (fine-tuning). "frozen": the running statistics, which stay fixed while weight and bias still train.
 
     Raises:
-        ValueError: ``statistics`` is none of the three.
+        ValueError: ``statistics`` is none of the four.
     """
     if statistics not in get_args(Statistics):
         raise ValueError(f"statistics={statistics!r} is unknown; choose one of {', '.join(get_args(Statistics))}.")
-    for layer in module.modules():
-        if isinstance(layer, _GlobalBatchNorm):
-            layer.statistics = statistics
+    for layer in _layers(module):
+        layer.statistics = statistics
 
 
-@contextmanager
-def untracked_statistics(module: nn.Module) -> Iterator[None]:
+class _Setting(AbstractContextManager[None]):
+    """Attributes of all normalisation layers of a module for a while; it may be entered again once it was left."""
+
+    def __init__(self, module: nn.Module, **values: Any) -> None:
+        self.layers, self.values = _layers(module), values
+
+    def __enter__(self) -> None:
+        self.before = [{name: getattr(layer, name) for name in self.values} for layer in self.layers]
+        for layer in self.layers:
+            vars(layer).update(self.values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for layer, values in zip(self.layers, self.before, strict=True):
+            vars(layer).update(values)
+
+
+def untracked_statistics(module: nn.Module) -> AbstractContextManager[None]:
     """Let training-mode passes through ``module`` normalise as always and leave every running statistic as it is.
 
     For a pass over rows that another pass of the same step has been over already: the statistics of a step are to be
     tracked once. Outputs and gradients are those of a tracked pass. Contexts may be nested; leaving one restores what
     it found.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _GlobalBatchNorm)]
-    before = [layer.tracked for layer in layers]
-    for layer in layers:
-        layer.tracked = False
-    try:
-        yield
-    finally:
-        for layer, tracked in zip(layers, before, strict=True):
-            layer.tracked = tracked
+    return _Setting(module, tracked=False)
+
+
+def recomputation(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts for one training-mode pass through ``module`` and for running it again on the same rows.
+
+    The second pass takes the first one's statistics over all ranks, each layer its own. It communicates nothing, so
+    that ranks may recompute when and in whatever order they like, moves no running statistic, and gives the same bits.
+    Within ``module`` every layer is called once. Made for ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`.
+    """
+    tape: dict[nn.Module, _Moments] = {}
+    return _Setting(module, tape=tape), _Setting(module, tape=tape, tracked=False)
+
+
+def _layers(module: nn.Module) -> list[_GlobalBatchNorm]:
+    return [layer for layer in module.modules() if isinstance(layer, _GlobalBatchNorm)]
+
+
+def _require_cuda(input: Tensor) -> None:
+    if not input.is_cuda:
+        raise ValueError(
+            f"model.batch_norm=sync is torch.nn.SyncBatchNorm, which runs on CUDA only, but images are on "
+            f"{input.device}. model.batch_norm=global computes the same on every device."
+        )
+
+
+@torch.no_grad()
+def _moments_over_ranks(input: Tensor) -> _Moments:
+    """Of the rows of all ranks, by one collective; nothing is read back by the host."""
+    mean, variance = _moments(input)
+    count = mean.new_full((1,), input.numel() // input.shape[1])
+    own = torch.cat([mean, variance, count])
+    every = own.new_empty(world_size() * own.numel())
+    dist.all_gather_into_tensor(every, own)
+    means, variances, counts = every.view(world_size(), -1).split([mean.numel(), mean.numel(), 1], dim=1)
+    return _Moments(*_combine(means, variances, counts), counts)
 
 
 class _Channels(NamedTuple):
@@ -110,47 +197,38 @@ class _Channels(NamedTuple):
     mean: Tensor
     invstd: Tensor
     weight: Tensor
-    bias: Tensor
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """Normalise with the statistics of all ranks: one collective forward, one backward, nothing read back by the host.
+    """Normalise with the mean and 1 / deviation of all ranks' rows; one collective in the backward pass.
 
-    PyTorch's SyncBatchNorm does the same on CUDA only, and its host waits for the device in every layer. The gradients
-    of weight and bias stay this rank's own: the data-parallel wrapper averages them like all others.
+    Mean and deviation arrive computed (:func:`_moments_over_ranks`); the gradient with respect to the input includes
+    the part that flows through them, on every rank. The gradients of weight and bias stay this rank's own: the
+    data-parallel wrapper averages them like all others. torch.compile traces all of it.
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, layer: _GlobalBatchNorm) -> Tensor:
-        input = input.contiguous(memory_format=_memory_format(input))
-        mean, variance = _moments(input)
-        count = mean.new_full((1,), input.numel() // input.shape[1])
-        own = torch.cat([mean, variance, count])
-        every = own.new_empty(world_size() * own.numel())
-        dist.all_gather_into_tensor(every, own)
-        means, variances, counts = every.view(world_size(), -1).split([mean.numel(), mean.numel(), 1], dim=1)
-        mean, variance = _combine(means, variances, counts)
-        if layer.tracked:
-            _track(layer, mean, variance, counts.sum())
-        channels = _Channels(mean, torch.rsqrt(variance + layer.eps), weight, bias)
-        ctx.save_for_backward(input, counts, *channels)
-        return _normalise(input, channels)
+    def forward(  # noqa: PLR0917  # autograd hands arguments on by position
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, counts: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(input, counts, mean, invstd, weight)
+        return _normalise(input, _Channels(mean, invstd, weight), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, counts, *rest = ctx.saved_tensors
         channels = _Channels(*rest)
-        gradient = gradients[0].contiguous(memory_format=_memory_format(input))
+        gradient = gradient.contiguous(memory_format=_memory_format(input))
         sum_dy, sum_dy_xmu = _gradient_sums(gradient, input, channels)
         grad_weight = (sum_dy_xmu * channels.invstd).to(channels.weight.dtype)
-        grad_bias = sum_dy.to(channels.bias.dtype)
+        grad_bias = sum_dy.to(channels.weight.dtype)
         grad_input = None
         if ctx.needs_input_grad[0]:
             sums = torch.stack([sum_dy, sum_dy_xmu])
             dist.all_reduce(sums)
             grad_input = _input_gradient(gradient, input, channels, sums, counts)
-        return grad_input, grad_weight, grad_bias, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,22 +243,18 @@ def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, 
     return mean, variance
 
 
-def _track(layer: _GlobalBatchNorm, mean: Tensor, variance: Tensor, total: Tensor) -> None:
-    """Move the running statistics, the variance in its unbiased form, as one process would."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    unbiased = variance * (total / (total - 1))
-    layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
-    layer.running_var.lerp_(unbiased.to(layer.running_var.dtype), layer.momentum)
-
-
 # The four passes over the activations. On CUDA they are the kernels that PyTorch's own layer consists of, which read
-# bfloat16 and either memory format directly; elsewhere they are plain operations in at least float32.
+# bfloat16 and either memory format directly; elsewhere, and under torch.compile, which fuses them with their
+# neighbours, they are plain operations in at least float32.
+
+
+def _by_kernel(input: Tensor) -> bool:
+    return input.is_cuda and not torch.compiler.is_compiling()
 
 
 def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's mean and biased variance, (C,) each."""
-    if input.is_cuda:
+    if _by_kernel(input):
         # With eps 0 the variance is recovered without loss. The kernel calls 1/std of a constant channel 0.
         mean, invstd = torch.batch_norm_stats(input, 0.0)
         return mean, torch.where(invstd > 0, invstd.pow(-2), 0.0)
@@ -188,19 +262,21 @@ def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def _normalise(input: Tensor, channels: _Channels) -> Tensor:
+def _normalise(input: Tensor, channels: _Channels, bias: Tensor) -> Tensor:
     """(x - mean) * invstd * weight + bias."""
-    mean, invstd, weight, bias = channels
-    if input.is_cuda:
+    mean, invstd, weight = channels
+    if _by_kernel(input):
         return torch.batch_norm_elemt(input, weight, bias, mean, invstd, 0.0)  # eps is in invstd already
     scaled = (_wide(input) - _columns(mean, input)) * _columns(weight * invstd, input)
-    return (scaled + _columns(bias, input)).to(input.dtype)
+    output = scaled + _columns(bias, input)
+    # Not .to() at all where it would change nothing: torch.compile (2.11) then takes the gradient for zero, silently.
+    return output if output.dtype == input.dtype else output.to(input.dtype)
 
 
 def _gradient_sums(gradient: Tensor, input: Tensor, channels: _Channels) -> tuple[Tensor, Tensor]:
     """This rank's sums of dy and of dy (x - mean), (C,) each."""
-    mean, invstd, weight, _ = channels
-    if input.is_cuda:
+    mean, invstd, weight = channels
+    if _by_kernel(input):
         sums = torch.batch_norm_backward_reduce(gradient, input, mean, invstd, weight, True, False, False)
         return sums[0], sums[1]
     wide = _wide(gradient)
@@ -217,8 +293,8 @@ def _input_gradient(gradient: Tensor, input: Tensor, channels: _Channels, sums: 
         sums: (2, C), of dy and of dy (x - mean) over all ranks.
         counts: (R, 1), values per channel on each rank.
     """
-    mean, invstd, weight, _ = channels
-    if input.is_cuda:
+    mean, invstd, weight = channels
+    if _by_kernel(input):
         per_rank = counts.flatten().to(torch.int32)
         return torch.batch_norm_backward_elemt(
             gradient, input, mean, invstd, weight.to(mean.dtype), sums[0], sums[1], per_rank

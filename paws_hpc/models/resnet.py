@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paws_hpc.models.blocks import ResidualBlock
 from paws_hpc.models.norm import GlobalBatchNorm2d
 
 
@@ -24,7 +25,7 @@ def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(_conv(inputs, outputs, 1, stride), GlobalBatchNorm2d(outputs))
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions around a shortcut (ResNet-18)."""
 
     expansion = 1
@@ -37,14 +38,14 @@ class BasicBlock(nn.Module):
         self.bn2 = GlobalBatchNorm2d(channels)
         self.downsample = _downsample(inputs, channels, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions around a shortcut (ResNet-50); the 3x3 convolution has the stride."""
 
     expansion = 4
@@ -60,7 +61,7 @@ class Bottleneck(nn.Module):
         self.bn3 = GlobalBatchNorm2d(outputs)
         self.downsample = _downsample(inputs, outputs, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, 4 channels, H/stride, W/stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)

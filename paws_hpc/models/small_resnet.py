@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paws_hpc.models.blocks import ResidualBlock
 from paws_hpc.models.norm import GlobalBatchNorm2d
 
 
-class SmallBlock(nn.Module):
+class SmallBlock(ResidualBlock):
     """Pre-activation block: bn-relu-conv-bn-relu-conv around a shortcut; the first convolution has the stride."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
@@ -24,7 +25,7 @@ class SmallBlock(nn.Module):
         if stride != 1 or inputs != channels:
             self.shortcut = nn.Conv2d(inputs, channels, 1, stride=stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H/stride, W/stride)."""
         activated = F.relu(self.bn1(x), inplace=True)
         out = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))

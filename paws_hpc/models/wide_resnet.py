@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from paws_hpc.models.blocks import ResidualBlock
 from paws_hpc.models.norm import GlobalBatchNorm2d
 
 
-class WideBlock(nn.Module):
+class WideBlock(ResidualBlock):
     """Pre-activation block: bn-relu-conv-bn-relu-conv around a shortcut."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
@@ -26,7 +27,7 @@ class WideBlock(nn.Module):
         if stride != 1 or inputs != channels:
             self.shortcut.append(nn.Conv2d(inputs, channels, 1, stride=stride))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, channels, H/stride, W/stride)."""
         out = self.conv1(F.relu(self.bn1(x), inplace=True))
         out = self.conv2(F.relu(self.bn2(out), inplace=True))

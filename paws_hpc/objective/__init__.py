@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.objective.labels import ClassLabels, class_labels, smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import (
     log_soft_nearest_neighbours,
     sharpen,
-    smooth_labels,
     soft_nearest_neighbours,
 )
 from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss, paws_loss, support_warmup_weight
 
 __all__ = [
+    "ClassLabels",
     "CollapseMonitor",
     "ObjectiveConfig",
     "PawsLoss",
+    "class_labels",
     "diagnose",
     "log_soft_nearest_neighbours",
     "nt_xent",

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from paws_hpc.objective.nce import nt_xent, supervised_nce
+from paws_hpc.objective.neighbours import Labels
 from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss
 
 
 @torch.no_grad()
 def diagnose(
-    large_crops: Tensor, supports: Tensor, support_labels: Tensor, loss: PawsLoss, objective: ObjectiveConfig
+    large_crops: Tensor, supports: Tensor, support_labels: Labels, loss: PawsLoss, objective: ObjectiveConfig
 ) -> dict[str, Tensor]:
     """Measure one step. Nothing is communicated: the values are this rank's, for the caller to average.
 
     Args:
         large_crops: (2n, D) z of this rank's large crops: n first views, then the n second views.
         supports: (S, D) z of the supports of all ranks.
-        support_labels: (S, K).
+        support_labels: (S, K), or class numbers with smoothing.
         loss: what :func:`paws_hpc.objective.paws_loss` returned for this step.
         objective: its temperature is that of both contrastive losses.
 

@@ -11,10 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paws_hpc.objective.neighbours import cosine_logits, cross_entropy, full_precision, log_class_probabilities
+from paws_hpc.objective.neighbours import (
+    Labels,
+    cosine_logits,
+    full_precision,
+    label_cross_entropy,
+    log_class_probabilities,
+)
 
 
-def supervised_nce(z: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
+def supervised_nce(z: Tensor, labels: Labels, *, temperature: float) -> Tensor:
     """Classify each labelled row by all the others, and take the mean cross-entropy (SuNCEt, arXiv:2006.10803).
 
     ``p_i = sum_{j != i} exp(cos_ij / tau) y_j / sum_{j != i} exp(cos_ij / tau)``; the loss is ``mean_i H(y_i, p_i)``.
@@ -24,8 +30,9 @@ def supervised_nce(z: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
 
     Args:
         z: (R, D) features of any norm, R >= 2.
-        labels: (R, K), rows that sum to 1. With one-hot labels every class needs two rows at least (for instance two
-            views of an image): a class's only row has nothing to be classified by, and the loss is infinite.
+        labels: (R, K), rows that sum to 1, or :func:`paws_hpc.objective.class_labels`. With one-hot labels every class
+            needs two rows at least (for instance two views of an image): a class's only row has nothing to be
+            classified by, and the loss is infinite.
         temperature: tau > 0.
 
     Returns:
@@ -34,14 +41,14 @@ def supervised_nce(z: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
     Raises:
         ValueError: there are fewer than two rows, or rows and labels differ in number.
     """
-    if z.ndim != 2 or z.shape[0] < 2 or labels.ndim != 2 or labels.shape[0] != z.shape[0]:
+    if z.ndim != 2 or z.shape[0] < 2 or len(labels.shape) != 2 or labels.shape[0] != z.shape[0]:
         raise ValueError(
             f"z {tuple(z.shape)} and labels {tuple(labels.shape)} must be (R, D) and (R, K) with one R of 2 or more."
         )
     with full_precision(z):
         logits = _without_self(cosine_logits(z, z, temperature=temperature))
         log_predictions = log_class_probabilities(logits, labels, temperature=temperature)
-        return cross_entropy(labels.to(logits.dtype), log_predictions).mean()
+        return label_cross_entropy(labels, log_predictions).mean()
 
 
 def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
@@ -66,5 +73,5 @@ def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
 
 
 def _without_self(logits: Tensor) -> Tensor:
-    """(R, R) logits with the diagonal at -inf."""
-    return logits.masked_fill(torch.eye(logits.shape[0], dtype=torch.bool, device=logits.device), -math.inf)
+    """(R, R) logits with the diagonal at -inf, in place."""
+    return logits.fill_diagonal_(-math.inf)

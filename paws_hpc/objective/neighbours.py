@@ -12,22 +12,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from paws_hpc.objective.labels import ClassLabels, log_loss, log_mixture
+
+Labels = Tensor | ClassLabels
 
 # Stands for log 0 while bands are added up: finite, so that no gradient is inf - inf on the way.
 _LOG_ZERO = -1e30
 
 
-def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
+def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Labels, *, temperature: float) -> Tensor:
     """Class probabilities of each query: its supports' labels, weighted by a softmax over cosine similarities.
 
     Args:
         queries: (Q, D), of any norm.
         supports: (S, D), of any norm.
-        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels.
+        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels. Or class numbers
+            with smoothing, :func:`paws_hpc.objective.class_labels`, which cost less.
         temperature: divides the cosines; > 0.
 
     Returns:
@@ -40,7 +47,7 @@ def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: T
 
 
 def log_soft_nearest_neighbours(
-    queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float
+    queries: Tensor, supports: Tensor, support_labels: Labels, *, temperature: float
 ) -> Tensor:
     """The logarithm of :func:`soft_nearest_neighbours`, exact also where the probability itself underflows.
 
@@ -74,30 +81,6 @@ def sharpen(probabilities: Tensor, *, temperature: float) -> Tensor:
     return powers / powers.sum(-1, keepdim=True)
 
 
-def smooth_labels(classes: Tensor, num_classes: int, *, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Label rows of supports: ``1 - s + s/K`` at the class and ``s/K`` elsewhere.
-
-    Args:
-        classes: (S,) integer class of each support in 0..K-1, numbered within the sampled support set.
-        num_classes: K, the number of classes in the sampled support set (not in the data set).
-        smoothing: s in [0, 1); 0 gives one-hot rows.
-        dtype: of the result.
-
-    Returns:
-        (S, K) on the device of ``classes``; rows sum to 1.
-
-    Raises:
-        ValueError: ``smoothing`` is outside [0, 1) or ``num_classes`` is below 1.
-    """
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing={smoothing} is not in [0, 1). The paper uses 0.1; 0 gives one-hot labels.")
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: there must be at least one class.")
-    off = smoothing / num_classes
-    labels = torch.full((classes.shape[0], num_classes), off, dtype=dtype, device=classes.device)
-    return labels.scatter_(1, classes.long().unsqueeze(1), 1 - smoothing + off)
-
-
 def log_sharpen(log_probabilities: Tensor, *, temperature: float) -> Tensor:
     """:func:`sharpen` for log-probabilities: (..., K) to (..., K) probabilities."""
     return F.softmax(log_probabilities / temperature, dim=-1)
@@ -116,31 +99,63 @@ def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
     return -(targets * log_probabilities.masked_fill(targets == 0, 0)).sum(-1)
 
 
+def label_cross_entropy(labels: Labels, log_probabilities: Tensor) -> Tensor:
+    """:func:`cross_entropy` (S,) of rows (S, K) with the labels that they bear themselves."""
+    if isinstance(labels, ClassLabels):
+        return log_loss(labels, log_probabilities)
+    return cross_entropy(labels.to(log_probabilities.dtype), log_probabilities)
+
+
+class _Directions(torch.autograd.Function):
+    """Rows of unit length, as ``F.normalize`` gives; the backward pass keeps them and not the rows they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(1e-12)
+        directions = rows / norms
+        ctx.save_for_backward(directions, norms)
+        return directions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        directions, norms = ctx.saved_tensors
+        along = (directions * gradients[0]).sum(-1, keepdim=True)
+        return (gradients[0] - directions * along) / norms
+
+
 def cosine_logits(queries: Tensor, supports: Tensor, *, temperature: float) -> Tensor:
     """``cos(query, support) / temperature``: (Q, D) and (S, D) to (Q, S); the cosine with a zero vector is 0."""
     check_positive("temperature", temperature)
-    directions = F.normalize(at_least_float32(queries), dim=-1)
-    support_directions = F.normalize(at_least_float32(supports), dim=-1)
-    return directions @ support_directions.T / temperature
+    directions = _Directions.apply(at_least_float32(queries))
+    support_directions = _Directions.apply(at_least_float32(supports))
+    return (directions / temperature) @ support_directions.T
 
 
-def log_class_probabilities(logits: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
-    """``log(softmax(logits) @ labels)`` by sums of exponentials that cannot all underflow.
-
-    A softmax over cosines spans a factor of up to ``S exp(2 / temperature)``, which float32 holds down to a
-    temperature of about 0.04. Below that the weights are cut into bands of equal width on the logarithmic scale, each
-    band is scaled up and multiplied with the labels by itself, and the bands are added as logarithms. The number of
-    bands follows from the temperature alone; at the paper's 0.1 it is one, the plain product.
+def log_class_probabilities(logits: Tensor, support_labels: Labels, *, temperature: float) -> Tensor:
+    """``log(softmax(logits) @ labels)``; no probability is lost to underflow.
 
     Args:
         logits: (Q, S) :func:`cosine_logits`; entries may be masked with ``-inf``, though not a whole row.
-        support_labels: (S, K).
+        support_labels: (S, K), or class numbers.
         temperature: what the cosines were divided by.
 
     Returns:
         (Q, K); ``-inf`` (with zero gradient) for a class that no unmasked support bears.
     """
-    labels = support_labels.to(logits.dtype)
+    if isinstance(support_labels, ClassLabels):
+        return log_mixture(logits, support_labels)
+    return _log_product(logits, support_labels.to(logits.dtype), temperature)
+
+
+def _log_product(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """``log(softmax(logits) @ labels)`` for any labels, by sums of exponentials that cannot all underflow.
+
+    A softmax over cosines spans a factor of up to ``S exp(2 / temperature)``, which float32 holds down to a
+    temperature of about 0.04. Below that the weights are cut into bands of equal width on the logarithmic scale, each
+    band is scaled up and multiplied with the labels by itself, and the bands are added as logarithms. The number of
+    bands follows from the temperature alone; at the paper's 0.1 it is one, the plain product.
+    """
     log_weights = F.log_softmax(logits, dim=-1)
     width = 512.0 if logits.dtype == torch.float64 else 64.0
     span = 2 / temperature + math.log(logits.shape[1])
@@ -188,13 +203,14 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} is not a positive number.")
 
 
-def _check_supports(queries: Tensor, supports: Tensor, support_labels: Tensor) -> None:
+def _check_supports(queries: Tensor, supports: Tensor, support_labels: Labels) -> None:
     if queries.ndim != 2 or supports.ndim != 2 or queries.shape[1] != supports.shape[1]:
         raise ValueError(
             f"queries {tuple(queries.shape)} and supports {tuple(supports.shape)} must be (Q, D) and (S, D) of one D."
         )
-    if support_labels.ndim != 2 or support_labels.shape[0] != supports.shape[0] or supports.shape[0] == 0:
+    shape = support_labels.shape
+    if len(shape) != 2 or shape[0] != supports.shape[0] or supports.shape[0] == 0:
         raise ValueError(
-            f"support_labels {tuple(support_labels.shape)} must be (S, K) with one row for each of the "
-            f"{supports.shape[0]} supports, and there must be one at least."
+            f"support_labels {tuple(shape)} must be (S, K) with one row for each of the {supports.shape[0]} supports, "
+            "and there must be one at least."
         )

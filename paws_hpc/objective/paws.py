@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.objective.neighbours import (
+    Labels,
     cross_entropy,
     full_precision,
     log_sharpen,
@@ -85,7 +86,7 @@ def paws_loss(
     anchor_supports: Tensor,
     targets: Tensor,
     target_supports: Tensor,
-    support_labels: Tensor,
+    support_labels: Labels,
     *,
     temperature: float = 0.1,
     sharpening: float = 0.25,
@@ -95,10 +96,10 @@ def paws_loss(
 ) -> PawsLoss:
     """The loss of this rank's images against the supports of all ranks.
 
-    The supports and their labels arrive complete: with several ranks, gather z, h and labels with
-    :func:`paws_hpc.distributed.gather_rows` first. The consistency term is the mean over this rank's rows, the mean
-    prediction is taken over all ranks here; the gradient averaged over ranks (as DistributedDataParallel does) then
-    equals that of one process on the whole batch. Every rank must hold the same n.
+    The supports and their labels arrive complete: with several ranks, gather z and h with
+    :func:`paws_hpc.distributed.gather_rows_and_constants` first. The consistency term is the mean over this rank's
+    rows, the mean prediction is taken over all ranks here; the gradient averaged over ranks (as DistributedDataParallel
+    does) then equals that of one process on the whole batch. Every rank must hold the same n.
 
     Args:
         anchors: ((2 + m) n, D) view-major z, the output of the prediction head, for all crops.
@@ -106,7 +107,8 @@ def paws_loss(
         targets: (2n, D) h, the input of the prediction head, for the large crops **in the anchors' order**. A large
             crop is compared with the target of the *other* one; the exchange happens here.
         target_supports: (S, D) h of the supports.
-        support_labels: (S, K), see :func:`paws_hpc.objective.smooth_labels`.
+        support_labels: (S, K), :func:`paws_hpc.objective.smooth_labels` or any soft labels; or, cheaper, class numbers
+            with smoothing, :func:`paws_hpc.objective.class_labels`.
         temperature: tau of the similarity classifier.
         sharpening: T of targets and mean entropy.
         num_small_crops: m.
@@ -138,7 +140,7 @@ def paws_loss(
 
 @torch.no_grad()
 def _sharpened_targets(
-    targets: Tensor, supports: Tensor, labels: Tensor, *, temperature: float, sharpening: float
+    targets: Tensor, supports: Tensor, labels: Labels, *, temperature: float, sharpening: float
 ) -> Tensor:
     """(2n, K) sharpened predictions for the large crops, in their own order."""
     log_predictions = log_soft_nearest_neighbours(targets, supports, labels, temperature=temperature)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.distributed import gather_rows
-from paws_hpc.objective import paws_loss, smooth_labels, supervised_nce
+from paws_hpc.distributed import gather_rows, gather_rows_and_constants
+from paws_hpc.objective import class_labels, paws_loss, supervised_nce
 from tests.ranks import results_of, run_on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -33,13 +33,13 @@ def losses(weight: Tensor, inputs: Tensor, classes: Tensor, num_classes: int, sm
     z = inputs @ weight
     z.retain_grad()
     supports, large = len(classes), 2 * (len(inputs) - len(classes)) // (2 + small)
-    labels = gather_rows(smooth_labels(classes, num_classes, smoothing=0.1, dtype=z.dtype))
-    gathered = gather_rows(z[:supports])
+    labels = class_labels(gather_rows(classes), num_classes, smoothing=0.1, device=z.device)
+    gathered, targets = gather_rows_and_constants(z[:supports], z[:supports], dtype=z.dtype)
     loss = paws_loss(
         z[supports:],
         gathered,
         z[supports : supports + large].detach(),
-        gathered.detach(),
+        targets,
         labels,
         num_small_crops=small,
     )

@@ -28,8 +28,8 @@ def train(folder: Path, world: int, dtype: str, accumulate_steps: int) -> dict[s
         module = [sys.executable, "-m", "tests.equivalence.train_as_rank", str(folder)]
         ranks = [
             subprocess.Popen(
-                [*module, str(rank), str(world), dtype, str(accumulate_steps)], env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
-                stderr=subprocess.PIPE, text=True,
+                [*module, str(rank), str(world), dtype, str(accumulate_steps)],
+                env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, text=True,
             )
             for rank in range(world)
         ]  # fmt: skip
@@ -53,6 +53,17 @@ def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, acc
     if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these
         for name, expected in alone["weights"].items():
             compare(name, together["weights"][name], expected, 1e-8)
+
+
+def test_a_step_communicates_once_for_supports_once_for_me_max_and_twice_per_normalisation(folder: Path) -> None:
+    """Nine layers see two sizes of crops; DistributedDataParallel has one bucket, and asks what is unused."""
+    layers, sizes, data_parallel = 9, 2, 2
+    assert not train(folder, 1, "fp32", 1)["collectives"]
+    assert train(folder, 2, "fp32", 1)["collectives"] == {
+        "allgather_base": layers * sizes + 1,
+        "reduce_scatter_base": 1,
+        "allreduce": layers * sizes + 1 + data_parallel,
+    }
 
 
 def compare(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:

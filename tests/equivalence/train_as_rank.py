@@ -2,7 +2,8 @@
 
     python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS
 
-Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses and the weights after ten steps.
+Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses, the weights after ten steps, and what
+is communicated in one more step.
 """
 
 import sys
@@ -20,6 +21,7 @@ from paws_hpc.engine.pretrain import PretrainConfig, Pretraining, SupportConfig
 from paws_hpc.models import ModelConfig, build_encoder
 from paws_hpc.objective import ObjectiveConfig
 from paws_hpc.store import ImageStore
+from tests.ranks import Collectives
 
 STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
 
@@ -35,8 +37,8 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
     cpu = torch.device("cpu")
     if world > 1:
         join(
-            folder, start=f"{world}-{dtype}-{accumulate_steps}", rank=rank, world_size=world, address=own_address(1), device=cpu,
-            timeout_s=120,
+            folder, start=f"{world}-{dtype}-{accumulate_steps}", rank=rank, world_size=world, address=own_address(1),
+            device=cpu, timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
@@ -66,8 +68,12 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
     if distributed.is_main():
         compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
         curves = {name: torch.stack(losses[name]).double() for name in compared}
-        told = {"losses": curves, "weights": training.encoder.state_dict()}
-        torch.save(told, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
+        weights = {name: value.clone() for name, value in training.encoder.state_dict().items()}
+    with Collectives() as collectives:
+        training.step(stream.batch(STEPS))
+    if distributed.is_main():
+        results = {"losses": curves, "weights": weights, "collectives": dict(collectives.counts)}
+        torch.save(results, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
     if world > 1:
         dist.destroy_process_group()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from paws_hpc.objective import (
+    ClassLabels,
     PawsLoss,
+    class_labels,
     log_soft_nearest_neighbours,
     nt_xent,
     paws_loss,
@@ -40,9 +44,15 @@ def labels_of(smoothing: float, classes: int = K, per_class: int = PER_CLASS) ->
     return smooth_labels(torch.arange(classes).repeat(per_class), classes, smoothing=smoothing, dtype=torch.float64)
 
 
-def loss_of(z: Tensor, h: Tensor, labels: Tensor, small: int = 2, **options: float) -> PawsLoss:
+def classes_of(smoothing: float) -> ClassLabels:
+    """What ``labels_of`` says, in the other form."""
+    return class_labels(torch.arange(K).repeat(PER_CLASS), K, smoothing=smoothing, device=torch.device("cpu"))
+
+
+def loss_of(z: Tensor, h: Tensor, labels: Tensor | ClassLabels, small: int = 2, **options: float) -> PawsLoss:
     """The loss of rows [supports; large 1; large 2; small ...] as one matrix."""
-    supports, large = len(labels), 2 * (len(z) - len(labels)) // (2 + small)
+    supports = labels.shape[0]
+    large = 2 * (len(z) - supports) // (2 + small)
     return paws_loss(
         z[supports:],
         z[:supports],
@@ -94,6 +104,55 @@ def test_one_class_may_have_no_support() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.005])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("counts", [[3, 3, 3, 3], [5, 2, 4, 1], [6, 0, 3, 3]], ids=["equal", "unequal", "one empty"])
+def test_class_numbers_are_the_matrix_that_they_stand_for(
+    temperature: float, smoothing: float, counts: list[int]
+) -> None:
+    """Values and gradients of the classifier and of both losses, in whatever order the supports come."""
+    classes = torch.arange(K).repeat_interleave(torch.tensor(counts))
+    classes = classes[torch.randperm(S, generator=torch.Generator().manual_seed(5))]
+    matrix = smooth_labels(classes, K, smoothing=smoothing, dtype=torch.float64)
+    numbers = class_labels(classes, K, smoothing=smoothing, device=torch.device("cpu"))
+    z, h = draw(S + 4 * IMAGES, D).requires_grad_(), draw(S + 4 * IMAGES, D, seed=1)
+    weights = draw(4 * IMAGES, K, seed=2)
+    results = []
+    for labels in (matrix, numbers):
+        logs = log_soft_nearest_neighbours(z[S:], z[:S], labels, temperature=temperature)
+        scores = (weights * logs).masked_fill(logs == -math.inf, 0).sum()
+        values = [scores, *loss_of(z, h, labels, temperature=temperature)]
+        if smoothing or min(counts) > 1:  # elsewhere a row of its own class has nothing to be classified by
+            values.append(supervised_nce(z[:S], labels, temperature=temperature))
+        gradients = [torch.autograd.grad(value, z, retain_graph=True)[0] for value in values if value.requires_grad]
+        results.append([logs, *values, *gradients])
+    assert (results[1][0] == -math.inf).any() == (smoothing == 0 and 0 in counts)
+    for by_matrix, by_numbers in zip(*results, strict=True):
+        torch.testing.assert_close(by_numbers, by_matrix, rtol=1e-12, atol=1e-12 * max(1.0, 0.1 / temperature))
+
+
+def test_a_class_with_one_number_has_an_infinite_nce_too() -> None:
+    labels = class_labels(torch.tensor([0, 0, 1, 1, 2]), 3, smoothing=0.0, device=torch.device("cpu"))
+    assert supervised_nce(draw(5, D), labels, temperature=0.1) == math.inf
+
+
+def test_with_class_numbers_the_backward_pass_keeps_one_matrix_of_each_size() -> None:
+    """Sizes are distinct, so that each names its tensor: logits (Q, S), directions (S, D), and no labels (S, K)."""
+    features, queries = 17, 4 * IMAGES
+    z, h = draw(S + queries, features).requires_grad_(), draw(S + queries, features, seed=1)
+    places: dict[tuple[int, ...], set[int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        places.setdefault(tuple(sorted(tensor.shape)), set()).add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(z, h, classes_of(0.1))
+    assert loss.total.requires_grad
+    assert (len(places[S, queries]), len(places[S, features])) == (1, 1)  # S is the smaller number
+    assert (K, S) not in places
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.25, 0.01])
 def test_sharpening_is_its_formula_and_never_underflows(temperature: float) -> None:
     probabilities = draw(3, 1000).softmax(1)
@@ -109,11 +168,14 @@ def test_sharpening_is_its_formula_and_never_underflows(temperature: float) -> N
 # --- gradients ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("labels_as", [labels_of, classes_of])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("small", [0, 2])
-def test_gradients_of_the_loss_are_its_derivatives(smoothing: float, small: int) -> None:
+def test_gradients_of_the_loss_are_its_derivatives(
+    labels_as: Callable[[float], Tensor | ClassLabels], smoothing: float, small: int
+) -> None:
     z, h = draw(S + (2 + small) * 3, D).requires_grad_(), draw(S + (2 + small) * 3, D, seed=1)
-    labels = labels_of(smoothing)
+    labels = labels_as(smoothing)
     torch.autograd.gradcheck(lambda rows: loss_of(rows, h, labels, small, temperature=0.3).total, z)
 
 
@@ -199,16 +261,19 @@ def test_bounds_of_the_terms(seed: int, temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [0.1, 0.02, 0.005])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("opposed", [False, True])
-def test_float32_is_close_to_float64(temperature: float, smoothing: float, opposed: bool) -> None:
+@pytest.mark.parametrize("labels_as", [labels_of, classes_of])
+def test_float32_is_close_to_float64(
+    temperature: float, smoothing: float, opposed: bool, labels_as: Callable[[float], Tensor | ClassLabels]
+) -> None:
     """Also where exp(-2 / 0.005) = exp(-400) is far below what float32 can hold, and with labels that are exactly 0."""
     z, h = draw(S + 8 * IMAGES, 16).float(), draw(S + 8 * IMAGES, 16, seed=1).float()
     if opposed:  # every row is along one axis, with cosines of +1 and -1 only, up to a little noise
         z[:, 0] += torch.where(torch.arange(len(z)) % 3 == 0, -1e3, 1e3)
-    labels = labels_of(smoothing)
+    labels = labels_as(smoothing)
     values, gradients = [], []
     for dtype in (torch.float32, torch.float64):
         rows = z.to(dtype).requires_grad_()
-        loss = loss_of(rows, h.to(dtype), labels.to(dtype), small=6, temperature=temperature)
+        loss = loss_of(rows, h.to(dtype), labels, small=6, temperature=temperature)
         assert loss.total.dtype == dtype
         gradients.append(torch.autograd.grad(loss.total, rows)[0].double())
         values.append(torch.stack(loss).detach().double())
@@ -275,8 +340,10 @@ def test_losses_read_nothing_back_from_the_device() -> None:
     """Fake tensors have no values: whatever asks for one, and would make the host wait for a GPU, raises."""
     with FakeTensorMode():
         z = torch.randn(S + 4 * IMAGES, D, requires_grad=True)
-        labels = smooth_labels(torch.arange(K).repeat(PER_CLASS), K, smoothing=0.1)
-        for temperature in (0.1, 0.005):
+        classes = torch.arange(K).repeat(PER_CLASS)
+        matrix = smooth_labels(classes, K, smoothing=0.1)
+        numbers = ClassLabels(classes, torch.arange(S).view(PER_CLASS, K), 0.1)
+        for labels, temperature in product([matrix, numbers], [0.1, 0.005]):
             total = loss_of(z, z.detach(), labels, temperature=temperature).total
             total = total + supervised_nce(z[:S], labels, temperature=temperature) + nt_xent(z, temperature=temperature)
             total.backward()

@@ -44,10 +44,19 @@ def gathered(rank: int, world: int) -> Any:
     return together.detach(), own.grad
 
 
+def gathered_beside_constants(rank: int, world: int) -> Any:
+    """Like ``gathered``, in bfloat16 on the way, with the rows' squares beside them and in the same loss."""
+    own = rows()[rank * ROWS : (rank + 1) * ROWS].bfloat16().requires_grad_()
+    together, squares = distributed.gather_rows_and_constants(own, own.square(), dtype=torch.float64)
+    loss_of(together, rank).add(squares.sum()).backward()
+    assert not squares.requires_grad
+    return together.detach(), squares, own.grad
+
+
 def mean(rank: int, world: int) -> Any:
     value = torch.tensor([rank + 1.0, 10.0 * rank], requires_grad=True)
     average = distributed.mean_over_ranks(value)
-    ((rank + 1) * average.pow(2)).sum().backward()
+    average.pow(2).sum().backward()
     return average.detach(), value.grad
 
 
@@ -64,7 +73,7 @@ def divided(rank: int, world: int) -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {WORLD: [shares, joined, gathered, mean, divided]})
+    run_on_ranks(folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, divided]})
     return folder
 
 
@@ -92,11 +101,23 @@ def test_gathering_adds_the_gradients_of_every_ranks_loss(folder: Path) -> None:
         torch.testing.assert_close(gradient, everything.grad[rank * ROWS : (rank + 1) * ROWS])
 
 
-def test_a_mean_gives_each_rank_the_mean_of_the_ranks_gradients(folder: Path) -> None:
+def test_constants_travel_with_rows_and_take_no_part_in_gradients(folder: Path) -> None:
+    """Gradients are summed in the result's dtype: what is left is one rounding to bfloat16."""
+    narrow = rows().bfloat16()
+    everything = narrow.double().requires_grad_()
+    sum(loss_of(everything, rank) for rank in range(WORLD)).backward()
+    for rank, (together, squares, gradient) in enumerate(results_of(gathered_beside_constants, WORLD, folder)):
+        assert torch.equal(together, narrow.double())
+        assert torch.equal(squares, narrow.square().double())
+        assert torch.equal(gradient, everything.grad[rank * ROWS : (rank + 1) * ROWS].bfloat16())
+
+
+def test_a_mean_that_all_ranks_use_alike_has_the_gradient_of_the_mean(folder: Path) -> None:
+    """Averaged over ranks, as weights' gradients are, it is that of one process: 2 * average / WORLD for each value."""
     average = torch.tensor([2.0, 10.0])
     for together, gradient in results_of(mean, WORLD, folder):
         torch.testing.assert_close(together, average)
-        torch.testing.assert_close(gradient, 2 * average * (1 + 2 + 3) / WORLD)
+        torch.testing.assert_close(gradient, 2 * average)
 
 
 def test_a_size_that_does_not_divide_names_those_that_would(folder: Path) -> None:
@@ -113,6 +134,9 @@ def test_alone_nothing_is_changed_copied_or_waited_for() -> None:
     assert distributed.share(7) == slice(0, 7)
     assert distributed.per_rank(7, name="size") == 7
     assert distributed.gather_rows(values) is values
+    together, constants = distributed.gather_rows_and_constants(values, values, dtype=values.dtype)
+    assert together is values
+    assert constants.data_ptr() == values.data_ptr()
     assert distributed.mean_over_ranks(values) is values
     assert distributed.concatenate_rows(values, len(values)) is values
     distributed.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from paws_hpc.objective import (
     CollapseMonitor,
     ObjectiveConfig,
+    class_labels,
     diagnose,
     nt_xent,
     paws_loss,
@@ -30,8 +32,9 @@ def test_smoothed_labels_of_two_classes() -> None:
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
 def test_smoothing_out_of_range_is_an_error(smoothing: float) -> None:
-    with pytest.raises(ValueError, match="smoothing"):
-        smooth_labels(torch.tensor([0]), 2, smoothing=smoothing)
+    for labels in (smooth_labels, partial(class_labels, device=torch.device("cpu"))):
+        with pytest.raises(ValueError, match="smoothing"):
+            labels(torch.tensor([0]), 2, smoothing=smoothing)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
@@ -39,6 +42,8 @@ def test_a_class_outside_the_support_set_is_an_error(wrong: int) -> None:
     """Classes are numbered within the sample; a data set's class number must not pass as a row without a label."""
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         smooth_labels(torch.tensor([0, wrong]), 3, smoothing=0.1)
+    with pytest.raises(ValueError, match=f"entry {wrong}, out of bounds for num_classes=3"):
+        class_labels(torch.tensor([0, wrong]), 3, smoothing=0.1, device=torch.device("cpu"))
 
 
 # --- bad shapes -----------------------------------------------------------------------------------------------------
@@ -70,6 +75,9 @@ def test_rows_that_are_not_views_of_images(
 def test_supports_and_labels_must_go_together() -> None:
     with pytest.raises(ValueError, match="one row for each of the 5 supports"):
         soft_nearest_neighbours(rows(2), rows(5), LABELS, temperature=0.1)
+    classes = class_labels(torch.arange(3).repeat(2), 3, smoothing=0.1, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"support_labels \(6, 3\) must be .* one row for each of the 5 supports"):
+        soft_nearest_neighbours(rows(2), rows(5), classes, temperature=0.1)
     with pytest.raises(ValueError, match="of one D"):
         soft_nearest_neighbours(rows(2, 3), rows(6), LABELS, temperature=0.1)
     with pytest.raises(ValueError, match="at least"):

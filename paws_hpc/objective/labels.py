@@ -1,0 +1,145 @@
+"""Labels of supports: as rows of probabilities, or as class numbers with smoothing.
+
+Legend: S supports, K classes, M supports of one class, Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def smooth_labels(classes: Tensor, num_classes: int, *, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Label rows of supports: ``1 - s + s/K`` at the class and ``s/K`` elsewhere.
+
+    Args:
+        classes: (S,) integer class of each support in 0..K-1, numbered within the sampled support set.
+        num_classes: K, the number of classes in the sampled support set (not in the data set).
+        smoothing: s in [0, 1); 0 gives one-hot rows.
+        dtype: of the result.
+
+    Returns:
+        (S, K) on the device of ``classes``; rows sum to 1.
+
+    Raises:
+        ValueError: ``smoothing`` is outside [0, 1) or ``num_classes`` is below 1.
+    """
+    _check(num_classes, smoothing)
+    off = smoothing / num_classes
+    labels = torch.full((classes.shape[0], num_classes), off, dtype=dtype, device=classes.device)
+    return labels.scatter_(1, classes.long().unsqueeze(1), 1 - smoothing + off)
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """What :func:`smooth_labels` says, without its matrix: made by :func:`class_labels`.
+
+    The product of weights and such labels is a sum over the supports of each class, ``(1 - s) sum + s/K``.
+
+    Attributes:
+        classes: (S,) int64.
+        rows: (M, K) int64, the supports of each class. Where a class has fewer than M, S stands for none.
+        smoothing: s in [0, 1).
+    """
+
+    classes: Tensor
+    rows: Tensor
+    smoothing: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(S, K), as of the matrix."""
+        return len(self.classes), self.rows.shape[1]
+
+
+def class_labels(classes: Tensor, num_classes: int, *, smoothing: float, device: torch.device) -> ClassLabels:
+    """Sort supports by class, once and on the host, and bring the result to the device without waiting for it.
+
+    Args:
+        classes: (S,) integers in 0..K-1 in host memory, as in :func:`smooth_labels`. Classes of equal size, as a step's
+            supports have, need no padding.
+        num_classes: K.
+        smoothing: s in [0, 1).
+        device: of the result.
+
+    Raises:
+        ValueError: ``classes`` is on another device or has an entry outside 0..K-1, ``smoothing`` is outside [0, 1) or
+            ``num_classes`` is below 1.
+    """
+    _check(num_classes, smoothing)
+    if classes.device.type != "cpu":
+        raise ValueError(f"classes is on {classes.device}: to sort it here, the host would wait for the device.")
+    classes = classes.long()
+    wrong = classes[(classes < 0) | (classes >= num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"classes has an entry {int(wrong[0])}, out of bounds for num_classes={num_classes}: number classes within "
+            "the sampled support set."
+        )
+    counts = classes.bincount(minlength=num_classes)
+    order = classes.argsort(stable=True)
+    starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rows = torch.full((int(counts.max()), num_classes), len(classes))
+    rows[torch.arange(len(classes)) - starts, classes[order]] = order
+    together = torch.cat([classes, rows.flatten()])
+    if device.type == "cuda":
+        together = together.pin_memory().to(device, non_blocking=True)
+    return ClassLabels(together[: len(classes)], together[len(classes) :].view_as(rows), smoothing)
+
+
+def log_mixture(logits: Tensor, labels: ClassLabels) -> Tensor:
+    """``log(softmax(logits) @ labels)``, exact at any temperature because sums are taken as logarithms throughout.
+
+    Args:
+        logits: (Q, S); entries may be masked with ``-inf``, though not a whole row.
+        labels: of the S supports.
+
+    Returns:
+        (Q, K); without smoothing ``-inf``, with zero gradient, for a class that no unmasked support bears. The backward
+        pass keeps ``logits`` and matrices of (Q, K).
+    """
+    log_shares = F.log_softmax(_LogSums.apply(logits, labels.classes, labels.rows), dim=-1)
+    if labels.smoothing == 0:
+        return log_shares
+    floor = log_shares.new_full((), labels.smoothing / labels.shape[1]).log()
+    return torch.logaddexp(log_shares + math.log1p(-labels.smoothing), floor)
+
+
+def log_loss(labels: ClassLabels, log_probabilities: Tensor) -> Tensor:
+    """(S,) cross-entropy between the labels and the log-probabilities (S, K) of their own rows."""
+    own = -log_probabilities.gather(1, labels.classes.unsqueeze(1)).squeeze(1)
+    if labels.smoothing == 0:
+        return own
+    return (1 - labels.smoothing) * own - labels.smoothing / labels.shape[1] * log_probabilities.sum(1)
+
+
+class _LogSums(torch.autograd.Function):
+    """(Q, S) logits to the (Q, K) logarithms of each class's sum of exponentials."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        padded = logits if rows.numel() == logits.shape[1] else F.pad(logits, (0, 1), value=-math.inf)
+        sums = padded.index_select(1, rows.flatten()).unflatten(1, rows.shape).logsumexp(1)
+        ctx.save_for_backward(logits, classes, sums)
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        logits, classes, sums = ctx.saved_tensors
+        finite = sums.masked_fill(sums == -math.inf, 0)  # -inf - -inf would be nan; such a class has no gradient
+        weights = finite.index_select(1, classes).neg_().add_(logits).exp_()
+        return weights.mul_(gradients[0].index_select(1, classes)), None, None
+
+
+def _check(num_classes: int, smoothing: float) -> None:
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing} is not in [0, 1). The paper uses 0.1; 0 gives one-hot labels.")
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: there must be at least one class.")

@@ -1,0 +1,104 @@
+"""Blocks that recompute their activations train as blocks that keep them, to the bit, and communicate no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paws_hpc.engine.parallel import replicate
+from paws_hpc.models.blocks import set_recomputed
+from paws_hpc.models.initialisation import initialise
+from paws_hpc.models.norm import set_statistics
+from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet
+from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.wide_resnet import WideResNet
+from tests.ranks import Collectives, results_of, run_on_ranks
+
+TRUNKS: dict[str, Callable[[], nn.Module]] = {
+    "bottleneck": lambda: ResNet(Bottleneck, [2, 1]),
+    "basic": lambda: ResNet(BasicBlock, [1, 1]),
+    "wide": lambda: WideResNet(depth=10, width=2),
+    "small": lambda: SmallResNet(channels=[4, 6], blocks=[1, 2], stem_stride=1),
+}
+STATISTICS = ("global", "local")
+
+
+class TwoSizes(nn.Module):
+    """Two passes through a trunk before one backward pass, as the encoder makes for large and small crops."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, large: Tensor, small: Tensor) -> Tensor:
+        return torch.cat([self.trunk(large), self.trunk(small)])
+
+
+def trained(trunk: nn.Module, rank: int, world: int) -> dict[str, Any]:
+    """One step's values, gradients and buffers, what was communicated, and bytes kept for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    generator = torch.Generator().manual_seed(1)
+    crops = [torch.randn(4 * world, 3, size, size, generator=generator).chunk(world)[rank] for size in (24, 16)]
+    model = replicate(TwoSizes(trunk), torch.device("cpu"))
+    with Collectives() as collectives:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = model(*crops)
+        outputs.pow(3).sum().backward()
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in trunk.named_parameters()}
+    values = {"outputs": outputs.detach()} | gradients | dict(trunk.named_buffers())
+    return {"values": values, "collectives": dict(collectives.counts), "kept": sum(kept.values())}
+
+
+def both(rank: int, world: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Every trunk, with activations kept and recomputed."""
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for name, build in TRUNKS.items():
+        for statistics in STATISTICS:
+            for recomputed in (False, True):
+                trunk = build()
+                initialise(trunk, seed=2)
+                set_statistics(trunk, statistics)
+                set_recomputed(trunk, recomputed)
+                results.setdefault((name, statistics), []).append(trained(trunk, rank, world))
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_on_ranks(folder, {2: [both]})
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_recomputed_blocks_train_as_kept_ones_and_communicate_no_more(world: int, folder: Path) -> None:
+    for results in [both(0, 1)] if world == 1 else results_of(both, 2, folder):
+        assert len(results) == len(TRUNKS) * len(STATISTICS)
+        for case, (kept, recomputed) in results.items():
+            assert recomputed["collectives"] == kept["collectives"], case
+            assert bool(kept["collectives"]) == (world > 1)
+            assert recomputed["kept"] < 0.7 * kept["kept"], case
+            for name, value in kept["values"].items():
+                assert torch.equal(recomputed["values"][name], value), (case, name)
+
+
+def test_a_graph_that_is_kept_can_be_recomputed_twice() -> None:
+    trunk = TRUNKS["wide"]()
+    initialise(trunk, seed=2)
+    set_recomputed(trunk, True)
+    loss = trunk(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))).pow(2).sum()
+    buffers = {name: value.clone() for name, value in trunk.named_buffers()}
+    first, second = (torch.autograd.grad(loss, list(trunk.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(value, buffers[name]) for name, value in trunk.named_buffers())
