@@ -33,7 +33,7 @@ from paws_hpc.store import (
 )
 from paws_hpc.store.format import INDEX_NAME, read_manifest
 from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
-from paws_hpc.store.texts import bytes_text, info_lines, pack_lines, part_lines
+from paws_hpc.store.texts import info_lines, pack_lines, part_lines, stage_lines
 
 _BACKGROUND_NICENESS = 10
 
@@ -97,7 +97,7 @@ def _add_repair(mend: argparse.ArgumentParser) -> None:
 
 def _add_stage(copy: argparse.ArgumentParser) -> None:
     """Add the options of ``stage``."""
-    copy.add_argument("store", type=Path, help="folder of the store")
+    copy.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folder of a store; several in turn")
     copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
     copy.add_argument(
         "--workers", type=int, default=DEFAULT_WORKERS, help="shards that are copied at the same time (%(default)s)"
@@ -284,27 +284,21 @@ def _stage(options: argparse.Namespace) -> int:
     if options.background:
         os.nice(_BACKGROUND_NICENESS)
         end_with_standard_input()
-    report = stage(
-        options.store,
-        options.to,
-        workers=options.workers,
-        mib_per_s=options.mib_per_s,
-        partial=options.partial,
-        show_progress=not options.background,
-    )
-    if options.json:
-        print(json.dumps(asdict(report), indent=2, default=str))
-    else:
-        print(
-            f"{report.path}: {report.copied:,} shards copied ({bytes_text(report.bytes)}, {report.seconds:.1f} s), ",
-            end="",
+    complete = True
+    for store in options.stores:
+        report = stage(
+            store,
+            options.to,
+            workers=options.workers,
+            mib_per_s=options.mib_per_s,
+            partial=options.partial,
+            show_progress=not options.background,
         )
-        print(f"{report.present:,} were there, {report.left_out:,} did not fit, {len(report.failed):,} failed")
-        for copy in report.evicted:
-            print(f"removed to make room: {copy}")
-    for problem in report.failed:
-        print(f"error: {problem}", file=sys.stderr)
-    return 0 if report.complete else 1
+        complete &= report.complete
+        print(json.dumps(asdict(report), indent=2, default=str) if options.json else "\n".join(stage_lines(report)))
+        for problem in report.failed:
+            print(f"error: {problem}", file=sys.stderr)
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

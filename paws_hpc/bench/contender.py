@@ -60,6 +60,7 @@ class Contender:
             stderr=self._errors,
             text=True,
             env=os.environ | one_thread,
+            start_new_session=True,  # so that it can be ended with the processes that it starts
         )
         try:
             self._expect(_READY)
@@ -84,7 +85,7 @@ class Contender:
         """The next line of the contender, which is ``line`` or, for None, begins as JSON does; others are skipped."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + self._limit_s
-        late = threading.Timer(self._limit_s, self._process.kill)  # at which its output ends
+        late = threading.Timer(self._limit_s, self._kill)  # at which its output ends
         late.start()
         try:
             for said in self._process.stdout:  # libraries print what they like
@@ -99,12 +100,17 @@ class Contender:
         lines = [text for text in self._errors.read().splitlines() if text.strip()]
         raise ContenderError(lines[-1].strip() if lines else f"ended with status {self._process.returncode}")
 
+    def _kill(self) -> None:
+        """End it and all that it started, which may hold its output open."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """End the process."""
         try:
             self._process.communicate(timeout=10)  # closes its standard input, at which it ends
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.communicate()
         self._errors.close()
 

@@ -277,9 +277,12 @@ class NvJpeg:
             self._images.store.images(records)  # which names the record, or learns what stands in for it
             files = self._read(records)
             heights, widths = _sizes(files)
-        keys = self._images.store.keys
-        names = f"{', '.join(repr(keys[int(record)]) for record in records[:8])}, … in {self._images.store.path}"
-        return uncut(Encoded([torch.tensor(file) for file in files], names), heights, widths, kinds, draw)
+        store = self._images.store
+
+        def name(number: int) -> str:
+            return f"record {store.keys[int(records[number])]!r} in {store.path}"
+
+        return uncut(Encoded([torch.tensor(file) for file in files], name), heights, widths, kinds, draw)
 
     def _read(self, records: Positions) -> list[NDArray[np.uint8]]:
         slices = parts(len(records), min(self._threads, len(records)))

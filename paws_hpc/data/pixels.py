@@ -5,6 +5,7 @@ Legend: n images, V crops of a kind from each, C channels, s the side of a crop.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -142,9 +143,9 @@ class Ragged:
 class Encoded:
     """JPEG files on the host, each (bytes,) uint8; the device decodes them once for all kinds of crops."""
 
-    def __init__(self, files: list[Tensor], names: str) -> None:
-        """Take the files, and what an error is to call them."""
-        self._files, self._names = files, names
+    def __init__(self, files: list[Tensor], name: Callable[[int], str]) -> None:
+        """Take the files, and what an error is to call one of them, by its number."""
+        self._files, self._name = files, name
         self._decoded: RaggedImages | None = None
 
     @property
@@ -157,12 +158,23 @@ class Encoded:
         if self._decoded is None or self._decoded.pixels.device.type != device.type:
             try:
                 self._decoded = decode_files(self._files, device)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # of torchvision, which does not say which file it was
-                raise ValueError(
-                    f"One of {self._names} cannot be decoded on {device}: {error}. data.placement=cpu-decode names it, "
-                    "or replaces it if data.max_substitutes allows."
-                ) from error
+                raise self._fault(device) or error from error
         return _cut_ragged(self._decoded, boxes, size)
+
+    def _fault(self, device: torch.device) -> ValueError | None:
+        """The first file that cannot be decoded, alone as little as among the others."""
+        for number, file in enumerate(self._files):
+            try:
+                decode_files([file], device)
+            except RuntimeError as error:
+                return ValueError(
+                    f"{self._name(number)} cannot be decoded on {device}: {error}. With data.placement=cpu-decode it "
+                    "can be replaced, if data.max_substitutes allows."
+                )
+        return None
 
 
 def decode_files(files: list[Tensor], device: torch.device) -> RaggedImages:

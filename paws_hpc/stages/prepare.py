@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,15 +144,11 @@ def stage_folder(config: Config) -> Path | None:
     return Path(folder)
 
 
-@contextmanager
-def staging(config: Config) -> Iterator[None]:
+def staging(config: Config) -> AbstractContextManager[object]:
     """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
     folder, data = stage_folder(config), config.data
-    with ExitStack() as copying:
-        if folder is not None:
-            for store in {data.train, data.labelled or data.train}:
-                copying.enter_context(start_staging(Path(store), folder))
-        yield
+    stores = [Path(data.train)] + ([] if data.labelled in (None, data.train) else [Path(str(data.labelled))])
+    return nullcontext() if folder is None else start_staging(stores, folder)
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:
@@ -189,7 +185,15 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
     if asked == "auto" and found.get("device") == device.type:
         asked = found["placement"]
     stores = (data.train, data.labelled_store)
-    placement = choose(asked, stores, views=config.views, threads=config.data.threads, device=device)
+    try:
+        placement = choose(asked, stores, views=config.views, threads=config.data.threads, device=device)
+    except ValueError as error:
+        if asked == config.data.placement:
+            raise
+        raise ValueError(
+            f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
+            "choose anew."
+        ) from error
     if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
         write_json(kept, choice)
     return StreamOptions(

@@ -52,6 +52,7 @@ class JoinedIndex:
 
     Attributes:
         hash: 128-bit xxh3 of the table of block hashes and the size, 32 hexadecimal digits: it stands for every byte.
+        checked: whether every byte was found to fit its hash.
     """
 
     def __init__(self, content: bytes | memoryview | mmap.mmap, *, name: str = INDEX_NAME) -> None:
@@ -76,7 +77,7 @@ class JoinedIndex:
             raise StoreError(f"{name} is not an index of this version, or was cut off.")
         self._hashes = np.frombuffer(whole[self._stop :].tobytes(), _HASH)
         self._checked = np.zeros(blocks, np.bool_)
-        self._all_checked = False
+        self.checked = False
         self._rows = whole[_HEADER.size : self._labels_start].view(ROW)
         self._words = whole[_HEADER.size : self._labels_start].view(np.uint64).reshape(self._count, -1)
         self._labels = whole[self._labels_start : self._keys_start].view(_LABEL)
@@ -106,7 +107,7 @@ class JoinedIndex:
         Raises:
             StoreError: they were damaged since they were written.
         """
-        if not self._all_checked:
+        if not self.checked:
             starts = _HEADER.size + positions * ROW.itemsize
             self._check_blocks(starts // _BLOCK)
             self._check_blocks((starts + ROW.itemsize - 1) // _BLOCK)
@@ -138,7 +139,7 @@ class JoinedIndex:
             StoreError: the index is damaged.
         """
         self._check(0, self._stop)
-        self._all_checked = True
+        self.checked = True
 
     def save(self, file: BinaryIO) -> None:
         """Write the index to a file."""

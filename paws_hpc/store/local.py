@@ -3,7 +3,7 @@
 Below a folder on the node's own disk, several stores may have copies, each known by its manifest's checksum:
 
     <id>.users            lock: readers share it, whoever evicts must have it alone
-    <id>.leader           lock: of the process that copies
+    .leader               lock: of the one process of the node that copies, whichever store
     <id>/shard-00042.h5   a copy, complete once it has
     <id>/shard-00042.h5.ok   its marker, which holds the hash that the copy was found to have
 
@@ -67,14 +67,15 @@ class LocalFolder:
     Attributes:
         root: the folder that was given, which may hold the copies of several stores.
         path: the folder of this store's copy.
-        leader_lock: lock file of the process that copies.
+        leader_lock: lock file of the process that copies. Stores share it: two that looked at the free space side by
+            side would both fill it.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         """Name the folder; creates nothing."""
         self.root = root
         self.path = root / manifest.checksum[:32]
-        self.leader_lock = root / f"{self.path.name}{_LEADER}"
+        self.leader_lock = root / _LEADER
         self._entries = {entry.name: (number, entry) for number, entry in enumerate(manifest.shards)}
 
     def use(self) -> Use:
@@ -152,10 +153,13 @@ def evict_unused(root: Path, *, keep: Path, needed: int) -> Iterator[tuple[Path,
             return
         if copy == keep or not copy.is_dir():
             continue
-        with open(lock, "a") as file:
-            if not _locked(file.fileno(), fcntl.LOCK_EX):
-                continue
-            freed = _remove(copy)
+        try:
+            with open(lock, "a") as file:
+                if not _locked(file.fileno(), fcntl.LOCK_EX):
+                    continue
+                freed = _remove(copy)
+        except PermissionError:  # another user's
+            continue
         needed -= freed
         yield copy, freed
 

@@ -85,8 +85,7 @@ class ImageStore:
         manifest = read_manifest(path)
         check_sizes(path, manifest)
         stage_to = None if stage_to is None else Path(stage_to)
-        local = None if stage_to is None else read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
-        index = local or load_index(path, manifest)
+        index = _local_index(stage_to, manifest) or load_index(path, manifest)
         shards = ShardSet(path, manifest, stage_to=stage_to)
         return cls(path, manifest, index, shards, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
 
@@ -268,10 +267,10 @@ class ImageStore:
         while True:
             asked = self._substitutes.apply(remaining)
             try:
-                yield from self._records(asked, self._places(asked))
-            except RecordError as error:
-                self._substitutes.add(error)
-                remaining = remaining[int(np.argmax(asked == error.position)) :]
+                yield from self._records(asked)
+            except UnreadableError as error:
+                self._substitutes.add(self._unreadable(asked, error))
+                remaining = remaining[error.number :]
             else:
                 return
 
@@ -329,21 +328,24 @@ class ImageStore:
         rows = self._index.rows(positions)
         heights, widths = rows["height"].tolist(), rows["width"].tolist()
         images = []
-        for number, record in enumerate(self._records(positions, self._places(positions))):
-            try:
-                images.append(decode_jpeg(record, size=(heights[number], widths[number])))
-            except ValueError as error:
-                raise self._fault(int(positions[number]), f"cannot be decoded: {error}") from error
+        try:
+            for number, record in enumerate(self._records(positions)):
+                try:
+                    images.append(decode_jpeg(record, size=(heights[number], widths[number])))
+                except ValueError as error:
+                    raise self._fault(int(positions[number]), f"cannot be decoded: {error}") from error
+        except UnreadableError as error:
+            raise self._unreadable(positions, error) from error
         return images
 
-    def _records(self, positions: NDArray[np.int64], places: list[Place]) -> Iterator[NDArray[np.uint8]]:
-        """Read n records, each into this thread's buffer, and check them."""
-        try:
-            yield from self.shards.each(places, self._buffer(max((length for _, _, length, _ in places), default=0)))
-        except UnreadableError as error:
-            raise self._fault(
-                int(positions[error.number]), error.problem.text, lasting=error.problem.lasting
-            ) from error.__cause__
+    def _records(self, positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+        """Read n records, each into this thread's buffer, and check them; raises UnreadableError."""
+        places = self._places(positions)
+        return self.shards.each(places, self._buffer(max((length for _, _, length, _ in places), default=0)))
+
+    def _unreadable(self, positions: NDArray[np.int64], error: UnreadableError) -> RecordError:
+        """Name the one of n records at which reading them ended."""
+        return self._fault(int(positions[error.number]), error.problem.text, lasting=error.problem.lasting)
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
         """At least so many bytes of this thread's own, used again: new memory costs half as much as reading."""
@@ -377,6 +379,17 @@ class ImageStore:
             position=position,
             lasting=lasting,
         )
+
+
+def _local_index(stage_to: Path | None, manifest: Manifest) -> JoinedIndex | None:
+    """The index of the node's own copy if it was checked whole; None if there is none, or it is too large for that.
+
+    Damage in one that is mapped into memory is found only when it is used, where the store's own would be whole.
+    """
+    if stage_to is None:
+        return None
+    index = read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
+    return index if index is not None and index.checked else None
 
 
 def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -77,6 +77,7 @@ class ShardSet:
         self._failures: Counter[int] = Counter()
         self._looking = threading.Lock()
         self._next_look = 0.0
+        self._told = False
         self._files: list[ShardFile] | None = _open_shared(folder, manifest)
         self.fallbacks = 0
         _OPEN.add(self)
@@ -106,6 +107,12 @@ class ShardSet:
             for number, path in self._local.marked().items():
                 if self._shared[number] and self._failures[number] < _TRIALS:
                     self._adopt(number, path)
+        except OSError as error:  # the node's disk fails: the store itself is there to be read
+            if not self._told:
+                self._told = True
+                _LOG.warning("local copies in %s cannot be looked for: %s", self._local.path, error)
+            self._next_look = time.monotonic() + _LOOK_INTERVAL_S
+        else:
             everything = not any(self._shared.values())
             self._next_look = float("inf") if everything else time.monotonic() + _LOOK_INTERVAL_S
         finally:
@@ -262,8 +269,9 @@ def _open_shared(folder: Path, manifest: Manifest) -> list[ShardFile]:
         except OSError as error:
             if error.errno == errno.EMFILE:
                 raise StoreError(
-                    f"{folder} has {len(manifest.shards):,} shards, more files than this process may open: "
-                    f"raise the limit (`ulimit -Hn {4 * len(manifest.shards)}`) or pack with a larger --shard-mib."
+                    f"{folder} has {len(manifest.shards):,} shards, more files than this process may open (as "
+                    "`ulimit -Hn` says): pack with a larger --shard-mib, or have whoever set the limit raise it to "
+                    f"{4 * len(manifest.shards):,}."
                 ) from error
             raise StoreError(f"{folder / entry.name} cannot be opened: {error.strerror}. {REMEDY}") from error
     return shards

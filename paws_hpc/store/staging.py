@@ -156,20 +156,21 @@ class Staging:
 
 
 def start_staging(
-    store: Path,
+    stores: Sequence[Path],
     folder: Path,
     *,
     workers: int = DEFAULT_WORKERS,
     mib_per_s: float = DEFAULT_MIB_PER_S,
     partial: bool = True,
 ) -> Staging:
-    """Begin to stage in a process of its own, which yields the cores to others; arguments as in :func:`stage`.
+    """Begin to stage stores, in turn, in a process that yields the cores to others; arguments as in :func:`stage`.
 
     Any number of processes of a node may call this: one copies, the others wait to take its place. What goes wrong is
     printed on standard error; training then goes on reading from the shared file system.
     """
     root = str(Path(__file__).parents[2])  # the same copy of this package as runs here
-    command = [sys.executable, "-P", "-m", "paws_hpc.shards", "stage", str(store), "--to", str(folder), "--background"]
+    command = [sys.executable, "-P", "-m", "paws_hpc.shards", "stage", *map(str, stores), "--to", str(folder)]
+    command += ["--background"]
     command += ["--workers", str(workers), "--mib-per-s", str(mib_per_s)] + ["--partial"] * partial
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     return Staging(

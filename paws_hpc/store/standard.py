@@ -34,6 +34,8 @@ _LONGEST_SIDE = 65_500
 QUALITY = 95
 """JPEG quality of images that are encoded anew, without chroma subsampling."""
 
+# PIL knows more, of which EPS runs Ghostscript on what it is given, and others raise what nobody expects.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 _EIGHT_BIT_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"))
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -222,7 +224,7 @@ def _transcoded(payload: bytes, operation: str) -> bytes:
 def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
     """Decode any image file to upright (H, W, 3) uint8 RGB; returns also its format and whether it was turned."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             name = image.format or "unknown format"
@@ -236,10 +238,12 @@ def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
         SyntaxError,
         EOFError,
         struct.error,
-        IndexError,
-        KeyError,
+        LookupError,
         TypeError,
-        OverflowError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
         Image.DecompressionBombError,
         Warning,  # where warnings are errors, the bomb warning included
     ) as error:  # what PIL's readers are known to raise on damaged files

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,7 @@ class Substitutes:
         self._index = index
         self._next: dict[int, int] = {}
         self._lock = threading.Lock()
+        _LIVING.add(self)
 
     @property
     def found(self) -> dict[int, int]:
@@ -91,3 +94,15 @@ class Substitutes:
             if len(same):
                 return int(places[same[0]])
         raise AssertionError("the record itself has its label")
+
+
+_LIVING: weakref.WeakSet[Substitutes] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In a forked process, free the locks that threads of its parent held: those threads are not here."""
+    for substitutes in _LIVING:
+        substitutes._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_free_locks)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from paws_hpc.store.finishing import PackReport
 from paws_hpc.store.format import Manifest, Omission
+from paws_hpc.store.staging import StageReport
 from paws_hpc.store.underway import CHANGES_NAME
 from paws_hpc.store.writer import Part, PartReport
 
@@ -30,7 +31,7 @@ def pack_lines(report: PackReport) -> list[str]:
     size = sum(shard.bytes for shard in manifest.shards)
     contents = (
         f"{manifest.count:,} images of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards, "
-        f"{bytes_text(size)}, digest {manifest.digest}"
+        f"{_bytes_text(size)}, digest {manifest.digest}"
     )
     if not report.packed:
         lines = [f"{report.path} already holds this store: {contents}. Nothing was done."]
@@ -80,8 +81,8 @@ def info_lines(path: Path, manifest: Manifest) -> list[str]:
         "digest": manifest.digest,
         "images": f"{manifest.count:,}",
         "encoding": manifest.encoding + shape,
-        "size": f"{bytes_text(sum(sizes))} in {len(sizes):,} shards of "
-        f"{bytes_text(min(sizes))} to {bytes_text(max(sizes))}",
+        "size": f"{_bytes_text(sum(sizes))} in {len(sizes):,} shards of "
+        f"{_bytes_text(min(sizes))} to {_bytes_text(max(sizes))}",
         "source": f"{manifest.origin.kind} {split}".strip() + f", digest {manifest.origin.digest[:16]}",
         "packed": f"by version {manifest.packing.packer}, seed {manifest.packing.seed}",
         "mean": " ".join(f"{value:.4f}" for value in statistics.mean),
@@ -98,7 +99,16 @@ def info_lines(path: Path, manifest: Manifest) -> list[str]:
     return lines + ([f"  ... and {len(counted) - _LISTED:,} more (--json has all)"] if len(counted) > _LISTED else [])
 
 
-def bytes_text(count: int) -> str:
+def stage_lines(report: StageReport) -> list[str]:
+    """What staging a store did."""
+    return [
+        f"{report.path}: {report.copied:,} shards copied ({_bytes_text(report.bytes)}, {report.seconds:.1f} s), "
+        f"{report.present:,} were there, {report.left_out:,} did not fit, {len(report.failed):,} failed",
+        *(f"removed to make room: {copy}" for copy in report.evicted),
+    ]
+
+
+def _bytes_text(count: int) -> str:
     """Bytes in a readable unit."""
     value, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

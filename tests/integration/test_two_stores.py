@@ -135,6 +135,10 @@ def test_a_resumed_run_keeps_its_placement_and_its_bits(digits_stores: Stores, t
     assert read_json(parts.pretrain / "placement.json")["placement"] == "resident"
     for name, expected in checkpoint(whole).items():
         assert torch.equal(checkpoint(parts)[name], expected), name
+    write_json(parts.pretrain / "placement.json", {"placement": "nvjpeg", "device": "cpu"})  # possible there no more
+    (parts.pretrain / "DONE").unlink()
+    with pytest.raises(ValueError, match=r"data\.placement=auto that chose nvjpeg.*remove .*placement\.json"):
+        pretrain.run(config, parts, CPU)
     other = RunFolder(tmp_path / "other")
     with pytest.raises(PreemptedError):
         pretrain.run(config, other, CPU, control=stopping_after(5))

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-import time
+import subprocess
 from collections.abc import Callable
 
 
@@ -24,10 +24,9 @@ def cores() -> Callable[[], int]:
 
 
 def hang() -> Callable[[], int]:
-    """Never comes back."""
+    """Never comes back, nor does the process that it starts."""
 
     def work() -> int:
-        time.sleep(3600)
-        return 1
+        return subprocess.run(["sleep", "3600"], check=False).returncode
 
     return work

@@ -101,7 +101,7 @@ def test_a_contender_is_bound_to_its_cores() -> None:
         Contender("tests.unit.bench_work:absent", {}, cores=[0])
 
 
-def test_a_contender_that_hangs_is_ended_and_said_so() -> None:
+def test_a_contender_that_hangs_is_ended_with_all_that_it_started_and_said_so() -> None:
     with (
         pytest.raises(ContenderError, match="gave no answer within 2 s"),
         closing(Contender("tests.unit.bench_work:hang", {}, cores=[0], limit_s=2)) as contender,

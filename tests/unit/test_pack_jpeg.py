@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +190,26 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(wanted: bool) -> None:
         standard_jpeg(bomb, Standard(pixels=wanted))
     with pytest.raises(ValueError, match="70000 x 1 pixels"):
         standard_jpeg(encoded(Image.new("RGB", (70_000, 1)), "PNG"), Standard(pixels=wanted))
+
+
+def test_formats_that_no_data_set_has_are_not_even_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL would start Ghostscript on an EPS file, whatever its name, and wait for it."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for kind in ("EPS", "DDS", "TGA", "ICO", "PDF"):
+        with pytest.raises(ValueError, match="it is not a readable image"):
+            standard_jpeg(encoded(tile(16, 16), kind))
+    assert not (tmp_path / "started").exists()
+
+
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), kind=st.sampled_from(["PNG", "GIF", "TIFF"]))
+@settings(max_examples=150, deadline=None)
+def test_a_damaged_file_of_any_format_is_decoded_or_refused_by_a_value_error(place: float, bit: int, kind: str) -> None:
+    content = bytearray(encoded(tile(16, 16), kind))
+    content[int(place * len(content))] ^= 1 << bit
+    with suppress(ValueError):
+        standard_jpeg(bytes(content))
 
 
 def test_a_file_made_to_keep_decoders_busy_is_refused() -> None:

@@ -238,6 +238,18 @@ def test_torchvisions_image_folder_gives_the_files_themselves(tmp_path: Path) ->
     assert theirs.origin.options == {"class": "torchvision.datasets:ImageFolder", "split": None}
 
 
+def test_a_damaged_file_of_a_data_set_is_named_or_left_out(tmp_path: Path) -> None:
+    root = image_folder(tmp_path / "images")
+    bad = root / "cat" / "0.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    with pytest.raises(StoreError, match=r"cat/0\.jpg"):
+        pack(open_source(SourceConfig("dataset", str(root), dataset="ImageFolder")), tmp_path / "strict")
+    source = open_source(SourceConfig("dataset", str(root), dataset="ImageFolder"))
+    manifest = pack(source, tmp_path / "store", options=PackOptions(on_error="skip")).manifest
+    assert [omission.key for omission in manifest.skipped] == ["cat/0.jpg"]
+    assert manifest.count == 5
+
+
 def test_data_sets_that_hide_their_files_are_found_out(tmp_path: Path) -> None:
     """Flowers102 lists files and labels apart, below its own folders."""
     scipy_io = pytest.importorskip("scipy.io")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,6 +369,33 @@ def test_a_class_without_a_good_record_is_an_error(copies: Callable[[str], Path]
         store.read([0])
     with pytest.raises(StoreError, match="every record of the class"):
         store.read([0])  # again: no endless search
+
+
+def test_records_that_are_read_one_by_one_are_as_many_as_were_asked_for(copies: Callable[[str], Path]) -> None:
+    """Damage that appears while they are read is met at a record that was good before."""
+    path = copies("jpeg")
+    store = ImageStore.open(path, max_substitutes=3)
+    good = store.read_encoded([0, 1, 2])
+    records = []
+    for record in store.each([0, 1, 0, 2]):
+        records.append(record.tobytes())
+        if len(records) == 2:
+            spoil(path, [0])
+    assert [records[0], records[1], records[3]] == good
+    assert records[2] == store.read_encoded([0])[0] != good[0]
+
+
+def test_a_forked_process_substitutes_though_a_thread_of_its_parent_did(copies: Callable[[str], Path]) -> None:
+    path = copies("jpeg")
+    spoil(path, [0])
+    store = ImageStore.open(path, max_substitutes=1)
+    with store._substitutes._lock:  # as if a thread were at it
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os._exit(len(store.read_encoded([0])))
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
 
 
 def test_what_only_this_process_cannot_read_is_never_substituted(copies: Callable[[str], Path]) -> None:

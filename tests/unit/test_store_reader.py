@@ -307,7 +307,7 @@ print(message, len(os.listdir("/proc/self/fd")))
 
 
 @pytest.mark.parametrize(
-    ("hard", "expected"), [(4096, r"^2$"), (64, r"\d+ shards, more files than .*ulimit -Hn \d+.* 6\d$")]
+    ("hard", "expected"), [(4096, r"^2$"), (64, r"\d+ shards, more files than .*ulimit -Hn.*--shard-mib.* 6\d$")]
 )
 def test_the_soft_limit_of_open_files_is_raised_and_the_hard_one_named(
     jpeg_store: Path, hard: int, expected: str

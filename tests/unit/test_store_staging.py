@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from paws_hpc.store import (
     verify,
 )
 from paws_hpc.store.format import read_manifest
-from paws_hpc.store.local import LocalFolder
+from paws_hpc.store.local import LocalFolder, evict_unused
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGES = 120
@@ -239,9 +242,9 @@ def test_the_marker_of_another_pack_is_passed_over(shared: Path, tmp_path: Path)
 
 def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "local"
-    with start_staging(shared, folder, mib_per_s=0.3, workers=2) as leader:
+    with start_staging([shared], folder, mib_per_s=0.3, workers=2) as leader:
         wait_for(lambda: len(markers(folder)) >= 2)
-        with start_staging(shared, folder) as follower:
+        with start_staging([shared], folder) as follower:
             time.sleep(0.5)
             assert follower.running
             leader._process.send_signal(signal.SIGKILL)
@@ -264,14 +267,14 @@ def test_of_two_that_stage_at_the_same_time_one_copies(shared: Path, tmp_path: P
 def test_staging_ends_with_the_process_that_started_it(shared: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from paws_hpc.store import start_staging\n"
-        "staging = start_staging(Path(sys.argv[1]), Path(sys.argv[2]), mib_per_s=0.01)\n"
+        "staging = start_staging([Path(sys.argv[1])], Path(sys.argv[2]), mib_per_s=0.01)\n"
         "print(staging._process.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program, shared, tmp_path / "local"], stdout=subprocess.PIPE)
     with parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        wait_for(lambda: bool(list((tmp_path / "local").glob("*.leader"))))
+        wait_for(lambda: bool(list((tmp_path / "local").glob(".leader"))))
         parent.kill()
     wait_for(lambda: not Path(f"/proc/{child}").exists() or "Z (zombie)" in Path(f"/proc/{child}/status").read_text())
 
@@ -321,6 +324,72 @@ def test_copies_in_use_are_never_evicted_and_others_are(
     assert (told["copied"], told["left_out"]) == (1, 2)
     assert copies[0].exists()
     assert read_all(again) == contents(stores[0])
+
+
+def test_two_stores_that_are_staged_at_once_do_not_both_fill_the_same_room(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, other = tmp_path / "local", pack(noise(1), tmp_path / "other").path
+
+    class Usage(namedtuple("Usage", "free")):
+        pass
+
+    def disk_usage(path: Path) -> Usage:
+        return Usage(256 * MIB + 2 * MIB - sum(file.stat().st_size for file in local.rglob("*.h5")))
+
+    monkeypatch.setattr("paws_hpc.store.staging.shutil.disk_usage", disk_usage)
+    readers = [ImageStore.open(store, stage_to=local) for store in (shared, other)]  # so that neither is evicted
+    with ThreadPoolExecutor(2) as pool, closing(readers[0]), closing(readers[1]):
+        both = [pool.submit(stage, store, local, mib_per_s=8, partial=True) for store in (shared, other)]
+        reports = [future.result() for future in both]
+    assert sum(report.bytes for report in reports) < 2 * MIB
+    assert sum(report.left_out for report in reports) > 0
+
+
+def test_copies_of_other_users_are_left_alone(packed: Path) -> None:
+    """As a shared /local is used: what may not be removed is no reason not to copy."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the path to pytest's own is root's alone
+        local = Path(folder) / "local"
+        stage(packed, local)
+        for path in (Path(folder), local):
+            path.chmod(0o1777)
+        child = os.fork()
+        if child == 0:
+            os.setuid(65534)
+            os._exit(len(list(evict_unused(local, keep=local / "mine", needed=1))))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert LocalFolder(local, read_manifest(packed)).path.exists()
+
+
+def test_a_local_disk_that_fails_leaves_the_store_itself(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, impatient: None
+) -> None:
+    listdir, local = os.listdir, tmp_path / "local"
+
+    def fails(path: Path) -> list[str]:
+        if local in Path(path).parents:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", fails)
+    store = ImageStore.open(shared, stage_to=local)
+    assert read_all(store) == contents(shared)
+    assert caplog.text.count("cannot be looked for: [Errno 5]") == 1
+
+
+def test_a_damaged_index_in_the_copy_is_not_used_however_large_it_is(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = tmp_path / "local"
+    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)  # as for more than three million records
+    index = stage(shared, local).path / "index.bin"
+    content = bytearray(index.read_bytes())
+    content[100] ^= 1
+    index.write_bytes(content)
+    assert read_all(ImageStore.open(shared, stage_to=local)) == contents(shared)
 
 
 def test_a_damaged_shard_is_not_copied_and_the_others_are(
