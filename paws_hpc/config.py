@@ -52,7 +52,8 @@ class DataConfig:
         cache_gb: memory of a node for the labelled images, shared by its processes, GB; 0 reads them again and again.
         placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
             ``auto``, which the run keeps once it has chosen (``paws_hpc.data.cutting``, ``paws_hpc.data.placement``).
-        prefetch_gb: memory of a rank for batches made ahead, at most three, GB.
+        prefetch_gb: memory of a rank for batches made ahead, at most three, GB: of the host for their images, of the
+            device for their augmented views.
     """
 
     name: str = "digits"
@@ -228,10 +229,11 @@ class Config:
         if self.restarts_without_progress < 0:
             raise ValueError(f"restarts_without_progress={self.restarts_without_progress} must be 0 or more.")
         ranks, support = self.resources.pretrain.ranks, self.pretrain.support
-        check_divides(self.pretrain.batch_size, ranks, name="pretrain.batch_size")
-        check_divides(
-            support.classes * support.images_per_class, ranks, name="pretrain.support.classes * images_per_class"
-        )
+        for name, size in (
+            ("pretrain.batch_size", self.pretrain.batch_size),
+            ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
+        ):
+            check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(

@@ -34,22 +34,27 @@ def barrier() -> None:
         dist.barrier()
 
 
-def per_rank(total: int, *, name: str) -> int:
+def per_rank(total: int, *, name: str, accumulate_steps: int = 1) -> int:
     """The share of a global size that one rank holds.
 
     Raises:
-        ValueError: ``total`` does not divide by the number of ranks; the nearest sizes that do are named.
+        ValueError: as of :func:`check_divides`.
     """
-    check_divides(total, world_size(), name=name)
+    check_divides(total, world_size(), name=name, accumulate_steps=accumulate_steps)
     return total // world_size()
 
 
-def check_divides(total: int, ranks: int, *, name: str) -> None:
-    """Raise ValueError, naming the nearest sizes that would fit, unless ``ranks`` can share ``total`` equally."""
-    if total % ranks:
-        below = total - total % ranks
-        fits = f"{below} or {below + ranks}" if below else f"{ranks}"
-        raise ValueError(f"{name}={total} does not divide by {ranks} ranks. Sizes are global: {name}={fits} would fit.")
+def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 1) -> None:
+    """Raise ValueError, naming the nearest sizes that would fit, unless all micro-batches of all ranks are equal."""
+    pieces = ranks * accumulate_steps
+    if total % pieces:
+        below = total - total % pieces
+        fits = f"{below} or {below + pieces}" if below else f"{pieces}"
+        micro_batches = f" with pretrain.accumulate_steps={accumulate_steps} each" if accumulate_steps > 1 else ""
+        raise ValueError(
+            f"{name}={total} does not divide by {ranks} ranks{micro_batches}. Sizes are global: {name}={fits} would "
+            "fit."
+        )
 
 
 def share(total: int) -> slice:

@@ -1,6 +1,7 @@
 """What a stream gives for one step, and what moves it: batches, options, state.
 
-Legend: n unlabelled images and S support rows per rank, m small crops, V views of each support image, W ranks.
+Legend: n unlabelled images and S support images per rank, m small crops, V views of each support image, W ranks, A
+micro-batches per step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from paws_hpc.data.augment import augment
 from paws_hpc.data.cutting import Crops, Placement
+from paws_hpc.data.devices import Ahead
 from paws_hpc.data.order import Positions, Window
 from paws_hpc.store import ImageStore
 
@@ -26,7 +28,8 @@ class StreamOptions:
         balanced_support: supports take turns instead of being drawn anew in each step.
         placement: where images are decoded and cropped.
         device: of training.
-        prefetch_bytes: host memory for batches made ahead; 3 batches at most.
+        prefetch_bytes: memory for batches made ahead, on the host and, as augmented views, on the device; 3 batches at
+            most.
     """
 
     window: Window | None = None
@@ -54,35 +57,55 @@ class StreamState:
 
 
 @dataclass(frozen=True)
+class PawsPart:
+    """This rank's part of one micro-batch: b of its n images and s of its S support images, with all their crops.
+
+    Attributes:
+        supports: V * s rows, view-major.
+        large: 2b rows, view-major.
+        small: m * b rows, view-major; None without small crops.
+    """
+
+    supports: Crops
+    large: Crops
+    small: Crops | None
+
+    @property
+    def kinds(self) -> list[Crops]:
+        """Supports, large crops and, if there are any, small crops."""
+        return [self.supports, self.large] + ([self.small] if self.small is not None else [])
+
+
+@dataclass(frozen=True)
 class PawsBatch:
     """This rank's part of one pre-training step.
 
     Attributes:
         step: 0-based.
         records: (n,) positions of the unlabelled images in their store.
-        supports: V * S rows, view-major.
-        large: 2n rows, view-major.
-        small: m * n rows, view-major; None without small crops.
-        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them;
-            entries are places among the K classes drawn for this step.
+        parts: A micro-batches of equal sizes; number a has image a, a + A, a + 2A, ... of the step's images and of its
+            supports, whatever the number of ranks, since each rank's n and S are multiples of A.
+        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
+            view-major as if there were one part; entries are places among the K classes drawn for this step.
+        ahead: the augmented views of the only part, if they were made ahead of the step.
     """
 
     step: int
     records: Positions
-    supports: Crops
-    large: Crops
-    small: Crops | None
+    parts: tuple[PawsPart, ...]
     support_classes: Tensor
+    ahead: Ahead | None = None
 
     @property
     def num_support_rows(self) -> int:
         """V * S, of this rank."""
-        return len(self.supports)
+        return sum(len(part.supports) for part in self.parts)
 
     @property
     def nbytes(self) -> int:
-        """Host memory of its images."""
-        return held_bytes([self.supports, self.large, self.small])
+        """Memory of its images on the host, and of views made ahead."""
+        held = held_bytes([crops for part in self.parts for crops in part.kinds])
+        return held if self.ahead is None else held + self.ahead.nbytes
 
 
 @dataclass(frozen=True)
@@ -94,22 +117,25 @@ class LabelledBatch:
         records: (n,) positions in the store.
         crops: n rows.
         labels: (n,) int64 classes.
+        ahead: the augmented crops, if they were made ahead of the step.
     """
 
     step: int
     records: Positions
     crops: Crops
     labels: Tensor
+    ahead: Ahead | None = None
 
     @property
     def nbytes(self) -> int:
-        """Host memory of its images."""
-        return held_bytes([self.crops])
+        """Memory of its images on the host, and of views made ahead."""
+        held = held_bytes([self.crops])
+        return held if self.ahead is None else held + self.ahead.nbytes
 
 
-def held_bytes(kinds: Sequence[Crops | None]) -> int:
+def held_bytes(kinds: Sequence[Crops]) -> int:
     """Host memory of crops, of which several kinds may share their images."""
-    pixels = {id(crops.pixels.held): crops.pixels.nbytes for crops in kinds if crops is not None}
+    pixels = {id(crops.pixels.held): crops.pixels.nbytes for crops in kinds}
     return sum(pixels.values())
 
 

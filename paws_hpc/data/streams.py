@@ -1,7 +1,7 @@
 """From a store to batches: the PAWS stream, the classifier's stream, and evaluation sets.
 
-A batch is a pure function of its step. A background thread cuts crops ahead of training as uint8; everything from flip
-to normalisation happens on the training device, batched.
+A batch is a pure function of its step. A background thread cuts crops ahead of training as uint8, and has everything
+from flip to normalisation done on the training device, batched, while the step before is running.
 
 Legend: n unlabelled images and S support rows per rank, m small crops, V views of each support image, W ranks.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.data.augment import normalise
-from paws_hpc.data.batches import LabelledBatch, PawsBatch, StreamOptions, StreamState, apply
+from paws_hpc.data.batches import LabelledBatch, PawsBatch, PawsPart, StreamOptions, StreamState, apply
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.cutting import Cutter, make_strategy
+from paws_hpc.data.devices import Ahead, side_stream
 from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
 from paws_hpc.data.prefetch import Prefetch
@@ -56,6 +57,7 @@ class PawsStream:
         images_per_class: int,
         seed: int,
         threads: int,
+        accumulate_steps: int = 1,
         supports: StoreImages | None = None,
         options: StreamOptions = _DEFAULT,
     ) -> None:
@@ -70,12 +72,13 @@ class PawsStream:
             images_per_class: drawn from each.
             seed: of the run.
             threads: that decode and crop.
+            accumulate_steps: micro-batches per step, A.
             supports: source of the labelled images; None means ``store``, of which they are part.
             options: order and placement.
 
         Raises:
-            ValueError: a global size does not divide by the ranks, the labels do not suffice for the support, or an
-                image would be repeated more often in a step than there are numbers for its views.
+            ValueError: a global size does not divide by the ranks and micro-batches, the labels do not suffice for the
+                support, or an image would be repeated more often in a step than there are numbers for its views.
         """
         self.store, self.views, self.options, self.seed = store, views, options, seed
         images = StoreImages(store)
@@ -99,39 +102,37 @@ class PawsStream:
             if shared
             else Cutter(make_strategy(supports, options.placement, threads=threads, device=options.device), seed=seed)
         )
-        self._images = distributed.per_rank(batch_size, name="pretrain.batch_size")
+        self._images = distributed.per_rank(batch_size, name="pretrain.batch_size", accumulate_steps=accumulate_steps)
         self._supports = distributed.per_rank(
-            support_classes * images_per_class, name="pretrain.support.classes * pretrain.support.images_per_class"
+            support_classes * images_per_class,
+            name="pretrain.support.classes * pretrain.support.images_per_class",
+            accumulate_steps=accumulate_steps,
         )
+        self._parts = accumulate_steps
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
         """This rank's part of a 0-based step."""
-        epoch, rank = self._order.epoch(step), distributed.rank()
+        rank = distributed.rank()
         records = self._order.records(step)[rank * self._images : (rank + 1) * self._images]
+        drawn, mine = self._support.draw(step), slice(rank * self._supports, (rank + 1) * self._supports)
+        supports, repeats = drawn.records[mine], drawn.repeats[mine]
+        every = [slice(part, None, self._parts) for part in range(self._parts)]
+        parts = tuple(self._part(step, records[rows], supports[rows], repeats[rows]) for rows in every)
+        by_rank = np.split(drawn.places, distributed.world_size())
+        classes = np.concatenate([np.tile(part, self.views.support_views) for part in by_rank])
+        return PawsBatch(step, records, parts, torch.from_numpy(classes))
+
+    def _part(self, step: int, records: Positions, supports: Positions, repeats: Positions) -> PawsPart:
         views, kinds = self.views, [(self.views.large, 0)]
         if views.small.count:
             kinds.append((views.small, FIRST_SMALL_VIEW))
-        unlabelled = self._cutter.cut(records, kinds, epoch=epoch, config=views.augment)
-        drawn, mine = self._support.draw(step), slice(rank * self._supports, (rank + 1) * self._supports)
+        large, *small = self._cutter.cut(records, kinds, epoch=self._order.epoch(step), config=views.augment)
         support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
-        supports = self._support_cutter.cut(
-            drawn.records[mine],
-            [(support_crop, FIRST_SUPPORT_VIEW)],
-            epoch=step,
-            config=views.augment,
-            repeats=drawn.repeats[mine],
+        (support,) = self._support_cutter.cut(
+            supports, [(support_crop, FIRST_SUPPORT_VIEW)], epoch=step, config=views.augment, repeats=repeats
         )
-        by_rank = np.split(drawn.places, distributed.world_size())
-        classes = np.concatenate([np.tile(part, views.support_views) for part in by_rank])
-        return PawsBatch(
-            step,
-            records,
-            supports[0],
-            unlabelled[0],
-            unlabelled[1] if views.small.count else None,
-            torch.from_numpy(classes),
-        )
+        return PawsPart(support, large, small[0] if small else None)
 
     def state(self, step: int) -> StreamState:
         """Where the stream stands before a 0-based step."""
@@ -154,15 +155,29 @@ class PawsStream:
             )
         return step
 
-    def prefetch(self, start: int, stop: int) -> Prefetch[PawsBatch]:
-        """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager."""
-        return _ahead(self.batch, start, stop, self.options)
+    def prefetch(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Prefetch[PawsBatch]:
+        """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager.
 
-    def augment(self, batch: PawsBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """Augmented, normalised views on the device: supports, large crops and, if there are any, small crops."""
-        crops = [batch.supports, batch.large] + ([batch.small] if batch.small is not None else [])
+        Args:
+            start, stop: steps.
+            dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
+                with them a step is not to hold the views of all its images at once.
+        """
+        device = self.options.device
+        beside = side_stream(device)
+
+        def make(step: int) -> PawsBatch:
+            batch = self.batch(step)
+            if dtype is None or self._parts > 1:
+                return batch
+            return replace(batch, ahead=Ahead(lambda: self.augment(batch.parts[0], device, dtype), beside))
+
+        return _prefetch(make, start, stop, self.options)
+
+    def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Augmented, normalised views on the device, by kind."""
         # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        return [apply(crop, self.store, device, dtype) for crop in crops]
+        return [apply(crops, self.store, device, dtype) for crops in part.kinds]
 
 
 def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
@@ -174,7 +189,7 @@ def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
         )
 
 
-def _ahead(make: Callable[[int], _Batch], start: int, stop: int, options: StreamOptions) -> Prefetch[_Batch]:
+def _prefetch(make: Callable[[int], _Batch], start: int, stop: int, options: StreamOptions) -> Prefetch[_Batch]:
     return Prefetch(make, start, stop, size=lambda batch: batch.nbytes, budget_bytes=options.prefetch_bytes)
 
 
@@ -241,9 +256,16 @@ class ClassifierStream:
         )
         return LabelledBatch(step, records, crops[0], torch.from_numpy(self.store.labels[records]))
 
-    def prefetch(self, start: int, stop: int) -> Prefetch[LabelledBatch]:
-        """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager."""
-        return _ahead(self.batch, start, stop, self._options)
+    def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
+        """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
+        device = self._options.device
+        beside = side_stream(device)
+
+        def make(step: int) -> LabelledBatch:
+            batch = self.batch(step)
+            return replace(batch, ahead=Ahead(lambda: [self.augment(batch, device, dtype)], beside))
+
+        return _prefetch(make, start, stop, self._options)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""

@@ -3,6 +3,8 @@
 A checkpoint is two files: ``step-00001234.pt`` (tensors and plain values, read with ``weights_only=True``) and, written
 after it, ``step-00001234.json`` with its checksum and the identity of the experiment. Without a fitting second file the
 first one counts as damaged. Nothing that is read can execute anything.
+
+Training stands still only while its state is copied to host memory: a thread writes the copy.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from paws_hpc import distributed
+from paws_hpc.engine.hostcopy import HostCopy
 from paws_hpc.engine.preemption import UNATTENDED
 from paws_hpc.files import atomic_write, file_hash, read_json, write_json
 
@@ -40,7 +45,12 @@ class Checkpoint:
 
 
 class CheckpointFolder:
-    """The checkpoints of one stage of one run. Rank 0 writes and chooses; every rank reads."""
+    """The checkpoints of one stage of one run. Rank 0 writes and chooses; every rank reads.
+
+    One checkpoint at most is being written, and it takes as much host memory as the state. An error in writing is
+    raised by the next call of :meth:`save`, :meth:`check` or :meth:`wait`. As a context manager the folder waits for
+    the writing when an error ends the block, and logs why it failed if it did.
+    """
 
     def __init__(
         self,
@@ -58,31 +68,70 @@ class CheckpointFolder:
             identity: flat ``{field: value}`` of all that determines the run (config fields, data-set digests).
             keep: how many checkpoints to keep; more than one, since the newest can be damaged.
             accept_changes: identity fields that may differ from the checkpoint's.
-            fence: called before a written file becomes visible and before old ones are removed; raises if another
-                start of the job has taken over.
+            fence: called, on the writing thread, before a written file becomes visible and before old ones are removed;
+                raises if another start of the job has taken over.
         """
         self.path, self.identity, self.keep, self.accept_changes = path, identity, keep, accept_changes
         self._fence = fence
+        self._host_copy = HostCopy()
+        self._writing: Future[None] | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if distributed.is_main():
             path.mkdir(parents=True, exist_ok=True)
             for leftover in path.glob(".step-*.tmp"):
                 leftover.unlink()
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint on rank 0 and remove older ones past ``keep``; the other ranks return at once.
+    def __enter__(self) -> CheckpointFolder:
+        return self
 
-        Those of later steps go too: training continues from the newest valid one, so they were found damaged. The
-        record says how many seconds writing took: a job that is asked to stop needs that long.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writing is not None and error is not None and (fault := self._writing.exception()) is not None:
+            _LOG.error("The last checkpoint could not be written: %s", fault)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copy the state on rank 0 and begin to write it; the other ranks return at once.
+
+        Waits for the checkpoint before it, if that is still being written. When this one is whole, older ones past
+        ``keep`` are removed, and so are those of later steps: training continues from the newest valid one, so they
+        were found damaged. The record says how many seconds writing took: a job that is asked to stop needs that long.
 
         Args:
             step: training steps completed.
-            state: tensors, numbers, strings, and lists and dicts of them.
+            state: tensors, numbers, strings, and lists and dicts of them; it may change as soon as this returns.
 
         Raises:
-            OSError: it could not be written, for a full disk say; older checkpoints stay and no temporary file does.
+            OSError: the checkpoint before it could not be written, for a full disk say; older ones stay and no
+                temporary file does.
+            TypeError: the state holds something else.
         """
-        if not distributed.is_main():
-            return
+        if distributed.is_main():
+            self._finish()
+            snapshot = self._host_copy.take(state)
+            self._writing = self._writer.submit(lambda: self._write(step, snapshot()))
+
+    def check(self) -> None:
+        """Raise what :meth:`wait` would, if it is known by now."""
+        if self._writing is not None and self._writing.done():
+            self._finish()
+
+    def wait(self) -> None:
+        """Return, on all ranks, which call this together, when what was saved is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._finish()
+        distributed.barrier()
+
+    def _finish(self) -> None:
+        """Wait for the writing, if there is any, and raise its error."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
         began, weights = time.monotonic(), self._weights(step)
         save_tensors(weights, state, fence=self._fence)
         digest = file_hash(weights)
@@ -109,6 +158,7 @@ class CheckpointFolder:
             ValueError: the newest valid checkpoint belongs to another experiment, whose differing fields are named, or
                 holds objects that could execute code.
         """
+        self._finish()
         chosen: list[int | None] = [self._newest_valid() if distributed.is_main() else None]
         if distributed.world_size() > 1:
             dist.broadcast_object_list(chosen)

@@ -16,7 +16,7 @@ from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
 from paws_hpc.engine.evaluate import forward_all, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
-from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
+from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
@@ -153,7 +153,7 @@ class ClassifierTraining:
         device: torch.device,
     ) -> None:
         self.cell, self.config, self.stream, self.device = cell, config, stream, device
-        self.classifier = to_device(classifier, device, torch.float32)
+        self.classifier = move(classifier, device, torch.float32)
         self.model = replicate(self.classifier, device)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(),
@@ -208,7 +208,9 @@ class ClassifierTraining:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(batch.step)
-        images = self.stream.augment(batch, self.device, torch.float32)
+        images = (
+            self.stream.augment(batch, self.device, torch.float32) if batch.ahead is None else batch.ahead.take()[0]
+        )
         logits = self.model(images)
         # Not this rank's mean: ranks may hold one image more or less, and their losses are averaged.
         loss = nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
@@ -269,9 +271,10 @@ def train_classifier(
         if training.awaits_validation(start):  # the job was asked to stop before it had finished
             log_score(training, start, validation, tracker, rate={}, control=control)
             meter.restart()
-        with training.stream.prefetch(start, training.total_steps) as batches:
+        with checkpoints, training.stream.prefetch(start, training.total_steps, torch.float32) as batches:
             for batch in meter.waiting_for(batches):
                 control.check()
+                checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
                 if training.awaits_validation(done):
@@ -280,14 +283,14 @@ def train_classifier(
                     log_score(training, done, validation, tracker, rate=rate, control=control)
                     checkpoints.save(done, training.state_dict())
                     saved = done
-                    distributed.barrier()
                     meter.restart()
     except Interrupted:
         read_losses(training, window)
         if saved != done:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
-        distributed.barrier()
+        checkpoints.wait()
         raise PreemptedError(done) from None
+    checkpoints.wait()
     assert training.best is not None, "the last step is always scored"
     if distributed.is_main():
         save_tensors(best_path, training.best_weights, fence=control.fence)

@@ -14,7 +14,7 @@ from paws_hpc import distributed
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def to_device(model: ModuleT, device: torch.device, dtype: torch.dtype) -> ModuleT:
+def move(model: ModuleT, device: torch.device, dtype: torch.dtype) -> ModuleT:
     """Move a model; convolutions are channels-last on CUDA, as tensor cores want them.
 
     On CPUs that layout would save a sixth of a step, but torch's batch normalisation then sums naively: its fp32

@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
+from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
+from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
 from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
 from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
-from paws_hpc.engine.parallel import replicate, synchronise_buffers, to_device
+from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
+from paws_hpc.models import Encoder
 from paws_hpc.objective import (
     CollapseMonitor,
     ObjectiveConfig,
@@ -84,11 +88,18 @@ class PretrainConfig:
 
     Attributes:
         batch_size: unlabelled images per step.
+        accumulate_steps: micro-batches per step, equal parts of its images and supports that go through the network one
+            after the other, twice, so that only one part's activations are in memory. The gradient is that of the whole
+            batch's loss, which couples all its rows (paws_hpc/engine/accumulation.py). One thing differs from a single
+            pass: batch normalisation takes the statistics of a micro-batch, over all ranks. So a run with 8 parts is
+            the same on 1, 8 and 64 GPUs, but is not the run with 1.
         epochs: passes over all training images.
         support: labelled images per step.
         collapse: detection of uniform predictions.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
+        compile: whether the network goes through ``torch.compile``, which takes a while at every start
+            (paws_hpc/engine/compiled.py).
         log_every_steps: between rows of metrics; also how often device values are read by the host.
         diagnose_every_steps: between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
@@ -97,10 +108,12 @@ class PretrainConfig:
     """
 
     batch_size: int = 4096
+    accumulate_steps: int = 1
     epochs: int = 100
     support: SupportConfig = field(default_factory=SupportConfig)
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     precision: str = "auto"
+    compile: bool = False
     log_every_steps: int = 10
     diagnose_every_steps: int = 100
     validate_every_epochs: int = 10
@@ -112,6 +125,7 @@ class PretrainConfig:
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
         for name in (
             "batch_size",
+            "accumulate_steps",
             "epochs",
             "log_every_steps",
             "diagnose_every_steps",
@@ -137,7 +151,7 @@ class Pretraining:
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         *,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
@@ -150,8 +164,11 @@ class Pretraining:
         self.total_steps = config.epochs * stream.steps_per_epoch
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        self.encoder = to_device(encoder, device, dtype)
+        self.encoder = move(encoder, device, dtype)
         self.model = replicate(self.encoder, device)
+        spread_momentum(self.encoder, config.accumulate_steps)
+        if config.compile:
+            compile_passes(self.encoder)
         self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
         self.monitor = CollapseMonitor(
@@ -203,12 +220,13 @@ class Pretraining:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(batch.step)
-        views = self.stream.augment(batch, self.device, self.dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            h, z = self.model(views)
-        metrics = self._losses(batch, h, z)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics["loss/total"].backward()
+        if len(batch.parts) == 1:
+            h, z = self._encode(self.model, batch, 0)
+            metrics = self._losses(batch, h, z)
+            metrics["loss/total"].backward()
+        else:
+            metrics = self._accumulate(batch)
         self.optimizer.step()
         with torch.no_grad():
             metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
@@ -220,6 +238,26 @@ class Pretraining:
     def dtype(self) -> torch.dtype:
         """Of parameters and images."""
         return next(self.encoder.parameters()).dtype
+
+    def _encode(self, network: nn.Module, batch: PawsBatch, part: int) -> tuple[Tensor, Tensor]:
+        if batch.ahead is not None:
+            views = batch.ahead.take()
+        else:
+            views = self.stream.augment(batch.parts[part], self.device, self.dtype)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            h, z = network(views)
+        return h, z
+
+    def _accumulate(self, batch: PawsBatch) -> dict[str, Tensor]:
+        views, images, parts = self.stream.views, len(batch.records), len(batch.parts)
+        supports = batch.num_support_rows // views.support_views
+        kinds = [(views.support_views, supports), (2, images), (views.small.count, images)]
+        return accumulate(
+            self.model,
+            encode=lambda network, part: self._encode(network, batch, part),
+            losses=lambda h, z: self._losses(batch, h, z),
+            rows=to_device(rows_of_parts(kinds, parts), self.device),
+        )
 
     def _losses(self, batch: PawsBatch, h: Tensor, z: Tensor) -> dict[str, Tensor]:
         rows, large = batch.num_support_rows, 2 * len(batch.records)
@@ -300,9 +338,10 @@ def pretrain(
         if training.awaits_validation(start):  # the job was asked to stop before it had finished
             log_validation(training, start, validate, tracker)
             meter.restart()
-        with training.stream.prefetch(start, training.total_steps) as batches:
+        with checkpoints, training.stream.prefetch(start, training.total_steps, training.dtype) as batches:
             for batch in meter.waiting_for(batches):
                 control.check()
+                checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
                 validating = training.awaits_validation(done)
@@ -314,22 +353,24 @@ def pretrain(
                 if saving:
                     checkpoints.save(done, training.state_dict())
                     saved = done
-                    distributed.barrier()
                 if saving or validating:
                     meter.restart()
     except Interrupted:
         report_window(training, window, meter, tracker)
         if saved != done:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
-        distributed.barrier()
+        checkpoints.wait()
         raise PreemptedError(done) from None
+    checkpoints.wait()
     return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
 
 
 def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
     """Score the encoder as it is after ``done`` steps."""
     synchronise_buffers(training.encoder)
-    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **validate()})
+    with as_written():
+        scores = validate()
+    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
     training.validated = done
 
 

@@ -18,10 +18,10 @@ _GAP = 2
 
 def write_crop_grid(path: Path, stream: PawsStream) -> None:
     """Write the crops of the first images of step 0 as PNG: a row per image; large crops, then small ones."""
-    batch = stream.batch(0)
-    views = stream.augment(batch, torch.device("cpu"), torch.float32)[1:]
-    count = len(batch.records)
-    columns = [part for view in views for part in view.split(count)]
+    part = stream.batch(0).parts[0]
+    views = stream.augment(part, torch.device("cpu"), torch.float32)[1:]
+    count = len(part.large) // 2
+    columns = [column for view in views for column in view.split(count)]
     mean, std = (torch.tensor(value)[:, None, None] for value in (stream.store.mean, stream.store.std))
     cell = columns[0].shape[-1]
     rows = min(_ROWS, count)

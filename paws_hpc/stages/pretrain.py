@@ -50,6 +50,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         images_per_class=config.pretrain.support.images_per_class,
         seed=config.seed,
         threads=config.data.threads,
+        accumulate_steps=config.pretrain.accumulate_steps,
         supports=data.supports,
         options=options,
     )

@@ -22,14 +22,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, world: int, dtype: str) -> dict[str, Any]:
-    path = folder / f"world-{world}-{dtype}.pt"
+def train(folder: Path, world: int, dtype: str, accumulate_steps: int) -> dict[str, Any]:
+    path = folder / f"world-{world}-{dtype}-{accumulate_steps}.pt"
     if not path.exists():
         module = [sys.executable, "-m", "tests.equivalence.train_as_rank", str(folder)]
         ranks = [
             subprocess.Popen(
-                [*module, str(rank), str(world), dtype], env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
-                stderr=subprocess.PIPE, text=True,
+                [*module, str(rank), str(world), dtype, str(accumulate_steps)],
+                env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, text=True,
             )
             for rank in range(world)
         ]  # fmt: skip
@@ -38,10 +38,13 @@ def train(folder: Path, world: int, dtype: str) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("world", [2, 4])
-def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, dtype: str) -> None:
-    alone, together = train(folder, 1, dtype), train(folder, world, dtype)
+@pytest.mark.parametrize(
+    ("world", "accumulate_steps", "dtype"),
+    [(2, 1, "fp64"), (4, 1, "fp64"), (2, 1, "fp32"), (4, 1, "fp32"), (2, 4, "fp64")],
+)
+def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, accumulate_steps: int, dtype: str) -> None:
+    """Also where micro-batches go through the network one after the other: they are the same on any number of ranks."""
+    alone, together = (train(folder, ranks, dtype, accumulate_steps) for ranks in (1, world))
     assert len(alone["losses"]["loss/total"]) == 10
     assert len(alone["losses"]["loss/support_nce"]) == 5, "the warm-up covers the first half of these steps"
     for name, expected in alone["losses"].items():
@@ -55,8 +58,8 @@ def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, dty
 def test_a_step_communicates_once_for_supports_once_for_me_max_and_twice_per_normalisation(folder: Path) -> None:
     """Nine layers see two sizes of crops; DistributedDataParallel has one bucket, and asks what is unused."""
     layers, sizes, data_parallel = 9, 2, 2
-    assert not train(folder, 1, "fp32")["collectives"]
-    assert train(folder, 2, "fp32")["collectives"] == {
+    assert not train(folder, 1, "fp32", 1)["collectives"]
+    assert train(folder, 2, "fp32", 1)["collectives"] == {
         "allgather_base": layers * sizes + 1,
         "reduce_scatter_base": 1,
         "allreduce": layers * sizes + 1 + data_parallel,

@@ -1,9 +1,9 @@
 """One rank of the run that test_training_ranks compares.
 
-    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE
+    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS
 
-Writes ``FOLDER/world-WORLD-DTYPE.pt`` from rank 0: ten losses, the weights after ten steps, and what is communicated in
-one more step.
+Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses, the weights after ten steps, and what
+is communicated in one more step.
 """
 
 import sys
@@ -26,7 +26,7 @@ from tests.ranks import Collectives
 STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
 
 
-def main(folder: Path, rank: int, world: int, dtype: str) -> None:
+def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int) -> None:
     """Train ten steps. 40 supports on 4 ranks are 10 each, so that ranks share classes; views are two per support.
 
     The learning rate is small because ReLU has kinks: in exact arithmetic (fp64), moving the initial weights by one
@@ -37,8 +37,8 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     cpu = torch.device("cpu")
     if world > 1:
         join(
-            folder, start=f"{world}-{dtype}", rank=rank, world_size=world, address=own_address(1), device=cpu,
-            timeout_s=120,
+            folder, start=f"{world}-{dtype}-{accumulate_steps}", rank=rank, world_size=world, address=own_address(1),
+            device=cpu, timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
@@ -49,7 +49,7 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
     )  # fmt: skip
     stream = PawsStream(
         store, torch.tensor(labelled).numpy(), views=views, batch_size=BATCH, support_classes=CLASSES,
-        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1,
+        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1, accumulate_steps=accumulate_steps,
     )  # fmt: skip
     model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
     training = Pretraining(
@@ -57,7 +57,7 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
         optimizer=OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            diagnose_every_steps=1,
+            diagnose_every_steps=1, accumulate_steps=accumulate_steps,
         ),
         stream=stream, device=cpu,
     )  # fmt: skip
@@ -73,10 +73,10 @@ def main(folder: Path, rank: int, world: int, dtype: str) -> None:
         training.step(stream.batch(STEPS))
     if distributed.is_main():
         results = {"losses": curves, "weights": weights, "collectives": dict(collectives.counts)}
-        torch.save(results, folder / f"world-{world}-{dtype}.pt")
+        torch.save(results, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))

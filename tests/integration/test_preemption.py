@@ -146,6 +146,25 @@ def test_a_job_that_is_never_left_in_peace_still_gets_there(
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_a_run_in_micro_batches_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny_run
+
+    def in_parts(store: Path, folder: Path) -> tuple[Config, RunFolder]:
+        config, run = plain(store, folder)
+        config.pretrain.accumulate_steps, config.model.prediction_head = 2, True
+        config.objective.support_warmup_fraction = 0.8
+        return config, run
+
+    monkeypatch.setitem(globals(), "tiny_run", in_parts)
+    store = make_store(tmp_path / "store", alike=False)
+    start(store, tmp_path / "whole")
+    for call in (1, 8):
+        with pytest.raises(PreemptedError):
+            start(store, tmp_path / str(call), asked_at=call)
+        start(store, tmp_path / str(call))
+        assert_same_run(tmp_path / str(call), tmp_path / "whole")
+
+
 @pytest.mark.parametrize("whole", [False], ids=["noise"], indirect=True)
 def test_what_is_scored_is_not_scored_again(whole: tuple[Path, Path, int], tmp_path: Path) -> None:
     """Launched again without DONE, a finished run is found complete; every boundary would be counted."""
@@ -184,7 +203,8 @@ def test_a_start_that_was_taken_over_anywhere_spoils_nothing(whole: tuple[Path, 
             start(store, folder, fence=refusing(write))
         assert not list(folder.rglob("*.tmp"))
         scored = [row["step"] for row in curve(RunFolder(folder / "run")) if "validation/paws_nn" in row]
-        assert scored == ([2] if write < 3 else [2, 5])
+        # The checkpoint of step 4 is written while training goes on, so the fence may speak before or after the score.
+        assert scored in ([[2], [2, 5]] if write < 3 else [[2, 5]])
         left.append(newest(folder))
         start(store, folder)
         assert_same_run(folder, uninterrupted)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import pytest
 import torch
 
 from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.files import file_hash, read_json, write_json
 
 CPU = torch.device("cpu")
 IDENTITY = {"seed": 0, "optimizer.peak_lr": 6.4, "digest.train": "aa", "views.scale": [0.1, 1.0]}
@@ -36,6 +40,7 @@ def saved(path: Path, *steps: int, keep: int = 3) -> CheckpointFolder:
     checkpoints = folder(path, keep=keep)
     for step in steps:
         checkpoints.save(step, state(step))
+    checkpoints.wait()
     return checkpoints
 
 
@@ -103,6 +108,7 @@ def test_as_many_are_kept_as_asked_and_never_the_damaged_ones_in_their_place(tmp
     checkpoints = folder(tmp_path, keep=1)
     assert checkpoints.newest(CPU).step == 30
     checkpoints.save(35, state(35))
+    checkpoints.wait()
     assert names(tmp_path) == ["step-00000035.json", "step-00000035.pt"]
     assert folder(tmp_path).newest(CPU).step == 35
 
@@ -134,9 +140,11 @@ class Malicious:
 
 
 def test_a_checkpoint_that_would_execute_code_is_refused_not_executed(tmp_path: Path) -> None:
-    proof = tmp_path / "executed"
-    checkpoints = folder(tmp_path / "run")
-    checkpoints.save(3, {"weights": Malicious(f"touch {proof}")})  # with a valid checksum, as an intruder would
+    proof, weights = tmp_path / "executed", tmp_path / "run" / "step-00000003.pt"
+    saved(tmp_path / "run", 3)
+    torch.save({"weights": Malicious(f"touch {proof}")}, weights)  # with a valid checksum, as an intruder would
+    record = read_json(weights.with_suffix(".json"))
+    write_json(weights.with_suffix(".json"), record | {"xxh3_128": file_hash(weights)})
     with pytest.raises(ValueError, match=r"step-00000003\.pt holds more than tensors.*never loaded"):
         folder(tmp_path / "run").newest(CPU)
     assert not proof.exists()
@@ -163,18 +171,130 @@ def small_disk(path: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def at_the_next_save(checkpoints: CheckpointFolder) -> None:
+    checkpoints.save(3, state(3))
+
+
+def at_a_step(checkpoints: CheckpointFolder) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        checkpoints.check()
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("told", [CheckpointFolder.wait, at_the_next_save, at_a_step])
 @pytest.mark.parametrize("tensors", [1, 300], ids=["in one tensor", "in many tensors"])
-def test_a_full_disk_is_named_and_costs_neither_the_old_checkpoint_nor_space(tmp_path: Path, tensors: int) -> None:
+def test_a_full_disk_is_named_and_costs_neither_the_old_checkpoint_nor_space(
+    tmp_path: Path, tensors: int, told: Callable[[CheckpointFolder], None]
+) -> None:
     with small_disk(tmp_path / "disk"):
         checkpoints = saved(tmp_path / "disk" / "run", 1)
         before = names(checkpoints.path)
         large = {str(number): torch.zeros(600_000 // tensors) for number in range(tensors)}
+        checkpoints.save(2, large)
         with pytest.raises(OSError, match=r"cannot write .*step-00000002\.pt: (No space left|File too large)"):
-            checkpoints.save(2, large)
+            told(checkpoints)
         assert names(checkpoints.path) == before
         assert folder(checkpoints.path).newest(CPU).step == 1
         checkpoints.save(2, state(2))
+        checkpoints.wait()
         assert folder(checkpoints.path).newest(CPU).step == 2
+
+
+def test_why_the_last_checkpoint_failed_is_told_though_another_error_ends_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(checkpoints: CheckpointFolder) -> None:
+        with checkpoints:
+            checkpoints.save(1, state(1))
+            raise ArithmeticError("the loss is not finite")
+
+    checkpoints = folder(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("no folder")
+    with caplog.at_level(logging.ERROR), pytest.raises(ArithmeticError):
+        train(checkpoints)
+    assert str(tmp_path / "run") in caplog.text
+    with pytest.raises(FileExistsError):
+        checkpoints.wait()
+
+
+class Held:
+    """Holds writers just before what they wrote becomes visible."""
+
+    def __init__(self) -> None:
+        self.go, self.came = threading.Event(), threading.Semaphore(0)
+
+    def __call__(self) -> None:
+        self.came.release()
+        assert self.go.wait(60)
+
+
+def test_a_file_holds_the_moment_of_saving_whatever_training_does_while_it_is_written(tmp_path: Path) -> None:
+    """Weights, momentum and lists move between snapshot and writing; two steps later they are saved again."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Flatten())
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    history: list[list[float]] = []
+    moved = [threading.Event() for _ in range(3)]
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        network(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        history.append([0.5] * len(history))
+
+    def all_of_it() -> dict[str, Any]:
+        return {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+
+    checkpoints = folder(tmp_path)
+    take, expected = checkpoints._host_copy.take, {}
+
+    def taken(value: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+        """The writer begins only when training has gone on."""
+        read, go = take(value), moved[len(expected) - 1]
+        return lambda: read() if go.wait(60) else {}
+
+    checkpoints._host_copy.take = taken
+    for number in range(1, 7):
+        step()
+        if number % 2:
+            expected[number] = copy.deepcopy(all_of_it())
+            checkpoints.save(number, all_of_it())
+        else:
+            moved[len(expected) - 1].set()
+    checkpoints.wait()
+    for number, value in expected.items():
+        found = torch.load(tmp_path / f"step-{number:08d}.pt", weights_only=True)
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
+        assert found["network"]._metadata == value["network"]._metadata
+        assert found["network"]["0.weight"].stride() == network[0].weight.stride()
+
+
+def test_saving_returns_before_anything_is_written_and_waits_for_the_one_before(tmp_path: Path) -> None:
+    held = Held()
+    checkpoints = CheckpointFolder(tmp_path, identity=IDENTITY, keep=3, fence=held)
+    checkpoints.save(1, state(1))
+    checkpoints.check()
+    assert held.came.acquire(timeout=60)
+    second = threading.Thread(target=checkpoints.save, args=(2, state(2)))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive(), "the first is still being written"
+    assert not list(tmp_path.glob("*.pt"))
+    assert len(list(tmp_path.glob("*.tmp"))) == 1, "one at most is being written"
+    held.go.set()
+    second.join(60)
+    checkpoints.wait()
+    assert [path.name for path in sorted(tmp_path.glob("*.pt"))] == ["step-00000001.pt", "step-00000002.pt"]
+    assert [folder(tmp_path).newest(CPU).state["weights"][0]] == [2]
+
+
+def test_what_cannot_be_copied_is_refused_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"\['best', 1\] is a Path|\['best', 1\] is a PosixPath"):
+        folder(tmp_path).save(1, {"best": [0.5, tmp_path]})
+    assert names(tmp_path) == []
 
 
 KILLED = """
@@ -185,6 +305,8 @@ from paws_hpc.engine.checkpoint import CheckpointFolder
 
 os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is renamed yet
 CheckpointFolder(Path(sys.argv[1]), identity={}).save(2, {"weights": torch.zeros(1000)})
+while True:  # training
+    torch.zeros(1000).add_(1)
 """
 
 
@@ -197,6 +319,12 @@ def test_what_a_killed_writer_left_vanishes_and_the_checkpoint_before_it_counts(
     checkpoints = folder(tmp_path)
     assert names(tmp_path) == whole
     assert checkpoints.newest(CPU).step == 1
+
+
+def test_a_process_that_ends_right_after_saving_has_saved(tmp_path: Path) -> None:
+    program = KILLED.replace("os.fsync = ", "unused = ").partition("while True")[0]
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=120)
+    assert folder(tmp_path, identity={}).newest(CPU).step == 2
 
 
 def test_the_record_beside_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
@@ -234,8 +362,9 @@ def test_who_was_taken_over_writes_and_removes_nothing(tmp_path: Path) -> None:
         saved(path, 1, 2)
         before = names(path)
         checkpoints = CheckpointFolder(path, identity=IDENTITY, keep=1, fence=fence)
+        checkpoints.save(3, state(3))
         with pytest.raises(PermissionError):
-            checkpoints.save(3, state(3))
+            checkpoints.wait()
         added = ["step-00000003.pt", "step-00000003.json"][:place]
         assert names(path) == sorted([*before, *added])
         assert folder(path).newest(CPU).step == (3 if place == 2 else 2)

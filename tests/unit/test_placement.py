@@ -69,7 +69,7 @@ def levels_apart(first: PawsBatch, second: PawsBatch) -> tuple[int, float]:
     """Greatest difference of two batches' crops, in levels, and the share of pixels that differ."""
     greatest, share = 0, 0.0
     for kind in KINDS:
-        one, other = getattr(first, kind), getattr(second, kind)
+        one, other = getattr(first.parts[0], kind), getattr(second.parts[0], kind)
         assert torch.equal(one.parameters.jitter, other.parameters.jitter)
         difference = (one.images.int() - other.images.int()).abs()
         greatest = max(greatest, int(difference.max()))
@@ -83,8 +83,10 @@ def test_decoded_images_give_the_same_crops_on_the_device_to_one_level(photograp
         greatest, share = levels_apart(here, there)
         assert greatest <= 1
         assert share < 0.1, "only values that lie between two levels may differ"
-        assert there.large.pixels.held is there.small.pixels.held, "both kinds are cut from one decoded image"
-        assert not isinstance(there.large.pixels, type(here.large.pixels))
+        assert there.parts[0].large.pixels.held is there.parts[0].small.pixels.held, (
+            "both kinds are cut from one decoded image"
+        )
+        assert not isinstance(there.parts[0].large.pixels, type(here.parts[0].large.pixels))
 
 
 def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageStore) -> None:
@@ -95,7 +97,7 @@ def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageSto
     assert share < 0.1
     everything = photographs.read_encoded(here.records)
     assert sum(map(len, everything)) < there.nbytes < 0.5 * photographs.sizes(here.records)[0].sum() * 640
-    assert there.large.pixels.held is there.small.pixels.held
+    assert there.parts[0].large.pixels.held is there.parts[0].small.pixels.held
 
 
 def test_a_file_that_the_device_cannot_decode_is_named_with_the_remedy(photographs: ImageStore) -> None:
@@ -167,7 +169,7 @@ def test_a_substitute_that_is_found_within_a_batch_gives_the_crops_of_one_that_w
 
 def test_a_batch_knows_how_much_memory_it_holds(photographs: ImageStore) -> None:
     cut, uncut = (stream(photographs, placement).batch(0) for placement in ("cpu-crop", "cpu-decode"))
-    assert cut.nbytes == sum(getattr(cut, kind).images.nbytes for kind in KINDS)
+    assert cut.nbytes == sum(getattr(cut.parts[0], kind).images.nbytes for kind in KINDS)
     sizes = photographs.heights * photographs.widths * 3
     assert sizes[cut.records].sum() < uncut.nbytes < sizes[cut.records].sum() + 8 * sizes.max() + 1, "images once"
 
@@ -257,7 +259,7 @@ def test_labels_from_a_grey_store_and_images_from_a_colour_one(photographs: Imag
             threads=1, supports=cached_images(labels, np.arange(12), cache_gb=1),
             options=StreamOptions(placement=placement),
         )  # fmt: skip
-        supports, large, _ = mixed.augment(mixed.batch(0), CPU, torch.float32)
+        supports, large, _ = mixed.augment(mixed.batch(0).parts[0], CPU, torch.float32)
         assert supports.shape == (2 * 6, 3, 32, 32)
         assert large.shape == (2 * 8, 3, 32, 32)
 
@@ -272,7 +274,9 @@ def test_a_gpu_gives_the_crops_of_the_cpu(photographs: ImageStore, digits: Image
         assert levels_apart(here, there)[0] <= 1
         return
     for kind in KINDS:  # nvJPEG has its own inverse transform and interpolates colour in its own way
-        difference = (getattr(here, kind).images.int() - getattr(there, kind).images.int()).abs().float()
+        difference = (
+            (getattr(here.parts[0], kind).images.int() - getattr(there.parts[0], kind).images.int()).abs().float()
+        )
         assert difference.mean() < 2
-    views = stream(store, placement, device=cuda).augment(replace(there), cuda, torch.float32)
+    views = stream(store, placement, device=cuda).augment(replace(there.parts[0]), cuda, torch.float32)
     assert all(view.is_cuda and view.isfinite().all() for view in views)

@@ -1,0 +1,106 @@
+"""What a pre-training step may not do: wait for the device, or be another step when it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from paws_hpc.data.batches import StreamOptions
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.engine.compiled import as_written, compile_passes
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.models import build_encoder
+from paws_hpc.store import ImageStore
+from tests.conftest import Stores
+from tests.tiny import tiny_config
+
+
+def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretraining:
+    config = tiny_config(stores.train, stores.test, stores.train)
+    config.model.prediction_head, config.pretrain.diagnose_every_steps = True, 1000
+    config.pretrain.batch_size, config.objective.support_warmup_fraction = 16, 0.5
+    for name, value in changes.items():
+        setattr(config.pretrain, name, value)
+    store = ImageStore.open(stores.train)
+    labelled = [index for label in range(10) for index in np.flatnonzero(store.labels == label)[:4]]
+    stream = PawsStream(
+        store, np.array(labelled), views=config.views, batch_size=16, support_classes=10, images_per_class=4, seed=0,
+        threads=1, accumulate_steps=config.pretrain.accumulate_steps, options=StreamOptions(device=device),
+    )  # fmt: skip
+    return Pretraining(
+        build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
+        config=config.pretrain, stream=stream, device=device,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")
+@pytest.mark.parametrize("accumulate_steps", [1, 4])
+def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
+    digits_stores: Stores, accumulate_steps: int
+) -> None:
+    training = prepared(digits_stores, torch.device("cuda"), accumulate_steps=accumulate_steps)
+    with training.stream.prefetch(1, 9, training.dtype) as batches:
+        try:
+            for batch in batches:
+                training.step(batch)
+                if batch.step == 3:  # allocations of the first steps are over
+                    torch.cuda.set_sync_debug_mode("error")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's streams")
+def test_views_made_beside_the_step_are_those_made_in_it(digits_stores: Stores) -> None:
+    weights = []
+    for ahead in (True, False):
+        training = prepared(digits_stores, torch.device("cuda"), precision="fp32")
+        with training.stream.prefetch(0, 20, training.dtype if ahead else None) as batches:
+            for batch in batches:
+                views = training.stream.augment(batch.parts[0], training.device, training.dtype)
+                if batch.ahead is not None:
+                    assert all(torch.equal(*pair) for pair in zip(batch.ahead.take(), views, strict=True))
+                training.step(batch)
+        weights.append(training.encoder.projection.fc1.weight.detach().cpu())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, accumulate_steps: int) -> None:
+    """Graphs as they are traced, without a backend's kernels; scoring in between, with any size, compiles nothing."""
+    ends = []
+    for compiled in (False, True):
+        training = prepared(digits_stores, torch.device("cpu"), precision="fp64", accumulate_steps=accumulate_steps)
+        graphs = 0
+
+        def counted(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            nonlocal graphs
+            graphs += 1
+            return graph
+
+        if compiled:
+            compile_passes(training.encoder, backend=counted)
+        for step in range(4):
+            training.step(training.stream.batch(step))
+            if step == 1:
+                traced = graphs
+                with as_written(), torch.no_grad():
+                    for rows in (1, 3, 7):
+                        training.encoder.eval()([torch.zeros(rows, 3, 16, 16, dtype=torch.float64)])
+                training.encoder.train()
+        assert graphs == traced
+        assert (graphs > 0) == compiled
+        ends.append(training.encoder.state_dict())
+    assert ends[0].keys() == ends[1].keys()
+    torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
