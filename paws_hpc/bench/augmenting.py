@@ -39,7 +39,8 @@ def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
         synchronise(device.type == "cuda")
         began = time.perf_counter()
         for _ in range(steps):
-            stream.augment(next(batches), device, torch.float32)
+            for part in next(batches).parts:
+                stream.augment(part, device, torch.float32)
         synchronise(device.type == "cuda")
         return {"done": steps * config.pretrain.batch_size, "seconds": time.perf_counter() - began}
 

@@ -73,6 +73,7 @@ def kinds(config: Config, encoder: Encoder, device: torch.device) -> dict[str, C
     supports, _ = rows_of(config)[0]
     rows = distributed.per_rank(supports, name="support rows")
     z = torch.randn(rows, encoder.output_dim, device=device, requires_grad=True)
+    h = z.detach()
     probabilities = torch.rand(config.pretrain.support.classes, device=device, requires_grad=True)
     norms = [layer for layer in encoder.modules() if isinstance(layer, GlobalBatchNorm1d | GlobalBatchNorm2d)]
     inputs = [_norm_input(layer, device) for layer in norms]
@@ -89,8 +90,9 @@ def kinds(config: Config, encoder: Encoder, device: torch.device) -> dict[str, C
             dist.all_reduce(bucket)
 
     return {
-        "gather of supports, with backward": lambda: distributed.gather_rows(z).sum().backward(),
-        "gather of supports' targets": lambda: distributed.gather_rows(z.detach()),
+        "gather of supports and their targets, with backward": lambda: (
+            distributed.gather_rows_and_constants(z, h, dtype=torch.float32)[0].sum().backward()
+        ),
         f"batch normalisation, {len(norms)} layers x {passes} sizes, with backward": normalise,
         "mean prediction for me-max, with backward": lambda: (
             distributed.mean_over_ranks(probabilities).sum().backward()

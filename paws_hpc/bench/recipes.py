@@ -19,7 +19,7 @@ from PIL import Image
 from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
-from paws_hpc.data.batches import PawsBatch, StreamOptions
+from paws_hpc.data.batches import PawsBatch, PawsPart, StreamOptions
 from paws_hpc.data.cutting import Crops, Placement
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
@@ -208,6 +208,7 @@ def opened_stream(config: Config, *, placement: Placement | None) -> Iterator[Pa
             seed=config.seed,
             threads=config.data.threads,
             supports=cached.supports,
+            accumulate_steps=config.pretrain.accumulate_steps,
             options=options,
         )
 
@@ -230,8 +231,8 @@ def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:
     def moved(crops: Crops) -> Crops:
         return replace(crops, pixels=CutPixels(crops.pixels.on(device)))
 
-    small = None if batch.small is None else moved(batch.small)
-    return replace(batch, supports=moved(batch.supports), large=moved(batch.large), small=small)
+    parts = tuple(PawsPart(*map(moved, part.kinds)) for part in batch.parts)
+    return replace(batch, parts=parts)
 
 
 def describe_sizes(config: Config) -> dict[str, object]:

@@ -22,7 +22,7 @@ from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models import Encoder
-from paws_hpc.objective import paws_loss, smooth_labels
+from paws_hpc.objective import class_labels, paws_loss
 
 Work = Callable[[], dict[str, Any]]
 
@@ -84,7 +84,7 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
     def work() -> dict[str, Any]:
         first = next(numbers) * (steps + _WARM_STEPS)
         meter, began = ThroughputMeter(config.pretrain.batch_size), 0.0
-        with stream.prefetch(first, first + _WARM_STEPS + steps) as batches:
+        with stream.prefetch(first, first + _WARM_STEPS + steps, training.dtype) as batches:
             for batch in meter.waiting_for(batches):
                 if batch.step == first + _WARM_STEPS:
                     synchronise(cuda)
@@ -163,8 +163,8 @@ def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
     small = config.views.small.count
     anchors = torch.randn((2 + small) * n, features, device=device, requires_grad=True)
     supports = torch.randn(rows, features, device=device, requires_grad=True)
-    places = torch.arange(rows, device=device) // (rows // support.classes)
-    labels = smooth_labels(places, support.classes, smoothing=objective.label_smoothing)
+    places = torch.arange(rows) // (rows // support.classes)
+    labels = class_labels(places, support.classes, smoothing=objective.label_smoothing, device=device)
 
     def step() -> None:
         loss = paws_loss(

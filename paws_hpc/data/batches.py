@@ -68,7 +68,7 @@ class PawsPart:
 
     supports: Crops
     large: Crops
-    small: Crops | None
+    small: Crops | None = None
 
     @property
     def kinds(self) -> list[Crops]:

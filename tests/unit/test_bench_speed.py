@@ -97,7 +97,7 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(scene: Sc
             model = training.model
             for step in range(2):
                 batch = on_device(stream.batch(step), CPU)
-                assert torch.equal(batch.large.images, stream.batch(step).large.images)
+                assert torch.equal(batch.parts[0].large.images, stream.batch(step).parts[0].large.images)
                 if not observed:
                     training.step(batch)
                     continue
@@ -163,7 +163,8 @@ def test_collectives_of_two_ranks_move_the_bytes_that_they_must(scene: Scene) ->
     kinds = {name.partition(",")[0]: kind for name, kind in found["kinds"].items()}
     assert all(kind["seconds"] > 0 and kind["calls"] > 0 for kind in kinds.values())
     supports = 10 * config.pretrain.support.images_per_class * config.views.support_views
-    assert kinds["gather of supports' targets"]["bytes"] == supports * encoder.output_dim * 4
+    gathered = 2 * supports * encoder.output_dim * 4  # z and h; then the gradients of all ranks with respect to z
+    assert kinds["gather of supports and their targets"]["bytes"] == gathered + gathered // 2
     assert kinds["gradients"]["bytes"] == 4 * sum(parameter.numel() for parameter in encoder.parameters())
 
 
