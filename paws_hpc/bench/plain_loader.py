@@ -27,6 +27,7 @@ from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work
 from paws_hpc.config import Config
 from paws_hpc.engine.optimizer import split_parameters
+from paws_hpc.engine.parallel import move
 from paws_hpc.models import build_encoder
 from paws_hpc.objective import ObjectiveConfig
 from paws_hpc.store import ImageStore
@@ -117,19 +118,24 @@ def loaders(config: Config, scene: Scene, batches: int) -> tuple[DataLoader[Any]
         pil_view(crop, views.augment, mean=statistics.mean, std=statistics.std) for crop in (views.large, views.small)
     )
     how: dict[str, Any] = {
-        "num_workers": cores(),
         "persistent_workers": True,
         "pin_memory": config.device == "cuda",
         "worker_init_fn": _one_thread,
     }
+    # As many workers as cores, shared by the work that each loader has.
+    unlabelled_views = config.pretrain.batch_size * (views.large.count + views.small.count)
+    support_views = support.classes * support.images_per_class * views.support_views
+    for_supports = max(1, round(cores() * support_views / (unlabelled_views + support_views)))
     unlabelled = DataLoader(
         MultiCrop(images, [(views.large.count, large), (views.small.count, small)]),
         batch_sampler=_Shuffled(len(images.labels), config.pretrain.batch_size, batches),
+        num_workers=max(1, cores() - for_supports),
         **how,
     )
     supports = DataLoader(
         MultiCrop(images, [(views.support_views, large)]),
         batch_sampler=_ByClass(of_class, support.classes, support.images_per_class, batches),
+        num_workers=for_supports,
         **how,
     )
     return unlabelled, supports
@@ -217,7 +223,7 @@ def data_loader_steps(scene: dict[str, Any], steps: int) -> Work:
     device = torch.device(config.device)
     model = build_encoder(config.model, seed=config.seed)
     use_torch_norm(model)
-    model.to(device)
+    model = move(model, device, torch.float32)
     optimizer = PlainLARS(model, config)
     warm = 2 * cores()  # of each loader: two batches per worker are made ahead
     unlabelled, supports = loaders(config, place, warm + steps)

@@ -119,10 +119,15 @@ def marked(training: Pretraining, line: Timeline) -> Iterator[None]:
         line.mark("loss, backward")
         return of_torch(*inputs, **named)
 
+    def augment(*inputs: Any) -> Any:
+        line.mark("augmentation")
+        return of_stream(*inputs)
+
     of_torch: Callable[..., Any] = torch.autograd.backward
-    optimizer = training.optimizer
+    of_stream, optimizer = training.stream.augment, training.optimizer
     with ExitStack() as undo:
         undo.enter_context(_replaced(training, "model", _Marked(training.model, line)))
+        undo.enter_context(_replaced(training.stream, "augment", augment))
         undo.enter_context(_replaced(torch.autograd, "backward", backward))
         for handle in (
             optimizer.register_step_pre_hook(lambda *_: line.mark("optimiser")),

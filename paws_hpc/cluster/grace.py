@@ -1,7 +1,8 @@
 """Whether a job that is asked to leave has the time to save.
 
 Slurm signals a preempted job and kills it GraceTime plus KillWait later; before its time limit it signals
-``signal_delay_s`` ahead. A training job notices at the end of its step, then writes a checkpoint.
+``signal_delay_s`` ahead. A training job notices at the end of its step, finishes the checkpoint that it may just be
+writing in the background, then writes one of that step.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def grace_warnings(
     """
     if save_s is None:
         return []
-    needed = save_s + (step_s or 0.0)
-    needs = f"{job} needs {needed:.1f} s to save (a step {step_s or 0.0:.1f} s, the checkpoint {save_s:.1f} s)"
+    needed = 2 * save_s + (step_s or 0.0)
+    needs = (
+        f"{job} may need {needed:.1f} s to save (a step {step_s or 0.0:.1f} s, a checkpoint {save_s:.1f} s, and as "
+        "long for the one before it)"
+    )
     warnings = []
     if partition is not None and (notice := preemption_notice_s(partition, settings)) is not None and notice < needed:
         warnings.append(

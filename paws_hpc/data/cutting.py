@@ -154,7 +154,7 @@ def make_strategy(images: StoreImages, placement: Placement, *, threads: int, de
     """
     match placement:
         case "cpu-crop":
-            return CpuCrop(images, threads)
+            return CpuCrop(images, threads, device)
         case "cpu-decode":
             return CpuDecode(images, threads, device)
         case "nvjpeg":
@@ -166,8 +166,8 @@ def make_strategy(images: StoreImages, placement: Placement, *, threads: int, de
 class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
-    def __init__(self, images: StoreImages, threads: int) -> None:
-        self._images, self._threads = images, threads
+    def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
+        self._images, self._threads, self._device = images, threads, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
 
     def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
@@ -175,7 +175,7 @@ class CpuCrop:
         shape = self._images.store.shape
         channels, n = 3 if shape is None else shape[2], len(records)
         # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
-        batches = [torch.empty((crop.count, n, crop.size, crop.size, channels), dtype=torch.uint8) for crop in kinds]
+        batches = [host_buffer(crop.count, n, crop.size, crop.size, channels, device=self._device) for crop in kinds]
         views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
         if shape is None:
             cut_part = self._cutting_jpeg(records, kinds, draw, views)

@@ -34,6 +34,9 @@ class Pixels(Protocol):
     def on(self, device: torch.device) -> Tensor:
         """(V * n, C, s, s) uint8 on the device."""
 
+    def release(self) -> None:
+        """Forget what :meth:`on` left on the device for other kinds of crops; it can be made again."""
+
 
 @dataclass(frozen=True)
 class CutPixels:
@@ -55,6 +58,9 @@ class CutPixels:
         """As of Pixels."""
         return self.crops.to(device, non_blocking=True)
 
+    def release(self) -> None:
+        """Nothing was left there."""
+
 
 class Uncut(Protocol):
     """The images of a batch, from which crops are still to be cut."""
@@ -65,6 +71,9 @@ class Uncut(Protocol):
 
     def cut(self, boxes: Boxes, size: int, device: torch.device) -> Tensor:
         """(V * n, 4) boxes, view-major → (V * n, C, size, size) uint8 on the device."""
+
+    def release(self) -> None:
+        """As of Pixels."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,10 @@ class UncutPixels:
     def on(self, device: torch.device) -> Tensor:
         """As of Pixels."""
         return self.held.cut(self.boxes, self.size, device)
+
+    def release(self) -> None:
+        """As of Pixels."""
+        self.held.release()
 
 
 class EqualSize:
@@ -103,6 +116,10 @@ class EqualSize:
             self._there = to_device(self._images, device)
         return _cut_views(self._there, boxes, size)
 
+    def release(self) -> None:
+        """As of Pixels."""
+        self._there = None
+
 
 class ResidentRows:
     """Rows of a (N, H, W, C) uint8 tensor on the device: (n,) positions."""
@@ -119,6 +136,9 @@ class ResidentRows:
         """As of Uncut."""
         images = self._pixels[to_device(self._rows, self._pixels.device)].permute(0, 3, 1, 2)
         return _cut_views(images, boxes, size).to(device)
+
+    def release(self) -> None:
+        """As of Pixels: the store itself stays."""
 
 
 class Ragged:
@@ -138,6 +158,10 @@ class Ragged:
         if self._there is None or self._there.pixels.device.type != device.type:
             self._there = replace(self._images, pixels=to_device(self._images.pixels, device))
         return _cut_ragged(self._there, boxes, size)
+
+    def release(self) -> None:
+        """As of Pixels."""
+        self._there = None
 
 
 class Encoded:
@@ -163,6 +187,10 @@ class Encoded:
             except RuntimeError as error:  # of torchvision, which does not say which file it was
                 raise self._fault(device) or error from error
         return _cut_ragged(self._decoded, boxes, size)
+
+    def release(self) -> None:
+        """As of Pixels."""
+        self._decoded = None
 
     def _fault(self, device: torch.device) -> ValueError | None:
         """The first file that cannot be decoded, alone as little as among the others."""

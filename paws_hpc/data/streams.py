@@ -177,7 +177,10 @@ class PawsStream:
     def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device, by kind."""
         # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        return [apply(crops, self.store, device, dtype) for crops in part.kinds]
+        views = [apply(crops, self.store, device, dtype) for crops in part.kinds]
+        for crops in part.kinds:  # only now: kinds share their images
+            crops.pixels.release()
+        return views
 
 
 def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:

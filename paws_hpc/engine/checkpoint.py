@@ -50,6 +50,9 @@ class CheckpointFolder:
     One checkpoint at most is being written, and it takes as much host memory as the state. An error in writing is
     raised by the next call of :meth:`save`, :meth:`check` or :meth:`wait`. As a context manager the folder waits for
     the writing when an error ends the block, and logs why it failed if it did.
+
+    Attributes:
+        lost: whether the last checkpoint could not be written, as was logged when the block ended.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class CheckpointFolder:
         """
         self.path, self.identity, self.keep, self.accept_changes = path, identity, keep, accept_changes
         self._fence = fence
+        self.lost = False
         self._host_copy = HostCopy()
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -89,13 +93,15 @@ class CheckpointFolder:
     ) -> None:
         if self._writing is not None and error is not None and (fault := self._writing.exception()) is not None:
             _LOG.error("The last checkpoint could not be written: %s", fault)
+            self._writing, self.lost = None, True
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copy the state on rank 0 and begin to write it; the other ranks return at once.
 
         Waits for the checkpoint before it, if that is still being written. When this one is whole, older ones past
         ``keep`` are removed, and so are those of later steps: training continues from the newest valid one, so they
-        were found damaged. The record says how many seconds writing took: a job that is asked to stop needs that long.
+        were found damaged. The record says how many seconds writing took: a job that is asked to stop needs that long,
+        and as long again if the checkpoint before is still being written.
 
         Args:
             step: training steps completed.

@@ -22,6 +22,9 @@ def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "ind
         encoder: compiled in place.
         backend: of ``torch.compile``.
     """
+    # With DistributedDataParallel it would cut the graph wherever a bucket of gradients is full, and not call that a
+    # break. Whole graphs send their gradients at their end.
+    torch._dynamo.config.optimize_ddp = False
     compiled = torch.compile(encoder._encode, fullgraph=True, dynamic=False, backend=backend)
     encoder._encode = compiled  # type: ignore[method-assign]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
+from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, LabelledBatch
 from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
@@ -213,7 +214,7 @@ class ClassifierTraining:
         )
         logits = self.model(images)
         # Not this rank's mean: ranks may hold one image more or less, and their losses are averaged.
-        loss = nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
+        loss = nn.functional.cross_entropy(logits, to_device(batch.labels, self.device), reduction="sum")
         loss = loss * distributed.world_size() / self.stream.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -286,7 +287,7 @@ def train_classifier(
                     meter.restart()
     except Interrupted:
         read_losses(training, window)
-        if saved != done:  # what is on disk stays as it is: replacing it could lose it
+        if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
         checkpoints.wait()
         raise PreemptedError(done) from None

@@ -1,30 +1,23 @@
-"""How chains fail: what cannot succeed is not tried again, says why, and the next launch goes on from what is there."""
+"""A chain of which a stage fails: what depends on it does not run, and the next launch goes on from what is there."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.chain import Run
-from tests.slurm.cluster import Cluster, cannot_run
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(900)  # of which it needs a tenth on a machine of its own
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("failures")
-
-
-def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(cluster: Cluster, folder: Path) -> None:
+def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     stages = "stages=[prepare,pretrain,finetune,selection,report]"
-    run = Run(cluster, folder, stages, "baseline.min_cells=0", "finetune.epochs=[2]", name="broken")
+    run = Run(cluster, tmp_path, stages, "baseline.min_cells=0", "finetune.epochs=[2]", name="broken")
     run.launch("optimizer.peak_lr=1e30")
     states = run.wait_over()
     assert states["pretrain"] == "FAILED"
@@ -42,60 +35,3 @@ def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(c
     selected = json.loads((run.path / "selected.json").read_text())
     assert selected["cell"] == "lr=0.1,epochs=2"
     assert "lr=1e+30,epochs=2" in str(selected["missing"])
-
-
-def test_a_rank_that_is_killed_again_and_again_without_progress_ends_the_job(cluster: Cluster, folder: Path) -> None:
-    endless = ("stages=[prepare,baseline]", "baseline.epochs=[5000]", "restarts_without_progress=1")
-    run = Run(cluster, folder, *endless, "baseline.validate_every_epochs=5000", name="killed-again")
-    run.launch()
-    baseline = "baseline/lr=0.1,epochs=5000"
-    for start in (1, 2):
-        run.wait_start(baseline, start)
-        run.signal_rank(baseline, 0, signal.SIGKILL)
-    assert run.wait_over()[baseline] == "FAILED"
-    assert run.ends(baseline) == ["crashed", "crashed"]
-    assert "2 times in a row without getting past step 0" in run.log(baseline)
-
-
-def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: Path) -> None:
-    forty_steps = ("stages=[prepare,pretrain]", "pretrain.epochs=4")
-    run = Run(cluster, folder, *forty_steps, "pretrain.checkpoint_every_steps=10", name="full")
-    run.path.mkdir(parents=True)
-    with mounted(run.path, megabytes=8):
-        run.launch()
-        run.wait_rows("pretrain", 12)
-        fill(run.path)
-        states = run.wait_over()
-        assert states["pretrain"] == "FAILED"
-        assert "No space left on device" in run.log("pretrain")
-        assert len(run.starts("pretrain")) == 1
-
-        (run.path / "filler").unlink()
-        run.launch()
-        run.wait_done()
-        assert [row["step"] for row in run.rows("pretrain") if "loss/total" in row] == list(range(40))
-        assert run.starts("pretrain")[1].holder.progress == 10
-
-
-def fill(folder: Path) -> None:
-    """Write until the disk is full."""
-    with open(folder / "filler", "wb", buffering=0) as filler, suppress(OSError):
-        while True:
-            filler.write(bytes(4096))
-
-
-@contextmanager
-def mounted(path: Path, *, megabytes: int) -> Iterator[None]:
-    """A small file system of its own at ``path``."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "test", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        cannot_run(f"No file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)

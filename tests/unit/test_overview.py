@@ -240,10 +240,10 @@ def test_too_little_time_to_save_is_told_with_the_measured_figures() -> None:
             signal_delay_s=signal_delay_s,
         )
 
-    assert warn(12.0, 60.0) == []  # 14 s of the 15 s that GraceTime and KillWait leave
+    assert warn(6.0, 60.0) == []  # 14 s of the 15 s that GraceTime and KillWait leave
     assert warn(None, 1.0) == []
     (text,) = warn(20.0, 60.0)
-    assert "needs 22.0 s to save" in text
+    assert "may need 42.0 s to save" in text
     assert "leaves a preempted job 15 s" in text
     assert len(warn(20.0, 20.0)) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import PawsStream
+from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models import build_encoder
@@ -21,7 +23,7 @@ from tests.tiny import tiny_config
 
 def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretraining:
     config = tiny_config(stores.train, stores.test, stores.train)
-    config.model.prediction_head, config.pretrain.diagnose_every_steps = True, 1000
+    config.model.prediction_head, config.pretrain.diagnose_every_steps = True, 3
     config.pretrain.batch_size, config.objective.support_warmup_fraction = 16, 0.5
     for name, value in changes.items():
         setattr(config.pretrain, name, value)
@@ -58,6 +60,21 @@ def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
                     torch.cuda.set_sync_debug_mode("error")
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's streams")
+def test_a_checkpoint_holds_the_state_of_its_moment_though_steps_follow_at_once(
+    digits_stores: Stores, tmp_path: Path
+) -> None:
+    device = torch.device("cuda")
+    training, folder = prepared(digits_stores, device), CheckpointFolder(tmp_path, identity={})
+    for step in range(6):
+        before = {name: value.clone() for name, value in training.encoder.state_dict().items()}
+        folder.save(step, training.state_dict())
+        training.step(training.stream.batch(step))
+        saved = folder.newest(device)
+        assert saved is not None
+        assert all(torch.equal(saved.state["encoder"][name], value) for name, value in before.items())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's streams")
