@@ -23,7 +23,7 @@ bench: $(INSTALLED) ## installs what benchmarks compare with, and measures the i
 
 test: $(INSTALLED) debian ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/slurm  # apart: each file has its own Slurm
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm  # apart: each file has its own Slurm
 
 check: $(INSTALLED) ## format, lint, types, direction of imports
 	$(BIN)/ruff format --check .
