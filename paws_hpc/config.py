@@ -8,16 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paws_hpc.data.cutting import PLACEMENTS
-from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.config import PLACEMENTS, LabelsConfig
 from paws_hpc.data.views import ViewsConfig
-from paws_hpc.distributed import check_divides
-from paws_hpc.engine.finetune import ClassifierConfig
-from paws_hpc.engine.optimizer import OptimizerConfig
-from paws_hpc.engine.pretrain import PretrainConfig
-from paws_hpc.engine.tracking import TrackingConfig
-from paws_hpc.models import ModelConfig
-from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, TrackingConfig
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.sizes import check_divides
 from paws_hpc.store import SOURCES
 
 STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")

@@ -27,7 +27,7 @@ from paws_hpc.cluster.resources import Launcher
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
-from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.report_tables import result_table

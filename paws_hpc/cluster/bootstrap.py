@@ -24,8 +24,8 @@ from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.cluster.resources import WITHOUT_GPU
 from paws_hpc.cluster.slurm_job import SlurmJob
 from paws_hpc.config import Config
-from paws_hpc.engine.metrics import TrainingStoppedError
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.attempts import (
     Holder,

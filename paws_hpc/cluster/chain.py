@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.config import STAGES, Config
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
 from paws_hpc.stages.attempts import now

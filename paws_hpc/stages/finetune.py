@@ -14,10 +14,11 @@ from paws_hpc.config import Config, Identity, identity
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.finetune import Cell, ClassifierConfig, ClassifierTraining, train_classifier
+from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import write_json
-from paws_hpc.models import Encoder, build_classifier, build_encoder
+from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages.prepare import RunData, open_data, stream_options
 from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done

@@ -17,7 +17,7 @@ from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.pretrain import Pretraining, pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
-from paws_hpc.models import Encoder, build_encoder
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.prepare import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done

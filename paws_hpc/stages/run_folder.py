@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc import distributed
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 
 

@@ -13,11 +13,12 @@ from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
+from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import Scores, score
-from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import read_json, write_json
-from paws_hpc.models import build_classifier, build_encoder
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
 from paws_hpc.stages.prepare import open_data
 from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours

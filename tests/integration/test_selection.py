@@ -14,9 +14,10 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.finetune import Cell, ClassifierConfig, predict
+from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.finetune import predict
 from paws_hpc.files import write_json
-from paws_hpc.models import build_classifier, build_encoder
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.run_folder import RunFolder, mark_done

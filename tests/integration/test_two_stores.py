@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from paws_hpc.config import Config
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.prepare import open_data

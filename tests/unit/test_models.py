@@ -10,17 +10,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from paws_hpc.models import (
-    Encoder,
-    GlobalBatchNorm1d,
-    GlobalBatchNorm2d,
-    ModelConfig,
-    build_classifier,
-    build_encoder,
-    set_statistics,
-    untracked_statistics,
-)
 from paws_hpc.models.blocks import ResidualBlock
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
 
 SMALL = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 2])
 

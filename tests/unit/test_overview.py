@@ -17,7 +17,7 @@ from paws_hpc.cluster.inventory import Partition
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run
 from paws_hpc.cluster.states import span
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
 from paws_hpc.stages.finetune import SWEEPS
