@@ -26,7 +26,7 @@ from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.encoder import build_encoder
-from paws_hpc.stages.prepare import open_data, stream_options
+from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.store import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config
@@ -62,13 +62,21 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
-        launcher = cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
         with open_dict(composed):
             del composed["hydra"]
-        plain = OmegaConf.to_container(composed, resolve=True)
+        return composed_run(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    return to_config(plain), launcher
+
+
+def composed_run(composed: DictConfig) -> tuple[Config, Launcher]:
+    """The run of a config that Hydra has composed, and the fields of its launcher.
+
+    Raises:
+        ConfigError: no run can be so.
+    """
+    launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
+    return to_config(OmegaConf.to_container(composed, resolve=True)), launcher
 
 
 def parameters_of(overrides: Sequence[str]) -> tuple[Config, dict[str, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import finetune, prepare, pretrain, selection
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
 from tests.conftest import Stores
