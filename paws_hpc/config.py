@@ -10,7 +10,13 @@ from typing import Any
 
 from paws_hpc.data.config import PLACEMENTS, LabelsConfig
 from paws_hpc.data.views import ViewsConfig
-from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, TrackingConfig
+from paws_hpc.engine.config import (
+    ClassifierConfig,
+    NeighbourTuningConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrackingConfig,
+)
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.sizes import check_divides
@@ -186,6 +192,7 @@ class Config:
         objective: loss.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
+        neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep from random weights on the same labels.
         tracking: Weights & Biases.
@@ -209,6 +216,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    neighbour_tuning: NeighbourTuningConfig = field(default_factory=NeighbourTuningConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
