@@ -24,6 +24,7 @@ from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
 
 _IN_EVERY_NAME = ("experiment", "seed")
+_UNFIT = re.compile(r"[^\w.+-]+")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
@@ -62,7 +63,7 @@ def runs_of(arguments: Sequence[str]) -> list[list[str]]:
 def _in_a_name(override: str) -> str:
     """``objective.me_max=True`` as ``me_max=True``; what a folder should not be named with becomes a hyphen."""
     key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}={re.sub(r'[^\w.+-]+', '-', value).strip('-')}"
+    return f"{key.rpartition('.')[2]}={_UNFIT.sub('-', value).strip('-')}"
 
 
 def _values(override: Override) -> list[str]:
