@@ -19,8 +19,9 @@ from paws_hpc.engine.config import NeighbourTuningConfig
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.schedule import warmup_cosine
-from paws_hpc.models import Encoder
-from paws_hpc.objective import class_labels, supervised_nce
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.nce import supervised_nce
 
 
 def tune_for_neighbours(
