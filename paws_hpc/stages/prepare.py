@@ -16,7 +16,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config, DataConfig, Identity
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.order import Positions, Window
+from paws_hpc.data.order import Positions, SupportOrder, Window
 from paws_hpc.data.placement import choose
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.data.streams import EvaluationSet
@@ -88,7 +88,11 @@ class RunData:
 
 
 def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> None:
-    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``."""
+    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
+
+    Raises:
+        ValueError: the stores do not go together, or the labels do not suffice for the support mini-batches.
+    """
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
         raise _not_packed("labelled", Path(labelled))
@@ -97,6 +101,7 @@ def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> 
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
     data = open_data(config)
+    support_order(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
@@ -125,6 +130,23 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
         labelled_store = ImageStore.open(Path(data.labelled), stage_to=folder, max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunData(train, labelled_store, labelled, validation, StoreImages(labelled_store))
+
+
+def support_order(config: Config, data: RunData) -> SupportOrder:
+    """The support mini-batches of a run.
+
+    Raises:
+        ValueError: the labels do not suffice for them.
+    """
+    support = config.pretrain.support
+    return SupportOrder(
+        data.labelled,
+        data.labelled_store.labels[data.labelled],
+        num_classes=support.classes,
+        images_per_class=support.images_per_class,
+        seed=config.seed,
+        balanced=config.data.support_order == "balanced",
+    )
 
 
 def stage_folder(config: Config) -> Path | None:
