@@ -178,10 +178,11 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
 
     Raises:
         ValueError: the placement that is asked for cannot work.
+        OtherRankError: another rank failed.
     """
     kept, asked = folder / "placement.json", config.data.placement
-    found = read_json(kept) if kept.exists() else {}
-    distributed.barrier()  # before rank 0 writes it
+    with distributed.failing_together(device):  # whose end all reach before rank 0 writes the file
+        found = read_json(kept) if kept.exists() else {}
     if asked == "auto" and found.get("device") == device.type:
         asked = found["placement"]
     stores = (data.train, data.labelled_store)
@@ -194,8 +195,9 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
             f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
             "choose anew."
         ) from error
-    if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
-        write_json(kept, choice)
+    with distributed.failing_together(device):
+        if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
+            write_json(kept, choice)
     return StreamOptions(
         window=order_window(config.data, data.train),
         balanced_support=config.data.support_order == "balanced",
