@@ -146,9 +146,13 @@ def stage_folder(config: Config) -> Path | None:
 
 def staging(config: Config) -> AbstractContextManager[object]:
     """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
-    folder, data = stage_folder(config), config.data
-    stores = [Path(data.train)] + ([] if data.labelled in (None, data.train) else [Path(str(data.labelled))])
-    return nullcontext() if folder is None else start_staging(stores, folder)
+    folder = stage_folder(config)
+    return nullcontext() if folder is None else start_staging(staged_stores(config.data), folder)
+
+
+def staged_stores(data: DataConfig) -> list[Path]:
+    """The stores that training reads again and again, each once: all but the test images, which are read once."""
+    return list(dict.fromkeys(Path(path) for images, path in data.stores.items() if images != "test images"))
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:
