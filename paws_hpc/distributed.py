@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 _MESSAGE_BYTES = 2048
 
 

@@ -109,9 +109,7 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
 
 
-@pytest.mark.parametrize(
-    ("labelled", "expected"), [(None, ["a"]), ("b", ["a", "b"]), ("a/", ["a"]), ("t", ["a", "t"])]
-)
+@pytest.mark.parametrize(("labelled", "expected"), [(None, ["a"]), ("b", ["a", "b"]), ("a/", ["a"]), ("t", ["a", "t"])])
 def test_what_training_reads_is_staged_once_and_the_test_images_are_not(
     labelled: str | None, expected: list[str]
 ) -> None:
