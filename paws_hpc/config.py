@@ -245,6 +245,13 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        drawn = self.labels.per_class
+        if drawn is not None and drawn < support.images_per_class and self.data.support_order == "paper":
+            raise ValueError(
+                f"pretrain.support.images_per_class={support.images_per_class}, but labels.per_class={drawn}. Ask for "
+                f"at most {drawn} images per class, or set data.support_order=balanced, which repeats images as other "
+                "crops."
+            )
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(

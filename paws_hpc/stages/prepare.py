@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from paws_hpc.config import Config, DataConfig
-from paws_hpc.data.order import Positions
+from paws_hpc.data.order import Positions, SupportOrder
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive
 from paws_hpc.stages.run_folder import RunFolder, mark_done
@@ -66,6 +66,9 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
         config: of the run.
         run: its folder.
         fence: raises if another start of this job has taken over.
+
+    Raises:
+        ValueError: the stores do not go together, or the labels do not suffice for the support mini-batches.
     """
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
@@ -75,6 +78,7 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
     data = open_stores(config)
+    support_order(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
@@ -103,6 +107,23 @@ def open_stores(config: Config, *, staged: bool = False) -> RunStores:
         labelled_store = ImageStore.open(Path(data.labelled), stage_to=folder, max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunStores(train, labelled_store, labelled, validation)
+
+
+def support_order(config: Config, data: RunStores) -> SupportOrder:
+    """The support mini-batches of a run.
+
+    Raises:
+        ValueError: the labels do not suffice for them.
+    """
+    support = config.pretrain.support
+    return SupportOrder(
+        data.labelled,
+        data.labelled_store.labels[data.labelled],
+        num_classes=support.classes,
+        images_per_class=support.images_per_class,
+        seed=config.seed,
+        balanced=config.data.support_order == "balanced",
+    )
 
 
 def stage_folder(config: Config) -> Path | None:

@@ -66,9 +66,13 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
 
 def staging(config: Config) -> AbstractContextManager[object]:
     """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
-    folder, data = stage_folder(config), config.data
-    stores = [Path(data.train)] + ([] if data.labelled in (None, data.train) else [Path(str(data.labelled))])
-    return nullcontext() if folder is None else start_staging(stores, folder)
+    folder = stage_folder(config)
+    return nullcontext() if folder is None else start_staging(staged_stores(config.data), folder)
+
+
+def staged_stores(data: DataConfig) -> list[Path]:
+    """The stores that training reads again and again, each once: all but the test images, which are read once."""
+    return list(dict.fromkeys(Path(path) for images, path in data.stores.items() if images != "test images"))
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:
@@ -98,10 +102,11 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
 
     Raises:
         ValueError: the placement that is asked for cannot work.
+        OtherRankError: another rank failed.
     """
     kept, asked = folder / "placement.json", config.data.placement
-    found = read_json(kept) if kept.exists() else {}
-    distributed.barrier()  # before rank 0 writes it
+    with distributed.failing_together(device):  # whose end all reach before rank 0 writes the file
+        found = read_json(kept) if kept.exists() else {}
     if asked == "auto" and found.get("device") == device.type:
         asked = found["placement"]
     stores = (data.train, data.labelled_store)
@@ -114,8 +119,9 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
             f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
             "choose anew."
         ) from error
-    if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
-        write_json(kept, choice)
+    with distributed.failing_together(device):
+        if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
+            write_json(kept, choice)
     return StreamOptions(
         window=order_window(config.data, data.train),
         balanced_support=config.data.support_order == "balanced",
