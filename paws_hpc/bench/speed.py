@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ import torch
 from paws_hpc.bench import collectives
 from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.counting import NO_GPU, plain_images, training_flops
-from paws_hpc.bench.figures import Bar, Figure, Measured, open_console, show, telling
+from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups, open_console, telling
 from paws_hpc.bench.first_version import beside
 from paws_hpc.bench.machine import describe
 from paws_hpc.bench.recipes import Scene, as_published, cores, describe_sizes, make_images
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS
 from paws_hpc.config import Config
-from paws_hpc.files import write_json
 
 _OURS, _FROM_STORE, _BASELINE = "paws_hpc, data on the device", "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN, _COMPILED, _MATMUL = "plain ResNet-50", "plain ResNet-50, compiled", "matrix product"
@@ -89,9 +89,9 @@ def bench_speed(options: argparse.Namespace) -> int:
         f"{machine['cores']} cores of {machine['processor']}, commit {machine['commit']}; "
         + ", ".join(f"{name} {value}" for name, value in sizes.items())
     )
-    figures: dict[str, Any] = {
+    about = {
         "recipe": options.recipe, "device": device, "sizes": sizes, "overrides": list(options.overrides),
-        "rounds": options.rounds, "steps": steps, "machine": machine, "groups": {},
+        "rounds": options.rounds, "steps": steps, "machine": machine,
     }  # fmt: skip
     target = options.json or options.folder / f"{options.recipe}-{device}-{options.command}.json"
     with console.status("making images") as status:
@@ -100,14 +100,8 @@ def bench_speed(options: argparse.Namespace) -> int:
             scene, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.beside,
             telling(status, console),
         )  # fmt: skip
-        for group in options.groups:
-            measured = MEASURE[group](bench, config)
-            figures["groups"][group] = measured.as_json()
-            write_json(target, figures)  # what was measured stays, whatever becomes of the groups to come
-            status.stop()
-            show(console, group, measured)
-            status.start()
-    console.print(f"figures: {target}")
+        groups = {name: partial(MEASURE[name], bench, config) for name in options.groups}
+        measure_groups(console, status, groups, about=about, target=target)
     return 0
 
 

@@ -30,7 +30,7 @@ from paws_hpc.bench.plain_loader import (
     use_torch_norm,
     written_out_loss,
 )
-from paws_hpc.bench.recipes import Scene, make_images, make_training, on_device, opened_stream
+from paws_hpc.bench.recipes import Scene, make_images, on_device, opened_stream
 from paws_hpc.bench.rounds import Rates
 from paws_hpc.bench.saving import saving
 from paws_hpc.bench.speed import part_figures, plain_bar, stopped_share
@@ -39,6 +39,7 @@ from paws_hpc.bench.training import loss_alone, matmul, on_device_steps, plain_r
 from paws_hpc.engine.optimizer import build_optimizer
 from paws_hpc.models import GlobalBatchNorm2d, build_encoder
 from paws_hpc.objective import ObjectiveConfig, paws_loss, smooth_labels
+from paws_hpc.stages.pretrain import make_training
 
 TINY = (
     "model.channels=[8,16]",
