@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -95,7 +95,7 @@ def open_stream(config: Config, data: RunData, options: StreamOptions) -> PawsSt
         threads=config.data.threads,
         accumulate_steps=config.pretrain.accumulate_steps,
         supports=data.supports,
-        options=options,
+        options=replace(options, compile_augmentation=config.pretrain.compile),
     )
 
 

@@ -112,7 +112,7 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
             training.step(training.stream.batch(step))
             if step == 1:
                 traced = graphs
-                with as_written(), torch.no_grad():
+                with as_written(training.encoder), torch.no_grad():
                     for rows in (1, 3, 7):
                         training.encoder.eval()([torch.zeros(rows, 3, 16, 16, dtype=torch.float64)])
                 training.encoder.train()
