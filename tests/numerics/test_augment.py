@@ -219,6 +219,7 @@ def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(config:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(device: torch.device) -> None:
     config = CONFIGS["imagenet" if device.type == "cuda" else "digits"]  # its kernels take a CPU's compiler a minute
