@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written
-from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
+from paws_hpc.engine.config import CollapseConfig
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import synchronise_buffers
-from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
-from paws_hpc.engine.pretrain import CollapseConfig, Pretraining
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
+from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import Row, Tracker
 
 
