@@ -184,7 +184,7 @@ class Config:
         optimizer: of pre-training.
         pretrain: loop of pre-training.
         finetune: sweep on the pre-trained network.
-        baseline: sweep from random weights on the same labels.
+        baseline: sweep without pre-training on the same labels.
         tracking: Weights & Biases.
         resources: per stage.
         restarts_without_progress: a crashed job is queued again as long as the starts that crashed without getting

@@ -43,6 +43,9 @@ class ModelConfig:
         prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
         batch_norm: where statistics come from in training: ``global``, all ranks' images; ``sync``, the same by
             torch.nn.SyncBatchNorm, on CUDA only; ``local``, each rank's own.
+        init: file whose trunk training begins from instead of random weights, the baseline's too: torchvision's or
+            timm's state dict, or a checkpoint of ours, as ``.pt``, ``.pth`` or ``.safetensors``. Heads stay random.
+            Images are normalised by their own data set's statistics all the same.
         checkpoint_activations: keep only the inputs of residual blocks and run each block again in the backward pass:
             a third more computing, for networks too wide for the memory otherwise. Results are the same to the bit.
 
@@ -61,6 +64,7 @@ class ModelConfig:
     prediction_head: bool = False
     prediction_hidden_dim: int | None = None
     batch_norm: str = "global"
+    init: str | None = None
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import exclusive, read_json, write_json
 from paws_hpc.stages.run_folder import RunFolder, mark_done
+from paws_hpc.stages.start import starting_encoder
 from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack, start_staging
 
 
@@ -88,7 +89,12 @@ class RunData:
 
 
 def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> None:
-    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``."""
+    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
+
+    Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
+    """
+    if config.model.init is not None:
+        starting_encoder(config)
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
         raise _not_packed("labelled", Path(labelled))

@@ -21,6 +21,7 @@ from paws_hpc.models import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.prepare import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
 
@@ -54,7 +55,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         supports=data.supports,
         options=options,
     )
-    encoder = build_encoder(config.model, seed=config.seed)
+    encoder = starting_encoder(config)
     training = Pretraining(
         encoder,
         objective=config.objective,
@@ -112,7 +113,7 @@ def checkpoint_folder(
 ) -> CheckpointFolder:
     """The checkpoints of a run's pre-training, bound to what determines them."""
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
-    determined |= order_identity(config, data)
+    determined |= order_identity(config, data) | start_identity(config)
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
     return CheckpointFolder(
         run.checkpoints,
