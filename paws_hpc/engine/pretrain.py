@@ -19,6 +19,7 @@ from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
+from paws_hpc.engine.averaging import WeightAverage
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
@@ -97,6 +98,9 @@ class PretrainConfig:
         epochs: passes over all training images.
         support: labelled images per step.
         collapse: detection of uniform predictions.
+        ema: decay d in (0, 1) of an average of the weights that takes their place wherever they are scored, fine-tuned
+            or handed on: the weights of s steps ago count d^s (paws_hpc/engine/averaging.py). None: the weights
+            themselves.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
         compile: whether the network goes through ``torch.compile``, which takes a while at every start
@@ -113,6 +117,7 @@ class PretrainConfig:
     epochs: int = 100
     support: SupportConfig = field(default_factory=SupportConfig)
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    ema: float | None = None
     precision: str = "auto"
     compile: bool = False
     log_every_steps: int = 10
@@ -124,6 +129,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"pretrain.ema={self.ema} must be in (0, 1), such as 0.999, or null to turn it off.")
         for name in (
             "batch_size",
             "accumulate_steps",
@@ -166,6 +173,7 @@ class Pretraining:
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder = move(encoder, device, dtype)
+        self.average = None if config.ema is None else WeightAverage(self.encoder, config.ema)
         self.model = replicate(self.encoder, device)
         spread_momentum(self.encoder, config.accumulate_steps)
         if config.compile:
@@ -182,6 +190,7 @@ class Pretraining:
         """All that the next step depends on; the data's place is the step itself."""
         return {
             "encoder": self.encoder.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.monitor.state_dict(),
             "collapsed": self.collapsed,
@@ -191,10 +200,17 @@ class Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.encoder.load_state_dict(state["encoder"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.monitor.load_state_dict(state["monitor"])
         self.collapsed = state["collapsed"]
         self.validated = state["validated"]
+
+    @property
+    def result(self) -> Encoder:
+        """The encoder that is scored and handed on: the average of the weights if there is one, or the weights."""
+        return self.encoder if self.average is None else self.average.module
 
     def awaits_validation(self, done: int) -> bool:
         """Whether the encoder is to be scored after ``done`` steps, and was not yet."""
@@ -229,6 +245,8 @@ class Pretraining:
         else:
             metrics = self._accumulate(batch)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.encoder, batch.step)
         with torch.no_grad():
             metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.encoder.parameters() if p.grad is not None]
@@ -368,7 +386,7 @@ def pretrain(
 
 def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
     """Score the encoder as it is after ``done`` steps."""
-    synchronise_buffers(training.encoder)
+    synchronise_buffers(training.result)
     with as_written() if training.config.compile else nullcontext():  # whose import takes 1.5 s
         scores = validate()
     tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})

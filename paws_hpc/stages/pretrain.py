@@ -74,7 +74,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
 
     def validate() -> Row:
         scores = score_nearest_neighbours(
-            encoder, data, data.validation_images(config), config, device, control=control
+            training.result, data, data.validation_images(config), config, device, control=control
         )
         return {"validation/paws_nn": scores.top1}
 
@@ -125,7 +125,9 @@ def checkpoint_folder(
 
 
 def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, str]:
-    """The pre-trained encoder of a finished pre-training, and the checksum of its checkpoint.
+    """What a finished pre-training left, and the checksum of its checkpoint.
+
+    With ``pretrain.ema`` it is the average of the encoder's weights, otherwise the encoder as it was last.
 
     Raises:
         FileNotFoundError: pre-training has not finished.
@@ -140,7 +142,7 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
             f"{run.pretrain / 'DONE'} and launch again to train from the newest valid one."
         )
     encoder = build_encoder(config.model, seed=config.seed)
-    encoder.load_state_dict(checkpoint.state["encoder"])
+    encoder.load_state_dict(checkpoint.state["encoder" if config.pretrain.ema is None else "average"])
     return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
 
 

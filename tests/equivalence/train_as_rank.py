@@ -2,8 +2,8 @@
 
     python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS
 
-Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses, the weights after ten steps, and what
-is communicated in one more step.
+Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses, the weights after ten steps and their
+average, and what is communicated in one more step.
 """
 
 import sys
@@ -57,7 +57,7 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
         optimizer=OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            diagnose_every_steps=1, accumulate_steps=accumulate_steps,
+            diagnose_every_steps=1, accumulate_steps=accumulate_steps, ema=0.8,
         ),
         stream=stream, device=cpu,
     )  # fmt: skip
@@ -68,11 +68,13 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
     if distributed.is_main():
         compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
         curves = {name: torch.stack(losses[name]).double() for name in compared}
+        assert training.average is not None
         weights = {name: value.clone() for name, value in training.encoder.state_dict().items()}
+        average = {f"average.{name}": value.clone() for name, value in training.result.state_dict().items()}
     with Collectives() as collectives:
         training.step(stream.batch(STEPS))
     if distributed.is_main():
-        results = {"losses": curves, "weights": weights, "collectives": dict(collectives.counts)}
+        results = {"losses": curves, "weights": weights | average, "collectives": dict(collectives.counts)}
         torch.save(results, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
     if world > 1:
         dist.destroy_process_group()
