@@ -234,6 +234,7 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        self._check_patches()
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(
@@ -243,6 +244,19 @@ class Config:
             )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+    def _check_patches(self) -> None:
+        patch = self.model.vit.patch_size
+        crops = {
+            "views.large.size": self.views.large.size,
+            "views.small.size": self.views.small.size if self.views.small.count else patch,
+            "views.evaluation.size": self.views.evaluation.size,
+            "finetune.crop.size": self.finetune.crop.size,
+            "baseline.crop.size": self.baseline.crop.size,
+        }
+        wrong = [f"{name}={size}" for name, size in crops.items() if size % patch]
+        if self.model.name == "vit" and wrong:
+            raise ValueError(f"{' and '.join(wrong)} must be multiples of model.vit.patch_size={patch}.")
 
 
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run

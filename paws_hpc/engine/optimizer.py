@@ -1,16 +1,17 @@
-"""LARS on classical heavy-ball momentum, and which parameters it adapts."""
+"""LARS on classical heavy-ball momentum, AdamW, and which parameters they adapt and decay."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_NAMES = ("lars", "sgd")
+from paws_hpc.engine.schedule import warmup_cosine
 
 
 @dataclass
@@ -18,11 +19,13 @@ class OptimizerConfig:
     """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
 
     Attributes:
-        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
-        momentum: in [0, 1).
-        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
+        name: ``lars``, ``sgd`` for the same momentum without layer-wise adaptation, or ``adamw`` (arXiv:1711.05101).
+        momentum: in [0, 1); AdamW's beta 1.
+        beta2: AdamW's, of the mean square of gradients.
+        weight_decay: at step 0, of weights of two dimensions and more; biases and normalisation parameters have none.
+        final_weight_decay: at the end, reached on half a cosine; None: it stays as it is.
         trust_coefficient: LARS's eta.
-        nesterov: whether momentum looks ahead.
+        nesterov: whether momentum looks ahead; not of AdamW.
         start_lr: learning rate at step 0 of the warm-up.
         peak_lr: learning rate after the warm-up.
         final_lr: learning rate at the end.
@@ -31,7 +34,9 @@ class OptimizerConfig:
 
     name: str = "lars"
     momentum: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 1e-6
+    final_weight_decay: float | None = None
     trust_coefficient: float = 1e-3
     nesterov: bool = False
     start_lr: float = 0.3
@@ -41,15 +46,28 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
-        if self.name not in _NAMES:
-            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_NAMES)}.")
+        if self.name not in _KINDS:
+            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_KINDS)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"optimizer.beta2={self.beta2} is not in [0, 1).")
+        if self.name == "adamw" and self.nesterov:
+            raise ValueError("optimizer.nesterov=true does not go with optimizer.name=adamw: set it to false.")
         if not 0 < self.trust_coefficient < math.inf:
             raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
         for field in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"optimizer.{field}={getattr(self, field)} must be a number, 0 or more.")
+        if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
+            raise ValueError(f"optimizer.final_weight_decay={self.final_weight_decay} must be null or 0 or more.")
+
+    def weight_decay_at(self, step: int, *, total_steps: int) -> float:
+        """Of a 0-based step, for the weights that have any."""
+        final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
+        return warmup_cosine(
+            step, start=self.weight_decay, peak=self.weight_decay, final=final, warmup_steps=0, total_steps=total_steps
+        )
 
 
 class LARS(torch.optim.Optimizer):
@@ -183,12 +201,37 @@ def _adapted(
     return list(steps)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
+Groups = list[dict[str, Any]]
+
+
+def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS:
+    return LARS(
+        [{**group, "adapt": adapt and group["decayed"]} for group in groups],
+        lr=config.start_lr,
+        momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+        nesterov=config.nesterov,
+    )
+
+
+def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, config.beta2))
+
+
+_KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+    "lars": partial(_heavy_ball, adapt=True),
+    "sgd": partial(_heavy_ball, adapt=False),
+    "adamw": _adamw,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimiser of ``model``: weights are adapted and decayed, biases and normalisation parameters are not.
 
     A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer (wherever it sits,
     the shortcut included) is excluded. Frozen parameters are left out. The learning rate starts at
-    ``config.start_lr``; the training loop sets each group's ``lr`` at every step.
+    ``config.start_lr``; the training loop calls :func:`set_rates` at every step. A group's ``decayed`` tells which of
+    the two it is.
 
     Raises:
         ValueError: the model has no parameter that trains.
@@ -196,17 +239,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
     weights, excluded = split_parameters(model)
     if not weights and not excluded:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train.")
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "adapt": config.name == "lars", "weight_decay": config.weight_decay},
-        {"params": excluded, "adapt": False, "weight_decay": 0.0},
+    groups: Groups = [
+        {"params": weights, "decayed": True, "weight_decay": config.weight_decay},
+        {"params": excluded, "decayed": False, "weight_decay": 0.0},
     ]
-    return LARS(
-        [group for group in groups if group["params"]],
-        lr=config.start_lr,
-        momentum=config.momentum,
-        trust_coefficient=config.trust_coefficient,
-        nesterov=config.nesterov,
-    )
+    return _KINDS[config.name]([group for group in groups if group["params"]], config)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the learning rate of every group, and the decay of those that :func:`build_optimizer` gave any."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -23,7 +23,7 @@ from paws_hpc.engine.averaging import WeightAverage
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
-from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
+from paws_hpc.engine.optimizer import OptimizerConfig, build_optimizer, set_rates
 from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
 from paws_hpc.engine.schedule import warmup_cosine
@@ -178,7 +178,7 @@ class Pretraining:
         spread_momentum(self.encoder, config.accumulate_steps)
         if config.compile:
             compile_passes(self.encoder)
-        self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
+        self.optimizer = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
         self.monitor = CollapseMonitor(
             config.support.classes, tolerance=collapse.tolerance, patience=collapse.patience_steps
@@ -235,8 +235,8 @@ class Pretraining:
         Returns:
             0-dimensional tensors named as in ``metrics.jsonl``, of this rank.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(batch.step)
+        weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
+        set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
         if len(batch.parts) == 1:
             h, z = self._encode(self.model, batch, 0)

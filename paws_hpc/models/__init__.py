@@ -2,6 +2,7 @@
 
 from paws_hpc.models.encoder import Classifier, Encoder, ModelConfig, build_classifier, build_encoder
 from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
+from paws_hpc.models.vit import VitConfig
 
 __all__ = [
     "Classifier",
@@ -9,6 +10,7 @@ __all__ = [
     "GlobalBatchNorm1d",
     "GlobalBatchNorm2d",
     "ModelConfig",
+    "VitConfig",
     "build_classifier",
     "build_encoder",
     "set_statistics",

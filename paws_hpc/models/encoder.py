@@ -21,6 +21,7 @@ from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import Statistics, set_statistics
 from paws_hpc.models.resnet import resnet18, resnet50
 from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.vit import VisionTransformer, VitConfig
 from paws_hpc.models.wide_resnet import WideResNet
 
 
@@ -29,8 +30,9 @@ class ModelConfig:
     """Which network to train.
 
     Attributes:
-        name: resnet50, resnet18, wide_resnet or small_resnet.
-        width: multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
+        name: resnet50, resnet18, wide_resnet, small_resnet or vit.
+        vit: sizes; vit only.
+        width: not of vit; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
         depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
         channels, blocks: per stage, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
             half of 32-64-128.
@@ -54,6 +56,7 @@ class ModelConfig:
     """
 
     name: str = "resnet50"
+    vit: VitConfig = field(default_factory=VitConfig)
     width: int = 1
     depth: int = 28
     channels: list[int] = field(default_factory=lambda: [16, 48, 128])
@@ -77,6 +80,8 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1.")
+        if self.name == "vit" and self.width != 1:
+            raise ValueError(f"model.width={self.width} does not apply to vit: choose model.vit.dim instead.")
         if self.batch_norm not in _STATISTICS:
             raise ValueError(f"model.batch_norm={self.batch_norm!r} must be one of {', '.join(_STATISTICS)}.")
         if self.batch_norm == "sync" and self.checkpoint_activations:
@@ -217,4 +222,5 @@ _TRUNKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet18": lambda config: resnet18(width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
     "small_resnet": _small_resnet,
+    "vit": lambda config: VisionTransformer(config.vit),
 }
