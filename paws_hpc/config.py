@@ -242,6 +242,12 @@ class Config:
                 "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
                 "warm-up off with objective.support_warmup_fraction=0."
             )
+        if self.objective.true_label_targets and self.data.labelled is not None:
+            raise ValueError(
+                "objective.true_label_targets=true needs the labelled images among those of data.train, but "
+                f"data.labelled={self.data.labelled} is another store. Turn it off with "
+                "objective.true_label_targets=false."
+            )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
 

@@ -32,6 +32,7 @@ from paws_hpc.models import Encoder
 from paws_hpc.objective import (
     CollapseMonitor,
     ObjectiveConfig,
+    TrueClasses,
     class_labels,
     paws_loss,
     supervised_nce,
@@ -299,8 +300,12 @@ class Pretraining:
             num_small_crops=self.stream.views.small.count,
             me_max=self.objective.me_max,
             target_floor=self.objective.target_floor,
+            true_classes=self._true_classes(batch),
+            entropy_weight=self.objective.entropy_weight,
         )
         metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
+        if self.objective.entropy_weight > 0:
+            metrics["loss/entropy"] = loss.entropy
         weight = support_warmup_weight(
             batch.step,
             total_steps=self.total_steps,
@@ -314,6 +319,11 @@ class Pretraining:
         if batch.step % self.config.diagnose_every_steps == 0:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
+
+    def _true_classes(self, batch: PawsBatch) -> TrueClasses | None:
+        if not self.objective.true_label_targets:
+            return None
+        return TrueClasses(to_device(batch.known, self.device), to_device(batch.known_classes, self.device))
 
 
 def pretrain(

@@ -10,13 +10,14 @@ from paws_hpc.objective.neighbours import (
     sharpen,
     soft_nearest_neighbours,
 )
-from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss, paws_loss, support_warmup_weight
+from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss, TrueClasses, paws_loss, support_warmup_weight
 
 __all__ = [
     "ClassLabels",
     "CollapseMonitor",
     "ObjectiveConfig",
     "PawsLoss",
+    "TrueClasses",
     "class_labels",
     "diagnose",
     "log_soft_nearest_neighbours",

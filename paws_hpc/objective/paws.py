@@ -6,6 +6,7 @@ view-major: [large 1 (n); large 2 (n); small 1 (n); ...; small m (n)].
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.neighbours import (
     Labels,
     cross_entropy,
@@ -29,6 +31,7 @@ class ObjectiveConfig:
     The defaults are the paper's. The support warm-up is **not** the paper's: it adds the supervised NCE loss over the
     supports with a weight that falls linearly to 0, so that small runs on few labels leave the neighbourhood of
     uniform predictions, where every gradient of PAWS vanishes. It is off unless ``support_warmup_fraction`` is set.
+    Appendix D's two alternatives, which the paper describes and does not use, are off too.
 
     Attributes:
         temperature: tau of the similarity classifier.
@@ -36,6 +39,10 @@ class ObjectiveConfig:
         target_floor: target entries below it are set to 0, without renormalising; 0 keeps all.
         me_max: whether the mean entropy is maximised.
         label_smoothing: s in [0, 1); labels of supports are 1 - s + s/K and s/K.
+        true_label_targets: whether an image that is labelled itself has its class as the target of all its views, not
+            its other view's prediction (D.1). It needs the labelled images to be among the unlabelled ones, and in a
+            step it concerns those whose class is among the K drawn.
+        entropy_weight: of the mean entropy of predictions, which is minimised (D.2).
         support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
         support_warmup_weight: weight of the support loss at step 0.
     """
@@ -45,6 +52,8 @@ class ObjectiveConfig:
     target_floor: float = 1e-4
     me_max: bool = True
     label_smoothing: float = 0.1
+    true_label_targets: bool = False
+    entropy_weight: float = 0.0
     support_warmup_fraction: float = 0.0
     support_warmup_weight: float = 1.0
 
@@ -54,6 +63,8 @@ class ObjectiveConfig:
         _require("sharpening", self.sharpening, 0 < self.sharpening <= 1, "in (0, 1] (the paper's is 0.25)")
         _require("target_floor", self.target_floor, 0 <= self.target_floor < 1, "in [0, 1); 0 keeps every entry")
         _require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
+        weight = self.entropy_weight
+        _require("entropy_weight", weight, 0 <= weight < math.inf, "0 or more; 0 is off")
         fraction, weight = self.support_warmup_fraction, self.support_warmup_weight
         _require("support_warmup_fraction", fraction, 0 <= fraction <= 1, "a share of all steps in [0, 1]; 0 is off")
         _require("support_warmup_weight", weight, weight >= 0, "0 or more; support_warmup_fraction=0 turns it off")
@@ -65,20 +76,35 @@ def support_warmup_weight(step: int, *, total_steps: int, fraction: float, weigh
     return weight * max(0.0, 1 - step / duration) if duration > 0 else 0.0
 
 
+class TrueClasses(NamedTuple):
+    """What is known of the n images' own labels (paper, Appendix D.1).
+
+    Attributes:
+        known: (n,) bool.
+        classes: (n,) int64 places among the K classes of the supports; read where ``known``.
+    """
+
+    known: Tensor
+    classes: Tensor
+
+
 class PawsLoss(NamedTuple):
     """The objective and its parts: 0-d tensors in nats.
 
     Attributes:
-        total: ``consistency + me_max``, to be minimised. It may be negative; ``total + log K`` is not.
+        total: ``consistency + me_max + entropy_weight * entropy``, to be minimised. It may be negative; ``total +
+            log K`` is not.
         consistency: cross-entropy between targets and predictions, the mean over this rank's rows.
         me_max: minus the entropy of the mean sharpened prediction over all ranks, in [-log K, 0]; 0 if turned off.
         confidence: largest entry of a sharpened target, the mean over this rank's large crops; no gradient.
+        entropy: of predictions, before sharpening, the mean over this rank's rows, in [0, log K]; 0 if turned off.
     """
 
     total: Tensor
     consistency: Tensor
     me_max: Tensor
     confidence: Tensor
+    entropy: Tensor
 
 
 def paws_loss(
@@ -93,6 +119,8 @@ def paws_loss(
     num_small_crops: int = 6,
     me_max: bool = True,
     target_floor: float = 1e-4,
+    true_classes: TrueClasses | None = None,
+    entropy_weight: float = 0.0,
 ) -> PawsLoss:
     """The loss of this rank's images against the supports of all ranks.
 
@@ -115,6 +143,8 @@ def paws_loss(
         me_max: whether to maximise the mean entropy.
         target_floor: target entries below it are set to 0 after small crops' targets are averaged, without
             renormalising. The paper is silent about it; its code has 1e-4. 0 keeps every entry.
+        true_classes: images whose class, as one-hot label, is the target of all their views (Appendix D.1).
+        entropy_weight: of the mean entropy of predictions (Appendix D.2).
 
     Returns:
         :class:`PawsLoss`, float32 (float64 for float64 features). No gradient flows to targets and target supports.
@@ -129,13 +159,19 @@ def paws_loss(
             targets, target_supports, support_labels, temperature=temperature, sharpening=sharpening
         )
         wanted = _targets_of_views(sharpened, num_small_crops, target_floor)
+        if true_classes is not None:
+            wanted = _true_where_known(wanted, true_classes)
         consistency = cross_entropy(wanted, log_predictions).mean()
         if me_max:
             mean_prediction = distributed.mean_over_ranks(log_sharpen(log_predictions, temperature=sharpening).mean(0))
             regulariser = -_entropy(mean_prediction)
         else:
             regulariser = torch.zeros_like(consistency)
-    return PawsLoss(consistency + regulariser, consistency, regulariser, sharpened.amax(-1).mean())
+        entropy, total = torch.zeros_like(consistency), consistency + regulariser
+        if entropy_weight > 0:
+            entropy = cross_entropy(log_predictions.exp(), log_predictions).mean()
+            total = total + entropy_weight * entropy
+    return PawsLoss(total, consistency, regulariser, sharpened.amax(-1).mean(), entropy)
 
 
 @torch.no_grad()
@@ -152,6 +188,13 @@ def _targets_of_views(sharpened: Tensor, num_small_crops: int, floor: float) -> 
     first, second = sharpened.chunk(2)
     wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
     return wanted.masked_fill(wanted < floor, 0)
+
+
+def _true_where_known(wanted: Tensor, true: TrueClasses) -> Tensor:
+    """((2 + m) n, K): one-hot rows for all views of images whose class is known, ``wanted`` for the others."""
+    labels = smooth_labels(true.classes, wanted.shape[1], smoothing=0.0, dtype=wanted.dtype)
+    views = wanted.shape[0] // labels.shape[0]
+    return torch.where(true.known.repeat(views).unsqueeze(1), labels.repeat(views, 1), wanted)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:
