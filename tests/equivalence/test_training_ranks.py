@@ -13,6 +13,9 @@ from paws_hpc.store import PackOptions, SourceConfig, open_source, pack
 from tests.integration.launching import environment
 
 TOLERANCE = {"fp64": 1e-8, "fp32": 1e-4}
+WITHOUT_GRADIENT = ("trunk.norm.bias", "projection.fc1.bias", "projection.fc2.bias")
+"""Shifts before a normalisation, which takes them out again: their gradients are rounding errors, and AdamW divides
+those by their own size. Nothing else depends on them but the running means, which follow them."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,8 @@ def test_any_number_of_ranks_trains_the_run_of_one(
             compare(name, together["losses"][name], expected, TOLERANCE[dtype])
     if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these, and averages
         for name, expected in alone["weights"].items():
+            if recipe == "vit" and name.endswith((*WITHOUT_GRADIENT, "running_mean")):
+                continue
             compare(name, together["weights"][name], expected, 1e-8)
 
 
