@@ -93,6 +93,7 @@ class PawsStream:
             seed=seed,
             balanced=options.balanced_support,
         )
+        self._labels_are_here = supports.store is store
         _check_views_suffice(self._support.most_repeats, views)
         unlabelled = make_strategy(images, options.placement, threads=threads, device=options.device)
         # A resident store lives on the device once; and threads are shared wherever the images are.
@@ -125,7 +126,11 @@ class PawsStream:
         parts = tuple(self._part(step, records[rows], supports[rows], repeats[rows]) for rows in every)
         by_rank = np.split(drawn.places, distributed.world_size())
         classes = np.concatenate([np.tile(part, self.views.support_views) for part in by_rank])
-        return PawsBatch(step, records, parts, torch.from_numpy(classes))
+        known, places = self._support.known_classes(records, drawn)
+        known &= self._labels_are_here
+        return PawsBatch(
+            step, records, parts, torch.from_numpy(classes), torch.from_numpy(known), torch.from_numpy(places * known)
+        )
 
     def _part(self, step: int, records: Positions, supports: Positions, repeats: Positions) -> PawsPart:
         views, kinds = self.views, [(self.views.large, 0)]

@@ -1,9 +1,10 @@
-"""LARS on classical heavy-ball momentum, and which parameters it adapts."""
+"""LARS on classical heavy-ball momentum, AdamW, and which parameters they adapt and decay."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,12 +138,37 @@ def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Ten
     return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
+Groups = list[dict[str, Any]]
+
+
+def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS:
+    return LARS(
+        [{**group, "adapt": adapt and group["decayed"]} for group in groups],
+        lr=config.start_lr,
+        momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+        nesterov=config.nesterov,
+    )
+
+
+def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, config.beta2))
+
+
+_KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+    "lars": partial(_heavy_ball, adapt=True),
+    "sgd": partial(_heavy_ball, adapt=False),
+    "adamw": _adamw,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimiser of ``model``: weights are adapted and decayed, biases and normalisation parameters are not.
 
     A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer (wherever it sits,
     the shortcut included) is excluded. Frozen parameters are left out. The learning rate starts at
-    ``config.start_lr``; the training loop sets each group's ``lr`` at every step.
+    ``config.start_lr``; the training loop calls :func:`set_rates` at every step. A group's ``decayed`` tells which of
+    the two it is.
 
     Raises:
         ValueError: the model has no parameter that trains.
@@ -150,17 +176,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
     weights, excluded = split_parameters(model)
     if not weights and not excluded:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train.")
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "adapt": config.name == "lars", "weight_decay": config.weight_decay},
-        {"params": excluded, "adapt": False, "weight_decay": 0.0},
+    groups: Groups = [
+        {"params": weights, "decayed": True, "weight_decay": config.weight_decay},
+        {"params": excluded, "decayed": False, "weight_decay": 0.0},
     ]
-    return LARS(
-        [group for group in groups if group["params"]],
-        lr=config.start_lr,
-        momentum=config.momentum,
-        trust_coefficient=config.trust_coefficient,
-        nesterov=config.nesterov,
-    )
+    return _KINDS[config.name]([group for group in groups if group["params"]], config)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the learning rate of every group, and the decay of those that :func:`build_optimizer` gave any."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

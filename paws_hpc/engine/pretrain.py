@@ -15,9 +15,10 @@ from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
+from paws_hpc.engine.averaging import WeightAverage
 from paws_hpc.engine.compiled import compile_passes
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig
-from paws_hpc.engine.optimizer import LARS, build_optimizer
+from paws_hpc.engine.optimizer import build_optimizer, set_rates
 from paws_hpc.engine.parallel import move, replicate
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.models.encoder import Encoder
@@ -25,7 +26,7 @@ from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
 from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.nce import supervised_nce
-from paws_hpc.objective.paws import paws_loss, support_warmup_weight
+from paws_hpc.objective.paws import TrueClasses, paws_loss, support_warmup_weight
 
 
 class Pretraining:
@@ -47,11 +48,12 @@ class Pretraining:
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder = move(encoder, device, dtype)
+        self.average = None if config.ema is None else WeightAverage(self.encoder, config.ema)
         self.model = replicate(self.encoder, device)
         spread_momentum(self.encoder, config.accumulate_steps)
         if config.compile:
             compile_passes(self.encoder)
-        self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
+        self.optimizer = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
         self.monitor = CollapseMonitor(
             config.support.classes, tolerance=collapse.tolerance, patience=collapse.patience_steps
@@ -63,6 +65,7 @@ class Pretraining:
         """All that the next step depends on; the data's place is the step itself."""
         return {
             "encoder": self.encoder.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.monitor.state_dict(),
             "collapsed": self.collapsed,
@@ -72,10 +75,17 @@ class Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.encoder.load_state_dict(state["encoder"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.monitor.load_state_dict(state["monitor"])
         self.collapsed = state["collapsed"]
         self.validated = state["validated"]
+
+    @property
+    def result(self) -> Encoder:
+        """The encoder that is scored and handed on: the average of the weights if there is one, or the weights."""
+        return self.encoder if self.average is None else self.average.module
 
     def awaits_validation(self, done: int) -> bool:
         """Whether the encoder is to be scored after ``done`` steps, and was not yet."""
@@ -100,8 +110,8 @@ class Pretraining:
         Returns:
             0-dimensional tensors named as in ``metrics.jsonl``, of this rank.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(batch.step)
+        weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
+        set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
         if len(batch.parts) == 1:
             h, z = self._encode(self.model, batch, 0)
@@ -110,6 +120,8 @@ class Pretraining:
         else:
             metrics = self._accumulate(batch)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.encoder, batch.step)
         with torch.no_grad():
             metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.encoder.parameters() if p.grad is not None]
@@ -162,8 +174,12 @@ class Pretraining:
             num_small_crops=self.stream.views.small.count,
             me_max=self.objective.me_max,
             target_floor=self.objective.target_floor,
+            true_classes=self._true_classes(batch),
+            entropy_weight=self.objective.entropy_weight,
         )
         metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
+        if self.objective.entropy_weight > 0:
+            metrics["loss/entropy"] = loss.entropy
         weight = support_warmup_weight(
             batch.step,
             total_steps=self.total_steps,
@@ -177,3 +193,8 @@ class Pretraining:
         if batch.step % self.config.diagnose_every_steps == 0:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
+
+    def _true_classes(self, batch: PawsBatch) -> TrueClasses | None:
+        if not self.objective.true_label_targets:
+            return None
+        return TrueClasses(to_device(batch.known, self.device), to_device(batch.known_classes, self.device))

@@ -97,7 +97,7 @@ def pretrain(
 
 def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
     """Score the encoder as it is after ``done`` steps."""
-    synchronise_buffers(training.encoder)
+    synchronise_buffers(training.result)
     with as_written(training.encoder):
         scores = validate()
     tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})

@@ -22,6 +22,7 @@ from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.start import start_identity
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
 
@@ -53,7 +54,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
 
     def validate() -> Row:
         scores = score_nearest_neighbours(
-            training.encoder, data, data.validation_images(config), config, device, control=control
+            training.result, data, data.validation_images(config), config, device, control=control
         )
         return {"validation/paws_nn": scores.top1}
 
@@ -102,7 +103,7 @@ def open_stream(config: Config, data: RunData, options: StreamOptions) -> PawsSt
 def make_training(config: Config, stream: PawsStream) -> Pretraining:
     """Pre-training before its first step, on the stream's device."""
     return Pretraining(
-        build_encoder(config.model, seed=config.seed),
+        starting_encoder(config),
         objective=config.objective,
         optimizer=config.optimizer,
         config=config.pretrain,
@@ -121,7 +122,7 @@ def checkpoint_folder(
 ) -> CheckpointFolder:
     """The checkpoints of a run's pre-training, bound to what determines them."""
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
-    determined |= order_identity(config, data)
+    determined |= order_identity(config, data) | start_identity(config)
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
     return CheckpointFolder(
         run.checkpoints,
@@ -133,7 +134,9 @@ def checkpoint_folder(
 
 
 def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, str]:
-    """The pre-trained encoder of a finished pre-training, and the checksum of its checkpoint.
+    """What a finished pre-training left, and the checksum of its checkpoint.
+
+    With ``pretrain.ema`` it is the average of the encoder's weights, otherwise the encoder as it was last.
 
     Raises:
         FileNotFoundError: pre-training has not finished.
@@ -148,7 +151,7 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
             f"{run.pretrain / 'DONE'} and launch again to train from the newest valid one."
         )
     encoder = build_encoder(config.model, seed=config.seed)
-    encoder.load_state_dict(checkpoint.state["encoder"])
+    encoder.load_state_dict(checkpoint.state["encoder" if config.pretrain.ema is None else "average"])
     return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
 
 

@@ -69,6 +69,10 @@ BAD: dict[str, Callable[[], Any]] = {
         objective=ObjectiveConfig(support_warmup_fraction=0.3),
         pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
     ),
+    r"objective.true_label_targets=true .*data.labelled=elsewhere": lambda: Config(
+        objective=ObjectiveConfig(true_label_targets=True), data=DataConfig(labelled="elsewhere")
+    ),
+    r"objective.entropy_weight=-1": lambda: ObjectiveConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
     r"resources: nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
