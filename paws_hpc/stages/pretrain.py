@@ -22,7 +22,7 @@ from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
-from paws_hpc.stages.start import start_identity
+from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
 
