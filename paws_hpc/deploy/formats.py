@@ -17,6 +17,7 @@ from paws_hpc.deploy.networks import HEADS, Network, rebuild, weights_of
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.files import atomic_write, file_hash, write_json
 from paws_hpc.models import ModelConfig, build_encoder
+from paws_hpc.models.names import to_torchvision
 
 _PROTOBUF_BYTES = 2**31 - 2**20  # what one protobuf message holds, less what is not weights
 
@@ -114,7 +115,7 @@ def _check_library_has_it(network: Network, format: str) -> None:
 
 def _torch_weights(network: Network) -> dict[str, Tensor]:
     """Under the names of torchvision and timm: the trunk's own, and ``fc.0``, ``fc.1``, … for what follows it."""
-    weights = weights_of(network.trunk)
+    weights = to_torchvision(weights_of(network.module))
     for number, layer in enumerate(network.head_layers.values()):
         weights |= {f"fc.{number}.{name}": value for name, value in weights_of(layer).items()}
     return weights

@@ -48,11 +48,6 @@ class Network:
         return 3, side, side
 
     @property
-    def trunk(self) -> nn.Module:
-        """Images to features."""
-        return self.module.get_submodule("trunk")
-
-    @property
     def head_layers(self) -> dict[str, nn.Module]:
         """What follows the trunk, in order, by names in :attr:`module`; activations have made-up ones."""
         return head_layers(self.module)

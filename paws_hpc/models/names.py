@@ -1,9 +1,9 @@
 """Names of a ResNet's weights here and elsewhere.
 
-Our trunks bear torchvision's names, and so do timm's plain ResNets (resnet18, resnet50, and widths of them); what
-differs is what stands around: ``trunk.`` and the heads here, ``fc`` there, and what wrapped the module when it was saved
-(``module.`` from DistributedDataParallel, ``_orig_mod.`` from torch.compile). A vision transformer's names are timm's in
-the same sense, with ``head`` in the place of ``fc``.
+Our trunks bear torchvision's names, and so do timm's plain ResNets (resnet18, resnet50). What differs stands around
+them: ``trunk.`` and the heads here, ``fc`` there, and what wrapped the module when it was saved (``module.`` from
+DistributedDataParallel, ``_orig_mod.`` from torch.compile). A vision transformer's names are timm's in the same sense,
+with ``head`` in the place of ``fc``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-OWN_PREFIX = "trunk."
+_OWN_PREFIX = "trunk."
 _WRAPPERS = ("module.", "_orig_mod.")
 _CLASSIFIERS = ("fc.", "head.")
 
@@ -30,11 +30,11 @@ def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: ``state`` has no trunk.
     """
-    trunk = {name.removeprefix(OWN_PREFIX): value for name, value in state.items() if name.startswith(OWN_PREFIX)}
+    trunk = {name.removeprefix(_OWN_PREFIX): value for name, value in state.items() if name.startswith(_OWN_PREFIX)}
     if not trunk:
         raise ValueError(
-            f"no name of these weights begins with {OWN_PREFIX!r} (there are {_some(state)}): they are not those of an "
-            "encoder or classifier of this package."
+            f"no name of these weights begins with {_OWN_PREFIX!r} (there are {_some(state)}): they are not "
+            "those of an encoder or classifier of this package."
         )
     return trunk
 
@@ -52,7 +52,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         the same tensors.
     """
     bare = {_unwrapped(name): value for name, value in state.items()}
-    if any(name.startswith(OWN_PREFIX) for name in bare):
+    if any(name.startswith(_OWN_PREFIX) for name in bare):
         return to_torchvision(bare)
     return {name: value for name, value in bare.items() if not name.startswith(_CLASSIFIERS)}
 
