@@ -13,6 +13,7 @@ from paws_hpc.data.splits import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
 from paws_hpc.distributed import check_divides
 from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
 from paws_hpc.engine.optimizer import OptimizerConfig
 from paws_hpc.engine.pretrain import PretrainConfig
 from paws_hpc.engine.tracking import TrackingConfig
@@ -183,6 +184,7 @@ class Config:
         objective: loss.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
+        neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep from random weights on the same labels.
         tracking: Weights & Biases.
@@ -206,6 +208,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    neighbour_tuning: NeighbourTuningConfig = field(default_factory=NeighbourTuningConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -234,6 +237,13 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        drawn = self.labels.per_class
+        if drawn is not None and drawn < support.images_per_class and self.data.support_order == "paper":
+            raise ValueError(
+                f"pretrain.support.images_per_class={support.images_per_class}, but labels.per_class={drawn}. Ask for "
+                f"at most {drawn} images per class, or set data.support_order=balanced, which repeats images as other "
+                "crops."
+            )
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(

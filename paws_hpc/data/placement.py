@@ -96,12 +96,14 @@ def choose(
 
     Raises:
         ValueError: the placement does not exist or cannot work.
+        OtherRankError: it cannot work for another rank, or rank 0 failed when it probed.
     """
-    if asked != "auto":
-        placement = named(asked)
-        check_possible(placement, stores, device)
-        return placement
-    chosen = _automatic(stores, views, threads, device) if distributed.is_main() else PLACEMENTS[0]
+    with distributed.failing_together(device):
+        if asked != "auto":
+            chosen = named(asked)
+            check_possible(chosen, stores, device)
+        else:
+            chosen = _automatic(stores, views, threads, device) if distributed.is_main() else PLACEMENTS[0]
     everyone = distributed.gather_rows(torch.tensor([PLACEMENTS.index(chosen)], device=device))
     return PLACEMENTS[int(everyone[0])]
 

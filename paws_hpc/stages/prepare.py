@@ -16,7 +16,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config, DataConfig, Identity
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.order import Positions, Window
+from paws_hpc.data.order import Positions, SupportOrder, Window
 from paws_hpc.data.placement import choose
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.data.streams import EvaluationSet
@@ -88,7 +88,11 @@ class RunData:
 
 
 def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> None:
-    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``."""
+    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
+
+    Raises:
+        ValueError: the stores do not go together, or the labels do not suffice for the support mini-batches.
+    """
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
         raise _not_packed("labelled", Path(labelled))
@@ -97,6 +101,7 @@ def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> 
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
     data = open_data(config)
+    support_order(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
@@ -127,6 +132,23 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     return RunData(train, labelled_store, labelled, validation, StoreImages(labelled_store))
 
 
+def support_order(config: Config, data: RunData) -> SupportOrder:
+    """The support mini-batches of a run.
+
+    Raises:
+        ValueError: the labels do not suffice for them.
+    """
+    support = config.pretrain.support
+    return SupportOrder(
+        data.labelled,
+        data.labelled_store.labels[data.labelled],
+        num_classes=support.classes,
+        images_per_class=support.images_per_class,
+        seed=config.seed,
+        balanced=config.data.support_order == "balanced",
+    )
+
+
 def stage_folder(config: Config) -> Path | None:
     """Where this node keeps copies of stores; None for nowhere.
 
@@ -146,9 +168,13 @@ def stage_folder(config: Config) -> Path | None:
 
 def staging(config: Config) -> AbstractContextManager[object]:
     """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
-    folder, data = stage_folder(config), config.data
-    stores = [Path(data.train)] + ([] if data.labelled in (None, data.train) else [Path(str(data.labelled))])
-    return nullcontext() if folder is None else start_staging(stores, folder)
+    folder = stage_folder(config)
+    return nullcontext() if folder is None else start_staging(staged_stores(config.data), folder)
+
+
+def staged_stores(data: DataConfig) -> list[Path]:
+    """The stores that training reads again and again, each once: all but the test images, which are read once."""
+    return list(dict.fromkeys(Path(path) for images, path in data.stores.items() if images != "test images"))
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:
@@ -178,10 +204,11 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
 
     Raises:
         ValueError: the placement that is asked for cannot work.
+        OtherRankError: another rank failed.
     """
     kept, asked = folder / "placement.json", config.data.placement
-    found = read_json(kept) if kept.exists() else {}
-    distributed.barrier()  # before rank 0 writes it
+    with distributed.failing_together(device):  # whose end all reach before rank 0 writes the file
+        found = read_json(kept) if kept.exists() else {}
     if asked == "auto" and found.get("device") == device.type:
         asked = found["placement"]
     stores = (data.train, data.labelled_store)
@@ -194,8 +221,9 @@ def stream_options(config: Config, data: RunData, folder: Path, device: torch.de
             f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
             "choose anew."
         ) from error
-    if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
-        write_json(kept, choice)
+    with distributed.failing_together(device):
+        if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
+            write_json(kept, choice)
     return StreamOptions(
         window=order_window(config.data, data.train),
         balanced_support=config.data.support_order == "balanced",

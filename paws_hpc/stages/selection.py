@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from paws_hpc.models import Classifier, build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
 from paws_hpc.stages.prepare import open_data
 from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
+from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from paws_hpc.store import ImageStore
 
@@ -81,20 +83,29 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
+    pretrained, _ = load_pretrained(config, run, data, device)
+    probes = fit_probes(pretrained, data, config, device, control)
+    neighbours, tuning = pretrained, None
+    if config.neighbour_tuning.steps:
+        neighbours = copy.deepcopy(pretrained)
+        tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
     control.fence()
     if distributed.is_main():
         cells = [cell.name for cell in config.finetune.cells()]
-        write_json(run.selected, winner.as_dict() | {"cells": cells, "baseline": baseline.as_dict()})
-    encoder, _ = load_pretrained(config, run, data, device)
+        chosen = {"cells": cells, "baseline": baseline.as_dict(), "neighbour_tuning": tuning}
+        chosen |= {name: probe.as_dict() for name, probe in probes.items()}
+        write_json(run.selected, winner.as_dict() | chosen)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
-    nearest = score_nearest_neighbours(encoder, data, test, config, device)
-    scored = {"paws_nn": nearest.as_dict()}
+    scored = {"paws_nn": score_nearest_neighbours(neighbours, data, test, config, device).as_dict()}
     for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
         if choice.cell is not None:
             scores = _score_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
             scored[method] = scores.as_dict() | _cell(choice.cell)
+    features = trunk_features(pretrained, test, device, control)
+    for method, probe in probes.items():
+        scored[method] = score(probe.predict(features).cpu(), test.labels).as_dict() | probe.setting
     control.fence()
     if distributed.is_main():
         write_json(

@@ -70,7 +70,7 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
         ("stages=[pretrian]", "stages=['pretrian']: 'pretrian' is not one of"),
         ("pretrain.batch_size=5000", "batch_size=5000 is larger than the data set of 1397 images"),
         ("pretrain.support.classes=11", "support.classes=11, but only 10 classes have labelled images"),
-        ("labels.per_class=3", "class 0 has only 3 labelled images"),
+        ("labels.per_class=3", "images_per_class=4, but labels.per_class=3"),
         ("labels.file=nowhere.txt labels.per_class=null", "nowhere.txt does not exist"),
         ("resources.pretrain.tasks_per_node=3", "pretrain.batch_size=128 does not divide by 3 ranks"),
     ],
