@@ -21,7 +21,7 @@ from paws_hpc.models.heads import ProjectionHead
 from paws_hpc.stages.prepare import RunData
 from paws_hpc.stages.pretrain import load_pretrained
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.selection import load_winner
+from paws_hpc.stages.selection import load_neighbours, load_winner
 
 HEADS = {"none": "features", "projection": "representation", "classifier": "logits"}
 """What follows the trunk → what then comes out: the trunk's features; h, which PAWS-NN compares; a score per class."""
@@ -54,7 +54,10 @@ class Network:
 
 
 def load_network(config: Config, run: RunFolder, data: RunData, head: str) -> Network:
-    """A network of a finished run: the pre-trained one, or with ``head="classifier"`` the fine-tuned one of selection.
+    """A network of a finished run.
+
+    With ``head="classifier"`` it is the fine-tuned one that selection chose, with ``head="projection"`` the one by
+    which PAWS-NN is scored, else the pre-trained one.
 
     Raises:
         FileNotFoundError: the stage that makes it has not finished.
@@ -64,13 +67,13 @@ def load_network(config: Config, run: RunFolder, data: RunData, head: str) -> Ne
     if head == "classifier":
         classifier, weights = load_winner(config, run, len(data.classes), cpu)
         module: nn.Module = classifier.eval()
-        checksum = file_hash(weights)
+    elif head == "projection":
+        encoder, tuned = load_neighbours(config, run, data, cpu)
+        module, weights = _cut(encoder, head), run.tuned if tuned else _pretrained_weights(run)
     else:
-        encoder, checksum = load_pretrained(config, run, data, cpu)
-        module = _cut(encoder, head)
-        steps = read_json(run.pretrain / "DONE")["steps"]
-        weights = run.checkpoints / f"step-{steps:08d}.pt"
-    return Network(module, head, _card(config, run, data, module, head=head, weights=weights, checksum=checksum))
+        module = _cut(load_pretrained(config, run, data, cpu)[0], head)
+        weights = _pretrained_weights(run)
+    return Network(module, head, _card(config, run, data, module, head=head, weights=weights))
 
 
 def rebuild(encoder: Encoder, head: str, num_classes: int) -> nn.Module:
@@ -95,6 +98,11 @@ def head_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {f"projection.{name}": layer for name, layer in layers.items()}
 
 
+def _pretrained_weights(run: RunFolder) -> Path:
+    """The checkpoint that :func:`~paws_hpc.stages.pretrain.load_pretrained` reads."""
+    return run.checkpoints / f"step-{read_json(run.pretrain / 'DONE')['steps']:08d}.pt"
+
+
 def _cut(encoder: Encoder, head: str) -> nn.Module:
     parts: OrderedDict[str, nn.Module] = OrderedDict(trunk=encoder.trunk)
     if head == "projection":
@@ -103,7 +111,7 @@ def _cut(encoder: Encoder, head: str) -> nn.Module:
 
 
 def _card(
-    config: Config, run: RunFolder, data: RunData, module: nn.Module, *, head: str, weights: Path, checksum: str
+    config: Config, run: RunFolder, data: RunData, module: nn.Module, *, head: str, weights: Path
 ) -> dict[str, Any]:
     chain, crop = run.describe(), config.views.evaluation
     result = read_json(run.result) if run.result.exists() else {}
@@ -128,7 +136,7 @@ def _card(
             "created": chain.get("created"),
             "seed": config.seed,
             "weights": weights.relative_to(run.path).as_posix(),
-            "xxh3_128": checksum,
+            "xxh3_128": file_hash(weights),
             "digests": data.digests,
             "test_top1": {
                 name: scores["top1"] for name, scores in result.get("test", {}).items() if isinstance(scores, dict)

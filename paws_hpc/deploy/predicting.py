@@ -24,9 +24,8 @@ from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_al
 from paws_hpc.models import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
 from paws_hpc.stages.prepare import RunData
-from paws_hpc.stages.pretrain import load_pretrained
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.selection import load_winner
+from paws_hpc.stages.selection import load_neighbours, load_winner
 
 METHODS = ("paws-nn", "fine-tuned")
 _AT_ONCE = 256  # as many as in evaluation, so that sums, too, are taken in its order
@@ -77,7 +76,7 @@ class Predictor:
             config: of the run.
             run: its folder.
             data: its stores and splits.
-            method: ``paws-nn``, by the pre-trained network; or ``fine-tuned``, by the network that selection chose.
+            method: ``paws-nn``, by the network that this was scored with; ``fine-tuned``, by the one selection chose.
             device: to compute on.
 
         Raises:
@@ -92,7 +91,7 @@ class Predictor:
             self._network: nn.Module = _ClassifierFeatures(classifier)
             self._linear = classifier.linear
         else:
-            self._network = Representation(load_pretrained(config, run, data, device)[0])
+            self._network = Representation(load_neighbours(config, run, data, device)[0])
         images = data.labelled_images(config)
         self._supports = forward_all(self._network, images.batches(device, torch.float32), len(images))
         self._support_labels = images.labels

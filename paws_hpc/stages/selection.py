@@ -18,9 +18,9 @@ from paws_hpc.engine.evaluate import Scores, score
 from paws_hpc.engine.finetune import Cell, predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import read_json, write_json
-from paws_hpc.models import Classifier, build_classifier, build_encoder
+from paws_hpc.models import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.prepare import RunData, open_data
 from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_folder import RunFolder, is_done
@@ -137,6 +137,21 @@ def _score_cell(
 ) -> Scores:
     classifier, _ = _load_cell(config, run, len(test.store.classes), device, sweep=sweep, cell=cell)
     return score(predict(classifier, test, device).cpu(), test.labels)
+
+
+def load_neighbours(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, bool]:
+    """The encoder by which PAWS-NN is scored, and whether it was tuned for that after pre-training.
+
+    Raises:
+        FileNotFoundError: pre-training or, where the config asks for it, tuning has not finished.
+    """
+    encoder, _ = load_pretrained(config, run, data, device)
+    if not config.neighbour_tuning.steps:
+        return encoder, False
+    if not run.tuned.exists():
+        raise FileNotFoundError(f"{run.tuned} is missing: run the stage 'selection' of this run first, which tunes.")
+    encoder.load_state_dict(load_tensors(run.tuned, device))
+    return encoder, True
 
 
 def load_winner(config: Config, run: RunFolder, num_classes: int, device: torch.device) -> tuple[Classifier, Path]:

@@ -19,8 +19,8 @@ from sklearn.metrics import confusion_matrix
 from paws_hpc import predict
 from paws_hpc.config import Config
 from paws_hpc.engine.evaluate import Representation, forward_all, paws_nn
+from paws_hpc.models import build_encoder
 from paws_hpc.stages.prepare import open_data
-from paws_hpc.stages.pretrain import load_pretrained
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.browser import CONTRAST, Page
@@ -48,7 +48,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("run")
-    config, run = trained_run(digits_stores, folder)
+    config, run = trained_run(digits_stores, folder, tuning_steps=4)  # so that PAWS-NN has its own network
     store = ImageStore.open(digits_stores.test)
     files = [folder / "images" / f"{number:03d}.png" for number in range(len(store))]
     files[0].parent.mkdir()
@@ -72,7 +72,8 @@ def test_probabilities_and_neighbours_are_those_of_the_evaluation(
     made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = open_data(made.config)
-    encoder, _ = load_pretrained(made.config, made.run, data, CPU)
+    encoder = build_encoder(made.config.model, seed=0)
+    encoder.load_state_dict(torch.load(made.run.tuned, weights_only=True))
     network, supports = Representation(encoder), data.labelled_images(made.config)
     store = ImageStore.open(made.config.data.test)
     test = data.images(made.config, store, np.arange(len(store)))
