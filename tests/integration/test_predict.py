@@ -18,6 +18,8 @@ from sklearn.metrics import confusion_matrix
 
 from paws_hpc import predict
 from paws_hpc.config import Config
+from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, forward_all, paws_nn
 from paws_hpc.models import build_encoder
 from paws_hpc.stages.prepare import open_data
@@ -99,7 +101,6 @@ def test_probabilities_and_neighbours_are_those_of_the_evaluation(
 
 def test_a_file_that_is_no_image_is_named_and_the_others_go_on(made: Made, tmp_path: Path) -> None:
     whole = made.files[0].read_bytes()
-    Image.fromarray(np.zeros((1, 800_000, 3), np.uint8)).save(tmp_path / "d-narrow.png")
     damaged = {"a-cut.png": whole[: len(whole) // 2], "b-text.jpg": b"no image", "c-empty.png": b""}
     for name, content in damaged.items():
         (tmp_path / name).write_bytes(content)
@@ -114,15 +115,22 @@ def test_a_file_that_is_no_image_is_named_and_the_others_go_on(made: Made, tmp_p
     told = json.loads((tmp_path / "told.json").read_text())
     assert [Path(image["path"]).name for image in told["images"]] == ["e-good.png"]
     failed = {Path(entry["path"]).name: entry["reason"] for entry in told["failed"]}
-    assert failed.keys() == {*damaged, "d-narrow.png", "f-\x1b[31m.png", "gone.png", "zero"}
+    assert failed.keys() == {*damaged, "f-\x1b[31m.png", "gone.png", "zero"}
     assert failed["gone.png"] == "No such file or directory"
-    assert "too narrow" in failed["d-narrow.png"]
     assert "not a file" in failed["zero"]
     assert all(name in done.stderr for name in [*damaged, "gone.png"])
     assert "\x1b" not in done.stderr
     assert len(done.stderr.splitlines()) == len(failed), "one line each"
-    assert "7 files could not be read" in (tmp_path / "sheet.html").read_text()
+    assert "6 files could not be read" in (tmp_path / "sheet.html").read_text()
     assert done.stdout.startswith(f"{tmp_path}/e-good.png: ")
+
+
+def test_a_small_file_that_would_fill_the_memory_when_it_is_resized_is_refused(made: Made, tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((1, 30_000, 3), np.uint8)).save(tmp_path / "narrow.png")
+    store = ImageStore.open(made.config.data.train)
+    assert read_image(tmp_path / "narrow.png", store, made.config.views.evaluation).shape == (1, 30_000, 3)
+    with pytest.raises(ValueError, match="30000 x 1 pixels, too narrow"):
+        read_image(tmp_path / "narrow.png", store, CenterCropConfig(resize=256, size=224))
 
 
 def test_wrong_inputs_are_one_line(
