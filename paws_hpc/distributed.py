@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from paws_hpc.sizes import check_divides
+
 _MESSAGE_BYTES = 2048
 
 
@@ -82,19 +84,6 @@ def per_rank(total: int, *, name: str, accumulate_steps: int = 1) -> int:
     """
     check_divides(total, world_size(), name=name, accumulate_steps=accumulate_steps)
     return total // world_size()
-
-
-def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 1) -> None:
-    """Raise ValueError, naming the nearest sizes that would fit, unless all micro-batches of all ranks are equal."""
-    pieces = ranks * accumulate_steps
-    if total % pieces:
-        below = total - total % pieces
-        fits = f"{below} or {below + pieces}" if below else f"{pieces}"
-        micro_batches = f" with pretrain.accumulate_steps={accumulate_steps} each" if accumulate_steps > 1 else ""
-        raise ValueError(
-            f"{name}={total} does not divide by {ranks} ranks{micro_batches}. Sizes are global: {name}={fits} would "
-            "fit."
-        )
 
 
 def share(total: int) -> slice:

@@ -17,7 +17,7 @@ from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.runs import find_run
 from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 
 

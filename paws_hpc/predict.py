@@ -26,7 +26,7 @@ from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
 from paws_hpc.files import write_json
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 
 SOME_FAILED = 3

@@ -9,12 +9,14 @@ from torch import nn
 
 from paws_hpc.cluster.chain import Chain
 from paws_hpc.cluster.frozen import freeze
-from paws_hpc.config import Config
+from paws_hpc.config import Config, sweep_config
 from paws_hpc.engine.checkpoint import save_tensors
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import write_json
-from paws_hpc.models import ModelConfig, build_classifier, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from tests.conftest import Stores
 from tests.tiny import tiny_config
@@ -38,7 +40,7 @@ def trained_run(stores: Stores, runs: Path, *, tuning_steps: int = 0) -> tuple[C
     run = begin(config)
     pretrain.run(config, run, CPU)
     for sweep in ("finetune", "baseline"):
-        for cell in finetune.sweep_config(config, sweep).cells():
+        for cell in sweep_config(config, sweep).cells():
             finetune.run_cell(config, run, CPU, sweep=sweep, cell=cell)
     selection.run(config, run, CPU)
     return config, run
@@ -48,7 +50,7 @@ def made_up_run(stores: Stores, runs: Path, model: ModelConfig) -> tuple[Config,
     """A run's folder with networks that nobody trained: no value is the same twice, running statistics included."""
     config = tiny_config(stores.train, stores.test, runs)
     config.model, config.views.evaluation.resize, config.views.evaluation.size = model, 40, 32
-    run, data = begin(config), prepare.open_data(config)
+    run, data = begin(config), open_data(config)
     encoder = build_encoder(model, seed=1)
     disturb(encoder, seed=2)
     with pretrain.checkpoint_folder(config, run, data) as checkpoints:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.data.cutting import PLACEMENTS, Crops, Cutter, Placement, make_strategy
+from paws_hpc.data.config import PLACEMENTS, Placement
+from paws_hpc.data.cutting import Crops, Cutter, make_strategy
 from paws_hpc.data.images import StoreImages
 from paws_hpc.data.views import FIRST_SMALL_VIEW, ViewsConfig
 from paws_hpc.store import ImageStore

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from paws_hpc.deploy.networks import HEADS, Network, rebuild, weights_of
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.files import atomic_write, file_hash, write_json
-from paws_hpc.models import ModelConfig, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.names import to_torchvision
 
 _PROTOBUF_BYTES = 2**31 - 2**20  # what one protobuf message holds, less what is not weights

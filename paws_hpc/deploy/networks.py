@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from paws_hpc import __version__
 from paws_hpc.config import Config
 from paws_hpc.files import file_hash, read_json
-from paws_hpc.models import Classifier, Encoder, build_classifier
+from paws_hpc.models.encoder import Classifier, Encoder, build_classifier
 from paws_hpc.models.heads import ProjectionHead
-from paws_hpc.stages.prepare import RunData
 from paws_hpc.stages.pretrain import load_pretrained
+from paws_hpc.stages.run_data import RunData
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.selection import load_neighbours, load_winner
 
@@ -85,7 +85,7 @@ def head_layers(module: nn.Module) -> dict[str, nn.Module]:
     """As of :class:`Network`, of its module.
 
     Linear layers have biases, and what :class:`~paws_hpc.models.heads.ProjectionHead` and
-    :class:`~paws_hpc.models.Classifier` do in their ``forward`` is these layers one after the other.
+    :class:`~paws_hpc.models.encoder.Classifier` do in their ``forward`` is these layers one after the other.
     """
     if isinstance(module, Classifier):
         return {"fc1": module.fc1, "bn1": module.bn1, "relu1": nn.ReLU(), "linear": module.linear}

@@ -21,9 +21,9 @@ from paws_hpc.data.crops import center_crop
 from paws_hpc.data.images import as_tensor
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn
-from paws_hpc.models import Classifier
+from paws_hpc.models.encoder import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
-from paws_hpc.stages.prepare import RunData
+from paws_hpc.stages.run_data import RunData
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.selection import load_neighbours, load_winner
 

@@ -19,7 +19,8 @@ from paws_hpc import export
 from paws_hpc.config import Config
 from paws_hpc.deploy import load_exported
 from paws_hpc.files import file_hash
-from paws_hpc.models import ModelConfig, build_classifier, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores

@@ -21,8 +21,8 @@ from paws_hpc.config import Config
 from paws_hpc.data.views import CenterCropConfig
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, forward_all, paws_nn
-from paws_hpc.models import build_encoder
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.browser import CONTRAST, Page

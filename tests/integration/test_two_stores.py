@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from paws_hpc.config import Config, DataConfig
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import finetune, prepare, pretrain, selection
-from paws_hpc.stages.prepare import open_data, staged_stores
+from paws_hpc.stages.run_data import open_data, staged_stores
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
 from tests.conftest import Stores
