@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from paws_hpc.models import ModelConfig, build_classifier, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.models.names import from_torchvision, to_torchvision
 
 
