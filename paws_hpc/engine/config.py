@@ -110,8 +110,8 @@ class PretrainConfig:
         collapse: detection of uniform predictions.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
-        compile: whether the network goes through ``torch.compile``, which takes a while at every start
-            (paws_hpc/engine/compiled.py).
+        compile: whether the network and the augmentation go through ``torch.compile``, which takes a while at every
+            start (paws_hpc/engine/compiled.py, paws_hpc/data/compiled.py).
         log_every_steps: between rows of metrics; also how often device values are read by the host.
         diagnose_every_steps: between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.

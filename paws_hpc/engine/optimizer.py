@@ -102,13 +102,12 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
+        decayed = gradients
+        if group["weight_decay"]:
+            decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         if group["adapt"]:
-            steps = _adapted(gradients, parameters, group["weight_decay"], group["trust_coefficient"], group["eps"])
-            torch._foreach_mul_(steps, group["lr"])
+            steps = list(torch._foreach_mul(decayed, _scales(group, gradients, parameters)))
         else:
-            decayed = gradients
-            if group["weight_decay"]:
-                decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
             steps = list(torch._foreach_mul(decayed, group["lr"]))
         buffers = [self._buffer(p) for p in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
@@ -126,21 +125,16 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _adapted(
-    gradients: list[Tensor], parameters: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float
-) -> list[Tensor]:
-    """Decayed gradients scaled to ``trust_coefficient`` times the norm of their parameter; new tensors."""
+def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """What each decayed gradient is multiplied with, learning rate included; 0-dimensional."""
     weight_norms = torch.stack(torch._foreach_norm(parameters))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    scales = trust_coefficient * weight_norms / (gradient_norms + weight_decay * weight_norms + eps)
-    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor.
+    decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + group["eps"]
+    scales = group["trust_coefficient"] * weight_norms / decayed_norms
+    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor. Without a
+    # gradient nothing moves, decay included; without a weight there is no decay either, and the gradient is the step.
     usable = (weight_norms > 0) & (gradient_norms > 0)
-    scales = torch.where(usable, scales, torch.ones_like(scales))
-    decays = usable * weight_decay
-    steps = torch._foreach_mul(parameters, list(decays.to(weight_norms.dtype).unbind()))
-    torch._foreach_add_(steps, gradients)
-    torch._foreach_mul_(steps, list(scales.unbind()))
-    return list(steps)
+    return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
