@@ -128,9 +128,9 @@ class Predictor:
         return center_crop(as_tensor(pixels).permute(2, 0, 1), resize=self._crop.resize, size=self._crop.size)
 
     def _told(self, images: list[tuple[Path, Tensor]], *, top: int, nearest: int) -> Iterator[Prediction]:
-        like, channels_last = self._data.train, self._device.type == "cuda"
+        like = self._data.train
         crops = torch.stack([crop for _, crop in images])
-        batch = normalise(crops.to(self._device), mean=like.mean, std=like.std, channels_last=channels_last)
+        batch = normalise(crops.to(self._device), mean=like.mean, std=like.std)
         with evaluation_mode(self._network):
             rows = self._network(batch)
             best = self._probabilities(rows).topk(min(top, len(self._data.classes)), dim=1)
