@@ -54,25 +54,34 @@ def build_report(run: Path) -> Path:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
-    record = read_run(run)
+    page = render(_HERE / "report.html.j2", _context(read_run(run)))
+    path = run / "report" / "index.html"
+    write_text(path, page)
+    return path
+
+
+def render(template: Path, context: dict[str, Any]) -> str:
+    """A page of the project's looks: whatever the context holds is text there, never markup.
+
+    Args:
+        template: of the page; it puts ``style`` into its head.
+        context: everything that it shows.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
+        loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_context(record))
-    path = run / "report" / "index.html"
-    write_text(path, page)
-    return path
+    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template.name).render({"style": style} | context)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
     """Everything the template shows; it computes nothing itself."""
     methods = scores(record)
     return {
-        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         "record": record,
         "percent": percent,
         "dash": DASH,
