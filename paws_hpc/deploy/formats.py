@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from paws_hpc.deploy.networks import HEADS, Network, rebuild, weights_of
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.files import atomic_write, file_hash, write_json
-from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.config import ModelConfig, VitConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.names import to_torchvision
 
@@ -99,7 +99,8 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     if not {"model", "head", "classes"} <= told.keys() or told["head"] not in HEADS:
         raise ValueError(f"{path} is not an export of paws_hpc: its metadata has no model, head and classes.")
     card = {name: value if name in _TEXTS else json.loads(value) for name, value in told.items()}
-    module = rebuild(build_encoder(ModelConfig(**card["model"]), seed=0), card["head"], len(card["classes"]))
+    model = ModelConfig(**card["model"] | {"vit": VitConfig(**card["model"]["vit"])})
+    module = rebuild(build_encoder(model, seed=0), card["head"], len(card["classes"]))
     module.load_state_dict(weights)
     return module, card
 
@@ -210,7 +211,10 @@ def _traced(network: Network) -> Any:
             verbose=False,
         )
     assert program is not None, "with dynamo it is"
-    return program.model_proto
+    model = program.model_proto
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param, "a trunk that takes the number of images for a constant, by len() say, needs mending"
+    return model
 
 
 def _labelled(network: Network, format: str) -> dict[str, Any]:

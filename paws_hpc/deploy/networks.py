@@ -116,7 +116,7 @@ def _card(
     chain, crop = run.describe(), config.views.evaluation
     result = read_json(run.result) if run.result.exists() else {}
     return {
-        "model": asdict(config.model),
+        "model": asdict(config.model) | {"init": None},  # a path of this machine, and these weights replace it
         "head": head,
         "output": HEADS[head],
         "output_dim": _output_dim(module),
@@ -135,6 +135,7 @@ def _card(
             "commit": chain.get("commit"),
             "created": chain.get("created"),
             "seed": config.seed,
+            "init": None if config.model.init is None else Path(config.model.init).name,
             "weights": weights.relative_to(run.path).as_posix(),
             "xxh3_128": file_hash(weights),
             "digests": data.digests,

@@ -97,7 +97,7 @@ class VisionTransformer(nn.Module):
                 "choose crops of a multiple of it."
             )
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
+        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], 1)
         x = x + self.positions(height // self.patch_size, width // self.patch_size)
         return self.norm(self.blocks(x))[:, 0]
 

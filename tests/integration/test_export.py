@@ -19,7 +19,7 @@ from paws_hpc import export
 from paws_hpc.config import Config
 from paws_hpc.deploy import load_exported
 from paws_hpc.files import file_hash
-from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.config import ModelConfig, VitConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
@@ -45,6 +45,12 @@ def resnet50(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def wide(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made_up_run(digits_stores, tmp_path_factory.mktemp("wide"), ModelConfig("wide_resnet", depth=10))
+
+
+@pytest.fixture(scope="module")
+def vit(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    sizes = VitConfig(image_size=32, patch_size=8, dim=24, blocks=2, attention_heads=2)
+    return made_up_run(digits_stores, tmp_path_factory.mktemp("vit"), ModelConfig("vit", vit=sizes))
 
 
 def images(config: Config, count: int) -> Tensor:
@@ -123,7 +129,7 @@ def test_a_resnet50_loads_strictly_into_the_library_and_computes_the_same(
         assert card["num_classes"] == (10 if head == "classifier" else 0)
 
 
-@pytest.mark.parametrize(("which", "head"), [("small", "none"), ("small", "projection"), ("wide", "classifier")])
+@pytest.mark.parametrize(("which", "head"), [("small", "none"), ("vit", "projection"), ("wide", "classifier")])
 def test_onnx_computes_the_same_for_any_number_of_images(
     which: str, head: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,7 +151,7 @@ def test_onnx_computes_the_same_for_any_number_of_images(
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("which", ["small", "wide"])
+@pytest.mark.parametrize("which", ["small", "wide", "vit"])
 def test_safetensors_hold_the_runs_own_weights_and_load_back(
     which: str, head: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
