@@ -163,18 +163,11 @@ def _floor(methods: list[Score]) -> int:
     return min((int(10 * score.low) * 10 for score in methods), default=0)
 
 
-def _baseline_cell(record: RunRecord) -> str | None:
-    entry = record.result.get("test", {}).get("baseline") or {}
-    if entry.get("learning_rate") is None or entry.get("epochs") is None:
-        return None
-    return f"lr={entry['learning_rate']},epochs={entry['epochs']}"
-
-
 def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
     """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
     sweeps = [
         ("finetune", "Fine-tuning", record.finetune, record.selected.get("cell")),
-        ("baseline", "Baseline", record.baseline, _baseline_cell(record)),
+        ("baseline", "Baseline", record.baseline, record.selected.get("baseline", {}).get("cell")),
     ]
     return [
         {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),

@@ -6,7 +6,6 @@ Nothing here computes a result. A file that another stage has not written yet is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.config import STAGES
+from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
 from paws_hpc.stages.attempts import stage_times
 
@@ -130,26 +130,13 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
     """
     if not path.exists():
         return Metrics()
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    merged: dict[float, dict[str, Any]] = {}
+    rows, torn = parse_rows(path)
+    merged: dict[float, Row] = {}
     events: dict[tuple[int, str], Event] = {}
-    torn = False
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode())
-        except ValueError as error:
-            if number == len(lines):
-                torn = True
-                break
-            raise ValueError(
-                f"{path} line {number} is not JSON: {error}. Only the last line may be torn; "
-                "restore the file or remove that line."
-            ) from error
-        position: Any = row.get(axis) if isinstance(row, dict) else None
-        if not _is_number(position):
-            raise ValueError(f"{path} line {number} has no number under {axis!r}. Every row needs one.")
+    for number, row in enumerate(rows, start=1):
+        position = row.get(axis)
+        if not isinstance(position, int | float) or isinstance(position, bool):
+            raise ValueError(f"{path}, line {number} has no number under {axis!r}. Every row needs one.")
         merged.setdefault(position, {}).update(row)
         if "event" in row:
             event = Event(int(position), str(row["event"]), str(row.get("message", "")))
@@ -181,10 +168,6 @@ def _cells(folder: Path, missing: Iterable[str]) -> list[Cell]:
         metrics = read_metrics(folder / name / "metrics.jsonl", axis="epoch")
         cells.append(Cell(name, *setting, None if accuracy is None else float(accuracy), metrics))
     return sorted(cells, key=lambda cell: (cell.epochs, cell.learning_rate))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _mapping(path: Path) -> dict[str, Any]:
