@@ -7,10 +7,8 @@ killed: a panel without data says what is missing and which stage writes it. The
 from __future__ import annotations
 
 import base64
-import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
     DASH,
+    Notice,
     Score,
     confused_pairs,
     duration,
@@ -38,15 +37,6 @@ _CROPS_PIXELS = 640
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Notice:
-    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
-
-    level: str
-    title: str
-    text: str
-
-
 def build_report(run: Path) -> Path:
     """Write ``report/index.html`` of the run directory ``run``, atomically, and return its path.
 
@@ -54,7 +44,14 @@ def build_report(run: Path) -> Path:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
-    record = read_run(run)
+    page = render("report.html.j2", _context(read_run(run)))
+    path = run / "report" / "index.html"
+    write_text(path, page)
+    return path
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page from one of the templates beside this file, with the style sheet inside; names in it are text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -62,20 +59,15 @@ def build_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_context(record))
-    path = run / "report" / "index.html"
-    write_text(path, page)
-    return path
+    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(context, style=style, percent=percent, dash=DASH)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
     """Everything the template shows; it computes nothing itself."""
     methods = scores(record)
     return {
-        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         "record": record,
-        "percent": percent,
-        "dash": DASH,
         "byline": _byline(record),
         "notices": notices(record),
         "facts": dict(table_rows(record)),
@@ -134,7 +126,7 @@ def _missing_cells(sweep: str, cells: Sequence[Cell]) -> list[Notice]:
 
 def _byline(record: RunRecord) -> list[str]:
     """When, by which version, from which commit, with which seed: as far as it is known."""
-    commit, seed = record.chain.get("commit"), _seed(record)
+    commit, seed = record.chain.get("commit"), record.seed
     version = record.chain.get("versions", {}).get("paws_hpc")
     parts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
@@ -218,27 +210,18 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
 
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
-    commit, seed = record.chain.get("commit"), _seed(record)
-    digests = record.result.get("digests", record.summary.get("digests", {}))
+    commit, seed = record.chain.get("commit"), record.seed
     run = [
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
         ("host cores", str(record.chain.get("host_cores", "unknown"))),
-        ("seed", "unknown" if seed is None else seed),
+        ("seed", "unknown" if seed is None else str(seed)),
     ]
     tables = [
         ("Run", run),
         ("Versions", flatten(record.chain.get("versions", {}))),
-        ("Digests of data and splits", flatten(digests)),
+        ("Digests of data and splits", list(record.digests.items())),
         ("Pretraining", flatten({key: value for key, value in record.summary.items() if key != "digests"})),
     ]
     return [(caption, rows) for caption, rows in tables if rows]
-
-
-def _seed(record: RunRecord) -> str | None:
-    """The seed that the result states, or before there is one the frozen config's."""
-    if record.result.get("seed") is not None:
-        return str(record.result["seed"])
-    line = re.search(r"^seed:\s*(\S+)\s*$", record.config or "", re.MULTILINE)
-    return None if line is None else line[1]

@@ -25,6 +25,15 @@ METHODS = {"paws_nn": "PAWS-NN", "fine_tuned": "fine-tuned", "baseline": "baseli
 
 
 @dataclass(frozen=True)
+class Notice:
+    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Score:
     """One method's accuracy on the test split; ``low`` and ``high`` bound it at 95 % (fractions)."""
 
