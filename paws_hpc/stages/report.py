@@ -37,15 +37,19 @@ _CROPS_PIXELS = 640
 _HERE = Path(__file__).parent
 
 
-def build_report(run: Path) -> Path:
-    """Write ``report/index.html`` of the run directory ``run``, atomically, and return its path.
+def build_report(run: Path, folder: Path | None = None) -> Path:
+    """Write the report of the run directory ``run``, atomically, and return its path.
+
+    Args:
+        run: to tell of.
+        folder: to write ``index.html`` to; ``report/`` in ``run`` if none.
 
     Raises:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
     page = render("report.html.j2", _context(read_run(run)))
-    path = run / "report" / "index.html"
+    path = (folder or run / "report") / "index.html"
     write_text(path, page)
     return path
 
