@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from paws_hpc.files import write_text
+from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
@@ -83,6 +84,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "panels": pretrain_panels(record),
         "sweeps": _sweeps(record),
         "confusion": _confusion(record, methods),
+        "gallery": gallery(record),
         "crops": _crops(record),
         "provenance": _provenance(record),
     }

@@ -79,6 +79,8 @@ class RunRecord:
     baseline: list[Cell]
     selected: dict[str, Any]
     result: dict[str, Any]
+    gallery: dict[str, Any]
+    gallery_sheet: bytes | None
 
     @property
     def name(self) -> str:
@@ -121,6 +123,7 @@ def read_run(run: Path) -> RunRecord:
         raise FileNotFoundError(f"{run} is not a run directory: there is no such folder. Give the folder of a run.")
     selected = _mapping(run / "selected.json")
     config, crops = run / "config.yaml", run / "pretrain" / "crops.png"
+    sheet = run / "selection" / "gallery.png"
     text = config.read_text(encoding="utf-8") if config.exists() else None
     return RunRecord(
         folder=run,
@@ -135,6 +138,8 @@ def read_run(run: Path) -> RunRecord:
         baseline=_cells(run / "baseline", selected.get("baseline", {}).get("missing", [])),
         selected=selected,
         result=_mapping(run / "result.json"),
+        gallery=_mapping(run / "selection" / "gallery.json"),
+        gallery_sheet=sheet.read_bytes() if sheet.exists() else None,
     )
 
 

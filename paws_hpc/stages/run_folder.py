@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "selected.json"
 
     @property
+    def selection(self) -> Path:
+        """What selection leaves for the report, beside the two files named by other properties."""
+        return self.path / "selection"
+
+    @property
     def result(self) -> Path:
         """Test scores."""
         return self.path / "result.json"
