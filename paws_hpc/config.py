@@ -13,6 +13,7 @@ from paws_hpc.data.splits import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
 from paws_hpc.distributed import check_divides
 from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
 from paws_hpc.engine.optimizer import OptimizerConfig
 from paws_hpc.engine.pretrain import PretrainConfig
 from paws_hpc.engine.tracking import TrackingConfig
@@ -183,6 +184,7 @@ class Config:
         objective: loss.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
+        neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep from random weights on the same labels.
         tracking: Weights & Biases.
@@ -206,6 +208,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    neighbour_tuning: NeighbourTuningConfig = field(default_factory=NeighbourTuningConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

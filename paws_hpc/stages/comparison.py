@@ -183,8 +183,13 @@ def _labels(fields: Sequence[dict[str, str]], groups: Sequence[Sequence[Compared
     if fields[0] and len(fields[0]) <= 3:
         short = short_names(fields[0])
         return [", ".join(f"{short[field]}={value}" for field, value in row.items()) for row in fields]
-    names = [re.sub(r"[-_]?seed\d+$", "", runs[0].name) for runs in groups]
+    names = [without_seed(runs[0].name) for runs in groups]
     return names if len(set(names)) == len(names) else [runs[0].name for runs in groups]
+
+
+def without_seed(name: str) -> str:
+    """``digits-seed0-me_max=True`` as ``digits-me_max=True``."""
+    return re.sub(r"[-_.]?seed=?\d+", "", name) or name
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:

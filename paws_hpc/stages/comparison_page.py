@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ from numpy.typing import NDArray
 
 from paws_hpc.config import has_effect
 from paws_hpc.files import write_text
-from paws_hpc.stages.comparison import Compared, Comparison, Row, Summary, compare, short_names, value_text, warnings
+from paws_hpc.stages.comparison import (
+    Compared,
+    Comparison,
+    Row,
+    Summary,
+    compare,
+    short_names,
+    value_text,
+    warnings,
+    without_seed,
+)
 from paws_hpc.stages.report import render
 from paws_hpc.stages.report_panels import CURVES, Panel, SingleCurve, level_of, line_values
 from paws_hpc.stages.report_plots import Curve, Plot, draw, stroke
@@ -65,10 +74,11 @@ def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:
 def comparison_folder(runs: Sequence[Path]) -> Path:
     """Where the comparison of these runs belongs: ``comparisons/`` beside the first, named by what their names share.
 
-    ``digits-seed0`` to ``digits-seed4`` give ``comparisons/digits``; the same runs always the same folder.
+    ``digits-seed0`` to ``digits-seed4`` give ``comparisons/digits``; with ``-me_max=True`` and ``-me_max=False`` after
+    the seed they give ``comparisons/digits-me_max``.
     """
-    names = [run.resolve().name for run in runs]
-    shared = re.sub(r"[-_.,=]*(seed\d*)?$", "", os.path.commonprefix(names))  # noqa: RUF071 - of names
+    names = [without_seed(run.resolve().name) for run in runs]
+    shared = os.path.commonprefix(names).rstrip("-_.,=")  # noqa: RUF071 - of names, not of paths
     return runs[0].resolve().parent / "comparisons" / (shared or f"{names[0]}-and-{len(names) - 1}-more")
 
 

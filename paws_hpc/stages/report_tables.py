@@ -23,7 +23,13 @@ _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 DASH = "\N{EN DASH}"
 """Stands between the ends of an interval, and alone where there is no value (yet)."""
 
-METHODS = {"paws_nn": "PAWS-NN", "fine_tuned": "fine-tuned", "baseline": "baseline"}
+METHODS = {
+    "paws_nn": "PAWS-NN",
+    "fine_tuned": "fine-tuned",
+    "linear_probe": "linear probe",
+    "k_nn": "k-NN",
+    "baseline": "baseline",
+}
 """The keys of result.json's ``test`` and what they are called in tables."""
 
 
@@ -147,6 +153,10 @@ def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Scor
     setting = ""
     if entry.get("learning_rate") is not None and entry.get("epochs") is not None:
         setting = f"lr {float(entry['learning_rate']):g}, {entry['epochs']} epochs"
+    elif entry.get("penalty") is not None:
+        setting = f"penalty {float(entry['penalty']):g}"
+    elif entry.get("k") is not None:
+        setting = f"k = {entry['k']}"
     low, high = wilson_interval(correct, count)
     top5 = None if entry.get("top5") is None else float(entry["top5"])
     return Score(key, name, setting, top1, top5, correct, count, low, high, confusion)

@@ -43,6 +43,11 @@ class RunFolder:
         return self.pretrain / "checkpoints"
 
     @property
+    def tuned(self) -> Path:
+        """Weights of the encoder after ``neighbour_tuning``, where there was any."""
+        return self.path / "tuned.pt"
+
+    @property
     def selected(self) -> Path:
         """The winner of the sweep."""
         return self.path / "selected.json"

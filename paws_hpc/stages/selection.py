@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from paws_hpc.stages.finetune import sweep_config
 from paws_hpc.stages.gallery import Scored, write_gallery
 from paws_hpc.stages.prepare import open_data
 from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
+from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from paws_hpc.store import ImageStore
 
@@ -83,24 +85,34 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
+    pretrained, _ = load_pretrained(config, run, data, device)
+    probes = fit_probes(pretrained, data, config, device, control)
+    neighbours, tuning = pretrained, None
+    if config.neighbour_tuning.steps:
+        neighbours = copy.deepcopy(pretrained)
+        tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
     control.fence()
     if distributed.is_main():
-        sweep_cells = [cell.name for cell in config.finetune.cells()]
-        write_json(run.selected, winner.as_dict() | {"cells": sweep_cells, "baseline": baseline.as_dict()})
-    encoder, _ = load_pretrained(config, run, data, device)
+        cells = [cell.name for cell in config.finetune.cells()]
+        chosen = {"cells": cells, "baseline": baseline.as_dict(), "neighbour_tuning": tuning}
+        chosen |= {name: probe.as_dict() for name, probe in probes.items()}
+        write_json(run.selected, winner.as_dict() | chosen)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
-    nearest = nearest_neighbours(encoder, data, test, config, device)
-    predictions = {"paws_nn": nearest.predictions}
-    cells: dict[str, Any] = {}
+    nearest = nearest_neighbours(neighbours, data, test, config, device)
+    predictions, settings = {"paws_nn": nearest.predictions}, {name: probe.setting for name, probe in probes.items()}
     for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
         if choice.cell is not None:
             predictions[method] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
-            cells[method] = _cell(choice.cell)
+            settings[method] = _cell(choice.cell)
+    shown = Scored(test, data.labelled_images(config), nearest, dict(predictions))
+    features = trunk_features(pretrained, test, device, control)
+    predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
-        write_gallery(run.selection, Scored(test, data.labelled_images(config), nearest, predictions))
+        write_gallery(run.selection, shown)
+        scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
         write_json(
             run.result,
             {
@@ -110,10 +122,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
                 "seed": config.seed,
                 "missing": {"finetune": winner.missing, "baseline": baseline.missing},
                 "test": {"count": len(test)}
-                | {
-                    method: score(values, test.labels).as_dict() | cells.get(method, {})
-                    for method, values in predictions.items()
-                },
+                | {method: scores | settings.get(method, {}) for method, scores in scored.items()},
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
