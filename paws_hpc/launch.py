@@ -30,6 +30,7 @@ from paws_hpc.cluster.resources import Launcher
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
+from paws_hpc.engine.event_file import check_installed
 from paws_hpc.engine.metrics import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
@@ -159,6 +160,8 @@ def main() -> None:
     try:
         runs = runs_of([argument for argument in arguments if argument not in _ASKED_OF_HYDRA])
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
+        for config, _ in composed:
+            check_installed(config.tracking)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:

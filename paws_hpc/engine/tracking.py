@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases; the local files are written whatever stands here.
+    """Weights & Biases and TensorBoard; the local files are written whatever stands here.
 
     Attributes:
         wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
@@ -34,12 +34,14 @@ class TrackingConfig:
         project: W&B project.
         entity: W&B user or team; the account's default if none.
         tags: for the runs of this chain.
+        tensorboard: whether stages that train write ``tensorboard/`` too; needs the package of that name.
     """
 
     wandb: str = "auto"
     project: str = "paws"
     entity: str | None = None
     tags: list[str] | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         modes = ("auto", "online", "offline", "disabled")

@@ -8,6 +8,7 @@ from pathlib import Path
 from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.engine.console import ProgressTracker
+from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, WandbTracker
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -22,7 +23,9 @@ def open_trackers(
     total_steps: int,
     awaits_validation: bool,
 ) -> Tracker:
-    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled; nothing on ranks other than 0.
+    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard where asked for.
+
+    On ranks other than 0 nothing is written.
 
     Args:
         config: of the run.
@@ -39,6 +42,8 @@ def open_trackers(
         MetricsFile(folder / "metrics.jsonl", resume_step=start, awaits_validation=awaits_validation),
         ProgressTracker(job, total_steps=total_steps, start=start),
     ]
+    if config.tracking.tensorboard:
+        trackers.append(TensorboardTracker(folder / "tensorboard", metrics=folder / "metrics.jsonl"))
     if config.tracking.wandb != "disabled":
         settings = asdict(config) | {"chain": run.describe().get("id")}
         identifier = f"{settings['chain']}-{job}".translate(str.maketrans("/=,.", "----"))

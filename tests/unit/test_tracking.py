@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
+from paws_hpc.engine.event_file import TensorboardTracker, check_installed
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, TrackingConfig, read_rows
 from tests.ranks import ROOT
 
 
@@ -182,3 +183,69 @@ def test_training_is_the_same_with_and_without_it(report: dict[str, Any]) -> Non
     without, with_it = report["weights"]
     assert without == with_it
     assert len(without) > 500
+
+
+def tensorboard_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """What TensorBoard itself reads."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def log_with_tensorboard(folder: Path, start: int, stop: int, *, awaits_validation: bool = False) -> TensorboardTracker:
+    """As ``log_steps``, and left without closing the event file, as a kill leaves it."""
+    path = folder / "metrics.jsonl"
+    with MetricsFile(path, resume_step=start, awaits_validation=awaits_validation) as metrics:
+        events = TensorboardTracker(folder / "tensorboard", metrics=path)
+        for tracker in (metrics, events):
+            for step in range(start, stop):
+                tracker.log(step, {"loss": math.nan if step == 4 else step / 7, "event": "text"})
+                if step % 3 == 2:
+                    tracker.log(step, {"validation": 0.1 * step})
+    return events
+
+
+def test_tensorboard_shows_one_unbroken_curve_of_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
+    killed = [
+        log_with_tensorboard(tmp_path, 0, 9),
+        log_with_tensorboard(tmp_path, 6, 8, awaits_validation=True),
+        log_with_tensorboard(tmp_path, 6, 12),
+    ]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    for tag in ("loss", "validation"):
+        shown = tensorboard_curve(tmp_path / "tensorboard", tag)
+        assert [step for step, _ in shown] == [row["step"] for row in rows if tag in row]
+        assert [value for _, value in shown] == pytest.approx(
+            [float(row[tag]) for row in rows if tag in row], rel=1e-6, nan_ok=True
+        )
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    for events in killed:
+        events.__exit__(None, None, None)
+
+
+def test_tensorboard_that_cannot_write_is_told_once_and_never_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "file").touch()
+    with TensorboardTracker(tmp_path / "file" / "below", metrics=tmp_path / "metrics.jsonl") as tracker:
+        tracker.log(0, {"loss": 1.0})
+    full = tmp_path / "full"
+    with TensorboardTracker(full, metrics=tmp_path / "metrics.jsonl") as tracker:
+        tracker._records._writer.close()  # as a disk that went away
+        for step in range(3):
+            tracker.log(step, {"loss": 1.0})
+    assert [message.partition(" (")[0] for message in caplog.messages] == [
+        "TensorBoard is off from here on: it could not start",
+        "TensorBoard is off from here on: it could not log",
+    ]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(TrackingConfig(tensorboard=True))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_installed(TrackingConfig())
+    with pytest.raises(ValueError, match=r"tracking\.tensorboard=true needs .* pip install 'paws-hpc\[tensorboard\]'"):
+        check_installed(TrackingConfig(tensorboard=True))
