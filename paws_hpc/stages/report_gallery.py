@@ -105,7 +105,10 @@ def _mistake(tiles: _Sheet, classes: list[str], told: dict[str, Any]) -> Mistake
     true, predicted = classes[told["true"]], classes[told["predicted"]]
     supports = [
         (
-            Picture(tiles.pictures[near["tile"]], f"Labelled image of class {classes[near['class']]}"),
+            Picture(
+                tiles.pictures[near["tile"]],
+                f"Labelled image of class {classes[near['class']]}, similarity {near['similarity']:.2f}",
+            ),
             classes[near["class"]],
             f"{near['similarity']:.2f}",
         )

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
 
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_tables import result_table
+from tests.integration.browser import CONTRAST, Page
 from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -27,6 +23,7 @@ PANELS = [
     "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
     "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
     "confusion-paws-nn", "confusion-fine-tuned", "confusion-baseline", "crops",
+    "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
 ]  # fmt: skip
 
 
@@ -57,6 +54,7 @@ def write_run(
     _jsonl(run / "pretrain" / "metrics.jsonl", rows)
     _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
     _crops(random).save(run / "pretrain" / "crops.png")
+    _gallery(run / "selection", random)
     for rate in (0.01, 0.05, 0.2):
         for cell_epochs in (10, 30):
             _cell(run / "finetune", random, rate, cell_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / cell_epochs)
@@ -152,6 +150,28 @@ def _crops(random: np.random.Generator) -> Image.Image:
     return grid
 
 
+def _gallery(folder: Path, random: np.random.Generator) -> None:
+    """Pictures of 32 digits, of which the first is everybody's mistake."""
+    from sklearn.datasets import load_digits
+
+    folder.mkdir(parents=True)
+    sheet = np.hstack([np.vstack(load_digits().images[place : place + 32 : 16]) for place in range(16)])
+    Image.fromarray((sheet * 15.9).astype(np.uint8)).convert("RGB").save(folder / "gallery.png")
+    pair = {"true": 0, "predicted": 3, "images": 9, "tiles": [0, 10, 20]}
+    supports = [{"tile": 3, "class": 3, "similarity": 0.93}, {"tile": 1, "class": 0, "similarity": 0.5}]
+    truth = np.arange(200) % 10
+    _json(folder / "gallery.json", {
+        "map": {
+            "images": 360, "shown": random.random((200, 2)).round(3).tolist(), "true": truth.tolist(),
+            "predicted": np.where(np.arange(200) < 9, (truth + 1) % 10, truth).tolist(),
+            "labelled": random.random((40, 2)).round(3).tolist(), "labelled_classes": (np.arange(40) % 10).tolist(),
+        },
+        "pairs": {"paws_nn": [pair], "fine_tuned": [pair, {**pair, "predicted": 4, "images": 1, "tiles": [30]}]},
+        "mistakes": [{"tile": 0, "true": 0, "predicted": 3, "probability": 0.97, "supports": supports}],
+        "tile_pixels": 8, "columns": 16,
+    })  # fmt: skip
+
+
 def _json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
@@ -164,7 +184,7 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def kill(run: Path) -> Path:
     """Leave of a run what SIGKILL leaves in the middle of pretraining: a torn last line and nothing after it."""
-    for name in ("finetune", "baseline"):
+    for name in ("finetune", "baseline", "selection"):
         shutil.rmtree(run / name)
     for name in ("result.json", "selected.json", "pretrain/summary.json", "pretrain/crops.png"):
         (run / name).unlink()
@@ -176,93 +196,9 @@ def kill(run: Path) -> Path:
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------- browser
-
-
-class Page:
-    """A page in headless Chromium, with what it asked the network for and what it complained about."""
-
-    def __init__(self, driver: webdriver.Chrome) -> None:
-        self.driver = driver
-
-    def open(self, path: Path, *, scheme: str = "light", width: int = 1280) -> None:
-        self.driver.get_log("browser")
-        self.driver.get_log("performance")
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.get(path.as_uri())
-
-    def requests(self) -> list[str]:
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-    def complaints(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    def script(self, source: str) -> Any:
-        return self.driver.execute_script(source)
-
-    def text(self, selector: str) -> str:
-        return " ".join(self.script(f"return document.querySelector({selector!r}).textContent").split())
-
-    def picture(self, selector: str) -> np.ndarray:
-        element = self.driver.find_element(By.CSS_SELECTOR, selector)
-        return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"))
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver_path is None:
-        pytest.skip("needs Debian's packages chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(driver_path))
-    try:
-        yield Page(driver)
-    finally:
-        driver.quit()
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report(write_run(tmp_path_factory.mktemp("run")))
-
-
-CONTRAST = """
-const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-const over = (colour, below) => {
-    canvas.fillStyle = `rgb(${below})`; canvas.fillRect(0, 0, 1, 1);
-    canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data.slice(0, 3)];
-};
-const background = element => {
-    if (element === null) return [255, 255, 255];
-    return over(getComputedStyle(element).backgroundColor, background(element.parentElement));
-};
-const found = [];
-for (const element of document.querySelectorAll('body *')) {
-    const own = [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !element.checkVisibility()) continue;
-    const style = getComputedStyle(element), behind = background(element);
-    const front = over(element instanceof SVGElement ? style.fill : style.color, behind);
-    const [a, b] = [luminance(front), luminance(behind)];
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), element.textContent.trim().slice(0, 40)]);
-}
-return found;
-"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -332,6 +268,35 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
+def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
+    assert page.text("#panel-mistakes li") == "0, taken for 3probability 97.0 % 3 0.93 0 0.50"
+    assert page.text("#panel-mistakes .same") == "0", "of the true class"
+    assert page.script("return document.querySelectorAll('#panel-map .wrong').length") == 9
+    assert page.script("return document.querySelectorAll('#panel-map .labelled').length") == 40
+    label = page.script("return document.querySelector('#panel-map svg').getAttribute('aria-label')")
+    assert label == "Map of the test images: 200 images of 10 classes, 9 of them mistaken."
+
+
+def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    shutil.rmtree(run / "selection")
+    page.open(build_report(run))
+    for panel in ("#panel-mistakes", "#panel-map"):
+        assert "the test split was scored before selection wrote one" in page.text(panel)
+    assert page.text("#result .big") == "96.1 %"
+
+
+def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    told = json.loads((run / "selection" / "gallery.json").read_text())
+    told["mistakes"][0]["tile"] = 99
+    _json(run / "selection" / "gallery.json", told)
+    with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
+        build_report(run)
+
+
 def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, collapsed=True)))
     assert page.text("main > :first-child .alarm strong") == "Collapse at step 329"
@@ -360,7 +325,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 14
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 16
     assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -372,7 +337,9 @@ def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
     _json(run / "chain.json", chain | {"name": "<b>run</b> & more"})
     page.open(build_report(run))
     assert page.script("return document.scripts.length") == 0
-    assert page.script("return document.images.length") == 1
+    assert page.script("return [...document.images].every(image => image.src.startsWith('data:image/png'))")
+    alts = page.script("return [...document.querySelectorAll('#panel-pairs-paws-nn img')].map(image => image.alt)")
+    assert alts[0] == f"Test image of class {classes[0]}, taken for {classes[3]}"
     assert page.text("h1") == "<b>run</b> & more"
     names = page.script(
         "return [...document.querySelectorAll('#panel-confusion-baseline tbody th')].map(e => e.textContent)"
