@@ -54,14 +54,13 @@ class TensorboardTracker:
         self._write(Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)))
         for row in read_rows(metrics):
             self._record(row["step"], row)
-        self._records.flush()
         for path in earlier:
             path.unlink()
 
     def log(self, step: int, row: Row) -> None:
         """Record the numbers of ``row`` at a 0-based step."""
         if self._records is not None:
-            self._guarded("log", lambda: (self._record(step, row), self._records.flush()))
+            self._guarded("log", lambda: self._record(step, row))
 
     def _write(self, event: Any) -> None:
         self._records.write(event.SerializeToString())
@@ -75,6 +74,7 @@ class TensorboardTracker:
         values = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         if values:
             self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._records.flush()  # as metrics.jsonl is written: what was logged survives a kill
 
     def __enter__(self) -> TensorboardTracker:
         return self

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -169,7 +170,9 @@ def plane(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     start = components[:, :2] / components[:, 0].std() * 1e-4
     if start.shape[1] < 2:
         start = np.pad(start, ((0, 0), (0, 1)))
-    mapped: NDArray[np.float64] = TSNE(
-        perplexity=min(30.0, (len(vectors) - 1) / 3), init=start.astype(np.float32), max_iter=500, random_state=0
-    ).fit_transform(components.astype(np.float32))
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    # One thread: where others use the cores too, OpenMP's wait for each other at every of many short steps.
+    with threadpool_limits(1):
+        tsne = TSNE(perplexity=perplexity, init=start.astype(np.float32), max_iter=500, random_state=0)
+        mapped: NDArray[np.float64] = tsne.fit_transform(components.astype(np.float32))
     return mapped

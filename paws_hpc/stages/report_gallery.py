@@ -139,7 +139,7 @@ def _map(told: dict[str, Any], classes: list[str]) -> Panel:
     shown = "All" if len(points) == told["images"] else f"{len(points):,} of the"
     caption = (
         f"{shown} {told['images']:,} test images by their representation (t-SNE; only who is near whom has a meaning). "
-        "Colours are true classes; circles with a dark rim are mistakes of PAWS-NN, diamonds labelled images."
+        "Colours are true classes; circles with a strong rim are mistakes of PAWS-NN, diamonds labelled images."
     )
     description = f"{title}: {len(points):,} images of {len(classes)} classes, {int(wrong.sum())} of them mistaken."
     svg = (
