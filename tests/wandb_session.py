@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from paws_hpc.engine import tracking
-from paws_hpc.engine.preemption import PreemptedError
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, TrackingConfig, WandbTracker
+from paws_hpc.engine.config import TrackingConfig
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, WandbTracker
 
 FAKE_KEY = "0123456789" * 4
 _BLOCK = 1 << 15

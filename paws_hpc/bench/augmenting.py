@@ -12,7 +12,7 @@ import torch
 from paws_hpc.bench.recipes import Scene, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work
-from paws_hpc.data.cutting import Placement
+from paws_hpc.data.config import Placement
 
 _BATCHES = 2
 _open_for_good = ExitStack()  # what work needs until its process ends

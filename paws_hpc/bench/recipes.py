@@ -20,12 +20,13 @@ from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.batches import PawsBatch, PawsPart, StreamOptions
-from paws_hpc.data.cutting import Crops, Placement
+from paws_hpc.data.config import Placement
+from paws_hpc.data.cutting import Crops
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import build_encoder
-from paws_hpc.stages.prepare import open_data, stream_options
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.store import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave

@@ -21,8 +21,9 @@ from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
 from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import Encoder
-from paws_hpc.objective import class_labels, paws_loss
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.paws import paws_loss
 
 Work = Callable[[], dict[str, Any]]
 

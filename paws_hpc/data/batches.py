@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from paws_hpc.data.augment import augment
-from paws_hpc.data.cutting import Crops, Placement
+from paws_hpc.data.config import Placement
+from paws_hpc.data.cutting import Crops
 from paws_hpc.data.devices import Ahead
 from paws_hpc.data.order import Positions, Window
 from paws_hpc.store import ImageStore

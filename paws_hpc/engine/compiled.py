@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from paws_hpc.models import Encoder
+from paws_hpc.models.encoder import Encoder
 
 
 def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import socket
@@ -13,18 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from paws_hpc.engine.tracking import Row, TrackingConfig, read_rows
+from paws_hpc.engine.tracking import Row, read_rows
 
 _LOG = logging.getLogger(__name__)
-
-
-def check_installed(config: TrackingConfig) -> None:
-    """Raise ValueError if TensorBoard is asked for and not installed; a launch asks before anything starts."""
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "tracking.tensorboard=true needs the package tensorboard, which is not installed. Install it with pip "
-            "install 'paws-hpc[tensorboard]', or launch with tracking.tensorboard=false."
-        )
 
 
 class TensorboardTracker:

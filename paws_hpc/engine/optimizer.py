@@ -4,52 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_NAMES = ("lars", "sgd")
-
-
-@dataclass
-class OptimizerConfig:
-    """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
-
-    Attributes:
-        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
-        momentum: in [0, 1).
-        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
-        trust_coefficient: LARS's eta.
-        nesterov: whether momentum looks ahead.
-        start_lr: learning rate at step 0 of the warm-up.
-        peak_lr: learning rate after the warm-up.
-        final_lr: learning rate at the end.
-        warmup_epochs: length of the warm-up; parts of an epoch are allowed.
-    """
-
-    name: str = "lars"
-    momentum: float = 0.9
-    weight_decay: float = 1e-6
-    trust_coefficient: float = 1e-3
-    nesterov: bool = False
-    start_lr: float = 0.3
-    peak_lr: float = 6.4
-    final_lr: float = 0.064
-    warmup_epochs: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        if self.name not in _NAMES:
-            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_NAMES)}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
-        if not 0 < self.trust_coefficient < math.inf:
-            raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
-        for field in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be a number, 0 or more.")
+from paws_hpc.engine.config import OptimizerConfig
 
 
 class LARS(torch.optim.Optimizer):

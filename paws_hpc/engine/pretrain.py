@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,121 +21,20 @@ from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
-from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
-from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
+from paws_hpc.engine.config import CollapseConfig, OptimizerConfig, PretrainConfig
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
+from paws_hpc.engine.optimizer import LARS, build_optimizer
 from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
-from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
-from paws_hpc.models import Encoder
-from paws_hpc.objective import (
-    CollapseMonitor,
-    ObjectiveConfig,
-    class_labels,
-    paws_loss,
-    supervised_nce,
-    support_warmup_weight,
-)
-from paws_hpc.objective.diagnostics import diagnose
-
-
-@dataclass
-class SupportConfig:
-    """The support mini-batch of a step, over all ranks.
-
-    Attributes:
-        classes: drawn per step, K.
-        images_per_class: drawn from each.
-    """
-
-    classes: int = 960
-    images_per_class: int = 7
-
-    def __post_init__(self) -> None:
-        if self.classes < 2 or self.images_per_class < 1:
-            raise ValueError(
-                f"pretrain.support.classes={self.classes} must be at least 2 and "
-                f"pretrain.support.images_per_class={self.images_per_class} at least 1."
-            )
-
-
-@dataclass
-class CollapseConfig:
-    """When uniform predictions count as collapse.
-
-    Attributes:
-        tolerance: relative distance of both loss terms from log K below which predictions count as uniform.
-        patience_steps: consecutive steps after which it is reported.
-        action: ``warn`` once, or ``stop`` the run.
-    """
-
-    tolerance: float = 0.02
-    patience_steps: int = 1000
-    action: str = "stop"
-
-    def __post_init__(self) -> None:
-        if self.action not in ("warn", "stop"):
-            raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
-        if not 0 <= self.tolerance < 1 or self.patience_steps < 1:
-            raise ValueError(
-                f"pretrain.collapse.tolerance={self.tolerance} must be in [0, 1) and "
-                f"pretrain.collapse.patience_steps={self.patience_steps} at least 1."
-            )
-
-
-@dataclass
-class PretrainConfig:
-    """The pre-training loop; sizes are global, whatever the number of ranks.
-
-    Attributes:
-        batch_size: unlabelled images per step.
-        accumulate_steps: micro-batches per step, equal parts of its images and supports that go through the network one
-            after the other, twice, so that only one part's activations are in memory. The gradient is that of the whole
-            batch's loss, which couples all its rows (paws_hpc/engine/accumulation.py). One thing differs from a single
-            pass: batch normalisation takes the statistics of a micro-batch, over all ranks. So a run with 8 parts is
-            the same on 1, 8 and 64 GPUs, but is not the run with 1.
-        epochs: passes over all training images.
-        support: labelled images per step.
-        collapse: detection of uniform predictions.
-        precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
-            or wider in every case.
-        compile: whether the network goes through ``torch.compile``, which takes a while at every start
-            (paws_hpc/engine/compiled.py).
-        log_every_steps: between rows of metrics; also how often device values are read by the host.
-        diagnose_every_steps: between the diagnostics of Fig. 4.
-        validate_every_epochs: between PAWS-NN scores on the local validation split.
-        checkpoint_every_steps: between checkpoints.
-        keep_checkpoints: kept at any time.
-    """
-
-    batch_size: int = 4096
-    accumulate_steps: int = 1
-    epochs: int = 100
-    support: SupportConfig = field(default_factory=SupportConfig)
-    collapse: CollapseConfig = field(default_factory=CollapseConfig)
-    precision: str = "auto"
-    compile: bool = False
-    log_every_steps: int = 10
-    diagnose_every_steps: int = 100
-    validate_every_epochs: int = 10
-    checkpoint_every_steps: int = 200
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("auto", "bf16", "fp32", "fp64"):
-            raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
-        for name in (
-            "batch_size",
-            "accumulate_steps",
-            "epochs",
-            "log_every_steps",
-            "diagnose_every_steps",
-            "validate_every_epochs",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.nce import supervised_nce
+from paws_hpc.objective.paws import paws_loss, support_warmup_weight
 
 
 @dataclass(frozen=True)

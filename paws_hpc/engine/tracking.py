@@ -8,12 +8,12 @@ import math
 import os
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from paws_hpc.engine.preemption import PreemptedError
+from paws_hpc.engine.config import TrackingConfig
+from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.files import atomic_write
 
 _LOG = logging.getLogger(__name__)
@@ -22,31 +22,6 @@ _PREEMPTED_FINISH_TIMEOUT_S = 5.0  # of a grace time that may be half a minute i
 _FINISH_TIMEOUT_S = 120.0  # the other ranks wait meanwhile, and what comes after this stage too
 
 Row = dict[str, Any]
-
-
-@dataclass
-class TrackingConfig:
-    """Weights & Biases and TensorBoard; the local files are written whatever stands here.
-
-    Attributes:
-        wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
-            in, and offline otherwise or where W&B cannot be reached), ``online``, ``offline`` or ``disabled``.
-        project: W&B project.
-        entity: W&B user or team; the account's default if none.
-        tags: for the runs of this chain.
-        tensorboard: whether stages that train write ``tensorboard/`` too; needs the package of that name.
-    """
-
-    wandb: str = "auto"
-    project: str = "paws"
-    entity: str | None = None
-    tags: list[str] | None = None
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        modes = ("auto", "online", "offline", "disabled")
-        if self.wandb not in modes:
-            raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
 
 
 class Tracker(Protocol):

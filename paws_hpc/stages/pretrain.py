@@ -18,9 +18,9 @@ from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.pretrain import Pretraining, pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
-from paws_hpc.models import Encoder, build_encoder
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
-from paws_hpc.stages.prepare import RunData, open_data, order_identity, staging, stream_options
+from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
@@ -100,7 +100,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
     control.fence()
     if distributed.is_main():
         write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
-    mark_done(run.pretrain, steps=summary.steps)
+        mark_done(run.pretrain, steps=summary.steps)
 
 
 def names(store: ImageStore, records: Positions) -> list[str]:

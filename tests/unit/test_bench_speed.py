@@ -37,8 +37,11 @@ from paws_hpc.bench.speed import part_figures, plain_bar, stopped_share
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS, Timeline, marked
 from paws_hpc.bench.training import loss_alone, matmul, on_device_steps, plain_resnet50, steps_from_store
 from paws_hpc.engine.optimizer import build_optimizer
-from paws_hpc.models import GlobalBatchNorm2d, build_encoder
-from paws_hpc.objective import ObjectiveConfig, paws_loss, smooth_labels
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm2d
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.labels import smooth_labels
+from paws_hpc.objective.paws import paws_loss
 
 TINY = (
     "model.channels=[8,16]",

@@ -15,7 +15,7 @@ from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import build_encoder
+from paws_hpc.models.encoder import build_encoder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import tiny_config

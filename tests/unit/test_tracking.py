@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from paws_hpc.engine.event_file import TensorboardTracker, check_installed
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, TrackingConfig, read_rows
+from paws_hpc.engine.config import TrackingConfig
+from paws_hpc.engine.event_file import TensorboardTracker
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
 from tests.ranks import ROOT
 
 
@@ -244,8 +245,8 @@ def test_tensorboard_that_cannot_write_is_told_once_and_never_raised(
 
 
 def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed(TrackingConfig(tensorboard=True))
+    TrackingConfig(tensorboard=True).check_installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_installed(TrackingConfig())
+    TrackingConfig().check_installed()
     with pytest.raises(ValueError, match=r"tracking\.tensorboard=true needs .* pip install 'paws-hpc\[tensorboard\]'"):
-        check_installed(TrackingConfig(tensorboard=True))
+        TrackingConfig(tensorboard=True).check_installed()
