@@ -22,8 +22,8 @@ DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
     "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
     "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
-    "confusion-paws-nn", "confusion-fine-tuned", "confusion-baseline", "crops",
-    "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
+    "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
+    "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
 ]  # fmt: skip
 
 
@@ -72,6 +72,8 @@ def write_run(
         "paws_nn": _score(random, len(classes), 0.961),
         "fine_tuned": {**_score(random, len(classes), 0.967), "learning_rate": 0.05, "epochs": 30},
         "baseline": {**_score(random, len(classes), 0.80), "learning_rate": 0.2, "epochs": 30},
+        "linear_probe": {**_score(random, len(classes), 0.93), "penalty": 0.01},
+        "k_nn": {**_score(random, len(classes), 0.95), "k": 5},
     }
     digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
     _json(run / "result.json", {
@@ -252,7 +254,8 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
         "labels", "labels for validation", "test images",
-        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
+        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "linear probe (penalty 0.01)", "k-NN (k = 5)",
+        "baseline (lr 0.2, 30 epochs)",
         "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
     ]  # fmt: skip
     for name, value in table:
