@@ -194,7 +194,7 @@ class Config:
         pretrain: loop of pre-training.
         neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
-        baseline: sweep from random weights on the same labels.
+        baseline: sweep without pre-training on the same labels.
         tracking: Weights & Biases.
         resources: per stage.
         restarts_without_progress: a crashed job is queued again as long as the starts that crashed without getting
@@ -245,6 +245,7 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        self._check_patches()
         drawn = self.labels.per_class
         if drawn is not None and drawn < support.images_per_class and self.data.support_order == "paper":
             raise ValueError(
@@ -259,8 +260,27 @@ class Config:
                 "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
                 "warm-up off with objective.support_warmup_fraction=0."
             )
+        if self.objective.true_label_targets and self.data.labelled is not None:
+            raise ValueError(
+                "objective.true_label_targets=true needs the labelled images among those of data.train, but "
+                f"data.labelled={self.data.labelled} is another store. Turn it off with "
+                "objective.true_label_targets=false."
+            )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+    def _check_patches(self) -> None:
+        patch = self.model.vit.patch_size
+        crops = {
+            "views.large.size": self.views.large.size,
+            "views.small.size": self.views.small.size if self.views.small.count else patch,
+            "views.evaluation.size": self.views.evaluation.size,
+            "finetune.crop.size": self.finetune.crop.size,
+            "baseline.crop.size": self.baseline.crop.size,
+        }
+        wrong = [f"{name}={size}" for name, size in crops.items() if size % patch]
+        if self.model.name == "vit" and wrong:
+            raise ValueError(f"{' and '.join(wrong)} must be multiples of model.vit.patch_size={patch}.")
 
 
 def sweep_config(config: Config, sweep: str) -> ClassifierConfig:

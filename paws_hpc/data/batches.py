@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paws_hpc.data.augment import augment
+from paws_hpc.data.augment import AugmentParameters, augment
 from paws_hpc.data.config import Placement
 from paws_hpc.data.cutting import Crops
 from paws_hpc.data.devices import Ahead
@@ -29,6 +30,7 @@ class StreamOptions:
         balanced_support: supports take turns instead of being drawn anew in each step.
         placement: where images are decoded and cropped.
         device: of training.
+        compile_augmentation: whether a PAWS stream's goes through ``torch.compile`` (paws_hpc/data/compiled.py).
         prefetch_bytes: memory for batches made ahead, on the host and, as augmented views, on the device; 3 batches at
             most.
     """
@@ -37,6 +39,7 @@ class StreamOptions:
     balanced_support: bool = False
     placement: Placement = "cpu-crop"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compile_augmentation: bool = False
     prefetch_bytes: int = 2**30
 
 
@@ -88,6 +91,9 @@ class PawsBatch:
             supports, whatever the number of ranks, since each rank's n and S are multiples of A.
         support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
             view-major as if there were one part; entries are places among the K classes drawn for this step.
+        known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
+            images come from another store, where nothing tells whether an image is in both.
+        known_classes: (n,) int64, their classes' places among the K; 0 where unknown.
         ahead: the augmented views of the only part, if they were made ahead of the step.
     """
 
@@ -95,6 +101,8 @@ class PawsBatch:
     records: Positions
     parts: tuple[PawsPart, ...]
     support_classes: Tensor
+    known: Tensor
+    known_classes: Tensor
     ahead: Ahead | None = None
 
     @property
@@ -140,9 +148,18 @@ def held_bytes(kinds: Sequence[Crops]) -> int:
     return sum(pixels.values())
 
 
-def apply(crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype) -> Tensor:
+class Augmentation(Protocol):
+    """:func:`paws_hpc.data.augment.augment`, or the same in another form."""
+
+    def __call__(
+        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """(n, 3 or 1, H, W) uint8 to (n, 3, H, W) float32 on the same device; channels-last on a GPU."""
+
+
+def apply(
+    crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype, augmentation: Augmentation = augment
+) -> Tensor:
     """Bring crops to the device and augment them there."""
     images = crops.pixels.on(device)
-    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=device.type == "cuda").to(
-        dtype
-    )
+    return augmentation(images, crops.parameters, mean=store.mean, std=store.std).to(dtype)

@@ -217,6 +217,7 @@ class SupportOrder:
         self._classes, self._starts, self._counts = np.unique(
             np.asarray(labels)[grouped], return_index=True, return_counts=True
         )
+        self._by_record = np.argsort(self._records)
         if num_classes > len(self._classes):
             raise ValueError(
                 f"support.classes={num_classes}, but only {len(self._classes)} classes have labelled images. "
@@ -254,6 +255,34 @@ class SupportOrder:
         records = self._records[self._starts[drawn][:, None] + inside]
         places = np.repeat(np.arange(self.num_classes), self.images_per_class)
         return SupportDraw(records.reshape(-1), places, repeats.reshape(-1))
+
+    def known_classes(self, records: Positions, draw: SupportDraw) -> tuple[NDArray[np.bool_], Positions]:
+        """Which records of the labelled images' store are themselves labelled, in a class that a step has drawn.
+
+        Args:
+            records: (n,) positions.
+            draw: of the step.
+
+        Returns:
+            (n,) whether, and (n,) the class's place among the K drawn, 0 where it is not known.
+        """
+        place = np.zeros(len(self._classes), np.int64)
+        drawn = np.zeros(len(self._classes), bool)
+        groups = self._groups(self._find(draw.records))
+        place[groups], drawn[groups] = draw.places, True
+        found = self._find(records)
+        group = self._groups(found)
+        known = (self._records[found] == records) & drawn[group]
+        return known, np.where(known, place[group], 0)
+
+    def _find(self, records: Positions) -> Positions:
+        """(n,) where each record is in ``self._records``; anywhere if it is not there."""
+        at = np.searchsorted(self._records, records, sorter=self._by_record)
+        return self._by_record[np.minimum(at, len(self._records) - 1)]
+
+    def _groups(self, places: Positions) -> Positions:
+        """(n,) which of the labelled classes the entries of ``self._records`` at ``places`` belong to."""
+        return np.searchsorted(self._starts, places, side="right") - 1
 
     def _take_turns(self, step: int) -> tuple[Positions, Positions, Positions]:
         """(K,) classes, (K, images_per_class) places among the images of each, and (K, images_per_class) repeats.

@@ -8,8 +8,9 @@ import re
 from dataclasses import dataclass, field
 
 from paws_hpc.data.views import AugmentConfig, CropConfig
+from paws_hpc.engine.schedule import warmup_cosine
 
-_OPTIMIZERS = ("lars", "sgd")
+OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
 @dataclass
@@ -17,11 +18,13 @@ class OptimizerConfig:
     """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
 
     Attributes:
-        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
-        momentum: in [0, 1).
-        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
+        name: ``lars``, ``sgd`` for the same momentum without layer-wise adaptation, or ``adamw`` (arXiv:1711.05101).
+        momentum: in [0, 1); AdamW's beta 1.
+        beta2: AdamW's, of the mean square of gradients.
+        weight_decay: at step 0, of weights of two dimensions and more; biases and normalisation parameters have none.
+        final_weight_decay: at the end, reached on half a cosine; None: it stays as it is.
         trust_coefficient: LARS's eta.
-        nesterov: whether momentum looks ahead.
+        nesterov: whether momentum looks ahead; not of AdamW.
         start_lr: learning rate at step 0 of the warm-up.
         peak_lr: learning rate after the warm-up.
         final_lr: learning rate at the end.
@@ -30,7 +33,9 @@ class OptimizerConfig:
 
     name: str = "lars"
     momentum: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 1e-6
+    final_weight_decay: float | None = None
     trust_coefficient: float = 1e-3
     nesterov: bool = False
     start_lr: float = 0.3
@@ -40,15 +45,28 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
-        if self.name not in _OPTIMIZERS:
-            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_OPTIMIZERS)}.")
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(OPTIMIZERS)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"optimizer.beta2={self.beta2} is not in [0, 1).")
+        if self.name == "adamw" and self.nesterov:
+            raise ValueError("optimizer.nesterov=true does not go with optimizer.name=adamw: set it to false.")
         if not 0 < self.trust_coefficient < math.inf:
             raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
         for name in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be a number, 0 or more.")
+        if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
+            raise ValueError(f"optimizer.final_weight_decay={self.final_weight_decay} must be null or 0 or more.")
+
+    def weight_decay_at(self, step: int, *, total_steps: int) -> float:
+        """Of a 0-based step, for the weights that have any."""
+        final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
+        return warmup_cosine(
+            step, start=self.weight_decay, peak=self.weight_decay, final=final, warmup_steps=0, total_steps=total_steps
+        )
 
 
 @dataclass
@@ -109,10 +127,13 @@ class PretrainConfig:
         epochs: passes over all training images.
         support: labelled images per step.
         collapse: detection of uniform predictions.
+        ema: decay d in (0, 1) of an average of the weights that takes their place wherever they are scored, fine-tuned
+            or handed on: the weights of s steps ago count d^s (paws_hpc/engine/averaging.py). None: the weights
+            themselves.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
-        compile: whether the network goes through ``torch.compile``, which takes a while at every start
-            (paws_hpc/engine/compiled.py).
+        compile: whether the network and the augmentation go through ``torch.compile``, which takes a while at every
+            start (paws_hpc/engine/compiled.py, paws_hpc/data/compiled.py).
         log_every_steps: between rows of metrics; also how often device values are read by the host.
         diagnose_every_steps: between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
@@ -125,6 +146,7 @@ class PretrainConfig:
     epochs: int = 100
     support: SupportConfig = field(default_factory=SupportConfig)
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    ema: float | None = None
     precision: str = "auto"
     compile: bool = False
     log_every_steps: int = 10
@@ -136,6 +158,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"pretrain.ema={self.ema} must be in (0, 1), such as 0.999, or null to turn it off.")
         for name in (
             "batch_size",
             "accumulate_steps",

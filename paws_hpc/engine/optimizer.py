@@ -1,9 +1,10 @@
-"""LARS on classical heavy-ball momentum, and which parameters it adapts."""
+"""LARS on classical heavy-ball momentum, AdamW, and which parameters they adapt and decay."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,13 +103,12 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
+        decayed = gradients
+        if group["weight_decay"]:
+            decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         if group["adapt"]:
-            steps = _adapted(gradients, parameters, group["weight_decay"], group["trust_coefficient"], group["eps"])
-            torch._foreach_mul_(steps, group["lr"])
+            steps = list(torch._foreach_mul(decayed, _scales(group, gradients, parameters)))
         else:
-            decayed = gradients
-            if group["weight_decay"]:
-                decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
             steps = list(torch._foreach_mul(decayed, group["lr"]))
         buffers = [self._buffer(p) for p in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
@@ -126,29 +126,49 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _adapted(
-    gradients: list[Tensor], parameters: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float
-) -> list[Tensor]:
-    """Decayed gradients scaled to ``trust_coefficient`` times the norm of their parameter; new tensors."""
+def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """What each decayed gradient is multiplied with, learning rate included; 0-dimensional."""
     weight_norms = torch.stack(torch._foreach_norm(parameters))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    scales = trust_coefficient * weight_norms / (gradient_norms + weight_decay * weight_norms + eps)
-    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor.
+    decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + group["eps"]
+    scales = group["trust_coefficient"] * weight_norms / decayed_norms
+    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor. Without a
+    # gradient nothing moves, decay included; without a weight there is no decay either, and the gradient is the step.
     usable = (weight_norms > 0) & (gradient_norms > 0)
-    scales = torch.where(usable, scales, torch.ones_like(scales))
-    decays = usable * weight_decay
-    steps = torch._foreach_mul(parameters, list(decays.to(weight_norms.dtype).unbind()))
-    torch._foreach_add_(steps, gradients)
-    torch._foreach_mul_(steps, list(scales.unbind()))
-    return list(steps)
+    return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
+Groups = list[dict[str, Any]]
+
+
+def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS:
+    return LARS(
+        [{**group, "adapt": adapt and group["decayed"]} for group in groups],
+        lr=config.start_lr,
+        momentum=config.momentum,
+        trust_coefficient=config.trust_coefficient,
+        nesterov=config.nesterov,
+    )
+
+
+def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, config.beta2))
+
+
+_KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+    "lars": partial(_heavy_ball, adapt=True),
+    "sgd": partial(_heavy_ball, adapt=False),
+    "adamw": _adamw,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimiser of ``model``: weights are adapted and decayed, biases and normalisation parameters are not.
 
     A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer (wherever it sits,
     the shortcut included) is excluded. Frozen parameters are left out. The learning rate starts at
-    ``config.start_lr``; the training loop sets each group's ``lr`` at every step.
+    ``config.start_lr``; the training loop calls :func:`set_rates` at every step. A group's ``decayed`` tells which of
+    the two it is.
 
     Raises:
         ValueError: the model has no parameter that trains.
@@ -156,17 +176,19 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:
     weights, excluded = split_parameters(model)
     if not weights and not excluded:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train.")
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "adapt": config.name == "lars", "weight_decay": config.weight_decay},
-        {"params": excluded, "adapt": False, "weight_decay": 0.0},
+    groups: Groups = [
+        {"params": weights, "decayed": True, "weight_decay": config.weight_decay},
+        {"params": excluded, "decayed": False, "weight_decay": 0.0},
     ]
-    return LARS(
-        [group for group in groups if group["params"]],
-        lr=config.start_lr,
-        momentum=config.momentum,
-        trust_coefficient=config.trust_coefficient,
-        nesterov=config.nesterov,
-    )
+    return _KINDS[config.name]([group for group in groups if group["params"]], config)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """Set the learning rate of every group, and the decay of those that :func:`build_optimizer` gave any."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

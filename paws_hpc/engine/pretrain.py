@@ -1,15 +1,11 @@
-"""PAWS pre-training: one step, and the loop around it.
+"""PAWS pre-training: the state of a run and its step; the loop is in pretrain_loop.py.
 
 Legend: n unlabelled images and S support rows per rank, m small crops, K classes in the support, D features, W ranks.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,31 +15,18 @@ from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
-from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.compiled import as_written, compile_passes
-from paws_hpc.engine.config import CollapseConfig, OptimizerConfig, PretrainConfig
-from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
-from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
-from paws_hpc.engine.optimizer import LARS, build_optimizer
-from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
-from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
+from paws_hpc.engine.averaging import WeightAverage
+from paws_hpc.engine.compiled import compile_passes
+from paws_hpc.engine.config import OptimizerConfig, PretrainConfig
+from paws_hpc.engine.optimizer import build_optimizer, set_rates
+from paws_hpc.engine.parallel import move, replicate
 from paws_hpc.engine.schedule import warmup_cosine
-from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
 from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.nce import supervised_nce
-from paws_hpc.objective.paws import paws_loss, support_warmup_weight
-
-
-@dataclass(frozen=True)
-class PretrainSummary:
-    """What ``summary.json`` says of a finished pre-training."""
-
-    steps: int
-    collapsed: bool
-    seconds: float
+from paws_hpc.objective.paws import TrueClasses, paws_loss, support_warmup_weight
 
 
 class Pretraining:
@@ -65,11 +48,12 @@ class Pretraining:
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder = move(encoder, device, dtype)
+        self.average = None if config.ema is None else WeightAverage(self.encoder, config.ema)
         self.model = replicate(self.encoder, device)
         spread_momentum(self.encoder, config.accumulate_steps)
         if config.compile:
             compile_passes(self.encoder)
-        self.optimizer: LARS = build_optimizer(self.encoder, optimizer)
+        self.optimizer = build_optimizer(self.encoder, optimizer)
         collapse = config.collapse
         self.monitor = CollapseMonitor(
             config.support.classes, tolerance=collapse.tolerance, patience=collapse.patience_steps
@@ -81,6 +65,7 @@ class Pretraining:
         """All that the next step depends on; the data's place is the step itself."""
         return {
             "encoder": self.encoder.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "monitor": self.monitor.state_dict(),
             "collapsed": self.collapsed,
@@ -90,10 +75,17 @@ class Pretraining:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.encoder.load_state_dict(state["encoder"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.monitor.load_state_dict(state["monitor"])
         self.collapsed = state["collapsed"]
         self.validated = state["validated"]
+
+    @property
+    def result(self) -> Encoder:
+        """The encoder that is scored and handed on: the average of the weights if there is one, or the weights."""
+        return self.encoder if self.average is None else self.average.module
 
     def awaits_validation(self, done: int) -> bool:
         """Whether the encoder is to be scored after ``done`` steps, and was not yet."""
@@ -118,8 +110,8 @@ class Pretraining:
         Returns:
             0-dimensional tensors named as in ``metrics.jsonl``, of this rank.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(batch.step)
+        weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
+        set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
         if len(batch.parts) == 1:
             h, z = self._encode(self.model, batch, 0)
@@ -128,6 +120,8 @@ class Pretraining:
         else:
             metrics = self._accumulate(batch)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.encoder, batch.step)
         with torch.no_grad():
             metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.encoder.parameters() if p.grad is not None]
@@ -180,8 +174,12 @@ class Pretraining:
             num_small_crops=self.stream.views.small.count,
             me_max=self.objective.me_max,
             target_floor=self.objective.target_floor,
+            true_classes=self._true_classes(batch),
+            entropy_weight=self.objective.entropy_weight,
         )
         metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
+        if self.objective.entropy_weight > 0:
+            metrics["loss/entropy"] = loss.entropy
         weight = support_warmup_weight(
             batch.step,
             total_steps=self.total_steps,
@@ -196,112 +194,7 @@ class Pretraining:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
 
-
-def pretrain(
-    training: Pretraining,
-    *,
-    checkpoints: CheckpointFolder,
-    tracker: Tracker,
-    start: int,
-    validate: Callable[[], Row],
-    describe: Describe,
-    control: JobControl = UNATTENDED,
-) -> PretrainSummary:
-    """Train from step ``start`` to the end.
-
-    Args:
-        training: holds the state, already restored if ``start`` is not 0.
-        checkpoints: written every so many steps, at the end, and when the job is asked to stop.
-        tracker: takes rows of metrics.
-        start: steps already done.
-        validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
-            ``validation``; may raise Interrupted.
-        describe: record positions → keys, for error messages.
-        control: asked before every step.
-
-    Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
-        TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
-            ``stop``.
-        ValueError: the run ends before ``start``.
-    """
-    config, began = training.config, time.monotonic()
-    if start > training.total_steps:
-        raise ValueError(
-            f"The checkpoint is of step {start}, but pretrain.epochs={config.epochs} ends at step "
-            f"{training.total_steps}. Raise pretrain.epochs, or remove the later checkpoints."
-        )
-    window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
-    meter = ThroughputMeter(config.batch_size)
-    done = saved = start
-    try:
-        if training.awaits_validation(start):  # the job was asked to stop before it had finished
-            log_validation(training, start, validate, tracker)
-            meter.restart()
-        with checkpoints, training.stream.prefetch(start, training.total_steps, training.dtype) as batches:
-            for batch in meter.waiting_for(batches):
-                control.check()
-                checkpoints.check()
-                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
-                done = batch.step + 1
-                validating = training.awaits_validation(done)
-                saving = done % config.checkpoint_every_steps == 0 or done == training.total_steps
-                if done % config.log_every_steps == 0 or saving or validating:
-                    report_window(training, window, meter, tracker)
-                if validating:
-                    log_validation(training, done, validate, tracker)
-                if saving:
-                    checkpoints.save(done, training.state_dict())
-                    saved = done
-                if saving or validating:
-                    meter.restart()
-    except Interrupted:
-        report_window(training, window, meter, tracker)
-        if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
-            checkpoints.save(done, training.state_dict())
-        checkpoints.wait()
-        raise PreemptedError(done) from None
-    checkpoints.wait()
-    return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
-
-
-def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
-    """Score the encoder as it is after ``done`` steps."""
-    synchronise_buffers(training.encoder)
-    with as_written() if training.config.compile else nullcontext():  # whose import takes 1.5 s
-        scores = validate()
-    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
-    training.validated = done
-
-
-def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
-    """Log the steps since the last call, and stop if one of them was the last that made sense."""
-    done = window.read(training.encoder)
-    for step in done:
-        row: Row = {
-            "epoch": (step.step + 1) / training.stream.steps_per_epoch,
-            "optimizer/lr": step.lr,
-            **step.metrics,
-            "loss/num_classes": training.config.support.classes,
-        }
-        if step is done[-1]:
-            row |= meter.read(len(done))
-        tracker.log(step.step, row)
-        step.require_finite()
-        # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
-        me_max = step.metrics["loss/me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
-        uniform = training.monitor.update(step.metrics["loss/consistency"], me_max)
-        if uniform and not training.collapsed:
-            training.collapsed = True
-            _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)
-
-
-def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
-    message = (
-        f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
-        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels "
-        "set objective.support_warmup_fraction=0.33, use more labels, or try another seed."
-    )
-    tracker.log(step, {"event": "collapse", "message": message})
-    if config.action == "stop":
-        raise TrainingStoppedError(message)
+    def _true_classes(self, batch: PawsBatch) -> TrueClasses | None:
+        if not self.objective.true_label_targets:
+            return None
+        return TrueClasses(to_device(batch.known, self.device), to_device(batch.known_classes, self.device))

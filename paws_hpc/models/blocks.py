@@ -1,4 +1,4 @@
-"""What residual blocks of all trunks have in common: their activations may be recomputed instead of kept."""
+"""What blocks of all residual trunks have in common: their activations may be recomputed instead of kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ResidualBlock(nn.Module, ABC):
     recomputed: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) to (B, outputs, H/stride, W/stride)."""
+        """(B, inputs, H, W) to (B, outputs, H/stride, W/stride); of a transformer (B, N, D) to (B, N, D)."""
         if not (self.recomputed and torch.is_grad_enabled()):
             return self.transform(x)
         output = checkpoint(

@@ -5,8 +5,40 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 
-NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet")
+NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit")
 _STATISTICS = ("global", "sync", "local")
+
+
+@dataclass
+class VitConfig:
+    """A vision transformer; the defaults are ViT-S/16.
+
+    Attributes:
+        image_size: pixels for which positions are learnt; those of crops of other sizes are interpolated.
+        patch_size: pixels; crops and ``image_size`` are multiples of it.
+        dim: D, a multiple of ``attention_heads``.
+        blocks: how many.
+        attention_heads: A.
+        mlp_ratio: hidden width of a block's perceptron, in D.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 384
+    blocks: int = 12
+    attention_heads: int = 6
+    mlp_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"model.vit.{name}={value} must be at least 1.")
+        for name, divisor in (("image_size", "patch_size"), ("dim", "attention_heads")):
+            if getattr(self, name) % getattr(self, divisor):
+                raise ValueError(
+                    f"model.vit.{name}={getattr(self, name)} must be a multiple of model.vit.{divisor}="
+                    f"{getattr(self, divisor)}."
+                )
 
 
 @dataclass
@@ -14,8 +46,9 @@ class ModelConfig:
     """Which network to train.
 
     Attributes:
-        name: resnet50, resnet18, wide_resnet or small_resnet.
-        width: multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
+        name: resnet50, resnet18, wide_resnet, small_resnet or vit.
+        vit: sizes; vit only.
+        width: not of vit; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
         depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
         channels, blocks: per stage, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
             half of 32-64-128.
@@ -28,6 +61,9 @@ class ModelConfig:
         prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
         batch_norm: where statistics come from in training: ``global``, all ranks' images; ``sync``, the same by
             torch.nn.SyncBatchNorm, on CUDA only; ``local``, each rank's own.
+        init: file whose trunk training begins from instead of random weights, the baseline's too: torchvision's or
+            timm's state dict, or a checkpoint of ours, as ``.pt``, ``.pth`` or ``.safetensors``. Heads stay random.
+            Images are normalised by their own data set's statistics all the same.
         checkpoint_activations: keep only the inputs of residual blocks and run each block again in the backward pass:
             a third more computing, for networks too wide for the memory otherwise. Results are the same to the bit.
 
@@ -36,6 +72,7 @@ class ModelConfig:
     """
 
     name: str = "resnet50"
+    vit: VitConfig = field(default_factory=VitConfig)
     width: int = 1
     depth: int = 28
     channels: list[int] = field(default_factory=lambda: [16, 48, 128])
@@ -46,6 +83,7 @@ class ModelConfig:
     prediction_head: bool = False
     prediction_hidden_dim: int | None = None
     batch_norm: str = "global"
+    init: str | None = None
     checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +96,8 @@ class ModelConfig:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1.")
+        if self.name == "vit" and self.width != 1:
+            raise ValueError(f"model.width={self.width} does not apply to vit: choose model.vit.dim instead.")
         if self.batch_norm not in _STATISTICS:
             raise ValueError(f"model.batch_norm={self.batch_norm!r} must be one of {', '.join(_STATISTICS)}.")
         if self.batch_norm == "sync" and self.checkpoint_activations:

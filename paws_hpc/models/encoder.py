@@ -21,6 +21,7 @@ from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import Statistics, set_statistics
 from paws_hpc.models.resnet import resnet18, resnet50
 from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.vit import VisionTransformer
 from paws_hpc.models.wide_resnet import WideResNet
 
 
@@ -147,4 +148,5 @@ _TRUNKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet18": lambda config: resnet18(width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
     "small_resnet": _small_resnet,
+    "vit": lambda config: VisionTransformer(config.vit),
 }

@@ -11,19 +11,32 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from paws_hpc.models.vit import VisionTransformer
+
 
 def initialise(module: nn.Module, *, seed: int) -> None:
     """Set every parameter and buffer of ``module``; PyTorch's global generators are not touched.
 
     Convolutions: weight ~ N(0, 2 / fan_out) (He et al. 2015), bias 0. Linear layers: weight and bias ~
     U(-1, 1) / sqrt(fan_in), PyTorch's own. Normalisations: gamma 1 (the last one of a block too), beta 0, running
-    mean 0 and variance 1.
+    mean 0 and variance 1. In vision transformers all else has weights ~ N(0, 0.02^2) cut at two deviations, bias 0.
 
     Raises:
         TypeError: a layer of another kind has parameters; say here how they begin.
     """
+    transformers = [layer for layer in module.modules() if isinstance(layer, VisionTransformer)]
+    of_transformers = {layer for transformer in transformers for layer in transformer.modules()}
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
+            layer.reset_parameters()
+        elif layer in of_transformers:
+            for part, tensor in layer.named_parameters(recurse=False):
+                values = torch.zeros(tensor.shape, dtype=torch.float32)
+                if tensor.dim() > 1:
+                    generator = _generator(seed, f"{name}.{part}")
+                    nn.init.trunc_normal_(values, std=0.02, a=-0.04, b=0.04, generator=generator)
+                _set(tensor, values)
+        elif isinstance(layer, nn.Conv2d):
             values = torch.empty(layer.weight.shape, dtype=torch.float32)
             generator = _generator(seed, f"{name}.weight")
             nn.init.kaiming_normal_(values, mode="fan_out", nonlinearity="relu", generator=generator)
@@ -35,8 +48,6 @@ def initialise(module: nn.Module, *, seed: int) -> None:
                 values = torch.empty(tensor.shape, dtype=torch.float32)
                 bound = layer.in_features**-0.5
                 _set(tensor, values.uniform_(-bound, bound, generator=_generator(seed, f"{name}.{part}")))
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.reset_parameters()
         elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
             raise TypeError(f"{name}: no initialisation is known for {type(layer).__name__}; add it to initialise().")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.neighbours import (
     Labels,
     cross_entropy,
@@ -27,20 +28,35 @@ def support_warmup_weight(step: int, *, total_steps: int, fraction: float, weigh
     return weight * max(0.0, 1 - step / duration) if duration > 0 else 0.0
 
 
+class TrueClasses(NamedTuple):
+    """What is known of the n images' own labels (paper, Appendix D.1).
+
+    Attributes:
+        known: (n,) bool.
+        classes: (n,) int64 places among the K classes of the supports; read where ``known``.
+    """
+
+    known: Tensor
+    classes: Tensor
+
+
 class PawsLoss(NamedTuple):
     """The objective and its parts: 0-d tensors in nats.
 
     Attributes:
-        total: ``consistency + me_max``, to be minimised. It may be negative; ``total + log K`` is not.
+        total: ``consistency + me_max + entropy_weight * entropy``, to be minimised. It may be negative; ``total +
+            log K`` is not.
         consistency: cross-entropy between targets and predictions, the mean over this rank's rows.
         me_max: minus the entropy of the mean sharpened prediction over all ranks, in [-log K, 0]; 0 if turned off.
         confidence: largest entry of a sharpened target, the mean over this rank's large crops; no gradient.
+        entropy: of predictions, before sharpening, the mean over this rank's rows, in [0, log K]; 0 if turned off.
     """
 
     total: Tensor
     consistency: Tensor
     me_max: Tensor
     confidence: Tensor
+    entropy: Tensor
 
 
 def paws_loss(
@@ -55,6 +71,8 @@ def paws_loss(
     num_small_crops: int = 6,
     me_max: bool = True,
     target_floor: float = 1e-4,
+    true_classes: TrueClasses | None = None,
+    entropy_weight: float = 0.0,
 ) -> PawsLoss:
     """The loss of this rank's images against the supports of all ranks.
 
@@ -77,6 +95,8 @@ def paws_loss(
         me_max: whether to maximise the mean entropy.
         target_floor: target entries below it are set to 0 after small crops' targets are averaged, without
             renormalising. The paper is silent about it; its code has 1e-4. 0 keeps every entry.
+        true_classes: images whose class, as one-hot label, is the target of all their views (Appendix D.1).
+        entropy_weight: of the mean entropy of predictions (Appendix D.2).
 
     Returns:
         :class:`PawsLoss`, float32 (float64 for float64 features). No gradient flows to targets and target supports.
@@ -91,13 +111,19 @@ def paws_loss(
             targets, target_supports, support_labels, temperature=temperature, sharpening=sharpening
         )
         wanted = _targets_of_views(sharpened, num_small_crops, target_floor)
+        if true_classes is not None:
+            wanted = _true_where_known(wanted, true_classes)
         consistency = cross_entropy(wanted, log_predictions).mean()
         if me_max:
             mean_prediction = distributed.mean_over_ranks(log_sharpen(log_predictions, temperature=sharpening).mean(0))
             regulariser = -_entropy(mean_prediction)
         else:
             regulariser = torch.zeros_like(consistency)
-    return PawsLoss(consistency + regulariser, consistency, regulariser, sharpened.amax(-1).mean())
+        entropy, total = torch.zeros_like(consistency), consistency + regulariser
+        if entropy_weight > 0:
+            entropy = cross_entropy(log_predictions.exp(), log_predictions).mean()
+            total = total + entropy_weight * entropy
+    return PawsLoss(total, consistency, regulariser, sharpened.amax(-1).mean(), entropy)
 
 
 @torch.no_grad()
@@ -114,6 +140,13 @@ def _targets_of_views(sharpened: Tensor, num_small_crops: int, floor: float) -> 
     first, second = sharpened.chunk(2)
     wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
     return wanted.masked_fill(wanted < floor, 0)
+
+
+def _true_where_known(wanted: Tensor, true: TrueClasses) -> Tensor:
+    """((2 + m) n, K): one-hot rows for all views of images whose class is known, ``wanted`` for the others."""
+    labels = smooth_labels(true.classes, wanted.shape[1], smoothing=0.0, dtype=wanted.dtype)
+    views = wanted.shape[0] // labels.shape[0]
+    return torch.where(true.known.repeat(views).unsqueeze(1), labels.repeat(views, 1), wanted)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

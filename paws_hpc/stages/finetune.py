@@ -1,6 +1,6 @@
 """The sweep: one folder per cell with its best weights and its accuracy on the local validation split.
 
-The supervised baseline is the same sweep from random weights.
+The supervised baseline is the same sweep from the weights that pre-training starts from, random ones as a rule.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from paws_hpc.engine.config import Cell
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import write_json
-from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.encoder import Encoder, build_classifier
 from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers
 
 
@@ -138,4 +139,5 @@ def _starting_point(
 ) -> tuple[Encoder, str]:
     if sweep == "finetune":
         return load_pretrained(config, run, data, device)
-    return build_encoder(config.model, seed=config.seed).to(device), f"random weights, seed {config.seed}"
+    weights = start_identity(config).get("model.init.xxh3_128", "random weights")
+    return starting_encoder(config).to(device), f"{weights}, seed {config.seed}"

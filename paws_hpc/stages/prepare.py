@@ -66,10 +66,17 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
         config: of the run.
         run: its folder.
         fence: raises if another start of this job has taken over.
+    Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
 
     Raises:
-        ValueError: the stores do not go together, or the labels do not suffice for the support mini-batches.
+        FileNotFoundError: ``model.init`` is no file.
+        ValueError: it does not fit, the stores do not go together, or the labels do not suffice for the support
+            mini-batches.
     """
+    if config.model.init is not None:
+        from paws_hpc.stages.start import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
+
+        starting_encoder(config)
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
         raise _not_packed("labelled", Path(labelled))

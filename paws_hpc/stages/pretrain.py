@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
-from paws_hpc.engine.pretrain import Pretraining, pretrain
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.engine.pretrain_loop import pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
 
@@ -41,29 +43,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
 
 
 def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions, *, control: JobControl) -> None:
-    device = options.device
-    stream = PawsStream(
-        data.train,
-        data.labelled,
-        views=config.views,
-        batch_size=config.pretrain.batch_size,
-        support_classes=config.pretrain.support.classes,
-        images_per_class=config.pretrain.support.images_per_class,
-        seed=config.seed,
-        threads=config.data.threads,
-        accumulate_steps=config.pretrain.accumulate_steps,
-        supports=data.supports,
-        options=options,
-    )
-    encoder = build_encoder(config.model, seed=config.seed)
-    training = Pretraining(
-        encoder,
-        objective=config.objective,
-        optimizer=config.optimizer,
-        config=config.pretrain,
-        stream=stream,
-        device=device,
-    )
+    stream, device = open_stream(config, data, options), options.device
+    training = make_training(config, stream)
     checkpoints = checkpoint_folder(config, run, data, control)
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
@@ -74,7 +55,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
 
     def validate() -> Row:
         scores = score_nearest_neighbours(
-            encoder, data, data.validation_images(config), config, device, control=control
+            training.result, data, data.validation_images(config), config, device, control=control
         )
         return {"validation/paws_nn": scores.top1}
 
@@ -103,6 +84,35 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         mark_done(run.pretrain, steps=summary.steps)
 
 
+def open_stream(config: Config, data: RunData, options: StreamOptions) -> PawsStream:
+    """The stream that pre-training takes its steps' images from."""
+    return PawsStream(
+        data.train,
+        data.labelled,
+        views=config.views,
+        batch_size=config.pretrain.batch_size,
+        support_classes=config.pretrain.support.classes,
+        images_per_class=config.pretrain.support.images_per_class,
+        seed=config.seed,
+        threads=config.data.threads,
+        accumulate_steps=config.pretrain.accumulate_steps,
+        supports=data.supports,
+        options=replace(options, compile_augmentation=config.pretrain.compile),
+    )
+
+
+def make_training(config: Config, stream: PawsStream) -> Pretraining:
+    """Pre-training before its first step, on the stream's device."""
+    return Pretraining(
+        starting_encoder(config),
+        objective=config.objective,
+        optimizer=config.optimizer,
+        config=config.pretrain,
+        stream=stream,
+        device=stream.options.device,
+    )
+
+
 def names(store: ImageStore, records: Positions) -> list[str]:
     """Keys of records, for messages."""
     return [store.keys[int(record)] for record in records]
@@ -113,7 +123,7 @@ def checkpoint_folder(
 ) -> CheckpointFolder:
     """The checkpoints of a run's pre-training, bound to what determines them."""
     determined: Identity = identity(config, "seed", "views", "model", "objective", "optimizer", "pretrain")
-    determined |= order_identity(config, data)
+    determined |= order_identity(config, data) | start_identity(config)
     determined |= {f"digest.{name}": digest for name, digest in data.digests.items() if name != "validation"}
     return CheckpointFolder(
         run.checkpoints,
@@ -125,7 +135,9 @@ def checkpoint_folder(
 
 
 def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, str]:
-    """The pre-trained encoder of a finished pre-training, and the checksum of its checkpoint.
+    """What a finished pre-training left, and the checksum of its checkpoint.
+
+    With ``pretrain.ema`` it is the average of the encoder's weights, otherwise the encoder as it was last.
 
     Raises:
         FileNotFoundError: pre-training has not finished.
@@ -140,7 +152,7 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
             f"{run.pretrain / 'DONE'} and launch again to train from the newest valid one."
         )
     encoder = build_encoder(config.model, seed=config.seed)
-    encoder.load_state_dict(checkpoint.state["encoder"])
+    encoder.load_state_dict(checkpoint.state["encoder" if config.pretrain.ema is None else "average"])
     return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
 
 

@@ -15,10 +15,12 @@ from torch._dynamo.backends.common import aot_autograd
 
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.models.blocks import set_recomputed
+from paws_hpc.models.config import VitConfig
 from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import set_statistics
 from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet
 from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.vit import VisionTransformer
 from paws_hpc.models.wide_resnet import WideResNet
 from tests.ranks import Collectives, results_of, run_on_ranks
 
@@ -26,6 +28,9 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: ResNet(Bottleneck, [2, 1]),
     "basic": lambda: ResNet(BasicBlock, [1, 1]),
     "wide": lambda: WideResNet(depth=10, width=2),
+    "transformer": lambda: VisionTransformer(
+        VitConfig(image_size=24, patch_size=8, dim=8, blocks=2, attention_heads=2)
+    ),
     "small": lambda: SmallResNet(channels=[4, 6], blocks=[1, 2], stem_stride=1),
 }
 STATISTICS = ("global", "local")

@@ -13,6 +13,9 @@ from paws_hpc.store import PackOptions, SourceConfig, open_source, pack
 from tests.integration.launching import environment
 
 TOLERANCE = {"fp64": 1e-8, "fp32": 1e-4}
+WITHOUT_GRADIENT = ("trunk.norm.bias", "projection.fc1.bias", "projection.fc2.bias")
+"""Shifts before a normalisation, which takes them out again: their gradients are rounding errors, and AdamW divides
+those by their own size. Nothing else depends on them but the running means, which follow them."""
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +25,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, world: int, dtype: str, accumulate_steps: int) -> dict[str, Any]:
-    path = folder / f"world-{world}-{dtype}-{accumulate_steps}.pt"
+def train(folder: Path, world: int, dtype: str, accumulate_steps: int, recipe: str = "resnet") -> dict[str, Any]:
+    path = folder / f"world-{world}-{dtype}-{accumulate_steps}-{recipe}.pt"
     if not path.exists():
         module = [sys.executable, "-m", "tests.equivalence.train_as_rank", str(folder)]
         ranks = [
             subprocess.Popen(
-                [*module, str(rank), str(world), dtype, str(accumulate_steps)],
+                [*module, str(rank), str(world), dtype, str(accumulate_steps), recipe],
                 env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, text=True,
             )
             for rank in range(world)
@@ -39,19 +42,26 @@ def train(folder: Path, world: int, dtype: str, accumulate_steps: int) -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("world", "accumulate_steps", "dtype"),
-    [(2, 1, "fp64"), (4, 1, "fp64"), (2, 1, "fp32"), (4, 1, "fp32"), (2, 4, "fp64")],
+    ("world", "accumulate_steps", "dtype", "recipe"),
+    [
+        *((2, 1, "fp64", "resnet"), (4, 1, "fp64", "resnet"), (2, 1, "fp32", "resnet"), (4, 1, "fp32", "resnet")),
+        *((2, 4, "fp64", "resnet"), (2, 1, "fp64", "vit")),
+    ],
 )
-def test_any_number_of_ranks_trains_the_run_of_one(folder: Path, world: int, accumulate_steps: int, dtype: str) -> None:
+def test_any_number_of_ranks_trains_the_run_of_one(
+    folder: Path, world: int, accumulate_steps: int, dtype: str, recipe: str
+) -> None:
     """Also where micro-batches go through the network one after the other: they are the same on any number of ranks."""
-    alone, together = (train(folder, ranks, dtype, accumulate_steps) for ranks in (1, world))
+    alone, together = (train(folder, ranks, dtype, accumulate_steps, recipe) for ranks in (1, world))
     assert len(alone["losses"]["loss/total"]) == 10
     assert len(alone["losses"]["loss/support_nce"]) == 5, "the warm-up covers the first half of these steps"
     for name, expected in alone["losses"].items():
         if name.startswith("loss/") or dtype == "fp64":
             compare(name, together["losses"][name], expected, TOLERANCE[dtype])
-    if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these
+    if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these, and averages
         for name, expected in alone["weights"].items():
+            if recipe == "vit" and name.endswith((*WITHOUT_GRADIENT, "running_mean")):
+                continue
             compare(name, together["weights"][name], expected, 1e-8)
 
 

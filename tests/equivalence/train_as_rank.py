@@ -1,9 +1,9 @@
 """One rank of the run that test_training_ranks compares.
 
-    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS
+    python -m tests.equivalence.train_as_rank FOLDER RANK WORLD DTYPE ACCUMULATE_STEPS RECIPE
 
-Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS.pt`` from rank 0: ten losses, the weights after ten steps, and what
-is communicated in one more step.
+Writes ``FOLDER/world-WORLD-DTYPE-ACCUMULATE_STEPS-RECIPE.pt`` from rank 0: ten losses, the weights after ten steps and
+their average, and what is communicated in one more step.
 """
 
 import sys
@@ -18,7 +18,7 @@ from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.config import ModelConfig, VitConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.store import ImageStore
@@ -27,7 +27,23 @@ from tests.ranks import Collectives
 STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
 
 
-def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int) -> None:
+RECIPES = {
+    "resnet": (
+        ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True),
+        OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
+        ObjectiveConfig(support_warmup_fraction=0.116),
+    ),
+    "vit": (
+        ModelConfig(name="vit", vit=VitConfig(image_size=16, patch_size=4, dim=16, blocks=2, attention_heads=2)),
+        OptimizerConfig(
+            name="adamw", start_lr=1e-4, peak_lr=2e-4, warmup_epochs=0.1, weight_decay=0.04, final_weight_decay=0.4
+        ),
+        ObjectiveConfig(support_warmup_fraction=0.116, true_label_targets=True, entropy_weight=0.5),
+    ),
+}
+
+
+def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int, *, recipe: str) -> None:
     """Train ten steps. 40 supports on 4 ranks are 10 each, so that ranks share classes; views are two per support.
 
     The learning rate is small because ReLU has kinks: in exact arithmetic (fp64), moving the initial weights by one
@@ -38,8 +54,8 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
     cpu = torch.device("cpu")
     if world > 1:
         join(
-            folder, start=f"{world}-{dtype}-{accumulate_steps}", rank=rank, world_size=world, address=own_address(1),
-            device=cpu, timeout_s=120,
+            folder, start=f"{world}-{dtype}-{accumulate_steps}-{recipe}", rank=rank, world_size=world,
+            address=own_address(1), device=cpu, timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
@@ -52,13 +68,13 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
         store, torch.tensor(labelled).numpy(), views=views, batch_size=BATCH, support_classes=CLASSES,
         images_per_class=IMAGES_PER_CLASS, seed=3, threads=1, accumulate_steps=accumulate_steps,
     )  # fmt: skip
-    model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
+    model, optimizer, objective = RECIPES[recipe]
     training = Pretraining(
-        build_encoder(model, seed=3), objective=ObjectiveConfig(support_warmup_fraction=0.116),
-        optimizer=OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
+        build_encoder(model, seed=3), objective=objective,
+        optimizer=optimizer,
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            diagnose_every_steps=1, accumulate_steps=accumulate_steps,
+            diagnose_every_steps=1, accumulate_steps=accumulate_steps, ema=0.8,
         ),
         stream=stream, device=cpu,
     )  # fmt: skip
@@ -69,15 +85,17 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int)
     if distributed.is_main():
         compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
         curves = {name: torch.stack(losses[name]).double() for name in compared}
+        assert training.average is not None
         weights = {name: value.clone() for name, value in training.encoder.state_dict().items()}
+        average = {f"average.{name}": value.clone() for name, value in training.result.state_dict().items()}
     with Collectives() as collectives:
         training.step(stream.batch(STEPS))
     if distributed.is_main():
-        results = {"losses": curves, "weights": weights, "collectives": dict(collectives.counts)}
-        torch.save(results, folder / f"world-{world}-{dtype}-{accumulate_steps}.pt")
+        results = {"losses": curves, "weights": weights | average, "collectives": dict(collectives.counts)}
+        torch.save(results, folder / f"world-{world}-{dtype}-{accumulate_steps}-{recipe}.pt")
     if world > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), recipe=sys.argv[6])

@@ -157,10 +157,11 @@ def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: 
     assert list(told["pairs"]) == ["paws_nn", "fine_tuned", "baseline"]
     for pair in told["pairs"]["paws_nn"]:
         assert pair["images"] == paws_nn[pair["true"]][pair["predicted"]]
-    sheet, pixels = Image.open(run.selection / "gallery.png"), told["tile_pixels"]
+    with Image.open(run.selection / "gallery.png") as file:
+        sheet, pixels = file.convert("RGB"), told["tile_pixels"]
     pictures = {test.crops(test.records[number : number + 1])[0].permute(1, 2, 0).numpy().tobytes(): number
                 for number in range(len(test))}  # fmt: skip
-    supports = prepare.open_data(config).labelled_images(config)
+    supports = open_data(config).labelled_images(config)
     for mistake in told["mistakes"]:
         y, x = divmod(mistake["tile"], told["columns"])
         tile = sheet.crop((x * pixels, y * pixels, (x + 1) * pixels, (y + 1) * pixels))
@@ -212,7 +213,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
 
 def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tuple[Config, RunFolder]) -> None:
     config, run = chain
-    data = prepare.open_data(config)
+    data = open_data(config)
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
 
@@ -261,7 +262,7 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     }
     encoder = build_encoder(config.model, seed=0)
     encoder.load_state_dict(torch.load(run.tuned, weights_only=True))
-    data = prepare.open_data(config)
+    data = open_data(config)
     validation = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
     assert tuning["validation_accuracy"]["after"] == validation.top1
 

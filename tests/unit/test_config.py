@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {
     *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
     *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
-    *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags"),
+    *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags", "tracking.tensorboard"),
     *(
         f"resources.{stage}.{field}"
         for stage in ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
@@ -69,6 +69,10 @@ BAD: dict[str, Callable[[], Any]] = {
         objective=ObjectiveConfig(support_warmup_fraction=0.3),
         pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
     ),
+    r"objective.true_label_targets=true .*data.labelled=elsewhere": lambda: Config(
+        objective=ObjectiveConfig(true_label_targets=True), data=DataConfig(labelled="elsewhere")
+    ),
+    r"objective.entropy_weight=-1": lambda: ObjectiveConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
     r"resources: nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),

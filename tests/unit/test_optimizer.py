@@ -6,13 +6,14 @@ import io
 import math
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from paws_hpc.engine.config import OptimizerConfig
-from paws_hpc.engine.optimizer import LARS, build_optimizer, split_parameters
+from paws_hpc.engine.optimizer import LARS, build_optimizer, set_rates, split_parameters
 from paws_hpc.engine.schedule import warmup_cosine
 
 
@@ -45,7 +46,7 @@ def names(model: nn.Module, parameters: Iterable[nn.Parameter]) -> list[str]:
     return [known[id(parameter)] for parameter in parameters]
 
 
-def run(model: nn.Module, optimizer: LARS, steps: range) -> None:
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = 0.1 + 0.01 * step
@@ -55,7 +56,7 @@ def run(model: nn.Module, optimizer: LARS, steps: range) -> None:
         optimizer.step()
 
 
-def new(seed: int = 0, **settings: object) -> tuple[Block, LARS]:
+def new(seed: int = 0, **settings: object) -> tuple[Block, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Block()
     return model, build_optimizer(model, OptimizerConfig(**settings))  # type: ignore[arg-type]
@@ -90,6 +91,39 @@ def test_a_group_that_is_not_adapted_has_no_decay_unless_it_names_one() -> None:
     ]
     optimizer = LARS(groups, lr=0.1, weight_decay=0.25)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0, 0.5]
+
+
+def test_adamw_with_a_rising_decay_follows_its_equations() -> None:
+    """Against NumPy in float64; biases and normalisations take no decay."""
+    config = OptimizerConfig(name="adamw", weight_decay=0.04, final_weight_decay=0.4, beta2=0.99)
+    torch.manual_seed(0)
+    model, total = Block().double(), 6
+    optimizer = build_optimizer(model, config)
+    decayed = {"conv.weight", "downsample.0.weight", "fc.weight"}
+    weights = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
+    first, second = ({name: np.zeros_like(value) for name, value in weights.items()} for _ in range(2))
+    for step in range(total):
+        lr, decay = 0.01 * (step + 1), 0.4 + (0.04 - 0.4) / 2 * (1 + math.cos(math.pi * step / total))
+        set_rates(optimizer, lr=lr, weight_decay=config.weight_decay_at(step, total_steps=total))
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        model(torch.randn(2, 3, 5, 5, generator=generator, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad.numpy()
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.99 * second[name] + 0.01 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.99 ** (step + 1))
+            kept = 1 - lr * decay if name in decayed else 1.0
+            weights[name] = kept * weights[name] - lr * mean / (np.sqrt(square) + 1e-8)
+            np.testing.assert_allclose(parameter.detach().numpy(), weights[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_the_decay_goes_from_its_start_to_its_end_or_stays() -> None:
+    rising = OptimizerConfig(weight_decay=0.04, final_weight_decay=0.4)
+    values = [rising.weight_decay_at(step, total_steps=8) for step in (0, 4, 8, 9)]
+    assert values == pytest.approx([0.04, 0.22, 0.4, 0.4], abs=1e-15)
+    assert {OptimizerConfig(weight_decay=1e-6).weight_decay_at(step, total_steps=8) for step in range(9)} == {1e-6}
 
 
 def test_frozen_parameters_stay_out_and_shared_ones_come_once() -> None:
@@ -134,8 +168,9 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
     assert unused not in optimizer.state
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd"])
-@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize(
+    ("name", "nesterov"), [("lars", False), ("lars", True), ("sgd", False), ("sgd", True), ("adamw", False)]
+)
 def test_resuming_gives_the_same_bits(name: str, nesterov: bool) -> None:
     """Saved and loaded with ``weights_only=True`` after 3 of 7 steps, as a checkpoint is."""
     model, optimizer = new(name=name, nesterov=nesterov)
@@ -159,8 +194,8 @@ def test_resuming_gives_the_same_bits(name: str, nesterov: bool) -> None:
 def test_a_step_reads_nothing_back_from_the_device() -> None:
     """Fake tensors have no values: asking for one, which would make the host wait for a GPU, raises."""
     with FakeTensorMode():
-        for nesterov in (False, True):
-            model, optimizer = new(nesterov=nesterov)
+        for settings in ({"nesterov": False}, {"nesterov": True}, {"name": "adamw"}):
+            model, optimizer = new(**settings)
             model(torch.randn(2, 3, 5, 5)).mean().backward()
             optimizer.step()
 
@@ -168,7 +203,10 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"name": "adam"}, "optimizer.name='adam'.*lars, sgd"),
+        ({"name": "adam"}, "optimizer.name='adam'.*lars, sgd, adamw"),
+        ({"beta2": 1.0}, "optimizer.beta2=1.0"),
+        ({"name": "adamw", "nesterov": True}, "optimizer.nesterov=true does not go with optimizer.name=adamw"),
+        ({"final_weight_decay": -1.0}, "optimizer.final_weight_decay=-1.0"),
         ({"momentum": 1.0}, "optimizer.momentum=1.0"),
         ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
         ({"trust_coefficient": 0.0}, "optimizer.trust_coefficient=0.0"),

@@ -523,6 +523,29 @@ def test_classes_of_very_different_numbers_of_labels(digits: ImageStore) -> None
     assert np.ptp(np.bincount(drawn)) <= PER_CLASS
 
 
+def test_a_batch_knows_its_own_labelled_images_where_their_class_is_drawn(digits: ImageStore, ranks: Ranks) -> None:
+    """Against the labels themselves, and on two ranks; unlabelled images' labels stay unknown."""
+    chosen, source, met = set(labelled(digits).tolist()), stream(digits, batch_size=96), 0
+    for step in range(6):
+        batch = source.batch(step)
+        supports = source._support.draw(step)
+        place_of = {int(digits.labels[record]): int(place) for record, place in zip(*supports[:2], strict=True)}
+        assert len(place_of) == K < len(digits.classes)
+        for record, known, place in zip(batch.records, batch.known, batch.known_classes, strict=True):
+            label = int(digits.labels[record])
+            assert bool(known) == (int(record) in chosen and label in place_of)
+            assert int(place) == (place_of[label] if known else 0)
+        met += int(batch.known.sum())
+        parts = []
+        for rank in range(2):
+            ranks.become(rank, 2)
+            parts.append(stream(digits, batch_size=96).batch(step))
+        ranks.become(0, 1)
+        for name in ("known", "known_classes"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    assert met > 5, "an epoch of 15 steps meets 50 labelled images, six tenths of them in a step with their class"
+
+
 def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_path: Path) -> None:
     """Its labels count, and the unlabelled store's are never read; its images are normalised as the others are."""
     places = np.flatnonzero(digits.labels < 3)[:30]
@@ -539,6 +562,7 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
         images_per_class=4, seed=3, threads=1, supports=StoreImages(other),
     )  # fmt: skip
     batch = source.batch(0)
+    assert not batch.known.any(), "positions in one store say nothing about the other"
     known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
     classes = np.array([known[row.numpy().tobytes()] for row in batch.parts[0].supports.images])
     assert len(np.unique(classes[:12].reshape(3, 4), axis=1).flatten()) == 3

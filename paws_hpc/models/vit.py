@@ -1,0 +1,110 @@
+"""Vision transformers (Dosovitskiy et al. 2021) for crops of several sizes.
+
+State-dict names are timm's without ``head``, so that its weights load into a trunk with ``strict``.
+Legend: B images, N tokens (patches and one more that gathers the image), D features, A attention heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paws_hpc.models.blocks import ResidualBlock
+from paws_hpc.models.config import VitConfig
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens, scaled dot products."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        queries, keys, values = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, A, N, D/A)
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Perceptron(nn.Module):
+    """fc1-gelu-fc2, of each token by itself."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class TransformerBlock(ResidualBlock):
+    """Attention, then a perceptron, each normalised before and with a shortcut around it; (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attn = Attention(config.dim, config.attention_heads)
+        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
+        self.mlp = Perceptron(config.dim, config.mlp_ratio * config.dim)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbedding(nn.Module):
+    """Patches as vectors."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, D, H/patch, W/patch)."""
+        return self.proj(images)
+
+
+class VisionTransformer(nn.Module):
+    """Vision transformer trunk without dropout, so that it draws nothing; features are the extra token's."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.patch_size, self.feature_dim = config.patch_size, config.dim
+        self.grid = config.image_size // config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, config.dim))
+        self.patch_embed = PatchEmbedding(config)
+        self.blocks = nn.Sequential(*(TransformerBlock(config) for _ in range(config.blocks)))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to features (B, ``feature_dim``).
+
+        Raises:
+            ValueError: H or W is no multiple of the patch size.
+        """
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images of {height} x {width} pixels are not divided by model.vit.patch_size={self.patch_size}: "
+                "choose crops of a multiple of it."
+            )
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], 1)
+        x = x + self.positions(height // self.patch_size, width // self.patch_size)
+        return self.norm(self.blocks(x))[:, 0]
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """(1, 1 + rows * columns, D): the learnt positions, bicubically interpolated if the grid is another one."""
+        if (rows, columns) == (self.grid, self.grid):
+            return self.pos_embed
+        token, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid))
+        resized = F.interpolate(grid.permute(0, 3, 1, 2), size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([token, resized.flatten(2).transpose(1, 2)], 1)

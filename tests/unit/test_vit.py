@@ -1,0 +1,185 @@
+"""The vision transformer is torchvision's network under timm's names, and takes crops of any size in whole patches."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
+
+from paws_hpc.config import Config
+from paws_hpc.data.batches import StreamOptions
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.engine.config import OptimizerConfig
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.engine.starting_weights import load_trunk
+from paws_hpc.models.config import ModelConfig, VitConfig
+from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.vit import VisionTransformer
+from paws_hpc.store import ImageStore
+from tests.conftest import Stores
+from tests.tiny import tiny_config
+
+TINY = VitConfig(image_size=32, patch_size=8, dim=16, blocks=2, attention_heads=4)
+MODEL = ModelConfig(name="vit", vit=TINY, projection_dim=8)
+THEIRS = {
+    r"encoder\.layers\.encoder_layer_(\d+)": r"blocks.\1",
+    r"\.ln_(\d)": r".norm\1",
+    r"self_attention\.in_proj_": "attn.qkv.",
+    r"self_attention\.out_proj": "attn.proj",
+    r"mlp\.0": "mlp.fc1",
+    r"mlp\.3": "mlp.fc2",
+    r"conv_proj": "patch_embed.proj",
+    r"class_token": "cls_token",
+    r"encoder\.pos_embedding": "pos_embed",
+    r"encoder\.ln": "norm",
+}
+
+
+def renamed(name: str) -> str:
+    for pattern, replacement in THEIRS.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def images(count: int, size: int) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+def test_features_and_gradients_are_torchvisions() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = TorchvisionVit(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=16, mlp_dim=64)
+    theirs.heads = torch.nn.Identity()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and the token begin at 0 there
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    ours = VisionTransformer(TINY)
+    ours.load_state_dict({renamed(name): value for name, value in theirs.state_dict().items()}, strict=True)
+    features, expected = ours(images(3, 32)), theirs(images(3, 32))
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
+    features.pow(3).sum().backward()
+    expected.pow(3).sum().backward()
+    grads = {renamed(name): parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_vit_s16_has_timms_names_and_shapes() -> None:
+    with torch.device("meta"):
+        trunk = Encoder(ModelConfig(name="vit")).trunk
+    shapes = {name: tuple(value.shape) for name, value in trunk.state_dict().items()}
+    block = {
+        **{f"norm{number}.{part}": (384,) for number in (1, 2) for part in ("weight", "bias")},
+        **{"attn.qkv.weight": (1152, 384), "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384)},
+        **{"attn.proj.bias": (384,), "mlp.fc1.weight": (1536, 384), "mlp.fc1.bias": (1536,)},
+        **{"mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,)},
+    }
+    assert shapes == {
+        **{"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,), "norm.bias": (384,)},
+        **{"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)},
+        **{f"blocks.{number}.{name}": shape for number in range(12) for name, shape in block.items()},
+    }
+    assert sum(value.numel() for value in trunk.parameters()) == 21_665_664
+
+
+def test_a_file_of_timms_names_is_a_start(tmp_path: Path) -> None:
+    source = build_encoder(MODEL, seed=1)
+    torch.save(
+        source.trunk.state_dict() | {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}, tmp_path / "w"
+    )
+    encoder = build_encoder(MODEL, seed=2)
+    load_trunk(encoder, tmp_path / "w")
+    torch.testing.assert_close(encoder.trunk(images(2, 32)), source.trunk(images(2, 32)), rtol=0, atol=0)
+
+
+def test_positions_of_other_sizes_are_those_in_between() -> None:
+    """What grows evenly from row to row does so on another grid too, to a twentieth of a patch; constants stay."""
+    trunk = VisionTransformer(VitConfig(image_size=96, patch_size=8, dim=2, blocks=1, attention_heads=1))
+    heights = (torch.arange(12.0) + 0.5) / 12
+    with torch.no_grad():
+        trunk.pos_embed[0, 1:, 0] = heights.repeat_interleave(12)
+        trunk.pos_embed[0, 1:, 1] = 7.0
+    other = trunk.positions(18, 6)[0, 1:].reshape(18, 6, 2)
+    expected = ((torch.arange(18.0) + 0.5) / 18)[:, None].expand(18, 6)
+    torch.testing.assert_close(other[3:-3, :, 0], expected[3:-3], rtol=0, atol=0.05 / 12)
+    torch.testing.assert_close(other[..., 1], torch.full((18, 6), 7.0))
+    assert trunk.positions(12, 12) is trunk.pos_embed
+
+
+def test_large_and_small_crops_train_every_weight_and_a_size_that_patches_do_not_divide_is_refused() -> None:
+    encoder = build_encoder(MODEL, seed=0)
+    h, _ = encoder([images(6, 32), images(6, 16)])
+    h.pow(3).sum().backward()
+    unmoved = [
+        name for name, value in encoder.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0
+    ]
+    assert not unmoved
+    with pytest.raises(ValueError, match=r"12 x 12 .* model\.vit\.patch_size=8"):
+        encoder([images(2, 12)])
+
+
+def test_initial_weights_are_small_normal_and_of_the_seed_alone() -> None:
+    first, again, other = (build_encoder(MODEL, seed=seed).trunk for seed in (3, 3, 4))
+    for name, value in first.named_parameters():
+        assert torch.equal(value, again.get_parameter(name))
+        if value.dim() > 1:
+            assert not torch.equal(value, other.get_parameter(name)), name
+            assert value.abs().max() <= 0.04
+    drawn = torch.cat([value.flatten() for value in first.parameters() if value.dim() > 1])
+    assert drawn.std().item() == pytest.approx(0.02 * 0.8796, rel=0.03)  # of a normal cut at two deviations
+    assert torch.equal(first.norm.weight, torch.ones(16))
+
+
+def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) -> None:
+    """The loss of one batch falls when that batch is trained on, and the optimiser's decay is the schedule's."""
+    config = tiny_config(digits_stores.train, digits_stores.test, digits_stores.train)
+    config.model = ModelConfig(
+        name="vit", vit=VitConfig(image_size=16, patch_size=4, dim=16, blocks=2, attention_heads=2)
+    )
+    config.optimizer = OptimizerConfig(
+        name="adamw", start_lr=2e-3, peak_lr=2e-3, warmup_epochs=0.0, weight_decay=0.04, final_weight_decay=0.4
+    )
+    config.objective.support_warmup_fraction = 1.0
+    store = ImageStore.open(digits_stores.train)
+    labelled = np.concatenate([np.flatnonzero(store.labels == label)[:4] for label in range(10)])
+    stream = PawsStream(
+        store, labelled, views=config.views, batch_size=32, support_classes=10, images_per_class=4, seed=0, threads=1,
+        options=StreamOptions(),
+    )  # fmt: skip
+    training = Pretraining(
+        build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
+        config=config.pretrain, stream=stream, device=torch.device("cpu"),
+    )  # fmt: skip
+    batch = stream.batch(20)
+    losses = [training.step(stream.batch(20))["loss/support_nce"].item() for _ in range(12)]
+    assert losses[-1] < 0.8 * losses[0]
+    decays = [group["weight_decay"] for group in training.optimizer.param_groups]
+    assert decays == [config.optimizer.weight_decay_at(batch.step, total_steps=training.total_steps), 0.0]
+    assert 0.04 < decays[0] < 0.4
+
+
+def test_its_classifier_sits_on_the_first_projection_layer() -> None:
+    classifier = build_classifier(build_encoder(MODEL, seed=0), 3)
+    assert classifier(images(2, 32)).shape == (2, 3)
+
+
+BAD = {
+    r"model\.vit\.dim=10 .*attention_heads=4": lambda: VitConfig(dim=10, attention_heads=4),
+    r"model\.vit\.image_size=100 .*patch_size=16": lambda: VitConfig(image_size=100),
+    r"model\.vit\.blocks=0": lambda: VitConfig(blocks=0),
+    r"model\.width=2 .*model\.vit\.dim": lambda: ModelConfig(name="vit", width=2),
+    r"views\.large\.size=224 and .*multiples of model\.vit\.patch_size=15": lambda: Config(
+        model=ModelConfig(name="vit", vit=VitConfig(image_size=225, patch_size=15))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_sizes_that_do_not_go_together_name_their_fields(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BAD[message]()
