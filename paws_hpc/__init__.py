@@ -2,8 +2,9 @@
 
 The layers; a module imports from the lines below its own and never from beside or above::
 
-    launch, shards, status, doctor, report      commands
-    cluster                               where stages run, and how they stop (the only submitit imports)
+    launch, shards, status, doctor,
+    report, export, predict               commands
+    cluster | deploy                      where stages run (the only submitit imports) | a finished run put to use
     stages                                frozen config → files in the run directory
     config                                the whole schema, as dataclasses
     engine                                loops, optimiser, checkpoints, tracking

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,3 +28,14 @@ def digits_stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
     for split in ("train", "test"):
         pack(open_source(SourceConfig(kind="digits", split=split, size=16)), folder / split)
     return Stores(folder / "train", folder / "test")
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile as if nothing had been compiled before, and as if nothing had been when the test is over."""
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+    counters.clear()

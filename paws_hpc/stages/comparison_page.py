@@ -67,7 +67,7 @@ def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:
     """
     comparison = compare([read_run(run) for run in runs])
     path = (folder or comparison_folder(runs)) / "index.html"
-    write_text(path, render("comparison.html.j2", _context(comparison)))
+    write_text(path, render(Path(__file__).with_name("comparison.html.j2"), _context(comparison)))
     return path
 
 

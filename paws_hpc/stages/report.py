@@ -49,23 +49,29 @@ def build_report(run: Path, folder: Path | None = None) -> Path:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
-    page = render("report.html.j2", _context(read_run(run)))
+    page = render(_HERE / "report.html.j2", _context(read_run(run)))
     path = (folder or run / "report") / "index.html"
     write_text(path, page)
     return path
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """A page from one of the templates beside this file, with the style sheet inside; names in it are text."""
+def render(template: Path, context: dict[str, Any]) -> str:
+    """A page of the project's looks: whatever the context holds is text there, never markup.
+
+    Args:
+        template: of the page; it puts ``style`` into its head.
+        context: everything that it shows.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
+        loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(context, style=style, percent=percent, dash=DASH)
+    shown = {"style": style, "percent": percent, "dash": DASH} | context
+    return environment.get_template(template.name).render(shown)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:

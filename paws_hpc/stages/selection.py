@@ -20,11 +20,11 @@ from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import read_json, write_json
-from paws_hpc.models.encoder import build_classifier, build_encoder
+from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
 from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
-from paws_hpc.stages.run_data import open_data
+from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, is_done
 from paws_hpc.store import ImageStore
 
@@ -131,10 +131,54 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
 def _predict_cell(
     config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, cell: Cell
 ) -> Tensor:
-    classifier = build_classifier(build_encoder(config.model, seed=config.seed), len(test.store.classes)).to(device)
+    classifier, _ = _load_cell(config, run, len(test.store.classes), device, sweep=sweep, cell=cell)
+    return predict(classifier, test, device).cpu()
+
+
+def load_neighbours(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, bool]:
+    """The encoder by which PAWS-NN is scored, and whether it was tuned for that after pre-training.
+
+    Raises:
+        FileNotFoundError: pre-training or, where the config asks for it, tuning has not finished.
+    """
+    encoder, _ = load_pretrained(config, run, data, device)
+    if not config.neighbour_tuning.steps:
+        return encoder, False
+    if not run.tuned.exists():
+        raise FileNotFoundError(f"{run.tuned} is missing: run the stage 'selection' of this run first, which tunes.")
+    encoder.load_state_dict(load_tensors(run.tuned, device))
+    return encoder, True
+
+
+def load_winner(config: Config, run: RunFolder, num_classes: int, device: torch.device) -> tuple[Classifier, Path]:
+    """The fine-tuned network that selection chose, and the file that holds its weights.
+
+    Raises:
+        FileNotFoundError: none is chosen yet.
+        ValueError: selection went on without fine-tuned networks.
+    """
+    if not run.selected.exists():
+        raise FileNotFoundError(
+            f"{run.selected} is missing: no fine-tuned network is chosen yet. Run the stage 'selection' of this run "
+            "first."
+        )
+    selected = read_json(run.selected)
+    if "cell" not in selected:
+        raise ValueError(
+            f"{run.selected} names no fine-tuned network: selection went on without one, as finetune.min_cells=0 "
+            "allowed."
+        )
+    cell = Cell(selected["learning_rate"], selected["epochs"])
+    return _load_cell(config, run, num_classes, device, sweep="finetune", cell=cell)
+
+
+def _load_cell(
+    config: Config, run: RunFolder, num_classes: int, device: torch.device, *, sweep: str, cell: Cell
+) -> tuple[Classifier, Path]:
+    classifier = build_classifier(build_encoder(config.model, seed=config.seed), num_classes).to(device)
     best = run.cell(sweep, cell) / "best.pt"
     classifier.load_state_dict(load_tensors(best, device))
-    return predict(classifier, test, device).cpu()
+    return classifier, best
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

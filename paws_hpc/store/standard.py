@@ -27,6 +27,7 @@ from paws_hpc.store.format import (
     FLAG_SHRUNK,
     FLAG_STRIPPED,
     FLAG_TURNED,
+    Encoding,
 )
 from paws_hpc.store.jpeg import TooManyScansError, take_apart
 
@@ -130,6 +131,27 @@ def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardIm
     flags |= FLAG_TURNED * turned
     reason = f"{changed or container}{', turned upright' * turned}"
     return encoded_anew(pixels, reason, flags, standard)
+
+
+def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int | None = None) -> NDArray[np.uint8]:
+    """The pixels that training would see of an image file, had it been packed.
+
+    Args:
+        content: the file's bytes.
+        encoding: of the store. A JPEG store would encode a PNG file anew, at some loss; a raw one would not.
+        max_short_side: of the store's packing.
+
+    Returns:
+        (H, W, 3) uint8, RGB, upright.
+
+    Raises:
+        ValueError: as of :func:`standard_jpeg`.
+    """
+    image = standard_jpeg(content, Standard(max_short_side))
+    if encoding == "raw" and image.flags & FLAG_REENCODED:
+        return _decode_with_pil(content)[0]
+    assert image.pixels is not None, "they are wanted"
+    return image.pixels
 
 
 def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, standard: Standard) -> StandardImage:

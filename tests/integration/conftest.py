@@ -1,4 +1,4 @@
-"""What the tests of pages share."""
+"""What tests of pages share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.browser import Page, browser
+from tests.browser import Page, browser
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from paws_hpc.report import main
 from paws_hpc.stages.comparison_page import build_comparison
-from tests.integration.browser import CONTRAST, Page
+from tests.browser import CONTRAST, Page
 from tests.integration.launching import launch
 from tests.integration.test_report import kill, write_run
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_tables import result_table
-from tests.integration.browser import CONTRAST, Page
+from tests.browser import CONTRAST, Page
 from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
-from paws_hpc.store import standard
+from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack, standard
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import (
     FLAG_MADE_BASELINE,
@@ -28,7 +28,7 @@ from paws_hpc.store.format import (
     FLAG_TURNED,
 )
 from paws_hpc.store.jpeg import exif_orientation, take_apart
-from paws_hpc.store.standard import Standard, StandardImage, standard_jpeg, transcoder
+from paws_hpc.store.standard import Standard, StandardImage, standard_jpeg, standard_pixels, transcoder
 
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 needs_turbojpeg = pytest.mark.skipif(transcoder() is None, reason="turbojpeg is not installed")
@@ -239,3 +239,27 @@ def test_damaged_bytes_give_an_image_or_a_value_error_and_nothing_else(data: st.
 @given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0", b"MM\0*", b"II*\0\x08\0\0\0"]))
 def test_any_exif_bytes_give_an_orientation(noise: bytes, start: bytes) -> None:
     assert exif_orientation(start + noise) in range(1, 9)
+
+
+def test_a_file_has_the_pixels_that_it_would_have_in_a_store(tmp_path: Path) -> None:
+    gradient = np.add.outer(np.arange(40), np.arange(50)).astype(np.uint8)
+    pixels = np.stack((gradient, 255 - gradient, gradient // 2), axis=2)
+    folder = tmp_path / "images" / "only"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels).save(folder / "b.jpg", quality=60)
+    Image.fromarray(pixels).save(folder / "c.jpg", exif=exif)
+    Image.fromarray(gradient).save(folder / "d.jpg", progressive=True)
+    for side in (None, 20):
+        pack(
+            open_source(SourceConfig(kind="folder", root=str(tmp_path / "images"))),
+            tmp_path / f"store-{side}",
+            options=PackOptions(max_short_side=side),
+        )
+        store = ImageStore.open(tmp_path / f"store-{side}")
+        for key, packed in zip(store.keys, store.images(range(len(store))), strict=True):
+            content = (tmp_path / "images" / key).read_bytes()
+            assert np.array_equal(standard_pixels(content, encoding="jpeg", max_short_side=side), packed), key
+    assert np.array_equal(standard_pixels((folder / "a.png").read_bytes(), encoding="raw"), pixels), "without loss"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,6 @@ def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretrainin
         build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
         config=config.pretrain, stream=stream, device=device,
     )  # fmt: skip
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")

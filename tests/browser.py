@@ -1,4 +1,4 @@
-"""Pages in a real browser: what it draws, asks the network for and complains about."""
+"""Pages in a real browser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ for (const element of document.querySelectorAll('body *')) {
 }
 return found;
 """
-"""Every visible text's contrast to what is behind it, by WCAG's formula, with the text."""
 
 
 class Page:
@@ -81,8 +80,8 @@ class Page:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Page]:
-    """A browser that keeps its files in ``folder``; tests are skipped where there is none."""
+def browser(profile: Path) -> Iterator[Page]:
+    """Start one; skips the test where there is none."""
     chromium, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver_path is None:
         pytest.skip("needs Debian's packages chromium and chromium-driver")
@@ -91,7 +90,7 @@ def browser(folder: Path) -> Iterator[Page]:
     for argument in (
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-        f"--user-data-dir={folder}",
+        f"--user-data-dir={profile}",
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

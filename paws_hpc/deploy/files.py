@@ -1,0 +1,75 @@
+"""Image files that a user names, as the pixels that training would see of them. No file is trusted."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.store import ImageStore
+from paws_hpc.store.decode import MAX_PIXELS
+from paws_hpc.store.sources.base import IMAGE_EXTENSIONS
+from paws_hpc.store.standard import standard_pixels
+
+
+def image_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files among ``paths`` whatever their names, and the images in folders among them, sorted, at any depth.
+
+    Raises:
+        ValueError: a folder has no images.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = False
+        for folder, folders, files in os.walk(path, onerror=_refuse):
+            folders.sort()
+            for file in sorted(files):
+                if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith("."):
+                    found = True
+                    yield Path(folder, file)
+        if not found:
+            raise ValueError(f"folder {path} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
+
+
+def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[np.uint8]:
+    """Decode an image file as if it had been packed into ``like``.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a file, not an image, or would fill the memory when it is resized to ``crop``.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a file")
+    pixels = standard_pixels(
+        path.read_bytes(), encoding=like.encoding, max_short_side=like.manifest.packing.max_short_side
+    )
+    height, width = pixels.shape[:2]
+    if crop.resize**2 * max(height, width) / min(height, width) > MAX_PIXELS:
+        raise ValueError(f"it is {width} x {height} pixels, too narrow to be cropped")
+    return pixels
+
+
+def shown(path: Path) -> str:
+    """A path as text for people: one line, without what a terminal would take for a command."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """``text`` with other characters than printable ones replaced."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder that cannot be listed would be left out without a word."""
+    raise error

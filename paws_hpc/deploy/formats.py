@@ -1,0 +1,233 @@
+"""Networks as files of other libraries; a new format is a function here and an entry in :data:`FORMATS`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paws_hpc.deploy.networks import HEADS, Network, rebuild, weights_of
+from paws_hpc.engine.checkpoint import save_tensors
+from paws_hpc.files import atomic_write, file_hash, write_json
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.names import to_torchvision
+
+_PROTOBUF_BYTES = 2**31 - 2**20  # what one protobuf message holds, less what is not weights
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        help: what it is, for people.
+        suffix: of the file's name.
+        write: writes a network; the path need not have the suffix.
+        packages: that are needed beside the project's own.
+        of_library: only networks that the library itself has.
+    """
+
+    help: str
+    suffix: str
+    write: Callable[[Network, Path], None]
+    packages: tuple[str, ...] = ()
+    of_library: bool = False
+
+
+def write_export(network: Network, format: str, path: Path) -> list[Path]:
+    """Write a network, each file atomically; files that are there are replaced.
+
+    Args:
+        network: of a run.
+        format: one of :data:`FORMATS`.
+        path: of the file with the weights; formats for torch get ``<path>.json`` beside it.
+
+    Returns:
+        the files.
+
+    Raises:
+        ValueError: the library of that format has no such network, or a package is missing.
+        OSError: the file cannot be written.
+    """
+    kind = FORMATS[format]
+    if kind.of_library:
+        _check_library_has_it(network, format)
+    check_packages(format)
+    kind.write(network, path)
+    return [path, sidecar(path)] if kind.of_library else [path]
+
+
+def check_packages(format: str) -> None:
+    """Raise ValueError if a package is missing that the format needs."""
+    if missing := [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(
+            f"--format {format} needs {' and '.join(missing)}, which this Python does not have: "
+            f"pip install {' '.join(missing)}"
+        )
+
+
+def sidecar(path: Path) -> Path:
+    """Where the card of a torch file is."""
+    return path.with_name(f"{path.name}.json")
+
+
+def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a safetensors file back.
+
+    Returns:
+        the module, normalised images (B, 3, S, S) float32 to (B, D), in evaluation mode; and its card.
+
+    Raises:
+        ValueError: the file is not an export of this project.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - of the extra "export"
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            told = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
+    if not {"model", "head", "classes"} <= told.keys() or told["head"] not in HEADS:
+        raise ValueError(f"{path} is not an export of paws_hpc: its metadata has no model, head and classes.")
+    card = {name: value if name in _TEXTS else json.loads(value) for name, value in told.items()}
+    module = rebuild(build_encoder(ModelConfig(**card["model"]), seed=0), card["head"], len(card["classes"]))
+    module.load_state_dict(weights)
+    return module, card
+
+
+def _check_library_has_it(network: Network, format: str) -> None:
+    model = network.card["model"]
+    if model["name"] not in ("resnet50", "resnet18") or model["width"] != 1:
+        fitting = " or ".join(name for name, kind in FORMATS.items() if not kind.of_library)
+        raise ValueError(
+            f"{format} has no {model['name']} of width {model['width']}, as this run trained: it has resnet50 and "
+            f"resnet18 of width 1. Use --format {fitting}."
+        )
+
+
+def _torch_weights(network: Network) -> dict[str, Tensor]:
+    """Under the names of torchvision and timm: the trunk's own, and ``fc.0``, ``fc.1``, … for what follows it."""
+    weights = to_torchvision(weights_of(network.module))
+    for number, layer in enumerate(network.head_layers.values()):
+        weights |= {f"fc.{number}.{name}": value for name, value in weights_of(layer).items()}
+    return weights
+
+
+def _fc(network: Network) -> str:
+    """The Python expression that makes what follows the trunk."""
+    layers = []
+    for layer in network.head_layers.values():
+        match layer:
+            case nn.Linear():
+                layers.append(f"torch.nn.Linear({layer.in_features}, {layer.out_features})")
+            case nn.BatchNorm1d():
+                layers.append(f"torch.nn.BatchNorm1d({layer.num_features})")
+            case _:
+                layers.append("torch.nn.ReLU()")
+    return f"torch.nn.Sequential({', '.join(layers)})" if layers else "torch.nn.Identity()"
+
+
+def _write_torch(network: Network, path: Path, format: str, build: list[str], facts: dict[str, Any]) -> None:
+    save_tensors(path, _torch_weights(network))
+    usage = [
+        *build,
+        f"model.fc = {_fc(network)}",
+        f"model.load_state_dict(torch.load({path.name!r}, weights_only=True), strict=True)",
+        "model.eval()",
+    ]
+    write_json(sidecar(path), _labelled(network, format) | facts | {"usage": usage, "file_xxh3_128": file_hash(path)})
+
+
+def _write_torchvision(network: Network, path: Path) -> None:
+    build = ["import torch, torchvision", f"model = torchvision.models.{network.card['model']['name']}()"]
+    _write_torch(network, path, "torchvision", build, {})
+
+
+def _write_timm(network: Network, path: Path) -> None:
+    name, image = network.card["model"]["name"], network.card["image"]
+    logits = network.head == "classifier"
+    facts = {
+        "architecture": name,
+        "num_classes": network.card["output_dim"] if logits else 0,
+        "pretrained_cfg": {
+            "input_size": [3, image["size"], image["size"]],
+            "interpolation": "bilinear",
+            "crop_mode": "center",
+            "crop_pct": image["size"] / image["resize"],
+            "mean": image["mean"],
+            "std": image["std"],
+            "label_names": network.card["classes"] if logits else None,
+        },
+    }
+    build = ["import torch, timm", f"model = timm.create_model({name!r}, num_classes=0)"]
+    _write_torch(network, path, "timm", build, facts)
+
+
+def _write_safetensors(network: Network, path: Path) -> None:
+    from safetensors.torch import save  # noqa: PLC0415 - of the extra "export"
+
+    content = save(weights_of(network.module), _as_texts(_labelled(network, "safetensors")))
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def _write_onnx(network: Network, path: Path) -> None:
+    if (size := sum(value.nbytes for value in network.module.state_dict().values())) > _PROTOBUF_BYTES:
+        raise ValueError(
+            f"an ONNX file holds 2 GB, but these weights are {size / 1e9:.2f} GB: use --format safetensors, or "
+            "--head none if that is what is wanted."
+        )
+    model = _traced(network)
+    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        del part.metadata_props[:]  # of every node the lines of source that made it, with the paths of this machine
+    for name, value in _as_texts(_labelled(network, "onnx")).items():
+        model.metadata_props.add(key=name, value=value)
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString(deterministic=True))
+
+
+def _traced(network: Network) -> Any:
+    """The ONNX model of a network, for any number of images."""
+    images = torch.zeros(2, *network.image_shape)
+    with warnings.catch_warnings():  # about torch's own use of itself
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        program = torch.onnx.export(
+            network.module,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=[HEADS[network.head]],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None, "with dynamo it is"
+    return program.model_proto
+
+
+def _labelled(network: Network, format: str) -> dict[str, Any]:
+    return {"format": format, **network.card}
+
+
+_TEXTS = ("format", "head", "output")
+
+
+def _as_texts(card: dict[str, Any]) -> dict[str, str]:
+    """For libraries whose metadata are texts: what is none becomes JSON."""
+    return {name: value if name in _TEXTS else json.dumps(value) for name, value in card.items()}
+
+
+FORMATS = {
+    "torchvision": Format("torchvision's ResNet", ".torchvision.pt", _write_torchvision, of_library=True),
+    "timm": Format("timm's ResNet", ".timm.pt", _write_timm, of_library=True),
+    "safetensors": Format("any network, under its own names", ".safetensors", _write_safetensors, ("safetensors",)),
+    "onnx": Format("any network, for runtimes without torch", ".onnx", _write_onnx, ("onnx", "onnxscript")),
+}

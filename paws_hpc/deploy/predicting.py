@@ -1,0 +1,170 @@
+"""Predictions about images that no run has seen, with the labelled images that they resemble most.
+
+Legend: n images, M labelled images, K classes, D features, s the side of the evaluation crop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from paws_hpc.config import Config
+from paws_hpc.data.augment import normalise
+from paws_hpc.data.crops import center_crop
+from paws_hpc.data.images import as_tensor
+from paws_hpc.deploy.files import read_image
+from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn
+from paws_hpc.models.encoder import Classifier
+from paws_hpc.objective.neighbours import cosine_logits, full_precision
+from paws_hpc.stages.run_data import RunData
+from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.selection import load_neighbours, load_winner
+
+METHODS = ("paws-nn", "fine-tuned")
+_AT_ONCE = 256  # as many as in evaluation, so that sums, too, are taken in its order
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A labelled image that resembles another; ``similarity`` is the cosine of what the network makes of both."""
+
+    record: int
+    key: str
+    name: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said of one image file.
+
+    Attributes:
+        path: of the file.
+        classes: names with their probabilities, the most probable first.
+        nearest: labelled images, the most similar first.
+        crop: (3, s, s) uint8, what the network saw.
+    """
+
+    path: Path
+    classes: list[tuple[str, float]]
+    nearest: list[Neighbour]
+    crop: Tensor
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image file that cannot be used, and why."""
+
+    path: Path
+    reason: str
+
+
+class Predictor:
+    """A network of a finished run that classifies image files as the run's own evaluation classifies packed images."""
+
+    def __init__(self, config: Config, run: RunFolder, data: RunData, *, method: str, device: torch.device) -> None:
+        """Load the network and look at all labelled images with it.
+
+        Args:
+            config: of the run.
+            run: its folder.
+            data: its stores and splits.
+            method: ``paws-nn``, by the network that this was scored with; ``fine-tuned``, by the one selection chose.
+            device: to compute on.
+
+        Raises:
+            FileNotFoundError: the stage that makes the network has not finished.
+            ValueError: its weights are damaged or of another experiment, or there is no fine-tuned network.
+        """
+        self._data, self._crop, self._threads, self._device = data, config.views.evaluation, config.data.threads, device
+        self._temperature = config.objective.temperature
+        self._linear: nn.Linear | None = None
+        if method == "fine-tuned":
+            classifier, _ = load_winner(config, run, len(data.classes), device)
+            self._network: nn.Module = _ClassifierFeatures(classifier)
+            self._linear = classifier.linear
+        else:
+            self._network = Representation(load_neighbours(config, run, data, device)[0])
+        images = data.labelled_images(config)
+        self._supports = forward_all(self._network, images.batches(device, torch.float32), len(images))
+        self._support_labels = images.labels
+
+    def predict(self, paths: Sequence[Path], *, top: int, nearest: int) -> Iterator[Prediction | Failure]:
+        """Classify files one after the other; one that cannot be used does not keep the others.
+
+        Args:
+            paths: of image files.
+            top: classes to name, as far as there are.
+            nearest: labelled images to name, as far as there are.
+        """
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="predict") as pool:
+            for start in range(0, len(paths), _AT_ONCE):
+                read = list(pool.map(self._read, paths[start : start + _AT_ONCE]))
+                whole = [item for item in read if not isinstance(item, Failure)]
+                told = iter(self._told(whole, top=top, nearest=nearest) if whole else [])
+                for item in read:
+                    yield item if isinstance(item, Failure) else next(told)
+
+    def support_crop(self, record: int) -> Tensor:
+        """(3, s, s) uint8, the evaluation crop of a labelled image."""
+        return self._cropped(self._data.supports.pixels(np.array([record]))[0])
+
+    def _read(self, path: Path) -> tuple[Path, Tensor] | Failure:
+        try:
+            return path, self._cropped(read_image(path, self._data.labelled_store, self._crop))
+        except OSError as error:
+            return Failure(path, error.strerror or str(error))
+        except ValueError as error:
+            return Failure(path, str(error))
+
+    def _cropped(self, pixels: NDArray[np.uint8]) -> Tensor:
+        return center_crop(as_tensor(pixels).permute(2, 0, 1), resize=self._crop.resize, size=self._crop.size)
+
+    def _told(self, images: list[tuple[Path, Tensor]], *, top: int, nearest: int) -> Iterator[Prediction]:
+        like = self._data.train
+        crops = torch.stack([crop for _, crop in images])
+        batch = normalise(crops.to(self._device), mean=like.mean, std=like.std)
+        with evaluation_mode(self._network):
+            rows = self._network(batch)
+            best = self._probabilities(rows).topk(min(top, len(self._data.classes)), dim=1)
+            with full_precision(rows):
+                cosines = cosine_logits(rows, self._supports, temperature=1.0)
+            similar = cosines.topk(min(nearest, len(self._supports)), dim=1)
+        each = zip(images, *(part.cpu() for part in (*best, *similar)), strict=True)
+        for (path, crop), probabilities, classes, similarities, places in each:
+            named = zip(
+                (self._data.classes[number] for number in classes.tolist()), probabilities.tolist(), strict=True
+            )
+            neighbours = zip(places.tolist(), similarities.tolist(), strict=True)
+            yield Prediction(path, list(named), [self._neighbour(*pair) for pair in neighbours], crop)
+
+    def _probabilities(self, rows: Tensor) -> Tensor:
+        """(n, D) → (n, K)."""
+        if self._linear is not None:
+            return self._linear(rows).softmax(dim=1)
+        labels, classes = self._support_labels.to(rows.device), len(self._data.classes)
+        return paws_nn(rows, self._supports, labels, num_classes=classes, temperature=self._temperature)
+
+    def _neighbour(self, place: int, similarity: float) -> Neighbour:
+        record = int(self._data.labelled[place])
+        key = self._data.labelled_store.keys[record]
+        return Neighbour(record, key, self._data.classes[int(self._support_labels[place])], similarity)
+
+
+class _ClassifierFeatures(nn.Module):
+    """Images to what a classifier's last layer sees."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, s, s) → (n, D)."""
+        return self.classifier.features(images)

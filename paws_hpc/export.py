@@ -1,0 +1,65 @@
+"""Command: write a network of a finished run as a file of another library.
+
+    python -m paws_hpc.export RUN --format torchvision                  the pre-trained trunk
+    python -m paws_hpc.export RUN --format onnx --head classifier       the fine-tuned network that selection chose
+
+Class names, normalisation and where the weights come from travel along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from paws_hpc.cluster.frozen import read_config
+from paws_hpc.cluster.runs import find_run
+from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
+from paws_hpc.deploy.formats import check_packages
+from paws_hpc.stages.run_data import open_data
+from paws_hpc.stages.run_folder import RunFolder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 1 with one line if the export is not possible."""
+    options = _parser().parse_args(arguments)
+    try:
+        _export(options)
+    except (OSError, ValueError) as error:  # everything that a user can cause or repair
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    formats = "; ".join(f"{name}: {kind.help}" for name, kind in FORMATS.items())
+    heads = "; ".join(f"{name}: {output}" for name, output in HEADS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m paws_hpc.export", description="Write a network of a finished run as a file."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
+    parser.add_argument("--format", required=True, choices=FORMATS, help=formats)
+    parser.add_argument("--head", default="none", choices=HEADS, help=f"what comes out ({heads}; default %(default)s)")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="default: RUN/export/NAME-OUTPUT and the format's suffix"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> None:
+    check_packages(options.format)
+    run = RunFolder(find_run(options.run, options.runs))
+    config = read_config(run.config)
+    network = load_network(config, run, open_data(config), options.head)
+    name = f"{config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
+    for path in write_export(network, options.format, options.to or run.path / "export" / name):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Command: classify image files by a finished run, and show the labelled images that they resemble most.
+
+    python -m paws_hpc.predict RUN photo.jpg FOLDER             by PAWS-NN
+    python -m paws_hpc.predict RUN FOLDER --method fine-tuned --html sheet.html
+    python -m paws_hpc.predict RUN FOLDER --json -              - is standard output
+
+Files go through the decoder and the crop of the run's own evaluation. One that is no image is named, and the others go
+on; the exit status is then 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paws_hpc.cluster.frozen import read_config
+from paws_hpc.cluster.runs import find_run
+from paws_hpc.config import Config
+from paws_hpc.deploy.files import image_files, printable, shown
+from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
+from paws_hpc.deploy.sheet import Sheet
+from paws_hpc.files import write_json
+from paws_hpc.stages.run_data import open_data
+from paws_hpc.stages.run_folder import RunFolder
+
+SOME_FAILED = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 if nothing could be done, 3 if some files are no images."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        return _predict(options)
+    except (OSError, ValueError) as error:  # everything that a user can cause or repair
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: no file was written", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paws_hpc.predict", description="Classify image files by a finished run."
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
+    parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="which network answers (%(default)s)")
+    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to name (%(default)s)")
+    parser.add_argument("--nearest", type=_positive, default=5, metavar="N", help="labelled images (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - is standard output")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet, one page without a network")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _predict(options: argparse.Namespace) -> int:
+    run = RunFolder(find_run(options.run, options.runs))
+    config, device = read_config(run.config), _device(options.device)
+    paths = list(image_files(options.images))
+    predictor = Predictor(config, run, open_data(config), method=options.method, device=device)
+    sheet = None if options.html is None else Sheet(predictor, config.name, _facts(config, run, options))
+    told: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    for item in predictor.predict(paths, top=options.top, nearest=options.nearest):
+        if sheet is not None:
+            sheet.add(item)
+        if isinstance(item, Failure):
+            failed.append({"path": str(item.path), "reason": item.reason})
+            print(f"error: {shown(item.path)}: {printable(item.reason)}", file=sys.stderr)
+            continue
+        if options.json is not None:
+            told.append(_as_json(item))
+        if options.json != "-":
+            print("\n".join(_lines(item)))
+    if sheet is not None:
+        sheet.write(options.html)
+    if options.json is not None:
+        _write_json({**_answered_by(config, run, options), "images": told, "failed": failed}, options.json)
+    return SOME_FAILED if failed else 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _answered_by(config: Config, run: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
+    return {"run": config.name, "commit": run.describe().get("commit"), "seed": config.seed, "method": options.method}
+
+
+def _facts(config: Config, run: RunFolder, options: argparse.Namespace) -> list[str]:
+    """Of the sheet's head."""
+    answered_by = _answered_by(config, run, options)
+    method = {"paws-nn": "PAWS-NN", "fine-tuned": "fine-tuned network"}[options.method]
+    return [f"by {method}", f"commit {answered_by['commit'] or 'unknown'}", f"seed {config.seed}"]
+
+
+def _as_json(item: Prediction) -> dict[str, Any]:
+    return {
+        "path": str(item.path),
+        "classes": [{"name": name, "probability": probability} for name, probability in item.classes],
+        "nearest": [{"key": one.key, "class": one.name, "similarity": one.similarity} for one in item.nearest],
+    }
+
+
+def _lines(item: Prediction) -> list[str]:
+    classes = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in item.classes)
+    nearest = ", ".join(f"{printable(one.key)} ({printable(one.name)}) {one.similarity:.2f}" for one in item.nearest)
+    return [f"{shown(item.path)}: {classes}", f"    nearest: {nearest}"]
+
+
+def _write_json(value: dict[str, Any], where: str) -> None:
+    if where == "-":
+        print(json.dumps(value, indent=2, allow_nan=False))
+    else:
+        write_json(Path(where), value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
