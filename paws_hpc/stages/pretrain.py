@@ -85,6 +85,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
+        made=run.checkpoint(training.total_steps),
     )
     with job as tracker:
         summary = pretrain(
@@ -140,7 +141,7 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
         )
     encoder = build_encoder(config.model, seed=config.seed)
     encoder.load_state_dict(checkpoint.state["encoder"])
-    return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
+    return encoder.to(device, torch.float32), file_hash(run.checkpoint(checkpoint.step))
 
 
 def score_nearest_neighbours(

@@ -16,12 +16,14 @@ from paws_hpc.engine.checkpoint import load_tensors
 from paws_hpc.engine.evaluate import Scores, score
 from paws_hpc.engine.finetune import Cell, predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models import build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
 from paws_hpc.stages.prepare import open_data
 from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
 from paws_hpc.stages.run_folder import RunFolder, is_done
+from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
 
 
@@ -97,6 +99,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
             scored[method] = scores.as_dict() | _cell(choice.cell)
     control.fence()
     if distributed.is_main():
+        publish_scores(config, run, winner, scored)
         write_json(
             run.result,
             {
@@ -109,6 +112,20 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
+
+
+def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[str, Any]) -> None:
+    """Show the test scores in Weights & Biases, as a run of the chain like those of the other stages."""
+    if not is_watched(config):
+        return
+    metrics = run.path / "selection" / "metrics.jsonl"
+    row = {f"test/{method}": scores["top1"] for method, scores in scored.items()}
+    used = None
+    if (cell := winner.cell) is not None:
+        row |= {"selected/learning_rate": cell.learning_rate, "selected/epochs": cell.epochs}
+        used = network(run, f"finetune/{cell.name}", run.cell("finetune", cell) / "best.pt")
+    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
+        file.log(0, row)
 
 
 def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
