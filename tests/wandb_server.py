@@ -98,6 +98,7 @@ class WandbServer:
             "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
             "ArtifactType": self._artifact_type,
             "CreateArtifact": self._create_artifact,
+            "ArtifactByID": self._artifact_by_id,
             "CreateArtifactManifest": self._create_manifest,
             "UpdateArtifactManifest": self._create_manifest,
             "CommitArtifact": self._commit_artifact,
@@ -185,6 +186,39 @@ class WandbServer:
         return {"createArtifact": {"artifact": {"id": identifier, "state": state, "artifactSequence": {
             "latestArtifact": {"id": identifier} if artifact.committed else None,
         }}}}  # fmt: skip
+
+    def _artifact_by_id(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self.artifacts[variables["id"]]
+        collection = {
+            "__typename": "ArtifactSequence",
+            "id": _opaque("Collection", artifact.name),
+            "name": artifact.name,
+            "project": self._project("paws"),
+        }
+        return {
+            "artifact": {
+                "__typename": "Artifact",
+                "id": artifact.id,
+                "artifactSequence": collection,
+                "versionIndex": 0,
+                "artifactType": {"name": artifact.kind},
+                "description": None,
+                "metadata": json.dumps(artifact.metadata),
+                "ttlDurationSeconds": -1,
+                "ttlIsInherited": False,
+                "tags": [],
+                "historyStep": None,
+                "state": "COMMITTED",
+                "size": 0,
+                "digest": artifact.digest,
+                "digestAlgorithm": "MANIFEST_MD5",
+                "commitHash": artifact.digest,
+                "fileCount": 1,
+                "createdAt": "2026-01-02T03:04:05Z",
+                "updatedAt": None,
+                "aliases": [],
+            }
+        }
 
     def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
         asked = variables.get("input") or variables

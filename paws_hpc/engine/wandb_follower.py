@@ -152,9 +152,19 @@ class Follower:
         for axis in ("trainer/step", "trainer/epoch"):
             run.define_metric(axis)
         run.define_metric("*", step_metric="trainer/step")
-        if (used := self._followed["used"]) is not None and not run.offline:
-            run.use_artifact(_artifact(used), aliases=[used["checksum"]])
+        self._link(run)
         return run
+
+    def _link(self, run: Any) -> None:
+        """Say in the lineage with which network the stage began; the run's config says it in any case."""
+        if (used := self._followed["used"]) is None or run.offline:
+            return
+        try:
+            run.use_artifact(_artifact(used), aliases=[used["checksum"]])
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001 - wandb raises anything; the curve does not depend on it
+            self.tell(f"Weights & Biases does not show which network this run began with ({error}).")
 
     def _init(self, mode: Any) -> Any:
         import wandb  # noqa: PLC0415 - as above

@@ -11,6 +11,7 @@ from typing import Any
 from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.engine.console import ProgressTracker
+from paws_hpc.engine.finetune import Cell
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
 from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
 from paws_hpc.files import file_hash, read_json
@@ -73,8 +74,12 @@ def watch(
     made: Path | None = None,
 ) -> WandbTracker:
     """Show a stage's ``metrics.jsonl`` in Weights & Biases, as a run of the chain's group."""
-    stage = job.partition("/")[0]
-    lineage = None if used is None else asdict(used) | {"run": run_id(run, "pretrain")}
+    stage, _, cell = job.partition("/")
+    own: dict[str, Any] = {"chain": run.describe().get("id")}
+    if used is not None:
+        own["lineage"] = asdict(used)
+    if cell:
+        own["cell"] = asdict(Cell.named(cell))  # else only the whole sweep is in the config
     shown = WandbRun(
         project=config.tracking.project,
         entity=config.tracking.entity,
@@ -83,7 +88,7 @@ def watch(
         group=config.name,
         job_type=stage,
         tags=[config.data.name, *(config.tracking.tags or [])],
-        config=settings(config) | {"chain": run.describe().get("id"), "lineage": lineage},
+        config=settings(config) | own,
     )
     described = (lambda: None) if made is None else lambda: network(run, job, made)
     return WandbTracker(metrics, shown, mode=config.tracking.wandb, used=used, made=described)

@@ -118,8 +118,9 @@ def test_lineage_leads_from_the_checkpoint_to_the_cell_to_selection(watched: Wat
     cell = server.runs["cafe0123-finetune-lr-0-02-epochs-1"]
     assert cell.uses == [network.id]
     assert server.runs["cafe0123-selection"].uses == [tuned.id]
-    expected = {"run": "cafe0123-pretrain", "name": network.name, "file": "step-00000006.pt", "checksum": checksum}
+    expected = {"name": network.name, "file": "step-00000006.pt", "checksum": checksum}
     assert cell.config["lineage"]["value"] == expected
+    assert cell.config["cell"]["value"] == {"learning_rate": 0.02, "epochs": 1}
 
 
 def test_selection_shows_the_test_scores(watched: Watched) -> None:
