@@ -2,7 +2,7 @@
 
 The layers; a module imports from the lines below its own and never from beside or above::
 
-    launch, shards, status, sync, doctor  commands
+    launch, shards, status, doctor, report, sync    commands
     cluster                               where stages run, and how they stop (the only submitit imports)
     stages                                frozen config → files in the run directory
     config                                the whole schema, as dataclasses

@@ -13,6 +13,7 @@ from paws_hpc.data.splits import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
 from paws_hpc.distributed import check_divides
 from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
 from paws_hpc.engine.optimizer import OptimizerConfig
 from paws_hpc.engine.pretrain import PretrainConfig
 from paws_hpc.engine.tracking import TrackingConfig
@@ -183,6 +184,7 @@ class Config:
         objective: loss.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
+        neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep from random weights on the same labels.
         tracking: Weights & Biases.
@@ -206,6 +208,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    neighbour_tuning: NeighbourTuningConfig = field(default_factory=NeighbourTuningConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -288,23 +291,27 @@ def identity(config: Config, *sections: str) -> Identity:
         config: of the run.
         sections: top-level fields to take; all of them if none are given.
     """
-    flat = _flatten(asdict(config), "")
+    flat = flatten(asdict(config))
     return {
-        name: value
-        for name, value in flat.items()
-        if not _covered(name, _WITHOUT_EFFECT) and (not sections or _covered(name, sections))
+        name: value for name, value in flat.items() if has_effect(name) and (not sections or _covered(name, sections))
     }
+
+
+def has_effect(field: str) -> bool:
+    """Whether a field, such as ``optimizer.peak_lr``, determines results; the others may change within a run."""
+    return not _covered(field, _WITHOUT_EFFECT)
 
 
 def _covered(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _flatten(value: dict[str, Any], prefix: str) -> Identity:
+def flatten(value: dict[str, Any], prefix: str = "") -> Identity:
+    """Nested mappings as one: ``{"optimizer": {"peak_lr": 6.4}}`` becomes ``{"optimizer.peak_lr": 6.4}``."""
     flat: Identity = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            flat |= _flatten(item, f"{prefix}{key}.")
+            flat |= flatten(item, f"{prefix}{key}.")
         else:
             flat[prefix + key] = item
     return flat

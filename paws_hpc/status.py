@@ -11,7 +11,6 @@ It only reads. ``--json`` prints one object (or a list of them without RUN) with
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 import time
@@ -23,13 +22,14 @@ from rich.live import Live
 
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run, plain_runs, rich_run, rich_runs
+from paws_hpc.cluster.runs import all_runs, find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if there is no such run."""
     options = _parser().parse_args(arguments)
     try:
-        paths = [_find(options.run, options.runs)] if options.run else _all(options.runs)
+        paths = [find_run(options.run, options.runs)] if options.run else all_runs(options.runs)
         if options.watch:
             _watch(paths, options)
         else:
@@ -53,37 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="list every cell of a sweep, also where many are alike")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one line per look")
     return parser
-
-
-def _find(name: str, runs: Path) -> Path:
-    """The folder of a run.
-
-    Raises:
-        FileNotFoundError: there is none; names that are spelled alike are in the message.
-    """
-    for path in (runs / name, Path(name)):
-        if _is_run(path):
-            return path
-    known = [path.name for path in _all(runs)] if runs.is_dir() else []
-    near = difflib.get_close_matches(Path(name).name, known, n=3)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:10]) or 'none'}."
-    raise FileNotFoundError(f"There is no run {name}, neither as a folder nor under {runs}. {hint}")
-
-
-def _all(runs: Path) -> list[Path]:
-    """The folders of all runs, the newest last.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    if not runs.is_dir():
-        raise FileNotFoundError(f"{runs} is no folder. Name the folder of all runs with --runs.")
-    found = [path for path in runs.iterdir() if _is_run(path)]
-    return sorted(found, key=lambda path: path.stat().st_mtime)
-
-
-def _is_run(path: Path) -> bool:
-    return path.is_dir() and any((path / name).exists() for name in ("chain.json", "config.yaml", "jobs"))
 
 
 def _look(paths: Sequence[Path], options: argparse.Namespace) -> list[RunOverview]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.cluster.layout import all_runs, find_run
+from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import exclusive
 from paws_hpc.stages.wandb_segments import find_segments, upload_next
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,15 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
 
+_IN_EVERY_NAME = ("experiment", "seed")
+_UNFIT = re.compile(r"[^\w.+-]+")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
@@ -36,6 +39,9 @@ _STORE.repo["hydra"]["launcher"].pop("submitit_slurm.yaml")
 def runs_of(arguments: Sequence[str]) -> list[list[str]]:
     """The overrides of each run that sweeps such as ``seed=0,1,2`` ask for, in their order.
 
+    A run is named after what is swept, unless the arguments name it: conf/config.yaml's name has experiment and seed
+    already, so ``objective.me_max=true,false`` adds ``-me_max=True`` and ``-me_max=False``.
+
     Raises:
         ConfigError: an argument is no override.
     """
@@ -43,7 +49,21 @@ def runs_of(arguments: Sequence[str]) -> list[list[str]]:
         overrides = OverridesParser.create().parse_overrides(list(arguments))
     except HydraException as error:
         raise ConfigError(explain(error)) from error
-    return [list(run) for run in itertools.product(*(_values(override) for override in overrides))]
+    runs = [list(run) for run in itertools.product(*(_values(override) for override in overrides))]
+    swept = [number for number, override in enumerate(overrides) if override.is_sweep_override()]
+    telling = [number for number in swept if overrides[number].key_or_group not in _IN_EVERY_NAME]
+    if telling and not any(override.key_or_group == "name" for override in overrides):
+        default = OmegaConf.to_container(cast(DictConfig, OmegaConf.load(CONF / "config.yaml")), resolve=False)
+        assert isinstance(default, dict), "conf/config.yaml is a mapping"
+        for run in runs:
+            run.append(f"name='{'-'.join([default['name'], *(_in_a_name(run[number]) for number in telling)])}'")
+    return runs
+
+
+def _in_a_name(override: str) -> str:
+    """``objective.me_max=True`` as ``me_max=True``; what a folder should not be named with becomes a hyphen."""
+    key, _, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}={_UNFIT.sub('-', value).strip('-')}"
 
 
 def _values(override: Override) -> list[str]:

@@ -110,20 +110,36 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a ``metrics.jsonl``; a last line torn by a kill is left out.
 
     Raises:
-        ValueError: a line other than the last is not JSON; file and line are named.
+        ValueError: any other line is not a JSON object; file and line are named.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    rows: list[Row] = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # a whole line ends in a newline, so only a torn one is last here
-                break
-            raise ValueError(f"{path}, line {number} is not JSON ({error}). Restore the file or remove it.") from error
-    return rows
+    return parse_rows(path)[0]
+
+
+def parse_rows(path: Path) -> tuple[list[Row], bool]:
+    """The rows of a ``metrics.jsonl``, the first of line 1, and whether a torn last line was left out.
+
+    Raises:
+        ValueError: any other line is not a JSON object; file and line are named.
+    """
+    *lines, last = path.read_bytes().split(b"\n")  # a whole line ends in a newline, so only a torn one is last here
+    rows = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
+    if not last:
+        return rows, False
+    try:
+        return [*rows, _parse_line(path, len(lines) + 1, last)], False
+    except ValueError:
+        return rows, True
+
+
+def _parse_line(path: Path, number: int, line: bytes) -> Row:
+    remedy = "Only the last line may be torn. Restore the file or remove it."
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number} is not JSON ({error}). {remedy}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is not a JSON object but {line.decode()}. {remedy}")  # noqa: TRY004
+    return row
 
 
 class Trackers:

@@ -7,10 +7,8 @@ killed: a panel without data says what is missing and which stage writes it. The
 from __future__ import annotations
 
 import base64
-import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,12 @@ import jinja2
 from markupsafe import Markup
 
 from paws_hpc.files import write_text
+from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
     DASH,
+    Notice,
     Score,
     confused_pairs,
     duration,
@@ -38,23 +38,25 @@ _CROPS_PIXELS = 640
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Notice:
-    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+def build_report(run: Path, folder: Path | None = None) -> Path:
+    """Write the report of the run directory ``run``, atomically, and return its path.
 
-    level: str
-    title: str
-    text: str
-
-
-def build_report(run: Path) -> Path:
-    """Write ``report/index.html`` of the run directory ``run``, atomically, and return its path.
+    Args:
+        run: to tell of.
+        folder: to write ``index.html`` to; ``report/`` in ``run`` if none.
 
     Raises:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
-    record = read_run(run)
+    page = render("report.html.j2", _context(read_run(run)))
+    path = (folder or run / "report") / "index.html"
+    write_text(path, page)
+    return path
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page from one of the templates beside this file, with the style sheet inside; names in it are text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -62,20 +64,15 @@ def build_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(_context(record))
-    path = run / "report" / "index.html"
-    write_text(path, page)
-    return path
+    style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(context, style=style, percent=percent, dash=DASH)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
     """Everything the template shows; it computes nothing itself."""
     methods = scores(record)
     return {
-        "style": Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         "record": record,
-        "percent": percent,
-        "dash": DASH,
         "byline": _byline(record),
         "notices": notices(record),
         "facts": dict(table_rows(record)),
@@ -87,6 +84,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "panels": pretrain_panels(record),
         "sweeps": _sweeps(record),
         "confusion": _confusion(record, methods),
+        "gallery": gallery(record),
         "crops": _crops(record),
         "provenance": _provenance(record),
     }
@@ -134,7 +132,7 @@ def _missing_cells(sweep: str, cells: Sequence[Cell]) -> list[Notice]:
 
 def _byline(record: RunRecord) -> list[str]:
     """When, by which version, from which commit, with which seed: as far as it is known."""
-    commit, seed = record.chain.get("commit"), _seed(record)
+    commit, seed = record.chain.get("commit"), record.seed
     version = record.chain.get("versions", {}).get("paws_hpc")
     parts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
@@ -163,18 +161,11 @@ def _floor(methods: list[Score]) -> int:
     return min((int(10 * score.low) * 10 for score in methods), default=0)
 
 
-def _baseline_cell(record: RunRecord) -> str | None:
-    entry = record.result.get("test", {}).get("baseline") or {}
-    if entry.get("learning_rate") is None or entry.get("epochs") is None:
-        return None
-    return f"lr={entry['learning_rate']},epochs={entry['epochs']}"
-
-
 def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
     """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
     sweeps = [
         ("finetune", "Fine-tuning", record.finetune, record.selected.get("cell")),
-        ("baseline", "Baseline", record.baseline, _baseline_cell(record)),
+        ("baseline", "Baseline", record.baseline, record.selected.get("baseline", {}).get("cell")),
     ]
     return [
         {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),
@@ -225,27 +216,18 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
 
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
-    commit, seed = record.chain.get("commit"), _seed(record)
-    digests = record.result.get("digests", record.summary.get("digests", {}))
+    commit, seed = record.chain.get("commit"), record.seed
     run = [
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
         ("host cores", str(record.chain.get("host_cores", "unknown"))),
-        ("seed", "unknown" if seed is None else seed),
+        ("seed", "unknown" if seed is None else str(seed)),
     ]
     tables = [
         ("Run", run),
         ("Versions", flatten(record.chain.get("versions", {}))),
-        ("Digests of data and splits", flatten(digests)),
+        ("Digests of data and splits", list(record.digests.items())),
         ("Pretraining", flatten({key: value for key, value in record.summary.items() if key != "digests"})),
     ]
     return [(caption, rows) for caption, rows in tables if rows]
-
-
-def _seed(record: RunRecord) -> str | None:
-    """The seed that the result states, or before there is one the frozen config's."""
-    if record.result.get("seed") is not None:
-        return str(record.result["seed"])
-    line = re.search(r"^seed:\s*(\S+)\s*$", record.config or "", re.MULTILINE)
-    return None if line is None else line[1]

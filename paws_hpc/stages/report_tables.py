@@ -9,19 +9,37 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.stages.report_run import Cell, RunRecord, parse_cell, read_run
 
+Class = TypeVar("Class")
+"""What classes are called."""
+
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 DASH = "\N{EN DASH}"
 """Stands between the ends of an interval, and alone where there is no value (yet)."""
 
-METHODS = {"paws_nn": "PAWS-NN", "fine_tuned": "fine-tuned", "baseline": "baseline"}
+METHODS = {
+    "paws_nn": "PAWS-NN",
+    "fine_tuned": "fine-tuned",
+    "linear_probe": "linear probe",
+    "k_nn": "k-NN",
+    "baseline": "baseline",
+}
 """The keys of result.json's ``test`` and what they are called in tables."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -135,6 +153,10 @@ def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Scor
     setting = ""
     if entry.get("learning_rate") is not None and entry.get("epochs") is not None:
         setting = f"lr {float(entry['learning_rate']):g}, {entry['epochs']} epochs"
+    elif entry.get("penalty") is not None:
+        setting = f"penalty {float(entry['penalty']):g}"
+    elif entry.get("k") is not None:
+        setting = f"k = {entry['k']}"
     low, high = wilson_interval(correct, count)
     top5 = None if entry.get("top5") is None else float(entry["top5"])
     return Score(key, name, setting, top1, top5, correct, count, low, high, confusion)
@@ -209,8 +231,8 @@ def sweep_grid(cells: Sequence[Cell], chosen: str | None) -> Grid:
 
 
 def confused_pairs(
-    confusion: NDArray[np.int64], classes: Sequence[str], *, limit: int = 15
-) -> list[tuple[str, str, int, float]]:
+    confusion: NDArray[np.int64], classes: Sequence[Class], *, limit: int = 15
+) -> list[tuple[Class, Class, int, float]]:
     """The most frequent mistakes: true class, predicted class, images, and their share of the true class's images."""
     mistakes = confusion - np.diag(np.diag(confusion))
     totals = confusion.sum(axis=1)

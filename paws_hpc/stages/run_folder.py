@@ -47,9 +47,19 @@ class RunFolder:
         return self.checkpoints / f"step-{steps:08d}.pt"
 
     @property
+    def tuned(self) -> Path:
+        """Weights of the encoder after ``neighbour_tuning``, where there was any."""
+        return self.path / "tuned.pt"
+
+    @property
     def selected(self) -> Path:
         """The winner of the sweep."""
         return self.path / "selected.json"
+
+    @property
+    def selection(self) -> Path:
+        """What selection leaves for the report, beside the two files named by other properties."""
+        return self.path / "selection"
 
     @property
     def result(self) -> Path:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
-from paws_hpc.engine.evaluate import Scores, score
+from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import Cell, predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models import build_classifier, build_encoder
 from paws_hpc.stages.finetune import sweep_config
+from paws_hpc.stages.gallery import Scored, write_gallery
 from paws_hpc.stages.prepare import open_data
-from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
+from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
+from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
@@ -73,7 +77,7 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
 
 
 def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
-    """Write ``selected.json`` and ``result.json``, or return at once if they are there.
+    """Write ``selected.json``, pictures for the report and ``result.json``, or return at once if the latter is there.
 
     Raises:
         ValueError: too few cells have finished, or the result that is there is of another sweep.
@@ -83,22 +87,34 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         return
     data = open_data(config)
     winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
+    pretrained, _ = load_pretrained(config, run, data, device)
+    probes = fit_probes(pretrained, data, config, device, control)
+    neighbours, tuning = pretrained, None
+    if config.neighbour_tuning.steps:
+        neighbours = copy.deepcopy(pretrained)
+        tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
     control.fence()
     if distributed.is_main():
         cells = [cell.name for cell in config.finetune.cells()]
-        write_json(run.selected, winner.as_dict() | {"cells": cells, "baseline": baseline.as_dict()})
-    encoder, _ = load_pretrained(config, run, data, device)
+        chosen = {"cells": cells, "baseline": baseline.as_dict(), "neighbour_tuning": tuning}
+        chosen |= {name: probe.as_dict() for name, probe in probes.items()}
+        write_json(run.selected, winner.as_dict() | chosen)
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
-    nearest = score_nearest_neighbours(encoder, data, test, config, device)
-    scored = {"paws_nn": nearest.as_dict()}
+    nearest = nearest_neighbours(neighbours, data, test, config, device)
+    predictions, settings = {"paws_nn": nearest.predictions}, {name: probe.setting for name, probe in probes.items()}
     for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
         if choice.cell is not None:
-            scores = _score_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
-            scored[method] = scores.as_dict() | _cell(choice.cell)
+            predictions[method] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
+            settings[method] = _cell(choice.cell)
+    shown = Scored(test, data.labelled_images(config), nearest, dict(predictions))
+    features = trunk_features(pretrained, test, device, control)
+    predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
+        write_gallery(run.selection, shown)
+        scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
         publish_scores(config, run, winner, scored)
         write_json(
             run.result,
@@ -108,7 +124,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
                 "classes": list(data.classes),
                 "seed": config.seed,
                 "missing": {"finetune": winner.missing, "baseline": baseline.missing},
-                "test": {"count": len(test)} | scored,
+                "test": {"count": len(test)}
+                | {method: scores | settings.get(method, {}) for method, scores in scored.items()},
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
@@ -118,7 +135,7 @@ def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[
     """Show the test scores in Weights & Biases, as a run of the chain like those of the other stages."""
     if not is_watched(config):
         return
-    metrics = run.path / "selection" / "metrics.jsonl"
+    metrics = run.selection / "metrics.jsonl"
     row = {f"test/{method}": scores["top1"] for method, scores in scored.items()}
     used = None
     if (cell := winner.cell) is not None:
@@ -138,13 +155,13 @@ def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
         )
 
 
-def _score_cell(
+def _predict_cell(
     config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, cell: Cell
-) -> Scores:
+) -> Tensor:
     classifier = build_classifier(build_encoder(config.model, seed=config.seed), len(test.store.classes)).to(device)
     best = run.cell(sweep, cell) / "best.pt"
     classifier.load_state_dict(load_tensors(best, device))
-    return score(predict(classifier, test, device).cpu(), test.labels)
+    return predict(classifier, test, device).cpu()
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def write_run(
     _json(run / "selected.json", {
         "learning_rate": 0.05, "epochs": 30, "cell": cell, "validation_accuracy": accuracy,
         "missing": ["lr=0.2,epochs=30"],
+        "baseline": {"learning_rate": 0.2, "epochs": 30, "cell": "lr=0.2,epochs=30", "missing": []},
     })  # fmt: skip
     test = {
         "count": 360,
@@ -412,7 +413,7 @@ def test_a_garbled_run_is_refused_and_keeps_its_earlier_report(tmp_path: Path) -
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
-    with pytest.raises(ValueError, match=r"pretrain/metrics\.jsonl line 5 is not JSON"):
+    with pytest.raises(ValueError, match=r"pretrain/metrics\.jsonl, line 5 is not JSON"):
         build_report(tmp_path)
     assert (tmp_path / "report" / "index.html").read_bytes() == earlier
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]

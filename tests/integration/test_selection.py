@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.neighbors import KNeighborsClassifier
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.finetune import Cell, ClassifierConfig, predict
+from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
 from paws_hpc.files import write_json
 from paws_hpc.models import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
@@ -175,6 +177,62 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     assert json.loads((run.prepare / "DONE").read_text()) == {"digests": result["digests"]}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": []}
     assert result["test"]["paws_nn"]["top1"] == pytest.approx(nearest_neighbour_accuracy(config, run, images))
+
+
+def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tuple[Config, RunFolder]) -> None:
+    config, run = chain
+    data = prepare.open_data(config)
+    selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
+    encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
+
+    def features(images: EvaluationSet) -> np.ndarray:
+        with torch.no_grad():
+            return torch.cat([encoder.eval().trunk(batch) for batch in images.batches(CPU, torch.float32)]).numpy()
+
+    labelled, validation = data.labelled_images(config), data.validation_images(config)
+    by_k = {
+        k: KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        .fit(features(labelled), labelled.labels)
+        .score(features(validation), validation.labels)
+        for k in (1, 3, 5, 10, 20)
+    }
+    assert selected["k_nn"]["validation_accuracy"] == pytest.approx(max(by_k.values()))
+    assert by_k[selected["k_nn"]["k"]] == pytest.approx(max(by_k.values()))
+    assert result["k_nn"]["k"] == selected["k_nn"]["k"]
+    assert result["linear_probe"]["penalty"] == selected["linear_probe"]["penalty"]
+    assert all(np.sum(result[name]["confusion"]) == 400 for name in ("k_nn", "linear_probe"))
+
+
+def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked_for(
+    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(chain[1].path, run.path)
+    expected = json.loads(run.result.read_text())["test"]
+    for path in (run.result, run.selected):
+        path.unlink()
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.neighbour_tuning = NeighbourTuningConfig(steps=10, learning_rate=0.03)
+    selection.run(config, run, CPU)
+    tuning, result = (
+        json.loads(run.selected.read_text())["neighbour_tuning"],
+        json.loads(run.result.read_text())["test"],
+    )
+    assert tuning["steps"] == 10
+    assert tuning["loss"][1] < tuning["loss"][0]
+    assert result["paws_nn"]["confusion"] != expected["paws_nn"]["confusion"]
+    assert {name: result[name] for name in expected if name != "paws_nn"} == {
+        name: expected[name]
+        for name in expected
+        if name != "paws_nn"  # all else is of the network as pre-trained
+    }
+    encoder = build_encoder(config.model, seed=0)
+    encoder.load_state_dict(torch.load(run.tuned, weights_only=True))
+    data = prepare.open_data(config)
+    validation = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
+    assert tuning["validation_accuracy"]["after"] == validation.top1
 
 
 def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(

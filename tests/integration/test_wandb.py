@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,8 @@ def outside(patch: pytest.MonkeyPatch, folder: Path, server: WandbServer) -> Non
     """The environment of a user who is logged in to ``server``, whose home is ``folder``."""
     for name, value in (server.environment | {"HOME": str(folder), "NETRC": str(folder / "netrc")}).items():
         patch.setenv(name, value)
-    patch.delenv("WANDB_MODE", raising=False)
+    patch.setenv("WANDB_MODE", "")
+    del os.environ["WANDB_MODE"]  # training may set it, and the patch takes it back
 
 
 @pytest.fixture(scope="module")

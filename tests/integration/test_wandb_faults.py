@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,22 +30,25 @@ CPU = torch.device("cpu")
 PATIENCE_S = 45.0
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store") / "store", alike=False)
+class Reference(NamedTuple):
+    """A store, and the folder of a training on it without Weights & Biases."""
+
+    store: Path
+    unwatched: Path
 
 
 @pytest.fixture(scope="module")
-def unwatched(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same training without Weights & Biases."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("unwatched")
+    store = make_store(folder / "store", alike=False)
     config, run = tiny_run(store, folder)
     pretrain.run(config, run, CPU)
-    return folder
+    return Reference(store, folder)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    """A server, and little patience; what tests change of these and of WANDB_* is as before afterwards."""
     monkeypatch.setattr(wandb_tracker, "_INIT_TIMEOUT_S", 4.0)
     monkeypatch.setattr(wandb_tracker, "_UPLOAD_S", 2.0)
     monkeypatch.setattr(wandb_tracker, "_PATIENCE_S", PATIENCE_S)
@@ -111,15 +114,18 @@ def _read(path: Path) -> bytes:
 
 @pytest.mark.parametrize("behaviour", ["401", "429", "500", "hang", "unreachable"])
 def test_a_server_that_cannot_be_used(
-    behaviour: str, store: Path, unwatched: Path, server: WandbServer, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    behaviour: str,
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     if behaviour == "unreachable":
-        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+        os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
     else:
         server.behaviour = behaviour
-    run = train(store, tmp_path)
-    assert_same(tmp_path, unwatched)
+    run = train(reference.store, tmp_path)
+    assert_same(tmp_path, reference.unwatched)
     (told,) = messages(caplog)
     assert "cannot be reached" in told
     assert "paws_hpc.sync" in told
@@ -128,7 +134,7 @@ def test_a_server_that_cannot_be_used(
 
 
 def test_a_server_that_falls_silent_delays_neither_a_step_nor_the_end_beyond_its_time(
-    store: Path, unwatched: Path, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     since: list[float] = []
 
@@ -137,8 +143,8 @@ def test_a_server_that_falls_silent_delays_neither_a_step_nor_the_end_beyond_its
         server.behaviour = "hang"
         since.append(time.monotonic())
 
-    run = train(store, tmp_path, in_between=fall_silent)
-    assert_same(tmp_path, unwatched)
+    run = train(reference.store, tmp_path, in_between=fall_silent)
+    assert_same(tmp_path, reference.unwatched)
     assert time.monotonic() - since[0] < PATIENCE_S + 10
     (told,) = messages(caplog)
     assert "off from here on" in told
@@ -149,26 +155,31 @@ def test_a_server_that_falls_silent_delays_neither_a_step_nor_the_end_beyond_its
 
 @pytest.mark.parametrize("with_what", [signal.SIGKILL, signal.SIGTERM])
 def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
-    with_what: signal.Signals, store: Path, unwatched: Path, server: WandbServer, tmp_path: Path,
+    with_what: signal.Signals,
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
 
     def kill(run: RunFolder) -> None:
         wait_for(lambda: "cafe0123-pretrain" in server.runs)
         os.kill(service_of(run), with_what)
 
-    run = train(store, tmp_path, in_between=kill)
-    assert_same(tmp_path, unwatched)
+    run = train(reference.store, tmp_path, in_between=kill)
+    assert_same(tmp_path, reference.unwatched)
     assert len(messages(caplog)) == 1
     rows = read_rows(run.pretrain / "metrics.jsonl")
     assert [row["_step"] for row in server.runs["cafe0123-pretrain"].history] == [position(row) for row in rows]
 
 
 def test_a_service_process_that_stops_is_ended_in_time(
-    store: Path, unwatched: Path, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(wandb_tracker, "_PATIENCE_S", 3.0)
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wandb_tracker._PATIENCE_S = 3.0
     stopped: list[int] = []
 
     def stop(run: RunFolder) -> None:
@@ -177,8 +188,8 @@ def test_a_service_process_that_stops_is_ended_in_time(
         os.kill(stopped[0], signal.SIGSTOP)
 
     began = time.monotonic()
-    train(store, tmp_path, in_between=stop)
-    assert_same(tmp_path, unwatched)
+    train(reference.store, tmp_path, in_between=stop)
+    assert_same(tmp_path, reference.unwatched)
     assert time.monotonic() - began < 90
     assert len(messages(caplog)) == 1
     wait_for(lambda: not Path(f"/proc/{stopped[0]}/cmdline").exists() or not _read(Path(f"/proc/{stopped[0]}/cmdline")))
@@ -186,30 +197,32 @@ def test_a_service_process_that_stops_is_ended_in_time(
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="a full disk needs root, to mount one")
 def test_a_full_disk(
-    store: Path, unwatched: Path, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    os.environ["WANDB_MODE"] = "offline"
     disk = tmp_path / "run" / "pretrain" / "wandb"
     disk.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:
-        train(store, tmp_path)
+        train(reference.store, tmp_path)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
-    assert_same(tmp_path, unwatched)
+    assert_same(tmp_path, reference.unwatched)
     (told,) = messages(caplog)
     assert "off from here on" in told
 
 
 def test_a_folder_that_cannot_be_written(
-    store: Path, unwatched: Path, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "run" / "pretrain").mkdir(parents=True)
     (tmp_path / "run" / "pretrain" / "wandb").write_text("a file where W&B wants a folder")
-    train(store, tmp_path)
-    assert_same(tmp_path, unwatched)
+    train(reference.store, tmp_path)
+    assert_same(tmp_path, reference.unwatched)
     (told,) = messages(caplog)
     assert "off from here on" in told
 

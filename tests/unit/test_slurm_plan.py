@@ -151,8 +151,19 @@ def test_a_field_that_slurm_does_not_have_is_named() -> None:
 
 
 def test_sweeps_become_runs_in_order() -> None:
-    assert runs_of(["seed=0,1", "experiment=digits", "data.threads=range(1,3)"]) == [
-        ["seed=0", "experiment=digits", "data.threads=1"], ["seed=0", "experiment=digits", "data.threads=2"],
-        ["seed=1", "experiment=digits", "data.threads=1"], ["seed=1", "experiment=digits", "data.threads=2"],
+    assert runs_of(["seed=0,1", "name=${seed}", "data.threads=range(1,3)"]) == [
+        ["seed=0", "name=${seed}", "data.threads=1"], ["seed=0", "name=${seed}", "data.threads=2"],
+        ["seed=1", "name=${seed}", "data.threads=1"], ["seed=1", "name=${seed}", "data.threads=2"],
     ]  # fmt: skip
     assert runs_of(["stages=[prepare,pretrain]"]) == [["stages=[prepare,pretrain]"]]
+
+
+def test_runs_of_a_sweep_are_named_after_what_differs() -> None:
+    support = "pretrain.support={classes:10,images_per_class:4},{classes:5,images_per_class:2}"
+    for swept, names in (
+        (["seed=1,2"], ["digits-seed1", "digits-seed2"]),
+        (["objective.me_max=true,false", "seed=1"], ["digits-seed1-me_max=True", "digits-seed1-me_max=False"]),
+        ([support], [f"digits-seed3-support=classes-{k}-images_per_class-{c}" for k, c in ((10, 4), (5, 2))]),
+        (["model.width=1,2", "name=wide"], ["wide", "wide"]),
+    ):
+        assert [compose_run(overrides)[0].name for overrides in runs_of(swept)] == names

@@ -1,0 +1,124 @@
+"""Tuning a pre-trained encoder for nearest neighbours: supervised NCE on the labelled images, as the paper does it for
+CIFAR10 (Appendix C).
+
+Legend: K classes, c images of each per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from paws_hpc import distributed
+from paws_hpc.data.order import SupportOrder
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.parallel import replicate
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.schedule import warmup_cosine
+from paws_hpc.models import Encoder
+from paws_hpc.objective import class_labels, supervised_nce
+
+
+@dataclass
+class NeighbourTuningConfig:
+    """Supervised NCE before the nearest-neighbour score; off unless ``steps`` is positive.
+
+    Attributes:
+        steps: of SGD without weight decay; 180 in the paper's CIFAR10 recipe.
+        images_per_class: drawn per step from every class, as centre crops; all of the labelled images of a class if the
+            smallest class has fewer.
+        learning_rate: of the first step; a cosine takes it to 0.
+        momentum: of SGD.
+    """
+
+    steps: int = 0
+    images_per_class: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"neighbour_tuning.steps={self.steps} must be 0 or more.")
+        if self.images_per_class < 2:
+            raise ValueError(
+                f"neighbour_tuning.images_per_class={self.images_per_class} must be at least 2: each image is "
+                "classified by the others of its class."
+            )
+        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"neighbour_tuning.learning_rate={self.learning_rate} must be positive and neighbour_tuning.momentum="
+                f"{self.momentum} in [0, 1)."
+            )
+
+
+def tune_for_neighbours(
+    encoder: Encoder,
+    labelled: EvaluationSet,
+    config: NeighbourTuningConfig,
+    *,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+    control: JobControl = UNATTENDED,
+) -> list[float]:
+    """Train trunk and projection head, in place, so that labelled images are neighbours of their class.
+
+    Batch normalisation keeps its statistics; its gains and biases train. Nothing is random but the draw of images,
+    which is a function of seed and step, so an interrupted tuning is repeated from the pre-trained weights.
+
+    Args:
+        encoder: on ``device``; left in evaluation mode.
+        labelled: the labelled images.
+        config: steps and rates.
+        temperature: tau of the loss.
+        seed: of the run.
+        device: to train on.
+        control: asked before every step.
+
+    Returns:
+        The loss before each step, in nats.
+
+    Raises:
+        ValueError: a class has a single labelled image, or the images of a step do not divide by the ranks.
+        Interrupted: by ``control``.
+    """
+    classes = labelled.store.labels[labelled.records]
+    counts = np.unique(classes, return_counts=True)[1]
+    per_class = min(config.images_per_class, int(counts.min()))
+    if per_class < 2:
+        raise ValueError(
+            f"neighbour_tuning.steps={config.steps} needs two labelled images of every class, and one class has 1. "
+            "Label more, or set neighbour_tuning.steps=0."
+        )
+    distributed.check_divides(
+        len(counts) * per_class, distributed.world_size(), name="classes * neighbour_tuning.images_per_class"
+    )
+    order = SupportOrder(labelled.records, classes, num_classes=len(counts), images_per_class=per_class, seed=seed)
+    network = nn.Sequential(encoder.trunk, encoder.projection)
+    encoder.eval()
+    dtype = next(network.parameters()).dtype
+    replica = replicate(network, device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=config.momentum)
+    losses = []
+    for step in range(config.steps):
+        control.check()
+        drawn = order.draw(step)
+        images = torch.cat(list(replace(labelled, records=drawn.records).batches(device, dtype)))
+        labels = class_labels(torch.from_numpy(drawn.places), len(counts), smoothing=0.0, device=device)
+        optimizer.param_groups[0]["lr"] = warmup_cosine(
+            step,
+            start=config.learning_rate,
+            peak=config.learning_rate,
+            final=0.0,
+            warmup_steps=0,
+            total_steps=config.steps,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss = supervised_nce(distributed.gather_rows(replica(images)), labels, temperature=temperature)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist() if losses else []

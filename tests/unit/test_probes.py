@@ -1,0 +1,72 @@
+"""The linear probe is scikit-learn's logistic regression, k-NN its classifier with the same weights; both are chosen by
+validation alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from paws_hpc.engine import probes
+from paws_hpc.engine.probes import linear_probe, nearest_neighbours
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(images).double(), torch.from_numpy(labels)
+
+
+def test_the_linear_probe_is_logistic_regression(
+    digits: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, labels = digits
+    monkeypatch.setattr(probes, "PENALTIES", (0.01,))
+    train, held_out = slice(0, 200), slice(200, 600)
+    probe = linear_probe(features[train], labels[train], features[held_out], labels[held_out], num_classes=10)
+    assert probe.setting == {"penalty": 0.01}
+    standard = (features - features[train].mean(0)) / features[train].std(0, unbiased=False).clamp(min=1e-12)
+    standard[:, features[train].std(0) == 0] = (features - features[train].mean(0))[:, features[train].std(0) == 0]
+    # scikit-learn minimises C * sum of losses + |W|^2 / 2, which is ours for C = 1 / (M * penalty).
+    theirs = LogisticRegression(C=1 / (200 * 0.01), tol=1e-8, max_iter=5000).fit(standard[train], labels[train])
+    ours = probe.predict(features[held_out]).softmax(1).numpy()
+    np.testing.assert_allclose(ours, theirs.predict_proba(standard[held_out]), atol=2e-3)
+    assert probe.validation_accuracy == pytest.approx(np.mean(ours.argmax(1) == labels[held_out].numpy()))
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_k_nearest_neighbours_vote_as_in_scikit_learn(
+    digits: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch, k: int
+) -> None:
+    features, labels = digits
+    monkeypatch.setattr(probes, "NEIGHBOURS", (k,))
+    probe = nearest_neighbours(features[:300], labels[:300], features[300:700], labels[300:700], num_classes=10)
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(features[:300], labels[:300])
+    votes = probe.predict(features[700:])
+    np.testing.assert_allclose(
+        (votes / votes.sum(1, keepdim=True)).numpy(), theirs.predict_proba(features[700:]), atol=1e-9
+    )
+
+
+def test_settings_are_chosen_by_validation_and_many_neighbours_need_many_labels(
+    digits: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    features, labels = digits
+    few = slice(0, 40)
+    scores = {}
+    for fit in (linear_probe, nearest_neighbours):
+        probe = fit(features[few], labels[few], features[40:400], labels[40:400], num_classes=10)
+        accuracy = (probe.predict(features[40:400]).argmax(1) == labels[40:400]).double().mean().item()
+        assert probe.validation_accuracy == accuracy
+        assert probe.as_dict() == probe.setting | {"validation_accuracy": accuracy}
+        scores[fit.__name__] = probe
+    assert scores["nearest_neighbours"].setting["k"] <= 20  # 50 could not vote among 40
+    # Other validation labels would have chosen otherwise or scored lower: the choice follows them.
+    shifted = (labels[40:400] + 1) % 10
+    misled = nearest_neighbours(features[few], labels[few], features[40:400], shifted, num_classes=10)
+    assert misled.validation_accuracy < 0.2
