@@ -103,6 +103,10 @@ class WandbServer:
             "UpdateArtifactManifest": self._create_manifest,
             "CommitArtifact": self._commit_artifact,
             "UseArtifact": self._use_artifact,
+            "GetProjects": self._projects,
+            "ProjectInternalId": lambda asked: {"project": self._project(asked["projectName"])},
+            "upsertView": self._upsert_view,
+            "SpecificReport": lambda asked: {"view": self.reports[asked["reportId"]]},
         }
         return known[operation](variables)
 
@@ -242,6 +246,32 @@ class WandbServer:
         artifact = self.artifacts[asked["artifactID"]]
         self.runs[asked["runName"]].uses.append(artifact.id)
         return {"useArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
+
+    def _projects(self, _: dict[str, Any]) -> dict[str, Any]:
+        node = self._project("paws") | {
+            "__typename": "Project",
+            "createdAt": "2026-01-02T03:04:05Z",
+            "isBenchmark": False,
+            "user": None,
+        }
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        identifier = variables["id"] or _opaque("View", str(len(self.reports)))
+        inserted = identifier not in self.reports
+        self.reports[identifier] = {
+            "id": identifier,
+            "type": variables["type"],
+            "name": variables["name"],
+            "displayName": variables["displayName"],
+            "description": variables["description"],
+            "project": self._project(variables["projectName"]),
+            "spec": variables["spec"],
+            "createdAt": "2026-01-02T03:04:05Z",
+            "updatedAt": "2026-01-02T03:04:05Z",
+        }
+        return {"upsertView": {"view": self.reports[identifier], "inserted": inserted}}
 
     def stream(self, project: str, name: str, sent: dict[str, Any]) -> None:
         """Take lines of a run's files."""

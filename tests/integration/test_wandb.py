@@ -139,9 +139,3 @@ def test_nothing_that_was_sent_holds_a_secret_or_a_path_of_the_users_folders(wat
     for text in (SECRET, home, Path(home).name, "WANDB_API_KEY", "/home/", str(Path.cwd())):
         assert text.encode() not in sent, text
     assert watched.server.runs["cafe0123-pretrain"].config["data"]["value"]["stage_to"] == "…/local"
-
-
-def test_what_is_sent_again_or_in_another_order_has_the_same_step() -> None:
-    rows = [{"step": 4, "loss/total": 1.0}, {"step": 4, "event": "collapse"}, {"step": 4, "validation/paws_nn": 0.5}]
-    steps = [position(row) for row in [*rows, {"step": 5, "loss/total": 1.0}]]
-    assert steps == sorted(set(steps))
