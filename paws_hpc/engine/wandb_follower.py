@@ -85,8 +85,7 @@ class Follower:
         """Read the second line of the input, on a thread of its own; from then on time is limited."""
         line = lines.readline()
         self._ending = json.loads(line) if line else self._followed["killed"]
-        # W&B may hang in a way that nothing but the end of its processes ends: this group is this process and its own.
-        guard = threading.Timer(self._ending["patience_s"], lambda: os.killpg(0, signal.SIGKILL))
+        guard = threading.Timer(self._ending["patience_s"], _give_up)
         guard.daemon = True
         guard.start()
         self._over.set()
@@ -97,19 +96,18 @@ class Follower:
             self._over.wait(zlib.crc32(self._followed["run"]["id"].encode()) % _STARTS_APART_S)
         try:
             self._session()
-        except ConnectionError as error:
-            import wandb  # noqa: PLC0415 - a second, of which the ending should not have to wait
+        except Exception as error:
+            from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415 - after the wait
 
+            if not isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError):
+                raise
             self.tell(
-                f"The service process of Weights & Biases ended ({error or type(error).__name__}); another is started."
+                f"The service process of Weights & Biases ended ({str(error) or type(error).__name__}); another is started."
             )
-            with suppress(Exception):
-                wandb.teardown()
+            _end_service()
             self._session()
 
     def _session(self) -> None:
-        import wandb  # noqa: PLC0415 - after a wait, perhaps
-
         run = self._start()
         offline = bool(run.offline)
         sent, rows = self._sent(offline=offline), 0
@@ -125,7 +123,7 @@ class Follower:
             run.mark_preempting()
         file = Path(run.settings.sync_file)
         run.finish(exit_code=self._ending["exit_code"])
-        wandb.teardown()  # the service writes the last block of its file when it ends
+        _end_service()  # which writes the last block of its file then
         if offline:
             _check_written(file, rows)
         else:
@@ -146,8 +144,7 @@ class Follower:
             if mode != "online":
                 raise
             self.tell(f"Weights & Biases cannot be reached ({error}), so runs are kept offline. {_LATER}", offline=True)
-            with suppress(Exception):  # its service still holds the run's id
-                wandb.teardown()
+            _end_service()  # which still holds the run's id
             run = self._init("offline")
         for axis in ("trainer/step", "trainer/epoch"):
             run.define_metric(axis)
@@ -238,6 +235,23 @@ def summary(rows: list[Row]) -> Row:
     return kept
 
 
+def _end_service() -> None:
+    """End W&B's service process; of one that is dead already wandb complains in many ways, or even asks to exit."""
+    import wandb  # noqa: PLC0415 - as above
+
+    with suppress(Exception, SystemExit):
+        wandb.teardown()
+
+
+def _give_up() -> None:
+    """End W&B's service, which may hang in a way that nothing else ends, and this process."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _logged_in() -> bool:
     """Whether W&B finds a key; one that nobody could take counts too, so that it is told when it is refused."""
     import wandb  # noqa: PLC0415 - as above
@@ -276,7 +290,7 @@ def main() -> None:
     status = 0
     try:
         follower.follow()
-    except Exception as error:  # noqa: BLE001 - wandb raises anything from OSError to AssertionError; law 6
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - wandb raises anything, from OSError to SystemExit; law 6
         follower.tell(f"Weights & Biases is off from here on ({type(error).__name__}: {error}). {_LATER}")
         status = 1
     messages.close()

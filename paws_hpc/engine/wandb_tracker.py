@@ -168,6 +168,9 @@ class WandbTracker:
         patience_s = _PREEMPTED_PATIENCE_S if preempted else _PATIENCE_S
         made = self._made_network() if kind is None else None
         self._write(process, json.dumps(asdict(Ending(0 if kind is None else 1, preempted, patience_s, made))))
+        with suppress(BrokenPipeError):
+            assert process.stdin is not None, "it is a pipe"
+            process.stdin.close()
         self._listener.join(patience_s + _AFTER_PATIENCE_S)
         if self._listener.is_alive():  # stopped, so that not even its own guard could end it
             with suppress(ProcessLookupError):
@@ -192,12 +195,13 @@ class WandbTracker:
         """Log what the follower tells, on a thread of its own, until it ends."""
         told = False
         assert process.stdout is not None, "it is a pipe"
-        for line in process.stdout:
-            message = json.loads(line)
-            told = True
-            _LOG.warning("%s", message["message"])
-            if message["offline"]:
-                os.environ["WANDB_MODE"] = "offline"  # the other stages of this process need not wait again
+        with process.stdout as lines:
+            for line in lines:
+                message = json.loads(line)
+                told = True
+                _LOG.warning("%s", message["message"])
+                if message["offline"]:
+                    os.environ["WANDB_MODE"] = "offline"  # the other stages of this process need not wait again
         if process.wait() != 0 and not told:
             _LOG.warning("%s: its process ended with status %d.", _OFF, process.returncode)
             os.environ["WANDB_MODE"] = "offline"
