@@ -92,6 +92,7 @@ class WandbServer:
         self.operations.append(operation)
         known: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "Viewer": self._viewer,
+            "GetDefaultEntity": self._viewer,
             "RunResumeStatus": self._resume,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,

@@ -47,8 +47,9 @@ def read_contents(path: Path) -> tuple[list[bytes], bool]:
 
 def write_contents(path: Path, opening: Path, contents: Iterable[bytes]) -> None:
     """Write records as a file that begins like the file ``opening``."""
+    begins = opening.read_bytes()[:_OPENING]  # before it is emptied, if it is the same file
     with open(path, "wb") as file:
-        file.write(opening.read_bytes()[:_OPENING])
+        file.write(begins)
         for content in contents:
             for fragment in _fragments(content, file.tell()):
                 file.write(fragment)

@@ -67,6 +67,7 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     del os.environ["WANDB_MODE"]
     done = command(runs)
     assert done.returncode == 0, done.stderr
+    assert "Report: http" in done.stdout, done.stdout
     url = done.stdout.split("Report: ")[1].strip()
     read = read_back(url)
     assert read["title"] == "PAWS: digits-seed0, digits-seed1"
