@@ -8,20 +8,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paws_hpc.data.cutting import PLACEMENTS
-from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.config import PLACEMENTS, LabelsConfig
 from paws_hpc.data.views import ViewsConfig
-from paws_hpc.distributed import check_divides
-from paws_hpc.engine.finetune import ClassifierConfig
-from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
-from paws_hpc.engine.optimizer import OptimizerConfig
-from paws_hpc.engine.pretrain import PretrainConfig
-from paws_hpc.engine.tracking import TrackingConfig
-from paws_hpc.models import ModelConfig
-from paws_hpc.objective import ObjectiveConfig
-from paws_hpc.store import SOURCES
+from paws_hpc.engine.config import (
+    ClassifierConfig,
+    NeighbourTuningConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TrackingConfig,
+)
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.sizes import check_divides
 
 STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
+SWEEPS = ("finetune", "baseline")
 
 
 @dataclass
@@ -85,9 +86,8 @@ class DataConfig:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")
         if self.max_substitutes < 0:
             raise ValueError(f"data.max_substitutes={self.max_substitutes} must be 0 or more.")
-        divided = [name for name, kind in SOURCES.items() if kind.has_splits]
-        if self.source is not None and self.source not in divided:
-            raise ValueError(f"data.source={self.source!r} must be null or one of {', '.join(divided)}.")
+        if self.source is not None:
+            _check_source(self.source)
         for name, allowed in (
             ("order", ("full", "window")),
             ("support_order", ("paper", "balanced")),
@@ -102,6 +102,14 @@ class DataConfig:
             )
         if not (self.cache_gb >= 0 and self.prefetch_gb >= 0):
             raise ValueError(f"data.cache_gb={self.cache_gb} and data.prefetch_gb={self.prefetch_gb} must be >= 0.")
+
+
+def _check_source(name: str) -> None:
+    from paws_hpc.store import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
+
+    divided = [source for source, kind in SOURCES.items() if kind.has_splits]
+    if name not in divided:
+        raise ValueError(f"data.source={name!r} must be null or one of {', '.join(divided)}.")
 
 
 @dataclass
@@ -237,6 +245,13 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        drawn = self.labels.per_class
+        if drawn is not None and drawn < support.images_per_class and self.data.support_order == "paper":
+            raise ValueError(
+                f"pretrain.support.images_per_class={support.images_per_class}, but labels.per_class={drawn}. Ask for "
+                f"at most {drawn} images per class, or set data.support_order=balanced, which repeats images as other "
+                "crops."
+            )
         rows = self.views.support_views * self.pretrain.support.images_per_class
         if self.objective.support_warmup_fraction > 0 and rows < 2:
             raise ValueError(
@@ -246,6 +261,11 @@ class Config:
             )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+
+def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
+    """The config of a sweep by its name."""
+    return {"finetune": config.finetune, "baseline": config.baseline}[sweep]
 
 
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run

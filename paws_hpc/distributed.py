@@ -1,16 +1,28 @@
 """Ranks, and the three collectives that training needs. Alone, every one of them is the identity.
 
+Beside them a block that fails on every rank if it fails on one.
+
 The backward pass of a gathering adds the losses of all ranks, and gradients are averaged over ranks afterwards (as
 DistributedDataParallel does), so that the gradient equals that of one process on the whole batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from paws_hpc.sizes import check_divides
+
+_MESSAGE_BYTES = 2048
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed, so that this one cannot go on."""
 
 
 def rank() -> int:
@@ -34,6 +46,36 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """A block that all ranks enter and that does different work on them, or the same with different luck.
+
+    The ranks meet at its end. Without it those where the work went well would wait for the others in the next
+    collective, until that runs out of time.
+
+    Args:
+        device: of this rank's tensors.
+
+    Raises:
+        Exception: what this rank's block raised.
+        OtherRankError: it went well here and not on another rank, whose error is quoted.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - raised again once the others know
+        own = error
+    if world_size() > 1:
+        said = b"" if own is None else f"{type(own).__name__}: {own}".encode()[:_MESSAGE_BYTES]
+        row = torch.tensor([list(said.ljust(_MESSAGE_BYTES, b"\0"))], dtype=torch.uint8, device=device)
+        heard = [bytes(text).rstrip(b"\0").decode(errors="replace") for text in _all_gather(row).tolist()]
+        failed = [number for number, text in enumerate(heard) if text]
+        if failed and own is None:
+            raise OtherRankError(f"rank {failed[0]} failed, and no rank goes on without it: {heard[failed[0]]}")
+    if own is not None:
+        raise own
+
+
 def per_rank(total: int, *, name: str, accumulate_steps: int = 1) -> int:
     """The share of a global size that one rank holds.
 
@@ -42,19 +84,6 @@ def per_rank(total: int, *, name: str, accumulate_steps: int = 1) -> int:
     """
     check_divides(total, world_size(), name=name, accumulate_steps=accumulate_steps)
     return total // world_size()
-
-
-def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 1) -> None:
-    """Raise ValueError, naming the nearest sizes that would fit, unless all micro-batches of all ranks are equal."""
-    pieces = ranks * accumulate_steps
-    if total % pieces:
-        below = total - total % pieces
-        fits = f"{below} or {below + pieces}" if below else f"{pieces}"
-        micro_batches = f" with pretrain.accumulate_steps={accumulate_steps} each" if accumulate_steps > 1 else ""
-        raise ValueError(
-            f"{name}={total} does not divide by {ranks} ranks{micro_batches}. Sizes are global: {name}={fits} would "
-            "fit."
-        )
 
 
 def share(total: int) -> slice:

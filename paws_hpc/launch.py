@@ -17,32 +17,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.cluster.compose import CONF, compose_run, runs_of
-from paws_hpc.cluster.frozen import ConfigError, freeze, to_config
+from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
+from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.resources import Launcher
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
-from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder
 
-_ASKED_OF_HYDRA = ("-m", "--multirun")
+_SEVERAL = ("-m", "--multirun")
 
 
-def launch(composed: DictConfig) -> None:
+def launch(config: Config, launcher: Launcher) -> None:
     """Launch one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
     try:
-        _launch(composed)
+        _launch(config, launcher)
     except (
         ValueError,
         OSError,
@@ -53,19 +52,16 @@ def launch(composed: DictConfig) -> None:
     ) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        sys.exit(f"error: {error}")  # not through Hydra, which would print its own advice around it
+        sys.exit(f"error: {error}")
 
 
-def _launch(composed: DictConfig) -> None:
+def _launch(config: Config, launcher: Launcher) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    config = to_config(OmegaConf.to_container(composed, resolve=True))
     run = RunFolder(Path(config.runs) / config.name)
-    launcher = OmegaConf.to_container(HydraConfig.get().launcher, resolve=False)
-    assert isinstance(launcher, dict), "Hydra composes a launcher"
     kind = str(launcher["_target_"]).rpartition(".")[2]
     match kind:
         case "SlurmLauncher":
-            _on_slurm(config, run, {str(name): value for name, value in launcher.items()})
+            _on_slurm(config, run, launcher)
         case "BasicLauncher" | "LocalLauncher":
             _here(config, run, kind)
         case _:
@@ -147,27 +143,29 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
             print(f"error: there is no comparison: {error}", file=sys.stderr)
 
 
+def _composed_by_hydra(composed: DictConfig) -> None:
+    launch(*composed_run(composed))
+
+
 def main() -> None:
     """Entry point: every run that the arguments ask for, one after another; a run that fails does not keep others."""
-    program, *arguments = sys.argv
-    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(launch)
-    flags = [argument for argument in arguments if argument.startswith("-") and argument not in _ASKED_OF_HYDRA]
+    arguments = sys.argv[1:]
+    flags = [argument for argument in arguments if argument.startswith("-") and argument not in _SEVERAL]
     if flags:  # Hydra's own questions, such as --help and --cfg
-        entry()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_composed_by_hydra)()
         return
-    several = any(argument in _ASKED_OF_HYDRA for argument in arguments)
+    several = any(argument in _SEVERAL for argument in arguments)
     try:
-        runs = runs_of([argument for argument in arguments if argument not in _ASKED_OF_HYDRA])
+        runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
     except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:
         sys.exit(f"error: these arguments ask for {len(runs)} runs: add -m to launch them all.")
     failed = []
-    for overrides in runs:
-        sys.argv = [program, *overrides]
+    for overrides, (config, launcher) in zip(runs, composed, strict=True):
         try:
-            entry()
+            launch(config, launcher)
         except SystemExit as stop:
             if not several:
                 raise

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from paws_hpc.config import Config, DataConfig
-from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.views import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
-from paws_hpc.engine.finetune import ClassifierConfig
-from paws_hpc.engine.optimizer import OptimizerConfig
-from paws_hpc.engine.pretrain import PretrainConfig, SupportConfig
-from paws_hpc.engine.tracking import TrackingConfig
-from paws_hpc.models import ModelConfig
+from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SupportConfig, TrackingConfig
+from paws_hpc.models.config import ModelConfig
 
 STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
 

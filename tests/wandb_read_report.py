@@ -19,7 +19,7 @@ def main(url: str) -> None:
     told = {
         "title": report.title,
         "panels": [type(panel).__name__ for panel in panels],
-        "curves": [metric for panel in panels for metric in map(str, getattr(panel, "y", None) or [])],
+        "curves": [getattr(y, "name", y) for panel in panels if isinstance(panel, wr.LinePlot) for y in panel.y],
         "markdown": [block.text for block in report.blocks if isinstance(block, wr.MarkdownBlock)],
         "filters": [runset.filters for block in report.blocks for runset in getattr(block, "runsets", [])],
     }

@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
             _add_step_options(command, of_all=name == "all")
         else:
             command.set_defaults(from_store=False, baseline=False, beside=None)
+        if name in ("step", "augment", "all"):
+            command.add_argument(
+                "--compiled",
+                action="store_true",
+                help="with pretrain.compile as well; compiling takes minutes on a CPU",
+            )
+        else:
+            command.set_defaults(compiled=False)
     return parser
 
 

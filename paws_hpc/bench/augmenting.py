@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from paws_hpc.bench.counting import graph_breaks
 from paws_hpc.bench.recipes import Scene, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work
-from paws_hpc.data.cutting import Placement
+from paws_hpc.data.config import Placement
 
 _BATCHES = 2
 _open_for_good = ExitStack()  # what work needs until its process ends
@@ -42,7 +43,8 @@ def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
             for part in next(batches).parts:
                 stream.augment(part, device, torch.float32)
         synchronise(device.type == "cuda")
-        return {"done": steps * config.pretrain.batch_size, "seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        return {"done": steps * config.pretrain.batch_size, "seconds": seconds, "graph_breaks": graph_breaks()}
 
     return work
 

@@ -29,7 +29,8 @@ from paws_hpc.bench.counting import rows_of
 from paws_hpc.bench.recipes import Scene, cores
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.config import Config
-from paws_hpc.models import Encoder, GlobalBatchNorm1d, GlobalBatchNorm2d, build_encoder
+from paws_hpc.models.encoder import Encoder, build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d
 
 _BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
 _WARM = 2

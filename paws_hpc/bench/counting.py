@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from paws_hpc.config import Config
-from paws_hpc.models import Encoder
+from paws_hpc.models.encoder import Encoder
 
 NO_GPU = "no GPU"
 _META = torch.device("meta")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from paws_hpc.bench.rounds import Rates
+from paws_hpc.files import write_json
 
 _WIDTH = 120  # of the table in a file
 
@@ -100,12 +102,40 @@ def open_console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _WIDTH)
 
 
+def measure_groups(
+    console: Console,
+    status: Status,
+    groups: Mapping[str, Callable[[], Measured]],
+    *,
+    about: dict[str, Any],
+    target: Path,
+) -> None:
+    """Measure group after group, print its table, and write the figures of all so far as JSON.
+
+    Args:
+        console: to print to.
+        status: what is shown while a group is measured.
+        groups: by name, in their order.
+        about: the run, as the file tells it beside ``groups``.
+        target: the file.
+    """
+    measured: dict[str, Any] = {}
+    for name, measure in groups.items():
+        found = measure()
+        measured[name] = found.as_json()
+        write_json(target, about | {"groups": measured})  # these stay, whatever becomes of the groups to come
+        status.stop()
+        _show(console, name, found)
+        status.start()
+    console.print(f"figures: {target}")
+
+
 def telling(status: Status, console: Console) -> Callable[[str], None]:
     """Show what is being done, where somebody watches."""
     return status.update if console.is_terminal else lambda _: None
 
 
-def show(console: Console, group: str, measured: Measured) -> None:
+def _show(console: Console, group: str, measured: Measured) -> None:
     """Print a group's table."""
     table = Table(title=group, title_justify="left", show_edge=False)
     table.add_column("")

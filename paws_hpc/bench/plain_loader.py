@@ -28,8 +28,8 @@ from paws_hpc.bench.training import Work
 from paws_hpc.config import Config
 from paws_hpc.engine.optimizer import split_parameters
 from paws_hpc.engine.parallel import move
-from paws_hpc.models import build_encoder
-from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.store import ImageStore
 
 Views = list[Tensor]

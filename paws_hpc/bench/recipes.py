@@ -20,12 +20,12 @@ from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.batches import PawsBatch, PawsPart, StreamOptions
-from paws_hpc.data.cutting import Crops, Placement
+from paws_hpc.data.config import Placement
+from paws_hpc.data.cutting import Crops
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
-from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import build_encoder
-from paws_hpc.stages.prepare import open_data, stream_options
+from paws_hpc.stages.pretrain import open_stream
+from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.store import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave
@@ -198,31 +198,7 @@ def opened_stream(config: Config, *, placement: Placement | None) -> Iterator[Pa
     else:
         options = StreamOptions(device=device, placement=placement)
     with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
-        yield PawsStream(
-            cached.train,
-            cached.labelled,
-            views=config.views,
-            batch_size=config.pretrain.batch_size,
-            support_classes=config.pretrain.support.classes,
-            images_per_class=config.pretrain.support.images_per_class,
-            seed=config.seed,
-            threads=config.data.threads,
-            supports=cached.supports,
-            accumulate_steps=config.pretrain.accumulate_steps,
-            options=options,
-        )
-
-
-def make_training(config: Config, stream: PawsStream) -> Pretraining:
-    """Pre-training of a config, before its first step."""
-    return Pretraining(
-        build_encoder(config.model, seed=config.seed),
-        objective=config.objective,
-        optimizer=config.optimizer,
-        config=config.pretrain,
-        stream=stream,
-        device=torch.device(config.device),
-    )
+        yield open_stream(config, cached, options)
 
 
 def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:

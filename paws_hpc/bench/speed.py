@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,18 +20,19 @@ import torch
 from paws_hpc.bench import collectives
 from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.counting import NO_GPU, plain_images, training_flops
-from paws_hpc.bench.figures import Bar, Figure, Measured, open_console, show, telling
+from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups, open_console, telling
 from paws_hpc.bench.first_version import beside
 from paws_hpc.bench.machine import describe
 from paws_hpc.bench.recipes import Scene, as_published, cores, describe_sizes, make_images
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS
 from paws_hpc.config import Config
-from paws_hpc.files import write_json
 
-_OURS, _FROM_STORE, _BASELINE = "paws_hpc, data on the device", "paws_hpc, from the store", "DataLoader, PIL, per image"
+_OURS, _OURS_COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
+_FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN, _COMPILED, _MATMUL = "plain ResNet-50", "plain ResNet-50, compiled", "matrix product"
 _CROPPED, _CUT, _PER_IMAGE = "paws_hpc, crops are there", "paws_hpc, crops cut too", "PIL, one image after another"
+_CROPPED_COMPILED = "paws_hpc, crops are there, compiled"
 _IMAGENET_GPU, _CIFAR_GPU, _DIGITS_CPU = "ImageNet recipe, one H100", "CIFAR recipe, one H100", "digits, two CPU cores"
 
 
@@ -43,7 +45,7 @@ class Bench:
         rounds: that count.
         steps: of one round.
         ranks: of the collectives.
-        from_store, baseline: whether to measure these too.
+        from_store, baseline, compiled: whether to measure these too.
         beside: a commit to run beside this code, or None.
         tell: is told what is being done.
     """
@@ -54,6 +56,7 @@ class Bench:
     ranks: int
     from_store: bool
     baseline: bool
+    compiled: bool
     beside: str | None
     tell: Callable[[str], None]
 
@@ -65,6 +68,11 @@ class Bench:
     def entry(self, name: str, function: str, unit: str = "images/s", **arguments: Any) -> Entry:
         """A contender of this scene."""
         return Entry(name, f"paws_hpc.bench.{function}", {"scene": asdict(self.scene)} | arguments, unit=unit)
+
+    def compiled_entry(self, name: str, function: str, **arguments: Any) -> Entry:
+        """The same with ``pretrain.compile``."""
+        scene = replace(self.scene, overrides=(*self.scene.overrides, "pretrain.compile=true"))
+        return replace(self, scene=scene).entry(name, function, **arguments)
 
     def race(self, *entries: Entry, on: int | None = None) -> dict[str, Rates]:
         """In turns, on so many cores, or on all."""
@@ -89,25 +97,19 @@ def bench_speed(options: argparse.Namespace) -> int:
         f"{machine['cores']} cores of {machine['processor']}, commit {machine['commit']}; "
         + ", ".join(f"{name} {value}" for name, value in sizes.items())
     )
-    figures: dict[str, Any] = {
+    about = {
         "recipe": options.recipe, "device": device, "sizes": sizes, "overrides": list(options.overrides),
-        "rounds": options.rounds, "steps": steps, "machine": machine, "groups": {},
+        "rounds": options.rounds, "steps": steps, "machine": machine,
     }  # fmt: skip
     target = options.json or options.folder / f"{options.recipe}-{device}-{options.command}.json"
     with console.status("making images") as status:
         make_images(scene)
         bench = Bench(
-            scene, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.beside,
-            telling(status, console),
+            scene, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.compiled,
+            options.beside, telling(status, console),
         )  # fmt: skip
-        for group in options.groups:
-            measured = MEASURE[group](bench, config)
-            figures["groups"][group] = measured.as_json()
-            write_json(target, figures)  # what was measured stays, whatever becomes of the groups to come
-            status.stop()
-            show(console, group, measured)
-            status.start()
-    console.print(f"figures: {target}")
+        groups = {name: partial(MEASURE[name], bench, config) for name in options.groups}
+        measure_groups(console, status, groups, about=about, target=target)
     return 0
 
 
@@ -117,13 +119,16 @@ def _step(bench: Bench, config: Config) -> Measured:
         entries.append(bench.entry(_FROM_STORE, "training:steps_from_store", steps=bench.steps))
     if bench.baseline:
         entries.append(bench.entry(_BASELINE, "plain_loader:data_loader_steps", steps=bench.steps))
+    if bench.compiled:
+        entries.append(bench.compiled_entry(_OURS_COMPILED, "training:on_device_steps", steps=bench.steps))
     rates = bench.race(*entries, *_ceilings(bench))
     ours = rates[_OURS]
     found = Measured(rates, _step_bars(bench, config, rates), {})
     if ours.seen:
         found.figures.extend(part_figures(ours.seen))
         found.figures.extend(_device_figures(ours, rates[_MATMUL], training_flops(config)))
-        found.seen["graph breaks"] = ours.seen[-1]["graph_breaks"]
+    if bench.compiled:
+        found.figures.extend(compiled_figures(rates[_OURS_COMPILED], ours))
     if _FROM_STORE in rates and rates[_FROM_STORE].seen:
         found.seen["placement"] = rates[_FROM_STORE].seen[-1]["placement"]
     if bench.beside is not None:
@@ -196,7 +201,7 @@ def _device_figures(ours: Rates, product: Rates, flops: int) -> list[Figure]:
     last = ours.seen[-1]
     achieved = [flops / seen["parts_s"]["step"] / 1e12 for seen in ours.seen]
     shares = [mine / ceiling for mine, ceiling in zip(achieved, product.per_s, strict=True)] if product.per_s else []
-    waits, breaks = last["host_waits"], last["graph_breaks"]
+    waits = last["host_waits"]
     return [
         Figure(
             "encoder's FLOPs / time of a step, and of the matrix product's",
@@ -206,23 +211,43 @@ def _device_figures(ours: Rates, product: Rates, flops: int) -> list[Figure]:
         ),
         Figure("peak memory", last["peak_memory_gb"], "GB"),
         Figure("waits of the host per step", waits, "", absent=NO_GPU if waits is None else None),
-        Figure(
-            "graph breaks",
-            None if breaks is None else sum(breaks.values()),
-            "",
-            absent="nothing was compiled" if breaks is None else None,
-        ),
+        _breaks("graph breaks", last["graph_breaks"]),
     ]
 
 
+def _breaks(name: str, reasons: dict[str, int] | None) -> Figure:
+    return (
+        Figure(name, None, "", absent="nothing was compiled")
+        if reasons is None
+        else Figure(name, sum(reasons.values()), "")
+    )
+
+
+def compiled_figures(compiled: Rates, written: Rates) -> list[Figure]:
+    """What compiling gains, and whether all of it is one graph per size."""
+    times = ratio(compiled, written)
+    figures = [
+        Figure(f"{compiled.name} / as written", times, "x", absent="one of them failed" if times is None else None)
+    ]
+    if compiled.seen:
+        figures.append(_breaks("  its graph breaks", compiled.seen[-1]["graph_breaks"]))
+    return figures
+
+
 def _augment(bench: Bench, config: Config) -> Measured:
+    compiled = []
+    if bench.compiled:
+        compiled.append(
+            bench.compiled_entry(_CROPPED_COMPILED, "augmenting:augmentation", steps=bench.steps, cut=False)
+        )
     rates = bench.race(
         bench.entry(_CROPPED, "augmenting:augmentation", steps=bench.steps, cut=False),
+        *compiled,
         bench.entry(_CUT, "augmenting:augmentation", steps=bench.steps, cut=True),
         bench.entry(_PER_IMAGE, "augmenting:per_image", least_s=3.0 if bench.cuda else 1.0),
         on=1,
     )
-    figures = []
+    figures = compiled_figures(rates[_CROPPED_COMPILED], rates[_CROPPED]) if bench.compiled else []
     for name in (_CROPPED, _CUT):
         times = ratio(rates[name], rates[_PER_IMAGE])
         figures.append(Figure(f"{name} / PIL", times, "x", absent="one of them failed" if times is None else None))

@@ -13,15 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.bench.figures import Bar, Measured, open_console, show, telling
+from paws_hpc.bench.figures import Bar, Measured, measure_groups, open_console, telling
 from paws_hpc.bench.machine import describe
 from paws_hpc.bench.photographs import write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.synthetic import repeat_store
-from paws_hpc.files import write_json
 from paws_hpc.store import ImageFolder, PackOptions, pack
 
 GROUPS = ("reads", "crops", "threads", "supports", "pack", "start", "memory")
@@ -76,19 +76,13 @@ def bench_store(options: argparse.Namespace) -> int:
         f"commit {machine['commit']}"
     )
     target = options.json or folder / "store.json"
-    figures: dict[str, Any] = {"images": options.images, "rounds": options.rounds, "machine": machine, "groups": {}}
+    about = {"images": options.images, "rounds": options.rounds, "machine": machine}
     with console.status("making photographs") as status:
         write_photographs(folder / "images", options.images)
         pack(ImageFolder(folder / "images"), folder / "store", options=PackOptions(check="structure"))
         bench = _Bench(folder, options.rounds, telling(status, console))
-        for group in dict.fromkeys(options.only):
-            measured = _MEASURE[group](bench)
-            figures["groups"][group] = measured.as_json()
-            write_json(target, figures)  # what was measured stays, whatever becomes of the groups to come
-            status.stop()
-            show(console, group, measured)
-            status.start()
-    console.print(f"figures: {target}")
+        groups = {name: partial(_MEASURE[name], bench) for name in options.only}
+        measure_groups(console, status, groups, about=about, target=target)
     return 0
 
 

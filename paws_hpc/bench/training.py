@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from paws_hpc.bench.counting import graph_breaks, host_waits, peak_memory_gb
-from paws_hpc.bench.recipes import Scene, as_published, cores, make_training, on_device, opened_stream, use_threads
+from paws_hpc.bench.recipes import Scene, as_published, cores, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
 from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import Encoder
-from paws_hpc.objective import class_labels, paws_loss
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.paws import paws_loss
+from paws_hpc.stages.pretrain import make_training
 
 Work = Callable[[], dict[str, Any]]
 

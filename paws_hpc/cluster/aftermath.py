@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from paws_hpc.cluster import scheduler
+from paws_hpc.cluster.chain import Chain, job_called
 from paws_hpc.cluster.requeue import own_job, patiently, queue_again
-
-if TYPE_CHECKING:
-    from paws_hpc.stages.attempts import Start
+from paws_hpc.stages.attempts import Start, read_failures, read_starts, record_end
+from paws_hpc.stages.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,13 +30,9 @@ def main(path: Path, limit: int) -> None:
     """
     job_id, restart = own_job()
     what, told = patiently(lambda: scheduler.fate(job_id, restart))
-    if what != "runs":  # the usual case, after a preemption; the node is wanted, so leave before torch is imported
+    if what != "runs":  # the usual case, after a preemption
         _LOG.info("Job %s is in the queue again already, or was ended by others: %s.", job_id, told)
         return
-    from paws_hpc.cluster.chain import Chain, job_called  # noqa: PLC0415
-    from paws_hpc.stages.attempts import read_failures, read_starts  # noqa: PLC0415
-    from paws_hpc.stages.run_folder import RunFolder  # noqa: PLC0415
-
     run = RunFolder(path)
     name = Chain(run).job_name(job_id)
     folder, progress = run.job(name), job_called(name).progress(run)
@@ -59,8 +54,6 @@ def main(path: Path, limit: int) -> None:
 
 def _record_crash(starts: list[Start], restart: int) -> list[Start]:
     """Write down the end of the present start if it had no time to do so itself."""
-    from paws_hpc.stages.attempts import read_starts, record_end  # noqa: PLC0415
-
     last = starts[-1] if starts else None
     if last is None or last.holder.restart != restart or last.end is not None:
         return starts

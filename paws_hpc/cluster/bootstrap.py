@@ -1,4 +1,8 @@
-"""What every process of a job does: read the frozen config, take its place among the ranks, run the stage."""
+"""What every process of a job does: read the frozen config, take its place among the ranks, run the stage.
+
+torch is imported by the stages that compute, once they have begun: the launcher names these functions to Slurm without
+it, and a node on which it cannot be imported is written down like any other failure.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,14 @@ from functools import partial
 from pathlib import Path
 
 import submitit
-import torch
-import torch.distributed as dist
 
-from paws_hpc import distributed
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.liveness import is_alive
-from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.cluster.resources import WITHOUT_GPU
 from paws_hpc.cluster.slurm_job import SlurmJob
 from paws_hpc.config import Config
-from paws_hpc.engine.metrics import TrainingStoppedError
-from paws_hpc.engine.preemption import JobControl, PreemptedError
-from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.stages.attempts import (
     Holder,
     Lease,
@@ -47,10 +45,14 @@ def run_job(path: Path, job: Job) -> None:
     """Run a job alone in this process. Exceptions leave it, so that a failed job is seen to fail."""
     run = RunFolder(path)
     config = read_config(run.config)
-    _set_threads(config, job, local_ranks=1)
     holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
     with _started(run, job, holder) as lease:
-        _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), JobControl(fence=lease.fence))
+        if job.stage in WITHOUT_GPU:
+            _run_without_torch(config, run, job, lease.fence)
+            return
+        from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
+
+        rank.run_alone(config, run, job, fence=lease.fence)
 
 
 def run_job_as_local_rank(path: Path, job: Job) -> None:
@@ -59,7 +61,7 @@ def run_job_as_local_rank(path: Path, job: Job) -> None:
     run, place = RunFolder(path), submitit.JobEnvironment()
     config = read_config(run.config)
     with _place_among(run, job, place) as lease:
-        _run_as_rank(config, run, job, place, partial(JobControl, fence=_fence(lease)))
+        _run_as_rank(config, run, job, place, requested=None, lease=lease, restart=0)
 
 
 def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
@@ -78,9 +80,8 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
     config = read_config(frozen)
     with _place_among(run, job, place, own) as lease:
         own.lease = lease
-        control = partial(JobControl, requested=own.requested, fence=_fence(lease))
         try:
-            _run_as_rank(config, run, job, place, control, restart=own.restart)
+            _run_as_rank(config, run, job, place, requested=own.requested, lease=lease, restart=own.restart)
         except PreemptedError as stop:  # saved by all ranks at one step; those beside rank 0 just leave
             if lease is not None:
                 own.give_back(step=stop.step)
@@ -161,22 +162,25 @@ def _run_as_rank(
     run: RunFolder,
     job: Job,
     place: submitit.JobEnvironment,
-    make_control: Callable[[], JobControl],
     *,
-    restart: int = 0,
+    requested: Callable[[], bool] | None,
+    lease: Lease | None,
+    restart: int,
 ) -> None:
-    """Meet the other ranks, if there are any, and run the stage.
+    """Run the stage, with the other ranks if it computes.
 
     Args:
         config: of the run.
         run: its directory.
         job: to run.
         place: of this process among the ranks.
-        make_control: called once the ranks have met.
+        requested: whether this rank was asked to stop; None where nobody asks.
+        lease: of rank 0; the other ranks write nothing.
         restart: tells the starts of one job id apart.
 
     Raises:
         ValueError: the job has another number of tasks than the config asks ranks for.
+        RuntimeError: torch cannot be imported here; on another node it may be.
     """
     asked = getattr(config.resources, job.stage).ranks
     if place.num_tasks != asked:
@@ -184,106 +188,28 @@ def _run_as_rank(
             f"resources.{job.stage} asks for {asked} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
             "Training with another number of ranks than was asked for would not be the same run."
         )
-    local_ranks = -(-place.num_tasks // place.num_nodes)
-    _set_threads(config, job, local_ranks=local_ranks)
-    device = _device(config, job, local_rank=place.local_rank, local_ranks=local_ranks)
-    if asked > 1:
-        if place.num_nodes == 1:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        join(
-            run.path / "rendezvous",
-            start=f"{job.name.replace('/', '-')}-{place.job_id}-{restart}",
-            rank=place.global_rank,
-            world_size=place.num_tasks,
-            address=own_address(place.num_nodes),
-            device=device,
-        )
-    control = make_control()
+    fence = lease.fence if lease is not None else lambda: None
+    if job.stage in WITHOUT_GPU:
+        _run_without_torch(config, run, job, fence)
+        return
     try:
-        with _together():
-            _run(config, run, job, device, control)
-    finally:
-        control.close()
+        from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f"torch cannot be imported on {socket.gethostname()}: {error}") from error
+    rank.run_among(config, run, job, place, requested=requested, fence=fence, restart=restart)
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Ranks leave together, once rank 0 has closed its logs and marked the stage as done.
+def _run_without_torch(config: Config, run: RunFolder, job: Job, fence: Callable[[], None]) -> None:
+    """Run a stage that computes nothing; each imports what takes seconds and the other does not need."""
+    if job.stage == "prepare":
+        from paws_hpc.stages import prepare  # noqa: PLC0415
 
-    After an error they do not: some may be gone, and NCCL would wait for them.
-    """
-    try:
-        yield
-    except PreemptedError:
-        _part()
-        raise
-    _part()
+        prepare.run(config, run, fence=fence)
+    else:
+        from paws_hpc.stages.report import build_report  # noqa: PLC0415
 
-
-def _part() -> None:
-    if dist.is_initialized():
-        distributed.barrier()
-        dist.destroy_process_group()
-
-
-def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
-    match job.stage:
-        case "prepare":
-            prepare.run(config, run, control=control)
-        case "pretrain":
-            pretrain.run(config, run, device, control=control)
-        case "finetune" | "baseline":
-            assert job.cell is not None, "a sweep's jobs are its cells"
-            finetune.run_cell(config, run, device, sweep=job.stage, cell=job.cell, control=control)
-        case "selection":
-            selection.run(config, run, device, control=control)
-        case "report":
-            from paws_hpc.stages.report import build_report  # noqa: PLC0415 - matplotlib takes seconds to import
-
-            build_report(run.path)
-
-
-def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
-    """For every stage anew: sums are the same to the bit only for the same number of threads."""
-    threads = getattr(config.resources, job.stage).threads_per_rank
-    granted = os.environ.get("SLURM_CPUS_PER_TASK")  # the cores in sight may be those of this task or of all of them
-    cores = int(granted) if granted else len(os.sched_getaffinity(0)) // local_ranks
-    torch.set_num_threads(threads or max(1, cores))
-
-
-def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> torch.device:
-    """Of this rank.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none, or there are fewer devices than local ranks.
-        RuntimeError: Slurm granted GPUs that cannot be seen, so that this node is broken; another one may not be.
-    """
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device == "cpu" or job.stage in WITHOUT_GPU:
-        return torch.device("cpu")
-    if not seen and "SLURM_JOB_GPUS" in os.environ:
-        raise RuntimeError(
-            f"Slurm granted GPUs {os.environ['SLURM_JOB_GPUS']} on {socket.gethostname()}, but torch sees none there. "
-            "Training on its CPUs would be another run: mend the node's driver, or keep it out with "
-            f"resources.{job.stage}.exclude, or set device=cpu."
-        )
-    if config.device == "auto" and not seen:
-        return torch.device("cpu")
-    bound = seen == 1 and "SLURM_GPUS_PER_TASK" in os.environ  # Slurm shows each task its own device alone
-    if not bound and local_ranks > seen:
-        raise ValueError(
-            f"device={config.device}: {local_ranks} ranks on this node find {seen} CUDA devices. Ask for as many GPUs "
-            "as tasks per node, or use device=cpu."
-        )
-    device = torch.device("cuda", 0 if bound else local_rank)
-    torch.cuda.set_device(device)
-    return device
+        build_report(run.path)
 
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-
-
-def _fence(lease: Lease | None) -> Callable[[], None]:
-    """Of rank 0; the other ranks write nothing."""
-    return lease.fence if lease is not None else lambda: None

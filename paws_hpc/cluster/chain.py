@@ -10,12 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.config import STAGES, Config
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.config import STAGES, SWEEPS, Config, sweep_config
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
 from paws_hpc.stages.attempts import now
-from paws_hpc.stages.finetune import SWEEPS, sweep_config
 from paws_hpc.stages.run_folder import RunFolder, is_done
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")

@@ -82,13 +82,21 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
-        launcher = cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher))
         with open_dict(composed):
             del composed["hydra"]
-        plain = OmegaConf.to_container(composed, resolve=True)
+        return composed_run(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    return to_config(plain), launcher
+
+
+def composed_run(composed: DictConfig) -> tuple[Config, Launcher]:
+    """The run of a config that Hydra has composed, and the fields of its launcher.
+
+    Raises:
+        ConfigError: no run can be so.
+    """
+    launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
+    return to_config(OmegaConf.to_container(composed, resolve=True)), launcher
 
 
 def parameters_of(overrides: Sequence[str]) -> tuple[Config, dict[str, dict[str, Any]]]:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from paws_hpc.cluster.chain import FOLLOWS, NEEDS, Job, jobs_of
 from paws_hpc.cluster.frozen import ConfigError
 from paws_hpc.cluster.scheduler import QueuedJob
-from paws_hpc.config import STAGES, Config
-from paws_hpc.stages.finetune import SWEEPS
-from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.selection import check_sweep_is_the_scored_one
+from paws_hpc.config import STAGES, SWEEPS, Config
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The jobs that a run consists of, as its folder tells: from the frozen config, ``chain.json`` and the starts.
 
-The launcher knows this from the typed config; here it is read as plain values, so that looking at a run needs no torch
-and works on runs of other versions.
+The launcher knows this from the typed config; here it is read as plain values, so that runs of other versions can be
+looked at too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from paws_hpc.config import STAGES, SWEEPS
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json
-
-STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")  # as paws_hpc.config, without torch
-SWEEPS = ("finetune", "baseline")
-_MARKERS = {"selection": "result.json", "report": "report/index.html"}
+from paws_hpc.stages.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -90,17 +89,12 @@ def read_layout(path: Path) -> Layout:
     )
 
 
-def cell_name(learning_rate: float, epochs: int) -> str:
-    """Of a sweep's cell; as paws_hpc.engine.finetune names its folder."""
-    return f"lr={learning_rate:g},epochs={epochs}"
-
-
 def _names(config: dict[str, Any], stage: str) -> list[str]:
     if stage not in SWEEPS:
         return [stage]
     sweep = config.get(stage) or {}
     rates, lengths = sweep.get("learning_rates") or [], sweep.get("epochs") or []
-    return [f"{stage}/{cell_name(rate, epochs)}" for rate in rates for epochs in lengths]
+    return [f"{stage}/{Cell(rate, epochs).name}" for rate in rates for epochs in lengths]
 
 
 def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any], when: str) -> JobLayout:
@@ -124,9 +118,10 @@ def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any
 
 def _made(path: Path, name: str) -> float | None:
     """When the result of a job was made, as a POSIX time; None if it is not there."""
-    marker = path / _MARKERS.get(name, f"{name}/DONE")
+    run = RunFolder(path)
+    marker = {"selection": run.result, "report": run.report}.get(name, path / name / "DONE")
     if name == "prepare" and not marker.exists():  # older versions left no marker, but all that follows needs it
-        marker = path / "pretrain" / "DONE"
+        marker = run.pretrain / "DONE"
     try:
         return marker.stat().st_mtime
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The way back into Slurm's queue, for the job to which this process belongs; without torch, for its batch script."""
+"""The way back into Slurm's queue, for the job to which this process belongs."""
 
 from __future__ import annotations
 

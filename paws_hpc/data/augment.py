@@ -25,7 +25,7 @@ from paws_hpc.data.philox import Stream, uniform
 from paws_hpc.data.views import AugmentConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_NO_JITTER = (1.0, 1.0, 1.0, 0.0)
+NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 _BLUR_RADIUS_SIGMAS = 3
@@ -80,7 +80,7 @@ def draw_parameters(
     least = np.append(np.maximum(0, 1 - strengths), -config.hue)
     greatest = np.append(1 + strengths, config.hue)
     jitter = least + (greatest - least) * numbers[:, 4:8]
-    jitter[jittered >= config.jitter_probability] = _NO_JITTER
+    jitter[jittered >= config.jitter_probability] = NO_JITTER
     order = _ORDERS[(numbers[:, 8] * len(_ORDERS)).astype(np.int64)]
     least_sigma, greatest_sigma = config.blur_sigma
     sigma = least_sigma + (greatest_sigma - least_sigma) * numbers[:, 9]
@@ -100,7 +100,6 @@ def augment(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    channels_last: bool = False,
 ) -> Tensor:
     """Flip, jitter, grayscale, blur and normalise each image by its own parameters.
 
@@ -108,17 +107,15 @@ def augment(
         images: (n, 3, H, W) or (n, 1, H, W) uint8 on any device.
         parameters: of n images.
         mean, std: three values each, of pixels in [0, 1].
-        channels_last: memory layout of the result.
 
     Returns:
-        (n, 3, H, W) float32 on the images' device; a grey image has three channels of the same pixels.
+        (n, 3, H, W) float32 on the images' device, channels-last on a GPU; a grey image has three channels of the same
+        pixels.
 
     Raises:
         ValueError: dtype, channels or the number of parameters do not fit.
     """
-    _require_images(images)
-    if len(parameters) != len(images):
-        raise ValueError(f"{len(images)} images need as many parameters, not {len(parameters)}")
+    require_augmentable(images, parameters, mean, std)
     groups = _jitter_groups(parameters)
     flipped, gray, blurred, *jittered = _rows_on_device(
         [
@@ -133,16 +130,16 @@ def augment(
     pixels = _unit_interval(images)
     _apply(_mirror, pixels, flipped)
     for (kind, _), rows in zip(groups, jittered, strict=True):
-        _apply(_JITTER[kind], pixels, rows, jitter[:, kind])
+        _apply(JITTER[kind], pixels, rows, jitter[:, kind])
     _apply(to_grayscale, pixels, gray)
     _apply(gaussian_blur, pixels, blurred, to_device(parameters.blur_sigma, images.device))
-    return _normalised(pixels, mean, std, channels_last)
+    return _normalised(pixels, mean, std)
 
 
-def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float], channels_last: bool = False) -> Tensor:
+def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalise without augmentation, for evaluation; arguments and result as in ``augment``."""
-    _require_images(images)
-    return _normalised(_unit_interval(images), mean, std, channels_last)
+    _require_images(images, mean, std)
+    return _normalised(_unit_interval(images), mean, std)
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -239,7 +236,7 @@ def _blur_matrix(sigmas: Tensor, size: int) -> Tensor:
     return taps[:, (pixel[:, None] - pixel).abs()] + taps[:, near] + taps[:, far]
 
 
-_JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -253,12 +250,12 @@ def _jitter_groups(parameters: AugmentParameters) -> list[tuple[int, NDArray[np.
     Operations that change nothing in an image are dropped and its others move up, so that disabled ones cost no pass.
     """
     order = parameters.order.numpy()
-    active = np.take_along_axis(parameters.jitter.numpy() != np.array(_NO_JITTER, np.float32), order, axis=1)
+    active = np.take_along_axis(parameters.jitter.numpy() != np.array(NO_JITTER, np.float32), order, axis=1)
     order = np.take_along_axis(order, np.argsort(~active, axis=1, kind="stable"), axis=1)
     counts = active.sum(axis=1)
     groups = []
-    for turn in range(len(_NO_JITTER)):
-        for kind in range(len(_NO_JITTER)):
+    for turn in range(len(NO_JITTER)):
+        for kind in range(len(NO_JITTER)):
             rows = np.flatnonzero((order[:, turn] == kind) & (turn < counts))
             if rows.size:
                 groups.append((kind, rows))
@@ -297,11 +294,9 @@ def _unit_interval(images: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool) -> Tensor:
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean={mean} and std={std} need three values each, std positive")
+def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     n, _, height, width = pixels.shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if pixels.is_cuda else torch.contiguous_format
     result = torch.empty((n, 3, height, width), dtype=pixels.dtype, device=pixels.device, memory_format=layout)
     centre, scale = to_device(torch.tensor((mean, std), dtype=pixels.dtype), pixels.device)[:, :, None, None]
     return torch.sub(pixels, centre, out=result).div_(scale)
@@ -313,6 +308,17 @@ def _rows_on_device(groups: list[NDArray[np.int64]], device: torch.device) -> Se
     return rows.split([len(group) for group in groups])
 
 
-def _require_images(images: Tensor) -> None:
+def require_augmentable(
+    images: Tensor, parameters: AugmentParameters, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Raise the errors of :func:`augment`."""
+    _require_images(images, mean, std)
+    if len(parameters) != len(images):
+        raise ValueError(f"{len(images)} images need as many parameters, not {len(parameters)}")
+
+
+def _require_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean={mean} and std={std} need three values each, std positive")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"need uint8 images (n, 3 or 1, H, W), not {images.dtype} {tuple(images.shape)}")

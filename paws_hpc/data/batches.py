@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from paws_hpc.data.augment import augment
-from paws_hpc.data.cutting import Crops, Placement
+from paws_hpc.data.augment import AugmentParameters, augment
+from paws_hpc.data.config import Placement
+from paws_hpc.data.cutting import Crops
 from paws_hpc.data.devices import Ahead
 from paws_hpc.data.order import Positions, Window
 from paws_hpc.store import ImageStore
@@ -28,6 +30,7 @@ class StreamOptions:
         balanced_support: supports take turns instead of being drawn anew in each step.
         placement: where images are decoded and cropped.
         device: of training.
+        compile_augmentation: whether a PAWS stream's goes through ``torch.compile`` (paws_hpc/data/compiled.py).
         prefetch_bytes: memory for batches made ahead, on the host and, as augmented views, on the device; 3 batches at
             most.
     """
@@ -36,6 +39,7 @@ class StreamOptions:
     balanced_support: bool = False
     placement: Placement = "cpu-crop"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compile_augmentation: bool = False
     prefetch_bytes: int = 2**30
 
 
@@ -139,9 +143,18 @@ def held_bytes(kinds: Sequence[Crops]) -> int:
     return sum(pixels.values())
 
 
-def apply(crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype) -> Tensor:
+class Augmentation(Protocol):
+    """:func:`paws_hpc.data.augment.augment`, or the same in another form."""
+
+    def __call__(
+        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """(n, 3 or 1, H, W) uint8 to (n, 3, H, W) float32 on the same device; channels-last on a GPU."""
+
+
+def apply(
+    crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype, augmentation: Augmentation = augment
+) -> Tensor:
     """Bring crops to the device and augment them there."""
     images = crops.pixels.on(device)
-    return augment(images, crops.parameters, mean=store.mean, std=store.std, channels_last=device.type == "cuda").to(
-        dtype
-    )
+    return augmentation(images, crops.parameters, mean=store.mean, std=store.std).to(dtype)

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc.data.augment import AugmentParameters, draw_parameters
+from paws_hpc.data.config import Placement
 from paws_hpc.data.crops import (
     RaggedImages,
     draw_boxes,
@@ -42,9 +43,6 @@ from paws_hpc.data.order import Positions
 from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
 from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.store import ImageStore
-
-Placement = Literal["cpu-crop", "cpu-decode", "nvjpeg", "resident"]
-PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
 _DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
 _RESIDENT_READ = 4096

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.data.cutting import PLACEMENTS, Crops, Cutter, Placement, make_strategy
+from paws_hpc.data.config import PLACEMENTS, Placement
+from paws_hpc.data.cutting import Crops, Cutter, make_strategy
 from paws_hpc.data.images import StoreImages
 from paws_hpc.data.views import FIRST_SMALL_VIEW, ViewsConfig
 from paws_hpc.store import ImageStore
@@ -96,12 +97,14 @@ def choose(
 
     Raises:
         ValueError: the placement does not exist or cannot work.
+        OtherRankError: it cannot work for another rank, or rank 0 failed when it probed.
     """
-    if asked != "auto":
-        placement = named(asked)
-        check_possible(placement, stores, device)
-        return placement
-    chosen = _automatic(stores, views, threads, device) if distributed.is_main() else PLACEMENTS[0]
+    with distributed.failing_together(device):
+        if asked != "auto":
+            chosen = named(asked)
+            check_possible(chosen, stores, device)
+        else:
+            chosen = _automatic(stores, views, threads, device) if distributed.is_main() else PLACEMENTS[0]
     everyone = distributed.gather_rows(torch.tensor([PLACEMENTS.index(chosen)], device=device))
     return PLACEMENTS[int(everyone[0])]
 

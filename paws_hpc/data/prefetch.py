@@ -15,6 +15,9 @@ _AHEAD = 3  # the one in the making included: enough to hide one slow batch; mor
 class Prefetch(Generic[T]):
     """``make(start), …, make(stop - 1)`` in order, made ahead; a context manager that leaves no thread behind.
 
+    ``with Prefetch(…) as batches`` gives the iterator. There is no other way to it: without the block nobody would make
+    the batches.
+
     Memory is bounded: beside the batch that the consumer has, at most three exist, and no more than fit the budget in
     bytes (a batch that alone exceeds it is made once nothing else waits). The size of a batch to come is taken to be
     that of the largest so far.
@@ -47,9 +50,9 @@ class Prefetch(Generic[T]):
         self._leaving = False
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
-    def __enter__(self) -> Prefetch[T]:
+    def __enter__(self) -> Iterator[T]:
         self._thread.start()
-        return self
+        return self._batches()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -59,10 +62,12 @@ class Prefetch(Generic[T]):
             self._changed.notify_all()
         self._thread.join()
 
-    def __iter__(self) -> Iterator[T]:
-        for _ in range(self._start, self._stop):
+    def _batches(self) -> Iterator[T]:
+        for step in range(self._start, self._stop):
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting or self._leaving)
+                if self._leaving:
+                    raise ValueError(f"the batch of step {step} was asked for outside the with block of its Prefetch.")
                 item, _ = self._waiting.popleft()
                 self._changed.notify_all()
             if isinstance(item, BaseException):

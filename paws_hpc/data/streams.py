@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import normalise
-from paws_hpc.data.batches import LabelledBatch, PawsBatch, PawsPart, StreamOptions, StreamState, apply
+from paws_hpc.data.augment import augment, normalise
+from paws_hpc.data.batches import Augmentation, LabelledBatch, PawsBatch, PawsPart, StreamOptions, StreamState, apply
+from paws_hpc.data.compiled import CompiledAugmentation
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.cutting import Cutter, make_strategy
 from paws_hpc.data.devices import Ahead, side_stream
@@ -109,6 +110,9 @@ class PawsStream:
             accumulate_steps=accumulate_steps,
         )
         self._parts = accumulate_steps
+        self._augmentation: Augmentation = (
+            CompiledAugmentation(views.augment) if options.compile_augmentation else augment
+        )
         self.steps_per_epoch = self._order.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
@@ -177,7 +181,7 @@ class PawsStream:
     def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device, by kind."""
         # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        views = [apply(crops, self.store, device, dtype) for crops in part.kinds]
+        views = [apply(crops, self.store, device, dtype, self._augmentation) for crops in part.kinds]
         for crops in part.kinds:  # only now: kinds share their images
             crops.pixels.release()
         return views
@@ -311,7 +315,7 @@ class EvaluationSet:
         """
         mine = self.records[distributed.share(len(self.records))]
         longest = -(-len(self.records) // distributed.world_size())
-        like, channels_last = self.training_store, device.type == "cuda"
+        like = self.training_store
         with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation") as pool:
             for start in range(0, max(longest, 1), _EVALUATION_BATCH):
                 records = mine[start : start + _EVALUATION_BATCH]
@@ -320,7 +324,7 @@ class EvaluationSet:
                     continue
                 parts = np.array_split(records, min(self.threads, len(records)))
                 images = torch.cat(list(pool.map(self.crops, parts))).to(device)
-                yield normalise(images, mean=like.mean, std=like.std, channels_last=channels_last).to(dtype)
+                yield normalise(images, mean=like.mean, std=like.std).to(dtype)
 
     def crops(self, records: Positions) -> Tensor:
         """(n, 3, s, s) uint8: the centre crops of some of ``records``, as they are scored but for normalisation."""

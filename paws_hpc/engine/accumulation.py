@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from paws_hpc.models import untracked_statistics
+from paws_hpc.models.norm import untracked_statistics
 
 Encode = Callable[[nn.Module, int], tuple[Tensor, Tensor]]
 """(network, micro-batch) -> its (h, z), (R / A, D) each."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from paws_hpc.models import Encoder
+from paws_hpc.models.encoder import Encoder
 
 
 def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -29,7 +29,15 @@ def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "ind
     encoder._encode = compiled  # type: ignore[method-assign]
 
 
-def as_written() -> AbstractContextManager[None]:
-    """A context in which what was compiled runs as it is written."""
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+@contextmanager
+def as_written(encoder: Encoder) -> Iterator[None]:
+    """Let the encoder run as it is written while the block runs, compiled or not.
+
+    Of this encoder alone: a thread may be making views of the next steps meanwhile, which are to be the same bits.
+    """
+    compiled = vars(encoder).pop("_encode", None)
+    try:
+        yield
+    finally:
+        if compiled is not None:
+            encoder._encode = compiled  # type: ignore[method-assign]

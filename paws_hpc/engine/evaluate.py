@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from paws_hpc import distributed
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
-from paws_hpc.objective import soft_nearest_neighbours
+from paws_hpc.objective.neighbours import soft_nearest_neighbours
 
 _TOP = 5
 _QUERIES_AT_ONCE = 1024  # bounds the (queries, supports) similarity matrix: 128,000 supports take 0.5 GB in fp32

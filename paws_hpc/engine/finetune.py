@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,116 +12,15 @@ from torch import Tensor, nn
 from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, LabelledBatch
-from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
+from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.evaluate import forward_all, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
-from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
 from paws_hpc.engine.schedule import warmup_cosine
 from paws_hpc.engine.tracking import Row, Tracker
-
-
-def _crop() -> CropConfig:
-    return CropConfig(size=224, count=1, scale=[0.08, 1.0])
-
-
-def _flip_only() -> AugmentConfig:
-    return AugmentConfig(
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-    )
-
-
-@dataclass
-class ClassifierConfig:
-    """A sweep over learning rate and epochs (Appendix A: SGD, Nesterov momentum, no decay, cosine to 0, no warm-up).
-
-    Batch normalisation takes each rank's own statistics, as the reference does, so that here, and here alone, the
-    number of ranks is part of the result.
-
-    Attributes:
-        learning_rates: swept.
-        epochs: swept.
-        batch_size: labelled images per step over all ranks; a smaller labelled set is one batch.
-        momentum: Nesterov.
-        weight_decay: of all parameters.
-        warmup_epochs: linear from 0.
-        crop: of training.
-        augment: of training crops; flip alone in the paper.
-        validate_every_epochs: between scores on the local validation split; the best is kept.
-        min_cells: finished cells that selection asks for; with 0 it goes on without this sweep if no cell has finished,
-            and the test split is then scored without it.
-    """
-
-    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
-    epochs: list[int] = field(default_factory=lambda: [30, 50])
-    batch_size: int = 1024
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    warmup_epochs: float = 0.0
-    crop: CropConfig = field(default_factory=_crop)
-    augment: AugmentConfig = field(default_factory=_flip_only)
-    validate_every_epochs: int = 1
-    min_cells: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.learning_rates or not self.epochs:
-            raise ValueError("A sweep needs at least one learning rate and one number of epochs.")
-        if min(self.learning_rates) <= 0 or min(self.epochs) < 1:
-            raise ValueError(f"learning_rates={self.learning_rates} and epochs={self.epochs} must be positive.")
-        if len({cell.name for cell in self.cells()}) < len(self.cells()):
-            raise ValueError(
-                f"learning_rates={self.learning_rates} or epochs={self.epochs} repeat a value (learning rates are "
-                "told apart to six digits). Remove the repetition."
-            )
-        for name in ("batch_size", "validate_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} (of finetune or baseline) must be at least 1.")
-        if not 0 <= self.min_cells <= len(self.cells()):
-            raise ValueError(
-                f"min_cells={self.min_cells} (of finetune or baseline) must be between 0 and the number of cells in "
-                f"the sweep, {len(self.cells())}."
-            )
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
-            raise ValueError(
-                f"momentum={self.momentum} must be in [0, 1), weight_decay={self.weight_decay} and "
-                f"warmup_epochs={self.warmup_epochs} 0 or more (of finetune or baseline)."
-            )
-
-    def cells(self) -> list[Cell]:
-        """All combinations, in a fixed order."""
-        return [Cell(lr, epochs) for lr in self.learning_rates for epochs in self.epochs]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of a sweep."""
-
-    learning_rate: float
-    epochs: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"lr={self.learning_rate:g},epochs={self.epochs}"
-
-    @classmethod
-    def named(cls, name: str) -> Cell:
-        """The cell of a folder; its learning rate has the six digits that the name has.
-
-        Raises:
-            ValueError: no cell has this name.
-        """
-        parts = re.fullmatch(r"lr=([^,]+),epochs=(\d+)", name)
-        if parts is None:
-            raise ValueError(f"{name!r} is not the name of a cell, such as 'lr=0.05,epochs=30'.")
-        return cls(float(parts[1]), int(parts[2]))
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from paws_hpc import distributed
 from paws_hpc.data.order import Positions
+from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.tracking import Row
 
 Describe = Callable[[Positions], list[str]]
 """Record positions → keys, for messages."""
-
-
-class TrainingStoppedError(RuntimeError):
-    """Training cannot usefully go on: the loss is not finite, or predictions have collapsed."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Legend: K classes, c images of each per step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,43 +15,13 @@ from torch import nn
 from paws_hpc import distributed
 from paws_hpc.data.order import SupportOrder
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.config import NeighbourTuningConfig
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.schedule import warmup_cosine
-from paws_hpc.models import Encoder
-from paws_hpc.objective import class_labels, supervised_nce
-
-
-@dataclass
-class NeighbourTuningConfig:
-    """Supervised NCE before the nearest-neighbour score; off unless ``steps`` is positive.
-
-    Attributes:
-        steps: of SGD without weight decay; 180 in the paper's CIFAR10 recipe.
-        images_per_class: drawn per step from every class, as centre crops; all of the labelled images of a class if the
-            smallest class has fewer.
-        learning_rate: of the first step; a cosine takes it to 0.
-        momentum: of SGD.
-    """
-
-    steps: int = 0
-    images_per_class: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"neighbour_tuning.steps={self.steps} must be 0 or more.")
-        if self.images_per_class < 2:
-            raise ValueError(
-                f"neighbour_tuning.images_per_class={self.images_per_class} must be at least 2: each image is "
-                "classified by the others of its class."
-            )
-        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"neighbour_tuning.learning_rate={self.learning_rate} must be positive and neighbour_tuning.momentum="
-                f"{self.momentum} in [0, 1)."
-            )
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.nce import supervised_nce
 
 
 def tune_for_neighbours(

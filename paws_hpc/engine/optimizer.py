@@ -4,52 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_NAMES = ("lars", "sgd")
-
-
-@dataclass
-class OptimizerConfig:
-    """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
-
-    Attributes:
-        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
-        momentum: in [0, 1).
-        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
-        trust_coefficient: LARS's eta.
-        nesterov: whether momentum looks ahead.
-        start_lr: learning rate at step 0 of the warm-up.
-        peak_lr: learning rate after the warm-up.
-        final_lr: learning rate at the end.
-        warmup_epochs: length of the warm-up; parts of an epoch are allowed.
-    """
-
-    name: str = "lars"
-    momentum: float = 0.9
-    weight_decay: float = 1e-6
-    trust_coefficient: float = 1e-3
-    nesterov: bool = False
-    start_lr: float = 0.3
-    peak_lr: float = 6.4
-    final_lr: float = 0.064
-    warmup_epochs: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        if self.name not in _NAMES:
-            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_NAMES)}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
-        if not 0 < self.trust_coefficient < math.inf:
-            raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
-        for field in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"optimizer.{field}={getattr(self, field)} must be a number, 0 or more.")
+from paws_hpc.engine.config import OptimizerConfig
 
 
 class LARS(torch.optim.Optimizer):
@@ -142,13 +102,12 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
+        decayed = gradients
+        if group["weight_decay"]:
+            decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
         if group["adapt"]:
-            steps = _adapted(gradients, parameters, group["weight_decay"], group["trust_coefficient"], group["eps"])
-            torch._foreach_mul_(steps, group["lr"])
+            steps = list(torch._foreach_mul(decayed, _scales(group, gradients, parameters)))
         else:
-            decayed = gradients
-            if group["weight_decay"]:
-                decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
             steps = list(torch._foreach_mul(decayed, group["lr"]))
         buffers = [self._buffer(p) for p in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
@@ -166,21 +125,16 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _adapted(
-    gradients: list[Tensor], parameters: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float
-) -> list[Tensor]:
-    """Decayed gradients scaled to ``trust_coefficient`` times the norm of their parameter; new tensors."""
+def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
+    """What each decayed gradient is multiplied with, learning rate included; 0-dimensional."""
     weight_norms = torch.stack(torch._foreach_norm(parameters))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    scales = trust_coefficient * weight_norms / (gradient_norms + weight_decay * weight_norms + eps)
-    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor.
+    decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + group["eps"]
+    scales = group["trust_coefficient"] * weight_norms / decayed_norms
+    # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor. Without a
+    # gradient nothing moves, decay included; without a weight there is no decay either, and the gradient is the step.
     usable = (weight_norms > 0) & (gradient_norms > 0)
-    scales = torch.where(usable, scales, torch.ones_like(scales))
-    decays = usable * weight_decay
-    steps = torch._foreach_mul(parameters, list(decays.to(weight_norms.dtype).unbind()))
-    torch._foreach_add_(steps, gradients)
-    torch._foreach_mul_(steps, list(scales.unbind()))
-    return list(steps)
+    return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> LARS:

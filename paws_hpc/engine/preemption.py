@@ -25,18 +25,6 @@ class Interrupted(Exception):  # noqa: N818 - no error: a request that reached a
     """Some rank was asked to stop. Raised at the same boundary on all ranks."""
 
 
-class PreemptedError(Exception):
-    """Training stopped before its end because it was asked to, and its state is saved.
-
-    Attributes:
-        step: steps done, which are those of the newest checkpoint; 0 without one.
-    """
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped on request after step {step}, which is saved")
-        self.step = step
-
-
 def _never() -> bool:
     return False
 

@@ -1,15 +1,11 @@
-"""PAWS pre-training: one step, and the loop around it.
+"""PAWS pre-training: the state of a run and its step; the loop is in pretrain_loop.py.
 
 Legend: n unlabelled images and S support rows per rank, m small crops, K classes in the support, D features, W ranks.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,132 +15,17 @@ from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_parts, spread_momentum
-from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.compiled import as_written, compile_passes
-from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter, TrainingStoppedError
-from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
-from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
-from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl, PreemptedError
+from paws_hpc.engine.compiled import compile_passes
+from paws_hpc.engine.config import OptimizerConfig, PretrainConfig
+from paws_hpc.engine.optimizer import LARS, build_optimizer
+from paws_hpc.engine.parallel import move, replicate
 from paws_hpc.engine.schedule import warmup_cosine
-from paws_hpc.engine.tracking import Row, Tracker
-from paws_hpc.models import Encoder
-from paws_hpc.objective import (
-    CollapseMonitor,
-    ObjectiveConfig,
-    class_labels,
-    paws_loss,
-    supervised_nce,
-    support_warmup_weight,
-)
-from paws_hpc.objective.diagnostics import diagnose
-
-
-@dataclass
-class SupportConfig:
-    """The support mini-batch of a step, over all ranks.
-
-    Attributes:
-        classes: drawn per step, K.
-        images_per_class: drawn from each.
-    """
-
-    classes: int = 960
-    images_per_class: int = 7
-
-    def __post_init__(self) -> None:
-        if self.classes < 2 or self.images_per_class < 1:
-            raise ValueError(
-                f"pretrain.support.classes={self.classes} must be at least 2 and "
-                f"pretrain.support.images_per_class={self.images_per_class} at least 1."
-            )
-
-
-@dataclass
-class CollapseConfig:
-    """When uniform predictions count as collapse.
-
-    Attributes:
-        tolerance: relative distance of both loss terms from log K below which predictions count as uniform.
-        patience_steps: consecutive steps after which it is reported.
-        action: ``warn`` once, or ``stop`` the run.
-    """
-
-    tolerance: float = 0.02
-    patience_steps: int = 1000
-    action: str = "stop"
-
-    def __post_init__(self) -> None:
-        if self.action not in ("warn", "stop"):
-            raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
-        if not 0 <= self.tolerance < 1 or self.patience_steps < 1:
-            raise ValueError(
-                f"pretrain.collapse.tolerance={self.tolerance} must be in [0, 1) and "
-                f"pretrain.collapse.patience_steps={self.patience_steps} at least 1."
-            )
-
-
-@dataclass
-class PretrainConfig:
-    """The pre-training loop; sizes are global, whatever the number of ranks.
-
-    Attributes:
-        batch_size: unlabelled images per step.
-        accumulate_steps: micro-batches per step, equal parts of its images and supports that go through the network one
-            after the other, twice, so that only one part's activations are in memory. The gradient is that of the whole
-            batch's loss, which couples all its rows (paws_hpc/engine/accumulation.py). One thing differs from a single
-            pass: batch normalisation takes the statistics of a micro-batch, over all ranks. So a run with 8 parts is
-            the same on 1, 8 and 64 GPUs, but is not the run with 1.
-        epochs: passes over all training images.
-        support: labelled images per step.
-        collapse: detection of uniform predictions.
-        precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
-            or wider in every case.
-        compile: whether the network goes through ``torch.compile``, which takes a while at every start
-            (paws_hpc/engine/compiled.py).
-        log_every_steps: between rows of metrics; also how often device values are read by the host.
-        diagnose_every_steps: between the diagnostics of Fig. 4.
-        validate_every_epochs: between PAWS-NN scores on the local validation split.
-        checkpoint_every_steps: between checkpoints.
-        keep_checkpoints: kept at any time.
-    """
-
-    batch_size: int = 4096
-    accumulate_steps: int = 1
-    epochs: int = 100
-    support: SupportConfig = field(default_factory=SupportConfig)
-    collapse: CollapseConfig = field(default_factory=CollapseConfig)
-    precision: str = "auto"
-    compile: bool = False
-    log_every_steps: int = 10
-    diagnose_every_steps: int = 100
-    validate_every_epochs: int = 10
-    checkpoint_every_steps: int = 200
-    keep_checkpoints: int = 2
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("auto", "bf16", "fp32", "fp64"):
-            raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
-        for name in (
-            "batch_size",
-            "accumulate_steps",
-            "epochs",
-            "log_every_steps",
-            "diagnose_every_steps",
-            "validate_every_epochs",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
-
-
-@dataclass(frozen=True)
-class PretrainSummary:
-    """What ``summary.json`` says of a finished pre-training."""
-
-    steps: int
-    collapsed: bool
-    seconds: float
+from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.nce import supervised_nce
+from paws_hpc.objective.paws import paws_loss, support_warmup_weight
 
 
 class Pretraining:
@@ -296,113 +177,3 @@ class Pretraining:
         if batch.step % self.config.diagnose_every_steps == 0:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
-
-
-def pretrain(
-    training: Pretraining,
-    *,
-    checkpoints: CheckpointFolder,
-    tracker: Tracker,
-    start: int,
-    validate: Callable[[], Row],
-    describe: Describe,
-    control: JobControl = UNATTENDED,
-) -> PretrainSummary:
-    """Train from step ``start`` to the end.
-
-    Args:
-        training: holds the state, already restored if ``start`` is not 0.
-        checkpoints: written every so many steps, at the end, and when the job is asked to stop.
-        tracker: takes rows of metrics.
-        start: steps already done.
-        validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
-            ``validation``; may raise Interrupted.
-        describe: record positions → keys, for error messages.
-        control: asked before every step.
-
-    Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
-        TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
-            ``stop``.
-        ValueError: the run ends before ``start``.
-    """
-    config, began = training.config, time.monotonic()
-    if start > training.total_steps:
-        raise ValueError(
-            f"The checkpoint is of step {start}, but pretrain.epochs={config.epochs} ends at step "
-            f"{training.total_steps}. Raise pretrain.epochs, or remove the later checkpoints."
-        )
-    window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
-    meter = ThroughputMeter(config.batch_size)
-    done = saved = start
-    try:
-        if training.awaits_validation(start):  # the job was asked to stop before it had finished
-            log_validation(training, start, validate, tracker)
-            meter.restart()
-        with checkpoints, training.stream.prefetch(start, training.total_steps, training.dtype) as batches:
-            for batch in meter.waiting_for(batches):
-                control.check()
-                checkpoints.check()
-                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
-                done = batch.step + 1
-                validating = training.awaits_validation(done)
-                saving = done % config.checkpoint_every_steps == 0 or done == training.total_steps
-                if done % config.log_every_steps == 0 or saving or validating:
-                    report_window(training, window, meter, tracker)
-                if validating:
-                    log_validation(training, done, validate, tracker)
-                if saving:
-                    checkpoints.save(done, training.state_dict())
-                    saved = done
-                if saving or validating:
-                    meter.restart()
-    except Interrupted:
-        report_window(training, window, meter, tracker)
-        if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
-            checkpoints.save(done, training.state_dict())
-        checkpoints.wait()
-        raise PreemptedError(done) from None
-    checkpoints.wait()
-    return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
-
-
-def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
-    """Score the encoder as it is after ``done`` steps."""
-    synchronise_buffers(training.encoder)
-    with as_written() if training.config.compile else nullcontext():  # whose import takes 1.5 s
-        scores = validate()
-    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
-    training.validated = done
-
-
-def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
-    """Log the steps since the last call, and stop if one of them was the last that made sense."""
-    done = window.read(training.encoder)
-    for step in done:
-        row: Row = {
-            "epoch": (step.step + 1) / training.stream.steps_per_epoch,
-            "optimizer/lr": step.lr,
-            **step.metrics,
-            "loss/num_classes": training.config.support.classes,
-        }
-        if step is done[-1]:
-            row |= meter.read(len(done))
-        tracker.log(step.step, row)
-        step.require_finite()
-        # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
-        me_max = step.metrics["loss/me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
-        uniform = training.monitor.update(step.metrics["loss/consistency"], me_max)
-        if uniform and not training.collapsed:
-            training.collapsed = True
-            _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)
-
-
-def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
-    message = (
-        f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
-        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels "
-        "set objective.support_warmup_fraction=0.33, use more labels, or try another seed."
-    )
-    tracker.log(step, {"event": "collapse", "message": message})
-    if config.action == "stop":
-        raise TrainingStoppedError(message)

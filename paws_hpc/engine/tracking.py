@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -12,30 +11,6 @@ from typing import Any, Protocol
 from paws_hpc.files import atomic_write
 
 Row = dict[str, Any]
-
-
-@dataclass
-class TrackingConfig:
-    """Weights & Biases; the local files are written whatever stands here.
-
-    Attributes:
-        wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
-            in, and offline otherwise), ``online``, ``offline`` or ``disabled``. Where W&B cannot be reached, online
-            is offline too; ``python -m paws_hpc.sync`` uploads it later.
-        project: W&B project.
-        entity: W&B user or team; the account's default if none.
-        tags: for the runs of this chain.
-    """
-
-    wandb: str = "auto"
-    project: str = "paws"
-    entity: str | None = None
-    tags: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        modes = ("auto", "online", "offline", "disabled")
-        if self.wandb not in modes:
-            raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
 
 
 class Tracker(Protocol):

@@ -102,7 +102,8 @@ class Follower:
             if not isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError):
                 raise
             self.tell(
-                f"The service process of Weights & Biases ended ({str(error) or type(error).__name__}); another is started."
+                f"The service process of Weights & Biases ended ({str(error) or type(error).__name__}); "
+                "another is started."
             )
             _end_service()
             self._session()

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from paws_hpc.engine.preemption import PreemptedError
+from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.tracking import Row
 
 _LOG = logging.getLogger(__name__)

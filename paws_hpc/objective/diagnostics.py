@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import Labels
-from paws_hpc.objective.paws import ObjectiveConfig, PawsLoss
+from paws_hpc.objective.paws import PawsLoss
 
 
 @torch.no_grad()

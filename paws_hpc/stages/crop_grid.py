@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from paws_hpc.data.batches import apply
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.files import atomic_write
 
@@ -19,7 +20,7 @@ _GAP = 2
 def write_crop_grid(path: Path, stream: PawsStream) -> None:
     """Write the crops of the first images of step 0 as PNG: a row per image; large crops, then small ones."""
     part = stream.batch(0).parts[0]
-    views = stream.augment(part, torch.device("cpu"), torch.float32)[1:]
+    views = [apply(crops, stream.store, torch.device("cpu"), torch.float32) for crops in part.kinds[1:]]
     count = len(part.large) // 2
     columns = [column for view in views for column in view.split(count)]
     mean, std = (torch.tensor(value)[:, None, None] for value in (stream.store.mean, stream.store.std))

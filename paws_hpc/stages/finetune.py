@@ -10,25 +10,19 @@ import time
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.config import Config, Identity, identity
+from paws_hpc.config import Config, Identity, identity, sweep_config
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.finetune import Cell, ClassifierConfig, ClassifierTraining, train_classifier
+from paws_hpc.engine.config import Cell
+from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.files import write_json
-from paws_hpc.models import Encoder, build_classifier, build_encoder
-from paws_hpc.stages.prepare import RunData, open_data, stream_options
+from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages.pretrain import load_pretrained, names
+from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers, pretrained_network
-
-SWEEPS = ("finetune", "baseline")
-
-
-def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
-    """The config of a sweep by its name."""
-    return {"finetune": config.finetune, "baseline": config.baseline}[sweep]
 
 
 def run_cell(
@@ -125,7 +119,7 @@ def _train(
                 "seconds": time.monotonic() - began,
             },
         )
-    mark_done(folder, steps=training.total_steps)
+        mark_done(folder, steps=training.total_steps)
 
 
 def _cell_identity(config: Config, sweep: str, cell: Cell) -> Identity:

@@ -1,33 +1,27 @@
-"""The first stage: packed images and splits are there, or are made, or their absence is an error with its remedy."""
+"""The first stage: packed images and splits are there, or are made, or their absence is an error with its remedy.
+
+It computes nothing, and so does not load torch.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from paws_hpc import distributed
-from paws_hpc.config import Config, DataConfig, Identity
-from paws_hpc.data.batches import StreamOptions
-from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.order import Positions, Window
-from paws_hpc.data.placement import choose
+from paws_hpc.config import Config, DataConfig
+from paws_hpc.data.order import Positions, SupportOrder
 from paws_hpc.data.splits import Split, labelled_and_validation
-from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.preemption import UNATTENDED, JobControl
-from paws_hpc.files import exclusive, read_json, write_json
+from paws_hpc.files import exclusive
 from paws_hpc.stages.run_folder import RunFolder, mark_done
-from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack, start_staging
+from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
 
 
 @dataclass(frozen=True)
-class RunData:
+class RunStores:
     """The stores and the two splits of a run.
 
     Attributes:
@@ -35,14 +29,12 @@ class RunData:
         labelled_store: of the labelled images and those for validation; the same object as ``train`` unless the config
             names another.
         labelled_split, validation_split: drawn from ``labelled_store``.
-        supports: source of the labelled images: their store, or a cache of them.
     """
 
     train: ImageStore
     labelled_store: ImageStore
     labelled_split: Split
     validation_split: Split
-    supports: StoreImages
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -53,19 +45,6 @@ class RunData:
     def labelled(self) -> Positions:
         """(M,) positions of the labelled images in ``labelled_store``."""
         return self.labelled_split.records(self.labelled_store)
-
-    def labelled_images(self, config: Config) -> EvaluationSet:
-        """The labelled images, one centre crop each."""
-        crop, threads = config.views.evaluation, config.data.threads
-        return EvaluationSet(self.labelled_store, self.labelled, crop, self.train, threads, self.supports)
-
-    def validation_images(self, config: Config) -> EvaluationSet:
-        """The local validation split, one centre crop each."""
-        return self.images(config, self.labelled_store, self.validation_split.records(self.labelled_store))
-
-    def images(self, config: Config, store: ImageStore, records: Positions) -> EvaluationSet:
-        """Images of any store to score, one centre crop each, normalised as in training."""
-        return EvaluationSet(store, records, config.views.evaluation, self.train, config.data.threads)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -79,16 +58,18 @@ class RunData:
             digests["labelled_store"] = self.labelled_store.digest
         return digests
 
-    @contextmanager
-    def caching(self, config: Config, *, decoded: bool = True) -> Iterator[RunData]:
-        """The same with its labelled images in memory that the processes of this node share, as far as allowed."""
-        supports = cached_images(self.labelled_store, self.labelled, cache_gb=config.data.cache_gb, decoded=decoded)
-        with supports:
-            yield replace(self, supports=supports)
 
+def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: None) -> None:
+    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
 
-def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> None:
-    """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``."""
+    Args:
+        config: of the run.
+        run: its folder.
+        fence: raises if another start of this job has taken over.
+
+    Raises:
+        ValueError: the stores do not go together, or the labels do not suffice for the support mini-batches.
+    """
     labelled = config.data.labelled
     if labelled is not None and not (Path(labelled) / "manifest.json").exists():
         raise _not_packed("labelled", Path(labelled))
@@ -96,23 +77,24 @@ def run(config: Config, run: RunFolder, *, control: JobControl = UNATTENDED) -> 
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
-    data = open_data(config)
+    data = open_stores(config)
+    support_order(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
             f"{test.path} has the classes {list(test.classes)[:5]}…, but {data.labelled_store.path} has "
             f"{list(data.classes)[:5]}…. Pack both from the same data set."
         )
-    control.fence()
+    fence()
     mark_done(run.prepare, digests=data.digests | {"test": test.digest})
 
 
-def open_data(config: Config, *, staged: bool = False) -> RunData:
+def open_stores(config: Config, *, staged: bool = False) -> RunStores:
     """Open the stores with the splits of a run.
 
     Args:
         config: of the run.
-        staged: read training images from ``data.stage_to`` as far as they are copied there (:func:`staging`).
+        staged: read training images from ``data.stage_to`` as far as they are copied there.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
@@ -124,7 +106,24 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     if data.labelled is not None:
         labelled_store = ImageStore.open(Path(data.labelled), stage_to=folder, max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
-    return RunData(train, labelled_store, labelled, validation, StoreImages(labelled_store))
+    return RunStores(train, labelled_store, labelled, validation)
+
+
+def support_order(config: Config, data: RunStores) -> SupportOrder:
+    """The support mini-batches of a run.
+
+    Raises:
+        ValueError: the labels do not suffice for them.
+    """
+    support = config.pretrain.support
+    return SupportOrder(
+        data.labelled,
+        data.labelled_store.labels[data.labelled],
+        num_classes=support.classes,
+        images_per_class=support.images_per_class,
+        seed=config.seed,
+        balanced=config.data.support_order == "balanced",
+    )
 
 
 def stage_folder(config: Config) -> Path | None:
@@ -142,67 +141,6 @@ def stage_folder(config: Config) -> Path | None:
             f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.stage_to=null."
         )
     return Path(folder)
-
-
-def staging(config: Config) -> AbstractContextManager[object]:
-    """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
-    folder, data = stage_folder(config), config.data
-    stores = [Path(data.train)] + ([] if data.labelled in (None, data.train) else [Path(str(data.labelled))])
-    return nullcontext() if folder is None else start_staging(stores, folder)
-
-
-def order_window(data: DataConfig, store: ImageStore) -> Window | None:
-    """The window of the unlabelled images' order, its blocks counted in records of mean size; None for ``full``."""
-    if data.order == "full":
-        return None
-    record_bytes = sum(shard.bytes for shard in store.manifest.shards) / len(store)
-    return Window(min(max(round(data.block_mb * 1e6 / record_bytes), 1), len(store)), data.window_blocks)
-
-
-def order_identity(config: Config, data: RunData) -> Identity:
-    """What determines the order of images beside the seed; the defaults are left out, as runs had no choice once."""
-    fields: Identity = {}
-    if (window := order_window(config.data, data.train)) is not None:
-        fields["data.order"] = f"window of {window.blocks} blocks of {window.block_records} records"
-    if config.data.support_order != "paper":
-        fields["data.support_order"] = config.data.support_order
-    return fields
-
-
-def stream_options(config: Config, data: RunData, folder: Path, device: torch.device) -> StreamOptions:
-    """Order and placement of a stage's stream; all ranks call this together.
-
-    What ``data.placement=auto`` chose stays in ``folder/placement.json``, so that a start that resumes training works
-    as the one before did, to the bit on a CPU: timings, by which a GPU's placement is chosen, are never the same twice.
-    On another kind of device it is chosen anew.
-
-    Raises:
-        ValueError: the placement that is asked for cannot work.
-    """
-    kept, asked = folder / "placement.json", config.data.placement
-    found = read_json(kept) if kept.exists() else {}
-    distributed.barrier()  # before rank 0 writes it
-    if asked == "auto" and found.get("device") == device.type:
-        asked = found["placement"]
-    stores = (data.train, data.labelled_store)
-    try:
-        placement = choose(asked, stores, views=config.views, threads=config.data.threads, device=device)
-    except ValueError as error:
-        if asked == config.data.placement:
-            raise
-        raise ValueError(
-            f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
-            "choose anew."
-        ) from error
-    if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
-        write_json(kept, choice)
-    return StreamOptions(
-        window=order_window(config.data, data.train),
-        balanced_support=config.data.support_order == "balanced",
-        placement=placement,
-        device=device,
-        prefetch_bytes=round(config.data.prefetch_gb * 1e9),
-    )
 
 
 def _pack(data: DataConfig, subset: str, destination: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
-from paws_hpc.engine.pretrain import Pretraining, pretrain
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.engine.pretrain_loop import pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
-from paws_hpc.models import Encoder, build_encoder
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.crop_grid import write_crop_grid
-from paws_hpc.stages.prepare import RunData, open_data, order_identity, staging, stream_options
+from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
@@ -41,29 +42,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
 
 
 def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions, *, control: JobControl) -> None:
-    device = options.device
-    stream = PawsStream(
-        data.train,
-        data.labelled,
-        views=config.views,
-        batch_size=config.pretrain.batch_size,
-        support_classes=config.pretrain.support.classes,
-        images_per_class=config.pretrain.support.images_per_class,
-        seed=config.seed,
-        threads=config.data.threads,
-        accumulate_steps=config.pretrain.accumulate_steps,
-        supports=data.supports,
-        options=options,
-    )
-    encoder = build_encoder(config.model, seed=config.seed)
-    training = Pretraining(
-        encoder,
-        objective=config.objective,
-        optimizer=config.optimizer,
-        config=config.pretrain,
-        stream=stream,
-        device=device,
-    )
+    stream, device = open_stream(config, data, options), options.device
+    training = make_training(config, stream)
     checkpoints = checkpoint_folder(config, run, data, control)
     start = 0
     if (checkpoint := checkpoints.newest(device)) is not None:
@@ -74,7 +54,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
 
     def validate() -> Row:
         scores = score_nearest_neighbours(
-            encoder, data, data.validation_images(config), config, device, control=control
+            training.encoder, data, data.validation_images(config), config, device, control=control
         )
         return {"validation/paws_nn": scores.top1}
 
@@ -101,7 +81,36 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
     control.fence()
     if distributed.is_main():
         write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
-    mark_done(run.pretrain, steps=summary.steps)
+        mark_done(run.pretrain, steps=summary.steps)
+
+
+def open_stream(config: Config, data: RunData, options: StreamOptions) -> PawsStream:
+    """The stream that pre-training takes its steps' images from."""
+    return PawsStream(
+        data.train,
+        data.labelled,
+        views=config.views,
+        batch_size=config.pretrain.batch_size,
+        support_classes=config.pretrain.support.classes,
+        images_per_class=config.pretrain.support.images_per_class,
+        seed=config.seed,
+        threads=config.data.threads,
+        accumulate_steps=config.pretrain.accumulate_steps,
+        supports=data.supports,
+        options=replace(options, compile_augmentation=config.pretrain.compile),
+    )
+
+
+def make_training(config: Config, stream: PawsStream) -> Pretraining:
+    """Pre-training before its first step, on the stream's device."""
+    return Pretraining(
+        build_encoder(config.model, seed=config.seed),
+        objective=config.objective,
+        optimizer=config.optimizer,
+        config=config.pretrain,
+        stream=stream,
+        device=stream.options.device,
+    )
 
 
 def names(store: ImageStore, records: Positions) -> list[str]:

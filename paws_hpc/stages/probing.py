@@ -16,9 +16,9 @@ from paws_hpc.engine.evaluate import forward_all
 from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe, linear_probe, nearest_neighbours
-from paws_hpc.models import Encoder
-from paws_hpc.stages.prepare import RunData
+from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.pretrain import score_nearest_neighbours
+from paws_hpc.stages.run_data import RunData
 
 
 def trunk_features(encoder: Encoder, images: EvaluationSet, device: torch.device, control: JobControl) -> Tensor:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paws_hpc import distributed
-from paws_hpc.engine.finetune import Cell
+from paws_hpc.config import Config
+from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 
 
@@ -94,6 +94,15 @@ def is_done(folder: Path) -> bool:
 
 
 def mark_done(folder: Path, **facts: Any) -> None:
-    """Say, as the last thing written, that the stage of this folder has finished."""
-    if distributed.is_main():
-        write_json(folder / "DONE", facts)
+    """Say, as the last thing written and by rank 0 alone, that the stage of this folder has finished."""
+    write_json(folder / "DONE", facts)
+
+
+def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
+    """Raise ValueError if ``result.json`` was scored after selection among other cells than the sweep now has."""
+    scored, asked = read_json(run.selected)["cells"], [cell.name for cell in config.finetune.cells()]
+    if scored != asked:
+        raise ValueError(
+            f"{run.result} was scored after selection among {scored}, but the sweep now has {asked}. To select anew, "
+            f"which scores the test split once more, remove {run.result} and {run.selected.name} beside it."
+        )

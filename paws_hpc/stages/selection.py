@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.config import Config
+from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
+from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import score
-from paws_hpc.engine.finetune import Cell, predict
+from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
-from paws_hpc.models import build_classifier, build_encoder
-from paws_hpc.stages.finetune import sweep_config
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
-from paws_hpc.stages.prepare import open_data
 from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
-from paws_hpc.stages.run_folder import RunFolder, is_done
+from paws_hpc.stages.run_data import open_data
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, is_done
 from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
 
@@ -143,16 +143,6 @@ def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[
         used = network(run, f"finetune/{cell.name}", run.cell("finetune", cell) / "best.pt")
     with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
         file.log(0, row)
-
-
-def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
-    """Raise ValueError if ``result.json`` was scored after selection among other cells than the sweep now has."""
-    scored, asked = read_json(run.selected)["cells"], [cell.name for cell in config.finetune.cells()]
-    if scored != asked:
-        raise ValueError(
-            f"{run.result} was scored after selection among {scored}, but the sweep now has {asked}. To select anew, "
-            f"which scores the test split once more, remove {run.result} and {run.selected.name} beside it."
-        )
 
 
 def _predict_cell(

@@ -10,8 +10,8 @@ from typing import Any
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
+from paws_hpc.engine.config import Cell
 from paws_hpc.engine.console import ProgressTracker
-from paws_hpc.engine.finetune import Cell
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
 from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
 from paws_hpc.files import file_hash, read_json

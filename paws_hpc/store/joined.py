@@ -50,6 +50,11 @@ _CHUNK = 1 << 16
 class JoinedIndex:
     """The index of N records, by position in the store. Safe to share between threads and through a fork.
 
+    A mapped file must keep its bytes: the system kills a process (SIGBUS) that touches what was cut off. So every look
+    first compares the file's length. What remains is a file that is cut within the microseconds of a look, or, on a
+    network file system, before this node hears of it, or while somebody reads the array :attr:`labels` or a column
+    that was handed out. Nothing here cuts a file: they are replaced by rename, which leaves the old one to its readers.
+
     Attributes:
         hash: 128-bit xxh3 of the table of block hashes and the size, 32 hexadecimal digits: it stands for every byte.
         checked: whether every byte was found to fit its hash.
@@ -105,8 +110,9 @@ class JoinedIndex:
         """Copy the rows (n,) of type :data:`ROW` at n positions in [0, N).
 
         Raises:
-            StoreError: they were damaged since they were written.
+            StoreError: they were damaged since they were written, or the file was cut off.
         """
+        self._check_length()
         if not self.checked:
             starts = _HEADER.size + positions * ROW.itemsize
             self._check_blocks(starts // _BLOCK)
@@ -114,7 +120,8 @@ class JoinedIndex:
         return self._words[positions].view(ROW)[:, 0]  # twice as fast as self._rows[positions]
 
     def label(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Copy the labels (n,) int64 at n positions in [0, N)."""
+        """Copy the labels (n,) int64 at n positions in [0, N); raises as :meth:`rows`."""
+        self._check_length()
         self._check_blocks((self._labels_start + positions * _LABEL.itemsize) // _BLOCK)
         self._check_blocks((self._labels_start + (positions + 1) * _LABEL.itemsize - 1) // _BLOCK)
         labels: NDArray[np.int64] = self._labels[positions]
@@ -145,8 +152,17 @@ class JoinedIndex:
         """Write the index to a file."""
         file.write(self._content.data)
 
+    def _check_length(self) -> None:
+        """Find out, while that is still an error and not the end of the process, that a mapped file was cut off."""
+        if self._mapped is not None and (found := self._mapped.size()) < len(self._content):
+            raise StoreError(
+                f"{self._name} was cut off while it was in use: {found:,} of {len(self._content):,} bytes are there. "
+                "End what writes into the store and start again; the file is made anew from the shards."
+            )
+
     def _check(self, start: int, stop: int) -> None:
         """Check the blocks in which the bytes ``start`` to ``stop - 1`` lie."""
+        self._check_length()
         first, last = start // _BLOCK, -(-stop // _BLOCK)
         if stop <= start or self._checked[first:last].all():
             return

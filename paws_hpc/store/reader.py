@@ -7,7 +7,6 @@ h5py handle stays open: those must not cross a fork, and h5py reads under one lo
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +15,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, StoreError, read_manifest
 from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
 from paws_hpc.store.keys import Keys, find_keys, in_order
 from paws_hpc.store.local import LocalFolder
-from paws_hpc.store.shardset import Place, Problem, ShardSet, UnreadableError
+from paws_hpc.store.records import Records
+from paws_hpc.store.shardset import ShardSet, UnreadableError
 from paws_hpc.store.substitutes import Substitutes
 
 Read = TypeVar("Read")
@@ -58,9 +57,8 @@ class ImageStore:
         self.shards = shards
         self._index = index
         self._keys = Keys(index)
-        self._ends = np.cumsum([shard.count for shard in manifest.shards])
+        self._records = Records(path, manifest, index, shards, check=check)
         self._substitutes = Substitutes(index, limit=max_substitutes)
-        self._own = threading.local()
 
     @classmethod
     def open(
@@ -240,7 +238,7 @@ class ImageStore:
         """
         if self.encoding == "raw":
             return list(_three_channels(self.read_raw(indices)))
-        return self._with_substitutes(self._decoded, self._positions(indices))
+        return self._with_substitutes(self._records.decoded, self._positions(indices))
 
     def read_encoded(self, indices: ArrayLike) -> list[bytes]:
         """Read n encoded images of a JPEG store.
@@ -251,7 +249,7 @@ class ImageStore:
         """
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
-        return self._with_substitutes(self._payloads, self._positions(indices))
+        return self._with_substitutes(self._records.encoded, self._positions(indices))
 
     def each(self, indices: ArrayLike) -> Iterator[NDArray[np.uint8]]:
         """Yield n records as stored, one after the other, each (bytes,) in a buffer of this thread's.
@@ -267,9 +265,9 @@ class ImageStore:
         while True:
             asked = self._substitutes.apply(remaining)
             try:
-                yield from self._records(asked)
+                yield from self._records.each(asked)
             except UnreadableError as error:
-                self._substitutes.add(self._unreadable(asked, error))
+                self._substitutes.add(self._records.unreadable(asked, error))
                 remaining = remaining[error.number :]
             else:
                 return
@@ -285,7 +283,7 @@ class ImageStore:
             raise ValueError(f"{self.path} holds encoded images, not raw pixels: use read_encoded or images.")
         positions = self._positions(indices)
         pixels = np.empty((len(positions), math.prod(self.shape)), dtype=np.uint8)
-        self._with_substitutes(lambda places: self._fill(places, pixels), positions)
+        self._with_substitutes(lambda asked: self._records.fill(asked, pixels), positions)
         return pixels.reshape(len(positions), *self.shape)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -305,80 +303,6 @@ class ImageStore:
                 return read(self._substitutes.apply(positions))
             except RecordError as error:
                 self._substitutes.add(error)
-
-    def _payloads(self, positions: NDArray[np.int64]) -> list[bytes]:
-        """Read n records and check them."""
-        payloads = []
-        for position, place in zip(positions.tolist(), self._places(positions), strict=True):
-            payload = self.shards.read(place)
-            if isinstance(payload, Problem):
-                raise self._fault(position, payload.text, lasting=payload.lasting)
-            payloads.append(payload)
-        return payloads
-
-    def _fill(self, positions: NDArray[np.int64], pixels: NDArray[np.uint8]) -> None:
-        """Read n records of one length into the rows of (n, length) and check them."""
-        for position, place, buffer in zip(positions.tolist(), self._places(positions), pixels, strict=True):
-            problem = self.shards.read_into(place, buffer)
-            if problem is not None:
-                raise self._fault(position, problem.text, lasting=problem.lasting)
-
-    def _decoded(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        """Read and decode n JPEGs, each (H, W, 3) of the size that the index says."""
-        rows = self._index.rows(positions)
-        heights, widths = rows["height"].tolist(), rows["width"].tolist()
-        images = []
-        try:
-            for number, record in enumerate(self._records(positions)):
-                try:
-                    images.append(decode_jpeg(record, size=(heights[number], widths[number])))
-                except ValueError as error:
-                    raise self._fault(int(positions[number]), f"cannot be decoded: {error}") from error
-        except UnreadableError as error:
-            raise self._unreadable(positions, error) from error
-        return images
-
-    def _records(self, positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        """Read n records, each into this thread's buffer, and check them; raises UnreadableError."""
-        places = self._places(positions)
-        return self.shards.each(places, self._buffer(max((length for _, _, length, _ in places), default=0)))
-
-    def _unreadable(self, positions: NDArray[np.int64], error: UnreadableError) -> RecordError:
-        """Name the one of n records at which reading them ended."""
-        return self._fault(int(positions[error.number]), error.problem.text, lasting=error.problem.lasting)
-
-    def _buffer(self, length: int) -> NDArray[np.uint8]:
-        """At least so many bytes of this thread's own, used again: new memory costs half as much as reading."""
-        buffer: NDArray[np.uint8] | None = getattr(self._own, "buffer", None)
-        if buffer is None or len(buffer) < length:
-            buffer = self._own.buffer = np.empty(2 * length, np.uint8)
-        return buffer
-
-    def _places(self, positions: NDArray[np.int64]) -> list[Place]:
-        """Where n records lie, and their CRC32C if it is to be checked."""
-        if self.shards.closed:
-            raise ValueError(f"the store {self.path} was closed: open it again to read.")
-        self.shards.look()
-        rows = self._index.rows(positions)
-        # Column by column: ten times as fast as the rows of a structured array one by one.
-        shards, offsets, lengths = self._shard_of(positions).tolist(), rows["offset"].tolist(), rows["length"].tolist()
-        sums = rows["crc32c"].tolist() if self.check else [None] * len(rows)
-        return list(zip(shards, offsets, lengths, sums, strict=True))
-
-    def _shard_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers (n,) of the shards that hold n records."""
-        return self._ends.searchsorted(positions, side="right")
-
-    def _fault(self, position: int, problem: str, *, lasting: bool = True) -> RecordError:
-        """Name a record that cannot be used."""
-        key, shard = self.keys[position], self.manifest.shards[int(self._shard_of(np.array([position]))[0])].name
-        return RecordError(
-            f"record {key!r} in {self.path / shard} {problem}. {REMEDY}",
-            key=key,
-            shard=shard,
-            position=position,
-            lasting=lasting,
-        )
 
 
 def _local_index(stage_to: Path | None, manifest: Manifest) -> JoinedIndex | None:

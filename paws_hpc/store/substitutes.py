@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
-import weakref
 
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.store.forks import ForkSafeLock
 from paws_hpc.store.format import RecordError, StoreError
 from paws_hpc.store.joined import JoinedIndex
 
@@ -32,8 +30,7 @@ class Substitutes:
         self.limit = limit
         self._index = index
         self._next: dict[int, int] = {}
-        self._lock = threading.Lock()
-        _LIVING.add(self)
+        self._lock = ForkSafeLock()
 
     @property
     def found(self) -> dict[int, int]:
@@ -94,15 +91,3 @@ class Substitutes:
             if len(same):
                 return int(places[same[0]])
         raise AssertionError("the record itself has its label")
-
-
-_LIVING: weakref.WeakSet[Substitutes] = weakref.WeakSet()
-
-
-def _free_locks() -> None:
-    """In a forked process, free the locks that threads of its parent held: those threads are not here."""
-    for substitutes in _LIVING:
-        substitutes._lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_free_locks)

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.data.views import CropConfig, ViewsConfig
-from paws_hpc.engine.optimizer import OptimizerConfig
-from paws_hpc.engine.pretrain import PretrainConfig, Pretraining, SupportConfig
-from paws_hpc.models import ModelConfig, build_encoder, set_statistics
-from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.norm import set_statistics
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import STILL

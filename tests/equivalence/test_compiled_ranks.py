@@ -12,7 +12,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from paws_hpc.engine.compiled import compile_passes
 from paws_hpc.engine.parallel import replicate
-from paws_hpc.models import ModelConfig, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
 from tests.ranks import results_of, run_on_ranks
 
 SIZES = (16, 8)

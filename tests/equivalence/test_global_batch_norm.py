@@ -11,14 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from paws_hpc.models import (
-    GlobalBatchNorm1d,
-    GlobalBatchNorm2d,
-    ModelConfig,
-    build_encoder,
-    set_statistics,
-    untracked_statistics,
-)
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
 from tests.ranks import results_of, run_on_ranks
 
 CHANNELS = 5

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from paws_hpc.distributed import gather_rows, gather_rows_and_constants
-from paws_hpc.objective import class_labels, paws_loss, supervised_nce
+from paws_hpc.objective.labels import class_labels
+from paws_hpc.objective.nce import supervised_nce
+from paws_hpc.objective.paws import paws_loss
 from tests.ranks import results_of, run_on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -16,10 +16,11 @@ from paws_hpc import distributed
 from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
-from paws_hpc.engine.optimizer import OptimizerConfig
-from paws_hpc.engine.pretrain import PretrainConfig, Pretraining, SupportConfig
-from paws_hpc.models import ModelConfig, build_encoder
-from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.store import ImageStore
 from tests.ranks import Collectives
 

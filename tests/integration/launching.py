@@ -42,8 +42,10 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, so that tests side by side do not crowd each other out."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """One thread per process, so that tests side by side do not crowd each other out; and compiled modules are kept,
+    whatever the caller's shell says: every start would compile them anew, which costs as much as to import torch."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,8 @@
 """The launch command: what it composes, what it refuses, and what it does when it is run again."""
 
+import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,9 @@ from omegaconf import OmegaConf
 from paws_hpc.cluster.frozen import to_config
 from paws_hpc.config import Config
 from paws_hpc.launch import CONF
-from tests.integration.launching import environment, launch
+from paws_hpc.stages.attempts import read_starts
+from tests.conftest import Stores
+from tests.integration.launching import command, environment, launch
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
@@ -70,7 +75,7 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
         ("stages=[pretrian]", "stages=['pretrian']: 'pretrian' is not one of"),
         ("pretrain.batch_size=5000", "batch_size=5000 is larger than the data set of 1397 images"),
         ("pretrain.support.classes=11", "support.classes=11, but only 10 classes have labelled images"),
-        ("labels.per_class=3", "class 0 has only 3 labelled images"),
+        ("labels.per_class=3", "images_per_class=4, but labels.per_class=3"),
         ("labels.file=nowhere.txt labels.per_class=null", "nowhere.txt does not exist"),
         ("resources.pretrain.tasks_per_node=3", "pretrain.batch_size=128 does not divide by 3 ranks"),
     ],
@@ -90,3 +95,42 @@ def test_a_misspelt_field_of_an_experiment_file_is_named_too(tmp_path: Path) -> 
     failed = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert failed.returncode == 1
     assert "pretrain.epcohs is not a field of the config. Did you mean 'pretrain.epochs'?" in failed.stderr
+
+
+@pytest.fixture
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment in which to import torch fails, and in which Slurm seems to be installed."""
+    modules, programs = tmp_path / "modules", tmp_path / "programs"
+    modules.mkdir()
+    (modules / "torch.py").write_text("raise ImportError('torch was imported')\n")
+    programs.mkdir()
+    (programs / "srun").write_text("#!/bin/sh\nexit 1\n")
+    (programs / "srun").chmod(0o755)
+    return {**environment(), "PYTHONPATH": str(modules), "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+def test_what_does_not_compute_never_imports_torch(tmp_path: Path, without_torch: dict[str, str]) -> None:
+    def said(*arguments: str) -> str:
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=without_torch, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "#SBATCH" in said(*command(tmp_path, "hydra/launcher=submitit_slurm", "dry_run=true"))
+    said(*command(tmp_path, "stages=[prepare,report]"))
+    assert (tmp_path / "runs/run/report/index.html").exists()
+    assert "prepare" in said(sys.executable, "-m", "paws_hpc.status", str(tmp_path / "runs/run"))
+    said(sys.executable, "-c", "import paws_hpc.cluster.aftermath, paws_hpc.cluster.bootstrap")
+
+
+def test_a_node_without_torch_fails_in_one_line_that_names_it_and_may_be_tried_again(
+    tmp_path: Path, digits_stores: Stores, without_torch: dict[str, str]
+) -> None:
+    shutil.copytree(digits_stores.train.parent, tmp_path / "shards")
+    several = ("stages=[prepare,pretrain]", "resources.pretrain.tasks_per_node=2")
+    done = subprocess.run(
+        command(tmp_path, *several), capture_output=True, text=True, check=False, env=without_torch, timeout=240
+    )
+    assert done.returncode != 0
+    found = read_starts(tmp_path / "runs/run/jobs/pretrain")[0].failures
+    assert f"torch cannot be imported on {socket.gethostname()}: torch was imported" in found[0]["message"]
+    assert not found[0]["definite"]

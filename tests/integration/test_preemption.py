@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from paws_hpc.config import Config
-from paws_hpc.engine.preemption import JobControl, PreemptedError
-from paws_hpc.engine.pretrain import CollapseConfig
+from paws_hpc.engine.config import CollapseConfig
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import Row, read_rows
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder, is_done

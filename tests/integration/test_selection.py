@@ -15,12 +15,13 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.finetune import Cell, ClassifierConfig, predict
-from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig
+from paws_hpc.engine.config import Cell, ClassifierConfig, NeighbourTuningConfig
+from paws_hpc.engine.finetune import predict
 from paws_hpc.files import write_json
-from paws_hpc.models import build_classifier, build_encoder
+from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.report import build_report
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -128,7 +129,7 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
 
 def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationSet) -> float:
     """PAWS-NN by its formula, softmax(cos / tau) @ labels, from the files of the run."""
-    data = prepare.open_data(config)
+    data = open_data(config)
     encoder = build_encoder(config.model, seed=0)
     (checkpoint,) = run.checkpoints.glob("step-00000010.pt")
     encoder.load_state_dict(torch.load(checkpoint, weights_only=True)["encoder"])

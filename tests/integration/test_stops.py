@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from paws_hpc.config import Config
-from paws_hpc.engine.metrics import TrainingStoppedError
-from paws_hpc.engine.pretrain import CollapseConfig
+from paws_hpc.engine.config import CollapseConfig
+from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.tracking import Row, read_rows
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder, is_done

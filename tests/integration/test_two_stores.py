@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from paws_hpc.config import Config
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.config import Config, DataConfig
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import finetune, prepare, pretrain, selection
-from paws_hpc.stages.prepare import open_data
+from paws_hpc.stages.run_data import open_data, staged_stores
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
 from tests.conftest import Stores
@@ -107,6 +108,14 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     pretrain.run(config, run, CPU)
     rows = [line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "loss/support_nce" in line]
     assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
+
+
+@pytest.mark.parametrize(("labelled", "expected"), [(None, ["a"]), ("b", ["a", "b"]), ("a/", ["a"]), ("t", ["a", "t"])])
+def test_what_training_reads_is_staged_once_and_the_test_images_are_not(
+    labelled: str | None, expected: list[str]
+) -> None:
+    data = DataConfig(train="a", labelled=labelled, test="t")
+    assert staged_stores(data) == [Path(path) for path in expected]
 
 
 def stopping_after(checks: int) -> JobControl:

@@ -6,6 +6,7 @@ divisions differ, and 5e-6 for whole pipelines. One of 255 levels is 4e-3.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -34,10 +35,17 @@ from paws_hpc.data.augment import (
     normalise,
     to_grayscale,
 )
+from paws_hpc.data.compiled import CompiledAugmentation
 from paws_hpc.data.views import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS = AugmentConfig(saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
+DEVICES = [
+    pytest.param(torch.device("cpu"), marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")),
+    pytest.param(
+        torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's kernels")
+    ),
+]
 CONFIGS = {"imagenet": AugmentConfig(), "digits": DIGITS, "always": AugmentConfig(0.8, 0.8, 0.8, 0.2, 1, 0.5, 1)}
 OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, float], Tensor], list[float]]] = {
     "brightness": (adjust_brightness, TF.adjust_brightness, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
@@ -171,11 +179,57 @@ def test_an_image_is_augmented_alike_in_any_batch_and_memory_layout() -> None:
     parameters = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.arange(24), view=0)
     whole = augment(images, parameters, mean=MEAN, std=STD)
     by_rows = images.contiguous(memory_format=torch.channels_last)
-    last = augment(by_rows, parameters, mean=MEAN, std=STD, channels_last=True)
-    assert last.is_contiguous(memory_format=torch.channels_last)
+    last = augment(by_rows, parameters, mean=MEAN, std=STD)
     assert distance(last, whole) <= 1e-6
     alone = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.array([17]), view=0)
     assert distance(augment(images[17:18], alone, mean=MEAN, std=STD), whole[17:18]) <= 1e-6
+
+
+class Graphs:
+    """A backend that counts graphs and runs them as they are traced."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        self.count += 1
+        return graph
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(config: str, channels: int) -> None:
+    backend, images = Graphs(), pictures(32, 32)[:, :channels].repeat(6, 1, 1, 1)
+    compiled = CompiledAugmentation(CONFIGS[config], backend=backend)
+    for epoch in range(4):
+        parameters = draw_parameters(CONFIGS[config], seed=0, epoch=epoch, samples=np.arange(36), view=1)
+        expected = augment(images, parameters, mean=MEAN, std=STD)
+        assert distance(compiled(images, parameters, mean=MEAN, std=STD), expected) * min(STD) <= 5e-6
+    assert backend.count == 1
+    with pytest.raises(ValueError, match="5 images need as many parameters, not 36"):
+        compiled(images[:5], parameters, mean=MEAN, std=STD)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(device: torch.device) -> None:
+    config = CONFIGS["imagenet" if device.type == "cuda" else "digits"]  # its kernels take a CPU's compiler a minute
+    compiled, images = CompiledAugmentation(config), pictures(24, 24).repeat(6, 1, 1, 1)
+    for epoch in range(2):
+        parameters = draw_parameters(config, seed=0, epoch=epoch, samples=np.arange(36), view=1)
+        expected = augment(images, parameters, mean=MEAN, std=STD)
+        result = compiled(images.to(device), parameters, mean=MEAN, std=STD)
+        assert result.is_contiguous(memory_format=torch.channels_last) == (device.type == "cuda")
+        assert distance(result.cpu(), expected) * min(STD) <= 5e-6
 
 
 def test_augmenting_leaves_the_input_as_it_was() -> None:
@@ -189,8 +243,7 @@ def test_normalise_equals_torchvision_and_repeats_a_grey_channel() -> None:
     images = pictures()
     expected = TF.normalize(images.float() / 255, MEAN, STD)
     assert distance(normalise(images, mean=MEAN, std=STD), expected) <= 2e-6
-    grey = normalise(images[:, :1], mean=MEAN, std=STD, channels_last=True)
-    assert grey.is_contiguous(memory_format=torch.channels_last)
+    grey = normalise(images[:, :1], mean=MEAN, std=STD)
     assert distance(grey, TF.normalize(images[:, :1].float().expand(-1, 3, -1, -1) / 255, MEAN, STD)) <= 2e-6
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paws_hpc.models import Encoder, ModelConfig, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import Encoder, build_encoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WRN = ModelConfig(name="wide_resnet", depth=28, width=2)

@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.objective import (
-    nt_xent,
-    paws_loss,
-    sharpen,
-    smooth_labels,
-    soft_nearest_neighbours,
-    supervised_nce,
-)
+from paws_hpc.objective.labels import smooth_labels
+from paws_hpc.objective.nce import nt_xent, supervised_nce
+from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
+from paws_hpc.objective.paws import paws_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAWS_FILES = sorted(path.stem for path in GOLDEN.glob("paws_mc*.npz"))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer
+from paws_hpc.engine.config import OptimizerConfig
+from paws_hpc.engine.optimizer import LARS, build_optimizer
 from paws_hpc.engine.schedule import warmup_cosine
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from paws_hpc.objective import (
-    ClassLabels,
-    PawsLoss,
-    class_labels,
-    log_soft_nearest_neighbours,
-    nt_xent,
-    paws_loss,
-    sharpen,
-    smooth_labels,
-    soft_nearest_neighbours,
-    supervised_nce,
-)
+from paws_hpc.objective.labels import ClassLabels, class_labels, smooth_labels
+from paws_hpc.objective.nce import nt_xent, supervised_nce
+from paws_hpc.objective.neighbours import log_soft_nearest_neighbours, sharpen, soft_nearest_neighbours
+from paws_hpc.objective.paws import PawsLoss, paws_loss
 
 K, PER_CLASS, IMAGES, D = 4, 3, 5, 6
 S = K * PER_CLASS

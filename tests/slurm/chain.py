@@ -17,8 +17,8 @@ import torch
 
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages.attempts import Start, read_starts
-from tests.integration.launching import command, environment
-from tests.slurm.cluster import Cluster, wait_until
+from tests.integration.launching import command
+from tests.slurm.cluster import ASK_EVERY_S, Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
 ON_SLURM = (
@@ -80,7 +80,7 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         """Of the launch command, and through it of the jobs."""
-        return {**environment(), **self.cluster.environment, **_LOOPBACK}
+        return {**self.cluster.environment, **_LOOPBACK}
 
     # Jobs
 
@@ -96,7 +96,7 @@ class Run:
     def wait_running(self, job: str, *, timeout_s: float = 240) -> str:
         """Wait until a job runs; returns its id."""
         job_id = self.job_ids()[job]
-        self._wait(lambda: self.cluster.state(job_id) == "RUNNING", timeout_s, f"{job} does not run")
+        self._wait(lambda: self.cluster.state(job_id) == "RUNNING", timeout_s, f"{job} does not run", ASK_EVERY_S)
         return job_id
 
     def wait_start(self, job: str, number: int, *, timeout_s: float = 240) -> None:
@@ -110,10 +110,10 @@ class Run:
     def wait_over(self, *, timeout_s: float = 400) -> dict[str, str]:
         """Wait until no job of the chain waits or runs; returns their last states."""
 
-        def over() -> bool:
-            return all(state in _OVER for state in self.states().values())
+        def over() -> bool:  # the last one first: as a rule it is the only one to be asked about
+            return all(self.cluster.state(job_id) in _OVER for job_id in reversed(self.job_ids().values()))
 
-        self._wait(over, timeout_s, "the chain does not end")
+        self._wait(over, timeout_s, "the chain does not end", ASK_EVERY_S)
         return self.states()
 
     def wait_done(self, *, timeout_s: float = 400) -> None:
@@ -121,8 +121,8 @@ class Run:
         states = self.wait_over(timeout_s=timeout_s)
         assert set(states.values()) == {"COMPLETED"}, self.report()
 
-    def _wait(self, condition: Any, timeout_s: float, otherwise: str) -> None:
-        wait_until(condition, timeout_s, lambda: f"{otherwise}\n{self.report()}")
+    def _wait(self, condition: Any, timeout_s: float, otherwise: str, every_s: float = 0.1) -> None:
+        wait_until(condition, timeout_s, lambda: f"{otherwise}\n{self.report()}", every_s=every_s)
 
     def starts(self, job: str) -> list[Start]:
         """The starts of a job, oldest first."""

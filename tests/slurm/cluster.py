@@ -28,6 +28,7 @@ from typing import NoReturn
 
 import pytest
 
+from tests.integration.launching import environment
 from tests.slurm.reaper import environment_of, parent_of, processes_of
 from tests.slurm.settings import NODES, ClusterOptions, Ports, slurm_conf, slurmdbd_conf
 
@@ -35,6 +36,7 @@ _REAPER = Path(__file__).with_name("reaper.py")
 _SYSTEM = "/usr/sbin:/sbin"  # Debian keeps the daemons there, and not every user's PATH has it
 _DAEMONS = ("munged", "slurmctld", "slurmd")
 _ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
+ASK_EVERY_S = 0.3  # to ask Slurm takes 10 ms of processor time, of which jobs have too little
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
 
 
@@ -96,7 +98,7 @@ class Cluster:
         self.folder = folder
         self.options = options
         self.conf = folder / "slurm.conf"
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        inherited = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
         self.environment = {**inherited, "SLURM_CONF": str(self.conf), "PATH": _path()}
         self._ports = _free_ports()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -264,7 +266,8 @@ class Cluster:
                 raise AssertionError(f"Job {job_id} is {state}, not {' or '.join(states)}.\n{self.queue()}")
             return state in states
 
-        wait_until(arrived, timeout_s, lambda: f"Job {job_id} is not {' or '.join(states)}.\n{self.queue()}")
+        message = f"Job {job_id} is not {' or '.join(states)}.\n"
+        wait_until(arrived, timeout_s, lambda: message + self.queue(), every_s=ASK_EVERY_S)
         return self.state(job_id)
 
     def preempt(self, job_id: str, *, timeout_s: float = 120) -> None:
@@ -327,8 +330,10 @@ class Cluster:
         self._until(lambda: self.node_states()[node] in ("IDLE", "MIXED", "ALLOCATED"), f"slurmd-{node}")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str]) -> None:
-    """Wait for a condition.
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str], *, every_s: float = 0.1
+) -> None:
+    """Wait for a condition, looking every so many seconds.
 
     Raises:
         AssertionError: it does not hold in time; ``otherwise`` says what is there instead.
@@ -337,7 +342,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, otherwise: Calla
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(otherwise())
-        time.sleep(0.1)
+        time.sleep(every_s)
 
 
 def _path() -> str:

@@ -75,6 +75,7 @@ def slurm_conf(folder: Path, ports: Ports, options: ClusterOptions) -> str:
         "JobRequeue": 1,
         "ReturnToService": 2,
         "KillWait": options.kill_wait_s,
+        "MinJobAge": 3600,  # for as long as it may take a test to ask what became of a job
         "SchedulerType": "sched/backfill",
         "SchedulerParameters": "sched_interval=2,bf_interval=2,sched_min_interval=0,batch_sched_delay=0",
         "SlurmdParameters": "config_overrides",

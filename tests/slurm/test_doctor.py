@@ -63,7 +63,7 @@ def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "paws_hpc.doctor", f"runs={tmp_path}", *good, "--probe", "--json"],
-        env={**cluster.environment, "OMP_NUM_THREADS": "1"},
+        env=cluster.environment,
         capture_output=True,
         text=True,
         check=False,

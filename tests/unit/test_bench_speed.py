@@ -30,15 +30,19 @@ from paws_hpc.bench.plain_loader import (
     use_torch_norm,
     written_out_loss,
 )
-from paws_hpc.bench.recipes import Scene, make_images, make_training, on_device, opened_stream
+from paws_hpc.bench.recipes import Scene, make_images, on_device, opened_stream
 from paws_hpc.bench.rounds import Rates
 from paws_hpc.bench.saving import saving
-from paws_hpc.bench.speed import part_figures, plain_bar, stopped_share
+from paws_hpc.bench.speed import compiled_figures, part_figures, plain_bar, stopped_share
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS, Timeline, marked
 from paws_hpc.bench.training import loss_alone, matmul, on_device_steps, plain_resnet50, steps_from_store
 from paws_hpc.engine.optimizer import build_optimizer
-from paws_hpc.models import GlobalBatchNorm2d, build_encoder
-from paws_hpc.objective import ObjectiveConfig, paws_loss, smooth_labels
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm2d
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.labels import smooth_labels
+from paws_hpc.objective.paws import paws_loss
+from paws_hpc.stages.pretrain import make_training
 
 TINY = (
     "model.channels=[8,16]",
@@ -266,6 +270,16 @@ def test_ratios_and_shares_are_taken_within_rounds() -> None:
     assert whole.value == pytest.approx(1000 * len(PARTS))
     assert [figure.share for figure in parts] == pytest.approx([1 / len(PARTS)] * len(PARTS))
     assert set(LOSS_PARTS) < set(PARTS)
+
+
+def test_compiling_is_compared_within_rounds_and_says_how_often_it_left_the_graph() -> None:
+    written = Rates("written", [100.0, 50.0, 100.0])
+    compiled = Rates("compiled", [150.0, 75.0, 160.0], seen=[{"graph_breaks": {"a call": 2, "a branch": 1}}])
+    gain, breaks = compiled_figures(compiled, written)
+    assert gain.value == pytest.approx(1.5)
+    assert breaks.value == 3
+    (failed,) = compiled_figures(Rates("compiled", []), written)
+    assert failed.absent == "one of them failed"
 
 
 def test_a_bar_of_another_machine_is_neither_reached_nor_missed() -> None:

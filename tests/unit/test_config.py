@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 
 from paws_hpc.config import Config, DataConfig, ResourcesConfig, StageResources, identity
-from paws_hpc.data.splits import LabelsConfig
+from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.views import ViewsConfig
-from paws_hpc.engine.finetune import ClassifierConfig
-from paws_hpc.engine.pretrain import CollapseConfig, PretrainConfig, SupportConfig
-from paws_hpc.engine.tracking import TrackingConfig
-from paws_hpc.objective import ObjectiveConfig
+from paws_hpc.engine.config import ClassifierConfig, CollapseConfig, PretrainConfig, SupportConfig, TrackingConfig
+from paws_hpc.objective.config import ObjectiveConfig
 
 WITHOUT_EFFECT = {
     *("name", "runs", "device", "stages", "accept_changes", "data.name", "data.train", "data.test", "data.source"),

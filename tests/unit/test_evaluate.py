@@ -16,7 +16,9 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.data.views import CenterCropConfig
 from paws_hpc.engine import evaluate
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn, score
-from paws_hpc.models import ModelConfig, build_encoder, set_statistics
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.norm import set_statistics
 from paws_hpc.store import ArraySource, ImageStore, pack
 from tests.ranks import results_of, run_on_ranks
 

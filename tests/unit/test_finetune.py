@@ -16,12 +16,15 @@ from torch import Tensor
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.data.views import CenterCropConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
+from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.engine.evaluate import score
-from paws_hpc.engine.finetune import Cell, CellResult, ClassifierConfig, ClassifierTraining, predict, train_classifier
-from paws_hpc.engine.metrics import TrainingStoppedError
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.finetune import CellResult, ClassifierTraining, predict, train_classifier
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
-from paws_hpc.models import ModelConfig, build_classifier, build_encoder, set_statistics
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import build_classifier, build_encoder
+from paws_hpc.models.norm import set_statistics
 from paws_hpc.store import ArraySource, ImageStore, pack
 from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks

@@ -10,17 +10,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from paws_hpc.models import (
-    Encoder,
-    GlobalBatchNorm1d,
-    GlobalBatchNorm2d,
-    ModelConfig,
-    build_classifier,
-    build_encoder,
-    set_statistics,
-    untracked_statistics,
-)
 from paws_hpc.models.blocks import ResidualBlock
+from paws_hpc.models.config import NETWORKS, ModelConfig
+from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
 
 SMALL = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 2])
 
@@ -39,6 +32,12 @@ def images(count: int, size: int, seed: int = 0) -> Tensor:
 
 def weights(encoder: Encoder) -> dict[str, Tensor]:
     return dict(encoder.state_dict())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_that_a_config_may_name_can_be_built(name: str) -> None:
+    with torch.device("meta"):
+        assert Encoder(ModelConfig(name=name)).output_dim > 0
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnet18"])

@@ -14,8 +14,10 @@ from sklearn.datasets import load_digits
 
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.data.views import CenterCropConfig
-from paws_hpc.engine.neighbour_tuning import NeighbourTuningConfig, tune_for_neighbours
-from paws_hpc.models import Encoder, ModelConfig, build_encoder
+from paws_hpc.engine.config import NeighbourTuningConfig
+from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.store import ArraySource, ImageStore, PackOptions, pack
 from tests.ranks import results_of, run_on_ranks
 

@@ -8,19 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from paws_hpc.objective import (
-    CollapseMonitor,
-    ObjectiveConfig,
-    class_labels,
-    diagnose,
-    nt_xent,
-    paws_loss,
-    sharpen,
-    smooth_labels,
-    soft_nearest_neighbours,
-    supervised_nce,
-    support_warmup_weight,
-)
+from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.objective.labels import class_labels, smooth_labels
+from paws_hpc.objective.nce import nt_xent, supervised_nce
+from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
+from paws_hpc.objective.paws import paws_loss, support_warmup_weight
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 

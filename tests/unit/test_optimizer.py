@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from paws_hpc.engine.optimizer import LARS, OptimizerConfig, build_optimizer, split_parameters
+from paws_hpc.engine.config import OptimizerConfig
+from paws_hpc.engine.optimizer import LARS, build_optimizer, split_parameters
 from paws_hpc.engine.schedule import warmup_cosine
 
 

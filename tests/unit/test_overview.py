@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from paws_hpc import config, status
-from paws_hpc.cluster import layout
+from paws_hpc import status
 from paws_hpc.cluster.grace import grace_warnings
 from paws_hpc.cluster.inventory import Partition
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run
 from paws_hpc.cluster.states import span
-from paws_hpc.engine.finetune import Cell
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
-from paws_hpc.stages.finetune import SWEEPS
 from tests.starts import write_start
 
 CONFIG = """\
@@ -63,18 +58,6 @@ def train(folder: Path, *, steps: int, per_epoch: int, rate: float = 200.0) -> N
     rows = [{"step": step, "epoch": (step + 1) / per_epoch, "throughput/images_per_s": rate} for step in range(steps)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_the_names_that_need_no_torch_are_those_of_the_launcher() -> None:
-    assert layout.STAGES == config.STAGES
-    assert layout.SWEEPS == SWEEPS
-    for rate, epochs in ((0.05, 30), (1e-05, 2), (1.0, 100)):
-        assert layout.cell_name(rate, epochs) == Cell(rate, epochs).name
-
-
-def test_looking_at_runs_imports_no_torch() -> None:
-    asked = "import sys, paws_hpc.status; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
 
 def test_a_run_that_was_only_begun_has_all_its_jobs_before_it(run: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.data.batches import PawsBatch, StreamOptions
-from paws_hpc.data.cutting import PLACEMENTS, Placement
+from paws_hpc.data.config import PLACEMENTS, Placement
 from paws_hpc.data.images import cached_images
 from paws_hpc.data.pixels import Encoded
 from paws_hpc.data.placement import Rates, candidates, check_possible, choose, preferred, resident_bytes

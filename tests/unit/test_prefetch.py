@@ -91,6 +91,22 @@ def test_nothing_to_make_is_no_error() -> None:
     assert not running()
 
 
+def test_batches_that_nobody_makes_are_an_error_and_not_waited_for() -> None:
+    prefetch = Prefetch(lambda step: step, 0, 10)
+    with pytest.raises(TypeError, match="'Prefetch' object is not iterable"):
+        iter(prefetch)  # type: ignore[call-overload]
+    with prefetch as batches:
+        assert next(batches) == 0
+    with pytest.raises(ValueError, match="the batch of step 1 was asked for outside the with block"):
+        next(batches)
+
+
+def test_batches_come_once() -> None:
+    with Prefetch(lambda step: step, 0, 3) as batches:
+        assert list(batches) == [0, 1, 2]
+        assert list(batches) == []
+
+
 @pytest.mark.parametrize(("size", "ahead"), [(1, 3), (10, 2), (25, 1), (100, 1)])
 def test_batches_ahead_fit_the_budget_in_bytes(size: int, ahead: int) -> None:
     """A budget of 25 bytes holds two batches of 10, the one in the making included, and any single larger one."""

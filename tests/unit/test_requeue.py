@@ -10,7 +10,7 @@ import pytest
 from paws_hpc.cluster import aftermath, requeue
 from paws_hpc.cluster.bootstrap import is_definite
 from paws_hpc.cluster.scheduler import SchedulerError
-from paws_hpc.engine.metrics import TrainingStoppedError
+from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.attempts import LeaseHeldError, read_starts, record_failure
 from paws_hpc.stages.run_folder import RunFolder

@@ -12,7 +12,7 @@ from paws_hpc.cluster.dependencies import dependency, to_submit
 from paws_hpc.cluster.frozen import ConfigError
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import STAGES, Config
-from paws_hpc.engine.finetune import ClassifierConfig
+from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
 from paws_hpc.stages.run_folder import RunFolder
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.order import cipher_key, permute
-from paws_hpc.data.splits import LabelsConfig, Split, _draw, _resolve, labelled_and_validation, load_split
+from paws_hpc.data.splits import Split, _draw, _resolve, labelled_and_validation, load_split
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, Keys, PackOptions, pack
 from paws_hpc.store.format import ShardIndex
 from paws_hpc.store.joined import join_indexes

@@ -15,7 +15,7 @@ from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models import build_encoder
+from paws_hpc.models.encoder import build_encoder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import tiny_config
@@ -31,7 +31,8 @@ def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretrainin
     labelled = [index for label in range(10) for index in np.flatnonzero(store.labels == label)[:4]]
     stream = PawsStream(
         store, np.array(labelled), views=config.views, batch_size=16, support_classes=10, images_per_class=4, seed=0,
-        threads=1, accumulate_steps=config.pretrain.accumulate_steps, options=StreamOptions(device=device),
+        threads=1, accumulate_steps=config.pretrain.accumulate_steps,
+        options=StreamOptions(device=device, compile_augmentation=config.pretrain.compile),
     )  # fmt: skip
     return Pretraining(
         build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
@@ -47,11 +48,12 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")
-@pytest.mark.parametrize("accumulate_steps", [1, 4])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.parametrize(("accumulate_steps", "compiled"), [(1, False), (4, False), (1, True)])
 def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
-    digits_stores: Stores, accumulate_steps: int
+    digits_stores: Stores, accumulate_steps: int, compiled: bool
 ) -> None:
-    training = prepared(digits_stores, torch.device("cuda"), accumulate_steps=accumulate_steps)
+    training = prepared(digits_stores, torch.device("cuda"), accumulate_steps=accumulate_steps, compile=compiled)
     with training.stream.prefetch(1, 9, training.dtype) as batches:
         try:
             for batch in batches:
@@ -112,7 +114,7 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
             training.step(training.stream.batch(step))
             if step == 1:
                 traced = graphs
-                with as_written(), torch.no_grad():
+                with as_written(training.encoder), torch.no_grad():
                     for rows in (1, 3, 7):
                         training.encoder.eval()([torch.zeros(rows, 3, 16, 16, dtype=torch.float64)])
                 training.encoder.train()

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
 from paws_hpc.store import ImageFolder, ImageStore, PackOptions, RecordError, StoreError, pack
 from paws_hpc.store.format import read_manifest
-from paws_hpc.store.joined import load_index
+from paws_hpc.store.joined import JoinedIndex, load_index
 from paws_hpc.store.sources.digits import digits
 
 KIB = 1 << 10
@@ -318,3 +319,17 @@ def test_the_soft_limit_of_open_files_is_raised_and_the_hard_one_named(
     found = done.stdout.strip()
     assert done.returncode == 0, done.stderr
     assert re.search(expected, found), found
+
+
+def test_the_index_is_looked_up_once_for_the_images_of_a_batch(
+    jpeg_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up, rows = [], JoinedIndex.rows
+
+    def counted(index: JoinedIndex, positions: NDArray[np.int64]) -> NDArray[np.void]:
+        looked_up.append(len(positions))
+        return rows(index, positions)
+
+    monkeypatch.setattr(JoinedIndex, "rows", counted)
+    assert len(ImageStore.open(jpeg_store).images([3, 0, 7])) == 3
+    assert looked_up == [3]

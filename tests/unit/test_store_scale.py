@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +107,49 @@ def test_damage_in_a_large_index_is_named_where_it_is_met(
     assert store.read_raw([0, count - 1]).tolist() == [[[[0]]], [[[0]]]]
     with pytest.raises(StoreError, match=rf"{path / 'index.bin'} is damaged: block \d+ .* Remove the file"):
         store.labels if part == "labels" else store.read_raw([record])
+
+
+def test_a_large_index_that_is_cut_off_under_a_reader_is_named_and_kills_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 300_000
+    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)  # as for more than three million records
+    path = sparse_store(tmp_path / "store", count)
+    store = ImageStore.open(path, check=False)
+    looks = (
+        lambda: store.read_raw([count - 1]),
+        lambda: store.sizes([0]),
+        lambda: store.labels,
+        lambda: store.widths,
+        lambda: store.keys[count - 1],
+    )
+    os.truncate(path / "index.bin", 100_000)
+    for look in looks:
+        assert exit_of(look, rf"{path / 'index.bin'} was cut off while it was in use: 100,000 of .* start again") == 0
+
+
+@pytest.mark.parametrize("left", [0, 20, 100_000, -1])
+def test_a_large_index_that_was_cut_off_before_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)
+    path = sparse_store(tmp_path / "store", 300_000)
+    size = (path / "index.bin").stat().st_size
+    os.truncate(path / "index.bin", left if left >= 0 else size + left)
+    assert exit_of(lambda: ImageStore.open(path), r"shard-00000\.h5") == 0, "it is made from the shards, here holes"
+
+
+def exit_of(look: Callable[[], object], message: str) -> int:
+    """0 where a process of its own, which may be killed, raises this StoreError."""
+    child = os.fork()
+    if child == 0:
+        try:
+            look()
+        except StoreError as error:
+            os._exit(0 if re.search(message, str(error)) else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:

@@ -1,0 +1,307 @@
+"""The settings of training. Without torch, so that a run can be described and submitted before it is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from paws_hpc.data.views import AugmentConfig, CropConfig
+
+_OPTIMIZERS = ("lars", "sgd")
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights follow gradients. The defaults are the paper's for ImageNet at a batch of 4096.
+
+    Attributes:
+        name: ``lars``, or ``sgd`` for the same momentum without layer-wise adaptation.
+        momentum: in [0, 1).
+        weight_decay: of weights of two dimensions and more; biases and normalisation parameters have none.
+        trust_coefficient: LARS's eta.
+        nesterov: whether momentum looks ahead.
+        start_lr: learning rate at step 0 of the warm-up.
+        peak_lr: learning rate after the warm-up.
+        final_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up; parts of an epoch are allowed.
+    """
+
+    name: str = "lars"
+    momentum: float = 0.9
+    weight_decay: float = 1e-6
+    trust_coefficient: float = 1e-3
+    nesterov: bool = False
+    start_lr: float = 0.3
+    peak_lr: float = 6.4
+    final_lr: float = 0.064
+    warmup_epochs: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        if self.name not in _OPTIMIZERS:
+            raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(_OPTIMIZERS)}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
+        if not 0 < self.trust_coefficient < math.inf:
+            raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
+        for name in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be a number, 0 or more.")
+
+
+@dataclass
+class SupportConfig:
+    """The support mini-batch of a step, over all ranks.
+
+    Attributes:
+        classes: drawn per step, K.
+        images_per_class: drawn from each.
+    """
+
+    classes: int = 960
+    images_per_class: int = 7
+
+    def __post_init__(self) -> None:
+        if self.classes < 2 or self.images_per_class < 1:
+            raise ValueError(
+                f"pretrain.support.classes={self.classes} must be at least 2 and "
+                f"pretrain.support.images_per_class={self.images_per_class} at least 1."
+            )
+
+
+@dataclass
+class CollapseConfig:
+    """When uniform predictions count as collapse.
+
+    Attributes:
+        tolerance: relative distance of both loss terms from log K below which predictions count as uniform.
+        patience_steps: consecutive steps after which it is reported.
+        action: ``warn`` once, or ``stop`` the run.
+    """
+
+    tolerance: float = 0.02
+    patience_steps: int = 1000
+    action: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.action not in ("warn", "stop"):
+            raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
+        if not 0 <= self.tolerance < 1 or self.patience_steps < 1:
+            raise ValueError(
+                f"pretrain.collapse.tolerance={self.tolerance} must be in [0, 1) and "
+                f"pretrain.collapse.patience_steps={self.patience_steps} at least 1."
+            )
+
+
+@dataclass
+class PretrainConfig:
+    """The pre-training loop; sizes are global, whatever the number of ranks.
+
+    Attributes:
+        batch_size: unlabelled images per step.
+        accumulate_steps: micro-batches per step, equal parts of its images and supports that go through the network one
+            after the other, twice, so that only one part's activations are in memory. The gradient is that of the whole
+            batch's loss, which couples all its rows (paws_hpc/engine/accumulation.py). One thing differs from a single
+            pass: batch normalisation takes the statistics of a micro-batch, over all ranks. So a run with 8 parts is
+            the same on 1, 8 and 64 GPUs, but is not the run with 1.
+        epochs: passes over all training images.
+        support: labelled images per step.
+        collapse: detection of uniform predictions.
+        precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
+            or wider in every case.
+        compile: whether the network and the augmentation go through ``torch.compile``, which takes a while at every
+            start (paws_hpc/engine/compiled.py, paws_hpc/data/compiled.py).
+        log_every_steps: between rows of metrics; also how often device values are read by the host.
+        diagnose_every_steps: between the diagnostics of Fig. 4.
+        validate_every_epochs: between PAWS-NN scores on the local validation split.
+        checkpoint_every_steps: between checkpoints.
+        keep_checkpoints: kept at any time.
+    """
+
+    batch_size: int = 4096
+    accumulate_steps: int = 1
+    epochs: int = 100
+    support: SupportConfig = field(default_factory=SupportConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
+    precision: str = "auto"
+    compile: bool = False
+    log_every_steps: int = 10
+    diagnose_every_steps: int = 100
+    validate_every_epochs: int = 10
+    checkpoint_every_steps: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("auto", "bf16", "fp32", "fp64"):
+            raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
+        for name in (
+            "batch_size",
+            "accumulate_steps",
+            "epochs",
+            "log_every_steps",
+            "diagnose_every_steps",
+            "validate_every_epochs",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
+
+
+def _crop() -> CropConfig:
+    return CropConfig(size=224, count=1, scale=[0.08, 1.0])
+
+
+def _flip_only() -> AugmentConfig:
+    return AugmentConfig(
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        hue=0.0,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+    )
+
+
+@dataclass
+class ClassifierConfig:
+    """A sweep over learning rate and epochs (Appendix A: SGD, Nesterov momentum, no decay, cosine to 0, no warm-up).
+
+    Batch normalisation takes each rank's own statistics, as the reference does, so that here, and here alone, the
+    number of ranks is part of the result.
+
+    Attributes:
+        learning_rates: swept.
+        epochs: swept.
+        batch_size: labelled images per step over all ranks; a smaller labelled set is one batch.
+        momentum: Nesterov.
+        weight_decay: of all parameters.
+        warmup_epochs: linear from 0.
+        crop: of training.
+        augment: of training crops; flip alone in the paper.
+        validate_every_epochs: between scores on the local validation split; the best is kept.
+        min_cells: finished cells that selection asks for; with 0 it goes on without this sweep if no cell has finished,
+            and the test split is then scored without it.
+    """
+
+    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
+    epochs: list[int] = field(default_factory=lambda: [30, 50])
+    batch_size: int = 1024
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup_epochs: float = 0.0
+    crop: CropConfig = field(default_factory=_crop)
+    augment: AugmentConfig = field(default_factory=_flip_only)
+    validate_every_epochs: int = 1
+    min_cells: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or not self.epochs:
+            raise ValueError("A sweep needs at least one learning rate and one number of epochs.")
+        if min(self.learning_rates) <= 0 or min(self.epochs) < 1:
+            raise ValueError(f"learning_rates={self.learning_rates} and epochs={self.epochs} must be positive.")
+        if len({cell.name for cell in self.cells()}) < len(self.cells()):
+            raise ValueError(
+                f"learning_rates={self.learning_rates} or epochs={self.epochs} repeat a value (learning rates are "
+                "told apart to six digits). Remove the repetition."
+            )
+        for name in ("batch_size", "validate_every_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} (of finetune or baseline) must be at least 1.")
+        if not 0 <= self.min_cells <= len(self.cells()):
+            raise ValueError(
+                f"min_cells={self.min_cells} (of finetune or baseline) must be between 0 and the number of cells in "
+                f"the sweep, {len(self.cells())}."
+            )
+        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
+            raise ValueError(
+                f"momentum={self.momentum} must be in [0, 1), weight_decay={self.weight_decay} and "
+                f"warmup_epochs={self.warmup_epochs} 0 or more (of finetune or baseline)."
+            )
+
+    def cells(self) -> list[Cell]:
+        """All combinations, in a fixed order."""
+        return [Cell(lr, epochs) for lr in self.learning_rates for epochs in self.epochs]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a sweep."""
+
+    learning_rate: float
+    epochs: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"lr={self.learning_rate:g},epochs={self.epochs}"
+
+    @classmethod
+    def named(cls, name: str) -> Cell:
+        """The cell of a folder; its learning rate has the six digits that the name has.
+
+        Raises:
+            ValueError: no cell has this name.
+        """
+        parts = re.fullmatch(r"lr=([^,]+),epochs=(\d+)", name)
+        if parts is None:
+            raise ValueError(f"{name!r} is not the name of a cell, such as 'lr=0.05,epochs=30'.")
+        return cls(float(parts[1]), int(parts[2]))
+
+
+@dataclass
+class NeighbourTuningConfig:
+    """Supervised NCE before the nearest-neighbour score; off unless ``steps`` is positive.
+
+    Attributes:
+        steps: of SGD without weight decay; 180 in the paper's CIFAR10 recipe.
+        images_per_class: drawn per step from every class, as centre crops; all of the labelled images of a class if the
+            smallest class has fewer.
+        learning_rate: of the first step; a cosine takes it to 0.
+        momentum: of SGD.
+    """
+
+    steps: int = 0
+    images_per_class: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"neighbour_tuning.steps={self.steps} must be 0 or more.")
+        if self.images_per_class < 2:
+            raise ValueError(
+                f"neighbour_tuning.images_per_class={self.images_per_class} must be at least 2: each image is "
+                "classified by the others of its class."
+            )
+        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"neighbour_tuning.learning_rate={self.learning_rate} must be positive and neighbour_tuning.momentum="
+                f"{self.momentum} in [0, 1)."
+            )
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; the local files are written whatever stands here.
+
+    Attributes:
+        wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
+            in, and offline otherwise), ``online``, ``offline`` or ``disabled``. Where W&B cannot be reached, online
+            is offline too; ``python -m paws_hpc.sync`` uploads it later.
+        project: W&B project.
+        entity: W&B user or team; the account's default if none.
+        tags: for the runs of this chain.
+    """
+
+    wandb: str = "auto"
+    project: str = "paws"
+    entity: str | None = None
+    tags: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "online", "offline", "disabled")
+        if self.wandb not in modes:
+            raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")

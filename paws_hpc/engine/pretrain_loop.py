@@ -1,0 +1,137 @@
+"""The loop of PAWS pre-training: steps, metrics, scores, checkpoints, and an orderly end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.compiled import as_written
+from paws_hpc.engine.config import CollapseConfig
+from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
+from paws_hpc.engine.parallel import synchronise_buffers
+from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.engine.tracking import Row, Tracker
+
+
+@dataclass(frozen=True)
+class PretrainSummary:
+    """What ``summary.json`` says of a finished pre-training."""
+
+    steps: int
+    collapsed: bool
+    seconds: float
+
+
+def pretrain(
+    training: Pretraining,
+    *,
+    checkpoints: CheckpointFolder,
+    tracker: Tracker,
+    start: int,
+    validate: Callable[[], Row],
+    describe: Describe,
+    control: JobControl = UNATTENDED,
+) -> PretrainSummary:
+    """Train from step ``start`` to the end.
+
+    Args:
+        training: holds the state, already restored if ``start`` is not 0.
+        checkpoints: written every so many steps, at the end, and when the job is asked to stop.
+        tracker: takes rows of metrics.
+        start: steps already done.
+        validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
+            ``validation``; may raise Interrupted.
+        describe: record positions → keys, for error messages.
+        control: asked before every step.
+
+    Raises:
+        PreemptedError: ``control`` asked to stop, and the state is saved.
+        TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
+            ``stop``.
+        ValueError: the run ends before ``start``.
+    """
+    config, began = training.config, time.monotonic()
+    if start > training.total_steps:
+        raise ValueError(
+            f"The checkpoint is of step {start}, but pretrain.epochs={config.epochs} ends at step "
+            f"{training.total_steps}. Raise pretrain.epochs, or remove the later checkpoints."
+        )
+    window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
+    meter = ThroughputMeter(config.batch_size)
+    done = saved = start
+    try:
+        if training.awaits_validation(start):  # the job was asked to stop before it had finished
+            log_validation(training, start, validate, tracker)
+            meter.restart()
+        with checkpoints, training.stream.prefetch(start, training.total_steps, training.dtype) as batches:
+            for batch in meter.waiting_for(batches):
+                control.check()
+                checkpoints.check()
+                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
+                done = batch.step + 1
+                validating = training.awaits_validation(done)
+                saving = done % config.checkpoint_every_steps == 0 or done == training.total_steps
+                if done % config.log_every_steps == 0 or saving or validating:
+                    report_window(training, window, meter, tracker)
+                if validating:
+                    log_validation(training, done, validate, tracker)
+                if saving:
+                    checkpoints.save(done, training.state_dict())
+                    saved = done
+                if saving or validating:
+                    meter.restart()
+    except Interrupted:
+        report_window(training, window, meter, tracker)
+        if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
+            checkpoints.save(done, training.state_dict())
+        checkpoints.wait()
+        raise PreemptedError(done) from None
+    checkpoints.wait()
+    return PretrainSummary(training.total_steps, training.collapsed, time.monotonic() - began)
+
+
+def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
+    """Score the encoder as it is after ``done`` steps."""
+    synchronise_buffers(training.encoder)
+    with as_written(training.encoder):
+        scores = validate()
+    tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
+    training.validated = done
+
+
+def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
+    """Log the steps since the last call, and stop if one of them was the last that made sense."""
+    done = window.read(training.encoder)
+    for step in done:
+        row: Row = {
+            "epoch": (step.step + 1) / training.stream.steps_per_epoch,
+            "optimizer/lr": step.lr,
+            **step.metrics,
+            "loss/num_classes": training.config.support.classes,
+        }
+        if step is done[-1]:
+            row |= meter.read(len(done))
+        tracker.log(step.step, row)
+        step.require_finite()
+        # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
+        me_max = step.metrics["loss/me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
+        uniform = training.monitor.update(step.metrics["loss/consistency"], me_max)
+        if uniform and not training.collapsed:
+            training.collapsed = True
+            _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)
+
+
+def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
+    message = (
+        f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
+        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels "
+        "set objective.support_warmup_fraction=0.33, use more labels, or try another seed."
+    )
+    tracker.log(step, {"event": "collapse", "message": message})
+    if config.action == "stop":
+        raise TrainingStoppedError(message)
