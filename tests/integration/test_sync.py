@@ -15,7 +15,8 @@ import torch
 
 from paws_hpc import sync
 from paws_hpc.engine import wandb_tracker
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.engine.wandb_file import parse, read_contents, write_contents
 from paws_hpc.engine.wandb_follower import position, shown

@@ -14,7 +14,8 @@ import torch
 
 from paws_hpc.config import Config
 from paws_hpc.engine import wandb_tracker
-from paws_hpc.engine.preemption import JobControl, PreemptedError
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.engine.wandb_follower import position, shown
 from paws_hpc.files import file_hash, write_json
