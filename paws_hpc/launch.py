@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
+from paws_hpc.cluster.compose import CONF, compose_run, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
@@ -126,10 +125,6 @@ def _cancel(run: RunFolder) -> None:
     print(f"{run.path}: cancelled {', '.join(ended)}." if ended else f"{run.path}: no job of it was in the queue.")
 
 
-def _composed_by_hydra(composed: DictConfig) -> None:
-    launch(*composed_run(composed))
-
-
 def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
     """Write the page that compares runs launched together or, where they were only submitted, print its command."""
     folders = dict.fromkeys(Path(config.runs) / config.name for config, _ in composed)
@@ -145,6 +140,10 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
             print(f"Comparison: {build_comparison(runs)}")
         except (OSError, ValueError) as error:  # the runs are as they were all the same
             print(f"error: there is no comparison: {error}", file=sys.stderr)
+
+
+def _composed_by_hydra(composed: DictConfig) -> None:
+    launch(*composed_run(composed))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python -m paws_hpc.report digits-seed0                        the run's own report, in its folder
     python -m paws_hpc.report digits-seed0 digits-seed1 …         one page for all: table, curves, sweeps, provenance
     python -m paws_hpc.report runs/digits-* --markdown            that table as text; --json for programs
+    python -m paws_hpc.report runs/digits-* --wandb               one report in Weights & Biases
 
 It reads the files of the runs and nothing else, so it works while they run, after they were killed, and on copies.
 """
@@ -20,6 +21,7 @@ from paws_hpc.stages.comparison import as_json, as_markdown, compare
 from paws_hpc.stages.comparison_page import build_comparison
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_run import read_run
+from paws_hpc.stages.wandb_report import save_wandb_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,10 +40,24 @@ def _write(runs: list[Path], options: argparse.Namespace) -> None:
         print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
     elif options.markdown:
         print(as_markdown(compare([read_run(run) for run in runs])), end="")
+    elif options.wandb:
+        _save_in_wandb(runs)
     elif len(runs) == 1:
         print(f"Report: {build_report(runs[0], options.to)}")
     else:
         print(f"Comparison: {build_comparison(runs, options.to)}")
+
+
+def _save_in_wandb(runs: list[Path]) -> None:
+    """Say where the report is, and if it is on disk only, why."""
+    saved = save_wandb_report(runs)
+    if saved.url is not None:
+        print(f"Report: {saved.url}")
+    else:
+        print(
+            f"Report not saved in Weights & Biases ({saved.fault}). Its spec is in {saved.spec}; the same command "
+            "saves it where there is a connection."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         "comparisons/NAME beside the first run, where NAME is what the names of the runs share",
     )  # fmt: skip
     table = parser.add_mutually_exclusive_group()
+    table.add_argument(
+        "--wandb",
+        action="store_true",
+        help="write no page, but save a report in Weights & Biases (pip install paws-hpc[report])",
+    )
     table.add_argument("--json", action="store_true", help="write no page, but print its table and provenance as JSON")
     table.add_argument("--markdown", action="store_true", help="write no page, but print its table as Markdown")
     return parser

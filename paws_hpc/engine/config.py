@@ -314,7 +314,8 @@ class TrackingConfig:
 
     Attributes:
         wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
-            in, and offline otherwise or where W&B cannot be reached), ``online``, ``offline`` or ``disabled``.
+            in, and offline otherwise), ``online``, ``offline`` or ``disabled``. Where W&B cannot be reached, online
+            is offline too; ``python -m paws_hpc.sync`` uploads it later.
         project: W&B project.
         entity: W&B user or team; the account's default if none.
         tags: for the runs of this chain.

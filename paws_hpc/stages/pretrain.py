@@ -67,6 +67,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
+        made=run.checkpoint(training.total_steps),
     )
     with job as tracker:
         summary = pretrain(
@@ -153,7 +154,7 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
         )
     encoder = build_encoder(config.model, seed=config.seed)
     encoder.load_state_dict(checkpoint.state["encoder" if config.pretrain.ema is None else "average"])
-    return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
+    return encoder.to(device, torch.float32), file_hash(run.checkpoint(checkpoint.step))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ class RunFolder:
         """Checkpoints of pre-training; the last one is the pre-trained network."""
         return self.pretrain / "checkpoints"
 
+    def checkpoint(self, steps: int) -> Path:
+        """The checkpoint of pre-training after a number of steps."""
+        return self.checkpoints / f"step-{steps:08d}.pt"
+
     @property
     def tuned(self) -> Path:
         """Weights of the encoder after ``neighbour_tuning``, where there was any."""

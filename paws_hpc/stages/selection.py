@@ -19,6 +19,7 @@ from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
@@ -26,6 +27,7 @@ from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, is_done
+from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
 
 
@@ -113,6 +115,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     if distributed.is_main():
         write_gallery(run.selection, shown)
         scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
+        publish_scores(config, run, winner, scored)
         write_json(
             run.result,
             {
@@ -126,6 +129,20 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
+
+
+def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[str, Any]) -> None:
+    """Show the test scores in Weights & Biases, as a run of the chain like those of the other stages."""
+    if not is_watched(config):
+        return
+    metrics = run.selection / "metrics.jsonl"
+    row = {f"test/{method}": scores["top1"] for method, scores in scored.items()}
+    used = None
+    if (cell := winner.cell) is not None:
+        row |= {"selected/learning_rate": cell.learning_rate, "selected/epochs": cell.epochs}
+        used = network(run, f"finetune/{cell.name}", run.cell("finetune", cell) / "best.pt")
+    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
+        file.log(0, row)
 
 
 def _predict_cell(
