@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.cluster.compose import CONF, compose_run, runs_of
+from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
