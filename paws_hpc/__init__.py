@@ -3,7 +3,7 @@
 The layers; a module imports from the lines below its own and never from beside or above::
 
     launch, shards, status, doctor,
-    export, predict                       commands
+    report, sync, export, predict         commands
     cluster | deploy                      where stages run (the only submitit imports) | a finished run put to use
     stages                                frozen config → files in the run directory
     config                                the whole schema, as dataclasses

@@ -331,23 +331,27 @@ def identity(config: Config, *sections: str) -> Identity:
         config: of the run.
         sections: top-level fields to take; all of them if none are given.
     """
-    flat = _flatten(asdict(config), "")
+    flat = flatten(asdict(config))
     return {
-        name: value
-        for name, value in flat.items()
-        if not _covered(name, _WITHOUT_EFFECT) and (not sections or _covered(name, sections))
+        name: value for name, value in flat.items() if has_effect(name) and (not sections or _covered(name, sections))
     }
+
+
+def has_effect(field: str) -> bool:
+    """Whether a field, such as ``optimizer.peak_lr``, determines results; the others may change within a run."""
+    return not _covered(field, _WITHOUT_EFFECT)
 
 
 def _covered(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _flatten(value: dict[str, Any], prefix: str) -> Identity:
+def flatten(value: dict[str, Any], prefix: str = "") -> Identity:
+    """Nested mappings as one: ``{"optimizer": {"peak_lr": 6.4}}`` becomes ``{"optimizer.peak_lr": 6.4}``."""
     flat: Identity = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            flat |= _flatten(item, f"{prefix}{key}.")
+            flat |= flatten(item, f"{prefix}{key}.")
         else:
             flat[prefix + key] = item
     return flat

@@ -3,14 +3,17 @@
     python -m paws_hpc.launch [experiment=NAME] [FIELD=VALUE ...]
     python -m paws_hpc.launch experiment=NAME hydra/launcher=submitit_slurm [dry_run=true | cancel=true]
 
-Run again, the same command resumes what is unfinished and says so when all is done. ``-m seed=0,1,2`` launches three.
+Run again, the same command resumes what is unfinished and says so when all is done. ``-m seed=0,1,2`` launches three
+and compares them on one page.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -123,6 +126,23 @@ def _cancel(run: RunFolder) -> None:
     print(f"{run.path}: cancelled {', '.join(ended)}." if ended else f"{run.path}: no job of it was in the queue.")
 
 
+def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
+    """Write the page that compares runs launched together or, where they were only submitted, print its command."""
+    folders = dict.fromkeys(Path(config.runs) / config.name for config, _ in composed)
+    runs = [folder for folder in folders if (folder / "chain.json").exists()]
+    config, launcher = composed[0]
+    if config.dry_run or config.cancel or len(runs) < 2:
+        return
+    print(f"Compare them: {shlex.join(['python', '-m', 'paws_hpc.report', *map(str, runs)])}")
+    if not str(launcher["_target_"]).endswith("SlurmLauncher"):
+        from paws_hpc.stages.comparison_page import build_comparison  # noqa: PLC0415 - imports matplotlib: seconds
+
+        try:
+            print(f"Comparison: {build_comparison(runs)}")
+        except (OSError, ValueError) as error:  # the runs are as they were all the same
+            print(f"error: there is no comparison: {error}", file=sys.stderr)
+
+
 def _composed_by_hydra(composed: DictConfig) -> None:
     launch(*composed_run(composed))
 
@@ -138,6 +158,8 @@ def main() -> None:
     try:
         runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
+        for config, _ in composed:
+            config.tracking.check_installed()
     except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:
@@ -151,6 +173,8 @@ def main() -> None:
                 raise
             print(stop.code, file=sys.stderr)
             failed.append(" ".join(overrides))
+    if several:
+        _compare(composed)
     if failed:
         sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 

@@ -74,6 +74,8 @@ class Page:
 
     def picture(self, selector: str) -> np.ndarray:
         element = self.driver.find_element(By.CSS_SELECTOR, selector)
+        # The driver leaves an element where it is if any of it is in the window, and then takes only that part.
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'start'})", element)
         return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"))
 
 

@@ -328,11 +328,11 @@ class EvaluationSet:
                     yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
                     continue
                 parts = np.array_split(records, min(self.threads, len(records)))
-                images = torch.cat(list(pool.map(self._crop_part, parts))).to(device)
+                images = torch.cat(list(pool.map(self.crops, parts))).to(device)
                 yield normalise(images, mean=like.mean, std=like.std).to(dtype)
 
-    def _crop_part(self, records: Positions) -> Tensor:
-        """(n, 3, s, s) uint8."""
+    def crops(self, records: Positions) -> Tensor:
+        """(n, 3, s, s) uint8: the centre crops of some of ``records``, as they are scored but for normalisation."""
         source = self.source or StoreImages(self.store)
         images = [as_tensor(image).permute(2, 0, 1) for image in source.pixels(records)]
         return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])

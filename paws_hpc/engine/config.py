@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, field
@@ -313,18 +314,29 @@ class TrackingConfig:
 
     Attributes:
         wandb: ``auto`` (what the environment variable WANDB_MODE says; without it online for a user who is logged
-            in, and offline otherwise or where W&B cannot be reached), ``online``, ``offline`` or ``disabled``.
+            in, and offline otherwise), ``online``, ``offline`` or ``disabled``. Where W&B cannot be reached, online
+            is offline too; ``python -m paws_hpc.sync`` uploads it later.
         project: W&B project.
         entity: W&B user or team; the account's default if none.
         tags: for the runs of this chain.
+        tensorboard: whether stages that train write ``tensorboard/`` too; needs the package of that name.
     """
 
     wandb: str = "auto"
     project: str = "paws"
     entity: str | None = None
     tags: list[str] | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         modes = ("auto", "online", "offline", "disabled")
         if self.wandb not in modes:
             raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
+
+    def check_installed(self) -> None:
+        """Raise ValueError if TensorBoard is asked for and not installed; a launch asks before anything starts."""
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "tracking.tensorboard=true needs the package tensorboard, which is not installed. Install it with pip "
+                "install 'paws-hpc[tensorboard]', or launch with tracking.tensorboard=false."
+            )

@@ -23,7 +23,7 @@ from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.start import start_identity, starting_encoder
-from paws_hpc.stages.trackers import open_trackers
+from paws_hpc.stages.trackers import open_trackers, pretrained_network
 
 
 def run_cell(
@@ -94,6 +94,8 @@ def _train(
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
+        used=pretrained_network(run, start_weights) if sweep == "finetune" else None,
+        made=folder / "best.pt",
     )
     with job as tracker:
         best = train_classifier(

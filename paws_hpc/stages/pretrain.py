@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity
@@ -66,6 +67,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
+        made=run.checkpoint(training.total_steps),
     )
     with job as tracker:
         summary = pretrain(
@@ -152,26 +154,57 @@ def load_pretrained(config: Config, run: RunFolder, data: RunData, device: torch
         )
     encoder = build_encoder(config.model, seed=config.seed)
     encoder.load_state_dict(checkpoint.state["encoder" if config.pretrain.ema is None else "average"])
-    return encoder.to(device, torch.float32), file_hash(run.checkpoints / f"step-{checkpoint.step:08d}.pt")
+    return encoder.to(device, torch.float32), file_hash(run.checkpoint(checkpoint.step))
+
+
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """PAWS-NN of N images with the M labelled images as support, in the CPU's memory.
+
+    Attributes:
+        predictions: (N, K) probabilities.
+        queries: (N, D) representations of the images.
+        supports: (M, D) of the labelled images.
+    """
+
+    predictions: Tensor
+    queries: Tensor
+    supports: Tensor
+
+
+def nearest_neighbours(
+    encoder: Encoder,
+    data: RunData,
+    images: EvaluationSet,
+    config: Config,
+    device: torch.device,
+    *,
+    control: JobControl = UNATTENDED,
+) -> NearestNeighbours:
+    """PAWS-NN on ``images``, with the labelled images as support; ``control`` may interrupt."""
+    dtype, network = next(encoder.parameters()).dtype, Representation(encoder)
+    labelled = data.labelled_images(config)
+    queries = forward_all(network, images.batches(device, dtype), len(images), control)
+    supports = forward_all(network, labelled.batches(device, dtype), len(labelled), control)
+    predictions = paws_nn(
+        queries,
+        supports,
+        labelled.labels.to(device),
+        num_classes=len(data.classes),
+        temperature=config.objective.temperature,
+    )
+    return NearestNeighbours(predictions.cpu(), queries.cpu(), supports.cpu())
 
 
 def score_nearest_neighbours(
     encoder: Encoder,
     data: RunData,
-    queries: EvaluationSet,
+    images: EvaluationSet,
     config: Config,
     device: torch.device,
     *,
     control: JobControl = UNATTENDED,
 ) -> Scores:
-    """PAWS-NN on ``queries``, with the labelled images as support; ``control`` may interrupt."""
-    dtype, network = next(encoder.parameters()).dtype, Representation(encoder)
-    supports = data.labelled_images(config)
-    predictions = paws_nn(
-        forward_all(network, queries.batches(device, dtype), len(queries), control),
-        forward_all(network, supports.batches(device, dtype), len(supports), control),
-        supports.labels.to(device),
-        num_classes=len(data.classes),
-        temperature=config.objective.temperature,
-    )
-    return score(predictions.cpu(), queries.labels)
+    """How well PAWS-NN classifies ``images``; see :func:`nearest_neighbours`."""
+    nearest = nearest_neighbours(encoder, data, images, config, device, control=control)
+    return score(nearest.predictions, images.labels)

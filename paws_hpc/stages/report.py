@@ -7,10 +7,8 @@ killed: a panel without data says what is missing and which stage writes it. The
 from __future__ import annotations
 
 import base64
-import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,12 @@ import jinja2
 from markupsafe import Markup
 
 from paws_hpc.files import write_text
+from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
     DASH,
+    Notice,
     Score,
     confused_pairs,
     duration,
@@ -38,24 +38,19 @@ _CROPS_PIXELS = 640
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class Notice:
-    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+def build_report(run: Path, folder: Path | None = None) -> Path:
+    """Write the report of the run directory ``run``, atomically, and return its path.
 
-    level: str
-    title: str
-    text: str
-
-
-def build_report(run: Path) -> Path:
-    """Write ``report/index.html`` of the run directory ``run``, atomically, and return its path.
+    Args:
+        run: to tell of.
+        folder: to write ``index.html`` to; ``report/`` in ``run`` if none.
 
     Raises:
         FileNotFoundError: ``run`` is no folder.
         ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
     """
     page = render(_HERE / "report.html.j2", _context(read_run(run)))
-    path = run / "report" / "index.html"
+    path = (folder or run / "report") / "index.html"
     write_text(path, page)
     return path
 
@@ -75,7 +70,8 @@ def render(template: Path, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
-    return environment.get_template(template.name).render({"style": style} | context)
+    shown = {"style": style, "percent": percent, "dash": DASH} | context
+    return environment.get_template(template.name).render(shown)
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
@@ -83,8 +79,6 @@ def _context(record: RunRecord) -> dict[str, Any]:
     methods = scores(record)
     return {
         "record": record,
-        "percent": percent,
-        "dash": DASH,
         "byline": _byline(record),
         "notices": notices(record),
         "facts": dict(table_rows(record)),
@@ -96,6 +90,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "panels": pretrain_panels(record),
         "sweeps": _sweeps(record),
         "confusion": _confusion(record, methods),
+        "gallery": gallery(record),
         "crops": _crops(record),
         "provenance": _provenance(record),
     }
@@ -143,7 +138,7 @@ def _missing_cells(sweep: str, cells: Sequence[Cell]) -> list[Notice]:
 
 def _byline(record: RunRecord) -> list[str]:
     """When, by which version, from which commit, with which seed: as far as it is known."""
-    commit, seed = record.chain.get("commit"), _seed(record)
+    commit, seed = record.chain.get("commit"), record.seed
     version = record.chain.get("versions", {}).get("paws_hpc")
     parts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
@@ -172,18 +167,11 @@ def _floor(methods: list[Score]) -> int:
     return min((int(10 * score.low) * 10 for score in methods), default=0)
 
 
-def _baseline_cell(record: RunRecord) -> str | None:
-    entry = record.result.get("test", {}).get("baseline") or {}
-    if entry.get("learning_rate") is None or entry.get("epochs") is None:
-        return None
-    return f"lr={entry['learning_rate']},epochs={entry['epochs']}"
-
-
 def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
     """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
     sweeps = [
         ("finetune", "Fine-tuning", record.finetune, record.selected.get("cell")),
-        ("baseline", "Baseline", record.baseline, _baseline_cell(record)),
+        ("baseline", "Baseline", record.baseline, record.selected.get("baseline", {}).get("cell")),
     ]
     return [
         {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),
@@ -234,27 +222,18 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
 
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
-    commit, seed = record.chain.get("commit"), _seed(record)
-    digests = record.result.get("digests", record.summary.get("digests", {}))
+    commit, seed = record.chain.get("commit"), record.seed
     run = [
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
         ("host cores", str(record.chain.get("host_cores", "unknown"))),
-        ("seed", "unknown" if seed is None else seed),
+        ("seed", "unknown" if seed is None else str(seed)),
     ]
     tables = [
         ("Run", run),
         ("Versions", flatten(record.chain.get("versions", {}))),
-        ("Digests of data and splits", flatten(digests)),
+        ("Digests of data and splits", list(record.digests.items())),
         ("Pretraining", flatten({key: value for key, value in record.summary.items() if key != "digests"})),
     ]
     return [(caption, rows) for caption, rows in tables if rows]
-
-
-def _seed(record: RunRecord) -> str | None:
-    """The seed that the result states, or before there is one the frozen config's."""
-    if record.result.get("seed") is not None:
-        return str(record.result["seed"])
-    line = re.search(r"^seed:\s*(\S+)\s*$", record.config or "", re.MULTILINE)
-    return None if line is None else line[1]

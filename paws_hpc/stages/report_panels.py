@@ -26,7 +26,9 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
+    """A value of the metrics; ``plus_log_k`` adds log K of the same row, so that its floor is 0."""
+
     key: str
     label: str
     series: int = 1
@@ -34,9 +36,11 @@ class _Line:
 
 
 @dataclass(frozen=True)
-class _Axes:
+class Axes:
+    """Lines that share a y axis."""
+
     title: str
-    lines: Sequence[_Line]
+    lines: Sequence[Line]
     percent: bool = False
     log: bool = False
     from_zero: bool = False
@@ -47,7 +51,7 @@ class _Figure:
     name: str
     title: str
     caption: str
-    axes: Sequence[_Axes]
+    axes: Sequence[Axes]
     x: str = "step"
     hint: str = ""
 
@@ -59,12 +63,12 @@ _PRETRAIN = [
         "With log K added to me-max the floor is 0, and the total is the sum of the two terms (and of the support "
         "warm-up loss, while that is on). A collapsed run sits at consistency = log K and me-max + log K = 0.",
         [
-            _Axes(
+            Axes(
                 "",
                 [
-                    _Line("loss/total", "total + log K", plus_log_k=True),
-                    _Line("loss/consistency", "consistency", 2),
-                    _Line("loss/me_max", "me-max + log K", 3, plus_log_k=True),
+                    Line("loss/total", "total + log K", plus_log_k=True),
+                    Line("loss/consistency", "consistency", 2),
+                    Line("loss/me_max", "me-max + log K", 3, plus_log_k=True),
                 ],
                 from_zero=True,
             )
@@ -74,14 +78,14 @@ _PRETRAIN = [
         "paws-nn",
         "PAWS-NN on the local validation split",
         "Soft nearest neighbours with all labelled images as support; nothing is trained for it.",
-        [_Axes("", [_Line("validation/paws_nn", "PAWS-NN")], percent=True)],
+        [Axes("", [Line("validation/paws_nn", "PAWS-NN")], percent=True)],
         x="epoch",
     ),
     _Figure(
         "confidence",
         "Confidence of the targets",
         "Mean probability of a target's most likely class (Fig. 4 of the paper).",
-        [_Axes("", [_Line("diagnostics/confidence", "confidence")], percent=True, from_zero=True)],
+        [Axes("", [Line("diagnostics/confidence", "confidence")], percent=True, from_zero=True)],
     ),
     _Figure(
         "diagnostics",
@@ -89,8 +93,8 @@ _PRETRAIN = [
         "Fig. 4 of the paper: NT-Xent on the unlabelled rows (instance discrimination) and supervised NCE on the "
         "supports (support classification).",
         [
-            _Axes("instance discrimination", [_Line("diagnostics/instance_discrimination", "NT-Xent")]),
-            _Axes("support classification", [_Line("diagnostics/support_classification", "supervised NCE")]),
+            Axes("instance discrimination", [Line("diagnostics/instance_discrimination", "NT-Xent")]),
+            Axes("support classification", [Line("diagnostics/support_classification", "supervised NCE")]),
         ],
     ),
     _Figure(
@@ -98,31 +102,59 @@ _PRETRAIN = [
         "Support warm-up loss",
         "Supervised NCE over the supports, added with a weight that falls to 0. It keeps runs with few labels from "
         "collapsing and is no part of the paper.",
-        [_Axes("", [_Line("loss/support_nce", "support NCE")], from_zero=True)],
+        [Axes("", [Line("loss/support_nce", "support NCE")], from_zero=True)],
         hint="It is logged only where the support warm-up is on.",
     ),
     _Figure(
         "learning-rate",
         "Learning rate",
         "Linear warm-up, then a cosine, per iteration.",
-        [_Axes("", [_Line("optimizer/lr", "learning rate")], from_zero=True)],
+        [Axes("", [Line("optimizer/lr", "learning rate")], from_zero=True)],
     ),
     _Figure(
         "gradient-norm",
         "Gradient norm",
         "Over all parameters, before the optimiser; nothing is clipped. Logarithmic axis.",
-        [_Axes("", [_Line("gradient/norm", "gradient norm")], log=True)],
+        [Axes("", [Line("gradient/norm", "gradient norm")], log=True)],
     ),
     _Figure(
         "throughput",
         "Throughput",
         "Unlabelled images per second over all ranks, and the share of time spent waiting for data.",
         [
-            _Axes("images per second", [_Line("throughput/images_per_s", "images/s")], from_zero=True),
-            _Axes("waiting for data", [_Line("throughput/data_wait", "data wait")], percent=True, from_zero=True),
+            Axes("images per second", [Line("throughput/images_per_s", "images/s")], from_zero=True),
+            Axes("waiting for data", [Line("throughput/data_wait", "data wait")], percent=True, from_zero=True),
         ],
     ),
 ]
+
+
+@dataclass(frozen=True)
+class SingleCurve:
+    """A figure of which each run has one curve."""
+
+    name: str
+    title: str
+    caption: str
+    line: Line
+    axes: Axes
+
+
+CURVES = [
+    SingleCurve(
+        "loss",
+        "Loss",
+        "Total plus log K: 0 is its floor, and a collapsed run sits at log K.",
+        Line("loss/total", "total + log K", plus_log_k=True),
+        Axes("", [], from_zero=True),
+    ),
+    *(
+        SingleCurve(figure.name, figure.title, figure.caption, figure.axes[0].lines[0], figure.axes[0])
+        for figure in _PRETRAIN
+        if figure.name in ("paws-nn", "confidence", "gradient-norm")
+    ),
+]
+"""What is drawn where runs are compared."""
 
 
 def pretrain_panels(record: RunRecord) -> list[Panel]:
@@ -135,7 +167,7 @@ def _panel(record: RunRecord, figure: _Figure) -> Panel:
     for axes in figure.axes:
         curves = []
         for line in axes.lines:
-            x, y = _values(record.pretrain, line, figure.x)
+            x, y = line_values(record.pretrain, line, figure.x)
             if len(x):
                 curves.append(Curve(line.label, x, y, line.series))
                 facts.append(f"{line.label} {_in_words(x, y, axes, figure.x)}")
@@ -154,21 +186,26 @@ def _panel(record: RunRecord, figure: _Figure) -> Panel:
     return Panel(figure.name, figure.title, caption, Markup(svg))
 
 
-def _plot(record: RunRecord, axes: _Axes, curves: list[Curve]) -> Plot:
-    classes = record.pretrain.series("loss/num_classes")[1]
-    shifted = any(line.plus_log_k for line in axes.lines) and len(classes) > 0
+def _plot(record: RunRecord, axes: Axes, curves: list[Curve]) -> Plot:
+    levels = [level for line in axes.lines for level in level_of(record.pretrain, line)]
     return Plot(
         axes.title,
         curves,
         percent=axes.percent,
         log=axes.log,
         from_zero=axes.from_zero,
-        levels=[(float(np.log(classes[-1])), "log K")] if shifted else [],
-        alarms=[(event.step, event.name) for event in record.pretrain.events] if shifted else [],
+        levels=levels[:1],
+        alarms=[(event.step, event.name) for event in record.pretrain.events] if levels else [],
     )
 
 
-def _values(metrics: Metrics, line: _Line, axis: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def level_of(metrics: Metrics, line: Line) -> list[tuple[float, str]]:
+    """The level of uniform predictions, log K, if the line is measured against it."""
+    classes = metrics.series("loss/num_classes")[1]
+    return [(float(np.log(classes[-1])), "log K")] if line.plus_log_k and len(classes) else []
+
+
+def line_values(metrics: Metrics, line: Line, axis: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """A line's points, with log K of the same row added where it asks for that."""
     if not line.plus_log_k:
         return metrics.series(line.key, axis=axis)
@@ -177,7 +214,7 @@ def _values(metrics: Metrics, line: _Line, axis: str) -> tuple[NDArray[np.float6
     return x, y + np.log(both.series("loss/num_classes", axis=axis)[1])
 
 
-def _in_words(x: NDArray[np.float64], y: NDArray[np.float64], axes: _Axes, axis: str) -> str:
+def _in_words(x: NDArray[np.float64], y: NDArray[np.float64], axes: Axes, axis: str) -> str:
     """A curve for those who do not see it: where it starts, where it ends and how far it went in between."""
     if not np.isfinite(y).all():
         return f"has values that are not finite, first at {axis} {x[~np.isfinite(y)][0]:,.6g}"
@@ -187,14 +224,14 @@ def _in_words(x: NDArray[np.float64], y: NDArray[np.float64], axes: _Axes, axis:
     )
 
 
-def _ends(x: NDArray[np.float64], y: NDArray[np.float64], axes: _Axes, axis: str) -> str:
+def _ends(x: NDArray[np.float64], y: NDArray[np.float64], axes: Axes, axis: str) -> str:
     """What the caption of a single curve says of it."""
     if not np.isfinite(y).all():
         return f"It {_in_words(x, y, axes, axis)}"
     return f"Ends at {_text(y[-1], axes)}, highest {_text(y.max(), axes)}"
 
 
-def _text(value: float, axes: _Axes) -> str:
+def _text(value: float, axes: Axes) -> str:
     return percent(value) if axes.percent else f"{value:.4g}"
 
 

@@ -21,10 +21,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-_ROLES = ("ink", "muted", "rule", "series-1", "series-2", "series-3", "series-4", "alarm")
-_COLOUR = {role: f"#00000{digit}" for digit, role in enumerate(_ROLES, start=1)}
+SERIES = 8
+"""Colours for lines that mean different things; ``report.css`` has a value of each for dark and light."""
+
+_ROLES = ("ink", "muted", "rule", "alarm", *(f"series-{number}" for number in range(1, SERIES + 1)))
+_COLOUR = {role: f"#0000{digit:02x}" for digit, role in enumerate(_ROLES, start=1)}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_DASHES = {1: "solid", 2: (0, (5, 1.6)), 3: (0, (1.2, 1.4)), 4: (0, (6, 1.5, 1.2, 1.5))}
+_DASHES = ((), (5, 1.6), (1.2, 1.4), (6, 1.5, 1.2, 1.5))  # strokes and gaps in widths of the line
 _MOST_POINTS = 400
 _STYLE = {
     "svg.fonttype": "none",
@@ -58,12 +61,16 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: x and y are float64 (N,); ``series`` in 1..4 picks its colour and dashes, 0 draws a pale thin line."""
+    """One line: x and y are float64 (N,); ``series`` picks colour and dashes, from 1; 0 draws a pale thin line.
+
+    A ``faint`` line has the colour of its series, but is thin and whole: one of several whose mean is drawn too.
+    """
 
     label: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     series: int = 1
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,25 @@ def _draw_curve(ax: Axes, curve: Curve) -> None:
     if curve.series == 0:
         ax.plot(curve.x, curve.y, color=_COLOUR["muted"], linewidth=0.8, alpha=0.6)
         return
-    colour = _COLOUR[f"series-{curve.series}"]
+    role, dashes = stroke(curve.series)
+    colour = _COLOUR[role]
     x, y, low, high = thin(curve.x, curve.y)
+    if curve.faint:
+        ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+        return
     if len(x) < len(curve.x):
         ax.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
     # A short curve, or one with a single point, would otherwise hide where it was measured.
     marker = "o" if len(x) <= 40 else ""
-    ax.plot(x, y, color=colour, linestyle=_DASHES[curve.series], marker=marker, markersize=3, label=curve.label)
+    ax.plot(
+        x, y, color=colour, linestyle=(0, dashes) if dashes else "solid", marker=marker, markersize=3, label=curve.label
+    )
+
+
+def stroke(series: int) -> tuple[str, tuple[float, ...]]:
+    """Colour, as a name of ``report.css``, and dashes of a series, from 1; 32 look different from each other."""
+    turn, colour = divmod(series - 1, SERIES)
+    return f"series-{colour + 1}", _DASHES[(colour + turn) % len(_DASHES)]
 
 
 def thin(

@@ -6,7 +6,6 @@ Nothing here computes a result. A file that another stage has not written yet is
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from paws_hpc.config import STAGES
+from paws_hpc.config import STAGES, Identity, flatten
+from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
 from paws_hpc.stages.attempts import stage_times
 
@@ -64,11 +65,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that the report shows, as read from ``folder``."""
+    """All that the report shows, as read from ``folder``; ``settings`` are the fields of ``config``, flat."""
 
     folder: Path
     chain: dict[str, Any]
     config: str | None
+    settings: Identity
+    prepared: dict[str, Any]
     pretrain: Metrics
     summary: dict[str, Any]
     crops: bytes | None
@@ -76,11 +79,25 @@ class RunRecord:
     baseline: list[Cell]
     selected: dict[str, Any]
     result: dict[str, Any]
+    gallery: dict[str, Any]
+    gallery_sheet: bytes | None
 
     @property
     def name(self) -> str:
         """The chain's name, or the folder's where no chain.json says one."""
         return str(self.chain.get("name") or self.folder.resolve().name)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that the result states, or before there is one the frozen config's."""
+        seed: int | None = self.result.get("seed", self.settings.get("seed"))
+        return seed
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of stores and splits, as far as stages have told them; ``test`` is the test split's."""
+        told = self.result.get("digests") or self.prepared.get("digests") or self.summary.get("digests") or {}
+        return {name: str(digest) for name, digest in flatten(told).items()}
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -106,10 +123,14 @@ def read_run(run: Path) -> RunRecord:
         raise FileNotFoundError(f"{run} is not a run directory: there is no such folder. Give the folder of a run.")
     selected = _mapping(run / "selected.json")
     config, crops = run / "config.yaml", run / "pretrain" / "crops.png"
+    sheet = run / "selection" / "gallery.png"
+    text = config.read_text(encoding="utf-8") if config.exists() else None
     return RunRecord(
         folder=run,
         chain=_mapping(run / "chain.json"),
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        config=text,
+        settings={} if text is None else _settings(config, text),
+        prepared=_mapping(run / "prepare" / "DONE"),
         pretrain=read_metrics(run / "pretrain" / "metrics.jsonl"),
         summary=_mapping(run / "pretrain" / "summary.json"),
         crops=crops.read_bytes() if crops.exists() else None,
@@ -117,6 +138,8 @@ def read_run(run: Path) -> RunRecord:
         baseline=_cells(run / "baseline", selected.get("baseline", {}).get("missing", [])),
         selected=selected,
         result=_mapping(run / "result.json"),
+        gallery=_mapping(run / "selection" / "gallery.json"),
+        gallery_sheet=sheet.read_bytes() if sheet.exists() else None,
     )
 
 
@@ -130,26 +153,15 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
     """
     if not path.exists():
         return Metrics()
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    merged: dict[float, dict[str, Any]] = {}
+    rows, torn = parse_rows(path)
+    merged: dict[float, Row] = {}
     events: dict[tuple[int, str], Event] = {}
-    torn = False
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line.decode())
-        except ValueError as error:
-            if number == len(lines):
-                torn = True
-                break
-            raise ValueError(
-                f"{path} line {number} is not JSON: {error}. Only the last line may be torn; "
-                "restore the file or remove that line."
-            ) from error
-        position: Any = row.get(axis) if isinstance(row, dict) else None
-        if not _is_number(position):
-            raise ValueError(f"{path} line {number} has no number under {axis!r}. Every row needs one.")
+    for number, row in enumerate(rows, start=1):
+        position = row.get(axis)
+        if not isinstance(position, int | float) or isinstance(position, bool):
+            raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
+                f"{path}, line {number} has no number under {axis!r}. Every row needs one."
+            )
         merged.setdefault(position, {}).update(row)
         if "event" in row:
             event = Event(int(position), str(row["event"]), str(row.get("message", "")))
@@ -183,8 +195,14 @@ def _cells(folder: Path, missing: Iterable[str]) -> list[Cell]:
     return sorted(cells, key=lambda cell: (cell.epochs, cell.learning_rate))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _settings(path: Path, text: str) -> Identity:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}. Restore it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not fields. Restore it.")  # noqa: TRY004
+    return flatten(value)
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -9,12 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.stages.report_run import Cell, RunRecord, parse_cell, read_run
+
+Class = TypeVar("Class")
+"""What classes are called."""
 
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 DASH = "\N{EN DASH}"
@@ -28,6 +31,15 @@ METHODS = {
     "baseline": "baseline",
 }
 """The keys of result.json's ``test`` and what they are called in tables."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -219,8 +231,8 @@ def sweep_grid(cells: Sequence[Cell], chosen: str | None) -> Grid:
 
 
 def confused_pairs(
-    confusion: NDArray[np.int64], classes: Sequence[str], *, limit: int = 15
-) -> list[tuple[str, str, int, float]]:
+    confusion: NDArray[np.int64], classes: Sequence[Class], *, limit: int = 15
+) -> list[tuple[Class, Class, int, float]]:
     """The most frequent mistakes: true class, predicted class, images, and their share of the true class's images."""
     mistakes = confusion - np.diag(np.diag(confusion))
     totals = confusion.sum(axis=1)

@@ -42,6 +42,10 @@ class RunFolder:
         """Checkpoints of pre-training; the last one is the pre-trained network."""
         return self.pretrain / "checkpoints"
 
+    def checkpoint(self, steps: int) -> Path:
+        """The checkpoint of pre-training after a number of steps."""
+        return self.checkpoints / f"step-{steps:08d}.pt"
+
     @property
     def tuned(self) -> Path:
         """Weights of the encoder after ``neighbour_tuning``, where there was any."""
@@ -51,6 +55,11 @@ class RunFolder:
     def selected(self) -> Path:
         """The winner of the sweep."""
         return self.path / "selected.json"
+
+    @property
+    def selection(self) -> Path:
+        """What selection leaves for the report, beside the two files named by other properties."""
+        return self.path / "selection"
 
     @property
     def result(self) -> Path:

@@ -9,21 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
 from paws_hpc.engine.config import Cell
-from paws_hpc.engine.evaluate import Scores, score
+from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
-from paws_hpc.stages.pretrain import load_pretrained, score_nearest_neighbours
+from paws_hpc.stages.gallery import Scored, write_gallery
+from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, is_done
+from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
 
 
@@ -73,7 +77,7 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
 
 
 def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
-    """Write ``selected.json`` and ``result.json``, or return at once if they are there.
+    """Write ``selected.json``, pictures for the report and ``result.json``, or return at once if the latter is there.
 
     Raises:
         ValueError: too few cells have finished, or the result that is there is of another sweep.
@@ -98,16 +102,20 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
-    scored = {"paws_nn": score_nearest_neighbours(neighbours, data, test, config, device).as_dict()}
+    nearest = nearest_neighbours(neighbours, data, test, config, device)
+    predictions, settings = {"paws_nn": nearest.predictions}, {name: probe.setting for name, probe in probes.items()}
     for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
         if choice.cell is not None:
-            scores = _score_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
-            scored[method] = scores.as_dict() | _cell(choice.cell)
+            predictions[method] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
+            settings[method] = _cell(choice.cell)
+    shown = Scored(test, data.labelled_images(config), nearest, dict(predictions))
     features = trunk_features(pretrained, test, device, control)
-    for method, probe in probes.items():
-        scored[method] = score(probe.predict(features).cpu(), test.labels).as_dict() | probe.setting
+    predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
+        write_gallery(run.selection, shown)
+        scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
+        publish_scores(config, run, winner, scored)
         write_json(
             run.result,
             {
@@ -116,17 +124,32 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
                 "classes": list(data.classes),
                 "seed": config.seed,
                 "missing": {"finetune": winner.missing, "baseline": baseline.missing},
-                "test": {"count": len(test)} | scored,
+                "test": {"count": len(test)}
+                | {method: scores | settings.get(method, {}) for method, scores in scored.items()},
                 "digests": data.digests | {"test": test_store.digest},
             },
         )
 
 
-def _score_cell(
+def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[str, Any]) -> None:
+    """Show the test scores in Weights & Biases, as a run of the chain like those of the other stages."""
+    if not is_watched(config):
+        return
+    metrics = run.selection / "metrics.jsonl"
+    row = {f"test/{method}": scores["top1"] for method, scores in scored.items()}
+    used = None
+    if (cell := winner.cell) is not None:
+        row |= {"selected/learning_rate": cell.learning_rate, "selected/epochs": cell.epochs}
+        used = network(run, f"finetune/{cell.name}", run.cell("finetune", cell) / "best.pt")
+    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
+        file.log(0, row)
+
+
+def _predict_cell(
     config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, cell: Cell
-) -> Scores:
+) -> Tensor:
     classifier, _ = _load_cell(config, run, len(test.store.classes), device, sweep=sweep, cell=cell)
-    return score(predict(classifier, test, device).cpu(), test.labels)
+    return predict(classifier, test, device).cpu()
 
 
 def load_neighbours(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, bool]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
+from paws_hpc.engine.config import Cell
 from paws_hpc.engine.console import ProgressTracker
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers, WandbTracker
+from paws_hpc.engine.event_file import TensorboardTracker
+from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
+from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
+from paws_hpc.files import file_hash, read_json
 from paws_hpc.stages.run_folder import RunFolder
+
+_MACHINE = ("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+_SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 
 
 def open_trackers(
@@ -21,8 +31,12 @@ def open_trackers(
     start: int,
     total_steps: int,
     awaits_validation: bool,
+    used: Network | None = None,
+    made: Path | None = None,
 ) -> Tracker:
-    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled; nothing on ranks other than 0.
+    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard where asked for.
+
+    On ranks other than 0 nothing is written.
 
     Args:
         config: of the run.
@@ -32,24 +46,92 @@ def open_trackers(
         start: steps done already.
         total_steps: of the stage.
         awaits_validation: whether those steps end with a validation that is still to be done.
+        used: the network that the stage begins with.
+        made: the file of weights that is there when the stage has ended well.
     """
     if not distributed.is_main():
         return NullTracker()
+    metrics = folder / "metrics.jsonl"
     trackers: list[Tracker] = [
-        MetricsFile(folder / "metrics.jsonl", resume_step=start, awaits_validation=awaits_validation),
+        MetricsFile(metrics, resume_step=start, awaits_validation=awaits_validation),
         ProgressTracker(job, total_steps=total_steps, start=start),
     ]
-    if config.tracking.wandb != "disabled":
-        settings = asdict(config) | {"chain": run.describe().get("id")}
-        identifier = f"{settings['chain']}-{job}".translate(str.maketrans("/=,.", "----"))
-        trackers.append(
-            WandbTracker(
-                config.tracking,
-                folder=folder,
-                run_id=identifier,
-                group=config.name,
-                job_type=job.partition("/")[0],
-                settings=settings,
-            )
-        )
+    if config.tracking.tensorboard:
+        trackers.append(TensorboardTracker(folder / "tensorboard", metrics=metrics))
+    if is_watched(config):
+        trackers.append(watch(config, run, metrics, job=job, used=used, made=made))
     return Trackers(*trackers)
+
+
+def is_watched(config: Config) -> bool:
+    """Whether Weights & Biases shows this run, online or offline."""
+    asked = config.tracking.wandb
+    return (os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked) != "disabled"
+
+
+def watch(
+    config: Config,
+    run: RunFolder,
+    metrics: Path,
+    *,
+    job: str,
+    used: Network | None = None,
+    made: Path | None = None,
+) -> WandbTracker:
+    """Show a stage's ``metrics.jsonl`` in Weights & Biases, as a run of the chain's group."""
+    stage, _, cell = job.partition("/")
+    own: dict[str, Any] = {"chain": run.describe().get("id")}
+    if used is not None:
+        own["lineage"] = asdict(used)
+    if cell:
+        own["cell"] = asdict(Cell.named(cell))  # else only the whole sweep is in the config
+    shown = WandbRun(
+        project=config.tracking.project,
+        entity=config.tracking.entity,
+        id=run_id(run, job),
+        name=f"{config.name}/{job}",
+        group=config.name,
+        job_type=stage,
+        tags=[config.data.name, *(config.tracking.tags or [])],
+        config=settings(config) | own,
+    )
+    described = (lambda: None) if made is None else lambda: network(run, job, made)
+    return WandbTracker(metrics, shown, mode=config.tracking.wandb, used=used, made=described)
+
+
+def run_id(run: RunFolder, job: str) -> str:
+    """The W&B id of a job's run: the chain's, which the launcher drew, and the job's name."""
+    return f"{run.describe().get('id')}-{job}".translate(str.maketrans("/=,.", "----"))
+
+
+def network(run: RunFolder, job: str, path: Path) -> Network:
+    """A file of weights that a job made, as the lineage names it."""
+    return Network(f"network-{run_id(run, job)}", path.name, file_hash(path))
+
+
+def pretrained_network(run: RunFolder, checksum: str) -> Network:
+    """The last checkpoint of a finished pre-training, whose checksum is known already."""
+    steps = read_json(run.pretrain / "DONE")["steps"]
+    return Network(f"network-{run_id(run, 'pretrain')}", run.checkpoint(steps).name, checksum)
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The config as others may see it: without secrets, accounts and the folders that paths lead through."""
+    resources = {stage: {name: asked[name] for name in _MACHINE} for stage, asked in asdict(config.resources).items()}
+    told = asdict(replace(config, runs=""))
+    told.pop("runs")
+    told = _without_secrets(told | {"resources": resources})
+    assert isinstance(told, dict), "it was one"
+    return told
+
+
+def _without_secrets(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
+        case list():
+            return [_without_secrets(item) for item in value]
+        case str() if Path(value).is_absolute() or value.startswith(("~", "$", "..")):
+            return f"…/{Path(value).name}"
+        case _:
+            return value

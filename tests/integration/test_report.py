@@ -22,7 +22,8 @@ DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
     "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
     "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
-    "confusion-paws-nn", "confusion-fine-tuned", "confusion-baseline", "crops",
+    "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
+    "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
 ]  # fmt: skip
 
 
@@ -53,6 +54,7 @@ def write_run(
     _jsonl(run / "pretrain" / "metrics.jsonl", rows)
     _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
     _crops(random).save(run / "pretrain" / "crops.png")
+    _gallery(run / "selection", random)
     for rate in (0.01, 0.05, 0.2):
         for cell_epochs in (10, 30):
             _cell(run / "finetune", random, rate, cell_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / cell_epochs)
@@ -63,12 +65,15 @@ def write_run(
     _json(run / "selected.json", {
         "learning_rate": 0.05, "epochs": 30, "cell": cell, "validation_accuracy": accuracy,
         "missing": ["lr=0.2,epochs=30"],
+        "baseline": {"learning_rate": 0.2, "epochs": 30, "cell": "lr=0.2,epochs=30", "missing": []},
     })  # fmt: skip
     test = {
         "count": 360,
         "paws_nn": _score(random, len(classes), 0.961),
         "fine_tuned": {**_score(random, len(classes), 0.967), "learning_rate": 0.05, "epochs": 30},
         "baseline": {**_score(random, len(classes), 0.80), "learning_rate": 0.2, "epochs": 30},
+        "linear_probe": {**_score(random, len(classes), 0.93), "penalty": 0.01},
+        "k_nn": {**_score(random, len(classes), 0.95), "k": 5},
     }
     digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
     _json(run / "result.json", {
@@ -147,6 +152,28 @@ def _crops(random: np.random.Generator) -> Image.Image:
     return grid
 
 
+def _gallery(folder: Path, random: np.random.Generator) -> None:
+    """Pictures of 32 digits, of which the first is everybody's mistake."""
+    from sklearn.datasets import load_digits
+
+    folder.mkdir(parents=True)
+    sheet = np.hstack([np.vstack(load_digits().images[place : place + 32 : 16]) for place in range(16)])
+    Image.fromarray((sheet * 15.9).astype(np.uint8)).convert("RGB").save(folder / "gallery.png")
+    pair = {"true": 0, "predicted": 3, "images": 9, "tiles": [0, 10, 20]}
+    supports = [{"tile": 3, "class": 3, "similarity": 0.93}, {"tile": 1, "class": 0, "similarity": 0.5}]
+    truth = np.arange(200) % 10
+    _json(folder / "gallery.json", {
+        "map": {
+            "images": 360, "shown": random.random((200, 2)).round(3).tolist(), "true": truth.tolist(),
+            "predicted": np.where(np.arange(200) < 9, (truth + 1) % 10, truth).tolist(),
+            "labelled": random.random((40, 2)).round(3).tolist(), "labelled_classes": (np.arange(40) % 10).tolist(),
+        },
+        "pairs": {"paws_nn": [pair], "fine_tuned": [pair, {**pair, "predicted": 4, "images": 1, "tiles": [30]}]},
+        "mistakes": [{"tile": 0, "true": 0, "predicted": 3, "probability": 0.97, "supports": supports}],
+        "tile_pixels": 8, "columns": 16,
+    })  # fmt: skip
+
+
 def _json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
@@ -159,7 +186,7 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def kill(run: Path) -> Path:
     """Leave of a run what SIGKILL leaves in the middle of pretraining: a torn last line and nothing after it."""
-    for name in ("finetune", "baseline"):
+    for name in ("finetune", "baseline", "selection"):
         shutil.rmtree(run / name)
     for name in ("result.json", "selected.json", "pretrain/summary.json", "pretrain/crops.png"):
         (run / name).unlink()
@@ -227,7 +254,8 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
         "labels", "labels for validation", "test images",
-        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "baseline (lr 0.2, 30 epochs)",
+        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "linear probe (penalty 0.01)", "k-NN (k = 5)",
+        "baseline (lr 0.2, 30 epochs)",
         "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
     ]  # fmt: skip
     for name, value in table:
@@ -241,6 +269,35 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert page.text("#panel-finetune-sweep td.missing") == "no result"
     assert page.text("#warnings .alarm strong") == "Fine-tuning: 1 cell has no result"
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
+
+
+def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
+    assert page.text("#panel-mistakes li") == "0, taken for 3probability 97.0 % 3 0.93 0 0.50"
+    assert page.text("#panel-mistakes .same") == "0", "of the true class"
+    assert page.script("return document.querySelectorAll('#panel-map .wrong').length") == 9
+    assert page.script("return document.querySelectorAll('#panel-map .labelled').length") == 40
+    label = page.script("return document.querySelector('#panel-map svg').getAttribute('aria-label')")
+    assert label == "Map of the test images: 200 images of 10 classes, 9 of them mistaken."
+
+
+def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    shutil.rmtree(run / "selection")
+    page.open(build_report(run))
+    for panel in ("#panel-mistakes", "#panel-map"):
+        assert "the test split was scored before selection wrote one" in page.text(panel)
+    assert page.text("#result .big") == "96.1 %"
+
+
+def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    told = json.loads((run / "selection" / "gallery.json").read_text())
+    told["mistakes"][0]["tile"] = 99
+    _json(run / "selection" / "gallery.json", told)
+    with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
+        build_report(run)
 
 
 def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
@@ -271,7 +328,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 14
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 16
     assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -283,7 +340,9 @@ def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
     _json(run / "chain.json", chain | {"name": "<b>run</b> & more"})
     page.open(build_report(run))
     assert page.script("return document.scripts.length") == 0
-    assert page.script("return document.images.length") == 1
+    assert page.script("return [...document.images].every(image => image.src.startsWith('data:image/png'))")
+    alts = page.script("return [...document.querySelectorAll('#panel-pairs-paws-nn img')].map(image => image.alt)")
+    assert alts[0] == f"Test image of class {classes[0]}, taken for {classes[3]}"
     assert page.text("h1") == "<b>run</b> & more"
     names = page.script(
         "return [...document.querySelectorAll('#panel-confusion-baseline tbody th')].map(e => e.textContent)"
@@ -324,7 +383,7 @@ def test_a_garbled_run_is_refused_and_keeps_its_earlier_report(tmp_path: Path) -
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join([*lines[:4], lines[4][:20] + "\n", *lines[5:]]))
-    with pytest.raises(ValueError, match=r"pretrain/metrics\.jsonl line 5 is not JSON"):
+    with pytest.raises(ValueError, match=r"pretrain/metrics\.jsonl, line 5 is not JSON"):
         build_report(tmp_path)
     assert (tmp_path / "report" / "index.html").read_bytes() == earlier
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -145,6 +146,35 @@ def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationS
     return float(accuracy_score(test.labels, votes.argmax(1)))
 
 
+def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: EvaluationSet) -> None:
+    """What the report shows of test images is what was scored."""
+    told = json.loads((run.selection / "gallery.json").read_text())
+    shown, paws_nn = told["map"], result["test"]["paws_nn"]["confusion"]
+    assert (shown["images"], len(shown["shown"]), len(shown["labelled"])) == (400, 400, 40)
+    assert np.array_equal(confusion_matrix(shown["true"], shown["predicted"], labels=range(10)), paws_nn)
+    assert np.array(shown["shown"]).min() == 0.0
+    assert np.array(shown["shown"]).max() == 1.0
+    assert list(told["pairs"]) == ["paws_nn", "fine_tuned", "baseline"]
+    for pair in told["pairs"]["paws_nn"]:
+        assert pair["images"] == paws_nn[pair["true"]][pair["predicted"]]
+    with Image.open(run.selection / "gallery.png") as file:
+        sheet, pixels = file.convert("RGB"), told["tile_pixels"]
+    pictures = {test.crops(test.records[number : number + 1])[0].permute(1, 2, 0).numpy().tobytes(): number
+                for number in range(len(test))}  # fmt: skip
+    supports = open_data(config).labelled_images(config)
+    for mistake in told["mistakes"]:
+        y, x = divmod(mistake["tile"], told["columns"])
+        tile = sheet.crop((x * pixels, y * pixels, (x + 1) * pixels, (y + 1) * pixels))
+        number = pictures[np.asarray(tile).tobytes()]
+        assert (shown["true"][number], shown["predicted"][number]) == (mistake["true"], mistake["predicted"])
+        assert mistake["true"] != mistake["predicted"]
+        assert {near["class"] for near in mistake["supports"]} <= set(supports.labels.tolist())
+        similarities = [near["similarity"] for near in mistake["supports"]]
+        assert similarities == sorted(similarities, reverse=True)
+    probabilities = [mistake["probability"] for mistake in told["mistakes"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
 def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     chain: tuple[Config, RunFolder], digits_stores: Stores
 ) -> None:
@@ -177,12 +207,13 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     assert result["digests"]["test"] == store.digest
     assert json.loads((run.prepare / "DONE").read_text()) == {"digests": result["digests"]}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": []}
+    check_gallery(config, run, result, images)
     assert result["test"]["paws_nn"]["top1"] == pytest.approx(nearest_neighbour_accuracy(config, run, images))
 
 
 def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tuple[Config, RunFolder]) -> None:
     config, run = chain
-    data = prepare.open_data(config)
+    data = open_data(config)
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
 
@@ -231,7 +262,7 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     }
     encoder = build_encoder(config.model, seed=0)
     encoder.load_state_dict(torch.load(run.tuned, weights_only=True))
-    data = prepare.open_data(config)
+    data = open_data(config)
     validation = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
     assert tuning["validation_accuracy"]["after"] == validation.top1
 

@@ -15,6 +15,7 @@ from paws_hpc.engine.config import PretrainConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages import prepare, pretrain
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
 from tests.tiny import tiny_config
@@ -74,7 +75,7 @@ def test_validation_and_all_stages_after_pre_training_use_the_average(digits_sto
     config.pretrain.ema = 0.9
     prepare.run(config, run)
     pretrain.run(config, run, CPU)
-    data = prepare.open_data(config)
+    data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
     newest = max(run.checkpoints.glob("*.pt"))
     state = torch.load(newest, weights_only=True)

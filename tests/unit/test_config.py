@@ -21,7 +21,7 @@ WITHOUT_EFFECT = {
     *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
     *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
-    *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags"),
+    *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags", "tracking.tensorboard"),
     *(
         f"resources.{stage}.{field}"
         for stage in ("prepare", "pretrain", "finetune", "baseline", "selection", "report")

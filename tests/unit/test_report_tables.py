@@ -88,7 +88,7 @@ def test_a_torn_last_line_is_left_out_and_reported(tmp_path: Path) -> None:
 def test_any_other_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 "):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 "):
         read_metrics(path)
 
 

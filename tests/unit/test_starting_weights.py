@@ -17,6 +17,7 @@ from paws_hpc.engine.starting_weights import load_trunk
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.start import start_identity, starting_encoder
 from tests.conftest import Stores
@@ -134,7 +135,7 @@ def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path)
     prepare.run(config, run)
     pretrain.run(config, run, CPU)
     finetune.run_cell(config, run, CPU, sweep="baseline", cell=cell)
-    data = prepare.open_data(config)
+    data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
     expected = build_encoder(config.model, seed=77).trunk.get_parameter("stem.weight")
     torch.testing.assert_close(encoder.trunk.get_parameter("stem.weight"), expected, rtol=1e-4, atol=1e-6)
@@ -148,7 +149,7 @@ def test_another_file_under_the_same_name_is_another_run(config: Config, tmp_pat
     pretrain.run(config, run, CPU)
     torch.save(build_encoder(config.model, seed=78).state_dict(), tmp_path / "start.pt")
     with pytest.raises(ValueError, match=r"model\.init\.xxh3_128"):
-        pretrain.load_pretrained(config, run, prepare.open_data(config), CPU)
+        pretrain.load_pretrained(config, run, open_data(config), CPU)
 
 
 def test_a_file_that_is_missing_or_does_not_fit_ends_the_chain_at_its_first_stage(

@@ -1,19 +1,18 @@
-"""Metrics survive kills and restarts as one unbroken curve, and Weights & Biases can fail without being noticed."""
+"""Metrics survive kills and restarts as one unbroken curve."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from paws_hpc.engine.config import TrackingConfig
+from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
-from tests.ranks import ROOT
+from paws_hpc.engine.wandb_file import read_contents, write_contents
+from paws_hpc.engine.wandb_follower import position, summary
 
 
 def log_steps(path: Path, start: int, stop: int) -> None:
@@ -91,94 +90,95 @@ def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> No
             file.log(1, {})
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which W&B was used by a user who is not logged in, where nobody answers."""
-    folder = tmp_path_factory.mktemp("wandb")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    env |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.wandb_session", str(folder)],
-        cwd=ROOT,
-        env=env,
-        check=False,
-        timeout=200,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    return folder
+@pytest.mark.parametrize("size", [0, 1, 100, 32_700, 32_754, 70_000])
+def test_a_file_of_weights_and_biases_is_written_as_it_was_read_and_a_torn_one_up_to_its_last_whole_record(
+    size: int, tmp_path: Path
+) -> None:
+    opening, path = tmp_path / "opening", tmp_path / "run.wandb"
+    opening.write_bytes(b":W&B..\0")
+    contents = [b"first", bytes(size), b"x" * size, b"last"]
+    write_contents(path, opening, contents)
+    assert read_contents(path) == (contents, False)
+    whole = path.read_bytes()
+    for torn in (1, 4, 9):
+        path.write_bytes(whole[:-torn])
+        assert read_contents(path) == (contents[:3], True)
 
 
-@pytest.fixture
-def report(session: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((session / "report.json").read_text())
-    return value
+def test_every_row_of_a_step_has_a_step_of_its_own_in_weights_and_biases() -> None:
+    rows = [{"step": 4, "loss/total": 1.0}, {"step": 4, "event": "collapse"}, {"step": 4, "validation/paws_nn": 0.5}]
+    steps = [position(row) for row in [*rows, {"step": 5, "loss/total": 1.0}]]
+    assert steps == sorted(set(steps))
 
 
-def by_step(rows: list[dict[str, Any]]) -> dict[int, dict[str, str]]:
-    """Rows of one step as one, values as text (NaN is not equal to itself), without W&B's own fields."""
-    joined: dict[int, dict[str, str]] = {}
-    for row in rows:
-        values = {name: str(float(value)) for name, value in row.items() if name != "step" and name[0] != "_"}
-        joined.setdefault(row.get("step", row.get("_step")), {}).update(values)
-    return joined
+def test_a_summary_is_of_all_rows_and_knows_what_is_not_a_number() -> None:
+    rows = [{"step": n, "epoch": 1, "loss/total": loss} for n, loss in enumerate((3.0, "nan", 1.0, 2.0))]
+    assert summary(rows)["loss/total"] == {"last": 2.0, "min": 1.0}
+    assert math.isnan(summary(rows[:2])["loss/total"]["last"])
+    assert summary([{"step": 0, "validation/paws_nn": 0.5}])["validation/paws_nn"] == {"last": 0.5, "max": 0.5}
 
 
-def test_an_offline_run_holds_what_the_metrics_file_holds(session: Path, report: dict[str, Any]) -> None:
-    first, second = report["runs"]["segments"]
-    assert first["id"] == second["id"] == "chain-pretrain"
-    assert first["group"] == "chain"
-    assert first["config"]["optimizer"] == {"peak_lr": 6.4}
-    assert {row["_step"] for row in first["rows"]} == set(range(6))
-    assert {row["_step"] for row in second["rows"]} == set(range(4, 8))
-    watched = by_step(first["rows"] + second["rows"])
-    for step, row in watched.items():
-        assert row.pop("trainer/step") == str(float(step))
-    assert watched == by_step(read_rows(session / "segments" / "metrics.jsonl"))
-    assert len(watched) == 8
+def tensorboard_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """What TensorBoard itself reads."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_a_preempted_run_is_left_as_one_that_goes_on(report: dict[str, Any]) -> None:
-    (run,) = report["runs"]["preempted"]
-    assert (run["id"], run["preempting"], len(run["rows"])) == ("preempted", True, 1)
-    assert run["exit_code"] != 0, "else it would count as finished"
-    assert report["messages"]["preempted"] == []
-    for segment in report["runs"]["segments"]:
-        assert "preempting" not in segment
-        assert segment["exit_code"] == 0
+def log_with_tensorboard(folder: Path, start: int, stop: int, *, awaits_validation: bool = False) -> TensorboardTracker:
+    """As ``log_steps``, and left without closing the event file, as a kill leaves it."""
+    path = folder / "metrics.jsonl"
+    with MetricsFile(path, resume_step=start, awaits_validation=awaits_validation) as metrics:
+        events = TensorboardTracker(folder / "tensorboard", metrics=path)
+        for tracker in (metrics, events):
+            for step in range(start, stop):
+                tracker.log(step, {"loss": math.nan if step == 4 else step / 7, "event": "text"})
+                if step % 3 == 2:
+                    tracker.log(step, {"validation": 0.1 * step})
+    return events
 
 
-def test_a_service_that_does_not_answer_does_not_hold_up_a_job_that_must_leave(report: dict[str, Any]) -> None:
-    assert 1.0 <= report["seconds"] < 3.0
+def test_tensorboard_shows_one_unbroken_curve_of_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
+    killed = [
+        log_with_tensorboard(tmp_path, 0, 9),
+        log_with_tensorboard(tmp_path, 6, 8, awaits_validation=True),
+        log_with_tensorboard(tmp_path, 6, 12),
+    ]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    for tag in ("loss", "validation"):
+        shown = tensorboard_curve(tmp_path / "tensorboard", tag)
+        assert [step for step, _ in shown] == [row["step"] for row in rows if tag in row]
+        assert [value for _, value in shown] == pytest.approx(
+            [float(row[tag]) for row in rows if tag in row], rel=1e-6, nan_ok=True
+        )
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    for events in killed:
+        events.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("what", ["online without a key", "unwritable", "killed", "silent"])
-def test_a_failure_is_told_once_and_never_raised(report: dict[str, Any], what: str) -> None:
-    """That the session ended without a traceback says that none of them was raised."""
-    assert len(report["messages"][what]) == 1
-    assert "Weights & Biases is off from here on: it could not" in report["messages"][what][0]
+def test_tensorboard_that_cannot_write_is_told_once_and_never_raised(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "file").touch()
+    with TensorboardTracker(tmp_path / "file" / "below", metrics=tmp_path / "metrics.jsonl") as tracker:
+        tracker.log(0, {"loss": 1.0})
+    full = tmp_path / "full"
+    with TensorboardTracker(full, metrics=tmp_path / "metrics.jsonl") as tracker:
+        tracker._records._writer.close()  # as a disk that went away
+        for step in range(3):
+            tracker.log(step, {"loss": 1.0})
+    assert [message.partition(" (")[0] for message in caplog.messages] == [
+        "TensorBoard is off from here on: it could not start",
+        "TensorBoard is off from here on: it could not log",
+    ]
 
 
-def test_after_its_service_was_killed_the_next_stage_has_weights_and_biases_again(report: dict[str, Any]) -> None:
-    assert [(run["id"], len(run["rows"])) for run in report["runs"]["killed"] if "id" in run][-1] == ("next", 1)
-
-
-def test_who_is_not_logged_in_gets_an_offline_run_without_a_word(report: dict[str, Any]) -> None:
-    assert report["messages"]["auto, not logged in"] == report["messages"]["fine"] == []
-    assert [run["id"] for run in report["runs"]["auto"]] == ["auto"]
-
-
-def test_who_is_logged_in_where_nobody_answers_waits_once_and_loses_nothing(report: dict[str, Any]) -> None:
-    (told,) = report["messages"]["unreachable"]
-    assert "cannot be reached, so runs are kept offline" in told
-    # An attempt to go online that was given up may leave a file that holds nothing.
-    kept = [(run["id"], len(run["rows"])) for run in report["runs"]["unreachable"] if run["rows"]]
-    assert kept == [("first", 1), ("second", 1)]
-
-
-def test_training_is_the_same_with_and_without_it(report: dict[str, Any]) -> None:
-    without, with_it = report["weights"]
-    assert without == with_it
-    assert len(without) > 500
+def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    TrackingConfig(tensorboard=True).check_installed()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    TrackingConfig().check_installed()
+    with pytest.raises(ValueError, match=r"tracking\.tensorboard=true needs .* pip install 'paws-hpc\[tensorboard\]'"):
+        TrackingConfig(tensorboard=True).check_installed()

@@ -1,0 +1,178 @@
+"""What the report shows of test images: a map of their representations, and pictures of those that were mistaken.
+
+Selection writes it while it has images, representations and predictions at hand; the report then needs no store.
+Legend: N test images, M labelled images (supports), K classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.files import atomic_write, write_json
+from paws_hpc.stages.pretrain import NearestNeighbours
+from paws_hpc.stages.report_tables import confused_pairs
+
+_MAP_IMAGES, _MAP_SUPPORTS = 1000, 300
+_PAIRS, _IMAGES_OF_A_PAIR = 5, 6
+_MISTAKES, _NEAREST = 12, 4
+_TILE_PIXELS = 48
+_COLUMNS = 16
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The test images as they were scored.
+
+    Attributes:
+        images: the N test images.
+        supports: the M labelled images.
+        nearest: their representations, and what PAWS-NN predicted.
+        predictions: (N, K) probabilities or logits by method, as in ``result.json``.
+    """
+
+    images: EvaluationSet
+    supports: EvaluationSet
+    nearest: NearestNeighbours
+    predictions: Mapping[str, Tensor]
+
+
+class _Tiles:
+    """Pictures side by side in one PNG, each once."""
+
+    def __init__(self, scored: Scored) -> None:
+        self._sets = {"test": scored.images, "support": scored.supports}
+        self._places: dict[tuple[str, int], int] = {}
+        self.pixels = min(scored.images.crop.size, _TILE_PIXELS)
+
+    def add(self, kind: str, number: int) -> int:
+        """The place of the picture of an image, by its position in its set."""
+        return self._places.setdefault((kind, number), len(self._places))
+
+    def write(self, path: Path) -> None:
+        """Write the sheet, sixteen pictures in a row."""
+        rows = -(-max(len(self._places), 1) // _COLUMNS)
+        sheet = Image.new("RGB", (_COLUMNS * self.pixels, rows * self.pixels))
+        for (kind, number), place in self._places.items():
+            images = self._sets[kind]
+            crop = images.crops(images.records[number : number + 1])[0].permute(1, 2, 0).numpy()
+            picture = Image.fromarray(crop).resize((self.pixels, self.pixels), Image.Resampling.LANCZOS)
+            y, x = divmod(place, _COLUMNS)
+            sheet.paste(picture, (x * self.pixels, y * self.pixels))
+        encoded = BytesIO()
+        sheet.save(encoded, "PNG", optimize=True)
+        with atomic_write(path) as file:
+            file.write(encoded.getvalue())
+
+
+def write_gallery(folder: Path, scored: Scored) -> None:
+    """Write ``gallery.png`` and then ``gallery.json``, which refers to it, into ``folder``: some 100 KB in all."""
+    tiles = _Tiles(scored)
+    truth = scored.images.labels
+    gallery = {
+        "map": _map(scored),
+        "pairs": {method: _pairs(tiles, values, truth) for method, values in scored.predictions.items()},
+        "mistakes": _mistakes(tiles, scored),
+        "tile_pixels": tiles.pixels,
+        "columns": _COLUMNS,
+    }
+    tiles.write(folder / "gallery.png")
+    write_json(folder / "gallery.json", gallery)
+
+
+def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
+    """The most confused pairs of classes, each with the images whose wrong class stood out most from the true one."""
+    classes, guess = predictions.shape[1], predictions.argmax(1)
+    confusion = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).numpy()
+    found = []
+    for true, wrong, images, _ in confused_pairs(confusion, range(classes), limit=_PAIRS):
+        members = torch.nonzero((truth == true) & (guess == wrong))[:, 0]
+        margin = predictions[members, wrong] - predictions[members, true]
+        surest = members[margin.argsort(descending=True, stable=True)][:_IMAGES_OF_A_PAIR]
+        shown = [tiles.add("test", number) for number in surest.tolist()]
+        found.append({"true": true, "predicted": wrong, "images": images, "tiles": shown})
+    return found
+
+
+def _mistakes(tiles: _Tiles, scored: Scored) -> list[Json]:
+    """The mistakes of PAWS-NN of which it was surest, with the labelled images that it found nearest."""
+    predictions, truth = scored.nearest.predictions, scored.images.labels
+    probability, guess = predictions.max(1)
+    wrong = torch.nonzero(guess != truth)[:, 0]
+    wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:_MISTAKES]
+    queries, supports = normalize(scored.nearest.queries[wrong]), normalize(scored.nearest.supports)
+    similarity, nearest = (queries @ supports.T).topk(min(_NEAREST, len(supports)), dim=1)
+    labels = scored.supports.labels
+    return [
+        {
+            "tile": tiles.add("test", number),
+            "true": int(truth[number]),
+            "predicted": int(guess[number]),
+            "probability": round(float(probability[number]), 4),
+            "supports": [
+                {"tile": tiles.add("support", other), "class": int(labels[other]), "similarity": round(cosine, 4)}
+                for other, cosine in zip(nearest[row].tolist(), similarity[row].tolist(), strict=True)
+            ],
+        }
+        for row, number in enumerate(wrong.tolist())
+    ]
+
+
+def _map(scored: Scored) -> Json:
+    """The representations in the plane, in [0, 1] to three digits; or why there is no such map."""
+    queries, supports = scored.nearest.queries, scored.nearest.supports
+    images, labelled = _evenly(len(queries), _MAP_IMAGES), _evenly(len(supports), _MAP_SUPPORTS)
+    vectors = normalize(torch.cat([queries[images], supports[labelled]]).double()).numpy()
+    if not np.isfinite(vectors).all():
+        return {"missing": "Some representations are not finite."}
+    if len(vectors) < 10 or vectors.var(axis=0).sum() < 1e-9:
+        return {"missing": "There are too few images, or all have the same representation, as after a collapse."}
+    points = plane(vectors)
+    low, high = points.min(axis=0), points.max(axis=0)
+    points = np.round((points - low) / np.maximum(high - low, 1e-12), 3)
+    count = len(images)
+    return {
+        "images": len(queries),
+        "shown": points[:count].tolist(),
+        "true": scored.images.labels[images].tolist(),
+        "predicted": scored.nearest.predictions[images].argmax(1).tolist(),
+        "labelled": points[count:].tolist(),
+        "labelled_classes": scored.supports.labels[labelled].tolist(),
+    }
+
+
+def _evenly(total: int, most: int) -> NDArray[np.int64]:
+    """At most ``most`` of ``range(total)``, evenly spaced."""
+    return np.linspace(0, total - 1, min(total, most)).round().astype(np.int64)
+
+
+def plane(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """t-SNE of (n, D) unit vectors, at least 10 that are not all the same, from their principal components: (n, 2)."""
+    from sklearn.manifold import TSNE  # noqa: PLC0415 - half a second of import time
+
+    centred = vectors - vectors.mean(axis=0)
+    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
+    components = left[:, :50] * scale[:50]
+    start = components[:, :2] / components[:, 0].std() * 1e-4
+    if start.shape[1] < 2:
+        start = np.pad(start, ((0, 0), (0, 1)))
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    # One thread: where others use the cores too, OpenMP's wait for each other at every of many short steps.
+    with threadpool_limits(1):
+        tsne = TSNE(perplexity=perplexity, init=start.astype(np.float32), max_iter=500, random_state=0)
+        mapped: NDArray[np.float64] = tsne.fit_transform(components.astype(np.float32))
+    return mapped

@@ -1,0 +1,120 @@
+"""What Weights & Biases kept on disk of a stage: a file for each of its starts, and how these become one run online.
+
+``wandb sync`` stops at a file whose end was torn off by a kill, ends with status 0 all the same, and gives rows that
+two files have in common a second time, under other steps. So each file goes up by itself, in order, as a copy that
+lacks the torn end and the rows of the files before it; whether it arrived, the marker says that wandb writes beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from paws_hpc.engine.wandb_file import history_steps, parse, read_contents, write_contents
+
+_STILL_WRITTEN_S = 60.0  # a file without an end that changed so recently may belong to a run that goes on
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The file of one start."""
+
+    path: Path
+
+    @property
+    def marker(self) -> Path:
+        """There once the server has all of it."""
+        return Path(f"{self.path}.synced")
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether the server has all of it."""
+        return self.marker.exists()
+
+    @property
+    def began(self) -> str:
+        """When it was begun, as its folder's name tells; in the order of time."""
+        return self.path.parent.name.removeprefix("offline-")
+
+
+def find_segments(run: Path) -> dict[str, list[Segment]]:
+    """The files of each stage or cell of a run directory, in the order in which they were begun."""
+    found: dict[str, list[Segment]] = {}
+    for folder in sorted(path for path in run.glob("**/wandb") if path.is_dir()):
+        files = [path for path in folder.glob("*run-*/run-*.wandb") if not path.parent.is_symlink()]
+        if files:
+            stage = folder.parent.relative_to(run).as_posix()
+            found[stage] = sorted(map(Segment, files), key=lambda segment: segment.began)
+    return found
+
+
+def upload_next(segments: list[Segment], *, timeout_s: float) -> str | None:
+    """Upload the first file that is not online yet; returns what keeps it from being, None if it is.
+
+    Args:
+        segments: of one stage, in order.
+        timeout_s: after which an upload that hangs is given up; seconds.
+    """
+    index = next(number for number, segment in enumerate(segments) if not segment.is_synced)
+    segment = segments[index]
+    if any(later.is_synced for later in segments[index:]):
+        return f"{segment.path} is older than what is online, which takes nothing older; metrics.jsonl has its rows"
+    if _is_written(segment.path):
+        return f"{segment.path} is still being written; run this again later"
+    known = max((step for earlier in segments[:index] for step in history_steps(earlier.path)), default=-1)
+    copy = _mended(segment, known)
+    said = _wandb_sync(copy, timeout_s)
+    if not Path(f"{copy}.synced").exists():
+        return f"{segment.path} did not arrive. wandb said: {said}"
+    segment.marker.touch()
+    shutil.rmtree(copy.parent)
+    return None
+
+
+def _is_written(path: Path) -> bool:
+    if time.time() - path.stat().st_mtime > _STILL_WRITTEN_S:
+        return False
+    return not any(parse(content).HasField("exit") for content in read_contents(path)[0][-3:])
+
+
+def _mended(segment: Segment, known: int) -> Path:
+    """A copy without a torn end and without rows up to step ``known``; one that was begun before is left as it is.
+
+    Beside it wandb notes how far it has come, so that an upload that was interrupted goes on and repeats nothing.
+    """
+    copy = segment.path.parent.parent / "upload" / f"offline-{segment.began}" / segment.path.name
+    contents = []
+    for content in read_contents(segment.path)[0]:
+        record = parse(content)
+        if not (record.HasField("history") and record.history.step.num <= known):
+            contents.append(content)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    if copy.exists() and read_contents(copy) == (contents, False):
+        return copy
+    write_contents(copy, segment.path, contents)
+    if (progress := Path(f"{segment.path}.syncstate")).exists():  # of a run that was online
+        shutil.copy(progress, f"{copy}.syncstate")
+    return copy
+
+
+def _wandb_sync(path: Path, timeout_s: float) -> str:
+    """Let wandb upload one file; returns the last of what it said."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", "--include-online", str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"WANDB_DIR": str(path.parent)},  # else it makes a folder where the user stands
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired:
+        return f"nothing for {timeout_s:g} s"
+    return " ".join(done.stdout.split("\n")[-4:]).strip()

@@ -1,0 +1,73 @@
+"""Command: upload what Weights & Biases kept on disk, from wherever there is a connection.
+
+    python -m paws_hpc.sync digits-seed0        what is left of a run
+    python -m paws_hpc.sync --all               of all runs under runs/
+    python -m paws_hpc.sync --all --dry-run     only say what is left
+
+It can be interrupted and repeated. The exit status is 1 if something is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from paws_hpc.cluster.runs import all_runs, find_run
+from paws_hpc.files import exclusive
+from paws_hpc.stages.wandb_segments import find_segments, upload_next
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 if nothing is left to upload."""
+    options = _parser().parse_args(arguments)
+    try:
+        paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
+        left = [path for path in paths if not _sync(path, options)]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 1 if left else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m paws_hpc.sync", description="Upload what Weights & Biases kept on disk."
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
+    which.add_argument("--all", action="store_true", help="all runs under --runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what is left")
+    parser.add_argument(
+        "--timeout-min", type=float, default=30.0, metavar="MIN", help="for one file, minutes (%(default)g)"
+    )
+    return parser
+
+
+def _sync(path: Path, options: argparse.Namespace) -> bool:
+    """Upload what is left of a run and say what was done; returns whether nothing is left."""
+    with exclusive(path / ".sync.lock", busy=f"Another sync of {path} is running. Wait for it, or end it."):
+        clean = True
+        for stage, segments in find_segments(path).items():
+            name = f"{path.name}: {stage}"
+            pending = [segment for segment in segments if not segment.is_synced]
+            if not pending:
+                print(f"{name}: nothing left of {len(segments)} files")
+                continue
+            if options.dry_run:
+                print(f"{name}: {len(pending)} of {len(segments)} files left")
+                clean = False
+                continue
+            fault = None
+            while fault is None and any(not segment.is_synced for segment in segments):
+                fault = upload_next(segments, timeout_s=60 * options.timeout_min)
+            left = sum(not segment.is_synced for segment in segments)
+            print(f"{name}: {len(pending) - left} files uploaded, {left} left{f': {fault}' if fault else ''}")
+            clean = clean and left == 0
+    return clean
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The page that compares runs, in a real browser, and the command that writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paws_hpc.report import main
+from paws_hpc.stages.comparison_page import build_comparison
+from tests.browser import CONTRAST, Page
+from tests.integration.launching import launch
+from tests.integration.test_report import kill, write_run
+
+PANELS = [
+    "table", "loss", "paws-nn", "confidence", "gradient-norm", "finetune-sweep", "baseline-sweep", "fields",
+    "provenance",
+]  # fmt: skip
+
+
+def write_seed(folder: Path, seed: int, *, me_max: bool = True, test: str = "33cc") -> Path:
+    """A run that differs from others in its seed, in me-max, and in the test images if ``test`` is another digest."""
+    name = f"digits-seed{seed}-me_max={me_max}"
+    run = write_run(folder / name)
+    _change(run / "chain.json", name=name)
+    config = (run / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}")
+    (run / "config.yaml").write_text(f"{config}objective:\n  me_max: {str(me_max).lower()}\n")
+    result = json.loads((run / "result.json").read_text())
+    _change(run / "result.json", seed=seed, digests={"train": "9f2c" * 8, "test": test * 8})
+    confusion = np.array(result["test"]["paws_nn"]["confusion"])
+    for _ in range(7 * seed + 100 * (not me_max)):  # more mistakes, one by one
+        row = int(confusion.diagonal().argmax())
+        confusion[row, row] -= 1
+        confusion[row, (row + 1) % 10] += 1
+    paws_nn = {"top1": confusion.trace() / 360, "top5": None, "confusion": confusion.tolist()}
+    _change(run / "result.json", test=result["test"] | {"paws_nn": paws_nn})
+    return run
+
+
+def _change(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [write_seed(folder, seed, me_max=me_max) for me_max in (True, False) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def comparison(runs: list[Path]) -> Path:
+    return build_comparison(runs)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 420)])
+def test_every_panel_is_drawn_and_readable(page: Page, comparison: Path, scheme: str, width: int) -> None:
+    page.open(comparison, scheme=scheme, width=width)
+    for name in PANELS:
+        picture = page.picture(f"#panel-{name}")
+        assert picture.shape[1] > 250, name
+        assert np.ptp(picture[8:-8, 8:-8]) > 100, name
+    assert page.script("return document.querySelectorAll('.panel').length") == len(PANELS)
+    assert page.script("return document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    contrasts = page.script(CONTRAST)
+    assert len(contrasts) > 150
+    assert min(contrasts)[0] >= 4.5, f"WCAG AA: {min(contrasts)}"
+    assert page.requests() == [comparison.as_uri()]
+    assert page.complaints() == []
+
+
+def test_lines_of_every_colour_can_be_seen(page: Page, comparison: Path) -> None:
+    """WCAG asks for 3:1 of what a drawing consists of; eight settings have eight colours."""
+    for scheme in ("light", "dark"):
+        page.open(comparison, scheme=scheme)
+        page.script("""
+            const list = document.querySelector('.legend');
+            for (let number = 1; number <= 8; number++) {
+                const entry = document.createElement('li');
+                entry.textContent = `series ${number}`;
+                entry.style.color = `var(--series-${number})`;
+                list.append(entry);
+            }""")
+        ratios = {text: ratio for ratio, text in page.script(CONTRAST) if text.startswith("series ")}
+        assert len(ratios) == 8
+        assert min(ratios.values()) >= 3
+
+
+def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, comparison: Path) -> None:
+    page.open(comparison)
+    assert page.text("h1") == "6 runs in 2 settings"
+    rows = page.script(
+        "return [...document.querySelectorAll('#panel-table tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    assert [row[1:3] for row in rows] == [["true", "3"], ["false", "3"]]
+    assert rows[0][3].split("\n") == ["94.2 ± 1.9 %", "96.1 · 94.2 · 92.2"]
+    assert page.script("return document.querySelectorAll('#panel-loss path').length") > 8
+    label = page.script("return document.querySelector('#panel-paws-nn svg').getAttribute('aria-label')")
+    assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
+    assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
+    assert page.text("#panel-fields tbody th") == "objective.me_max"
+
+
+def test_different_test_sets_are_said_before_any_number(page: Page, runs: list[Path], tmp_path: Path) -> None:
+    other = write_seed(tmp_path, 7, test="77dd")
+    killed = kill(write_seed(tmp_path, 8))
+    page.open(build_comparison([*runs, other, killed], tmp_path / "page"))
+    assert page.text("#warnings .alarm strong") == "These runs have different test sets"
+    assert "77dd77dd: digits-seed7-me_max=True" in page.text("#warnings .alarm p")
+    assert "1 of 8 runs have no test scores" in page.text("#warnings")
+    rows = page.script("return [...document.querySelectorAll('#panel-table tbody tr')].map(r => r.cells[3].innerText)")
+    assert sorted(rows) == ["3", "1", "4"] or sorted(rows) == ["1", "3", "4"]
+    assert page.complaints() == []
+
+
+def test_the_command_writes_what_it_is_asked_for(
+    runs: list[Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    names = [run.name for run in runs]
+    there = ["--runs", str(runs[0].parent)]
+    assert main([names[0], *there]) == 0
+    assert capsys.readouterr().out == f"Report: {runs[0] / 'report' / 'index.html'}\n"
+    assert main([names[0], *there, "--to", str(tmp_path)]) == 0
+    assert (tmp_path / "index.html").read_bytes() == (runs[0] / "report" / "index.html").read_bytes()
+    assert main([*names, *there]) == 0
+    assert "comparisons/digits-me_max/index.html" in capsys.readouterr().out.replace("digits-me_max=", "digits-me_max")
+    assert main([*names, *there, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["settings"] for row in told["rows"]] == [{"objective.me_max": "true"}, {"objective.me_max": "false"}]
+    assert told["rows"][0]["seeds"] == [0, 1, 2]
+    assert main([*names, *there, "--markdown"]) == 0
+    assert "| true | 3 | 94.2 ± 1.9 % |" in capsys.readouterr().out
+    assert main(["digits-sed0", *there]) == 1
+    assert "There is no run digits-sed0" in capsys.readouterr().err
+
+
+def test_runs_launched_together_are_compared_even_before_they_have_results(tmp_path: Path) -> None:
+    done = launch(tmp_path, "-m", "seed=0,1", "stages=[prepare]", "name=together-${seed}")
+    assert done.returncode == 0, done.stderr
+    runs = [str(tmp_path / "runs" / f"together-{seed}") for seed in (0, 1)]
+    assert f"Compare them: python -m paws_hpc.report {' '.join(runs)}" in done.stdout
+    written = tmp_path / "runs" / "comparisons" / "together" / "index.html"
+    assert f"Comparison: {written}" in done.stdout.replace("\n", "")
+    assert "2 of 2 runs have no test scores" in written.read_text()

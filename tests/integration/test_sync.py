@@ -1,0 +1,159 @@
+"""What was kept offline becomes one run online, whole and once, whatever happened to its files and to the upload."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paws_hpc import sync
+from paws_hpc.engine import wandb_tracker
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import JobControl
+from paws_hpc.engine.tracking import read_rows
+from paws_hpc.engine.wandb_file import parse, read_contents, write_contents
+from paws_hpc.engine.wandb_follower import position, shown
+from paws_hpc.files import write_json
+from paws_hpc.stages import pretrain
+from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.wandb_segments import find_segments, upload_next
+from tests.integration.test_preemption import make_store, tiny_run
+from tests.integration.test_wandb import outside, own
+from tests.wandb_server import WandbServer, serving
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that was preempted after three steps, and whose file of that start is torn as by a kill."""
+    folder = tmp_path_factory.mktemp("offline")
+    with pytest.MonkeyPatch.context() as patch, serving() as server:
+        outside(patch, folder, server)
+        patch.setattr(wandb_tracker, "_PREEMPTED_PATIENCE_S", 60.0)
+        config, run = tiny_run(make_store(folder / "store", alike=False), folder)
+        config.tracking.wandb = "offline"
+        write_json(run.chain, {"id": "cafe0123"})
+        asked = itertools.count()
+        with pytest.raises(PreemptedError):
+            pretrain.run(config, run, CPU, control=JobControl(lambda: next(asked) >= 4))
+        (first,) = find_segments(run.path)["pretrain"]
+        whole = first.path.read_bytes()
+        tear(first.path)
+        assert len(first.path.read_bytes()) < len(whole)
+        (run.pretrain / "wandb" / "sent.json").unlink()  # which a killed start leaves unwritten
+        pretrain.run(config, run, CPU)
+        assert server.operations == [], "offline is offline"
+    return run
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    with serving() as double:
+        outside(monkeypatch, tmp_path, double)
+        yield double
+
+
+@pytest.fixture
+def run(offline: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(offline.path, tmp_path / "runs" / "run", symlinks=True)))
+
+
+def tear(path: Path) -> None:
+    """Cut the file in the middle of its third row."""
+    contents, _ = read_contents(path)
+    rows = [number for number, content in enumerate(contents) if parse(content).HasField("history")]
+    write_contents(path, path, contents[: rows[2]])
+    begin = path.stat().st_size
+    write_contents(path, path, contents[: rows[2] + 1])
+    with open(path, "r+b") as file:
+        file.truncate((begin + path.stat().st_size) // 2)
+    long_ago = time.time() - 3600
+    os.utime(path, (long_ago, long_ago))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows that a file of W&B's holds."""
+    rows = []
+    for record in map(parse, read_contents(path)[0]):
+        if record.HasField("history"):
+            items = record.history.item
+            rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
+def expected(run: RunFolder) -> list[dict[str, Any]]:
+    return [shown(row) for row in read_rows(run.pretrain / "metrics.jsonl")]
+
+
+def test_what_was_logged_offline_is_what_the_metrics_file_holds_row_by_row(offline: RunFolder) -> None:
+    first, second = find_segments(offline.path)["pretrain"]
+    assert read_contents(first.path)[1], "it is torn"
+    assert [own(row) for row in rows_of(first.path)] == expected(offline)[:2]
+    assert [own(row) for row in rows_of(second.path)] == expected(offline)
+
+
+def test_two_segments_and_a_torn_tail_become_one_run_and_a_second_sync_changes_nothing(
+    run: RunFolder, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {segment.path: segment.path.read_bytes() for segment in find_segments(run.path)["pretrain"]}
+    assert sync.main(["run", "--runs", str(run.path.parent), "--dry-run"]) == 1
+    assert "2 of 2 files left" in capsys.readouterr().out
+    assert sync.main([str(run.path)]) == 0
+    assert "2 files uploaded, 0 left" in capsys.readouterr().out
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
+    assert [row["_step"] for row in online.history] == [
+        position(row) for row in read_rows(run.pretrain / "metrics.jsonl")
+    ]
+    assert online.exit_codes[-1] == 0
+    assert [artifact.name for artifact in server.artifacts.values() if artifact.committed]
+    assert server.unknown == []
+    operations = list(server.operations)
+    assert sync.main(["--all", "--runs", str(run.path.parent)]) == 0
+    assert server.operations == operations
+    assert {path: path.read_bytes() for path in before} == before, "mended is a copy"
+
+
+def test_an_upload_that_hangs_is_given_up_said_and_made_good_later(run: RunFolder, server: WandbServer) -> None:
+    segments = find_segments(run.path)["pretrain"]
+    server.behaviour = "hang"
+    fault = upload_next(segments, timeout_s=8.0)
+    assert fault is not None
+    assert str(segments[0].path) in fault
+    assert not any(segment.is_synced for segment in segments)
+    server.released.set()
+    server.behaviour = "ok"
+    assert sync.main([str(run.path)]) == 0
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
+
+
+def test_a_run_that_goes_on_is_left_alone(run: RunFolder, server: WandbServer) -> None:
+    first, *_ = segments = find_segments(run.path)["pretrain"]
+    os.utime(first.path)  # written just now, and without an end
+    fault = upload_next(segments, timeout_s=60.0)
+    assert fault is not None
+    assert "still being written" in fault
+    assert server.operations == []
+
+
+def test_who_is_not_logged_in_is_told(
+    run: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert sync.main([str(run.path)]) == 1
+    assert "wandb said" in capsys.readouterr().out
+
+
+def test_an_unknown_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "digits-seed0" / "jobs").mkdir(parents=True)
+    assert sync.main(["digits-seed1", "--runs", str(tmp_path)]) == 1
+    assert "Did you mean digits-seed0?" in capsys.readouterr().err

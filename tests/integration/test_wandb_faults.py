@@ -1,0 +1,238 @@
+"""Whatever becomes of Weights & Biases: training gives the same bits, waits no longer than told, and says so once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from paws_hpc.engine import wandb_tracker
+from paws_hpc.engine.preemption import JobControl
+from paws_hpc.engine.tracking import read_rows
+from paws_hpc.engine.wandb_file import history_steps
+from paws_hpc.engine.wandb_follower import position
+from paws_hpc.files import write_json
+from paws_hpc.stages import pretrain
+from paws_hpc.stages.run_folder import RunFolder
+from tests.integration.test_preemption import STEPS, ended, make_store, tiny_run
+from tests.integration.test_wandb import outside
+from tests.wandb_server import WandbServer, serving
+
+CPU = torch.device("cpu")
+PATIENCE_S = 45.0
+
+
+class Reference(NamedTuple):
+    """A store, and the folder of a training on it without Weights & Biases."""
+
+    store: Path
+    unwatched: Path
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("unwatched")
+    store = make_store(folder / "store", alike=False)
+    config, run = tiny_run(store, folder)
+    pretrain.run(config, run, CPU)
+    return Reference(store, folder)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    """A server, and little patience; what tests change of these and of WANDB_* is as before afterwards."""
+    monkeypatch.setattr(wandb_tracker, "_INIT_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(wandb_tracker, "_UPLOAD_S", 2.0)
+    monkeypatch.setattr(wandb_tracker, "_PATIENCE_S", PATIENCE_S)
+    with serving() as double:
+        outside(monkeypatch, tmp_path, double)
+        yield double
+
+
+def train(store: Path, folder: Path, *, in_between: Callable[[RunFolder], None] | None = None) -> RunFolder:
+    """Pre-train under Weights & Biases; ``in_between`` happens after the third step."""
+    config, run = tiny_run(store, folder)
+    config.tracking.wandb = "auto"
+    write_json(run.chain, {"id": "cafe0123"})
+    checks = iter(range(10**6))
+
+    def look() -> bool:
+        if in_between is not None and next(checks) == 3:
+            in_between(run)
+        return False
+
+    pretrain.run(config, run, CPU, control=JobControl(look))
+    return run
+
+
+def segments(run: RunFolder) -> list[Path]:
+    return sorted(path for path in run.pretrain.glob("wandb/*run-*/*.wandb") if "latest-run" not in str(path))
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def service_of(run: RunFolder) -> int:
+    """Process id of the wandb-core that shows this run."""
+
+    def find() -> list[int]:
+        followers = {
+            path.parent.name
+            for path in Path("/proc").glob("[0-9]*/stat")
+            if (text := _read(path)) and f" {os.getpid()} " in text[text.rfind(b")") :].decode()
+        }
+        return [
+            int(path.parent.name)
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if b"wandb-core" in (command := _read(path))
+            and any(f"--pid\0{follower}\0".encode() in command for follower in followers)
+        ]
+
+    wait_for(lambda: segments(run))
+    return int(wait_for(find)[0])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # of a process that has just ended
+        return b""
+
+
+@pytest.mark.parametrize("behaviour", ["401", "429", "500", "hang", "unreachable"])
+def test_a_server_that_cannot_be_used(
+    behaviour: str,
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if behaviour == "unreachable":
+        os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"
+    else:
+        server.behaviour = behaviour
+    run = train(reference.store, tmp_path)
+    assert_same(tmp_path, reference.unwatched)
+    (told,) = messages(caplog)
+    assert "cannot be reached" in told
+    assert "paws_hpc.sync" in told
+    kept = [step for path in segments(run) for step in history_steps(path)]
+    assert kept == [position(row) for row in read_rows(run.pretrain / "metrics.jsonl")], "it is all there, offline"
+
+
+def test_a_server_that_falls_silent_delays_neither_a_step_nor_the_end_beyond_its_time(
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    since: list[float] = []
+
+    def fall_silent(run: RunFolder) -> None:
+        wait_for(lambda: "cafe0123-pretrain" in server.runs)
+        server.behaviour = "hang"
+        since.append(time.monotonic())
+
+    run = train(reference.store, tmp_path, in_between=fall_silent)
+    assert_same(tmp_path, reference.unwatched)
+    assert time.monotonic() - since[0] < PATIENCE_S + 10
+    (told,) = messages(caplog)
+    assert "off from here on" in told
+    (segment,) = segments(run)
+    assert history_steps(segment) == [position(row) for row in read_rows(run.pretrain / "metrics.jsonl")]
+    assert not Path(f"{segment}.synced").exists(), "there is something left to upload"
+
+
+@pytest.mark.parametrize("with_what", [signal.SIGKILL, signal.SIGTERM])
+def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
+    with_what: signal.Signals,
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+
+    def kill(run: RunFolder) -> None:
+        wait_for(lambda: "cafe0123-pretrain" in server.runs)
+        os.kill(service_of(run), with_what)
+
+    run = train(reference.store, tmp_path, in_between=kill)
+    assert_same(tmp_path, reference.unwatched)
+    assert len(messages(caplog)) == 1
+    rows = read_rows(run.pretrain / "metrics.jsonl")
+    assert [row["_step"] for row in server.runs["cafe0123-pretrain"].history] == [position(row) for row in rows]
+
+
+def test_a_service_process_that_stops_is_ended_in_time(
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wandb_tracker._PATIENCE_S = 3.0
+    stopped: list[int] = []
+
+    def stop(run: RunFolder) -> None:
+        wait_for(lambda: "cafe0123-pretrain" in server.runs)
+        stopped.append(service_of(run))
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    began = time.monotonic()
+    train(reference.store, tmp_path, in_between=stop)
+    assert_same(tmp_path, reference.unwatched)
+    assert time.monotonic() - began < 90
+    assert len(messages(caplog)) == 1
+    wait_for(lambda: not Path(f"/proc/{stopped[0]}/cmdline").exists() or not _read(Path(f"/proc/{stopped[0]}/cmdline")))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="a full disk needs root, to mount one")
+def test_a_full_disk(
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    os.environ["WANDB_MODE"] = "offline"
+    disk = tmp_path / "run" / "pretrain" / "wandb"
+    disk.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], check=False).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        train(reference.store, tmp_path)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    assert_same(tmp_path, reference.unwatched)
+    (told,) = messages(caplog)
+    assert "off from here on" in told
+
+
+def test_a_folder_that_cannot_be_written(
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run" / "pretrain").mkdir(parents=True)
+    (tmp_path / "run" / "pretrain" / "wandb").write_text("a file where W&B wants a folder")
+    train(reference.store, tmp_path)
+    assert_same(tmp_path, reference.unwatched)
+    (told,) = messages(caplog)
+    assert "off from here on" in told
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    (state, rows, _), (expected_state, expected_rows, _) = ended(found), ended(expected)
+    torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+    assert rows == expected_rows
+    assert rows[-1]["step"] == STEPS - 1
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("paws_hpc")]

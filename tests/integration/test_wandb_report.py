@@ -1,0 +1,94 @@
+"""A report of two chains in Weights & Biases: its panels, saved, read back, saved again; and what is left offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paws_hpc import report
+from paws_hpc.files import write_json, write_text
+from tests.integration.test_wandb import outside
+from tests.ranks import ROOT
+from tests.wandb_server import WandbServer, serving
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    with serving() as double:
+        outside(monkeypatch, tmp_path, double)
+        yield double
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two chains of two cells each."""
+    made = []
+    for seed in (0, 1):
+        run = tmp_path / f"digits-seed{seed}"
+        write_json(run / "chain.json", {"name": run.name, "id": f"cafe000{seed}", "versions": {"torch": "2.11"}})
+        write_text(run / "config.yaml", f"seed: {seed}\ntracking:\n  project: paws\n  entity: null\n")
+        for rate, accuracy in ((0.02, 0.5), (0.1, 0.75)):
+            write_json(run / "finetune" / f"lr={rate:g},epochs=2" / "result.json", {"validation_accuracy": accuracy})
+        made.append(run)
+    return made
+
+
+def command(runs: list[Path]) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "paws_hpc.report", *map(str, runs), "--wandb"]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+
+
+def read_back(url: str) -> dict[str, Any]:
+    arguments = [sys.executable, "-m", "tests.wandb_read_report", url]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return value
+
+
+def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_report(
+    server: WandbServer, runs: list[Path]
+) -> None:
+    os.environ["WANDB_MODE"] = "offline"
+    done = command(runs)
+    assert done.returncode == 0, done.stderr
+    assert "not saved in Weights & Biases (ConnectionError: WANDB_MODE=offline)" in done.stdout
+    spec = json.loads((runs[0] / "report" / "wandb.json").read_text())
+    assert "Parallel Coordinates Plot" in json.dumps(spec["spec"])
+    assert server.operations == []
+
+    del os.environ["WANDB_MODE"]
+    done = command(runs)
+    assert done.returncode == 0, done.stderr
+    assert "Report: http" in done.stdout, done.stdout
+    url = done.stdout.split("Report: ")[1].strip()
+    read = read_back(url)
+    assert read["title"] == "PAWS: digits-seed0, digits-seed1"
+    assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "RunComparer"} <= set(read["panels"])
+    wanted = ("loss/total", "loss/consistency", "loss/me_max", "validation/paws_nn", "diagnostics/confidence")
+    assert set(wanted) <= set(read["curves"])
+    assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
+    results, sweep, provenance = read["markdown"]
+    assert "| digits-seed0 | digits-seed1 |" in results
+    assert "75.0 %" in sweep
+    assert "PAWS-NN" in provenance
+    assert "torch" in provenance
+
+    assert command(runs).returncode == 0
+    assert len(server.reports) == 1, "saved again it is the same report"
+    assert server.unknown == []
+
+
+def test_without_the_package_the_error_says_how_to_get_it(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    assert report.main([str(runs[0]), "--wandb"]) == 1
+    assert "pip install wandb-workspaces" in capsys.readouterr().err

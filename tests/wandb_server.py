@@ -1,0 +1,382 @@
+"""A double of the Weights & Biases server on the loopback: it keeps what clients send, and can fail as servers do.
+
+It answers the operations that wandb 0.31 and wandb-workspaces 0.4 ask for, and nothing else: an unknown one is kept in
+``unknown`` and answered with an error, so that a new version that asks for more is noticed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+ENTITY = "tester"
+KEY = "0123456789" * 4
+_STREAM = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream")
+
+
+@dataclass
+class Run:
+    """A run as the server holds it."""
+
+    name: str
+    project: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    preempting: bool = False
+    exit_codes: list[int] = field(default_factory=list)
+    uses: list[str] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return _opaque("Run", self.name)
+
+
+@dataclass
+class Artifact:
+    """A version of an artifact."""
+
+    id: str
+    name: str
+    kind: str
+    run: str | None
+    digest: str
+    metadata: dict[str, Any]
+    aliases: list[str]
+    committed: bool = False
+
+
+class WandbServer:
+    """What clients sent, by kind, and how the server behaves.
+
+    Attributes:
+        behaviour: ``ok``; ``401``, ``429`` or ``500``, with which every request is answered; or ``hang``: connections
+            are taken and nothing is answered.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url, self.behaviour = url, "ok"
+        self.runs: dict[str, Run] = {}
+        self.artifacts: dict[str, Artifact] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.received: list[bytes] = []  # whatever was sent, as it came
+        self.operations: list[str] = []
+        self.unknown: list[str] = []
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a client: where the server is, and a key that it takes."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}
+
+    def run_of(self, entity: str | None, project: str, name: str) -> Run:
+        assert entity in (None, "", ENTITY), entity
+        return self.runs.setdefault(name, Run(name, project))
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Data of one GraphQL operation; KeyError for an unknown one."""
+        named = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        operation = named[1] if named else query.split(maxsplit=1)[0]
+        self.operations.append(operation)
+        known: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "Viewer": self._viewer,
+            "GetDefaultEntity": self._viewer,
+            "RunResumeStatus": self._resume,
+            "UpsertBucket": self._upsert,
+            "CreateRunFiles": self._create_files,
+            "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
+            "ArtifactType": self._artifact_type,
+            "CreateArtifact": self._create_artifact,
+            "ArtifactByID": self._artifact_by_id,
+            "CreateArtifactManifest": self._create_manifest,
+            "UpdateArtifactManifest": self._create_manifest,
+            "CommitArtifact": self._commit_artifact,
+            "UseArtifact": self._use_artifact,
+            "GetProjects": self._projects,
+            "ProjectInternalId": lambda asked: {"project": self._project(asked["projectName"])},
+            "upsertView": self._upsert_view,
+            "SpecificReport": lambda asked: {"view": self.reports[asked["reportId"]]},
+        }
+        return known[operation](variables)
+
+    def _viewer(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "viewer": {
+                "id": "user",
+                "entity": ENTITY,
+                "username": ENTITY,
+                "flags": "{}",
+                "teams": {"edges": [{"node": {"name": ENTITY}}]},
+            }
+        }
+
+    def _project(self, name: str) -> dict[str, Any]:
+        return {
+            "id": _opaque("Project", name),
+            "internalId": _opaque("ProjectInternal", name),
+            "name": name,
+            "entityName": ENTITY,
+            "entity": {"id": "entity", "name": ENTITY},
+        }
+
+    def _resume(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        project = self._project(variables["project"])
+        return {"model": project | {"bucket": None if run is None else self._bucket(run)}}
+
+    def _bucket(self, run: Run) -> dict[str, Any]:
+        return {
+            "id": run.id,
+            "name": run.name,
+            "displayName": run.fields.get("displayName"),
+            "description": "",
+            "sweepName": "",
+            "summaryMetrics": json.dumps(run.summary),
+            "logLineCount": 0,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": len(run.events),
+            "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
+            "eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]]),
+            "config": json.dumps(run.config),
+            "tags": run.fields.get("tags") or [],
+            "wandbConfig": json.dumps({"t": 1}),
+            "project": self._project(run.project),
+        }
+
+    def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        new = variables["name"] not in self.runs
+        run = self.run_of(variables.get("entity"), variables["project"], variables["name"])
+        run.fields |= {name: value for name, value in variables.items() if value is not None}
+        if variables.get("config"):
+            run.config = json.loads(variables["config"])
+        return {"upsertBucket": {"bucket": self._bucket(run), "inserted": new}}
+
+    def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs[variables["run"]]
+        files = [{"name": name, "uploadUrl": f"{self.url}/storage/{run.name}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": run.id, "uploadHeaders": [], "files": files}}
+
+    def _artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"].partition(":")[0]
+        found = next((artifact for artifact in self.artifacts.values() if artifact.name == name), None)
+        return {"project": {"artifact": found and {"artifactType": {"name": found.kind}}}}
+
+    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables["input"]
+        identifier = _opaque("Artifact", f"{asked['artifactCollectionName']}/{asked['digest']}")
+        artifact = self.artifacts.get(identifier)
+        if artifact is None:
+            artifact = self.artifacts[identifier] = Artifact(
+                identifier,
+                asked["artifactCollectionName"],
+                asked["artifactTypeName"],
+                asked["runName"],
+                asked["digest"],
+                json.loads(asked["metadata"] or "{}"),
+                [alias["alias"] for alias in asked["aliases"]],
+            )
+        state = "COMMITTED" if artifact.committed else "PENDING"
+        return {"createArtifact": {"artifact": {"id": identifier, "state": state, "artifactSequence": {
+            "latestArtifact": {"id": identifier} if artifact.committed else None,
+        }}}}  # fmt: skip
+
+    def _artifact_by_id(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self.artifacts[variables["id"]]
+        collection = {
+            "__typename": "ArtifactSequence",
+            "id": _opaque("Collection", artifact.name),
+            "name": artifact.name,
+            "project": self._project("paws"),
+        }
+        return {
+            "artifact": {
+                "__typename": "Artifact",
+                "id": artifact.id,
+                "artifactSequence": collection,
+                "versionIndex": 0,
+                "artifactType": {"name": artifact.kind},
+                "description": None,
+                "metadata": json.dumps(artifact.metadata),
+                "ttlDurationSeconds": -1,
+                "ttlIsInherited": False,
+                "tags": [],
+                "historyStep": None,
+                "state": "COMMITTED",
+                "size": 0,
+                "digest": artifact.digest,
+                "digestAlgorithm": "MANIFEST_MD5",
+                "commitHash": artifact.digest,
+                "fileCount": 1,
+                "createdAt": "2026-01-02T03:04:05Z",
+                "updatedAt": None,
+                "aliases": [],
+            }
+        }
+
+    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables.get("input") or variables
+        identifier = _opaque("Manifest", asked.get("artifactID") or asked.get("artifactManifestID"))
+        file = {
+            "id": identifier,
+            "name": "wandb_manifest.json",
+            "displayName": "wandb_manifest.json",
+            "uploadUrl": f"{self.url}/storage/manifests/{identifier}",
+            "uploadHeaders": [],
+        }
+        return {"createArtifactManifest": {"artifactManifest": {"id": identifier, "file": file}}}
+
+    def _commit_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        artifact = self.artifacts[(variables.get("input") or variables)["artifactID"]]
+        artifact.committed = True
+        return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
+
+    def _use_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        asked = variables.get("input") or variables
+        artifact = self.artifacts[asked["artifactID"]]
+        self.runs[asked["runName"]].uses.append(artifact.id)
+        return {"useArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
+
+    def _projects(self, _: dict[str, Any]) -> dict[str, Any]:
+        node = self._project("paws") | {
+            "__typename": "Project",
+            "createdAt": "2026-01-02T03:04:05Z",
+            "isBenchmark": False,
+            "user": None,
+        }
+        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
+
+    def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
+        identifier = variables["id"] or _opaque("View", str(len(self.reports)))
+        inserted = identifier not in self.reports
+        self.reports[identifier] = {
+            "id": identifier,
+            "type": variables["type"],
+            "name": variables["name"],
+            "displayName": variables["displayName"],
+            "description": variables["description"],
+            "project": self._project(variables["projectName"]),
+            "spec": variables["spec"],
+            "createdAt": "2026-01-02T03:04:05Z",
+            "updatedAt": "2026-01-02T03:04:05Z",
+        }
+        return {"upsertView": {"view": self.reports[identifier], "inserted": inserted}}
+
+    def stream(self, project: str, name: str, sent: dict[str, Any]) -> None:
+        """Take lines of a run's files."""
+        run = self.run_of(None, project, name)
+        for file, content in (sent.get("files") or {}).items():
+            offset, lines = content.get("offset", 0), content["content"]
+            match file:
+                case "wandb-history.jsonl":
+                    run.history[offset:] = [json.loads(line) for line in lines]
+                case "wandb-events.jsonl":
+                    run.events[offset:] = [json.loads(line) for line in lines]
+                case "wandb-summary.json":
+                    run.summary = json.loads(lines[-1])
+        if sent.get("preempting"):
+            run.preempting = True
+        if sent.get("complete"):
+            run.exit_codes.append(sent["exitcode"])
+
+
+def _opaque(kind: str, name: str) -> str:
+    return base64.b64encode(f"{kind}:{name}".encode()).decode()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Http
+
+    def do_GET(self) -> None:
+        self._serve()
+
+    do_POST = do_PUT = do_GET  # noqa: N815 - names that http.server asks for
+
+    def _serve(self) -> None:
+        double = self.server.double
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = urlsplit(self.path).path
+        with double.lock:
+            double.received += [self.path.encode(), body]
+        match double.behaviour:
+            case "hang":
+                double.released.wait()
+                self.close_connection = True
+                return
+            case "ok":
+                pass
+            case status:
+                self._send(int(status), {"errors": [{"message": f"told to answer {status}"}], "error": "as told"})
+                return
+        if path == "/graphql":
+            asked = json.loads(body)
+            with double.lock:
+                try:
+                    data = double.answer(asked["query"], asked.get("variables") or {})
+                except KeyError as unknown:
+                    double.unknown.append(f"{unknown} in {body.decode()}")
+                    self._send(200, {"errors": [{"message": f"the double knows no {unknown}"}]})
+                    return
+            self._send(200, {"data": data})
+        elif streamed := _STREAM.fullmatch(path):
+            with double.lock:
+                double.stream(streamed[2], streamed[3], json.loads(body))
+            self._send(200, {"exitcode": None, "limits": {}})
+        elif path.startswith("/sdk/otel/"):
+            self._send(200, {})
+        elif self.command == "PUT":
+            with double.lock:
+                double.uploads[path] = body
+            self._send(200, {})
+        else:
+            double.unknown.append(f"{self.command} {self.path}")
+            self._send(404, {})
+
+    def _send(self, status: int, value: Any) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # of a client that was killed
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    double: WandbServer
+
+
+@contextmanager
+def serving() -> Iterator[WandbServer]:
+    """A server while the block runs."""
+    http = _Http(("127.0.0.1", 0), _Handler)
+    http.double = WandbServer(f"http://127.0.0.1:{http.server_address[1]}")
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield http.double
+    finally:
+        http.double.released.set()
+        http.shutdown()
+        thread.join()
+        http.server_close()
