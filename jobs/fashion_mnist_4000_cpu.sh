@@ -2,8 +2,8 @@
 # Fashion-MNIST with 4,000 labels at the size of two CPU cores, with the demo's small network.
 # Command:  bash jobs/fashion_mnist_4000_cpu.sh [FIELD=VALUE ...]
 # Needs:    apt-get install dataset-fashion-mnist
-# Cost:     about half an hour of one CPU core.
-# Expected: docs/results.md has what was measured.
+# Cost:     less than an hour of one CPU core.
+# Expected: PAWS-NN 88 %, fine-tuned and supervised baseline 89 % (docs/results.md).
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes.
 set -euo pipefail

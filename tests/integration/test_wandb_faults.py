@@ -161,6 +161,8 @@ def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # The server is well, so nobody waits so long; the fixture sets them back.
+    wandb_tracker._INIT_TIMEOUT_S = wandb_tracker._UPLOAD_S = 30.0
 
     def kill(run: RunFolder) -> None:
         wait_for(lambda: "cafe0123-pretrain" in server.runs)
