@@ -13,6 +13,7 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,7 +145,12 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
 
 
 def _composed_by_hydra(composed: DictConfig) -> None:
-    launch(*composed_run(composed))
+    try:
+        config, launcher = composed_run(composed)
+        config.tracking.check_installed()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    launch(config, launcher)
 
 
 def main() -> None:
@@ -172,6 +178,11 @@ def main() -> None:
             if not several:
                 raise
             print(stop.code, file=sys.stderr)
+            failed.append(" ".join(overrides))
+        except Exception:  # whatever it was, the other runs do not depend on it; the exit status tells
+            if not several:
+                raise
+            traceback.print_exc()
             failed.append(" ".join(overrides))
     if several:
         _compare(composed)

@@ -48,7 +48,7 @@ def run_job(path: Path, job: Job) -> None:
     holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
     with _started(run, job, holder) as lease:
         if job.stage in WITHOUT_GPU:
-            _run_without_torch(config, run, job, lease.fence)
+            _run_without_gpu(config, run, job, lease.fence)
             return
         from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
@@ -190,19 +190,28 @@ def _run_as_rank(
         )
     fence = lease.fence if lease is not None else lambda: None
     if job.stage in WITHOUT_GPU:
-        _run_without_torch(config, run, job, fence)
+        _run_without_gpu(config, run, job, fence)
         return
-    try:
-        from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
-    except (ImportError, OSError) as error:
-        raise RuntimeError(f"torch cannot be imported on {socket.gethostname()}: {error}") from error
+    _import_torch()
+    from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
+
     rank.run_among(config, run, job, place, requested=requested, fence=fence, restart=restart)
 
 
-def _run_without_torch(config: Config, run: RunFolder, job: Job, fence: Callable[[], None]) -> None:
+def _import_torch() -> None:
+    try:
+        import torch  # noqa: F401, PLC0415 - so that its absence has a name; it takes seconds
+    except (ImportError, OSError) as error:
+        raise RuntimeError(f"torch cannot be imported on {socket.gethostname()}: {error}") from error
+
+
+def _run_without_gpu(config: Config, run: RunFolder, job: Job, fence: Callable[[], None]) -> None:
     """Run a stage that computes nothing; each imports what takes seconds and the other does not need."""
     if job.stage == "prepare":
         from paws_hpc.stages import prepare  # noqa: PLC0415
+
+        if config.model.init is not None:  # which prepare tries
+            _import_torch()
 
         prepare.run(config, run, fence=fence)
     else:

@@ -1,6 +1,6 @@
 """The first stage: packed images and splits are there, or are made, or their absence is an error with its remedy.
 
-It computes nothing, and so does not load torch.
+It computes nothing, and so does not load torch unless there are weights to start from.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ class RunStores:
 def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: None) -> None:
     """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
 
+    Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
+
     Args:
         config: of the run.
         run: its folder.
         fence: raises if another start of this job has taken over.
-    Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.

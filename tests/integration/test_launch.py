@@ -126,10 +126,11 @@ def test_a_node_without_torch_fails_in_one_line_that_names_it_and_may_be_tried_a
     tmp_path: Path, digits_stores: Stores, without_torch: dict[str, str]
 ) -> None:
     shutil.copytree(digits_stores.train.parent, tmp_path / "shards")
-    several = ("stages=[prepare,pretrain]", "resources.pretrain.tasks_per_node=2")
+    several = ("-m", "optimizer.peak_lr=0.1,0.2", "stages=[prepare,pretrain]", "resources.pretrain.tasks_per_node=2")
     done = subprocess.run(
         command(tmp_path, *several), capture_output=True, text=True, check=False, env=without_torch, timeout=240
     )
+    assert "2 of 2 runs failed" in done.stderr, "the first one's failure does not keep the second from being tried"
     assert done.returncode != 0
     found = read_starts(tmp_path / "runs/run/jobs/pretrain")[0].failures
     assert f"torch cannot be imported on {socket.gethostname()}: torch was imported" in found[0]["message"]
