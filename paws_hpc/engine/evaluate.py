@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
+from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.objective.neighbours import soft_nearest_neighbours
 
@@ -89,6 +90,14 @@ def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int, contro
             control.check()
             parts.append(module(batch))
     return distributed.concatenate_rows(torch.cat(parts), total)
+
+
+def forward_set(
+    module: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
+) -> Tensor:
+    """:func:`forward_all` over an evaluation set, in the dtype of the module's parameters, which are on ``device``."""
+    dtype = next(module.parameters()).dtype
+    return forward_all(module, images.batches(device, dtype), len(images), control)
 
 
 class Representation(nn.Module):

@@ -15,7 +15,7 @@ from paws_hpc.data.streams import ClassifierStream, EvaluationSet, LabelledBatch
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
 from paws_hpc.engine.config import Cell, ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError
-from paws_hpc.engine.evaluate import forward_all, score
+from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.preemption import UNATTENDED, Interrupted, JobControl
@@ -245,4 +245,4 @@ def predict(
     classifier: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
 ) -> Tensor:
     """(N, K) logits of an evaluation set, on every rank; ``control`` may interrupt before every batch."""
-    return forward_all(classifier, images.batches(device, torch.float32), len(images), control)
+    return forward_set(classifier, images, device, control)

@@ -86,7 +86,7 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
     data = open_stores(config)
-    support_order(config, data)  # before a job is started that waits for GPUs
+    _check_support(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
@@ -117,14 +117,10 @@ def open_stores(config: Config, *, staged: bool = False) -> RunStores:
     return RunStores(train, labelled_store, labelled, validation)
 
 
-def support_order(config: Config, data: RunStores) -> SupportOrder:
-    """The support mini-batches of a run.
-
-    Raises:
-        ValueError: the labels do not suffice for them.
-    """
+def _check_support(config: Config, data: RunStores) -> None:
+    """Raise ValueError if the labels do not suffice for the support mini-batches."""
     support = config.pretrain.support
-    return SupportOrder(
+    SupportOrder(
         data.labelled,
         data.labelled_store.labels[data.labelled],
         num_classes=support.classes,

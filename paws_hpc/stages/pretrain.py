@@ -13,7 +13,7 @@ from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.order import Positions
 from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.evaluate import Representation, Scores, forward_all, paws_nn, score
+from paws_hpc.engine.evaluate import Representation, Scores, forward_set, paws_nn, score
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.pretrain_loop import pretrain
@@ -182,10 +182,9 @@ def nearest_neighbours(
     control: JobControl = UNATTENDED,
 ) -> NearestNeighbours:
     """PAWS-NN on ``images``, with the labelled images as support; ``control`` may interrupt."""
-    dtype, network = next(encoder.parameters()).dtype, Representation(encoder)
-    labelled = data.labelled_images(config)
-    queries = forward_all(network, images.batches(device, dtype), len(images), control)
-    supports = forward_all(network, labelled.batches(device, dtype), len(labelled), control)
+    network, labelled = Representation(encoder), data.labelled_images(config)
+    queries = forward_set(network, images, device, control)
+    supports = forward_set(network, labelled, device, control)
     predictions = paws_nn(
         queries,
         supports,

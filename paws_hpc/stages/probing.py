@@ -12,7 +12,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import save_tensors
-from paws_hpc.engine.evaluate import forward_all
+from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe, linear_probe, nearest_neighbours
@@ -23,8 +23,7 @@ from paws_hpc.stages.run_data import RunData
 
 def trunk_features(encoder: Encoder, images: EvaluationSet, device: torch.device, control: JobControl) -> Tensor:
     """(N, ``feature_dim``) of a set's images, before the projection head; the same on every rank."""
-    dtype = next(encoder.parameters()).dtype
-    return forward_all(encoder.trunk, images.batches(device, dtype), len(images), control)
+    return forward_set(encoder.trunk, images, device, control)
 
 
 def fit_probes(
