@@ -20,7 +20,7 @@ from paws_hpc.data.augment import normalise
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.images import as_tensor
 from paws_hpc.deploy.files import read_image
-from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn
+from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_set, paws_nn
 from paws_hpc.models.encoder import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
 from paws_hpc.stages.run_data import RunData
@@ -93,7 +93,7 @@ class Predictor:
         else:
             self._network = Representation(load_neighbours(config, run, data, device)[0])
         images = data.labelled_images(config)
-        self._supports = forward_all(self._network, images.batches(device, torch.float32), len(images))
+        self._supports = forward_set(self._network, images, device)
         self._support_labels = images.labels
 
     def predict(self, paths: Sequence[Path], *, top: int, nearest: int) -> Iterator[Prediction | Failure]:
