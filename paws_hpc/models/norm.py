@@ -243,21 +243,30 @@ def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, 
     return mean, variance
 
 
-# The four passes over the activations. On CUDA they are the kernels that PyTorch's own layer consists of, which read
-# bfloat16 and either memory format directly; elsewhere, and under torch.compile, which fuses them with their
-# neighbours, they are plain operations in at least float32.
+# The four passes over the activations. Where it can they are the kernels that PyTorch's own layer consists of: those
+# for CUDA read bfloat16 and either memory format; those for CPUs are taken for contiguous values in full precision,
+# where plain operations are five times as slow, and not for channels-last ones, which they sum naively. Elsewhere, and
+# under torch.compile, which fuses them with their neighbours, the passes are plain operations in at least float32.
 
 
-def _by_kernel(input: Tensor) -> bool:
+def _by_cuda_kernel(input: Tensor) -> bool:
     return input.is_cuda and not torch.compiler.is_compiling()
+
+
+def _by_cpu_kernel(input: Tensor) -> bool:
+    full = input.dtype in (torch.float32, torch.float64)
+    return input.is_cpu and full and input.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
     """This rank's mean and biased variance, (C,) each."""
-    if _by_kernel(input):
+    if _by_cuda_kernel(input):
         # With eps 0 the variance is recovered without loss. The kernel calls 1/std of a constant channel 0.
         mean, invstd = torch.batch_norm_stats(input, 0.0)
         return mean, torch.where(invstd > 0, invstd.pow(-2), 0.0)
+    if _by_cpu_kernel(input):
+        mean, variance = torch.batch_norm_update_stats(input, None, None, 0.0)
+        return mean, variance
     variance, mean = torch.var_mean(_wide(input), _reduced(input), correction=0)
     return mean, variance
 
@@ -265,8 +274,10 @@ def _moments(input: Tensor) -> tuple[Tensor, Tensor]:
 def _normalise(input: Tensor, channels: _Channels, bias: Tensor) -> Tensor:
     """(x - mean) * invstd * weight + bias."""
     mean, invstd, weight = channels
-    if _by_kernel(input):
+    if _by_cuda_kernel(input):
         return torch.batch_norm_elemt(input, weight, bias, mean, invstd, 0.0)  # eps is in invstd already
+    if _by_cpu_kernel(input):
+        return _centred_affine(input, mean, weight * invstd, bias)
     scaled = (_wide(input) - _columns(mean, input)) * _columns(weight * invstd, input)
     output = scaled + _columns(bias, input)
     # Not .to() at all where it would change nothing: torch.compile (2.11) then takes the gradient for zero, silently.
@@ -276,9 +287,15 @@ def _normalise(input: Tensor, channels: _Channels, bias: Tensor) -> Tensor:
 def _gradient_sums(gradient: Tensor, input: Tensor, channels: _Channels) -> tuple[Tensor, Tensor]:
     """This rank's sums of dy and of dy (x - mean), (C,) each."""
     mean, invstd, weight = channels
-    if _by_kernel(input):
+    if _by_cuda_kernel(input):
         sums = torch.batch_norm_backward_reduce(gradient, input, mean, invstd, weight, True, False, False)
         return sums[0], sums[1]
+    if _by_cpu_kernel(input):
+        ones = torch.ones_like(mean)  # as weight and variance: the gradients of weight and bias are these sums then
+        _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, ones, mean, ones, None, None, False, 0.0, [False, True, True]
+        )
+        return sum_dy, sum_dy_xmu
     wide = _wide(gradient)
     centred = _wide(input) - _columns(mean, input)
     return wide.sum(_reduced(input)), (wide * centred).sum(_reduced(input))
@@ -294,15 +311,25 @@ def _input_gradient(gradient: Tensor, input: Tensor, channels: _Channels, sums: 
         counts: (R, 1), values per channel on each rank.
     """
     mean, invstd, weight = channels
-    if _by_kernel(input):
+    if _by_cuda_kernel(input):
         per_rank = counts.flatten().to(torch.int32)
         return torch.batch_norm_backward_elemt(
             gradient, input, mean, invstd, weight.to(mean.dtype), sums[0], sums[1], per_rank
         )
     mean_dy, mean_dy_xmu = sums / counts.sum()
+    if _by_cpu_kernel(input):
+        scale = weight * invstd
+        rest = _centred_affine(input, mean, -scale * invstd**2 * mean_dy_xmu, -scale * mean_dy)
+        return rest.addcmul_(gradient, _columns(scale, input))
     slope = _columns(mean_dy_xmu * invstd**2, input) * (_wide(input) - _columns(mean, input))
     centred = _wide(gradient) - _columns(mean_dy, input) - slope
     return (centred * _columns(weight * invstd, input)).to(input.dtype)
+
+
+def _centred_affine(input: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(x - mean) scale + shift in one pass."""
+    output, _, _ = torch.native_batch_norm(input, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)
+    return output
 
 
 def _memory_format(input: Tensor) -> torch.memory_format:

@@ -136,7 +136,8 @@ def compiled(rank: int, world: int) -> list[tuple[str, Tensor, Tensor]]:
     """Two training passes, eager and compiled as one graph each: names, eager values and compiled values."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        rows, upstream = (x.to(dtype).chunk(world)[rank] for x in batch((8, CHANNELS, 4, 3)))
+        rows, upstream = batch((8, CHANNELS, 4, 3))
+        rows, upstream = (x.to(dtype).chunk(world)[rank] for x in (rows - 1e3, upstream))
         eager = nn.Sequential(layer(4).float(), nn.ReLU(), nn.Flatten(), GlobalBatchNorm1d(CHANNELS * 12))
         twin = copy.deepcopy(eager)
         torch._dynamo.reset()
@@ -241,12 +242,19 @@ def test_local_and_frozen_statistics_use_no_other_rank(finished: Path):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_compiled_as_one_graph_it_computes_the_same(world: int, finished: Path):
-    """Gradients too: torch 2.11 has traced some forms of this code to gradients of zero."""
+    """Gradients too: torch 2.11 has traced some forms of this code to gradients of zero.
+
+    Over ranks the eager passes are torch's kernels, and traced ones plain operations, which round otherwise.
+    """
     for found in [compiled(0, 1)] if world == 1 else results_of(compiled, 2, finished):
         assert len(found) == 2 * 10
         for name, expected, measured in found:
             assert expected.abs().max() > 0.05, name
-            assert torch.equal(measured, expected), name
+            if world == 1:
+                assert torch.equal(measured, expected), name
+            else:
+                error = (measured - expected).abs().max() / expected.abs().max()
+                assert error < (1e-5 if expected.dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
 
 
 def test_an_untracked_pass_over_ranks_moves_no_running_statistic(finished: Path):
