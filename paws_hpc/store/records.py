@@ -113,8 +113,8 @@ class Records:
 
     def _places(self, rows: NDArray[np.void], positions: NDArray[np.int64]) -> list[Place]:
         """Where n records lie, and their CRC32C if it is to be checked."""
-        # Column by column: ten times as fast as the rows of a structured array one by one. Reading leaves little code in
-        # the processor's caches, so that few and small calls count: bisecting is faster than numpy's searchsorted.
+        # Column by column: ten times as fast as the rows of a structured array one by one. Reading leaves little in
+        # the processor's caches, so the fewer and smaller calls win, as bisect does over searchsorted.
         shards = [bisect_right(self._ends, position) for position in positions.tolist()]
         offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
         sums = rows["crc32c"].tolist() if self._check else [None] * len(rows)

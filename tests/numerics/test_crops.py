@@ -183,7 +183,7 @@ def test_crops_equal_interpolate_bit_for_bit_whatever_the_layout_and_however_oft
     boxes = np.array([(3, 5, 200, 301), (0, 0, 300, 211), (120, 77, 33, 40)])
     for shift in range(5):
         batch = torch.zeros((3, 5, 96, 96, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)  # as the streams have it
-        of_each = np.stack([np.roll(boxes, number, axis=0) + (shift, 0, 0, -shift) for number in range(3)])
+        of_each = np.stack([np.roll(boxes, number, axis=0) + np.array((shift, 0, 0, -shift)) for number in range(3)])
         resized_crops(images, of_each, batch[:, 1:4])
         for image, of_one, crops in zip(images, of_each.tolist(), batch[:, 1:4].unbind(1), strict=True):
             for (top, left, height, width), row in zip(of_one, crops, strict=True):
