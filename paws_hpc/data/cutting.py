@@ -203,10 +203,9 @@ class CpuCrop:
             found = sides(images)
             if not np.array_equal(found, (heights[part], widths[part])):  # a substitute was put in just now
                 boxes = _boxes_by_record(kinds, draw, part, *found)
-            for place, pixels in enumerate(images):
-                image = as_tensor(pixels).permute(2, 0, 1)
-                for of_kind, batch in zip(boxes, out, strict=True):
-                    resized_crops(image, of_kind[place], batch[:, part.start + place])
+            tensors = [as_tensor(pixels).permute(2, 0, 1) for pixels in images]
+            for of_kind, batch in zip(boxes, out, strict=True):
+                resized_crops(tensors, of_kind, batch[:, part])
 
         return cut
 
@@ -227,10 +226,10 @@ def _boxes_by_record(
     part: slice,
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
-) -> list[list[list[list[int]]]]:
-    """Per kind, of every record of a part, its V boxes."""
+) -> list[Boxes]:
+    """Per kind (m, V, 4), of every record of a part its boxes."""
     return [
-        draw(kind, part, heights, widths).reshape(crop.count, len(heights), 4).swapaxes(0, 1).tolist()
+        draw(kind, part, heights, widths).reshape(crop.count, len(heights), 4).swapaxes(0, 1)
         for kind, crop in enumerate(kinds)
     ]
 

@@ -156,24 +156,31 @@ class CheckpointFolder:
             self._weights(other).unlink()
 
     def newest(self, device: torch.device) -> Checkpoint | None:
-        """Read the newest valid checkpoint, or None where there is none.
+        """Read the newest valid checkpoint, or None where there is none; all ranks call this together.
 
         Damaged ones are passed over with a warning that names them.
 
         Raises:
+            OSError: the folder cannot be read.
+            OtherRankError: it went well on this rank and not on another.
             ValueError: the newest valid checkpoint belongs to another experiment, whose differing fields are named, or
                 holds objects that could execute code.
         """
-        self._finish()
-        chosen: list[int | None] = [self._newest_valid() if distributed.is_main() else None]
+        chosen: list[int | None] = [None]
+        with distributed.failing_together(device):
+            self._finish()
+            if distributed.is_main():
+                chosen = [self._newest_valid()]
         if distributed.world_size() > 1:
             dist.broadcast_object_list(chosen)
         step = chosen[0]
         if step is None:
             return None
-        weights = self._weights(step)
-        self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
-        return Checkpoint(step, load_tensors(weights, device))
+        with distributed.failing_together(device):
+            weights = self._weights(step)
+            self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
+            checkpoint = Checkpoint(step, load_tensors(weights, device))
+        return checkpoint
 
     def _weights(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"

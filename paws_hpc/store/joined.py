@@ -84,7 +84,6 @@ class JoinedIndex:
         self._checked = np.zeros(blocks, np.bool_)
         self.checked = False
         self._rows = whole[_HEADER.size : self._labels_start].view(ROW)
-        self._words = whole[_HEADER.size : self._labels_start].view(np.uint64).reshape(self._count, -1)
         self._labels = whole[self._labels_start : self._keys_start].view(_LABEL)
         self._labels.flags.writeable = False
         self.hash = xxhash.xxh3_128_hexdigest(self._hashes.tobytes() + self._stop.to_bytes(8, "little"))
@@ -117,7 +116,7 @@ class JoinedIndex:
             starts = _HEADER.size + positions * ROW.itemsize
             self._check_blocks(starts // _BLOCK)
             self._check_blocks((starts + ROW.itemsize - 1) // _BLOCK)
-        return self._words[positions].view(ROW)[:, 0]  # twice as fast as self._rows[positions]
+        return self._rows.take(positions)  # half the time of self._rows[positions], which is read field by field
 
     def label(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Copy the labels (n,) int64 at n positions in [0, N); raises as :meth:`rows`."""

@@ -6,7 +6,9 @@ What a store lets stand in for damaged records, and which positions it has, is :
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ class Records:
             check: compare the CRC32C of every record.
         """
         self._path, self._manifest, self._index, self._shards, self._check = path, manifest, index, shards, check
-        self._ends = np.cumsum([shard.count for shard in manifest.shards])
+        self._ends = list(accumulate(shard.count for shard in manifest.shards))
         self._own = threading.local()
 
     def encoded(self, positions: NDArray[np.int64]) -> list[bytes]:
@@ -92,8 +94,8 @@ class Records:
         return self._fault(int(positions[error.number]), error.problem)
 
     def _each(self, rows: NDArray[np.void], positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        longest = int(rows["length"].max(initial=0))
-        return self._shards.each(self._places(rows, positions), self._buffer(longest))
+        places = self._places(rows, positions)
+        return self._shards.each(places, self._buffer(max(rows["length"].tolist(), default=0)))
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
         """At least so many bytes of this thread's own, used again: new memory costs half as much as reading."""
@@ -111,19 +113,17 @@ class Records:
 
     def _places(self, rows: NDArray[np.void], positions: NDArray[np.int64]) -> list[Place]:
         """Where n records lie, and their CRC32C if it is to be checked."""
-        # Column by column: ten times as fast as the rows of a structured array one by one.
-        shards, offsets, lengths = self._shard_of(positions).tolist(), rows["offset"].tolist(), rows["length"].tolist()
+        # Column by column: ten times as fast as the rows of a structured array one by one. Reading leaves little in
+        # the processor's caches, so the fewer and smaller calls win, as bisect does over searchsorted.
+        shards = [bisect_right(self._ends, position) for position in positions.tolist()]
+        offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
         sums = rows["crc32c"].tolist() if self._check else [None] * len(rows)
         return list(zip(shards, offsets, lengths, sums, strict=True))
-
-    def _shard_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers (n,) of the shards that hold n records."""
-        return self._ends.searchsorted(positions, side="right")
 
     def _fault(self, position: int, problem: Problem) -> RecordError:
         """Name a record that cannot be used."""
         key = Keys(self._index)[position]
-        shard = self._manifest.shards[int(self._shard_of(np.array([position]))[0])].name
+        shard = self._manifest.shards[bisect_right(self._ends, position)].name
         return RecordError(
             f"record {key!r} in {self._path / shard} {problem.text}. {REMEDY}",
             key=key,

@@ -152,13 +152,12 @@ class ShardSet:
             UnreadableError: a record cannot be read.
         """
         preadv, checksum = os.preadv, google_crc32c.value
-        memory = memoryview(buffer)  # type: ignore[arg-type]  # parts of it cost half as much as parts of an array
         for number, place in enumerate(places):
             shard, offset, length, crc32c = place
             record, files = buffer[:length], self._files
             if files is not None and (start := (file := files[shard]).data_offset) is not None:
                 try:  # ``file`` keeps the descriptor open
-                    read = preadv(file.descriptor, [memory[:length]], start + offset)  # type: ignore[arg-type]
+                    read = preadv(file.descriptor, [record], start + offset)  # type: ignore[list-item, arg-type]
                 except OSError:
                     read = 0
                 if read == length and (crc32c is None or checksum(record) == crc32c):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,8 +145,8 @@ def test_a_resized_crop_equals_pil_to_one_level(
     for image in (*photographs, noise):
         piece = image[:channels]
         expected = pil_crop(piece, box, size)
-        alone = resized_crops(piece, [box], torch.empty(1, channels, size, size, dtype=torch.uint8))
-        assert levels_apart(alone[0], expected) <= 1
+        alone = resized_crops([piece], np.array([[box]]), torch.empty(1, 1, channels, size, size, dtype=torch.uint8))
+        assert levels_apart(alone[0, 0], expected) <= 1
         batched = equal_size_resized_crops(piece[None], np.array([box]), size)
         assert levels_apart(batched[0], expected) <= 1
 
@@ -170,18 +174,43 @@ def test_a_crop_sees_nothing_outside_its_box() -> None:
     image[:, :, 5:15, 4:12] = 7
     box = np.array([[5, 4, 10, 8]])
     assert (equal_size_resized_crops(image, box, 4) == 7).all()
-    assert (resized_crops(image[0], box.tolist(), torch.empty(1, 3, 4, 4, dtype=torch.uint8)) == 7).all()
+    assert (resized_crops([image[0]], box[None], torch.empty(1, 1, 3, 4, 4, dtype=torch.uint8)) == 7).all()
 
 
-def test_crops_of_an_image_equal_interpolate_bit_for_bit_whatever_its_layout(photographs: list[Tensor]) -> None:
-    boxes = [(3, 5, 200, 301), (0, 0, 300, 211), (120, 77, 33, 40)]
-    for image in (photographs[0], photographs[1][:, 7:400, 100:500], photographs[0].contiguous()):
-        batch = torch.zeros((3, 2, 96, 96, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)  # as the streams have it
-        resized_crops(image, boxes, batch[:, 1])
-        for (top, left, height, width), row in zip(boxes, batch[:, 1], strict=True):
-            piece = image[None, :, top : top + height, left : left + width]
-            assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
-        assert (batch[:, 0] == 0).all(), "nothing beside the rows is written"
+def test_crops_equal_interpolate_bit_for_bit_whatever_the_layout_and_however_often(photographs: list[Tensor]) -> None:
+    """More than once, because torch optimises a loop after it has run."""
+    images = [photographs[0], photographs[1][:, 7:400, 100:500], photographs[0].contiguous()]
+    boxes = np.array([(3, 5, 200, 301), (0, 0, 300, 211), (120, 77, 33, 40)])
+    for shift in range(5):
+        batch = torch.zeros((3, 5, 96, 96, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)  # as the streams have it
+        of_each = np.stack([np.roll(boxes, number, axis=0) + np.array((shift, 0, 0, -shift)) for number in range(3)])
+        resized_crops(images, of_each, batch[:, 1:4])
+        for image, of_one, crops in zip(images, of_each.tolist(), batch[:, 1:4].unbind(1), strict=True):
+            for (top, left, height, width), row in zip(of_one, crops, strict=True):
+                piece = image[None, :, top : top + height, left : left + width]
+                assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
+        assert (batch[:, [0, 4]] == 0).all(), "nothing beside the rows is written"
+
+
+def test_cropping_goes_on_while_another_thread_keeps_the_interpreter() -> None:
+    """Threads would gain nothing if each crop had to wait for its turn."""
+    image, boxes = torch.full((3, 400, 500), 7, dtype=torch.uint8), np.tile((0, 0, 400, 500), (1, 500, 1))
+    out = torch.zeros((500, 1, 3, 96, 96), dtype=torch.uint8)
+    pixels, interval = out.numpy(), sys.getswitchinterval()
+    cropping = threading.Thread(target=resized_crops, args=([image], boxes, out))
+    sys.setswitchinterval(1000)  # seconds: who has the interpreter now keeps it until it waits for something
+    try:
+        cropping.start()
+        while not pixels[0, 0, -1, -1, -1]:
+            time.sleep(1e-4)
+        deadline = time.perf_counter() + 20
+        while not pixels[-1, 0, -1, -1, -1] and time.perf_counter() < deadline:
+            pass
+        finished = bool(pixels[-1, 0, -1, -1, -1])
+    finally:
+        sys.setswitchinterval(interval)
+    cropping.join()
+    assert finished
 
 
 @pytest.mark.parametrize(("height", "width"), [(427, 640), (427, 300), (224, 224), (61, 333), (33, 32)])
@@ -200,27 +229,31 @@ def test_center_crop_equals_torchvision_and_pil(
 
 
 def test_a_box_outside_its_image_is_an_error() -> None:
-    image = torch.zeros(3, 10, 20, dtype=torch.uint8)
+    images = [torch.zeros(3, 30, 30, dtype=torch.uint8), torch.zeros(3, 10, 20, dtype=torch.uint8)]
     for box in ((0, 0, 11, 5), (0, 16, 5, 5), (-1, 0, 5, 5), (0, 0, 0, 5)):
+        with pytest.raises(ValueError, match=re.escape(f"box {box} must lie in its image, which is 10 x 20")):
+            resized_crops(images, np.array([[(0, 0, 30, 30)], [box]]), torch.empty(1, 2, 3, 8, 8, dtype=torch.uint8))
         with pytest.raises(ValueError, match="box"):
-            resized_crops(image, [box], torch.empty(1, 3, 8, 8, dtype=torch.uint8))
-        with pytest.raises(ValueError, match="box"):
-            equal_size_resized_crops(image[None], np.array([box]), 8)
+            equal_size_resized_crops(images[1][None], np.array([box]), 8)
 
 
 def test_pixels_that_are_not_uint8_and_lists_that_do_not_match_are_errors() -> None:
     image, box = torch.zeros(3, 10, 20), np.array([[0, 0, 5, 5]])
-    out = torch.empty(1, 3, 8, 8, dtype=torch.uint8)
+    out = torch.empty(1, 1, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="uint8"):
-        resized_crops(image, box.tolist(), out)
+        resized_crops([image], box[None], out)
+    with pytest.raises(ValueError, match="uint8"):
+        resized_crops([image.byte()], box[None], out.float())
     with pytest.raises(ValueError, match="uint8"):
         equal_size_resized_crops(image[None], box, 8)
     with pytest.raises(ValueError, match="uint8"):
         center_crop(image, resize=8, size=8)
-    with pytest.raises(ValueError, match="2 crops of 3 channels"):
-        resized_crops(image.byte(), [*box.tolist(), *box.tolist()], out)
-    with pytest.raises(ValueError, match="1 crops of 3 channels"):
-        resized_crops(image.byte(), box.tolist(), out[:, :1])
+    with pytest.raises(ValueError, match=r"\(1, 2, 4\) boxes of 1 images"):
+        resized_crops([image.byte()], np.array([[box[0], box[0]]]), out)
+    with pytest.raises(ValueError, match=r"\(1, 1, 4\) boxes of 2 images"):
+        resized_crops([image.byte(), image.byte()], box[None], out)
+    with pytest.raises(ValueError, match="crops of 1 channels"):
+        resized_crops([image.byte()], box[None], out[:, :, :1])
     with pytest.raises(ValueError, match="uniform"):
         sample_boxes(np.array([10]), np.array([20]), RECIPES["large"], np.zeros((1, 5)))
 

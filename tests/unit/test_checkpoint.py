@@ -16,13 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 
+from paws_hpc.distributed import OtherRankError
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.files import file_hash, read_json, write_json
+from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")
 IDENTITY = {"seed": 0, "optimizer.peak_lr": 6.4, "digest.train": "aa", "views.scale": [0.1, 1.0]}
@@ -98,6 +101,32 @@ def test_a_damaged_newest_is_passed_over_with_its_name(
     assert len(told) == 2
     assert str(tmp_path / "step-00000030.pt") in told[0]
     assert str(tmp_path / "step-00000020.pt") in told[1]
+
+
+def reading_on_ranks(rank: int, world: int) -> list[str]:
+    """What a rank hears where rank 0 cannot look for the newest, and where another rank cannot read it."""
+    heard = []
+    with TemporaryDirectory() as own:  # as on nodes that share no folder: only rank 0's has files
+        unreadable, missing = saved(Path(own) / "unreadable", 10), saved(Path(own) / "missing", 10)
+        if rank == 0:
+            (unreadable.path / "step-00000010.json").unlink()
+            (unreadable.path / "step-00000010.json").mkdir()
+        for checkpoints in (unreadable, missing):
+            with pytest.raises((OSError, OtherRankError)) as caught:
+                checkpoints.newest(CPU)
+            heard.append(f"{caught.type.__name__}: {caught.value}")
+    return heard
+
+
+def test_a_rank_that_cannot_look_or_read_ends_all_of_them_with_its_error(tmp_path: Path) -> None:
+    run_on_ranks(tmp_path, {2: [reading_on_ranks]})
+    first, second = results_of(reading_on_ranks, 2, tmp_path)
+    assert first[0].startswith("IsADirectoryError")
+    assert second[0].startswith("OtherRankError: rank 0 failed")
+    assert first[0] in second[0]
+    assert first[1].startswith("OtherRankError: rank 1 failed")
+    assert second[1].startswith("FileNotFoundError")
+    assert second[1] in first[1]
 
 
 def test_as_many_are_kept_as_asked_and_never_the_damaged_ones_in_their_place(tmp_path: Path) -> None:
