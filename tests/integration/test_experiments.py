@@ -20,7 +20,7 @@ from paws_hpc.store import ArraySource, ImageFolder, pack
 
 CPU = torch.device("cpu")
 CLASSES, PER_CLASS = 3, 6
-EXPERIMENTS = {path.stem: () for path in sorted((CONF / "experiment").glob("*.yaml"))}
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 OTHERS: dict[str, tuple[str, ...]] = {
     "imagenet_10pct": ("model=resnet50_2x", "model=resnet50_4x"),
     "cifar10_4000": ("data=cifar100", "data=fashion_mnist", "data=digits"),
@@ -37,7 +37,7 @@ SMALL = (
 )
 SMALL_PHOTOGRAPHS = (
     *("views.large.size=32", "views.small.size=16", "views.evaluation.resize=36", "views.evaluation.size=32"),
-    *("finetune.crop.size=32", "baseline.crop.size=32"),
+    *("finetune.crop.size=32", "baseline.crop.size=32", "pretrain.support.images_per_class=1"),
 )
 
 
