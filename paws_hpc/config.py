@@ -31,6 +31,7 @@ class DataConfig:
 
     Attributes:
         name: of the data set, for people.
+        classes: how many it has, for recipes whose sizes follow from it; checked against the store. None: unknown.
         train: store of the training images; without ``labelled`` the labelled ones are among them.
         labelled: store of labelled images and of those for validation, where they are not part of ``train``. Classes
             are this store's then, and labels of ``train`` are never read. All images are normalised by the statistics
@@ -59,6 +60,7 @@ class DataConfig:
     """
 
     name: str = "digits"
+    classes: int | None = None
     train: str = "shards/digits/train"
     labelled: str | None = None
     test: str = "shards/digits/test"
@@ -247,7 +249,8 @@ class Config:
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
         self._check_patches()
         drawn = self.labels.per_class
-        if drawn is not None and drawn < support.images_per_class and self.data.support_order == "paper":
+        scarce = drawn is not None and drawn < support.images_per_class
+        if scarce and self.data.support_order == "paper" and "pretrain" in self.stages:
             raise ValueError(
                 f"pretrain.support.images_per_class={support.images_per_class}, but labels.per_class={drawn}. Ask for "
                 f"at most {drawn} images per class, or set data.support_order=balanced, which repeats images as other "
@@ -300,6 +303,7 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "dry_run",
     "cancel",
     "data.name",
+    "data.classes",
     "data.train",
     "data.labelled",
     "data.test",

@@ -34,7 +34,7 @@ from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.report_tables import result_table
-from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
 _SEVERAL = ("-m", "--multirun")
 
@@ -79,6 +79,8 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
     with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
         freeze(config, run.config)
         finished = run.result.exists()
+        if finished and "selection" in config.stages:
+            check_sweep_is_the_scored_one(config, run)  # which selection would find after all the training before it
         worked = run_chain(config, run, _runner(config, run, kind))
     if not any(job.startswith(("pretrain", "finetune", "baseline")) for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")

@@ -9,7 +9,7 @@ from paws_hpc.cluster.chain import FOLLOWS, NEEDS, Job, jobs_of
 from paws_hpc.cluster.frozen import ConfigError
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import STAGES, SWEEPS, Config
-from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, without_pretraining
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def _is_done(job: Job, config: Config, run: RunFolder, *, renewed: bool) -> bool
 
 def _check_needs(config: Config, run: RunFolder, stage: str, *, met: set[str]) -> None:
     for need in NEEDS[stage]:
+        if stage == "selection" and need == "pretrain" and without_pretraining(config, run):
+            continue
         if need not in met and not Job(need).is_done(config, run):
             raise ConfigError(
                 f"stages={config.stages}: {stage} needs {need}, which has not been done in {run.path} and is not asked "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class Split:
 
     Attributes:
         name: of the file it is kept in.
-        origin: how it came about (seed and number per class, or file name and its digest).
+        origin: how it came about (seed and number per class, all, or file name and its digest).
         dataset: digest of the store it belongs to.
         keys: sorted by class, then in the order drawn or read.
     """
@@ -59,27 +60,22 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
         FileNotFoundError: a split file is missing.
     """
     config.check_complete()
+    listed, listed_validation = _of_seed(config.file, seed), _of_seed(config.validation_file, seed)
 
     def labelled_apart_from(other: Split | None) -> Split:
-        return _load_or_make(
-            store, "labelled", config.file, config.per_class, seed=seed, salt=_LABELLED, apart_from=other
-        )
+        if listed is not None:
+            return _listed(store, "labelled", listed)
+        return _drawn(store, "labelled", config.per_class, seed=seed, salt=_LABELLED, apart_from=other)
 
     def validation_apart_from(other: Split | None) -> Split:
-        return _load_or_make(
-            store,
-            "validation",
-            config.validation_file,
-            config.validation_per_class,
-            seed=seed,
-            salt=_VALIDATION,
-            apart_from=other,
-        )
+        if listed_validation is not None:
+            return _listed(store, "validation", listed_validation)
+        return _drawn(store, "validation", config.validation_per_class, seed=seed, salt=_VALIDATION, apart_from=other)
 
-    if config.validation_file is None:
+    if listed_validation is None and not config.all:
         labelled = labelled_apart_from(None)
         validation = validation_apart_from(labelled)
-    else:  # what is drawn keeps away from what is listed
+    else:  # what is drawn, or is all there is, keeps away from what is listed
         validation = validation_apart_from(None)
         labelled = labelled_apart_from(validation)
     if shared := set(labelled.keys) & set(validation.keys):
@@ -91,30 +87,34 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
     return labelled, validation
 
 
-def _load_or_make(
-    store: ImageStore,
-    kind: str,
-    file: str | None,
-    per_class: int | None,
-    *,
-    seed: int,
-    salt: int,
-    apart_from: Split | None,
+def _of_seed(file: str | None, seed: int) -> Path | None:
+    return None if file is None else Path(file.replace("{seed}", str(seed)))
+
+
+def _listed(store: ImageStore, kind: str, file: Path) -> Split:
+    """The split of a list."""
+    text = _read_list(file)
+    origin = {"file": file.name, "sha256": value_digest(text)}
+    return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file))
+
+
+def _drawn(
+    store: ImageStore, kind: str, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None
 ) -> Split:
-    """Load a split of this file or draw, or make and save it; a draw leaves out the images of ``apart_from``."""
-    if file is not None:
-        text = _read_list(Path(file))
-        name = f"{kind}-{Path(file).stem}"
-        origin: dict[str, Any] = {"file": Path(file).name, "sha256": value_digest(text)}
-        make: Callable[[], list[str]] = lambda: _resolve(text, store, Path(file))  # noqa: E731
+    """The split of a draw that leaves out the images of ``apart_from``; None per class takes all others."""
+    if per_class is None:
+        name, origin = f"{kind}-all", dict[str, Any](all=True)
     else:
-        assert per_class is not None, "LabelsConfig allows no other case"
-        name = f"{kind}-{per_class}-per-class-seed-{seed}"
-        origin = {"per_class": per_class, "seed": seed}
-        if apart_from is not None:
-            origin["apart_from"] = value_digest(apart_from.keys)
-            name += f"-without-{origin['apart_from'][:8]}"
-        make = lambda: _draw(store, per_class, seed=seed, salt=salt, apart_from=apart_from)  # noqa: E731
+        name, origin = f"{kind}-{per_class}-per-class-seed-{seed}", {"per_class": per_class, "seed": seed}
+    if apart_from is not None:
+        origin["apart_from"] = value_digest(apart_from.keys)
+        name += f"-without-{origin['apart_from'][:8]}"
+    make = partial(_draw, store, per_class, seed=seed, salt=salt, apart_from=apart_from)
+    return _load_or_make(store, name, origin, make)
+
+
+def _load_or_make(store: ImageStore, name: str, origin: dict[str, Any], make: Callable[[], list[str]]) -> Split:
+    """Load the split of this name and origin, or make and save it."""
     path = store.path / "splits" / f"{name}.json"
     if path.exists():
         split = load_split(path)
@@ -158,7 +158,7 @@ def load_split(path: Path) -> Split:
     return split
 
 
-def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
+def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
     """Draw from each class by the order of its keys, not of its records: the same however the store was shuffled.
 
     So every key is read once and sorted within its class. Memory holds the keys of one class and 4 bytes per record
@@ -168,10 +168,14 @@ def _draw(store: ImageStore, per_class: int, *, seed: int, salt: int, apart_from
     keys: list[str] = []
     for label, (name, records) in enumerate(zip(store.classes, _by_class(store), strict=True)):
         members = sorted(key for key in store.keys.at(records) if key not in elsewhere)
+        if per_class is None:
+            keys += members
+            continue
         if len(members) < per_class:
+            field = "labels.per_class" if salt == _LABELLED else "labels.validation_per_class"
             raise ValueError(
-                f"{per_class} images of each class are to be drawn, but class {name!r} of {store.path} has only "
-                f"{len(members)}{' others' if apart_from else ''}. Ask for at most {len(members)} per class."
+                f"{field}={per_class} images of each class are to be drawn, but class {name!r} of {store.path} has "
+                f"only {len(members)}{' others' if apart_from else ''}. Ask for at most {len(members)} per class."
             )
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]

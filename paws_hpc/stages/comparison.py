@@ -11,11 +11,11 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from paws_hpc.config import has_effect
+from paws_hpc.config import Config, flatten, has_effect
 from paws_hpc.stages.report_run import RunRecord
 from paws_hpc.stages.report_tables import DASH, METHODS, Notice, scores
 
@@ -146,10 +146,15 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
 
 
 def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Field → text, of what determines results beside the seed; stores by their contents, not by where they lie."""
+    """Field → text, of what determines results beside the seed; stores by their contents, not by where they lie.
+
+    A field that is younger than a run has the value that it would have if the run went on: its default.
+    """
+    defaults = flatten(asdict(Config()))
+    known = [defaults | record.settings if record.settings else {} for record in records]
     fields = [
-        {name: value_text(value) for name, value in record.settings.items() if has_effect(name) and name != "seed"}
-        for record in records
+        {name: value_text(value) for name, value in settings.items() if has_effect(name) and name != "seed"}
+        for settings in known
     ]
     stores = [
         {name: record.digests[key][:8] for key, name in _NAMED_STORES.items() if key in record.digests}

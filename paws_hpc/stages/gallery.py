@@ -30,6 +30,7 @@ _PAIRS, _IMAGES_OF_A_PAIR = 5, 6
 _MISTAKES, _NEAREST = 12, 4
 _TILE_PIXELS = 48
 _COLUMNS = 16
+_UNTRAINED = "There was no pre-training, whose representations it would show."
 
 Json = dict[str, Any]
 
@@ -41,13 +42,13 @@ class Scored:
     Attributes:
         images: the N test images.
         supports: the M labelled images.
-        nearest: their representations, and what PAWS-NN predicted.
+        nearest: their representations, and what PAWS-NN predicted; None without pre-training.
         predictions: (N, K) probabilities or logits by method, as in ``result.json``.
     """
 
     images: EvaluationSet
     supports: EvaluationSet
-    nearest: NearestNeighbours
+    nearest: NearestNeighbours | None
     predictions: Mapping[str, Tensor]
 
 
@@ -84,9 +85,9 @@ def write_gallery(folder: Path, scored: Scored) -> None:
     tiles = _Tiles(scored)
     truth = scored.images.labels
     gallery = {
-        "map": _map(scored),
+        "map": {"missing": _UNTRAINED} if scored.nearest is None else _map(scored.nearest, scored),
         "pairs": {method: _pairs(tiles, values, truth) for method, values in scored.predictions.items()},
-        "mistakes": _mistakes(tiles, scored),
+        "mistakes": None if scored.nearest is None else _mistakes(tiles, scored.nearest, scored),
         "tile_pixels": tiles.pixels,
         "columns": _COLUMNS,
     }
@@ -108,14 +109,14 @@ def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
     return found
 
 
-def _mistakes(tiles: _Tiles, scored: Scored) -> list[Json]:
+def _mistakes(tiles: _Tiles, nearest: NearestNeighbours, scored: Scored) -> list[Json]:
     """The mistakes of PAWS-NN of which it was surest, with the labelled images that it found nearest."""
-    predictions, truth = scored.nearest.predictions, scored.images.labels
+    predictions, truth = nearest.predictions, scored.images.labels
     probability, guess = predictions.max(1)
     wrong = torch.nonzero(guess != truth)[:, 0]
     wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:_MISTAKES]
-    queries, supports = normalize(scored.nearest.queries[wrong]), normalize(scored.nearest.supports)
-    similarity, nearest = (queries @ supports.T).topk(min(_NEAREST, len(supports)), dim=1)
+    queries, supports = normalize(nearest.queries[wrong]), normalize(nearest.supports)
+    similarity, places = (queries @ supports.T).topk(min(_NEAREST, len(supports)), dim=1)
     labels = scored.supports.labels
     return [
         {
@@ -125,16 +126,16 @@ def _mistakes(tiles: _Tiles, scored: Scored) -> list[Json]:
             "probability": round(float(probability[number]), 4),
             "supports": [
                 {"tile": tiles.add("support", other), "class": int(labels[other]), "similarity": round(cosine, 4)}
-                for other, cosine in zip(nearest[row].tolist(), similarity[row].tolist(), strict=True)
+                for other, cosine in zip(places[row].tolist(), similarity[row].tolist(), strict=True)
             ],
         }
         for row, number in enumerate(wrong.tolist())
     ]
 
 
-def _map(scored: Scored) -> Json:
+def _map(nearest: NearestNeighbours, scored: Scored) -> Json:
     """The representations in the plane, in [0, 1] to three digits; or why there is no such map."""
-    queries, supports = scored.nearest.queries, scored.nearest.supports
+    queries, supports = nearest.queries, nearest.supports
     images, labelled = _evenly(len(queries), _MAP_IMAGES), _evenly(len(supports), _MAP_SUPPORTS)
     vectors = normalize(torch.cat([queries[images], supports[labelled]]).double()).numpy()
     if not np.isfinite(vectors).all():
@@ -149,7 +150,7 @@ def _map(scored: Scored) -> Json:
         "images": len(queries),
         "shown": points[:count].tolist(),
         "true": scored.images.labels[images].tolist(),
-        "predicted": scored.nearest.predictions[images].argmax(1).tolist(),
+        "predicted": nearest.predictions[images].argmax(1).tolist(),
         "labelled": points[count:].tolist(),
         "labelled_classes": scored.supports.labels[labelled].tolist(),
     }

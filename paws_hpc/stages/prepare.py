@@ -71,8 +71,8 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.
-        ValueError: it does not fit, the stores do not go together, or the labels do not suffice for the support
-            mini-batches.
+        ValueError: it does not fit, the stores do not go together, ``data.classes`` is not their number of classes, or
+            the labels do not suffice for the support mini-batches.
     """
     if config.model.init is not None:
         from paws_hpc.stages.start import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
@@ -86,7 +86,13 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
             if not (Path(path) / "manifest.json").exists():
                 _pack(config.data, subset, Path(path))
     data = open_stores(config)
-    _check_support(config, data)  # before a job is started that waits for GPUs
+    if config.data.classes not in (None, len(data.classes)):
+        raise ValueError(
+            f"data.classes={config.data.classes}, but {data.labelled_store.path} has {len(data.classes)} classes. Set "
+            f"data.classes={len(data.classes)}."
+        )
+    if "pretrain" in config.stages:
+        _check_support(config, data)  # before a job is started that waits for GPUs
     test = ImageStore.open(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(

@@ -110,6 +110,9 @@ def notices(record: RunRecord) -> list[Notice]:
     for stage in record.stages:
         if stage["state"] == "failed":
             found.append(Notice("alarm", f"Stage {stage['name']} failed", "Its log in the run directory says why."))
+    if not record.pretrained:
+        text = "The supervised baseline alone was asked for; PAWS-NN, the probes and fine-tuning need pre-training."
+        found.append(Notice("note", "This run has no pre-training", text))
     if record.result:
         found += _missing_cells("Fine-tuning", record.finetune) + _missing_cells("Baseline", record.baseline)
     else:
@@ -177,6 +180,7 @@ def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
         {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),
          "curves": sweep_panel(record, stage, cells, chosen)}
         for stage, title, cells, chosen in sweeps
+        if record.pretrained or stage == "baseline"
     ]  # fmt: skip
 
 

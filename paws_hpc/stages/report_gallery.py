@@ -68,7 +68,8 @@ def gallery(record: RunRecord) -> dict[str, Any]:
             {"method": method, "name": METHODS[method], "pairs": [_pair(tiles, classes, pair) for pair in found]}
             for method, found in record.gallery["pairs"].items()
         ]
-        mistakes = [_mistake(tiles, classes, entry) for entry in record.gallery["mistakes"]]
+        told = record.gallery["mistakes"]
+        mistakes = None if told is None else [_mistake(tiles, classes, entry) for entry in told]
         panel = _map(record.gallery["map"], classes)
     except (KeyError, IndexError, UnidentifiedImageError) as error:
         raise ValueError(

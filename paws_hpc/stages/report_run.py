@@ -94,6 +94,11 @@ class RunRecord:
         return seed
 
     @property
+    def pretrained(self) -> bool:
+        """Whether the run has, or will have, a pre-trained network; its result says where it has none."""
+        return bool(self.result.get("pretrained", True))
+
+    @property
     def digests(self) -> dict[str, str]:
         """Of stores and splits, as far as stages have told them; ``test`` is the test split's."""
         told = self.result.get("digests") or self.prepared.get("digests") or self.summary.get("digests") or {}

@@ -98,11 +98,23 @@ def mark_done(folder: Path, **facts: Any) -> None:
     write_json(folder / "DONE", facts)
 
 
+def without_pretraining(config: Config, run: RunFolder) -> bool:
+    """Whether the supervised baseline is all that a run has to score: pre-training is not asked for and never began."""
+    asked = {"pretrain", "finetune"} & set(config.stages)
+    return not asked and not run.pretrain.exists() and not run.job("pretrain").exists()
+
+
+def fine_tuned_cells(config: Config, run: RunFolder) -> list[str]:
+    """Names of the cells of fine-tuning among which selection chooses; none without pre-training."""
+    return [] if without_pretraining(config, run) else [cell.name for cell in config.finetune.cells()]
+
+
 def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
     """Raise ValueError if ``result.json`` was scored after selection among other cells than the sweep now has."""
-    scored, asked = read_json(run.selected)["cells"], [cell.name for cell in config.finetune.cells()]
+    scored, asked = read_json(run.selected)["cells"], fine_tuned_cells(config, run)
     if scored != asked:
+        before = f"after selection among {scored}" if scored else "without pre-training"
         raise ValueError(
-            f"{run.result} was scored after selection among {scored}, but the sweep now has {asked}. To select anew, "
-            f"which scores the test split once more, remove {run.result} and {run.selected.name} beside it."
+            f"{run.result} was scored {before}, but the sweep now has {asked}. To select anew, which scores the test "
+            f"split once more, remove {run.result} and {run.selected.name} beside it."
         )

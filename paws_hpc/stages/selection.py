@@ -19,16 +19,26 @@ from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
-from paws_hpc.stages.pretrain import load_pretrained, nearest_neighbours
+from paws_hpc.stages.pretrain import NearestNeighbours, load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import fit_probes, trunk_features, tune
 from paws_hpc.stages.run_data import RunData, open_data
-from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, is_done
+from paws_hpc.stages.run_folder import (
+    RunFolder,
+    check_sweep_is_the_scored_one,
+    fine_tuned_cells,
+    is_done,
+    without_pretraining,
+)
 from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
+
+_METHODS = {"finetune": "fine_tuned", "baseline": "baseline"}
+_SHOWN = ("paws_nn", *_METHODS.values())  # in pictures, by the report
 
 
 @dataclass(frozen=True)
@@ -76,59 +86,143 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
     return Choice(winner, accuracies[winner], missing)
 
 
+@dataclass(frozen=True)
+class _Pretrained:
+    """What is scored of the pre-trained network itself.
+
+    Attributes:
+        encoder: as pre-training left it.
+        neighbours: by which PAWS-NN is scored: the same, or tuned for that.
+        tuning: how that went; None where it was not asked for.
+        probes: of the encoder's features, by method.
+    """
+
+    encoder: Encoder
+    neighbours: Encoder
+    tuning: dict[str, Any] | None
+    probes: dict[str, Probe]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """All that is decided before the test split is read; without pre-training the baseline alone is.
+
+    Attributes:
+        sweeps: the winner of each.
+        pretrained: None without pre-training.
+    """
+
+    sweeps: dict[str, Choice]
+    pretrained: _Pretrained | None
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What was chosen for each method that has a choice."""
+        probes = {} if self.pretrained is None else self.pretrained.probes
+        settings = {method: dict(probe.setting) for method, probe in probes.items()}
+        return settings | {
+            _METHODS[sweep]: _cell(choice.cell) for sweep, choice in self.sweeps.items() if choice.cell is not None
+        }
+
+    def as_dict(self, cells: list[str]) -> dict[str, Any]:
+        """``selected.json``, where ``cells`` names those of fine-tuning that there were to choose from."""
+        told = self.sweeps["finetune"].as_dict() | {"cells": cells, "baseline": self.sweeps["baseline"].as_dict()}
+        if self.pretrained is None:
+            return told | {"neighbour_tuning": None}
+        told["neighbour_tuning"] = self.pretrained.tuning
+        return told | {method: probe.as_dict() for method, probe in self.pretrained.probes.items()}
+
+
 def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
     """Write ``selected.json``, pictures for the report and ``result.json``, or return at once if the latter is there.
 
+    Where pre-training neither was asked for nor ever began, the supervised baseline is all that is scored.
+
     Raises:
         ValueError: too few cells have finished, or the result that is there is of another sweep.
+        FileNotFoundError: pre-training has begun and not finished.
     """
     if run.result.exists():
         check_sweep_is_the_scored_one(config, run)
         return
     data = open_data(config)
-    winner, baseline = choose(config, run, "finetune"), choose(config, run, "baseline")
-    pretrained, _ = load_pretrained(config, run, data, device)
-    probes = fit_probes(pretrained, data, config, device, control)
-    neighbours, tuning = pretrained, None
-    if config.neighbour_tuning.steps:
-        neighbours = copy.deepcopy(pretrained)
-        tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
+    chosen = _decide(config, run, data, device, control)
     control.fence()
     if distributed.is_main():
-        cells = [cell.name for cell in config.finetune.cells()]
-        chosen = {"cells": cells, "baseline": baseline.as_dict(), "neighbour_tuning": tuning}
-        chosen |= {name: probe.as_dict() for name, probe in probes.items()}
-        write_json(run.selected, winner.as_dict() | chosen)
+        write_json(run.selected, chosen.as_dict(fine_tuned_cells(config, run)))
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
-    nearest = nearest_neighbours(neighbours, data, test, config, device)
-    predictions, settings = {"paws_nn": nearest.predictions}, {name: probe.setting for name, probe in probes.items()}
-    for method, sweep, choice in (("fine_tuned", "finetune", winner), ("baseline", "baseline", baseline)):
-        if choice.cell is not None:
-            predictions[method] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
-            settings[method] = _cell(choice.cell)
-    shown = Scored(test, data.labelled_images(config), nearest, dict(predictions))
-    features = trunk_features(pretrained, test, device, control)
-    predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
+    predictions, nearest = _predict(config, run, data, test, chosen, device=device, control=control)
     control.fence()
     if distributed.is_main():
-        write_gallery(run.selection, shown)
+        shown = {method: values for method, values in predictions.items() if method in _SHOWN}
+        write_gallery(run.selection, Scored(test, data.labelled_images(config), nearest, shown))
         scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
-        publish_scores(config, run, winner, scored)
-        write_json(
-            run.result,
-            {
-                "labels": len(data.labelled),
-                "validation_labels": len(data.validation_split.keys),
-                "classes": list(data.classes),
-                "seed": config.seed,
-                "missing": {"finetune": winner.missing, "baseline": baseline.missing},
-                "test": {"count": len(test)}
-                | {method: scores | settings.get(method, {}) for method, scores in scored.items()},
-                "digests": data.digests | {"test": test_store.digest},
-            },
-        )
+        publish_scores(config, run, chosen.sweeps["finetune"], scored)
+        write_json(run.result, _result(config, data, test, chosen, scored))
+
+
+def _decide(config: Config, run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> _Chosen:
+    """Choose by the local validation split alone."""
+    baseline = choose(config, run, "baseline")
+    if without_pretraining(config, run):
+        if baseline.cell is None:
+            raise ValueError(
+                f"{run.path} has nothing to score: neither pre-training nor any cell of the baseline. Launch its "
+                "stages first, such as stages=[baseline,selection,report]."
+            )
+        return _Chosen({"finetune": Choice(None, None, []), "baseline": baseline}, None)
+    winner = choose(config, run, "finetune")
+    encoder, _ = load_pretrained(config, run, data, device)
+    probes = fit_probes(encoder, data, config, device, control)
+    neighbours, tuning = encoder, None
+    if config.neighbour_tuning.steps:
+        neighbours = copy.deepcopy(encoder)
+        tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
+    return _Chosen({"finetune": winner, "baseline": baseline}, _Pretrained(encoder, neighbours, tuning, probes))
+
+
+def _predict(
+    config: Config,
+    run: RunFolder,
+    data: RunData,
+    test: EvaluationSet,
+    chosen: _Chosen,
+    *,
+    device: torch.device,
+    control: JobControl,
+) -> tuple[dict[str, Tensor], NearestNeighbours | None]:
+    """(N, K) scores of the test images by every method that there is, and PAWS-NN's neighbours if it is among them."""
+    predictions: dict[str, Tensor] = {}
+    nearest, pretrained = None, chosen.pretrained
+    if pretrained is not None:
+        nearest = nearest_neighbours(pretrained.neighbours, data, test, config, device)
+        predictions["paws_nn"] = nearest.predictions
+    for sweep, choice in chosen.sweeps.items():
+        if choice.cell is not None:
+            predictions[_METHODS[sweep]] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
+    if pretrained is not None:
+        features = trunk_features(pretrained.encoder, test, device, control)
+        predictions |= {method: probe.predict(features).cpu() for method, probe in pretrained.probes.items()}
+    return predictions, nearest
+
+
+def _result(
+    config: Config, data: RunData, test: EvaluationSet, chosen: _Chosen, scored: dict[str, Any]
+) -> dict[str, Any]:
+    """``result.json``."""
+    settings = chosen.settings
+    return {
+        "labels": len(data.labelled),
+        "validation_labels": len(data.validation_split.keys),
+        "classes": list(data.classes),
+        "seed": config.seed,
+        "pretrained": chosen.pretrained is not None,
+        "missing": {sweep: choice.missing for sweep, choice in chosen.sweeps.items()},
+        "test": {"count": len(test)} | {method: scores | settings.get(method, {}) for method, scores in scored.items()},
+        "digests": data.digests | {"test": test.store.digest},
+    }
 
 
 def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[str, Any]) -> None:
@@ -183,7 +277,7 @@ def load_winner(config: Config, run: RunFolder, num_classes: int, device: torch.
     if "cell" not in selected:
         raise ValueError(
             f"{run.selected} names no fine-tuned network: selection went on without one, as finetune.min_cells=0 "
-            "allowed."
+            "allowed or without pre-training."
         )
     cell = Cell(selected["learning_rate"], selected["epochs"])
     return _load_cell(config, run, num_classes, device, sweep="finetune", cell=cell)

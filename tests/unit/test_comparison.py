@@ -49,6 +49,14 @@ def titles(comparison: Comparison) -> list[str]:
     return [notice.title for notice in warnings(comparison)]
 
 
+def test_a_field_that_is_younger_than_a_run_does_not_set_it_apart(tmp_path: Path) -> None:
+    older = write(tmp_path, "r-seed0", seed=0)
+    newer = write(tmp_path, "r-seed1", seed=1, config=CONFIG + "  all: false\n")
+    other = write(tmp_path, "s-seed1", seed=1, config=CONFIG + "  all: true\n")
+    assert len(compared(older, newer).rows) == 1
+    assert compared(older, other).differing == {"labels.all": ["false", "true"]}
+
+
 def test_runs_that_differ_only_in_the_seed_are_one_row_with_the_deviation_of_a_sample(tmp_path: Path) -> None:
     rights = [90, 93, 87, 96]
     comparison = compared(*(write(tmp_path, f"r-seed{seed}", seed=seed, right=n) for seed, n in enumerate(rights)))

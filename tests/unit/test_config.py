@@ -15,7 +15,18 @@ from paws_hpc.engine.config import ClassifierConfig, CollapseConfig, PretrainCon
 from paws_hpc.objective.config import ObjectiveConfig
 
 WITHOUT_EFFECT = {
-    *("name", "runs", "device", "stages", "accept_changes", "data.name", "data.train", "data.test", "data.source"),
+    *(
+        "name",
+        "runs",
+        "device",
+        "stages",
+        "accept_changes",
+        "data.name",
+        "data.classes",
+        "data.train",
+        "data.test",
+        "data.source",
+    ),
     *("data.source_path", "data.threads", "data.labelled", "data.cache_gb", "data.placement", "data.prefetch_gb"),
     *("data.stage_to", "data.max_substitutes", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
     *("pretrain.validate_every_epochs",),
@@ -76,8 +87,11 @@ BAD: dict[str, Callable[[], Any]] = {
     r"data.threads=0": lambda: DataConfig(threads=0),
     r"resources: nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
-    r"labels.per_class=4 and labels.file=list.txt: give exactly one": lambda: LabelsConfig(
+    r"labels.per_class=4, labels.file=list.txt, labels.all=False: give exactly one": lambda: LabelsConfig(
         per_class=4, file="list.txt", validation_per_class=1
+    ).check_complete(),
+    r"labels.per_class=4, labels.file=None, labels.all=True: give exactly one": lambda: LabelsConfig(
+        per_class=4, all=True, validation_per_class=1
     ).check_complete(),
     r"labels.validation_per_class=None and labels.validation_file=None": lambda: LabelsConfig(
         per_class=4

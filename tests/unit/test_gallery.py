@@ -35,4 +35,4 @@ def test_groups_of_unit_vectors_stay_groups_in_the_plane() -> None:
 def test_without_a_map_a_reason(vectors: torch.Tensor, reason: str) -> None:
     images: Any = SimpleNamespace(labels=torch.zeros(len(vectors), dtype=torch.int64))
     nearest = NearestNeighbours(torch.ones(len(vectors), 2), vectors, vectors[:2])
-    assert reason in _map(Scored(images, images, nearest, {}))["missing"]
+    assert reason in _map(nearest, Scored(images, images, nearest, {}))["missing"]

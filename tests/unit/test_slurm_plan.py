@@ -105,6 +105,16 @@ def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run:
     assert planned(config, run, queued(pretrain="RUNNING")) == {"finetune": CELLS}
 
 
+def test_the_baseline_alone_is_submitted_without_pretraining_unless_that_has_begun(
+    config: Config, run: RunFolder
+) -> None:
+    config.stages = ["prepare", "baseline", "selection", "report"]
+    assert list(planned(config, run, {})) == config.stages
+    (run.path / "jobs" / "pretrain").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="selection needs pretrain, which has not been done"):
+        planned(config, run, {})
+
+
 def test_success_is_needed_of_parents_and_only_an_end_of_the_sweeps() -> None:
     ids = {"prepare": {"1"}, "pretrain": {"2"}, "finetune": {"3", "7"}, "baseline": {"4"}}
     assert dependency("prepare", {}) is None

@@ -249,6 +249,31 @@ def test_an_image_may_not_both_train_and_validate(store: ImageStore, tmp_path: P
         labelled_and_validation(store, both, seed=0)
 
 
+def test_all_labels_are_all_images_but_those_for_validation(store: ImageStore, tmp_path: Path) -> None:
+    file = listed(tmp_path, "list.txt", ["00000", "00001"])
+    for config in (LabelsConfig(all=True, validation_per_class=2), LabelsConfig(all=True, validation_file=file)):
+        labelled, validation = labelled_and_validation(store, config, seed=0)
+        assert set(labelled.keys) == set(store.keys) - set(validation.keys)
+        assert len(labelled.keys) == len(store) - len(validation.keys)
+        labels = store.labels[labelled.records(store)]
+        assert np.array_equal(labels, np.sort(labels))
+        assert labelled_and_validation(store, config, seed=0) == (labelled, validation)
+
+
+def test_several_lists_are_several_seeds_of_one_setting(store: ImageStore, tmp_path: Path) -> None:
+    """As the reference's five of CIFAR10: one index per line, validation drawn from the rest."""
+    of_seed = {73: ["59", "0", "7"], 91: ["1", "2"]}
+    for seed, lines in of_seed.items():
+        listed(tmp_path, f"split.{seed}.txt", lines)
+    config = LabelsConfig(file=str(tmp_path / "split.{seed}.txt"), validation_per_class=3)
+    for seed, lines in of_seed.items():
+        labelled, validation = labelled_and_validation(store, config, seed=seed)
+        assert set(labelled.keys) == {line.zfill(5) for line in lines}
+        assert not set(labelled.keys) & set(validation.keys)
+    with pytest.raises(FileNotFoundError, match=r"split\.5\.txt does not exist"):
+        labelled_and_validation(store, config, seed=5)
+
+
 def test_a_changed_list_is_not_taken_for_the_old_one(store: ImageStore, tmp_path: Path) -> None:
     file = listed(tmp_path, "list.txt", ["1", "2"])
     read_from(store, file)

@@ -1,0 +1,135 @@
+"""Every recipe trains: two steps with its own network, widths, crops, losses and optimiser, on a few small images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paws_hpc.cluster.compose import CONF, compose_run
+from paws_hpc.config import Config
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.stages import prepare
+from paws_hpc.stages.pretrain import make_training, open_stream
+from paws_hpc.stages.run_data import open_data, stream_options
+from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.store import ArraySource, ImageFolder, pack
+
+CPU = torch.device("cpu")
+CLASSES, PER_CLASS = 3, 6
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+OTHERS: dict[str, tuple[str, ...]] = {
+    "imagenet_10pct": ("model=resnet50_2x", "model=resnet50_4x"),
+    "cifar10_4000": ("data=cifar100", "data=fashion_mnist", "data=digits"),
+}
+RECIPES = [
+    *((experiment,) for experiment in EXPERIMENTS),
+    *((experiment, other) for experiment, others in OTHERS.items() for other in others),
+]
+SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1), "digits": (32, 32, 1)}
+SMALL = (
+    *(f"data.classes={CLASSES}", "data.threads=1", "device=cpu", "tracking.wandb=disabled"),
+    *("labels.file=null", "labels.validation_file=null", "labels.per_class=3", "labels.validation_per_class=1"),
+    *("pretrain.batch_size=2", "pretrain.support.images_per_class=2"),
+)
+SMALL_PHOTOGRAPHS = (
+    *("views.large.size=32", "views.small.size=16", "views.evaluation.resize=36", "views.evaluation.size=32"),
+    *("finetune.crop.size=32", "baseline.crop.size=32", "pretrain.support.images_per_class=1"),
+)
+
+
+def pack_images(data: str, folder: Path) -> None:
+    """Noise, as raw pixels, or as JPEG files of unlike sizes where the data set has those."""
+    random = np.random.default_rng(0)
+    if data in SHAPES:
+        labels = np.arange(CLASSES * PER_CLASS) % CLASSES
+        images = random.integers(0, 256, size=(len(labels), *SHAPES[data]), dtype=np.uint8)
+        keys = [f"{position:05d}" for position in range(len(labels))]
+        pack(ArraySource(data, images, labels, keys, tuple("abc")), folder)
+        return
+    for number in range(CLASSES * PER_CLASS):
+        path = folder.parent / f"{folder.name}-files" / "abc"[number % CLASSES] / f"{number}.jpeg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = random.integers(0, 256, size=(40 + number, 60 - number, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, "JPEG")
+    pack(ImageFolder(folder.parent / f"{folder.name}-files"), folder)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store for each data set of the recipes."""
+    folder = tmp_path_factory.mktemp("stores")
+    for data in (*SHAPES, "imagenet"):
+        pack_images(data, folder / data)
+    return folder
+
+
+def small(recipe: tuple[str, ...], stores: Path, runs: Path) -> Config:
+    """A recipe on the store of its data set, with few and small images of few classes."""
+    named = [f"experiment={recipe[0]}", *recipe[1:]]
+    data = compose_run(named)[0].data.name
+    sizes = (*SMALL, *(SMALL_PHOTOGRAPHS if data == "imagenet" else ()))
+    if recipe[0] != "cifar10_4000":  # whose number of classes follows that of the data set
+        sizes += (f"pretrain.support.classes={CLASSES}",)
+    places = (f"data.train={stores / data}", f"data.test={stores / data}", f"runs={runs}", "name=run")
+    return compose_run([*named, *sizes, *places])[0]
+
+
+def freeze_the_widest(training: Pretraining) -> None:
+    """Leave the last two stages and the heads of ResNet-50 (4x) as they are.
+
+    All of it in training takes 11 GB, most of that copies that the optimiser makes of each weight. The passes still go
+    through every layer at its own width, backward to the first.
+    """
+    for name, parameter in training.encoder.named_parameters():
+        parameter.requires_grad_(name.startswith(("trunk.conv1", "trunk.bn1", "trunk.layer1", "trunk.layer2")))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids="-".join)
+def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
+    recipe: tuple[str, ...], stores: Path, tmp_path: Path
+) -> None:
+    config = small(recipe, stores, tmp_path)
+    prepare.run(config, RunFolder(tmp_path / "run"))
+    data = open_data(config)
+    stream = open_stream(config, data, stream_options(config, data, tmp_path, CPU))
+    training = make_training(config, stream)
+    if "model=resnet50_4x" in recipe:
+        freeze_the_widest(training)
+    first = next(p for p in training.encoder.parameters() if p.requires_grad)
+    before = first.detach().clone()
+    for step in range(2):
+        batch = stream.batch(step)
+        metrics = training.step(batch)
+        kinds = [images.shape for images in stream.augment(batch.parts[0], CPU, torch.float32)]
+        assert len({shape[-1] for shape in kinds}) == 2, "large and small crops"
+        assert all(torch.isfinite(value) for value in metrics.values()), metrics
+        assert metrics["loss/me_max"] < 0
+        assert metrics["gradient/norm"] > 0
+        assert ("loss/support_nce" in metrics) == (config.objective.support_warmup_fraction > 0)
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, before)
+
+
+def test_the_cifar_recipe_follows_the_data_set_or_names_what_does_not_fit(tmp_path: Path) -> None:
+    """The number of classes follows; labels that a data set does not have are an error that names the field."""
+    asked = [compose_run(["experiment=cifar10_4000", f"data={data}"])[0] for data in ("cifar10", "cifar100")]
+    assert [config.pretrain.support.classes for config in asked] == [10, 100]
+    grey = compose_run(["experiment=cifar10_4000", "views=grey_images"])[0]
+    assert {grey.views.large.size, grey.finetune.crop.size, grey.baseline.crop.size} == {28}
+    pack_images("digits", tmp_path / "digits")
+    places = [f"data.train={tmp_path / 'digits'}", f"data.test={tmp_path / 'digits'}", f"runs={tmp_path}", "name=run"]
+    digits = ["experiment=cifar10_4000", "data=digits", *places]
+    for changes, message in (
+        ([], "labels.per_class=400 images of each class"),
+        (["labels.per_class=4"], "pretrain.support.images_per_class=64, but labels.per_class=4"),
+        (["labels.per_class=2", "labels.validation_per_class=9", "pretrain.support.images_per_class=2"],
+         "labels.validation_per_class=9 images of each class"),
+        (["labels.per_class=2", "labels.validation_per_class=1", "pretrain.support.images_per_class=2"],
+         f"data.classes=10, but .* has {CLASSES} classes. Set data.classes={CLASSES}"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            prepare.run(compose_run([*digits, *changes])[0], RunFolder(tmp_path / "run"))
