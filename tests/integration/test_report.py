@@ -15,7 +15,7 @@ from PIL import Image
 
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_tables import result_table
-from tests.browser import CONTRAST, Page
+from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -365,11 +365,11 @@ def test_many_classes_give_the_most_confused_pairs(page: Page, tmp_path: Path) -
 
 
 def test_print_shows_the_configuration_and_light_colours(page: Page, report: Path) -> None:
-    page.open(report, scheme="dark")
-    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.open_as_printed(report)
     assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
     assert page.script("return document.querySelector('#config pre').getBoundingClientRect().height") > 50
+    assert page.script(CUT_OFF) == []
+    assert min(page.script(CONTRAST))[0] >= 4.5
 
 
 def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None:
