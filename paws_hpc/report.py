@@ -21,11 +21,11 @@ from paws_hpc.stages.comparison import as_json, as_markdown, compare
 from paws_hpc.stages.comparison_page import build_comparison
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_run import read_run
-from paws_hpc.stages.wandb_report import save_wandb_report
+from paws_hpc.stages.wandb_saving import save_wandb_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 1 if a run is not there or cannot be read."""
+    """Run the command line; returns the exit status: 0, or 1 if a run is not there or cannot be read, or W&B failed."""
     options = _parser().parse_args(arguments)
     try:
         _write([find_run(name, options.runs) for name in options.run], options)
@@ -41,23 +41,27 @@ def _write(runs: list[Path], options: argparse.Namespace) -> None:
     elif options.markdown:
         print(as_markdown(compare([read_run(run) for run in runs])), end="")
     elif options.wandb:
-        _save_in_wandb(runs)
+        _save_in_wandb(runs, options)
     elif len(runs) == 1:
         print(f"Report: {build_report(runs[0], options.to)}")
     else:
         print(f"Comparison: {build_comparison(runs, options.to)}")
 
 
-def _save_in_wandb(runs: list[Path]) -> None:
-    """Say where the report is, and if it is on disk only, why."""
-    saved = save_wandb_report(runs)
-    if saved.url is not None:
-        print(f"Report: {saved.url}")
+def _save_in_wandb(runs: list[Path], options: argparse.Namespace) -> None:
+    """Say where the report is.
+
+    Raises:
+        OSError: W&B was asked to save it, and did not.
+    """
+    saved = save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min)
+    kept = f"Its spec is in {saved.spec}; the same command saves it where there is a connection."
+    if saved.fault is not None:
+        raise OSError(f"Report not saved in Weights & Biases ({saved.fault}). {kept}")
+    if saved.offline is not None:
+        print(f"Report not saved in Weights & Biases ({saved.offline}). {kept}")
     else:
-        print(
-            f"Report not saved in Weights & Biases ({saved.fault}). Its spec is in {saved.spec}; the same command "
-            "saves it where there is a connection."
-        )
+        print(f"Report: {saved.url}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER",
-        help="write FOLDER/index.html; without it a run's report goes to RUN/report, and a comparison to "
-        "comparisons/NAME beside the first run, where NAME is what the names of the runs share",
+        help="write FOLDER/index.html, or with --wandb FOLDER/wandb.json; without it a run's report goes to "
+        "RUN/report, and a comparison to comparisons/NAME beside the first run, where NAME is what the names of the "
+        "runs share",
     )  # fmt: skip
     table = parser.add_mutually_exclusive_group()
     table.add_argument(
@@ -77,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write no page, but save a report in Weights & Biases (pip install paws-hpc[report])",
     )
+    parser.add_argument(
+        "--timeout-min", type=float, default=5.0, metavar="MIN",
+        help="with --wandb: give up after so many minutes (%(default)g)",
+    )  # fmt: skip
     table.add_argument("--json", action="store_true", help="write no page, but print its table and provenance as JSON")
     table.add_argument("--markdown", action="store_true", help="write no page, but print its table as Markdown")
     return parser

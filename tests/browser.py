@@ -44,6 +44,14 @@ return found;
 """
 
 
+CUT_OFF = """
+return [...document.querySelectorAll('body *')]
+    .filter(element => element.checkVisibility() && element.getBoundingClientRect().right > innerWidth + 1)
+    .map(element => `${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 40)}`);
+"""
+PAPER = 717  # of A4 between the margins, in CSS pixels
+
+
 class Page:
     """A page in headless Chromium, with what it asked the network for and what it complained about."""
 
@@ -58,6 +66,12 @@ class Page:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(path.as_uri())
+
+    def open_as_printed(self, path: Path) -> None:
+        """As on A4 with the browser's margins, for a reader whose screen is dark."""
+        self.open(path, scheme="dark", width=PAPER)
+        media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
     def requests(self) -> list[str]:
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main(url: str) -> None:
-    """Print title, kinds of blocks and kinds of panels."""
+    """Print title, panels, curves, texts and how runs are chosen and grouped."""
     import wandb_workspaces.reports.v2 as wr
 
     report = wr.Report.from_url(url)
@@ -20,6 +20,8 @@ def main(url: str) -> None:
         "title": report.title,
         "panels": [type(panel).__name__ for panel in panels],
         "curves": [getattr(y, "name", y) for panel in panels if isinstance(panel, wr.LinePlot) for y in panel.y],
+        "patterns": [panel.metric_regex for panel in panels if getattr(panel, "metric_regex", None)],
+        "groups": [runset.groupby for block in report.blocks for runset in getattr(block, "runsets", [])],
         "markdown": [block.text for block in report.blocks if isinstance(block, wr.MarkdownBlock)],
         "filters": [runset.filters for block in report.blocks for runset in getattr(block, "runsets", [])],
     }

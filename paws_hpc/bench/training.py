@@ -85,7 +85,7 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
 
     def work() -> dict[str, Any]:
         first = next(numbers) * (steps + _WARM_STEPS)
-        meter, began = ThroughputMeter(config.pretrain.batch_size), 0.0
+        meter, began = ThroughputMeter(config.pretrain.batch_size, training.device), 0.0
         with stream.prefetch(first, first + _WARM_STEPS + steps, training.dtype) as batches:
             for batch in meter.waiting_for(batches):
                 if batch.step == first + _WARM_STEPS:

@@ -164,7 +164,7 @@ def train_classifier(
         TrainingStoppedError: loss or weights are not finite.
     """
     window = MetricsWindow(describe, remedy="Take this learning rate out of the sweep.")
-    meter = ThroughputMeter(training.stream.batch_size)
+    meter = ThroughputMeter(training.stream.batch_size, training.device)
     done = saved = start
     try:
         if training.awaits_validation(start):  # the job was asked to stop before it had finished

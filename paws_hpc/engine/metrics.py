@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from paws_hpc import distributed
 from paws_hpc.data.order import Positions
 from paws_hpc.engine.errors import TrainingStoppedError
+from paws_hpc.engine.gpus import GpuMeter
 from paws_hpc.engine.tracking import Row
 
 Describe = Callable[[Positions], list[str]]
@@ -105,10 +106,10 @@ BatchT = TypeVar("BatchT")
 
 
 class ThroughputMeter:
-    """Images per second over all ranks, and the share of time spent waiting for data."""
+    """Images per second over all ranks, the share of time spent waiting for data, and what the GPUs did meanwhile."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size, self._gpus = batch_size, GpuMeter(device)
         self.restart()
 
     def restart(self) -> None:
@@ -127,11 +128,12 @@ class ThroughputMeter:
             yield batch
 
     def read(self, steps: int) -> Row:
-        """The figures of ``steps`` steps since the last reading."""
+        """The figures of ``steps`` steps since the last reading, on all ranks together."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         row = {
             "throughput/images_per_s": steps * self._batch_size / seconds,
             "throughput/data_wait": self._waited / seconds,
+            **self._gpus.read(),
         }
         self.restart()
         return row

@@ -62,7 +62,7 @@ def pretrain(
             f"{training.total_steps}. Raise pretrain.epochs, or remove the later checkpoints."
         )
     window = MetricsWindow(describe, remedy="Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs.")
-    meter = ThroughputMeter(config.batch_size)
+    meter = ThroughputMeter(config.batch_size, training.device)
     done = saved = start
     try:
         if training.awaits_validation(start):  # the job was asked to stop before it had finished

@@ -97,11 +97,11 @@ class Comparison:
 
     Attributes:
         rows: one per setting, in the order in which the runs were named.
-        differing: field → text of its value in each run, for fields with an effect that are not the same in all runs.
+        differing: field → run's name → text of its value, for fields with an effect that are not the same in all runs.
     """
 
     rows: Sequence[Row]
-    differing: dict[str, list[str]]
+    differing: dict[str, dict[str, str]]
 
     @property
     def runs(self) -> list[Compared]:
@@ -133,12 +133,11 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
             folders = ", ".join(str(run.record.folder) for run in runs if run.name == name)
             raise ValueError(f"{count} runs are called {name}: {folders}. Name each run once.")
     known = list(dict.fromkeys(field for run in runs for field in run.setting))
-    differing = {
-        field: values for field in known if len(set(values := [run.setting.get(field, DASH) for run in runs])) > 1
-    }
+    texts = {field: {run.name: run.setting.get(field, DASH) for run in runs} for field in known}
+    differing = {field: values for field, values in texts.items() if len(set(values.values())) > 1}
     groups: dict[tuple[str, ...], list[Compared]] = {}
-    for number, run in enumerate(runs):
-        groups.setdefault(tuple(values[number] for values in differing.values()), []).append(run)
+    for run in runs:
+        groups.setdefault(tuple(values[run.name] for values in differing.values()), []).append(run)
     fields = [dict(zip(differing, key, strict=True)) for key in groups]
     labels = _labels(fields, list(groups.values()))
     rows = [Row(*parts) for parts in zip(labels, fields, groups.values(), strict=True)]

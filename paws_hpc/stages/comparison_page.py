@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,19 +207,19 @@ def _differing(comparison: Comparison) -> list[tuple[str, bool, list[tuple[str, 
     every = {field for run in comparison.runs for field in run.record.settings}
     for field in sorted(every - {"name", "seed"}):
         if not has_effect(field):
-            values = [
-                value_text(run.record.settings[field]) if field in run.record.settings else DASH
+            values = {
+                run.name: value_text(run.record.settings[field]) if field in run.record.settings else DASH
                 for run in comparison.runs
-            ]
-            if len(set(values)) > 1:
+            }
+            if len(set(values.values())) > 1:
                 found.append((field, False, values))
-    return [(field, effect, _by_value(comparison, values)) for field, effect, values in found]
+    return [(field, effect, _by_value(values)) for field, effect, values in found]
 
 
-def _by_value(comparison: Comparison, values: Sequence[str]) -> list[tuple[str, str]]:
+def _by_value(values: Mapping[str, str]) -> list[tuple[str, str]]:
     runs: dict[str, list[str]] = {}
-    for run, value in zip(comparison.runs, values, strict=True):
-        runs.setdefault(value, []).append(run.name)
+    for name, value in values.items():
+        runs.setdefault(value, []).append(name)
     return [(value, ", ".join(names)) for value, names in runs.items()]
 
 

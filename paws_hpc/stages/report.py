@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from paws_hpc.files import write_text
 from paws_hpc.stages.report_gallery import gallery
+from paws_hpc.stages.report_nodes import gpu_panels
 from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
 from paws_hpc.stages.report_tables import (
@@ -87,7 +88,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "floor": _floor(methods),
         "stages": stage_times(record),
         "total": duration(sum(stage.elapsed for stage in stage_times(record))),
-        "panels": pretrain_panels(record),
+        "panels": pretrain_panels(record) + gpu_panels(record),
         "sweeps": _sweeps(record),
         "confusion": _confusion(record, methods),
         "gallery": gallery(record),

@@ -1,21 +1,15 @@
 """A Weights & Biases report of one or several chains: curves, the sweep, results, method and provenance.
 
-It needs wandb-workspaces. Where there is no account, or no connection, the report's spec goes into the run directory;
-the same command saves it later.
+It needs wandb-workspaces; paws_hpc.stages.wandb_saving saves it.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
-from paws_hpc.files import read_json, write_json
-from paws_hpc.stages.report_run import RunRecord, read_run
+from paws_hpc.stages.comparison import Comparison, as_markdown, compare
+from paws_hpc.stages.report_run import RunRecord
 from paws_hpc.stages.report_tables import DASH, flatten, table_rows
 
 _CURVES = (  # title, axis, metrics, over the whole width
@@ -28,7 +22,13 @@ _CURVES = (  # title, axis, metrics, over the whole width
     ("Learning rate", "trainer/step", ("optimizer/lr",)),
     ("Gradient norm", "trainer/step", ("gradient/norm",)),
     ("Throughput (images/s)", "trainer/step", ("throughput/images_per_s",)),
+    ("Share of time waiting for data", "trainer/step", ("throughput/data_wait",)),
 )
+_BY_NODE = (  # title, metrics; of runs on GPUs
+    ("GPU utilisation by node (share of time)", "system/node[0-9]+/gpu_utilisation"),
+    ("Memory of each node's fullest GPU (GB)", "system/node[0-9]+/gpu_memory_gb"),
+)
+_SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (
     "PAWS (Assran et al., 2021) trains an encoder so that two views of an unlabelled image get the same soft class "
     "from its similarity to a few labelled images. **PAWS-NN** classifies with these similarities alone; "
@@ -38,29 +38,15 @@ _METHOD = (
 )
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Where a report is.
+def build(records: Sequence[RunRecord], *, entity: str = "") -> Any:
+    """The report of one or several chains, as wandb-workspaces' ``Report``; the first chain says in which project.
 
-    Attributes:
-        spec: file in the first run's directory that holds it.
-        url: in Weights & Biases; None if it could not be saved there.
-        fault: why not.
-    """
-
-    spec: Path
-    url: str | None
-    fault: str | None
-
-
-def save_wandb_report(runs: Sequence[Path]) -> Saved:
-    """Build a report of run directories, the first of which names it, and save it in Weights & Biases if possible.
-
-    Saved again it is the same report with new content. Its spec is written to ``report/wandb.json`` in any case.
+    Args:
+        records: of the chains.
+        entity: user or team that holds it; its spec without one can be written where nobody is logged in.
 
     Raises:
-        FileNotFoundError: a run has no folder.
-        ValueError: wandb-workspaces is not installed, or a file of a run is garbled; it is named.
+        ValueError: wandb-workspaces is not installed, or two chains have one name.
     """
     try:
         import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - an extra, and slow to import
@@ -69,60 +55,30 @@ def save_wandb_report(runs: Sequence[Path]) -> Saved:
             "A Weights & Biases report needs the package wandb-workspaces: pip install 'paws-hpc[report]', or "
             "pip install wandb-workspaces."
         ) from error
-    records = [read_run(run) for run in runs]
-    tracking = _config(records[0]).get("tracking") or {}
-    project, entity = str(tracking.get("project") or "paws"), str(tracking.get("entity") or "")
-    path = runs[0] / "report" / "wandb.json"
-    known = read_json(path) if path.exists() else {}
-    report = wr.Report(project=project, entity="", title=_title(records), blocks=_blocks(records, project, ""))
-    spec = report._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-    url, fault = None, None
-    try:
-        report.id, url = _save(records, project, entity, known.get("id", ""))
-    except Exception as error:  # noqa: BLE001 - wandb raises anything; the report is in the file, and this is told
-        fault = f"{type(error).__name__}: {error}".strip()
-    write_json(path, {"id": report.id or known.get("id", ""), "url": url or known.get("url"), "spec": spec})
-    return Saved(path, url, fault)
+    project = str(records[0].settings.get("tracking.project") or "paws")
+    return wr.Report(project=project, entity=entity, title=_title(records), blocks=_blocks(records, project, entity))
 
 
-def _save(records: list[RunRecord], project: str, entity: str, identifier: str) -> tuple[str, str]:
-    """Save in Weights & Biases; returns id and address.
-
-    Raises:
-        Exception: as wandb raises, where nobody is logged in or nobody answers.
-    """
-    import wandb  # noqa: PLC0415 - as above
-    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
-
-    if os.environ.get("WANDB_MODE") == "offline":
-        raise ConnectionError("WANDB_MODE=offline")
-    if not wandb.login(prompt=False, verify=False):
-        raise ConnectionError("nobody is logged in: run `wandb login`")
-    entity = entity or str(wandb.Api().default_entity)
-    report = wr.Report(project=project, entity=entity, title=_title(records), blocks=_blocks(records, project, entity))
-    report.id = identifier
-    report.save()
-    return str(report.id), str(report.url)
-
-
-def _title(records: list[RunRecord]) -> str:
+def _title(records: Sequence[RunRecord]) -> str:
     names = ", ".join(record.name for record in records)
     return f"PAWS: {names}"[:128]
 
 
-def _blocks(records: list[RunRecord], project: str, entity: str) -> list[Any]:
+def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any]:
     import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
 
     chains = [str(record.chain.get("id")) for record in records]
+    comparison = compare(records)
 
-    def runs_of(stage: str, name: str) -> Any:
+    def runs_of(stage: str, name: str, *, groupby: Sequence[str] = ()) -> Any:
         chosen = f"Config('chain') in {chains} and JobType = '{stage}'"
-        return wr.Runset(entity=entity, project=project, name=name, filters=chosen)
+        return wr.Runset(entity=entity, project=project, name=name, filters=chosen, groupby=list(groupby))
 
     return [
-        wr.MarkdownBlock(_results(records)),
+        wr.H2("Result"),
+        wr.MarkdownBlock(_results(records, comparison)),
         wr.H2("Pre-training"),
-        wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training")], panels=_curves()),
+        wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
         wr.MarkdownBlock("\n\n".join(_heat_map(record) for record in records)),
         wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep()),
@@ -133,18 +89,29 @@ def _blocks(records: list[RunRecord], project: str, entity: str) -> list[Any]:
     ]
 
 
+def _settings(comparison: Comparison) -> list[str]:
+    """What to group runs by, so that a curve is the mean of a setting's seeds; nothing where each has one run."""
+    if max(len(row.runs) for row in comparison.rows) == 1:
+        return []
+    known = {field for run in comparison.runs for field in run.record.settings}
+    return [f"config.{field}" for field in comparison.differing if field in known]
+
+
 def _curves() -> list[Any]:
     import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
 
-    return [
-        wr.LinePlot(
-            title=title,
-            x=axis,
-            y=list(metrics),
-            layout=wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6),
-        )
+    def place(number: int) -> Any:
+        return wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+
+    curves = [
+        wr.LinePlot(title=title, x=axis, y=list(metrics), layout=place(number))
         for number, (title, axis, metrics) in enumerate(_CURVES)
     ]
+    by_node = [
+        wr.LinePlot(title=title, x="trainer/step", metric_regex=names, layout=place(number))
+        for number, (title, names) in enumerate(_BY_NODE, start=len(curves))
+    ]
+    return curves + by_node
 
 
 def _sweep() -> list[Any]:
@@ -180,12 +147,15 @@ def _sweep() -> list[Any]:
     ]
 
 
-def _results(records: list[RunRecord]) -> str:
-    """The result tables side by side."""
-    columns = [dict(table_rows(record)) for record in records]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
-    return _table(["", *(record.name for record in records)], rows)
+def _results(records: Sequence[RunRecord], comparison: Comparison) -> str:
+    """Of several chains means and deviations over seeds, with what a reader must know; of few all that each says."""
+    parts = [as_markdown(comparison)] if len(records) > 1 else []
+    if len(records) <= _SIDE_BY_SIDE:
+        columns = [dict(table_rows(record)) for record in records]
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
+        parts.append(_table(["", *(record.name for record in records)], rows))
+    return "\n\n".join(parts)
 
 
 def _heat_map(record: RunRecord) -> str:
@@ -210,9 +180,9 @@ def _provenance(record: RunRecord) -> str:
     told = [
         ("created", str(chain.get("created", "unknown"))),
         ("commit", str(chain.get("commit") or "unknown")),
-        ("seed", str(_config(record).get("seed", "unknown"))),
+        ("seed", "unknown" if record.seed is None else str(record.seed)),
         *flatten(chain.get("versions", {})),
-        *flatten(record.result.get("digests", record.summary.get("digests", {}))),
+        *record.digests.items(),
     ]
     return _table([record.name, ""], [[name, f"`{value}`"] for name, value in told])
 
@@ -220,9 +190,3 @@ def _provenance(record: RunRecord) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _config(record: RunRecord) -> dict[str, Any]:
-    """The frozen config as plain values; empty where there is none."""
-    value = yaml.safe_load(record.config) if record.config else None
-    return value if isinstance(value, dict) else {}

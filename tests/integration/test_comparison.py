@@ -11,7 +11,7 @@ import pytest
 
 from paws_hpc.report import main
 from paws_hpc.stages.comparison_page import build_comparison
-from tests.browser import CONTRAST, Page
+from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.integration.launching import launch
 from tests.integration.test_report import kill, write_run
 
@@ -101,6 +101,28 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
+
+
+def test_what_differs_names_each_run_with_its_own_value(page: Page, runs: list[Path], tmp_path: Path) -> None:
+    """In whatever order the runs are named: here the settings alternate, and rows of the table put them together."""
+    page.open(build_comparison([runs[place] for place in (0, 3, 1, 4, 2, 5)], tmp_path))
+    told = page.script(
+        "return [...document.querySelectorAll('#panel-fields tbody tr')]"
+        ".map(row => [...row.cells].slice(-2).map(cell => cell.innerText))"
+    )
+    assert [value for value, _ in told] == ["true", "false"]
+    for value, names in told:
+        assert [f"me_max={value.capitalize()}" in name for name in names.split(", ")] == [True] * 3
+
+
+def test_on_paper_nothing_is_cut_off_and_colours_are_light(page: Page, runs: list[Path], tmp_path: Path) -> None:
+    page.open_as_printed(build_comparison([*runs, write_seed(tmp_path, 7, test="77dd")], tmp_path / "page"))
+    assert page.script("return document.querySelectorAll('#panel-table th').length") > 8
+    assert page.script(CUT_OFF) == []
+    assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
+    assert min(page.script(CONTRAST))[0] >= 4.5
+    for name in PANELS:
+        assert np.ptp(page.picture(f"#panel-{name}")[8:-8, 8:-8]) > 100, name
 
 
 def test_different_test_sets_are_said_before_any_number(page: Page, runs: list[Path], tmp_path: Path) -> None:

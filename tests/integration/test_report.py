@@ -15,7 +15,7 @@ from PIL import Image
 
 from paws_hpc.stages.report import build_report
 from paws_hpc.stages.report_tables import result_table
-from tests.browser import CONTRAST, Page
+from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -365,11 +365,11 @@ def test_many_classes_give_the_most_confused_pairs(page: Page, tmp_path: Path) -
 
 
 def test_print_shows_the_configuration_and_light_colours(page: Page, report: Path) -> None:
-    page.open(report, scheme="dark")
-    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    page.open_as_printed(report)
     assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
     assert page.script("return document.querySelector('#config pre').getBoundingClientRect().height") > 50
+    assert page.script(CUT_OFF) == []
+    assert min(page.script(CONTRAST))[0] >= 4.5
 
 
 def test_the_same_run_gives_the_same_bytes(report: Path, tmp_path: Path) -> None:
@@ -387,3 +387,23 @@ def test_a_garbled_run_is_refused_and_keeps_its_earlier_report(tmp_path: Path) -
         build_report(tmp_path)
     assert (tmp_path / "report" / "index.html").read_bytes() == earlier
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize("nodes", [2, 40])
+def test_a_run_on_gpus_shows_each_node(page: Page, tmp_path: Path, nodes: int) -> None:
+    run = write_run(tmp_path)
+    path = run / "pretrain" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        for node in range(nodes):
+            row[f"system/node{node}/gpu_utilisation"] = 0.5 if node == 1 else 0.9
+            row[f"system/node{node}/gpu_memory_gb"] = 60.0 + node
+    _jsonl(path, rows)
+    page.open(build_report(run))
+    assert np.ptp(page.picture("#panel-gpus")[8:-8, 8:-8]) > 100
+    label = page.script("return document.querySelector('#panel-gpus svg').getAttribute('aria-label')")
+    assert f"GPUs of {nodes} nodes against step. utilisation: from 50.0 % (node 1) to 90.0 % (node 0)" in label
+    assert f"memory (GB): from 60.0 (node 0) to {59 + nodes:.1f} (node {nodes - 1})" in label
+    legend = page.text("#panel-gpus svg").count("node 1")
+    assert legend == (2 if nodes == 2 else 0), "of many nodes none has a colour of its own"
+    assert min(page.script(CONTRAST))[0] >= 4.5

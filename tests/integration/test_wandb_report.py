@@ -1,7 +1,8 @@
-"""A report of two chains in Weights & Biases: its panels, saved, read back, saved again; and what is left offline."""
+"""A report of several chains in Weights & Biases: its panels, saved, read back, saved again; and what fails."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,20 +29,21 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Two chains of two cells each."""
+    """Two settings of two seeds each, as chains of two cells."""
     made = []
-    for seed in (0, 1):
-        run = tmp_path / f"digits-seed{seed}"
-        write_json(run / "chain.json", {"name": run.name, "id": f"cafe000{seed}", "versions": {"torch": "2.11"}})
-        write_text(run / "config.yaml", f"seed: {seed}\ntracking:\n  project: paws\n  entity: null\n")
+    for number, (seed, me_max) in enumerate(itertools.product((0, 1), ("true", "false"))):
+        run = tmp_path / f"digits-seed{seed}-me_max={me_max}"
+        write_json(run / "chain.json", {"name": run.name, "id": f"cafe000{number}", "versions": {"torch": "2.11"}})
+        config = f"seed: {seed}\ntracking:\n  project: paws\n  entity: null\nobjective:\n  me_max: {me_max}\n"
+        write_text(run / "config.yaml", config)
         for rate, accuracy in ((0.02, 0.5), (0.1, 0.75)):
             write_json(run / "finetune" / f"lr={rate:g},epochs=2" / "result.json", {"validation_accuracy": accuracy})
         made.append(run)
     return made
 
 
-def command(runs: list[Path]) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "paws_hpc.report", *map(str, runs), "--wandb"]
+def command(runs: list[Path], *options: str) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "paws_hpc.report", *map(str, runs), "--wandb", *options]
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
 
 
@@ -59,8 +61,8 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     os.environ["WANDB_MODE"] = "offline"
     done = command(runs)
     assert done.returncode == 0, done.stderr
-    assert "not saved in Weights & Biases (ConnectionError: WANDB_MODE=offline)" in done.stdout
-    spec = json.loads((runs[0] / "report" / "wandb.json").read_text())
+    assert "not saved in Weights & Biases (WANDB_MODE=offline)" in done.stdout
+    spec = json.loads((runs[0].parent / "comparisons" / "digits-me_max" / "wandb.json").read_text())
     assert "Parallel Coordinates Plot" in json.dumps(spec["spec"])
     assert server.operations == []
 
@@ -70,20 +72,41 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert "Report: http" in done.stdout, done.stdout
     url = done.stdout.split("Report: ")[1].strip()
     read = read_back(url)
-    assert read["title"] == "PAWS: digits-seed0, digits-seed1"
+    assert read["title"] == f"PAWS: {', '.join(run.name for run in runs)}"[:128]
     assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "RunComparer"} <= set(read["panels"])
     wanted = ("loss/total", "loss/consistency", "loss/me_max", "validation/paws_nn", "diagnostics/confidence")
     assert set(wanted) <= set(read["curves"])
+    assert "system/node[0-9]+/gpu_utilisation" in read["patterns"]
     assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
+    assert read["groups"] == [["config.objective.value.me_max"], [], []], "a curve is the mean of a setting's seeds"
     results, sweep, provenance = read["markdown"]
-    assert "| digits-seed0 | digits-seed1 |" in results
+    assert "| true | 2 |" in results, "a row of means over seeds"
+    assert f"| {runs[0].name} | {runs[1].name} |" in results
     assert "75.0 %" in sweep
     assert "PAWS-NN" in provenance
     assert "torch" in provenance
 
     assert command(runs).returncode == 0
     assert len(server.reports) == 1, "saved again it is the same report"
+    assert command(runs[:1]).returncode == 0
+    assert len(server.reports) == 2, "that of its first run is another one"
     assert server.unknown == []
+
+
+@pytest.mark.parametrize(("behaviour", "fault"), [("hang", "no answer within 6 s"), ("401", "AuthenticationError")])
+def test_a_server_that_fails_costs_a_limited_time_and_nothing_of_the_report(
+    behaviour: str, fault: str, server: WandbServer, runs: list[Path]
+) -> None:
+    server.behaviour = behaviour
+    done = command(runs[:1], "--timeout-min", "0.1" if behaviour == "hang" else "3")
+    assert done.returncode == 1
+    assert f"Report not saved in Weights & Biases ({fault}" in done.stderr
+    assert "the same command saves it" in done.stderr
+    assert json.loads((runs[0] / "report" / "wandb.json").read_text())["spec"]
+    server.behaviour = "ok"
+    server.released.set()
+    assert "Report: http" in command(runs[:1]).stdout
+    assert len(server.reports) == 1
 
 
 def test_without_the_package_the_error_says_how_to_get_it(
