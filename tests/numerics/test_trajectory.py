@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def draw(step: int) -> Step:
 def initial_weights() -> Weights:
     rng = np.random.default_rng(11)
     weights = {}
-    for layer, (inputs, outputs) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True), start=1):
+    for layer, (inputs, outputs) in enumerate(pairwise(WIDTHS), start=1):
         weights[f"fc{layer}.weight"] = rng.normal(size=(outputs, inputs)) / math.sqrt(inputs)
         weights[f"fc{layer}.bias"] = 0.1 * rng.normal(size=outputs)
     return weights
@@ -160,7 +161,7 @@ class Network(nn.Module):
 
     def __init__(self, prediction_head: bool) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = (nn.Linear(*pair) for pair in zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+        self.fc1, self.fc2, self.fc3 = (nn.Linear(*pair) for pair in pairwise(WIDTHS))
         self.prediction_head = prediction_head
 
     def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,8 @@ class Vectors:
         rows: Any = np.split(drawn.x, [SUPPORTS, SUPPORTS + 2 * IMAGES])
         nobody = np.zeros(IMAGES, np.int64)
         classes, unknown = torch.from_numpy(drawn.classes), torch.from_numpy(nobody)
-        return PawsBatch(step, nobody, (PawsPart(*rows),), classes, unknown.bool(), unknown)
+        images = torch.arange(SUPPORTS) % (CLASSES * PER_CLASS)
+        return PawsBatch(step, nobody, (PawsPart(*rows),), classes, images, unknown.bool(), unknown)
 
     def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         rows: Any = part.kinds
