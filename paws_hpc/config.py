@@ -263,6 +263,7 @@ class Config:
                 "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
                 "warm-up off with objective.support_warmup_fraction=0."
             )
+        self._check_open_set()
         if self.objective.true_label_targets and self.data.labelled is not None:
             raise ValueError(
                 "objective.true_label_targets=true needs the labelled images among those of data.train, but "
@@ -271,6 +272,14 @@ class Config:
             )
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+    def _check_open_set(self) -> None:
+        if self.objective.open_set_weighting and 1 in (self.pretrain.support.images_per_class, self.labels.per_class):
+            raise ValueError(
+                "objective.open_set_weighting=true compares a support with another image of its class, but "
+                f"pretrain.support.images_per_class={self.pretrain.support.images_per_class} and labels.per_class="
+                f"{self.labels.per_class}. Have 2 or more of each, or set objective.open_set_weighting=false."
+            )
 
     def _check_patches(self) -> None:
         patch = self.model.vit.patch_size

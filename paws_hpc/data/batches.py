@@ -91,6 +91,7 @@ class PawsBatch:
             supports, whatever the number of ranks, since each rank's n and S are multiples of A.
         support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
             view-major as if there were one part; entries are places among the K classes drawn for this step.
+        support_images: (W * V * S,) int64, which image each of these rows is a crop of: numbers within this step.
         known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
             images come from another store, where nothing tells whether an image is in both.
         known_classes: (n,) int64, their classes' places among the K; 0 where unknown.
@@ -101,6 +102,7 @@ class PawsBatch:
     records: Positions
     parts: tuple[PawsPart, ...]
     support_classes: Tensor
+    support_images: Tensor
     known: Tensor
     known_classes: Tensor
     ahead: Ahead | None = None

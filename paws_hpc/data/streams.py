@@ -124,13 +124,18 @@ class PawsStream:
         supports, repeats = drawn.records[mine], drawn.repeats[mine]
         every = [slice(part, None, self._parts) for part in range(self._parts)]
         parts = tuple(self._part(step, records[rows], supports[rows], repeats[rows]) for rows in every)
-        by_rank = np.split(drawn.places, distributed.world_size())
-        classes = np.concatenate([np.tile(part, self.views.support_views) for part in by_rank])
+        images = np.unique(drawn.records, return_inverse=True)[1]
+        classes, images = (self._as_gathered(values) for values in (drawn.places, images))
         known, places = self._support.known_classes(records, drawn)
         known &= self._labels_are_here
         return PawsBatch(
-            step, records, parts, torch.from_numpy(classes), torch.from_numpy(known), torch.from_numpy(places * known)
+            step, records, parts, classes, images, torch.from_numpy(known), torch.from_numpy(places * known)
         )
+
+    def _as_gathered(self, values: Positions) -> Tensor:
+        """(W * S,) values of all supports to the (W * V * S,) of their rows, as gathering puts them."""
+        by_rank = np.split(values, distributed.world_size())
+        return torch.from_numpy(np.concatenate([np.tile(part, self.views.support_views) for part in by_rank]))
 
     def _part(self, step: int, records: Positions, supports: Positions, repeats: Positions) -> PawsPart:
         views, kinds = self.views, [(self.views.large, 0)]

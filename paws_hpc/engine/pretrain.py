@@ -26,6 +26,7 @@ from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
 from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.nce import supervised_nce
+from paws_hpc.objective.open_set import support_similarity_weights
 from paws_hpc.objective.paws import TrueClasses, paws_loss, support_warmup_weight
 
 
@@ -163,10 +164,12 @@ class Pretraining:
             smoothing=self.objective.label_smoothing,
             device=self.device,
         )
+        targets = h[rows : rows + large].detach().to(wide)
+        weights = self._image_weights(batch, targets, target_supports, labels.classes)
         loss = paws_loss(
             z[rows:].to(wide),
             supports,
-            h[rows : rows + large].detach().to(wide),
+            targets,
             target_supports,
             labels,
             temperature=self.objective.temperature,
@@ -176,10 +179,13 @@ class Pretraining:
             target_floor=self.objective.target_floor,
             true_classes=self._true_classes(batch),
             entropy_weight=self.objective.entropy_weight,
+            image_weights=weights,
         )
         metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
         if self.objective.entropy_weight > 0:
             metrics["loss/entropy"] = loss.entropy
+        if weights is not None:
+            metrics["diagnostics/image_weight"] = weights.mean()
         weight = support_warmup_weight(
             batch.step,
             total_steps=self.total_steps,
@@ -193,6 +199,14 @@ class Pretraining:
         if batch.step % self.config.diagnose_every_steps == 0:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics
+
+    def _image_weights(
+        self, batch: PawsBatch, targets: Tensor, supports: Tensor, support_classes: Tensor
+    ) -> Tensor | None:
+        if not self.objective.open_set_weighting:
+            return None
+        images = to_device(batch.support_images, self.device)
+        return support_similarity_weights(targets, supports, support_classes, images)
 
     def _true_classes(self, batch: PawsBatch) -> TrueClasses | None:
         if not self.objective.true_label_targets:

@@ -24,6 +24,8 @@ class ObjectiveConfig:
         true_label_targets: whether an image that is labelled itself has its class as the target of all its views, not
             its other view's prediction (D.1). It needs the labelled images to be among the unlabelled ones, and in a
             step it concerns those whose class is among the K drawn.
+        open_set_weighting: whether an unlabelled image weighs the less, the less it resembles any support, for data in
+            which some images are of no labelled class (paws_hpc/objective/open_set.py). Ours, not the paper's.
         entropy_weight: of the mean entropy of predictions, which is minimised (D.2).
         support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
         support_warmup_weight: weight of the support loss at step 0.
@@ -35,6 +37,7 @@ class ObjectiveConfig:
     me_max: bool = True
     label_smoothing: float = 0.1
     true_label_targets: bool = False
+    open_set_weighting: bool = False
     entropy_weight: float = 0.0
     support_warmup_fraction: float = 0.0
     support_warmup_weight: float = 1.0

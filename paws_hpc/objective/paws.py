@@ -73,6 +73,7 @@ def paws_loss(
     target_floor: float = 1e-4,
     true_classes: TrueClasses | None = None,
     entropy_weight: float = 0.0,
+    image_weights: Tensor | None = None,
 ) -> PawsLoss:
     """The loss of this rank's images against the supports of all ranks.
 
@@ -97,6 +98,8 @@ def paws_loss(
             renormalising. The paper is silent about it; its code has 1e-4. 0 keeps every entry.
         true_classes: images whose class, as one-hot label, is the target of all their views (Appendix D.1).
         entropy_weight: of the mean entropy of predictions (Appendix D.2).
+        image_weights: (n,) positive constants; every mean over rows, that of me-max included, becomes a weighted mean
+            over the rows of all ranks. Only their ratios count. None: all images weigh the same.
 
     Returns:
         :class:`PawsLoss`, float32 (float64 for float64 features). No gradient flows to targets and target supports.
@@ -113,15 +116,17 @@ def paws_loss(
         wanted = _targets_of_views(sharpened, num_small_crops, target_floor)
         if true_classes is not None:
             wanted = _true_where_known(wanted, true_classes)
-        consistency = cross_entropy(wanted, log_predictions).mean()
+        shares = None if image_weights is None else _shares(image_weights, log_predictions)
+        consistency = _mean_over_rows(cross_entropy(wanted, log_predictions), shares)
         if me_max:
-            mean_prediction = distributed.mean_over_ranks(log_sharpen(log_predictions, temperature=sharpening).mean(0))
+            sharpened_predictions = log_sharpen(log_predictions, temperature=sharpening)
+            mean_prediction = distributed.mean_over_ranks(_mean_over_rows(sharpened_predictions, shares))
             regulariser = -_entropy(mean_prediction)
         else:
             regulariser = torch.zeros_like(consistency)
         entropy, total = torch.zeros_like(consistency), consistency + regulariser
         if entropy_weight > 0:
-            entropy = cross_entropy(log_predictions.exp(), log_predictions).mean()
+            entropy = _mean_over_rows(cross_entropy(log_predictions.exp(), log_predictions), shares)
             total = total + entropy_weight * entropy
     return PawsLoss(total, consistency, regulariser, sharpened.amax(-1).mean(), entropy)
 
@@ -140,6 +145,20 @@ def _targets_of_views(sharpened: Tensor, num_small_crops: int, floor: float) -> 
     first, second = sharpened.chunk(2)
     wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
     return wanted.masked_fill(wanted < floor, 0)
+
+
+@torch.no_grad()
+def _shares(image_weights: Tensor, rows: Tensor) -> Tensor:
+    """(R,) weights of the rows whose mean over all ranks is 1; equal weights give 1 to the bit."""
+    shares = image_weights.to(rows.dtype) / distributed.mean_over_ranks(image_weights.to(rows.dtype).mean())
+    return shares.repeat(rows.shape[0] // len(shares))
+
+
+def _mean_over_rows(values: Tensor, shares: Tensor | None) -> Tensor:
+    """(R, ...) to (...): this rank's part of the weighted mean over all ranks, which is the mean of the parts."""
+    if shares is None:
+        return values.mean(0)
+    return (values * shares.view(-1, *[1] * (values.ndim - 1))).mean(0)
 
 
 def _true_where_known(wanted: Tensor, true: TrueClasses) -> Tensor:

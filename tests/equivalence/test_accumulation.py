@@ -28,7 +28,7 @@ TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}  # relative, in the Euclidean norm
 
 
 def prepared(stores: Stores, *, parts: int, precision: str = "fp64", **changes: Any) -> Pretraining:
-    """A training with everything on that couples rows: me-max, several small crops, the support warm-up."""
+    """A training with everything on that couples rows: me-max, several small crops, the support warm-up, weights."""
     store = ImageStore.open(stores.train)
     labelled = [index for label in range(10) for index in np.flatnonzero(store.labels == label)[:PER_CLASS]]
     views = ViewsConfig(
@@ -41,7 +41,7 @@ def prepared(stores: Stores, *, parts: int, precision: str = "fp64", **changes: 
     )  # fmt: skip
     model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
     return Pretraining(
-        build_encoder(model, seed=3), objective=ObjectiveConfig(support_warmup_fraction=0.5),
+        build_encoder(model, seed=3), objective=ObjectiveConfig(support_warmup_fraction=0.5, open_set_weighting=True),
         optimizer=OptimizerConfig(name="sgd", peak_lr=0.01, warmup_epochs=0.0),
         config=PretrainConfig(
             batch_size=BATCH, accumulate_steps=parts, epochs=1, support=SupportConfig(CLASSES, PER_CLASS),
@@ -120,6 +120,7 @@ def test_a_micro_batch_has_the_mixture_of_the_whole_and_all_crops_of_its_images(
     together, batch = whole.batch(STEP), divided.batch(STEP)
     assert np.array_equal(batch.records, together.records)
     assert torch.equal(batch.support_classes, together.support_classes)
+    assert torch.equal(batch.support_images, together.support_images)
     for kind, count in (("supports", VIEWS), ("large", 2), ("small", SMALL)):
         rows = getattr(together.parts[0], kind).images.unflatten(0, (count, -1))
         for place, part in enumerate(batch.parts):

@@ -38,7 +38,9 @@ RECIPES = {
         OptimizerConfig(
             name="adamw", start_lr=1e-4, peak_lr=2e-4, warmup_epochs=0.1, weight_decay=0.04, final_weight_decay=0.4
         ),
-        ObjectiveConfig(support_warmup_fraction=0.116, true_label_targets=True, entropy_weight=0.5),
+        ObjectiveConfig(
+            support_warmup_fraction=0.116, true_label_targets=True, entropy_weight=0.5, open_set_weighting=True
+        ),
     ),
 }
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from paws_hpc.config import Config, DataConfig
+from paws_hpc.data.order import SupportOrder
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import finetune, prepare, pretrain, selection
-from paws_hpc.stages.run_data import open_data, staged_stores
+from paws_hpc.stages.run_data import open_data, staged_stores, stream_options
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
 from tests.conftest import Stores
@@ -108,6 +109,44 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     pretrain.run(config, run, CPU)
     rows = [line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "loss/support_nce" in line]
     assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
+
+
+def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_each(
+    digits_stores: Stores, tmp_path: Path
+) -> None:
+    """An imbalanced list, from images to test scores; and in the order of the paper it is refused by name."""
+    store = ImageStore.open(digits_stores.train)
+    listed = [record for label in range(10) for record in np.flatnonzero(store.labels == label)[: label + 1]]
+    (tmp_path / "imbalanced.txt").write_text("\n".join(store.keys[int(record)] for record in listed))
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.labels.per_class, config.labels.file = None, str(tmp_path / "imbalanced.txt")
+    config.objective.support_warmup_fraction = 0.5
+    config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.1], [2], 0
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"class 0 has only 1 labelled images.*data\.support_order=balanced"):
+        prepare.run(config, run)
+    config.data.support_order = "balanced"
+    train(config, run)
+    selection.run(config, run, CPU)
+    result = read_json(run.result)
+    assert result["labels"] == len(listed) == 55
+    assert result["test"]["paws_nn"]["top1"] > 0.2, "chance is 0.1"
+    data = open_data(config)
+    stream = pretrain.open_stream(config, data, stream_options(config, data, tmp_path, CPU))
+    order = SupportOrder(
+        data.labelled, store.labels[data.labelled], num_classes=10, images_per_class=4, seed=config.seed, balanced=True
+    )
+    seen: set[int] = set()
+    for step in range(10):
+        batch, records = stream.batch(step), order.draw(step).records
+        images = np.unique(records, return_inverse=True)[1]
+        assert torch.equal(batch.support_images, torch.from_numpy(images).repeat(2)), "the records that were drawn"
+        assert torch.equal(batch.support_classes, torch.arange(10).repeat_interleave(4).repeat(2))
+        classes = store.labels[records].reshape(10, 4)
+        assert np.all(classes == classes[:, :1])
+        assert len(np.unique(classes)) == 10
+        seen |= set(records.tolist())
+    assert seen == set(listed), "all of them take part, the ten of a class as well as the only one"
 
 
 @pytest.mark.parametrize(("labelled", "expected"), [(None, ["a"]), ("b", ["a", "b"]), ("a/", ["a"]), ("t", ["a", "t"])])

@@ -83,6 +83,10 @@ BAD: dict[str, Callable[[], Any]] = {
     r"objective.true_label_targets=true .*data.labelled=elsewhere": lambda: Config(
         objective=ObjectiveConfig(true_label_targets=True), data=DataConfig(labelled="elsewhere")
     ),
+    r"objective.open_set_weighting=true .*pretrain.support.images_per_class=1 ": lambda: Config(
+        objective=ObjectiveConfig(open_set_weighting=True),
+        pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
+    ),
     r"objective.entropy_weight=-1": lambda: ObjectiveConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
     r"resources: nodes=0": lambda: StageResources(nodes=0),
