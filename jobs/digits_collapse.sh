@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collapse with 1, 2 and 4 labels per class on digits, five seeds each: what fails without help, and what helps.
 # Command:  bash jobs/digits_collapse.sh [FIELD=VALUE ...]
-# Cost:     50 pre-trainings of 2 to 3 minutes on one CPU core each.
+# Cost:     55 pre-trainings of 2 to 3 minutes on one CPU core each.
 # Expected: docs/results.md; a run that collapses says so and goes on to its end.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; any of them side by side: python -m paws_hpc.report runs/digits-no_warmup-*
@@ -15,12 +15,11 @@ launch() {
     'stages=[prepare,pretrain,selection,report]' finetune.min_cells=0 baseline.min_cells=0 \
     pretrain.collapse.action=warn "$@"
 }
-LARS=(optimizer.name=lars optimizer.nesterov=false optimizer.weight_decay=1e-6
-  optimizer.start_lr=0.8 optimizer.peak_lr=3.2 optimizer.final_lr=0.032)
+LARS=optimizer=lars_small
 ALONE=objective.support_warmup_fraction=0
 launch no_warmup 1,2,4 $ALONE "$@"
-launch lars_no_warmup 1,4 "${LARS[@]}" $ALONE "$@"
-launch lars 1 "${LARS[@]}" "$@"
+launch lars_no_warmup 1,4 $LARS $ALONE "$@"
+launch lars 1,4 $LARS "$@"
 launch d1 1 $ALONE objective.true_label_targets=true "$@"
 launch d2 1 $ALONE objective.entropy_weight=0.1 "$@"
 launch strong_crops 1 'views.large.scale=[0.3,1.0]' 'views.small.scale=[0.1,0.3]' "$@"

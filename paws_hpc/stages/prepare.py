@@ -5,6 +5,7 @@ It computes nothing, and so does not load torch unless there are weights to star
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions, SupportOrder
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
+
+_LOG = logging.getLogger(__name__)
+_FEW = 4  # labelled images of a class, with which runs have collapsed without the support warm-up (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -124,16 +130,25 @@ def open_stores(config: Config, *, staged: bool = False) -> RunStores:
 
 
 def _check_support(config: Config, data: RunStores) -> None:
-    """Raise ValueError if the labels do not suffice for the support mini-batches."""
-    support = config.pretrain.support
+    """Raise ValueError if the labels do not suffice for the support mini-batches; warn of a likely collapse."""
+    support, labels = config.pretrain.support, data.labelled_store.labels[data.labelled]
     SupportOrder(
         data.labelled,
-        data.labelled_store.labels[data.labelled],
+        labels,
         num_classes=support.classes,
         images_per_class=support.images_per_class,
         seed=config.seed,
         balanced=config.data.support_order == "balanced",
     )
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    if fewest <= _FEW and config.objective.support_warmup_fraction == 0:
+        _LOG.warning(
+            "A class has no more than %d labelled image%s, and objective.support_warmup_fraction=0: runs with so few "
+            "labels can collapse to uniform predictions. Set objective.support_warmup_fraction=0.33 and "
+            "views.support_views=2.",
+            fewest,
+            "" if fewest == 1 else "s",
+        )
 
 
 def stage_folder(config: Config) -> Path | None:

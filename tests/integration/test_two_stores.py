@@ -187,3 +187,16 @@ def test_staging_and_a_shared_cache_change_nothing(
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
     assert not list(Path("/dev/shm").glob(f"paws-hpc-{os.geteuid()}-*")), "the cache is gone with its last user"
+
+
+def test_few_labels_without_the_support_warmup_are_warned_of(
+    digits_stores: Stores, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one label per class two of five seeds fell below 70 % without it (docs/results.md)."""
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    for labels, fraction, warned in ((4, 0.0, True), (4, 0.33, False), (5, 0.0, False)):
+        config.labels.per_class, config.objective.support_warmup_fraction = labels, fraction
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            prepare.run(config, RunFolder(tmp_path / "run"))
+        assert ("objective.support_warmup_fraction=0.33" in caplog.text) == warned, (labels, fraction)
