@@ -54,7 +54,7 @@ def test_a_field_that_is_younger_than_a_run_does_not_set_it_apart(tmp_path: Path
     newer = write(tmp_path, "r-seed1", seed=1, config=CONFIG + "  all: false\n")
     other = write(tmp_path, "s-seed1", seed=1, config=CONFIG + "  all: true\n")
     assert len(compared(older, newer).rows) == 1
-    assert compared(older, other).differing == {"labels.all": ["false", "true"]}
+    assert compared(older, other).differing == {"labels.all": {"r-seed0": "false", "s-seed1": "true"}}
 
 
 def test_runs_that_differ_only_in_the_seed_are_one_row_with_the_deviation_of_a_sample(tmp_path: Path) -> None:
