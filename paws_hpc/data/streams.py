@@ -125,11 +125,16 @@ class PawsStream:
         every = [slice(part, None, self._parts) for part in range(self._parts)]
         parts = tuple(self._part(step, records[rows], supports[rows], repeats[rows]) for rows in every)
         images = np.unique(drawn.records, return_inverse=True)[1]
-        classes, images = (self._as_gathered(values) for values in (drawn.places, images))
         known, places = self._support.known_classes(records, drawn)
         known &= self._labels_are_here
         return PawsBatch(
-            step, records, parts, classes, images, torch.from_numpy(known), torch.from_numpy(places * known)
+            step,
+            records,
+            parts,
+            support_classes=self._as_gathered(drawn.places),
+            support_images=self._as_gathered(images),
+            known=torch.from_numpy(known),
+            known_classes=torch.from_numpy(places * known),
         )
 
     def _as_gathered(self, values: Positions) -> Tensor:
