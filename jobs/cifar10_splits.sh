@@ -8,7 +8,7 @@
 # Cost:     5 chains of 600 epochs of 195 steps; one V100 each in the paper, not run here.
 # Expected: PAWS-NN 96.0 ± 0.2 % (paper).
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
-# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/cifar10_4000-*
+# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/cifar10_4000-seed*, or -listed-seed*
 set -euo pipefail
 cifar=$(realpath "${CIFAR:?the folder that holds cifar-10-batches-py}")
 splits=(seed=0,1,2,3,4)

@@ -140,7 +140,13 @@ def _check_support(config: Config, data: RunStores) -> None:
         seed=config.seed,
         balanced=config.data.support_order == "balanced",
     )
-    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    counts = np.unique(labels, return_counts=True)[1]
+    if config.objective.open_set_weighting and (alone := int((counts < 2).sum())) > len(counts) - support.classes:
+        raise ValueError(
+            f"objective.open_set_weighting=true compares a support with another image of its class, but {alone} "
+            "classes have one labelled image. Label more of them, or set objective.open_set_weighting=false."
+        )
+    fewest = int(counts.min())
     if fewest <= _FEW and config.objective.support_warmup_fraction == 0:
         _LOG.warning(
             "A class has no more than %d labelled image%s, and objective.support_warmup_fraction=0: runs with so few "

@@ -12,7 +12,7 @@ from paws_hpc.stages.report_plots import Curve, Plot, draw
 from paws_hpc.stages.report_run import Metrics, RunRecord
 from paws_hpc.stages.report_tables import percent
 
-_KEY = re.compile(r"system/node(\d+)/gpu_(?:utilisation|memory_gb)")
+_KEY = re.compile(r"gpus/node(\d+)/gpu_(?:utilisation|memory_gb)")
 _MOST_NAMED = 4  # nodes with a colour each; of more, every one is a pale line
 _CAPTION = (
     "Utilisation is the share of a moment in which a GPU worked, the mean over a node's GPUs; memory is that of the "
@@ -42,7 +42,7 @@ def _curves(metrics: Metrics, nodes: list[int], name: str) -> tuple[list[Curve],
     """A curve per node that has values, and the mean of each."""
     curves, means = [], {}
     for number in nodes:
-        x, y = metrics.series(f"system/node{number}/{name}")
+        x, y = metrics.series(f"gpus/node{number}/{name}")
         if len(x):
             named = len(nodes) <= _MOST_NAMED
             curves.append(Curve(f"node {number}" if named else "", x, y, number + 1 if named else 0))

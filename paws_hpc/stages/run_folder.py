@@ -101,7 +101,9 @@ def mark_done(folder: Path, **facts: Any) -> None:
 def without_pretraining(config: Config, run: RunFolder) -> bool:
     """Whether the supervised baseline is all that a run has to score: pre-training is not asked for and never began."""
     asked = {"pretrain", "finetune"} & set(config.stages)
-    return not asked and not run.pretrain.exists() and not run.job("pretrain").exists()
+    begun = run.pretrain.exists() or run.job("pretrain").exists()
+    baseline = "baseline" in config.stages or (run.path / "baseline").exists()
+    return baseline and not asked and not begun
 
 
 def fine_tuned_cells(config: Config, run: RunFolder) -> list[str]:

@@ -25,8 +25,8 @@ _CURVES = (  # title, axis, metrics, over the whole width
     ("Share of time waiting for data", "trainer/step", ("throughput/data_wait",)),
 )
 _BY_NODE = (  # title, metrics; of runs on GPUs
-    ("GPU utilisation by node (share of time)", "system/node[0-9]+/gpu_utilisation"),
-    ("Memory of each node's fullest GPU (GB)", "system/node[0-9]+/gpu_memory_gb"),
+    ("GPU utilisation by node (share of time)", "gpus/node[0-9]+/gpu_utilisation"),
+    ("Memory of each node's fullest GPU (GB)", "gpus/node[0-9]+/gpu_memory_gb"),
 )
 _SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.comparison_page import comparison_folder
 from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.wandb_report import build
+
+_NOT_ONLINE = ("offline", "disabled", "dryrun")
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
     path = (folder or (runs[0] / "report" if len(runs) == 1 else comparison_folder(runs))) / "wandb.json"
     kept = {"id": "", "url": None} | (read_json(path) if path.exists() else {}) | {"spec": spec}
     write_json(path, kept)  # before anything that may fail
-    if os.environ.get("WANDB_MODE") == "offline":
-        return Saved(path, offline="WANDB_MODE=offline")
+    if (mode := os.environ.get("WANDB_MODE")) in _NOT_ONLINE:
+        return Saved(path, offline=f"WANDB_MODE={mode}")
     told = _in_its_own_process([kept["id"], *map(str, runs)], timeout_s)
     if "url" not in told:
         return Saved(path, fault=told.get("fault"), offline=told.get("offline"))
@@ -71,24 +74,27 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
 
 def _in_its_own_process(arguments: list[str], timeout_s: float) -> dict[str, str]:
     """What the process said: ``id`` and ``url``, or ``fault``, or ``offline``."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "paws_hpc.stages.wandb_saving", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        return {"fault": f"no answer within {timeout_s:g} s"}
-    finally:
-        if process.returncode is None:  # also where a person gave up first
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode != 0:
-        return {"fault": f"its process ended with status {process.returncode}"}
+    with tempfile.TemporaryFile("w+") as complaints:  # no pipe: wandb's service would keep it open
+        process = subprocess.Popen(
+            [sys.executable, "-m", "paws_hpc.stages.wandb_saving", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return {"fault": f"no answer within {timeout_s:g} s; it may have been saved all the same"}
+        finally:
+            if process.returncode is None:  # also where a person gave up first
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode != 0:
+            complaints.seek(0)
+            last = complaints.read().strip().rpartition("\n")[2] or "without a word"
+            return {"fault": f"its process ended with status {process.returncode}: {last}"}
     told: dict[str, str] = json.loads(said)
     return told
 

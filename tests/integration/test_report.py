@@ -396,8 +396,8 @@ def test_a_run_on_gpus_shows_each_node(page: Page, tmp_path: Path, nodes: int) -
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         for node in range(nodes):
-            row[f"system/node{node}/gpu_utilisation"] = 0.5 if node == 1 else 0.9
-            row[f"system/node{node}/gpu_memory_gb"] = 60.0 + node
+            row[f"gpus/node{node}/gpu_utilisation"] = 0.5 if node == 1 else 0.9
+            row[f"gpus/node{node}/gpu_memory_gb"] = 60.0 + node
     _jsonl(path, rows)
     page.open(build_report(run))
     assert np.ptp(page.picture("#panel-gpus")[8:-8, 8:-8]) > 100

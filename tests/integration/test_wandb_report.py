@@ -76,7 +76,7 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "RunComparer"} <= set(read["panels"])
     wanted = ("loss/total", "loss/consistency", "loss/me_max", "validation/paws_nn", "diagnostics/confidence")
     assert set(wanted) <= set(read["curves"])
-    assert "system/node[0-9]+/gpu_utilisation" in read["patterns"]
+    assert "gpus/node[0-9]+/gpu_utilisation" in read["patterns"]
     assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
     assert read["groups"] == [["config.objective.value.me_max"], [], []], "a curve is the mean of a setting's seeds"
     results, sweep, provenance = read["markdown"]
@@ -93,12 +93,20 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert server.unknown == []
 
 
-@pytest.mark.parametrize(("behaviour", "fault"), [("hang", "no answer within 6 s"), ("401", "AuthenticationError")])
+@pytest.mark.parametrize(
+    ("behaviour", "fault"),
+    [
+        ("hang", "no answer within 6 s"),
+        ("429", "no answer within 6 s"),
+        ("500", "no answer within 6 s"),
+        ("401", "AuthenticationError"),
+    ],
+)
 def test_a_server_that_fails_costs_a_limited_time_and_nothing_of_the_report(
     behaviour: str, fault: str, server: WandbServer, runs: list[Path]
 ) -> None:
     server.behaviour = behaviour
-    done = command(runs[:1], "--timeout-min", "0.1" if behaviour == "hang" else "3")
+    done = command(runs[:1], "--timeout-min", "3" if behaviour == "401" else "0.1")
     assert done.returncode == 1
     assert f"Report not saved in Weights & Biases ({fault}" in done.stderr
     assert "the same command saves it" in done.stderr

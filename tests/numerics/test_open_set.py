@@ -95,7 +95,7 @@ def test_strangers_have_small_positive_weights() -> None:
 
 
 def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four labels of each digit from 0 to 4, and all ten without labels: training does not pull the strangers in."""
+    """Four labels of each digit from 0 to 4, and all ten without labels, in the second half of a short training."""
     store, steps, known = ImageStore.open(digits_stores.train), 84, 5
     digits = np.asarray(store.labels)
     labelled = np.concatenate([np.flatnonzero(digits == digit)[:4] for digit in range(known)])

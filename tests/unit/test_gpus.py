@@ -28,8 +28,8 @@ def test_rank_zero_tells_of_every_node(tmp_path: Path) -> None:
     run_on_ranks(tmp_path, {4: [together]})
     for row in results_of(together, 4, tmp_path):
         assert row == pytest.approx({
-            "system/node0/gpu_utilisation": 0.8, "system/node0/gpu_memory_gb": 61.5,
-            "system/node1/gpu_utilisation": 0.2,
+            "gpus/node0/gpu_utilisation": 0.8, "gpus/node0/gpu_memory_gb": 61.5,
+            "gpus/node1/gpu_utilisation": 0.2,
         })  # fmt: skip
 
 
@@ -53,5 +53,5 @@ def test_a_gpu_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureFixture
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_read() -> None:
     row = ThroughputMeter(8, torch.device("cuda", 0)).read(1)
-    assert 0 <= row["system/node0/gpu_utilisation"] <= 1
-    assert row["system/node0/gpu_memory_gb"] > 0
+    assert 0 <= row["gpus/node0/gpu_utilisation"] <= 1
+    assert row["gpus/node0/gpu_memory_gb"] > 0

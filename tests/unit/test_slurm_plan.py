@@ -115,6 +115,12 @@ def test_the_baseline_alone_is_submitted_without_pretraining_unless_that_has_beg
         planned(config, run, {})
 
 
+def test_selection_of_a_run_that_has_nothing_is_refused(config: Config, run: RunFolder) -> None:
+    config.stages = ["selection"]
+    with pytest.raises(ConfigError, match="selection needs pretrain, which has not been done"):
+        planned(config, run, {})
+
+
 def test_success_is_needed_of_parents_and_only_an_end_of_the_sweeps() -> None:
     ids = {"prepare": {"1"}, "pretrain": {"2"}, "finetune": {"3", "7"}, "baseline": {"4"}}
     assert dependency("prepare", {}) is None
