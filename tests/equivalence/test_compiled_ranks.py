@@ -36,14 +36,14 @@ def passes(rank: int, world: int) -> dict[bool, tuple[int, list[dict[str, Tensor
             name="small_resnet", channels=[16, 64, 192], prediction_head=True, checkpoint_activations=recomputed
         )
         for compiled in (False, True):
-            encoder = build_encoder(config, seed=1)
-            assert sum(parameter.nbytes for parameter in encoder.parameters()) > 2 * 2**20
+            encoder = build_encoder(config, seed=1).double()  # normalisation rounds otherwise in one graph
+            assert sum(parameter.nbytes for parameter in encoder.parameters()) > 4 * 2**20
             if compiled:
                 compile_passes(encoder, backend=counted)
             model = replicate(encoder, torch.device("cpu"))
             for step in range(2):
                 random = torch.Generator().manual_seed(10 * step + rank)
-                _, z = model([torch.randn(4, 3, size, size, generator=random) for size in SIZES])
+                _, z = model([torch.randn(4, 3, size, size, generator=random, dtype=torch.float64) for size in SIZES])
                 z.pow(3).sum().backward()
             gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
             values.append({**gradients, **dict(encoder.named_buffers())})
@@ -64,4 +64,4 @@ def test_two_ranks_train_a_compiled_network_as_it_is_written(folder: Path, recom
         graphs, (written, compiled) = found[recomputed]
         assert graphs == len(SIZES), "no graph is cut"
         for name, expected in written.items():
-            torch.testing.assert_close(compiled[name], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(compiled[name], expected, rtol=1e-9, atol=1e-10)

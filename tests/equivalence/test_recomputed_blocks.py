@@ -92,9 +92,10 @@ def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, 
     backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
     eager = SmallResNet(channels=[4], blocks=[1], stem_stride=1)
     initialise(eager, seed=2)
+    eager.double()  # normalisation rounds otherwise in one graph
     set_recomputed(eager, True)
     twin = copy.deepcopy(eager)
-    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     values = []
     for trunk, call in ((eager, eager), (twin, torch.compile(twin, backend=backend, fullgraph=True))):
         outputs = call(images)
@@ -128,7 +129,7 @@ def test_compiled_recomputation_is_the_same_and_does_not_communicate_again(folde
     for gathers, pairs in results_of(compiled, 2, folder):
         assert gathers == [3, 0], "one for each normalisation layer, in the forward graph alone"
         for name, (expected, measured) in pairs.items():
-            assert torch.equal(measured, expected), name
+            torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_a_graph_that_is_kept_can_be_recomputed_twice() -> None:
