@@ -27,7 +27,7 @@ from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.store import ImageFolder, ImageStore, PackOptions, pack
 
-BATCH = 32
+BATCH = 64
 VIEWS = ViewsConfig()
 KINDS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
 _CPU = torch.device("cpu")
