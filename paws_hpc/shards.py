@@ -136,6 +136,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
             source.add_argument(
                 "--label-field", default=SourceConfig.label_field, help="of .json files (%(default)s)", metavar="FIELD"
             )
+        source.add_argument(
+            "--classes", nargs="+", metavar="NAME", help="the only classes to take, in the order of their labels"
+        )
         source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
         _add_pack_options(source, PackOptions())
         source.set_defaults(run=_pack)
@@ -211,7 +214,7 @@ def _part(text: str) -> Part:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    fields = ("kind", "root", "split", "size", "labels", "label_field", "dataset")
+    fields = ("kind", "root", "split", "size", "labels", "label_field", "dataset", "classes")
     config = SourceConfig(**{name: getattr(options, name) for name in fields if hasattr(options, name)})
     pack_options = PackOptions(
         shard_bytes=round(options.shard_mib * (1 << 20)),

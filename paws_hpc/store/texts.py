@@ -75,7 +75,10 @@ def info_lines(path: Path, manifest: Manifest) -> list[str]:
     sizes, counts = [shard.bytes for shard in manifest.shards], manifest.class_counts
     statistics = manifest.statistics
     shape = "" if manifest.shape is None else " " + " x ".join(map(str, manifest.shape))
-    split = " ".join(f"{name}={value}" for name, value in manifest.origin.options.items())
+    split = " ".join(
+        f"{name}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in manifest.origin.options.items()
+    )
     rows = {
         "store": str(path),
         "digest": manifest.digest,

@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from paws_hpc.store import ImageFolder, SourceConfig, StoreError, open_source
+from paws_hpc.store import (
+    ImageFolder,
+    ImageStore,
+    Part,
+    SourceConfig,
+    StoreError,
+    open_source,
+    pack,
+    pack_part,
+    plan_pack,
+    planned_listing,
+    repair,
+)
 from paws_hpc.store.sources.cifar import cifar, load_plain_pickle
 from paws_hpc.store.sources.digits import digits
 from paws_hpc.store.sources.idx import FASHION_CLASSES, idx
@@ -252,3 +264,52 @@ def test_folders_without_images_are_clear_errors(tmp_path: Path) -> None:
 def test_a_source_that_makes_no_sense_is_refused_with_its_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SourceConfig(**fields)
+
+
+@pytest.mark.parametrize("options", [{"kind": "digits", "split": "train"}, {"kind": "folder", "root": "photographs"}])
+def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str, Any], tmp_path: Path) -> None:
+    """Packed whole or in parts, and again after damage, from files and from an array."""
+    names = ["0", "1", "2"] if options["kind"] == "digits" else ["cat", "dog", "eel"]
+    if "root" in options:
+        options = options | {"root": str(tmp_path / options["root"])}
+        for number, tile in enumerate(photo_tiles(9, seed=3)):
+            folder = tmp_path / "photographs" / names[number % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(tile).save(folder / f"{number}.jpg")
+    chosen = [names[2], names[0]]
+    whole = ImageStore.open(pack(open_source(SourceConfig(**options)), tmp_path / "whole").path)
+    source = open_source(SourceConfig(**options, classes=chosen))
+    part = ImageStore.open(pack(source, tmp_path / "part").path)
+    assert part.classes == tuple(chosen)
+    expected = {key: whole.classes[label] for key, label in zip(whole.keys, whole.labels, strict=True)}
+    expected = {key: name for key, name in expected.items() if name in chosen}
+    assert {key: part.classes[label] for key, label in zip(part.keys, part.labels, strict=True)} == expected
+    for mine, theirs in zip(images_of(part, sorted(expected)), images_of(whole, sorted(expected)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+    plan_pack(source, tmp_path / "by_part")
+    listing = planned_listing(tmp_path / "by_part", options["kind"])
+    assert (listing is not None) == ("root" in options)
+    again = open_source(SourceConfig(**options, classes=chosen), listing)
+    pack_part(again, tmp_path / "by_part", Part(1, 1))
+    assert ImageStore.open(tmp_path / "by_part").digest == part.digest
+    (shard,) = (tmp_path / "by_part").glob("*.h5")
+    intact = shard.read_bytes()
+    shard.write_bytes(intact[: len(intact) // 2])
+    assert repair(tmp_path / "by_part", options.get("root")).whole
+    assert shard.read_bytes() == intact
+
+
+def images_of(store: ImageStore, keys: list[str]) -> list[NDArray[np.uint8]]:
+    return list(store.images(store.find(keys)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [(["3", "cat"], r"\['cat'\] are not among the 10 of the digits source, .*'0', '1'"), (["3", "3"], "one twice")],
+)
+def test_a_class_that_is_not_there_is_named(classes: list[str], said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        open_source(SourceConfig("digits", split="train", classes=classes))
+    with pytest.raises(ValueError, match=r"classes=\[\] leaves no image"):
+        SourceConfig("digits", split="train", classes=[])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from paws_hpc.store.sources.digits import digits
 from paws_hpc.store.sources.idx import FASHION_CLASSES, idx
 from paws_hpc.store.sources.imagefolder import ImageFolder
 from paws_hpc.store.sources.listing import Listing
+from paws_hpc.store.sources.subset import OfClasses
 from paws_hpc.store.sources.tars import TarSource, list_tars, list_webdataset
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "ImageFolder",
     "Images",
     "Listing",
+    "OfClasses",
     "Source",
     "SourceConfig",
     "SourceKind",
@@ -51,6 +53,8 @@ class SourceConfig:
     """Field of WebDataset's .json files that holds the label, where there is no .cls."""
     dataset: str | None = None
     """Class of a dataset: package.module:Class, or a name in torchvision.datasets."""
+    classes: Sequence[str] | None = None
+    """Names of the only classes to take, in the order of their labels; None for all of them."""
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
@@ -71,6 +75,8 @@ class SourceConfig:
             raise ValueError(f"source.dataset is needed for source.kind={self.kind!r}: the name of its class.")
         if self.size < 8:
             raise ValueError(f"source.size={self.size} is below 8, the side of the original digits.")
+        if self.classes is not None and not self.classes:
+            raise ValueError("source.classes=[] leaves no image: name a class, or leave it out for all of them.")
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,12 @@ def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
             nothing to list ignore it.
 
     Raises:
-        StoreError: files are missing or are not what their kind says.
+        StoreError: files are missing or are not what their kind says, or a class is none of theirs.
     """
     kind = SOURCES[config.kind]
-    if listing is not None and kind.relist is not None:
-        return kind.relist(config, listing)
-    return kind.open(config)
+    relist = kind.relist
+    whole = kind.open(config) if listing is None or relist is None else relist(config, listing)
+    return whole if config.classes is None else OfClasses(whole, tuple(config.classes))
 
 
 def _root(config: SourceConfig) -> Path:
