@@ -33,6 +33,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
+from paws_hpc.stages.prepare import check_images
 from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
@@ -77,6 +78,7 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
     if config.dry_run or config.cancel:
         raise ConfigError("dry_run and cancel are for chains on Slurm: add hydra/launcher=submitit_slurm.")
     with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
+        check_images(config, run)
         freeze(config, run.config)
         finished = run.result.exists()
         if finished and "selection" in config.stages:

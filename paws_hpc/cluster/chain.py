@@ -15,7 +15,9 @@ from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
 from paws_hpc.stages.attempts import now
+from paws_hpc.stages.prepare import changed_images
 from paws_hpc.stages.run_folder import RunFolder, is_done
+from paws_hpc.store.format import MANIFEST_NAME
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")
 
@@ -63,7 +65,8 @@ class Job:
         match self.stage:
             case "prepare":
                 stores = config.data.stores.values()
-                return is_done(self.folder(run)) and all((Path(store) / "manifest.json").exists() for store in stores)
+                there = all((Path(store) / MANIFEST_NAME).exists() for store in stores)
+                return is_done(self.folder(run)) and there and not changed_images(config, run)
             case "selection":
                 return run.result.exists()
             case "report":

@@ -30,6 +30,7 @@ from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
 from paws_hpc.config import Config
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import now
+from paws_hpc.stages.prepare import check_images
 from paws_hpc.stages.run_folder import RunFolder
 
 _LEAVING_S = 120.0
@@ -60,11 +61,13 @@ class SlurmChain:
 
         Raises:
             ConfigError: a field or another run under this name stands against it.
+            ValueError: the run was begun with other images.
             SchedulerError: Slurm refused a job; those that it had taken are cancelled.
             SchedulerUnreachableError: Slurm could not be asked.
         """
         with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
             check_frozen(self.config, self.run.config)
+            check_images(self.config, self.run)
             scheduler.queue()  # first of all: without Slurm nothing is begun
             chain = Chain.begin(self.run, self.config.name)
             queued = _settled_queue(chain)

@@ -18,9 +18,10 @@ import numpy as np
 from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions, SupportOrder
 from paws_hpc.data.splits import Split, labelled_and_validation
-from paws_hpc.files import exclusive
-from paws_hpc.stages.run_folder import RunFolder, mark_done
+from paws_hpc.files import exclusive, read_json
+from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 _LOG = logging.getLogger(__name__)
 _FEW = 4  # labelled images of a class, with which runs have collapsed without the support warm-up (docs/results.md)
@@ -85,11 +86,11 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
 
         starting_encoder(config)
     labelled = config.data.labelled
-    if labelled is not None and not (Path(labelled) / "manifest.json").exists():
+    if labelled is not None and not (Path(labelled) / MANIFEST_NAME).exists():
         raise _not_packed("labelled", Path(labelled))
     for subset, path in (("train", config.data.train), ("test", config.data.test)):
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
-            if not (Path(path) / "manifest.json").exists():
+            if not (Path(path) / MANIFEST_NAME).exists():
                 _pack(config.data, subset, Path(path))
     data = open_stores(config)
     if config.data.classes not in (None, len(data.classes)):
@@ -107,6 +108,39 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
         )
     fence()
     mark_done(run.prepare, digests=data.digests | {"test": test.digest})
+
+
+def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
+    """Stores that hold other images than when the run was prepared, as the checkpoints' fields name their digests.
+
+    Returns:
+        ``digest.train``, ``digest.labelled_store`` or ``digest.test`` → path; none for a store that is not there.
+    """
+    if not is_done(run.prepare):
+        return {}
+    then, data = read_json(run.prepare / "DONE")["digests"], config.data
+    paths = {"train": data.train, "test": data.test}
+    if data.labelled is not None or "labelled_store" in then:
+        paths["labelled_store"] = data.labelled or data.train
+    return {
+        f"digest.{name}": path
+        for name, path in paths.items()
+        if (Path(path) / MANIFEST_NAME).exists()
+        and read_manifest(Path(path)).digest != then.get(name, then["train"])
+        and f"digest.{name}" not in config.accept_changes
+    }
+
+
+def check_images(config: Config, run: RunFolder) -> None:
+    """Raise ValueError if the run was trained or scored on other images than its stores now hold."""
+    trained = run.checkpoints.exists() or (run.path / "baseline").exists() or run.result.exists()
+    if trained and (changed := changed_images(config, run)):
+        stores = ", ".join(dict.fromkeys(changed.values()))
+        raise ValueError(
+            f"{run.path} was begun with other images than are now in {stores}. Name the stores that it was begun "
+            "with, give this run another name=…, or continue it all the same with "
+            f"accept_changes=[{','.join(changed)}]."
+        )
 
 
 def open_stores(config: Config, *, staged: bool = False) -> RunStores:

@@ -1,6 +1,7 @@
 """The whole chain on real digits, in seconds: stages, restarts, and two ranks against one."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,22 @@ def test_other_settings_under_the_same_name_are_refused_by_name(finished: Path) 
     assert "optimizer.peak_lr was 0.002 and is now 0.2" in refused.stderr
     assert "seed was 0 and is now 1" in refused.stderr
     assert "accept_changes=[optimizer.peak_lr,seed]" in refused.stderr
+
+
+def test_the_same_images_may_move_and_other_images_are_refused(finished: Path) -> None:
+    stores = finished / "shards"
+    moved = shutil.copytree(stores / "train", finished / "moved")
+    again = launch(finished, f"data.train={moved}")
+    assert again.returncode == 0, again.stderr
+    assert "done already" in again.stdout
+    for changes, names in (
+        ([f"data.train={stores / 'test'}"], "digest.train"),
+        ([f"data.labelled={stores / 'test'}"], "digest.labelled_store"),
+    ):
+        swapped = launch(finished, *changes)
+        assert swapped.returncode == 1
+        assert f"begun with other images than are now in {stores / 'test'}." in swapped.stderr
+        assert f"accept_changes=[{names}]" in swapped.stderr
 
 
 def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
