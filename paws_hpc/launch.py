@@ -26,7 +26,7 @@ from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
-from paws_hpc.cluster.resources import Launcher
+from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
@@ -64,8 +64,10 @@ def _launch(config: Config, launcher: Launcher) -> None:
     match kind:
         case "SlurmLauncher":
             _on_slurm(config, run, launcher)
-        case "BasicLauncher" | "LocalLauncher":
+        case "BasicLauncher":
             _here(config, run, kind)
+        case "LocalLauncher":
+            _here(resolve(config, {"tasks_per_node": launcher["tasks_per_node"]}), run, kind)
         case _:
             raise ConfigError(
                 f"hydra/launcher with {kind} cannot run chains. Leave hydra/launcher out to run here, or use "

@@ -123,10 +123,12 @@ def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyP
 
 def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path) -> None:
     losses = []
-    for ranks in (1, 2):  # in fp64, where ten steps of two ranks and of one agree to the bar of 1e-8
-        run = (f"name=ranks-{ranks}", f"resources.pretrain.tasks_per_node={ranks}", "pretrain.precision=fp64")
-        done = launch(tmp_path, "stages=[prepare,pretrain]", "pretrain.epochs=1", *run)
+    launcher = ("hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2")
+    for ranks, how in ((1, ()), (2, launcher)):
+        run = (f"name=ranks-{ranks}", "pretrain.precision=fp64")  # ten steps of one and of two agree to the bar of 1e-8
+        done = launch(tmp_path, "stages=[prepare,pretrain]", "pretrain.epochs=1", *run, *how)
         assert done.returncode == 0, done.stderr
+        assert ("pretrain: 2 ranks" in done.stderr) == (ranks == 2)
         lines = (tmp_path / f"runs/ranks-{ranks}/pretrain/metrics.jsonl").read_text().splitlines()
         losses.append([row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row])
     assert len(losses[0]) == len(losses[1]) == 10
