@@ -38,10 +38,15 @@ from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
 _SEVERAL = ("-m", "--multirun")
+_INTERRUPTED = 130  # as shells say of a program that SIGINT ended
 
 
 def launch(config: Config, launcher: Launcher) -> None:
-    """Launch one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set."""
+    """Launch one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set.
+
+    Raises:
+        KeyboardInterrupt: a person ended it; its text says what of it is saved.
+    """
     try:
         _launch(config, launcher)
     except (
@@ -161,6 +166,15 @@ def _composed_by_hydra(composed: DictConfig) -> None:
 
 def main() -> None:
     """Entry point: every run that the arguments ask for, one after another; a run that fails does not keep others."""
+    try:
+        _main()
+    except KeyboardInterrupt as stop:
+        told = str(stop) or "what was not saved yet is done again"
+        print(f"interrupted: {told}; the same command goes on from there", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in _SEVERAL]
     if flags:  # Hydra's own questions, such as --help and --cfg

@@ -20,6 +20,7 @@ import submitit
 
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
+from paws_hpc.cluster.interruption import asked_to_stop
 from paws_hpc.cluster.liveness import is_alive
 from paws_hpc.cluster.resources import WITHOUT_GPU
 from paws_hpc.cluster.slurm_job import SlurmJob
@@ -42,7 +43,11 @@ _FINAL_RUNTIME_ERRORS = (TrainingStoppedError, LeaseHeldError, LeaseLostError, N
 
 
 def run_job(path: Path, job: Job) -> None:
-    """Run a job alone in this process. Exceptions leave it, so that a failed job is seen to fail."""
+    """Run a job alone in this process. Exceptions leave it, so that a failed job is seen to fail.
+
+    Raises:
+        KeyboardInterrupt: this process was asked to stop; a job that trains has saved its state.
+    """
     run = RunFolder(path)
     config = read_config(run.config)
     holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
@@ -52,7 +57,15 @@ def run_job(path: Path, job: Job) -> None:
             return
         from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
-        rank.run_alone(config, run, job, fence=lease.fence)
+        if not job.has_steps:  # it starts over in moments
+            rank.run_alone(config, run, job, fence=lease.fence)
+            return
+        with asked_to_stop() as requested:
+            try:
+                rank.run_alone(config, run, job, fence=lease.fence, requested=requested)
+            except PreemptedError as stop:
+                lease.end("interrupted", step=stop.step)
+                raise KeyboardInterrupt(f"{job.name} {stop}") from stop
 
 
 def run_job_as_local_rank(path: Path, job: Job) -> None:

@@ -21,10 +21,17 @@ from paws_hpc.stages import finetune, pretrain, selection
 from paws_hpc.stages.run_folder import RunFolder
 
 
-def run_alone(config: Config, run: RunFolder, job: Job, *, fence: Callable[[], None]) -> None:
-    """Run a stage as the only rank; ``fence`` raises if another start of the job has taken over."""
+def run_alone(
+    config: Config,
+    run: RunFolder,
+    job: Job,
+    *,
+    fence: Callable[[], None],
+    requested: Callable[[], bool] | None = None,
+) -> None:
+    """Run a stage as the only rank; arguments as of :func:`run_among`."""
     _set_threads(config, job, local_ranks=1)
-    _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), JobControl(fence=fence))
+    _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), _control(requested, fence))
 
 
 def run_among(
@@ -62,12 +69,16 @@ def run_among(
             address=own_address(place.num_nodes),
             device=device,
         )
-    control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
+    control = _control(requested, fence)
     try:
         with _together():
             _run(config, run, job, device, control)
     finally:
         control.close()
+
+
+def _control(requested: Callable[[], bool] | None, fence: Callable[[], None]) -> JobControl:
+    return JobControl(fence=fence) if requested is None else JobControl(requested, fence)
 
 
 @contextmanager

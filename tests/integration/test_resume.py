@@ -1,6 +1,7 @@
 """A run that is killed at any moment and launched again ends with the same weights, to the bit."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -29,19 +30,21 @@ def curve(folder: Path) -> list[dict[str, float]]:
     ]
 
 
-def kill_after(folder: Path, steps: int) -> None:
-    """Launch, and SIGKILL the process as soon as it has logged that many steps."""
+def kill_after(folder: Path, steps: int, *overrides: str, number: int = signal.SIGKILL) -> tuple[int, str]:
+    """Launch, and signal the process as soon as it has logged that many steps; its status and what it said."""
     metrics = folder / "runs/run/pretrain/metrics.jsonl"
     process = subprocess.Popen(
-        command(folder, STAGES), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        command(folder, STAGES, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > steps):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[1]
+    return process.returncode, said
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,23 @@ def test_killed_twice_mid_epoch_and_launched_again_gives_the_same_bits(uninterru
     differing = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert not differing
     assert curve(tmp_path) == curve(uninterrupted), "the curve is one, without gaps, repetitions or other values"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_person_who_stops_training_loses_no_step(number: int, uninterrupted: Path, tmp_path: Path) -> None:
+    """By Ctrl-C or kill; and the chain launched again ends with the same bits."""
+    rare = "pretrain.checkpoint_every_steps=1000"
+    status, said = kill_after(tmp_path, 4, rare, number=number)
+    assert status == 130
+    told = re.search(r"interrupted: pretrain stopped on request after step (\d+), which is saved; the same", said)
+    assert told is not None, said
+    (saved,) = (tmp_path / "runs/run/pretrain/checkpoints").glob("*.pt")
+    assert saved.name == f"step-{int(told[1]):08d}.pt"
+    done = launch(tmp_path, STAGES, rare)
+    assert done.returncode == 0, done.stderr
+    expected, found = weights(uninterrupted), weights(tmp_path)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert curve(tmp_path) == curve(uninterrupted)
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(uninterrupted: Path, tmp_path: Path) -> None:
