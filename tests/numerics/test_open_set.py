@@ -150,7 +150,7 @@ def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypat
 
 
 def test_accuracy_gains_from_weighing_strangers_less(digits_stores: Stores) -> None:
-    """PAWS-NN on the test images of the labelled digits, mean of three seeds: with rounding as it was, 88 and 94 %."""
+    """PAWS-NN on the test images of the labelled digits, mean of two seeds."""
     train, test = ImageStore.open(digits_stores.train), ImageStore.open(digits_stores.test)
     supports, queries = labelled_digits(train), np.flatnonzero(test.labels < KNOWN)
 
@@ -166,5 +166,5 @@ def test_accuracy_gains_from_weighing_strangers_less(digits_stores: Stores) -> N
         predictions = paws_nn(h_queries, h_supports, labels, num_classes=KNOWN, temperature=0.1)
         return score(predictions, torch.from_numpy(test.labels[queries])).top1
 
-    gains = [accuracy(seed, weighting=True) - accuracy(seed, weighting=False) for seed in range(3)]
+    gains = [accuracy(seed, weighting=True) - accuracy(seed, weighting=False) for seed in range(2)]
     assert np.mean(gains) > 0.01, gains
