@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from markupsafe import Markup
-from numpy.typing import NDArray
-
 from paws_hpc.config import has_effect
 from paws_hpc.files import write_text
 from paws_hpc.stages.comparison import (
@@ -26,9 +22,9 @@ from paws_hpc.stages.comparison import (
     warnings,
     without_seed,
 )
+from paws_hpc.stages.comparison_curves import curve_panels
 from paws_hpc.stages.report import render
-from paws_hpc.stages.report_panels import CURVES, Panel, SingleCurve, level_of, line_values
-from paws_hpc.stages.report_plots import Curve, Plot, draw, stroke
+from paws_hpc.stages.report_plots import stroke
 from paws_hpc.stages.report_run import Cell, read_run
 from paws_hpc.stages.report_tables import DASH, percent
 
@@ -93,7 +89,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "floor": floor,
         "place": lambda value: f"{100 * (100 * value - floor) / (100 - floor):.2f}",
         "values_text": _values_text,
-        "panels": [_curves(comparison, single) for single in CURVES],
+        "panels": curve_panels(comparison),
         "sweeps": [_sweep(comparison, stage) for stage in _SWEEPS],
         "differing": _differing(comparison),
         "provenance": _provenance(comparison),
@@ -116,44 +112,6 @@ def _values_text(row: Row, summary: Summary) -> str:
     """The single values in the order of the runs, such as ``94.5 · 94.0``; a dash where a run has none."""
     values = (summary.values.get(run.name) for run in row.runs)
     return " · ".join(DASH if value is None else f"{100 * value:.1f}" for value in values)
-
-
-def _curves(comparison: Comparison, single: SingleCurve) -> Panel:
-    """One curve of all runs against the epoch: runs as thin lines, their mean as a strong one."""
-    faint, strong, told, levels = [], [], [], []
-    for series, row in enumerate(comparison.rows, start=1):
-        points = [line_values(run.record.pretrain, single.line, "epoch") for run in row.runs]
-        points = [(x, y) for x, y in points if len(x)]
-        if not points:
-            continue
-        x, y = _mean_curve(points)
-        if len(points) > 1:
-            faint += [Curve("", *run, series, faint=True) for run in points]
-        if len(x):
-            strong.append(Curve("", x, y, series))
-            told.append(f"{row.label} ends at {_value(single, y[-1])} at epoch {x[-1]:,.6g}")
-        levels += [level for run in row.runs for level in level_of(run.record.pretrain, single.line)]
-    if not faint and not strong:
-        return Panel(single.name, single.title, "", missing=f"No run has values of {single.line.key}.")
-    axes = single.axes
-    plot = Plot("", faint + strong, axes.percent, axes.log, axes.from_zero, levels=sorted(set(levels)))
-    description = f"{single.title} of each setting against epoch: {'; '.join(told)}."
-    svg = draw(f"compare-{single.name}", [plot], xlabel="epoch", description=description)
-    return Panel(single.name, single.title, single.caption, Markup(svg))
-
-
-def _value(single: SingleCurve, value: float) -> str:
-    return percent(value) if single.axes.percent else f"{value:.4g}"
-
-
-def _mean_curve(
-    points: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean of curves where all of them have a point, so that it never jumps because one ends."""
-    common = points[0][0]
-    for x, _ in points[1:]:
-        common = np.intersect1d(common, x)
-    return common, np.mean([y[np.isin(x, common)] for x, y in points], axis=0)
 
 
 def _sweep(comparison: Comparison, stage: str) -> SweepTable:

@@ -18,8 +18,9 @@ from markupsafe import Markup
 from paws_hpc.files import write_text
 from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_nodes import gpu_panels
-from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
+from paws_hpc.stages.report_panels import pretrain_panels
 from paws_hpc.stages.report_run import Cell, RunRecord, read_run
+from paws_hpc.stages.report_sweep import sweep_panel
 from paws_hpc.stages.report_tables import (
     DASH,
     Notice,

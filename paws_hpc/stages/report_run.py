@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from paws_hpc.config import STAGES, Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.stages.attempts import stage_times
 
 _CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
@@ -97,6 +98,17 @@ class RunRecord:
     def pretrained(self) -> bool:
         """Whether the run has, or will have, a pre-trained network; its result says where it has none."""
         return bool(self.result.get("pretrained", True))
+
+    @property
+    def me_max(self) -> bool:
+        """Whether its objective maximises the mean entropy."""
+        return bool(self.settings.get("objective.me_max", ObjectiveConfig.me_max))
+
+    @property
+    def entropy_weight(self) -> float:
+        """By which its objective minimises the entropy of predictions (D.2); 0 is off."""
+        weight: float = self.settings.get("objective.entropy_weight", ObjectiveConfig.entropy_weight)
+        return weight
 
     @property
     def digests(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,19 @@ from tests.integration.launching import launch
 from tests.integration.test_report import kill, write_run
 
 PANELS = [
-    "table", "loss", "paws-nn", "confidence", "gradient-norm", "finetune-sweep", "baseline-sweep", "fields",
-    "provenance",
+    "table", "loss", "paws-nn", "consistency", "me-max", "warm-up", "confidence", "instance-discrimination",
+    "support-classification", "learning-rate", "gradient-norm", "throughput", "data-wait", "finetune-sweep",
+    "baseline-sweep", "fields", "provenance",
 ]  # fmt: skip
 
 
 def write_seed(folder: Path, seed: int, *, me_max: bool = True, test: str = "33cc") -> Path:
     """A run that differs from others in its seed, in me-max, and in the test images if ``test`` is another digest."""
     name = f"digits-seed{seed}-me_max={me_max}"
-    run = write_run(folder / name)
+    run = write_run(folder / name, me_max=me_max)
     _change(run / "chain.json", name=name)
     config = (run / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}")
-    (run / "config.yaml").write_text(f"{config}objective:\n  me_max: {str(me_max).lower()}\n")
+    (run / "config.yaml").write_text(config)
     result = json.loads((run / "result.json").read_text())
     _change(run / "result.json", seed=seed, digests={"train": "9f2c" * 8, "test": test * 8})
     confusion = np.array(result["test"]["paws_nn"]["confusion"])
@@ -101,6 +103,26 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
+
+
+def test_a_healthy_run_without_me_max_does_not_look_collapsed(
+    page: Page, comparison: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    """Only to the total of runs with me-max log K is added; then 0 is the floor of all, and collapse is at log K."""
+    page.open(comparison)
+    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    ends = [float(value) for value in re.findall(r"ends at (\S+) at epoch", label)]
+    assert len(ends) == 2
+    assert max(ends) < 0.5, "far from log 10 = 2.3"
+    assert page.text("#panel-loss figcaption") == (
+        "Total, plus log K in runs with me-max: 0 is the floor of all, and a collapsed run sits at log K."
+    )
+    assert "me_max=false" not in page.script(
+        "return document.querySelector('#panel-me-max svg').getAttribute('aria-label')"
+    )
+    page.open(build_comparison(runs[3:], tmp_path))
+    assert page.text("#panel-loss figcaption").startswith("Without me-max 0 is the floor of the total")
+    assert page.script("return document.querySelector('#panel-me-max')") is None
 
 
 def test_what_differs_names_each_run_with_its_own_value(page: Page, runs: list[Path], tmp_path: Path) -> None:

@@ -31,7 +31,14 @@ PANELS = [
 
 
 def write_run(
-    run: Path, *, classes: list[str] | None = None, epochs: int = 30, steps: int = 11, collapsed: bool = False
+    run: Path,
+    *,
+    classes: list[str] | None = None,
+    epochs: int = 30,
+    steps: int = 11,
+    collapsed: bool = False,
+    me_max: bool = True,
+    entropy_weight: float = 0.0,
 ) -> Path:
     """Write a run directory as the digits demo leaves it, with made-up but plausible numbers; the same every time."""
     classes = DIGITS if classes is None else classes
@@ -49,8 +56,15 @@ def write_run(
     config = (
         "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
     )
-    (run / "config.yaml").write_text(config + "optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
+    objective = f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
+    (run / "config.yaml").write_text(f"{config}{objective}optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
     rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
+    for row in rows:
+        if "loss/total" in row and not me_max:
+            row |= {"loss/total": row["loss/total"] - row["loss/me_max"], "loss/me_max": 0.0}
+        if "loss/total" in row and entropy_weight:
+            row["loss/entropy"] = 2.0 * row["loss/consistency"]
+            row["loss/total"] += entropy_weight * row["loss/entropy"]
     _jsonl(run / "pretrain" / "metrics.jsonl", rows)
     _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
     _crops(random).save(run / "pretrain" / "crops.png")
@@ -308,6 +322,32 @@ def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -
     )
     assert page.script("return document.querySelector('#warnings').getBoundingClientRect().bottom < innerHeight")
     assert page.text("#panel-loss svg").count("collapse") == 1
+
+
+def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, me_max=False)))
+    rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[0]["loss/total"], rows[-1]["loss/total"]
+    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    assert label.startswith(f"Loss and its terms against step: total goes from {first:.4g} to {last:.4g} at step 329 ")
+    assert "me-max" not in label
+    assert page.script(
+        "return [...document.querySelectorAll('#panel-loss svg text')].map(e => e.textContent)"
+        ".filter(text => /[a-z]/.test(text))"
+    ) == ["step", "log K", "total", "consistency"]
+    caption = page.text("#panel-loss figcaption")
+    assert caption.startswith("This run has no me-max: the floor is 0, and the total is consistency (plus")
+    assert caption.endswith("A collapsed run sits at consistency = log K.")
+
+
+def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, entropy_weight=0.1)))
+    assert "entropy goes from" in page.script(
+        "return document.querySelector('#panel-loss svg').getAttribute('aria-label')"
+    )
+    caption = page.text("#panel-loss figcaption")
+    assert "the total is the sum of consistency, me-max + log K and 0.1 times entropy (D.2)" in caption
+    assert caption.endswith("sits at consistency = log K, me-max + log K = 0 and entropy = log K.")
 
 
 def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> None:

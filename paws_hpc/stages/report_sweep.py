@@ -1,0 +1,48 @@
+"""The curves of a sweep: accuracy of its cells against the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from paws_hpc.stages.report_panels import Panel, missing_text
+from paws_hpc.stages.report_plots import Curve, Plot, draw
+from paws_hpc.stages.report_run import Cell, RunRecord, parse_cell
+from paws_hpc.stages.report_tables import percent
+
+
+def sweep_panel(record: RunRecord, stage: str, cells: Sequence[Cell], chosen: str | None) -> Panel:
+    """Validation accuracy of every cell of a sweep against its epoch; the winner stands out.
+
+    Args:
+        record: the run.
+        stage: the sweep's folder, ``finetune`` or ``baseline``.
+        cells: its cells.
+        chosen: the name of the winner, or None before selection.
+    """
+    name, title = f"{stage}-curves", {"finetune": "Fine-tuning", "baseline": "Baseline"}[stage] + ": accuracy by epoch"
+    setting = None if chosen is None else parse_cell(chosen)
+    curves, winner = [], None
+    for cell in cells:
+        x, y = cell.metrics.series("validation_accuracy", axis="epoch")
+        if len(x) and (cell.learning_rate, cell.epochs) == setting:
+            winner = (cell, Curve("winner", x, y))
+        elif len(x):
+            curves.append(Curve("", x, y, series=0))
+    if winner is not None:
+        curves.append(winner[1])  # last, so that it lies on top
+    if not curves:
+        return Panel(name, title, "", missing=missing_text(record, ["validation_accuracy"], stage))
+    count = f"{len(curves)} cells, one line each" if len(curves) > 1 else "One cell"
+    caption = f"On the local validation split. {count}." + _winner_text(winner)
+    svg = draw(name, [Plot("", curves, percent=True)], xlabel="epoch", description=f"{title}. {caption}")
+    return Panel(name, title, caption, Markup(svg))
+
+
+def _winner_text(winner: tuple[Cell, Curve] | None) -> str:
+    if winner is None:
+        return ""
+    cell, best = winner[0], winner[0].validation_accuracy
+    reached = "" if best is None else f", {percent(best)} at its best"
+    return f" The strong line is the winner: lr {cell.learning_rate:g}, {cell.epochs} epochs{reached}."
