@@ -12,7 +12,6 @@ from typing import Any
 from paws_hpc.config import has_effect
 from paws_hpc.files import write_text
 from paws_hpc.stages.comparison import (
-    Compared,
     Comparison,
     Row,
     Summary,
@@ -25,10 +24,9 @@ from paws_hpc.stages.comparison import (
 from paws_hpc.stages.comparison_curves import curve_panels
 from paws_hpc.stages.report import render
 from paws_hpc.stages.report_plots import stroke
-from paws_hpc.stages.report_run import Cell, read_run
+from paws_hpc.stages.report_run import read_run
+from paws_hpc.stages.report_sweep import SWEEP_TITLES
 from paws_hpc.stages.report_tables import DASH, percent
-
-_SWEEPS = {"finetune": "Fine-tuning", "baseline": "Baseline"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "place": lambda value: f"{100 * (100 * value - floor) / (100 - floor):.2f}",
         "values_text": _values_text,
         "panels": curve_panels(comparison),
-        "sweeps": [_sweep(comparison, stage) for stage in _SWEEPS],
+        "sweeps": [_sweep(comparison, stage) for stage in SWEEP_TITLES],
         "differing": _differing(comparison),
         "provenance": _provenance(comparison),
     }
@@ -117,11 +115,9 @@ def _values_text(row: Row, summary: Summary) -> str:
 def _sweep(comparison: Comparison, stage: str) -> SweepTable:
     """Validation accuracy of a sweep's cells, with how many runs chose each."""
 
-    def cells(run: Compared) -> list[Cell]:
-        found: list[Cell] = getattr(run.record, stage)
-        return found
-
-    order = {cell.name: (cell.epochs, cell.learning_rate) for run in comparison.runs for cell in cells(run)}
+    order = {
+        cell.name: (cell.epochs, cell.learning_rate) for run in comparison.runs for cell in run.record.sweep(stage)[0]
+    }
     names = sorted(order, key=lambda name: order[name])
     table: list[tuple[str, list[tuple[Summary | None, int]]]] = []
     for row in comparison.rows:
@@ -130,23 +126,19 @@ def _sweep(comparison: Comparison, stage: str) -> SweepTable:
             found = {
                 run.name: cell.validation_accuracy
                 for run in row.runs
-                for cell in cells(run)
+                for cell in run.record.sweep(stage)[0]
                 if cell.name == name and cell.validation_accuracy is not None
             }
-            values.append((Summary(found) if found else None, sum(_chosen(run, stage) == name for run in row.runs)))
+            values.append(
+                (Summary(found) if found else None, sum(run.record.sweep(stage)[1] == name for run in row.runs))
+            )
         table.append((row.label, values))
     means = [summary.mean for _, values in table for summary, _ in values if summary is not None]
     low, spread = min(means, default=0.0), (max(means) - min(means) if means else 0.0) or 1.0
     rows = [
         (label, [_sweep_value(summary, chosen, low, spread) for summary, chosen in values]) for label, values in table
     ]
-    return SweepTable(stage, f"{_SWEEPS[stage]}: sweep", [_cell_text(*order[name]) for name in names], rows)
-
-
-def _chosen(run: Compared, stage: str) -> str | None:
-    selected = run.record.selected
-    name: str | None = (selected if stage == "finetune" else selected.get("baseline", {})).get("cell")
-    return name
+    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", [_cell_text(*order[name]) for name in names], rows)
 
 
 def _sweep_value(summary: Summary | None, chosen: int, low: float, spread: float) -> SweepValue:

@@ -55,11 +55,8 @@ def gallery(record: RunRecord) -> dict[str, Any]:
     Raises:
         ValueError: the files contradict each other or result.json; they are named.
     """
-    if not record.gallery or record.gallery_sheet is None:
-        state = record.state("selection")
-        missing = f"No selection/gallery.json. Stage selection writes it; its state is: {state}."
-        if record.result:
-            missing = "No selection/gallery.json: the test split was scored before selection wrote one."
+    if not record.result or not record.gallery or record.gallery_sheet is None:
+        missing = _missing(record)
         return {"missing": missing, "map": Panel("map", "Map of the test images", "", missing=missing)}
     try:
         tiles = _tiles(record.gallery, record.gallery_sheet)
@@ -77,6 +74,14 @@ def gallery(record: RunRecord) -> dict[str, Any]:
             "both of gallery's files to report without them."
         ) from error
     return {"missing": "", "pairs": pairs, "mistakes": mistakes, "map": panel, "factor": max(1, 48 // tiles.pixels)}
+
+
+def _missing(record: RunRecord) -> str:
+    """Why there are no pictures. Selection writes result.json, which names the classes, after them."""
+    if not record.result:
+        state = record.state("selection")
+        return f"No pictures yet: selection has not finished. Stage selection writes them; its state is: {state}."
+    return "No selection/gallery.json: the test split was scored before selection wrote one."
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,18 @@ class RunRecord:
         return bool(self.result.get("pretrained", True))
 
     @property
+    def asked(self) -> list[str]:
+        """The stages of the latest launch; all of them where no config says."""
+        asked: list[str] = self.settings.get("stages", list(STAGES))
+        return asked
+
+    def sweep(self, stage: str) -> tuple[list[Cell], str | None]:
+        """The cells of ``finetune`` or ``baseline``, and the winner's name if selection chose one."""
+        if stage == "finetune":
+            return self.finetune, self.selected.get("cell")
+        return self.baseline, self.selected.get("baseline", {}).get("cell")
+
+    @property
     def me_max(self) -> bool:
         """Whether its objective maximises the mean entropy."""
         return bool(self.settings.get("objective.me_max", ObjectiveConfig.me_max))

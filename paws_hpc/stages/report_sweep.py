@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from markupsafe import Markup
 
 from paws_hpc.stages.report_panels import Panel, missing_text
@@ -11,17 +9,19 @@ from paws_hpc.stages.report_plots import Curve, Plot, draw
 from paws_hpc.stages.report_run import Cell, RunRecord, parse_cell
 from paws_hpc.stages.report_tables import percent
 
+SWEEP_TITLES = {"finetune": "Fine-tuning", "baseline": "Baseline"}
+"""Stage → what its sweep is called."""
 
-def sweep_panel(record: RunRecord, stage: str, cells: Sequence[Cell], chosen: str | None) -> Panel:
+
+def sweep_panel(record: RunRecord, stage: str) -> Panel:
     """Validation accuracy of every cell of a sweep against its epoch; the winner stands out.
 
     Args:
         record: the run.
         stage: the sweep's folder, ``finetune`` or ``baseline``.
-        cells: its cells.
-        chosen: the name of the winner, or None before selection.
     """
-    name, title = f"{stage}-curves", {"finetune": "Fine-tuning", "baseline": "Baseline"}[stage] + ": accuracy by epoch"
+    name, title = f"{stage}-curves", f"{SWEEP_TITLES[stage]}: accuracy by epoch"
+    cells, chosen = record.sweep(stage)
     setting = None if chosen is None else parse_cell(chosen)
     curves, winner = [], None
     for cell in cells:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paws_hpc.stages.report import build_report
+from paws_hpc.stages.report import build_report, notices
+from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.report_tables import result_table
 from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.starts import write_start
@@ -285,6 +286,31 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
+def without_winner(run: Path, *, stages: list[str]) -> Path:
+    """Leave of a sweep for fine-tuning what a run without it has: names of cells, and no winner."""
+    shutil.rmtree(run / "finetune")
+    selected = json.loads((run / "selected.json").read_text())
+    missing = [f"lr={rate:g},epochs=10" for rate in (0.01, 0.05)]
+    _json(run / "selected.json", {"missing": missing, "baseline": selected["baseline"]})
+    with (run / "config.yaml").open("a") as config:
+        config.write(f"stages: [{', '.join(stages)}]\n")
+    return run
+
+
+def test_a_sweep_that_nobody_asked_for_lacks_nothing(tmp_path: Path) -> None:
+    run = without_winner(write_run(tmp_path), stages=["prepare", "pretrain", "baseline", "selection", "report"])
+    assert notices(read_run(run)) == []
+
+
+def test_a_sweep_of_which_nothing_is_left_has_no_winner_to_speak_of(tmp_path: Path) -> None:
+    (notice,) = notices(read_run(without_winner(write_run(tmp_path), stages=["finetune", "selection"])))
+    assert (notice.level, notice.title) == ("alarm", "Fine-tuning: 2 cells have no result")
+    assert notice.text == (
+        "None had one when selection chose, so the result has no score of it. Missing: lr=0.01,epochs=10; "
+        "lr=0.05,epochs=10."
+    )
+
+
 def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page, report: Path) -> None:
     page.open(report)
     assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
@@ -303,6 +329,16 @@ def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so
     for panel in ("#panel-mistakes", "#panel-map"):
         assert "the test split was scored before selection wrote one" in page.text(panel)
     assert page.text("#result .big") == "96.1 %"
+
+
+def test_a_report_between_pictures_and_result_waits_for_the_result(page: Page, tmp_path: Path) -> None:
+    """Selection writes the pictures first; nothing is wrong with them, and nobody must remove them."""
+    run = write_run(tmp_path)
+    (run / "result.json").unlink()
+    page.open(build_report(run))
+    for panel in ("#panel-mistakes", "#panel-map"):
+        assert "selection has not finished" in page.text(panel)
+    assert "This run is unfinished" in page.text("#warnings")
 
 
 def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None:
