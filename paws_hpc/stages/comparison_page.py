@@ -23,6 +23,8 @@ from paws_hpc.stages.comparison import (
 )
 from paws_hpc.stages.comparison_curves import curve_panels
 from paws_hpc.stages.report import render
+from paws_hpc.stages.report_panels import Panel
+from paws_hpc.stages.report_parallel import Trial, draw_parallel
 from paws_hpc.stages.report_plots import stroke
 from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.report_sweep import SWEEP_TITLES
@@ -37,6 +39,7 @@ class SweepTable:
     title: str
     cells: Sequence[str]
     rows: Sequence[tuple[str, Sequence[SweepValue]]]
+    parallel: Panel
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,23 @@ def _sweep(comparison: Comparison, stage: str) -> SweepTable:
     rows = [
         (label, [_sweep_value(summary, chosen, low, spread) for summary, chosen in values]) for label, values in table
     ]
-    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", [_cell_text(*order[name]) for name in names], rows)
+    trials = [
+        Trial(label, order[name][1], order[name][0], summary.mean, series)
+        for series, (label, values) in enumerate(table, start=1)
+        for name, (summary, _) in zip(names, values, strict=True)
+        if summary is not None
+    ]
+    texts = [_cell_text(*order[name]) for name in names]
+    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", texts, rows, _parallel(stage, trials))
+
+
+def _parallel(stage: str, trials: Sequence[Trial]) -> Panel:
+    name, title = f"{stage}-parallel", f"{SWEEP_TITLES[stage]}: parallel coordinates"
+    if not trials:
+        return Panel(name, title, "", missing=f"No cell in {stage}/ of any run has a result.")
+    caption = "A line for each setting and cell, in the setting's colour: the mean over its runs of the best accuracy."
+    best = max(trials, key=lambda trial: trial.accuracy)
+    return Panel(name, title, caption, draw_parallel(trials, description=f"{title}. {caption} Highest: {best.text}."))
 
 
 def _sweep_value(summary: Summary | None, chosen: int, low: float, spread: float) -> SweepValue:

@@ -19,7 +19,7 @@ from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_nodes import gpu_panels
 from paws_hpc.stages.report_panels import pretrain_panels
 from paws_hpc.stages.report_run import RunRecord, read_run
-from paws_hpc.stages.report_sweep import SWEEP_TITLES, sweep_panel
+from paws_hpc.stages.report_sweep import SWEEP_TITLES, parallel_panel, sweep_panel
 from paws_hpc.stages.report_tables import (
     DASH,
     Notice,
@@ -184,7 +184,7 @@ def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
             cells, winner = record.sweep(stage)
             shown.append({
                 "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, winner),
-                "curves": sweep_panel(record, stage),
+                "panels": [parallel_panel(record, stage), sweep_panel(record, stage)],
             })  # fmt: skip
     return shown
 

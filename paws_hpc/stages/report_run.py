@@ -24,6 +24,9 @@ from paws_hpc.stages.attempts import stage_times
 
 _CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
 
+_WORDS = ("event", "message")
+_NOT_FINITE = ("nan", "inf", "-inf")  # as the metrics file spells what JSON cannot hold
+
 
 @dataclass(frozen=True)
 class Event:
@@ -178,7 +181,8 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
     A killed process may leave its last line unfinished, and that line is left out (``torn`` says so).
 
     Raises:
-        ValueError: any other line is not a JSON object with a number under ``axis``; file and line are named.
+        ValueError: any other line is not a JSON object with a number under ``axis``, or a metric in it is no number;
+            file and line are named.
     """
     if not path.exists():
         return Metrics()
@@ -191,11 +195,23 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
             raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
                 f"{path}, line {number} has no number under {axis!r}. Every row needs one."
             )
+        _check_numbers(path, number, row)
         merged.setdefault(position, {}).update(row)
         if "event" in row:
             event = Event(int(position), str(row["event"]), str(row.get("message", "")))
             events[event.step, event.name] = event
     return Metrics([merged[position] for position in sorted(merged)], list(events.values()), torn)
+
+
+def _check_numbers(path: Path, number: int, row: Row) -> None:
+    """Raise ValueError unless all of a row but an event's words are numbers, or names of those that JSON lacks."""
+    for key, value in row.items():
+        if isinstance(value, int | float) or value is None or key in _WORDS:
+            continue
+        if not (isinstance(value, str) and value in _NOT_FINITE):
+            raise ValueError(
+                f"{path}, line {number}: {key!r} is {value!r}, not a number. Restore the file or remove it."
+            )
 
 
 def parse_cell(name: str) -> tuple[float, int] | None:

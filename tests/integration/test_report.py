@@ -22,7 +22,7 @@ from tests.starts import write_start
 DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
     "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
-    "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
+    "finetune-sweep", "baseline-sweep", "finetune-parallel", "baseline-parallel", "finetune-curves", "baseline-curves",
     "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
     "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
 ]  # fmt: skip
@@ -286,6 +286,27 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
+def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, report: Path) -> None:
+    page.open(report)
+    told = page.script(
+        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')].map(line => line.textContent)"
+    )
+    assert len(told) == 5, "the sixth has no result"
+    assert told[-1] == "winner: lr 0.05, 30 epochs, 96.6 %", "on top"
+    heights = page.script(
+        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')]"
+        ".map(line => [...line.points].map(point => point.y))"
+    )
+    rate, epochs, accuracy = (
+        [values[axis] for values in heights] for axis in range(3)
+    )  # from the top; the winner is the last
+    assert rate[-1] == sorted(set(rate))[1], "the second of three rates"
+    assert epochs[-1] == min(epochs)
+    assert accuracy[-1] == min(accuracy)
+    label = page.script("return document.querySelector('#panel-finetune-parallel svg').getAttribute('aria-label')")
+    assert label.endswith("Highest: winner: lr 0.05, 30 epochs, 96.6 %.")
+
+
 def without_winner(run: Path, *, stages: list[str]) -> Path:
     """Leave of a sweep for fine-tuning what a run without it has: names of cells, and no winner."""
     shutil.rmtree(run / "finetune")
@@ -322,6 +343,18 @@ def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page,
     assert label == "Map of the test images: 200 images of 10 classes, 9 of them mistaken."
 
 
+def test_every_class_of_the_map_has_a_colour_and_every_mark_its_names(page: Page, report: Path, tmp_path: Path) -> None:
+    page.open(report)
+    fills = page.script("return [...document.querySelectorAll('#panel-map .right')].map(e => getComputedStyle(e).fill)")
+    assert len(set(fills)) == 10
+    titles = page.script("return [...document.querySelectorAll('#panel-map .wrong title')].map(e => e.textContent)")
+    assert titles[0] == "0, taken for 1"
+    assert page.text("#panel-map .right title") == "9"
+    assert "Colours are true classes. Circles" in page.text("#panel-map figcaption")
+    page.open(build_report(write_run(tmp_path, classes=[f"species {k}" for k in range(14)])))
+    assert "they repeat after 10" in page.text("#panel-map figcaption")
+
+
 def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so(page: Page, tmp_path: Path) -> None:
     run = write_run(tmp_path)
     shutil.rmtree(run / "selection")
@@ -348,6 +381,18 @@ def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None
     _json(run / "selection" / "gallery.json", told)
     with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
         build_report(run)
+
+
+def test_a_torn_sheet_of_pictures_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    sheet = run / "selection" / "gallery.png"
+    whole = sheet.read_bytes()
+    for torn in (whole[: len(whole) // 2], b"no picture"):
+        sheet.write_bytes(torn)
+        with pytest.raises(
+            ValueError, match=r"selection/gallery\.png is not a whole PNG file .*Restore it, or remove it"
+        ):
+            build_report(run)
 
 
 def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
@@ -404,7 +449,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 16
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 18
     assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
