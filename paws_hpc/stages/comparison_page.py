@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from markupsafe import Markup
-from numpy.typing import NDArray
-
 from paws_hpc.config import has_effect
 from paws_hpc.files import write_text
 from paws_hpc.stages.comparison import (
-    Compared,
     Comparison,
     Row,
     Summary,
@@ -26,13 +21,14 @@ from paws_hpc.stages.comparison import (
     warnings,
     without_seed,
 )
+from paws_hpc.stages.comparison_curves import curve_panels
 from paws_hpc.stages.report import render
-from paws_hpc.stages.report_panels import CURVES, Panel, SingleCurve, level_of, line_values
-from paws_hpc.stages.report_plots import Curve, Plot, draw, stroke
-from paws_hpc.stages.report_run import Cell, read_run
+from paws_hpc.stages.report_panels import Panel
+from paws_hpc.stages.report_parallel import Trial, draw_parallel
+from paws_hpc.stages.report_plots import stroke
+from paws_hpc.stages.report_run import read_run
+from paws_hpc.stages.report_sweep import SWEEP_TITLES
 from paws_hpc.stages.report_tables import DASH, percent
-
-_SWEEPS = {"finetune": "Fine-tuning", "baseline": "Baseline"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,7 @@ class SweepTable:
     title: str
     cells: Sequence[str]
     rows: Sequence[tuple[str, Sequence[SweepValue]]]
+    parallel: Panel
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "floor": floor,
         "place": lambda value: f"{100 * (100 * value - floor) / (100 - floor):.2f}",
         "values_text": _values_text,
-        "panels": [_curves(comparison, single) for single in CURVES],
-        "sweeps": [_sweep(comparison, stage) for stage in _SWEEPS],
+        "panels": curve_panels(comparison),
+        "sweeps": [_sweep(comparison, stage) for stage in SWEEP_TITLES],
         "differing": _differing(comparison),
         "provenance": _provenance(comparison),
     }
@@ -118,52 +115,12 @@ def _values_text(row: Row, summary: Summary) -> str:
     return " · ".join(DASH if value is None else f"{100 * value:.1f}" for value in values)
 
 
-def _curves(comparison: Comparison, single: SingleCurve) -> Panel:
-    """One curve of all runs against the epoch: runs as thin lines, their mean as a strong one."""
-    faint, strong, told, levels = [], [], [], []
-    for series, row in enumerate(comparison.rows, start=1):
-        points = [line_values(run.record.pretrain, single.line, "epoch") for run in row.runs]
-        points = [(x, y) for x, y in points if len(x)]
-        if not points:
-            continue
-        x, y = _mean_curve(points)
-        if len(points) > 1:
-            faint += [Curve("", *run, series, faint=True) for run in points]
-        if len(x):
-            strong.append(Curve("", x, y, series))
-            told.append(f"{row.label} ends at {_value(single, y[-1])} at epoch {x[-1]:,.6g}")
-        levels += [level for run in row.runs for level in level_of(run.record.pretrain, single.line)]
-    if not faint and not strong:
-        return Panel(single.name, single.title, "", missing=f"No run has values of {single.line.key}.")
-    axes = single.axes
-    plot = Plot("", faint + strong, axes.percent, axes.log, axes.from_zero, levels=sorted(set(levels)))
-    description = f"{single.title} of each setting against epoch: {'; '.join(told)}."
-    svg = draw(f"compare-{single.name}", [plot], xlabel="epoch", description=description)
-    return Panel(single.name, single.title, single.caption, Markup(svg))
-
-
-def _value(single: SingleCurve, value: float) -> str:
-    return percent(value) if single.axes.percent else f"{value:.4g}"
-
-
-def _mean_curve(
-    points: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean of curves where all of them have a point, so that it never jumps because one ends."""
-    common = points[0][0]
-    for x, _ in points[1:]:
-        common = np.intersect1d(common, x)
-    return common, np.mean([y[np.isin(x, common)] for x, y in points], axis=0)
-
-
 def _sweep(comparison: Comparison, stage: str) -> SweepTable:
     """Validation accuracy of a sweep's cells, with how many runs chose each."""
 
-    def cells(run: Compared) -> list[Cell]:
-        found: list[Cell] = getattr(run.record, stage)
-        return found
-
-    order = {cell.name: (cell.epochs, cell.learning_rate) for run in comparison.runs for cell in cells(run)}
+    order = {
+        cell.name: (cell.epochs, cell.learning_rate) for run in comparison.runs for cell in run.record.sweep(stage)[0]
+    }
     names = sorted(order, key=lambda name: order[name])
     table: list[tuple[str, list[tuple[Summary | None, int]]]] = []
     for row in comparison.rows:
@@ -172,23 +129,35 @@ def _sweep(comparison: Comparison, stage: str) -> SweepTable:
             found = {
                 run.name: cell.validation_accuracy
                 for run in row.runs
-                for cell in cells(run)
+                for cell in run.record.sweep(stage)[0]
                 if cell.name == name and cell.validation_accuracy is not None
             }
-            values.append((Summary(found) if found else None, sum(_chosen(run, stage) == name for run in row.runs)))
+            values.append(
+                (Summary(found) if found else None, sum(run.record.sweep(stage)[1] == name for run in row.runs))
+            )
         table.append((row.label, values))
     means = [summary.mean for _, values in table for summary, _ in values if summary is not None]
     low, spread = min(means, default=0.0), (max(means) - min(means) if means else 0.0) or 1.0
     rows = [
         (label, [_sweep_value(summary, chosen, low, spread) for summary, chosen in values]) for label, values in table
     ]
-    return SweepTable(stage, f"{_SWEEPS[stage]}: sweep", [_cell_text(*order[name]) for name in names], rows)
+    trials = [
+        Trial(label, order[name][1], order[name][0], summary.mean, series)
+        for series, (label, values) in enumerate(table, start=1)
+        for name, (summary, _) in zip(names, values, strict=True)
+        if summary is not None
+    ]
+    texts = [_cell_text(*order[name]) for name in names]
+    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", texts, rows, _parallel(stage, trials))
 
 
-def _chosen(run: Compared, stage: str) -> str | None:
-    selected = run.record.selected
-    name: str | None = (selected if stage == "finetune" else selected.get("baseline", {})).get("cell")
-    return name
+def _parallel(stage: str, trials: Sequence[Trial]) -> Panel:
+    name, title = f"{stage}-parallel", f"{SWEEP_TITLES[stage]}: parallel coordinates"
+    if not trials:
+        return Panel(name, title, "", missing=f"No cell in {stage}/ of any run has a result.")
+    caption = "A line for each setting and cell, in the setting's colour: the mean over its runs of the best accuracy."
+    best = max(trials, key=lambda trial: trial.accuracy)
+    return Panel(name, title, caption, draw_parallel(trials, description=f"{title}. {caption} Highest: {best.text}."))
 
 
 def _sweep_value(summary: Summary | None, chosen: int, low: float, spread: float) -> SweepValue:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from markupsafe import Markup
 from paws_hpc.files import write_text
 from paws_hpc.stages.report_gallery import gallery
 from paws_hpc.stages.report_nodes import gpu_panels
-from paws_hpc.stages.report_panels import pretrain_panels, sweep_panel
-from paws_hpc.stages.report_run import Cell, RunRecord, read_run
+from paws_hpc.stages.report_panels import pretrain_panels
+from paws_hpc.stages.report_run import RunRecord, read_run
+from paws_hpc.stages.report_sweep import SWEEP_TITLES, parallel_panel, sweep_panel
 from paws_hpc.stages.report_tables import (
     DASH,
     Notice,
@@ -115,7 +115,8 @@ def notices(record: RunRecord) -> list[Notice]:
         text = "The supervised baseline alone was asked for; PAWS-NN, the probes and fine-tuning need pre-training."
         found.append(Notice("note", "This run has no pre-training", text))
     if record.result:
-        found += _missing_cells("Fine-tuning", record.finetune) + _missing_cells("Baseline", record.baseline)
+        for sweep, title in SWEEP_TITLES.items():
+            found += _missing_cells(record, sweep, title)
     else:
         states = ", ".join(f"{stage['name']} {stage['state']}" for stage in record.stages if stage["name"] != "report")
         text = f"result.json is not there yet: the test split has not been scored. Stages: {states or 'unknown'}."
@@ -130,14 +131,18 @@ def notices(record: RunRecord) -> list[Notice]:
     return found
 
 
-def _missing_cells(sweep: str, cells: Sequence[Cell]) -> list[Notice]:
-    """The notice that a winner was chosen although cells had no result, if that is so."""
+def _missing_cells(record: RunRecord, stage: str, title: str) -> list[Notice]:
+    """What a sweep that was asked for lacks; of one that nobody asked for nothing is missing."""
+    cells, winner = record.sweep(stage)
     missing = [cell.name for cell in cells if cell.validation_accuracy is None]
-    if not missing:
+    begun = any(cell.metrics.rows for cell in cells)
+    if not missing or (winner is None and not begun and stage not in record.asked):
         return []
     count = "1 cell has" if len(missing) == 1 else f"{len(missing)} cells have"
-    text = f"The winner was chosen among the others. Missing: {'; '.join(missing)}."
-    return [Notice("alarm", f"{sweep}: {count} no result", text)]
+    choice = "The winner was chosen among the others."
+    if winner is None:
+        choice = "None had one when selection chose, so the result has no score of it."
+    return [Notice("alarm", f"{title}: {count} no result", f"{choice} Missing: {'; '.join(missing)}.")]
 
 
 def _byline(record: RunRecord) -> list[str]:
@@ -173,16 +178,15 @@ def _floor(methods: list[Score]) -> int:
 
 def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
     """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
-    sweeps = [
-        ("finetune", "Fine-tuning", record.finetune, record.selected.get("cell")),
-        ("baseline", "Baseline", record.baseline, record.selected.get("baseline", {}).get("cell")),
-    ]
-    return [
-        {"stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, chosen),
-         "curves": sweep_panel(record, stage, cells, chosen)}
-        for stage, title, cells, chosen in sweeps
-        if record.pretrained or stage == "baseline"
-    ]  # fmt: skip
+    shown = []
+    for stage, title in SWEEP_TITLES.items():
+        if record.pretrained or stage == "baseline":
+            cells, winner = record.sweep(stage)
+            shown.append({
+                "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, winner),
+                "panels": [parallel_panel(record, stage), sweep_panel(record, stage)],
+            })  # fmt: skip
+    return shown
 
 
 def _crops(record: RunRecord) -> dict[str, Any] | None:

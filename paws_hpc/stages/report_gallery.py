@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from paws_hpc.stages.report_panels import Panel
 from paws_hpc.stages.report_plots import SERIES
@@ -55,14 +56,12 @@ def gallery(record: RunRecord) -> dict[str, Any]:
     Raises:
         ValueError: the files contradict each other or result.json; they are named.
     """
-    if not record.gallery or record.gallery_sheet is None:
-        state = record.state("selection")
-        missing = f"No selection/gallery.json. Stage selection writes it; its state is: {state}."
-        if record.result:
-            missing = "No selection/gallery.json: the test split was scored before selection wrote one."
+    if not record.result or not record.gallery or record.gallery_sheet is None:
+        missing = _missing(record)
         return {"missing": missing, "map": Panel("map", "Map of the test images", "", missing=missing)}
+    sheet = _opened(record.folder / "selection" / "gallery.png", record.gallery_sheet)
     try:
-        tiles = _tiles(record.gallery, record.gallery_sheet)
+        tiles = _tiles(record.gallery, sheet)
         classes = [str(name) for name in record.result.get("classes", [])]
         pairs = [
             {"method": method, "name": METHODS[method], "pairs": [_pair(tiles, classes, pair) for pair in found]}
@@ -71,12 +70,20 @@ def gallery(record: RunRecord) -> dict[str, Any]:
         told = record.gallery["mistakes"]
         mistakes = None if told is None else [_mistake(tiles, classes, entry) for entry in told]
         panel = _map(record.gallery["map"], classes)
-    except (KeyError, IndexError, UnidentifiedImageError) as error:
+    except (KeyError, IndexError) as error:
         raise ValueError(
             f"{record.folder / 'selection'}: gallery.json does not fit gallery.png or result.json ({error!r}). Remove "
             "both of gallery's files to report without them."
         ) from error
     return {"missing": "", "pairs": pairs, "mistakes": mistakes, "map": panel, "factor": max(1, 48 // tiles.pixels)}
+
+
+def _missing(record: RunRecord) -> str:
+    """Why there are no pictures. Selection writes result.json, which names the classes, after them."""
+    if not record.result:
+        state = record.state("selection")
+        return f"No pictures yet: selection has not finished. Stage selection writes them; its state is: {state}."
+    return "No selection/gallery.json: the test split was scored before selection wrote one."
 
 
 @dataclass(frozen=True)
@@ -85,8 +92,20 @@ class _Sheet:
     pixels: int
 
 
-def _tiles(told: dict[str, Any], png: bytes) -> _Sheet:
-    sheet, pixels, columns = Image.open(BytesIO(png)), int(told["tile_pixels"]), int(told["columns"])
+def _opened(path: Path, png: bytes) -> Image.Image:
+    try:
+        with Image.open(BytesIO(png)) as file:
+            file.load()
+            return file
+    except (OSError, SyntaxError) as error:  # PIL's words for a damaged file; they name none
+        raise ValueError(
+            f"{path} is not a whole PNG file ({error}). Restore it, or remove it and gallery.json beside it to report "
+            "without pictures."
+        ) from error
+
+
+def _tiles(told: dict[str, Any], sheet: Image.Image) -> _Sheet:
+    pixels, columns = int(told["tile_pixels"]), int(told["columns"])
     pictures = []
     for place in range(columns * (sheet.height // pixels)):
         y, x = divmod(place, columns)
@@ -125,12 +144,10 @@ def _map(told: dict[str, Any], classes: list[str]) -> Panel:
         return Panel("map", title, "", missing=str(told["missing"]))
     points, labelled = _places(told["shown"]), _places(told["labelled"])
     true, predicted = np.array(told["true"]), np.array(told["predicted"])
-    wrong = true != predicted
-    drawn = [_dot(point, _colour(kind, classes), 3.0, "right") for point, kind in _marks(points, true, ~wrong)]
-    drawn += [
-        _diamond(point, _colour(kind, classes)) for point, kind in zip(labelled, told["labelled_classes"], strict=True)
-    ]
-    drawn += [_dot(point, _colour(kind, classes), 4.5, "wrong") for point, kind in _marks(points, true, wrong)]
+    marks = list(zip(points, true.tolist(), predicted.tolist(), strict=True))
+    drawn = [_dot(point, kind, kind, classes) for point, kind, guess in marks if kind == guess]
+    drawn += [_diamond(point, kind, classes) for point, kind in zip(labelled, told["labelled_classes"], strict=True)]
+    drawn += [_dot(point, kind, guess, classes) for point, kind, guess in marks if kind != guess]
     if len(classes) <= _MOST_NAMES:
         # Beside the middle image of a class, which unlike a mean is always where images are.
         for kind in np.unique(true):
@@ -140,9 +157,11 @@ def _map(told: dict[str, Any], classes: list[str]) -> Panel:
     shown = "All" if len(points) == told["images"] else f"{len(points):,} of the"
     caption = (
         f"{shown} {told['images']:,} test images by their representation (t-SNE; only who is near whom has a meaning). "
-        "Colours are true classes; circles with a strong rim are mistakes of PAWS-NN, diamonds labelled images."
+        f"{_colours(classes)} Circles with a strong rim are mistakes of PAWS-NN, diamonds labelled images."
     )
-    description = f"{title}: {len(points):,} images of {len(classes)} classes, {int(wrong.sum())} of them mistaken."
+    description = (
+        f"{title}: {len(points):,} images of {len(classes)} classes, {int((true != predicted).sum())} of them mistaken."
+    )
     svg = (
         f'<svg class="plot map" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(description)}">'
         f"{''.join(drawn)}</svg>"
@@ -157,18 +176,32 @@ def _places(points: list[list[float]]) -> np.ndarray:
     return _MARGIN + size * np.column_stack([flat[:, 0], 1 - flat[:, 1]])
 
 
-def _marks(points: np.ndarray, classes: np.ndarray, chosen: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    return list(zip(points[chosen], classes[chosen].tolist(), strict=True))
-
-
 def _colour(kind: int, classes: list[str]) -> str:
     """The name of a class's colour; one for all where classes are too many to tell apart."""
     return f"--series-{kind % SERIES + 1 if len(classes) <= _MOST_NAMES else 1}"
 
 
-def _dot(point: np.ndarray, colour: str, radius: float, kind: str) -> str:
-    return f'<circle cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="{radius:g}" class="{kind}" fill="var({colour})"/>'
+def _colours(classes: list[str]) -> str:
+    """What the colours mean."""
+    if len(classes) > _MOST_NAMES:
+        return "All have one colour, for the classes are too many to tell apart so."
+    if len(classes) > SERIES:
+        return f"Colours are true classes; they repeat after {SERIES}, so names stand beside them."
+    return "Colours are true classes."
 
 
-def _diamond(point: np.ndarray, colour: str) -> str:
-    return f'<path d="M{point[0]:.1f} {point[1] - 6:.1f}l6 6l-6 6l-6-6z" class="labelled" stroke="var({colour})"/>'
+def _dot(point: np.ndarray, true: int, predicted: int, classes: list[str]) -> str:
+    kind, radius, text = "right", 3.0, classes[true]
+    if true != predicted:
+        kind, radius, text = "wrong", 4.5, f"{classes[true]}, taken for {classes[predicted]}"
+    return (
+        f'<circle cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="{radius:g}" class="{kind}" '
+        f'fill="var({_colour(true, classes)})"><title>{escape(text)}</title></circle>'
+    )
+
+
+def _diamond(point: np.ndarray, kind: int, classes: list[str]) -> str:
+    return (
+        f'<path d="M{point[0]:.1f} {point[1] - 6:.1f}l6 6l-6 6l-6-6z" class="labelled" '
+        f'stroke="var({_colour(kind, classes)})"><title>{escape(classes[kind])}, labelled</title></path>'
+    )

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-SERIES = 8
+SERIES = 10
 """Colours for lines that mean different things; ``report.css`` has a value of each for dark and light."""
 
 _ROLES = ("ink", "muted", "rule", "alarm", *(f"series-{number}" for number in range(1, SERIES + 1)))
@@ -175,7 +175,7 @@ def _draw_curve(ax: Axes, curve: Curve) -> None:
 
 
 def stroke(series: int) -> tuple[str, tuple[float, ...]]:
-    """Colour, as a name of ``report.css``, and dashes of a series, from 1; 32 look different from each other."""
+    """Colour, as a name of ``report.css``, and dashes of a series, from 1; 40 look different from each other."""
     turn, colour = divmod(series - 1, SERIES)
     return f"series-{colour + 1}", _DASHES[(colour + turn) % len(_DASHES)]
 

@@ -19,9 +19,13 @@ from numpy.typing import NDArray
 from paws_hpc.config import STAGES, Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
+from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.stages.attempts import stage_times
 
 _CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
+
+_WORDS = ("event", "message")
+_NOT_FINITE = ("nan", "inf", "-inf")  # as the metrics file spells what JSON cannot hold
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,29 @@ class RunRecord:
         return bool(self.result.get("pretrained", True))
 
     @property
+    def asked(self) -> list[str]:
+        """The stages of the latest launch; all of them where no config says."""
+        asked: list[str] = self.settings.get("stages", list(STAGES))
+        return asked
+
+    def sweep(self, stage: str) -> tuple[list[Cell], str | None]:
+        """The cells of ``finetune`` or ``baseline``, and the winner's name if selection chose one."""
+        if stage == "finetune":
+            return self.finetune, self.selected.get("cell")
+        return self.baseline, self.selected.get("baseline", {}).get("cell")
+
+    @property
+    def me_max(self) -> bool:
+        """Whether its objective maximises the mean entropy."""
+        return bool(self.settings.get("objective.me_max", ObjectiveConfig.me_max))
+
+    @property
+    def entropy_weight(self) -> float:
+        """By which its objective minimises the entropy of predictions (D.2); 0 is off."""
+        weight: float = self.settings.get("objective.entropy_weight", ObjectiveConfig.entropy_weight)
+        return weight
+
+    @property
     def digests(self) -> dict[str, str]:
         """Of stores and splits, as far as stages have told them; ``test`` is the test split's."""
         told = self.result.get("digests") or self.prepared.get("digests") or self.summary.get("digests") or {}
@@ -154,7 +181,8 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
     A killed process may leave its last line unfinished, and that line is left out (``torn`` says so).
 
     Raises:
-        ValueError: any other line is not a JSON object with a number under ``axis``; file and line are named.
+        ValueError: any other line is not a JSON object with a number under ``axis``, or a metric in it is no number;
+            file and line are named.
     """
     if not path.exists():
         return Metrics()
@@ -167,11 +195,23 @@ def read_metrics(path: Path, *, axis: str = "step") -> Metrics:
             raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
                 f"{path}, line {number} has no number under {axis!r}. Every row needs one."
             )
+        _check_numbers(path, number, row)
         merged.setdefault(position, {}).update(row)
         if "event" in row:
             event = Event(int(position), str(row["event"]), str(row.get("message", "")))
             events[event.step, event.name] = event
     return Metrics([merged[position] for position in sorted(merged)], list(events.values()), torn)
+
+
+def _check_numbers(path: Path, number: int, row: Row) -> None:
+    """Raise ValueError unless all of a row but an event's words are numbers, or names of those that JSON lacks."""
+    for key, value in row.items():
+        if isinstance(value, int | float) or value is None or key in _WORDS:
+            continue
+        if not (isinstance(value, str) and value in _NOT_FINITE):
+            raise ValueError(
+                f"{path}, line {number}: {key!r} is {value!r}, not a number. Restore the file or remove it."
+            )
 
 
 def parse_cell(name: str) -> tuple[float, int] | None:

@@ -20,7 +20,7 @@ from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.probes import Probe
-from paws_hpc.engine.tracking import MetricsFile
+from paws_hpc.engine.tracking import MetricsFile, read_rows
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
@@ -134,7 +134,7 @@ class _Chosen:
 
 
 def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
-    """Write ``selected.json``, pictures for the report and ``result.json``, or return at once if the latter is there.
+    """Write ``selected.json``, pictures for the report and ``result.json``; once the latter is there, nothing more.
 
     Where pre-training neither was asked for nor ever began, the supervised baseline is all that is scored.
 
@@ -144,6 +144,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
     """
     if run.result.exists():
         check_sweep_is_the_scored_one(config, run)
+        if distributed.is_main() and not _are_published(run):
+            publish_scores(config, run)
         return
     data = open_data(config)
     chosen = _decide(config, run, data, device, control)
@@ -159,8 +161,8 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         shown = {method: values for method, values in predictions.items() if method in _SHOWN}
         write_gallery(run.selection, Scored(test, data.labelled_images(config), nearest, shown))
         scored = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
-        publish_scores(config, run, chosen.sweeps["finetune"], scored)
         write_json(run.result, _result(config, data, test, chosen, scored))
+        publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
 
 
 def _decide(config: Config, run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> _Chosen:
@@ -225,18 +227,28 @@ def _result(
     }
 
 
-def publish_scores(config: Config, run: RunFolder, winner: Choice, scored: dict[str, Any]) -> None:
-    """Show the test scores in Weights & Biases, as a run of the chain like those of the other stages."""
+def publish_scores(config: Config, run: RunFolder) -> None:
+    """Show the test scores of ``result.json`` in Weights & Biases, as a run like those of the other stages."""
     if not is_watched(config):
         return
-    metrics = run.selection / "metrics.jsonl"
-    row = {f"test/{method}": scores["top1"] for method, scores in scored.items()}
+    test, selected = read_json(run.result)["test"], read_json(run.selected)
+    row = {f"test/{method}": scores["top1"] for method, scores in test.items() if method != "count"}
     used = None
-    if (cell := winner.cell) is not None:
-        row |= {"selected/learning_rate": cell.learning_rate, "selected/epochs": cell.epochs}
-        used = network(run, f"finetune/{cell.name}", run.cell("finetune", cell) / "best.pt")
+    if (name := selected.get("cell")) is not None:
+        row |= {f"selected/{field}": selected[field] for field in ("learning_rate", "epochs")}
+        used = network(run, f"finetune/{name}", run.cell("finetune", Cell.named(name)) / "best.pt")
+    metrics = _metrics(run)
     with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
         file.log(0, row)
+
+
+def _are_published(run: RunFolder) -> bool:
+    """Whether the scores were logged; a job that is killed right after scoring leaves that to its next start."""
+    return _metrics(run).exists() and bool(read_rows(_metrics(run)))
+
+
+def _metrics(run: RunFolder) -> Path:
+    return run.selection / "metrics.jsonl"
 
 
 def _predict_cell(

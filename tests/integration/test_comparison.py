@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,19 @@ from tests.integration.launching import launch
 from tests.integration.test_report import kill, write_run
 
 PANELS = [
-    "table", "loss", "paws-nn", "confidence", "gradient-norm", "finetune-sweep", "baseline-sweep", "fields",
-    "provenance",
+    "table", "loss", "paws-nn", "consistency", "me-max", "warm-up", "confidence", "instance-discrimination",
+    "support-classification", "learning-rate", "gradient-norm", "throughput", "data-wait", "finetune-sweep",
+    "baseline-sweep", "finetune-parallel", "baseline-parallel", "fields", "provenance",
 ]  # fmt: skip
 
 
 def write_seed(folder: Path, seed: int, *, me_max: bool = True, test: str = "33cc") -> Path:
     """A run that differs from others in its seed, in me-max, and in the test images if ``test`` is another digest."""
     name = f"digits-seed{seed}-me_max={me_max}"
-    run = write_run(folder / name)
+    run = write_run(folder / name, me_max=me_max)
     _change(run / "chain.json", name=name)
     config = (run / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}")
-    (run / "config.yaml").write_text(f"{config}objective:\n  me_max: {str(me_max).lower()}\n")
+    (run / "config.yaml").write_text(config)
     result = json.loads((run / "result.json").read_text())
     _change(run / "result.json", seed=seed, digests={"train": "9f2c" * 8, "test": test * 8})
     confusion = np.array(result["test"]["paws_nn"]["confusion"])
@@ -71,21 +74,44 @@ def test_every_panel_is_drawn_and_readable(page: Page, comparison: Path, scheme:
     assert page.complaints() == []
 
 
-def test_lines_of_every_colour_can_be_seen(page: Page, comparison: Path) -> None:
-    """WCAG asks for 3:1 of what a drawing consists of; eight settings have eight colours."""
+def test_lines_of_every_colour_can_be_seen_and_told_apart(page: Page, comparison: Path) -> None:
+    """WCAG asks for 3:1 of what a drawing consists of; ten settings, or classes, have ten colours."""
     for scheme in ("light", "dark"):
         page.open(comparison, scheme=scheme)
         page.script("""
             const list = document.querySelector('.legend');
-            for (let number = 1; number <= 8; number++) {
+            for (let number = 1; number <= 10; number++) {
                 const entry = document.createElement('li');
                 entry.textContent = `series ${number}`;
                 entry.style.color = `var(--series-${number})`;
                 list.append(entry);
             }""")
         ratios = {text: ratio for ratio, text in page.script(CONTRAST) if text.startswith("series ")}
-        assert len(ratios) == 8
+        assert len(ratios) == 10
         assert min(ratios.values()) >= 3
+        shown = page.script(
+            "return [...document.querySelectorAll('.legend li')].slice(-10).map(e => getComputedStyle(e).color)"
+        )
+        colours = [oklab([int(part) for part in re.findall(r"\d+", colour)]) for colour in shown]
+        apart = [np.linalg.norm(one - other) for one, other in itertools.combinations(colours, 2)]
+        assert min(apart) > 0.1, "in OKLab, where black and white are 1 apart"
+
+
+def oklab(colour: list[int]) -> np.ndarray:
+    """Lightness and two opponent colours (Ottosson, 2020) of an sRGB colour."""
+    share = np.array(colour) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    cones = np.array([
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ])  # fmt: skip
+    opponents = np.array([
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ])  # fmt: skip
+    return opponents @ np.cbrt(cones @ linear)
 
 
 def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, comparison: Path) -> None:
@@ -101,6 +127,26 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
+
+
+def test_a_healthy_run_without_me_max_does_not_look_collapsed(
+    page: Page, comparison: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    """Only to the total of runs with me-max log K is added; then 0 is the floor of all, and collapse is at log K."""
+    page.open(comparison)
+    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    ends = [float(value) for value in re.findall(r"ends at (\S+) at epoch", label)]
+    assert len(ends) == 2
+    assert max(ends) < 0.5, "far from log 10 = 2.3"
+    assert page.text("#panel-loss figcaption") == (
+        "Total, plus log K in runs with me-max: 0 is the floor of all, and a collapsed run sits at log K."
+    )
+    assert "me_max=false" not in page.script(
+        "return document.querySelector('#panel-me-max svg').getAttribute('aria-label')"
+    )
+    page.open(build_comparison(runs[3:], tmp_path))
+    assert page.text("#panel-loss figcaption").startswith("Without me-max 0 is the floor of the total")
+    assert page.script("return document.querySelector('#panel-me-max')") is None
 
 
 def test_what_differs_names_each_run_with_its_own_value(page: Page, runs: list[Path], tmp_path: Path) -> None:
@@ -121,6 +167,13 @@ def test_on_paper_nothing_is_cut_off_and_colours_are_light(page: Page, runs: lis
     assert page.script(CUT_OFF) == []
     assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
     assert min(page.script(CONTRAST))[0] >= 4.5
+    broken = page.script("""
+        return [...document.querySelectorAll('.mean, .facts-wide td:not(.words)')].filter(element => {
+            const text = document.createRange();
+            text.selectNodeContents(element);
+            return new Set([...text.getClientRects()].map(line => Math.round(line.bottom))).size > 1;
+        }).map(element => element.textContent);""")
+    assert broken == [], "figures, digests and commits stay whole"
     for name in PANELS:
         assert np.ptp(page.picture(f"#panel-{name}")[8:-8, 8:-8]) > 100, name
 

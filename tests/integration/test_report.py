@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paws_hpc.stages.report import build_report
+from paws_hpc.stages.report import build_report, notices
+from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.report_tables import result_table
 from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.starts import write_start
@@ -21,7 +22,7 @@ from tests.starts import write_start
 DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
     "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
-    "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
+    "finetune-sweep", "baseline-sweep", "finetune-parallel", "baseline-parallel", "finetune-curves", "baseline-curves",
     "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
     "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
 ]  # fmt: skip
@@ -31,7 +32,14 @@ PANELS = [
 
 
 def write_run(
-    run: Path, *, classes: list[str] | None = None, epochs: int = 30, steps: int = 11, collapsed: bool = False
+    run: Path,
+    *,
+    classes: list[str] | None = None,
+    epochs: int = 30,
+    steps: int = 11,
+    collapsed: bool = False,
+    me_max: bool = True,
+    entropy_weight: float = 0.0,
 ) -> Path:
     """Write a run directory as the digits demo leaves it, with made-up but plausible numbers; the same every time."""
     classes = DIGITS if classes is None else classes
@@ -49,8 +57,15 @@ def write_run(
     config = (
         "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
     )
-    (run / "config.yaml").write_text(config + "optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
+    objective = f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
+    (run / "config.yaml").write_text(f"{config}{objective}optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
     rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
+    for row in rows:
+        if "loss/total" in row and not me_max:
+            row |= {"loss/total": row["loss/total"] - row["loss/me_max"], "loss/me_max": 0.0}
+        if "loss/total" in row and entropy_weight:
+            row["loss/entropy"] = 2.0 * row["loss/consistency"]
+            row["loss/total"] += entropy_weight * row["loss/entropy"]
     _jsonl(run / "pretrain" / "metrics.jsonl", rows)
     _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
     _crops(random).save(run / "pretrain" / "crops.png")
@@ -271,6 +286,52 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
+def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, report: Path) -> None:
+    page.open(report)
+    told = page.script(
+        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')].map(line => line.textContent)"
+    )
+    assert len(told) == 5, "the sixth has no result"
+    assert told[-1] == "winner: lr 0.05, 30 epochs, 96.6 %", "on top"
+    heights = page.script(
+        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')]"
+        ".map(line => [...line.points].map(point => point.y))"
+    )
+    rate, epochs, accuracy = (
+        [values[axis] for values in heights] for axis in range(3)
+    )  # from the top; the winner is the last
+    assert rate[-1] == sorted(set(rate))[1], "the second of three rates"
+    assert epochs[-1] == min(epochs)
+    assert accuracy[-1] == min(accuracy)
+    label = page.script("return document.querySelector('#panel-finetune-parallel svg').getAttribute('aria-label')")
+    assert label.endswith("Highest: winner: lr 0.05, 30 epochs, 96.6 %.")
+
+
+def without_winner(run: Path, *, stages: list[str]) -> Path:
+    """Leave of a sweep for fine-tuning what a run without it has: names of cells, and no winner."""
+    shutil.rmtree(run / "finetune")
+    selected = json.loads((run / "selected.json").read_text())
+    missing = [f"lr={rate:g},epochs=10" for rate in (0.01, 0.05)]
+    _json(run / "selected.json", {"missing": missing, "baseline": selected["baseline"]})
+    with (run / "config.yaml").open("a") as config:
+        config.write(f"stages: [{', '.join(stages)}]\n")
+    return run
+
+
+def test_a_sweep_that_nobody_asked_for_lacks_nothing(tmp_path: Path) -> None:
+    run = without_winner(write_run(tmp_path), stages=["prepare", "pretrain", "baseline", "selection", "report"])
+    assert notices(read_run(run)) == []
+
+
+def test_a_sweep_of_which_nothing_is_left_has_no_winner_to_speak_of(tmp_path: Path) -> None:
+    (notice,) = notices(read_run(without_winner(write_run(tmp_path), stages=["finetune", "selection"])))
+    assert (notice.level, notice.title) == ("alarm", "Fine-tuning: 2 cells have no result")
+    assert notice.text == (
+        "None had one when selection chose, so the result has no score of it. Missing: lr=0.01,epochs=10; "
+        "lr=0.05,epochs=10."
+    )
+
+
 def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page, report: Path) -> None:
     page.open(report)
     assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
@@ -282,6 +343,18 @@ def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page,
     assert label == "Map of the test images: 200 images of 10 classes, 9 of them mistaken."
 
 
+def test_every_class_of_the_map_has_a_colour_and_every_mark_its_names(page: Page, report: Path, tmp_path: Path) -> None:
+    page.open(report)
+    fills = page.script("return [...document.querySelectorAll('#panel-map .right')].map(e => getComputedStyle(e).fill)")
+    assert len(set(fills)) == 10
+    titles = page.script("return [...document.querySelectorAll('#panel-map .wrong title')].map(e => e.textContent)")
+    assert titles[0] == "0, taken for 1"
+    assert page.text("#panel-map .right title") == "9"
+    assert "Colours are true classes. Circles" in page.text("#panel-map figcaption")
+    page.open(build_report(write_run(tmp_path, classes=[f"species {k}" for k in range(14)])))
+    assert "they repeat after 10" in page.text("#panel-map figcaption")
+
+
 def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so(page: Page, tmp_path: Path) -> None:
     run = write_run(tmp_path)
     shutil.rmtree(run / "selection")
@@ -289,6 +362,16 @@ def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so
     for panel in ("#panel-mistakes", "#panel-map"):
         assert "the test split was scored before selection wrote one" in page.text(panel)
     assert page.text("#result .big") == "96.1 %"
+
+
+def test_a_report_between_pictures_and_result_waits_for_the_result(page: Page, tmp_path: Path) -> None:
+    """Selection writes the pictures first; nothing is wrong with them, and nobody must remove them."""
+    run = write_run(tmp_path)
+    (run / "result.json").unlink()
+    page.open(build_report(run))
+    for panel in ("#panel-mistakes", "#panel-map"):
+        assert "selection has not finished" in page.text(panel)
+    assert "This run is unfinished" in page.text("#warnings")
 
 
 def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None:
@@ -300,6 +383,18 @@ def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None
         build_report(run)
 
 
+def test_a_torn_sheet_of_pictures_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    sheet = run / "selection" / "gallery.png"
+    whole = sheet.read_bytes()
+    for torn in (whole[: len(whole) // 2], b"no picture"):
+        sheet.write_bytes(torn)
+        with pytest.raises(
+            ValueError, match=r"selection/gallery\.png is not a whole PNG file .*Restore it, or remove it"
+        ):
+            build_report(run)
+
+
 def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, collapsed=True)))
     assert page.text("main > :first-child .alarm strong") == "Collapse at step 329"
@@ -308,6 +403,32 @@ def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -
     )
     assert page.script("return document.querySelector('#warnings').getBoundingClientRect().bottom < innerHeight")
     assert page.text("#panel-loss svg").count("collapse") == 1
+
+
+def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, me_max=False)))
+    rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[0]["loss/total"], rows[-1]["loss/total"]
+    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    assert label.startswith(f"Loss and its terms against step: total goes from {first:.4g} to {last:.4g} at step 329 ")
+    assert "me-max" not in label
+    assert page.script(
+        "return [...document.querySelectorAll('#panel-loss svg text')].map(e => e.textContent)"
+        ".filter(text => /[a-z]/.test(text))"
+    ) == ["step", "log K", "total", "consistency"]
+    caption = page.text("#panel-loss figcaption")
+    assert caption.startswith("This run has no me-max: the floor is 0, and the total is consistency (plus")
+    assert caption.endswith("A collapsed run sits at consistency = log K.")
+
+
+def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_path: Path) -> None:
+    page.open(build_report(write_run(tmp_path, entropy_weight=0.1)))
+    assert "entropy goes from" in page.script(
+        "return document.querySelector('#panel-loss svg').getAttribute('aria-label')"
+    )
+    caption = page.text("#panel-loss figcaption")
+    assert "the total is the sum of consistency, me-max + log K and 0.1 times entropy (D.2)" in caption
+    assert caption.endswith("sits at consistency = log K, me-max + log K = 0 and entropy = log K.")
 
 
 def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> None:
@@ -328,7 +449,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 16
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 18
     assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 

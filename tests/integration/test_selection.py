@@ -267,6 +267,40 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     assert tuning["validation_accuracy"]["after"] == validation.top1
 
 
+def test_scores_are_kept_before_they_are_published_and_published_if_that_was_cut_short(
+    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(chain[1].path, run.path)
+    run.result.unlink(missing_ok=True)
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.tracking.wandb = "offline"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "watch", killed)  # while it waits for a server
+        with pytest.raises(KeyboardInterrupt):
+            selection.run(config, run, CPU)
+    scored = run.result.read_bytes()
+    metrics = run.selection / "metrics.jsonl"
+    assert not metrics.read_text()
+    for _ in range(2):
+        selection.run(config, run, CPU)
+        (row,) = [json.loads(line) for line in metrics.read_text().splitlines()]
+    test = json.loads(scored)["test"]
+    assert {name: value for name, value in row.items() if name.startswith("test/")} == {
+        f"test/{method}": scores["top1"] for method, scores in test.items() if method != "count"
+    }
+    assert (
+        f"lr={row['selected/learning_rate']:g},epochs={row['selected/epochs']}"
+        == (json.loads(run.selected.read_text())["cell"])
+    )
+    assert run.result.read_bytes() == scored
+
+
 def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
     chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
 ) -> None:

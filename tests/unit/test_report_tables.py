@@ -84,11 +84,15 @@ def test_a_torn_last_line_is_left_out_and_reported(tmp_path: Path) -> None:
     assert metrics.series("a")[1].tolist() == [1.0, 2.0]
 
 
-@pytest.mark.parametrize("line", ['{"step": 1, "a"', "[1]", '{"a": 1.0}', '{"step": "1"}', '{"step": true}'])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 1, "a"', "[1]", '{"a": 1.0}', '{"step": "1"}', '{"step": true}', '{"step": 1, "loss/total": "hello"}',
+     '{"step": 1, "loss/total": [1.0]}'],
+)  # fmt: skip
 def test_any_other_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 "):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2\b.*(needs one|Restore the file or remove it)\."):
         read_metrics(path)
 
 
