@@ -40,7 +40,7 @@ _KEPT = {  # the beginning of a metric's name → what a run's summary keeps of 
     "validation": ("max",),
     "gradient": ("max",),
     "throughput": ("mean",),
-    "system": ("max", "mean"),
+    "gpus": ("max", "mean"),
 }
 
 Row = dict[str, Any]
@@ -97,18 +97,18 @@ class Follower:
         try:
             self._session()
         except Exception as error:
-            from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415 - after the wait
-
-            if not isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError):
+            if not _is_of_service(error):
                 raise
             self.tell(
-                f"The service process of Weights & Biases ended ({str(error) or type(error).__name__}); "
+                f"The service process of Weights & Biases ended ({_of(error)}); "
                 "another is started."
             )
             _end_service()
             self._session()
 
     def _session(self) -> None:
+        import wandb  # noqa: PLC0415 - as above
+
         run = self._start()
         offline = bool(run.offline)
         sent, rows = self._sent(offline=offline), 0
@@ -118,18 +118,19 @@ class Follower:
                 run.log(shown(row), step=sent, commit=True)
         assert self._ending is not None, "rows end when the stage does"
         run.summary.update(summary(self._whole_rows()))
-        if (made := self._ending["made"]) is not None:
-            run.log_artifact(_artifact(made), aliases=[made["checksum"]])
+        self._log_made(run)
         if self._ending["preempted"]:
             run.mark_preempting()
         file = Path(run.settings.sync_file)
         run.finish(exit_code=self._ending["exit_code"])
+        if not offline:
+            wandb.Api()  # raises if the server takes the key no more, for then finish() drops rows and says nothing
         _end_service()  # which writes the last block of its file then
         if offline:
             _check_written(file, rows)
         else:
             for segment in self._folder.glob("wandb/*run-*/run-*.wandb"):
-                Path(f"{segment}.synced").touch()  # as `wandb sync` does: nothing of it is left to upload
+                Path(f"{segment}.synced").write_text(str(sent))  # nothing up to this step is left to upload
         write_json(self._folder / "wandb" / "sent.json", {"position": sent, "offline": offline})
 
     def _start(self) -> Any:
@@ -159,10 +160,24 @@ class Follower:
             return
         try:
             run.use_artifact(_artifact(used), aliases=[used["checksum"]])
-        except ConnectionError:
-            raise
-        except Exception as error:  # noqa: BLE001 - wandb raises anything; the curve does not depend on it
-            self.tell(f"Weights & Biases does not show which network this run began with ({error}).")
+        except Exception as error:
+            if _is_of_service(error):
+                raise
+            self.tell(f"Weights & Biases does not show which network this run began with ({_of(error)}).")
+
+    def _log_made(self, run: Any) -> None:
+        """Say in the lineage which network the stage made; the run ends as it ended in any case."""
+        assert self._ending is not None, "the stage has ended"
+        if (made := self._ending["made"]) is None:
+            return
+        try:
+            artifact = run.log_artifact(_artifact(made), aliases=[made["checksum"]])
+            if not run.offline:
+                artifact.wait(timeout=self._followed["artifact_timeout_s"])
+        except Exception as error:
+            if _is_of_service(error):
+                raise
+            self.tell(f"Weights & Biases does not show which network this run made ({_of(error)}).")
 
     def _init(self, mode: Any) -> Any:
         import wandb  # noqa: PLC0415 - as above
@@ -234,6 +249,17 @@ def summary(rows: list[Row]) -> Row:
             known = {"min": min(finite), "max": max(finite), "mean": sum(finite) / len(finite)}
             kept[name] = {"last": values[-1]} | {statistic: known[statistic] for statistic in asked}
     return kept
+
+
+def _is_of_service(error: Exception) -> bool:
+    """Whether an error says that W&B's service process has ended."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415 - as above
+
+    return isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError)
+
+
+def _of(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _end_service() -> None:
