@@ -99,10 +99,7 @@ class Follower:
         except Exception as error:
             if not _is_of_service(error):
                 raise
-            self.tell(
-                f"The service process of Weights & Biases ended ({_of(error)}); "
-                "another is started."
-            )
+            self.tell(f"The service process of Weights & Biases ended ({_of(error)}); another is started.")
             _end_service()
             self._session()
 

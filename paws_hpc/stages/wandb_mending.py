@@ -30,7 +30,9 @@ def mended(contents: Sequence[bytes], rows: Sequence[Row], *, known: int, is_las
     records = [parse(content) for content in contents]
     held = {record.history.step.num for record in records if record.HasField("history")}
     limit = max(map(position, rows), default=known) if is_last else max(held, default=known)
-    missing = sorted((row for row in rows if known < position(row) <= limit and position(row) not in held), key=position)
+    missing = sorted(
+        (row for row in rows if known < position(row) <= limit and position(row) not in held), key=position
+    )
     uploaded: list[bytes] = []
     for content, record in zip(contents, records, strict=True):
         step = record.history.step.num if record.HasField("history") else None

@@ -13,6 +13,8 @@ from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
 from paws_hpc.engine.wandb_file import read_contents, write_contents
 from paws_hpc.engine.wandb_follower import position, summary
+from paws_hpc.stages.trackers import settings
+from tests.tiny import tiny_config
 
 
 def log_steps(path: Path, start: int, stop: int) -> None:
@@ -131,6 +133,34 @@ def test_a_summary_is_of_all_rows_and_knows_what_is_not_a_number() -> None:
     memory = [{"step": n, "gpus/node0/gpu_memory_gb": taken} for n, taken in enumerate((20.0, 40.0, 30.0))]
     assert summary(memory)["gpus/node0/gpu_memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
     assert summary([{"step": 0, "validation/paws_nn": 0.5}])["validation/paws_nn"] == {"last": 0.5, "max": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("{home}", "…/~"),
+        ("{home}/x y/z", "…/z"),
+        ("file://{home}/x/y", "file:…/y"),
+        ("--opt={home}/y", "--opt=…/y"),
+        ("runs/../../..{home}", "…/~"),
+        ("a={home}/x:/scratch/ann/y,b=1", "a=…/x:…/y,b=1"),
+        ("/cluster/home/bob", "…/~"),
+        ("file:///Users/bob/x", "file:…/x"),
+        ("$SCRATCH/ann/x", "…/x"),
+        ("digits/train", "digits/train"),
+        ("https://example.org/a/b?c=1", "https://example.org/a/b?c=1"),
+    ],
+)
+def test_weights_and_biases_is_told_no_folder_that_a_path_leads_through(
+    told: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "people of the lab" / "ann"
+    monkeypatch.setenv("HOME", str(home))
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    config.data.stage_to = told.format(home=home)
+    config.tracking.tags = [config.data.stage_to]
+    assert settings(config)["data"]["stage_to"] == shown
+    assert settings(config)["tracking"]["tags"] == [shown]
 
 
 def tensorboard_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
