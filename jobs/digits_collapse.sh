@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Collapse with 1, 2 and 4 labels per class on digits, five seeds each: what fails without help, and what helps.
+# Collapse with 1, 2, 4 and 10 labels per class on digits, five seeds each: what fails without help, and what helps.
 # Command:  bash jobs/digits_collapse.sh [FIELD=VALUE ...]
-# Cost:     50 pre-trainings of 2 to 3 minutes on one CPU core each.
+# Cost:     70 pre-trainings of 2 to 3 minutes on one CPU core each.
 # Expected: docs/results.md; a run that collapses says so and goes on to its end.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; any of them side by side: python -m paws_hpc.report runs/digits-no_warmup-*
@@ -19,7 +19,9 @@ LARS=optimizer=lars_small
 ALONE=objective.support_warmup_fraction=0
 launch no_warmup 1,2,4 $ALONE "$@"
 launch lars_no_warmup 1,4 $LARS $ALONE "$@"
-launch lars 1,4 $LARS "$@"
+launch lars 1,2,4,10 $LARS "$@"
 launch d1 1 $ALONE objective.true_label_targets=true "$@"
 launch d2 1 $ALONE objective.entropy_weight=0.1 "$@"
+launch lars_d1 1 $LARS $ALONE objective.true_label_targets=true "$@"
+launch lars_d2 1 $LARS $ALONE objective.entropy_weight=0.1 "$@"
 launch strong_crops 1 'views.large.scale=[0.3,1.0]' 'views.small.scale=[0.1,0.3]' "$@"

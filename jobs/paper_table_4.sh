@@ -7,7 +7,7 @@
 #           960x4 63.7/72.0, 448x8 61.8/70.1.
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Small:    bash jobs/digits_ablations.sh
-# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-*
+# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-support=*
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" 'pretrain.support={classes:1000,images_per_class:16},{classes:960,images_per_class:7},{classes:960,images_per_class:4},{classes:448,images_per_class:8}' "$@"

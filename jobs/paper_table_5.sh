@@ -6,7 +6,7 @@
 # Expected: fine-tuned after 100 / 200 epochs: with 73.9/75.0, without 74.2/75.2.
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Small:    bash jobs/digits_ablations.sh
-# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-*
+# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-prediction_head=*
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_10pct}" model.prediction_head=true,false pretrain.epochs=100,200 "$@"

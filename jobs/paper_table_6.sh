@@ -6,7 +6,7 @@
 # Expected: fine-tuned, 1 % / 10 %: with 63.8/73.9, without 52.9/73.6.
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Small:    bash jobs/digits_ablations.sh
-# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-*
+# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-me_max=*
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" objective.me_max=true,false "$@"

@@ -7,7 +7,7 @@
 #           69.6/77.7; 4x 69.8/78.5, 69.9/79.0, not in the paper. PAWS-NN 1x: 61.5/71.0, 63.2/71.9, 64.2/73.1 (1 % as corrected).
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Small:    bash jobs/digits_labels.sh
-# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-*
+# Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-model=*
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" model=resnet50,resnet50_2x,resnet50_4x pretrain.epochs=100,200,300 "$@"

@@ -17,6 +17,7 @@ from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.runs import find_run
 from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
+from paws_hpc.files import error_text
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _export(options)
     except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -37,12 +38,29 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a read-only disk has no such file, and will not have it removed either
             temporary.unlink()
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}", str(path)) from error
         raise
     _sync_folder(path.parent)
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space and give the same command again: what is complete stays.",
+    errno.EDQUOT: "Free some of your quota and give the same command again: what is complete stays.",
+    errno.EROFS: "Name a place that can be written.",
+    errno.EACCES: "Ask for permission there, or name another place.",
+}
+
+
+def error_text(error: BaseException) -> str:
+    """An error for people: of a file its path once, and what to do about a full disk or one that cannot be written."""
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error)
+    named = error.filename is None or str(error.filename) in error.strerror
+    text = error.strerror if named else f"{error.filename}: {error.strerror}"
+    return f"{text}. {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else text
 
 
 def _sync_folder(folder: Path) -> None:

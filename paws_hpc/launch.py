@@ -31,7 +31,7 @@ from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
-from paws_hpc.files import exclusive
+from paws_hpc.files import error_text, exclusive
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.prepare import check_images
 from paws_hpc.stages.report_tables import result_table
@@ -59,7 +59,7 @@ def launch(config: Config, launcher: Launcher) -> None:
     ) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error_text(error)}")
 
 
 def _launch(config: Config, launcher: Launcher) -> None:

@@ -25,7 +25,7 @@ from paws_hpc.config import Config
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
-from paws_hpc.files import write_json
+from paws_hpc.files import error_text, write_json
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _predict(options)
     except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: no file was written", file=sys.stderr)

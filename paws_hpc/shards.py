@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from paws_hpc.files import error_text
 from paws_hpc.store import (
     SOURCES,
     PackOptions,
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: what is complete stays, the same command goes on or begins anew", file=sys.stderr)

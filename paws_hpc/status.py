@@ -23,6 +23,7 @@ from rich.live import Live
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run, plain_runs, rich_run, rich_runs
 from paws_hpc.cluster.runs import all_runs, find_run
+from paws_hpc.files import error_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _print(_look(paths, options), options)
     except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0

@@ -28,6 +28,7 @@ from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS
 from paws_hpc.config import Config
 
+_DIAGNOSTICS = "diagnostics alone"
 _OURS, _OURS_COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN, _COMPILED, _MATMUL = "plain ResNet-50", "plain ResNet-50, compiled", "matrix product"
@@ -258,6 +259,7 @@ def _loss(bench: Bench, config: Config) -> Measured:
     entries = [
         bench.entry(_OURS, "training:on_device_steps", steps=bench.steps),
         bench.entry("loss alone", "training:loss_alone", "losses/s", published=False, steps=bench.steps),
+        bench.entry(_DIAGNOSTICS, "training:diagnostics_alone", "times/s", steps=bench.steps),
     ]
     published = as_published(bench.scene).pretrain.support
     if published != config.pretrain.support:
@@ -268,8 +270,14 @@ def _loss(bench: Bench, config: Config) -> Measured:
     ours = rates[_OURS]
     shares = [sum(seen["parts_s"][part] for part in LOSS_PARTS) / seen["parts_s"]["step"] for seen in ours.seen]
     share = 100 * statistics.median(shares) if shares else None
-    bar = Bar("loss, gather and LARS, of the step", share, "%", 3.0, at_most=True)
-    return Measured(rates, [bar], {}, part_figures(ours.seen) if ours.seen else [])
+    every, diagnostics = config.pretrain.diagnose_every_steps, None
+    if ours.seen and (per_s := rates[_DIAGNOSTICS].median):
+        diagnostics = 100 / (per_s * every * statistics.median(seen["parts_s"]["step"] for seen in ours.seen))
+    bars = [
+        Bar("loss, gather and LARS, of the step", share, "%", 3.0, at_most=True),
+        Bar(f"diagnostics every {every} steps, of the step", diagnostics, "%", 2.0, at_most=True),
+    ]
+    return Measured(rates, bars, {}, part_figures(ours.seen) if ours.seen else [])
 
 
 def _checkpoint(bench: Bench, config: Config) -> Measured:

@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from paws_hpc.bench.counting import graph_breaks, host_waits, peak_memory_gb
 from paws_hpc.bench.recipes import Scene, as_published, cores, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
+from paws_hpc.config import Config
 from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.encoder import Encoder
+from paws_hpc.objective.diagnostics import diagnose
 from paws_hpc.objective.labels import class_labels
-from paws_hpc.objective.paws import paws_loss
+from paws_hpc.objective.neighbours import Labels
+from paws_hpc.objective.paws import PawsLoss, paws_loss
 from paws_hpc.stages.pretrain import make_training
 
 Work = Callable[[], dict[str, Any]]
@@ -154,7 +158,29 @@ def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
         published: against the supports of all ranks of the published recipe, as after the gather.
         steps: of work.
     """
-    place = Scene(**scene)
+    loss, (anchors, supports, _), config = _on_random_rows(Scene(**scene), published=published)
+
+    def step() -> None:
+        torch.autograd.grad(loss().total, (anchors, supports))
+
+    return _timed(step, steps, done=1, cuda=config.device == "cuda")
+
+
+def diagnostics_alone(scene: dict[str, Any], steps: int) -> Work:
+    """What is measured beside the objective (Fig. 4 of the paper), of one rank's images on random representations."""
+    loss, (anchors, supports, labels), config = _on_random_rows(Scene(**scene), published=False)
+    large, found = anchors[: 2 * config.pretrain.batch_size], loss()
+
+    def step() -> None:
+        diagnose(large, supports, labels, found, config.objective)
+
+    return _timed(step, steps, done=1, cuda=config.device == "cuda")
+
+
+def _on_random_rows(
+    place: Scene, *, published: bool
+) -> tuple[Callable[[], PawsLoss], tuple[Tensor, Tensor, Labels], Config]:
+    """The objective as a function, its anchors, supports and labels, and the config."""
     config = place.config()
     use_threads(config)
     device, objective = torch.device(config.device), config.objective
@@ -168,8 +194,8 @@ def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
     places = torch.arange(rows) // (rows // support.classes)
     labels = class_labels(places, support.classes, smoothing=objective.label_smoothing, device=device)
 
-    def step() -> None:
-        loss = paws_loss(
+    def loss() -> PawsLoss:
+        return paws_loss(
             anchors,
             supports,
             anchors[: 2 * n].detach(),
@@ -181,9 +207,8 @@ def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
             me_max=objective.me_max,
             target_floor=objective.target_floor,
         )
-        torch.autograd.grad(loss.total, (anchors, supports))
 
-    return _timed(step, steps, done=1, cuda=device.type == "cuda")
+    return loss, (anchors, supports, labels), config
 
 
 def _timed(step: Callable[[], object], steps: int, *, done: float, cuda: bool) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +39,14 @@ def size_fault(folder: Path, manifest: Manifest, number: int) -> Fault | None:
     """
     entry = manifest.shards[number]
     try:
-        size = os.stat(folder / entry.name).st_size
+        status = os.stat(folder / entry.name)
     except FileNotFoundError:
         return Fault(entry.name, None, "is missing")
     except OSError as error:
         return Fault(entry.name, None, f"cannot be looked at: {error.strerror}")
+    if not stat.S_ISREG(status.st_mode):
+        return Fault(entry.name, None, "is no file")
+    size = status.st_size
     if size == entry.bytes:
         return None
     problem = f"has {size:,} bytes instead of {entry.bytes:,}"

@@ -20,8 +20,8 @@ from paws_hpc.files import read_json, value_digest
 
 FORMAT = "paws-hpc-store"
 SHARD_FORMAT = "paws-hpc-shard"
-VERSION = 2
-SHARD_VERSION = 1
+VERSION = 3
+SHARD_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 UNDERWAY_NAME = ".packing"

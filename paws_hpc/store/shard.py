@@ -29,7 +29,11 @@ from paws_hpc.store.format import (
 )
 
 _LIBVER = ("v108", "v110")
-"""Format bounds: site tools of HDF5 1.10 read the files, and metadata blocks carry checksums."""
+"""Format bounds: site tools of HDF5 1.10 read the files, and metadata blocks carry checksums.
+
+All but one kind of block: the heap of strings of variable length, in whose damaged sizes HDF5 can loop for ever. So
+strings are of fixed length here, and a file with others is refused before HDF5 looks at them.
+"""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def _lay_out(size: int, index: ShardIndex, header: ShardHeader) -> tuple[bytes, 
     ) as file:
         for name, value in vars(header).items():
             if value is not None:
-                file.attrs[name] = value
+                file.attrs[name] = np.bytes_(value, "utf-8") if isinstance(value, str) else value
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -223,7 +227,7 @@ def read_shard(path: Path) -> ShardContents:
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
-            attributes = dict(file.attrs)
+            attributes = _attributes(file)
             contents = _contents(file, attributes)
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing. {REMEDY}") from error
@@ -232,6 +236,22 @@ def read_shard(path: Path) -> ShardContents:
     if contents.header.format != SHARD_FORMAT or contents.header.version != SHARD_VERSION:
         raise StoreError(f"{path} is not a shard of version {SHARD_VERSION}, its attributes are {attributes}. {REMEDY}")
     return contents
+
+
+def _attributes(file: h5py.File) -> dict[str, Any]:
+    """The root attributes, strings decoded.
+
+    Raises:
+        ValueError: one is a string of variable length.
+    """
+    attributes = {}
+    for name in file.attrs:
+        text = h5py.check_string_dtype(file.attrs.get_id(name).dtype)
+        if text is not None and text.length is None:
+            raise ValueError(f"attribute {name!r} is a string of variable length, which no shard of ours has")
+        value = file.attrs[name]
+        attributes[name] = value.decode() if isinstance(value, bytes) else value
+    return attributes
 
 
 def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:

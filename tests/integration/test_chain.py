@@ -1,7 +1,10 @@
 """The whole chain on real digits, in seconds: stages, restarts, and two ranks against one."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,8 @@ from paws_hpc.files import exclusive
 from paws_hpc.stages.report_run import read_run
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.launching import launch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,20 @@ def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     Chain.begin(RunFolder(tmp_path), "run")
     assert read(tmp_path / "chain.json")["commit"] is None
+
+
+def test_a_commit_with_files_that_are_not_in_it_is_dirty(tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "-q", "--depth=1", f"file://{ROOT}", str(tmp_path / "clone")], check=True)
+
+    def said() -> str:
+        code = "from paws_hpc.provenance import commit; print(commit())"
+        told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "clone", capture_output=True, check=True)
+        return told.stdout.decode().strip()
+
+    clean = said()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "clone/conf/optimizer/mine.yaml").write_text("name: sgd\n")
+    assert said() == f"{clean}-dirty"
 
 
 def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path) -> None:

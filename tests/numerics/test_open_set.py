@@ -8,9 +8,11 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from paws_hpc.data.streams import PawsStream
-from paws_hpc.data.views import CropConfig, ViewsConfig
+from paws_hpc.data.order import Positions
+from paws_hpc.data.streams import EvaluationSet, PawsStream
+from paws_hpc.data.views import CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
+from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn, score
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
@@ -26,6 +28,12 @@ CPU = torch.device("cpu")
 IMAGES, SMALL, FEATURES = 6, 2, 5
 CLASSES = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2]).repeat(2)
 PICTURES = torch.arange(9).repeat(2)  # two views of each support
+
+
+VIEWS = ViewsConfig(
+    large=CropConfig(size=16, count=2, scale=[0.6, 1.0]), small=CropConfig(size=8, count=2, scale=[0.3, 0.6]),
+    support_views=2, augment=STILL, evaluation=CenterCropConfig(resize=16, size=16),
+)  # fmt: skip
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -94,28 +102,36 @@ def test_strangers_have_small_positive_weights() -> None:
     assert 0 < weights < 1e-4
 
 
-def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four labels of each digit from 0 to 4, and all ten without labels, in the second half of a short training."""
-    store, steps, known = ImageStore.open(digits_stores.train), 84, 5
-    digits = np.asarray(store.labels)
-    labelled = np.concatenate([np.flatnonzero(digits == digit)[:4] for digit in range(known)])
-    views = ViewsConfig(
-        large=CropConfig(size=16, count=2, scale=[0.6, 1.0]), small=CropConfig(size=8, count=2, scale=[0.3, 0.6]),
-        support_views=2, augment=STILL,
-    )  # fmt: skip
+KNOWN = 5
+"""Digits from 0 that have labels, four each; images of all ten are unlabelled."""
+
+
+def labelled_digits(store: ImageStore) -> Positions:
+    return np.concatenate([np.flatnonzero(store.labels == digit)[:4] for digit in range(KNOWN)])
+
+
+def open_set_training(store: ImageStore, *, steps: int, seed: int, weighting: bool) -> tuple[PawsStream, Pretraining]:
+    """A short training at 16 pixels."""
     stream = PawsStream(
-        store, labelled, views=views, batch_size=64, support_classes=known, images_per_class=4, seed=1, threads=1
-    )
-    training = Pretraining(
-        build_encoder(ModelConfig("small_resnet", channels=[16, 32, 64], projection_dim=64), seed=1),
-        objective=ObjectiveConfig(support_warmup_fraction=0.33, open_set_weighting=True),
+        store, labelled_digits(store), views=VIEWS, batch_size=64, support_classes=KNOWN, images_per_class=4, seed=seed,
+        threads=1,
+    )  # fmt: skip
+    return stream, Pretraining(
+        build_encoder(ModelConfig("small_resnet", channels=[16, 32, 64], projection_dim=64), seed=seed),
+        objective=ObjectiveConfig(support_warmup_fraction=0.33, open_set_weighting=weighting),
         optimizer=OptimizerConfig("sgd", nesterov=True, start_lr=0.01, peak_lr=0.1, final_lr=0.001, warmup_epochs=1),
         config=PretrainConfig(
-            batch_size=64, epochs=steps // stream.steps_per_epoch, support=SupportConfig(known, 4), precision="fp32",
+            batch_size=64, epochs=steps // stream.steps_per_epoch, support=SupportConfig(KNOWN, 4), precision="fp32",
             diagnose_every_steps=steps,
         ),
         stream=stream, device=CPU,
     )  # fmt: skip
+
+
+def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second half of a short training."""
+    store, steps = ImageStore.open(digits_stores.train), 84
+    stream, training = open_set_training(store, steps=steps, seed=1, weighting=True)
     found: list[Tensor] = []
 
     def noted(*arguments: Tensor) -> Tensor:
@@ -127,7 +143,28 @@ def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypat
     for step in range(steps):
         batch = stream.batch(step)
         metrics = training.step(batch)
-        strange.append(torch.from_numpy(digits[batch.records] >= known))
+        strange.append(torch.from_numpy(store.labels[batch.records] >= KNOWN))
         assert torch.equal(metrics["diagnostics/image_weight"], found[-1].mean())
     weights, outside = torch.cat(found[steps // 2 :]), torch.cat(strange[steps // 2 :])
     assert weights[~outside].mean() > weights[outside].mean() + 0.1
+
+
+def test_accuracy_gains_from_weighing_strangers_less(digits_stores: Stores) -> None:
+    """PAWS-NN on the test images of the labelled digits, mean of two seeds."""
+    train, test = ImageStore.open(digits_stores.train), ImageStore.open(digits_stores.test)
+    supports, queries = labelled_digits(train), np.flatnonzero(test.labels < KNOWN)
+
+    def accuracy(seed: int, *, weighting: bool) -> float:
+        stream, training = open_set_training(train, steps=315, seed=seed, weighting=weighting)
+        for step in range(315):
+            training.step(stream.batch(step))
+        h_queries, h_supports = (
+            forward_set(Representation(training.encoder), EvaluationSet(store, which, VIEWS.evaluation, train, 1), CPU)
+            for store, which in ((test, queries), (train, supports))
+        )
+        labels = torch.from_numpy(train.labels[supports])
+        predictions = paws_nn(h_queries, h_supports, labels, num_classes=KNOWN, temperature=0.1)
+        return score(predictions, torch.from_numpy(test.labels[queries])).top1
+
+    gains = [accuracy(seed, weighting=True) - accuracy(seed, weighting=False) for seed in range(2)]
+    assert np.mean(gains) > 0.01, gains

@@ -35,7 +35,14 @@ from paws_hpc.bench.rounds import Rates
 from paws_hpc.bench.saving import saving
 from paws_hpc.bench.speed import compiled_figures, part_figures, plain_bar, stopped_share
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS, Timeline, marked
-from paws_hpc.bench.training import loss_alone, matmul, on_device_steps, plain_resnet50, steps_from_store
+from paws_hpc.bench.training import (
+    diagnostics_alone,
+    loss_alone,
+    matmul,
+    on_device_steps,
+    plain_resnet50,
+    steps_from_store,
+)
 from paws_hpc.engine.optimizer import build_optimizer
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import GlobalBatchNorm2d
@@ -142,6 +149,7 @@ def test_other_contenders_do_what_they_are_counted_for(scene: Scene) -> None:
     assert augmentation(plain, steps=2, cut=True)()["done"] == 32
     assert per_image(plain, least_s=0.01)()["done"] >= 1
     assert loss_alone(plain, published=True, steps=3)()["done"] == 3
+    assert diagnostics_alone(plain, steps=3)()["done"] == 3
     assert matmul("cpu", 100, steps=5)()["done"] == pytest.approx(5 * 2e-6)
     assert plain_resnet50("cpu", 1, steps=1, compiled=False)()["done"] == 1
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paws_hpc.files import atomic_write, file_hash, read_json, value_digest, write_json, write_text
+from paws_hpc.files import atomic_write, error_text, file_hash, read_json, value_digest, write_json, write_text
 
 
 def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
@@ -69,3 +69,20 @@ def test_digests_follow_values_not_spelling(tmp_path: Path) -> None:
     path.write_bytes(bytes(999) + b"\x01")
     assert len(before) == 32
     assert file_hash(path) != before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "cannot write /a/b: No space left on device", "/a/b"), "cannot write /a/b: No space"),
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: Read-only file system. Name a place"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), "/a/b: No such file or directory"),
+        (OSError("a text of our own"), "a text of our own"),
+        (ValueError("a value"), "a value"),
+    ],
+)
+def test_an_error_names_its_file_once(error: Exception, said: str) -> None:
+    told = error_text(error)
+    assert told.startswith(said)
+    assert told.count("/a/b") == said.count("/a/b")
+    assert ("Free some space" in told) == ("No space" in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ from paws_hpc.store import (
     verify,
 )
 from paws_hpc.store.decode import MAX_PIXELS
+from paws_hpc.store.shard import read_shard
 
 KIB = 1 << 10
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -181,6 +183,43 @@ def test_a_damaged_store_gives_the_packed_images_or_a_named_error(
             assert got == known_or_error(stores[kind])
             # What reads well and is found all the same: bytes of a shard that nobody needs.
             assert name.startswith("shard") or not verify(path, level="full", workers=1)[0]
+
+
+def read_damaged(shard: Path, folder: str) -> None:
+    """Read a shard with each byte in use beside its records changed, one after the other; in a process of its own."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # HDF5 may be in an endless loop, where Python's handlers do not run
+    signal.alarm(120)
+    whole, intact = shard.read_bytes(), read_shard(shard)
+    assert intact.data_offset is not None
+    records = range(intact.data_offset, intact.data_offset + intact.data_bytes)
+    damaged = Path(folder) / "damaged.h5"
+    for place in range(len(whole)):
+        if place not in records and whole[place]:
+            damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+            try:
+                found = read_shard(damaged)
+            except StoreError:
+                continue
+            if found.header != intact.header:
+                raise AssertionError(f"byte {place}: {found.header}")
+
+
+def test_no_byte_of_a_shard_keeps_its_reader_for_ever(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Nor changes what the shard says of itself; the manifest covers the index."""
+    reading = multiprocessing.get_context("fork").Process(
+        target=read_damaged, args=(stores["jpeg"] / "shard-00000.h5", str(tmp_path))
+    )
+    reading.start()
+    reading.join()
+    assert reading.exitcode == 0
+
+
+def test_a_shard_with_strings_of_variable_length_is_refused_unread(stores: dict[str, Path], tmp_path: Path) -> None:
+    shard = Path(shutil.copy(stores["raw"] / "shard-00000.h5", tmp_path))
+    with h5py.File(shard, "r+") as file:
+        file.attrs["packer"] = "0.0.1"
+    with pytest.raises(StoreError, match=r"'packer' is a string of variable length"):
+        read_shard(shard)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "raw"])

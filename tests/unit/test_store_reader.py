@@ -243,7 +243,7 @@ def test_without_an_offset_records_are_read_through_hdf5(jpeg_store: Path) -> No
     [
         (lambda text: text[:-30], r"manifest.json is damaged"),
         (lambda text: text.replace("paws-hpc-store", "other"), r"is not the manifest of an image store"),
-        (lambda text: text.replace('"version": 2', '"version": 1'), r"store version 1, this program reads version 2"),
+        (lambda text: text.replace('"version": 3', '"version": 2'), r"store version 2, this program reads version 3"),
         (lambda text: text.replace('"count": 30', '"count": 31'), r"manifest.json .* does not fit its checksum"),
         (lambda text: text.replace('"mean": [', '"mean": [NaN, '), r"manifest.json .* does not fit its checksum"),
         (lambda text: text.replace('"checksum"', '"chocksum"'), r"manifest.json .* does not fit its checksum"),

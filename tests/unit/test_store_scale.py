@@ -44,7 +44,7 @@ def sparse_store(folder: Path, count: int) -> Path:
         shards.append(entry | {"data_bytes": records, "file_hash": "", "uuid": ""})
         with open(folder / f"shard-{number:05d}.h5", "wb") as file:
             file.truncate(4096 + records)
-    manifest = {"format": "paws-hpc-store", "version": 2, "encoding": "raw", "shape": [1, 1, 1], "count": count}
+    manifest = {"format": "paws-hpc-store", "version": 3, "encoding": "raw", "shape": [1, 1, 1], "count": count}
     manifest |= {"classes": ["black"], "class_counts": [count], "digest": "", "shards": shards, "reencoded": {}}
     manifest |= {"rewritten": {}, "recovered": [], "skipped": []}
     manifest |= {"index_hash": xxhash.xxh3_128_hexdigest(hashes.tobytes() + stop.to_bytes(8, "little"))}
