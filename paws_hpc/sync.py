@@ -62,7 +62,8 @@ def _sync(path: Path, options: argparse.Namespace) -> bool:
         stages = find_segments(path)
         if not stages:
             print(f"{path.name}: nothing kept by Weights & Biases here")
-        return all([_sync_stage(f"{path.name}: {stage}", found, options) for stage, found in stages.items()])
+        clean = [_sync_stage(f"{path.name}: {stage}", found, options) for stage, found in stages.items()]  # every one
+    return all(clean)
 
 
 def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace) -> bool:

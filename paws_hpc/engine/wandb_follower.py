@@ -10,14 +10,14 @@ second one (:class:`paws_hpc.engine.wandb_tracker.Ending`), or the end of the in
 the stage is over. What a person should know it prints as one JSON object per line: ``{"message": …, "offline": …}``,
 ``offline`` being whether it went offline by itself.
 
-Every row goes to W&B under a step of its own, which :func:`position` derives from the row alone. So a row that is sent
-again, after a kill, is known to be the same; people see the axes ``trainer/step`` and ``trainer/epoch``.
+Every row goes to W&B under a step of its own, which :func:`paws_hpc.engine.wandb_rows.position` derives from the row
+alone. So a row that is sent again, after a kill, is known to be the same; people see the axes ``trainer/step`` and
+``trainer/epoch``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -29,41 +29,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from paws_hpc.engine.wandb_file import history_steps
+from paws_hpc.engine.wandb_rows import Row, position, shown, summary
 from paws_hpc.files import read_json, write_json
 
 _POLL_S = 0.25
 _LATER = "`python -m paws_hpc.sync RUN` uploads what is on disk, from wherever there is a connection."
 _STARTS_APART_S = 10  # over which the jobs of an array begin
-_NAMED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # that JSON has not, as MetricsFile writes them
-_KEPT = {  # the beginning of a metric's name → what a run's summary keeps of it beside its last value
-    "loss": ("min",),
-    "validation": ("max",),
-    "gradient": ("max",),
-    "throughput": ("mean",),
-    "gpus": ("max", "mean"),
-}
-
-Row = dict[str, Any]
-
-
-def position(row: Row) -> int:
-    """The step under which W&B holds a row of ``metrics.jsonl``: three per training step.
-
-    A step has a row of its losses, at times one that tells an event, and at times one of a validation, in this order;
-    what W&B has a later step of, it takes no more.
-    """
-    if any(name.startswith("validation") for name in row):
-        return 3 * int(row["step"]) + 2
-    return 3 * int(row["step"]) + ("event" in row)
-
-
-def shown(row: Row) -> Row:
-    """A row of ``metrics.jsonl`` as W&B is given it."""
-    values = {name: _NAMED.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-    axes = {"trainer/step": values.pop("step")}
-    if "epoch" in values:
-        axes["trainer/epoch"] = values.pop("epoch")
-    return axes | values
 
 
 class Follower:
@@ -227,25 +198,6 @@ class Follower:
 
     def _whole_rows(self) -> list[Row]:
         return [json.loads(line) for line in self._metrics.read_bytes().split(b"\n")[:-1]]
-
-
-def summary(rows: list[Row]) -> Row:
-    """What a run's summary says of its metrics: of the whole run, where W&B would know only this start.
-
-    The last value of each metric, and where :data:`_KEPT` asks for more ``{"last": …, "max": …}``.
-    """
-    kept: Row = {}
-    columns: dict[str, list[Any]] = {}
-    for row in map(shown, rows):
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    for name, values in columns.items():
-        kept[name] = values[-1]
-        finite = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-        if finite and (asked := _KEPT.get(name.partition("/")[0].partition("_")[0])):
-            known = {"min": min(finite), "max": max(finite), "mean": sum(finite) / len(finite)}
-            kept[name] = {"last": values[-1]} | {statistic: known[statistic] for statistic in asked}
-    return kept
 
 
 def _is_of_service(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""What goes online of a file that Weights & Biases kept: its whole records, and the rows of metrics.jsonl that it lacks.
+"""What goes online of a file that Weights & Biases kept: its whole records, and the rows that it lost.
 
 A kill tears the end of the file off, and a fault of the disk takes a record out of its middle; ``metrics.jsonl`` has
 all rows in any case. What W&B has a later step of, it takes no more, so missing rows stand where their steps belong.
@@ -12,7 +12,7 @@ from typing import Any
 
 from paws_hpc.engine.tracking import Row
 from paws_hpc.engine.wandb_file import parse
-from paws_hpc.engine.wandb_follower import position, shown, summary
+from paws_hpc.engine.wandb_rows import position, shown, summary
 
 
 def mended(contents: Sequence[bytes], rows: Sequence[Row], *, known: int, is_last: bool, is_done: bool) -> list[bytes]:

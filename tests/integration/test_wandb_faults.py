@@ -19,7 +19,7 @@ from paws_hpc.engine import wandb_tracker
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.engine.wandb_file import history_steps, parse, read_contents
-from paws_hpc.engine.wandb_follower import position
+from paws_hpc.engine.wandb_rows import position
 from paws_hpc.files import write_json
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder

@@ -12,7 +12,7 @@ from paws_hpc.engine.config import TrackingConfig
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
 from paws_hpc.engine.wandb_file import read_contents, write_contents
-from paws_hpc.engine.wandb_follower import position, summary
+from paws_hpc.engine.wandb_rows import position, summary
 from paws_hpc.stages.trackers import settings
 from tests.tiny import tiny_config
 
@@ -111,9 +111,8 @@ def test_one_damaged_byte_costs_one_record_wherever_it_is(tmp_path: Path) -> Non
     contents = [bytes([number]) * size for number, size in enumerate((40, 9, 40_000, 30_000, 5, 300), start=1)]
     write_contents(path, contents)
     whole = path.read_bytes()
-    begins = 7
-    for position in (begins, begins + 4, begins + 6, begins + 20, 60, 33_000, 40_060, 70_000, len(whole) - 1):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+    for place in (7, 11, 13, 27, 60, 33_000, 40_060, 70_000, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
         found, damaged = read_contents(path)
         assert damaged
         assert len(found) == len(contents) - 1
