@@ -86,11 +86,13 @@ class Follower:
                 run.log(shown(row), step=sent, commit=True)
         assert self._ending is not None, "rows end when the stage does"
         run.summary.update(summary(self._whole_rows()))
-        self._log_made(run)
+        fault = self._log_made(run)
         if self._ending["preempted"]:
             run.mark_preempting()
         file = Path(run.settings.sync_file)
         run.finish(exit_code=self._ending["exit_code"])
+        if fault is not None:  # else finish() has raised, and that is told instead
+            self.tell(fault)
         if not offline:
             wandb.Api()  # raises if the server takes the key no more, for then finish() drops rows and says nothing
         _end_service()  # which writes the last block of its file then
@@ -133,11 +135,11 @@ class Follower:
                 raise
             self.tell(f"Weights & Biases does not show which network this run began with ({_of(error)}).")
 
-    def _log_made(self, run: Any) -> None:
-        """Say in the lineage which network the stage made; the run ends as it ended in any case."""
+    def _log_made(self, run: Any) -> str | None:
+        """Say in the lineage which network the stage made; returns what to tell if W&B did not take that."""
         assert self._ending is not None, "the stage has ended"
         if (made := self._ending["made"]) is None:
-            return
+            return None
         try:
             artifact = run.log_artifact(_artifact(made), aliases=[made["checksum"]])
             if not run.offline:
@@ -145,7 +147,8 @@ class Follower:
         except Exception as error:
             if _is_of_service(error):
                 raise
-            self.tell(f"Weights & Biases does not show which network this run made ({_of(error)}).")
+            return f"Weights & Biases does not show which network this run made ({_of(error)})."
+        return None
 
     def _init(self, mode: Any) -> Any:
         import wandb  # noqa: PLC0415 - as above
