@@ -10,13 +10,14 @@ It can be interrupted and repeated. The exit status is 1 if something is left.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import exclusive
-from paws_hpc.stages.wandb_segments import find_segments, upload_next
+from paws_hpc.stages.wandb_segments import Segment, find_segments, rows_left, upload_next
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
+        if not paths:
+            print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
         left = [path for path in paths if not _sync(path, options)]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,32 +44,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only say what is left")
     parser.add_argument(
-        "--timeout-min", type=float, default=30.0, metavar="MIN", help="for one file, minutes (%(default)g)"
+        "--timeout-min", type=_minutes, default=30.0, metavar="MIN", help="for one file, minutes (%(default)g)"
     )
     return parser
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give minutes above 0")
+    return minutes
 
 
 def _sync(path: Path, options: argparse.Namespace) -> bool:
     """Upload what is left of a run and say what was done; returns whether nothing is left."""
     with exclusive(path / ".sync.lock", busy=f"Another sync of {path} is running. Wait for it, or end it."):
-        clean = True
-        for stage, segments in find_segments(path).items():
-            name = f"{path.name}: {stage}"
-            pending = [segment for segment in segments if not segment.is_synced]
-            if not pending:
-                print(f"{name}: nothing left of {len(segments)} files")
-                continue
-            if options.dry_run:
-                print(f"{name}: {len(pending)} of {len(segments)} files left")
-                clean = False
-                continue
-            fault = None
-            while fault is None and any(not segment.is_synced for segment in segments):
-                fault = upload_next(segments, timeout_s=60 * options.timeout_min)
-            left = sum(not segment.is_synced for segment in segments)
-            print(f"{name}: {len(pending) - left} files uploaded, {left} left{f': {fault}' if fault else ''}")
-            clean = clean and left == 0
-    return clean
+        stages = find_segments(path)
+        if not stages:
+            print(f"{path.name}: nothing kept by Weights & Biases here")
+        clean = [_sync_stage(f"{path.name}: {stage}", found, options) for stage, found in stages.items()]  # every one
+    return all(clean)
+
+
+def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace) -> bool:
+    pending = sum(not segment.is_synced for segment in segments)
+    if pending and options.dry_run:
+        print(f"{name}: {pending} of {len(segments)} files left")
+        return False
+    fault = None
+    while fault is None and any(not segment.is_synced for segment in segments):
+        fault = upload_next(segments, timeout_s=60 * options.timeout_min)
+    left = sum(not segment.is_synced for segment in segments)
+    if fault is None:
+        fault = rows_left(segments)
+    done = f"{pending - left} files uploaded, {left} left" if pending else f"nothing left of {len(segments)} files"
+    print(f"{name}: {done}{f': {fault}' if fault else ''}")
+    return fault is None
 
 
 if __name__ == "__main__":

@@ -62,10 +62,12 @@ class WandbServer:
     Attributes:
         behaviour: ``ok``; ``401``, ``429`` or ``500``, with which every request is answered; or ``hang``: connections
             are taken and nothing is answered.
+        refused: operations that are answered with an error, whatever the behaviour.
     """
 
     def __init__(self, url: str) -> None:
         self.url, self.behaviour = url, "ok"
+        self.refused: set[str] = set()
         self.runs: dict[str, Run] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.reports: dict[str, dict[str, Any]] = {}
@@ -323,6 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         if path == "/graphql":
             asked = json.loads(body)
+            if asked.get("operationName") in double.refused:
+                self._send(200, {"errors": [{"message": "told to refuse this"}]})
+                return
             with double.lock:
                 try:
                     data = double.answer(asked["query"], asked.get("variables") or {})

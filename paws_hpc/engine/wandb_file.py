@@ -1,4 +1,4 @@
-"""The file that Weights & Biases keeps of a run: its records, also of a file whose end was torn off by a kill.
+"""The file that Weights & Biases keeps of a run: its records, also of a file that was torn off or damaged.
 
 ``run-<id>.wandb`` begins with seven bytes; then follow blocks of 32 KiB in LevelDB's log format. A record is one
 or more fragments, none of which crosses a block: CRC-32 of kind and content (4 bytes), length (2), kind (1: a whole
@@ -14,42 +14,56 @@ from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 15
-_OPENING = 7
+_OPENING = b":W&B\xe1\xbe\0"  # a name, a magic number, version 0
 _FRAGMENT = struct.Struct("<IHB")
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def read_contents(path: Path) -> tuple[list[bytes], bool]:
-    """The records of a file that are whole, and whether anything else follows them.
+    """The records of a file that are whole, and whether there is anything else beside them.
 
     A file that is being written to ends in the middle of a record too.
     """
     data = path.read_bytes()
-    contents = []
-    position = end = _OPENING
-    parts = b""
+    contents: list[bytes] = []
+    parts: bytes | None = None
+    broken = False
+    before = end = len(_OPENING)
+    for position, kind, content in _whole_fragments(data):
+        if data[before:position].strip(b"\0"):  # of anything but what fills a block up
+            broken, parts = True, None
+        before = position + _FRAGMENT.size + len(content)
+        if kind in (_WHOLE, _FIRST):
+            parts = content
+        elif parts is not None:
+            parts += content
+        if kind in (_WHOLE, _LAST) and parts is not None:
+            contents.append(parts)
+            parts, end = None, before
+    return contents, broken or data[end:].strip(b"\0") != b""
+
+
+def _whole_fragments(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Where each undamaged fragment begins, its kind and its content; the next one is looked for at every byte."""
+    position = len(_OPENING)
     while position + _FRAGMENT.size <= len(data):
         if (left := _BLOCK - position % _BLOCK) < _FRAGMENT.size:
             position += left
             continue
         checksum, length, kind = _FRAGMENT.unpack_from(data, position)
-        begin = position + _FRAGMENT.size
-        content = data[begin : begin + length]
-        if len(content) < length or zlib.crc32(content, zlib.crc32(bytes([kind]))) != checksum:
-            break
-        parts = content if kind in (_WHOLE, _FIRST) else parts + content
-        position = begin + length
-        if kind in (_WHOLE, _LAST):
-            contents.append(parts)
-            end = position
-    return contents, data[end:].strip(b"\0") != b""
+        if _WHOLE <= kind <= _LAST and length <= min(left, len(data) - position) - _FRAGMENT.size:
+            content = data[position + _FRAGMENT.size : position + _FRAGMENT.size + length]
+            if zlib.crc32(content, zlib.crc32(bytes([kind]))) == checksum:
+                yield position, kind, content
+                position += _FRAGMENT.size + length
+                continue
+        position += 1
 
 
-def write_contents(path: Path, opening: Path, contents: Iterable[bytes]) -> None:
-    """Write records as a file that begins like the file ``opening``."""
-    begins = opening.read_bytes()[:_OPENING]  # before it is emptied, if it is the same file
+def write_contents(path: Path, contents: Iterable[bytes]) -> None:
+    """Write records as a file."""
     with open(path, "wb") as file:
-        file.write(begins)
+        file.write(_OPENING)
         for content in contents:
             for fragment in _fragments(content, file.tell()):
                 file.write(fragment)

@@ -10,14 +10,14 @@ second one (:class:`paws_hpc.engine.wandb_tracker.Ending`), or the end of the in
 the stage is over. What a person should know it prints as one JSON object per line: ``{"message": …, "offline": …}``,
 ``offline`` being whether it went offline by itself.
 
-Every row goes to W&B under a step of its own, which :func:`position` derives from the row alone. So a row that is sent
-again, after a kill, is known to be the same; people see the axes ``trainer/step`` and ``trainer/epoch``.
+Every row goes to W&B under a step of its own, which :func:`paws_hpc.engine.wandb_rows.position` derives from the row
+alone. So a row that is sent again, after a kill, is known to be the same; people see the axes ``trainer/step`` and
+``trainer/epoch``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -29,41 +29,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from paws_hpc.engine.wandb_file import history_steps
+from paws_hpc.engine.wandb_rows import Row, position, shown, summary
 from paws_hpc.files import read_json, write_json
 
 _POLL_S = 0.25
 _LATER = "`python -m paws_hpc.sync RUN` uploads what is on disk, from wherever there is a connection."
 _STARTS_APART_S = 10  # over which the jobs of an array begin
-_NAMED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # that JSON has not, as MetricsFile writes them
-_KEPT = {  # the beginning of a metric's name → what a run's summary keeps of it beside its last value
-    "loss": ("min",),
-    "validation": ("max",),
-    "gradient": ("max",),
-    "throughput": ("mean",),
-    "system": ("max", "mean"),
-}
-
-Row = dict[str, Any]
-
-
-def position(row: Row) -> int:
-    """The step under which W&B holds a row of ``metrics.jsonl``: three per training step.
-
-    A step has a row of its losses, at times one that tells an event, and at times one of a validation, in this order;
-    what W&B has a later step of, it takes no more.
-    """
-    if any(name.startswith("validation") for name in row):
-        return 3 * int(row["step"]) + 2
-    return 3 * int(row["step"]) + ("event" in row)
-
-
-def shown(row: Row) -> Row:
-    """A row of ``metrics.jsonl`` as W&B is given it."""
-    values = {name: _NAMED.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-    axes = {"trainer/step": values.pop("step")}
-    if "epoch" in values:
-        axes["trainer/epoch"] = values.pop("epoch")
-    return axes | values
 
 
 class Follower:
@@ -97,18 +68,15 @@ class Follower:
         try:
             self._session()
         except Exception as error:
-            from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415 - after the wait
-
-            if not isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError):
+            if not _is_of_service(error):
                 raise
-            self.tell(
-                f"The service process of Weights & Biases ended ({str(error) or type(error).__name__}); "
-                "another is started."
-            )
+            self.tell(f"The service process of Weights & Biases ended ({_of(error)}); another is started.")
             _end_service()
             self._session()
 
     def _session(self) -> None:
+        import wandb  # noqa: PLC0415 - as above
+
         run = self._start()
         offline = bool(run.offline)
         sent, rows = self._sent(offline=offline), 0
@@ -118,18 +86,21 @@ class Follower:
                 run.log(shown(row), step=sent, commit=True)
         assert self._ending is not None, "rows end when the stage does"
         run.summary.update(summary(self._whole_rows()))
-        if (made := self._ending["made"]) is not None:
-            run.log_artifact(_artifact(made), aliases=[made["checksum"]])
+        fault = self._log_made(run)
         if self._ending["preempted"]:
             run.mark_preempting()
         file = Path(run.settings.sync_file)
         run.finish(exit_code=self._ending["exit_code"])
+        if fault is not None:  # else finish() has raised, and that is told instead
+            self.tell(fault)
+        if not offline:
+            wandb.Api()  # raises if the server takes the key no more, for then finish() drops rows and says nothing
         _end_service()  # which writes the last block of its file then
         if offline:
             _check_written(file, rows)
         else:
             for segment in self._folder.glob("wandb/*run-*/run-*.wandb"):
-                Path(f"{segment}.synced").touch()  # as `wandb sync` does: nothing of it is left to upload
+                Path(f"{segment}.synced").write_text(str(sent))  # nothing up to this step is left to upload
         write_json(self._folder / "wandb" / "sent.json", {"position": sent, "offline": offline})
 
     def _start(self) -> Any:
@@ -159,10 +130,25 @@ class Follower:
             return
         try:
             run.use_artifact(_artifact(used), aliases=[used["checksum"]])
-        except ConnectionError:
-            raise
-        except Exception as error:  # noqa: BLE001 - wandb raises anything; the curve does not depend on it
-            self.tell(f"Weights & Biases does not show which network this run began with ({error}).")
+        except Exception as error:
+            if _is_of_service(error):
+                raise
+            self.tell(f"Weights & Biases does not show which network this run began with ({_of(error)}).")
+
+    def _log_made(self, run: Any) -> str | None:
+        """Say in the lineage which network the stage made; returns what to tell if W&B did not take that."""
+        assert self._ending is not None, "the stage has ended"
+        if (made := self._ending["made"]) is None:
+            return None
+        try:
+            artifact = run.log_artifact(_artifact(made), aliases=[made["checksum"]])
+            if not run.offline:
+                artifact.wait(timeout=self._followed["artifact_timeout_s"])
+        except Exception as error:
+            if _is_of_service(error):
+                raise
+            return f"Weights & Biases does not show which network this run made ({_of(error)})."
+        return None
 
     def _init(self, mode: Any) -> Any:
         import wandb  # noqa: PLC0415 - as above
@@ -217,23 +203,15 @@ class Follower:
         return [json.loads(line) for line in self._metrics.read_bytes().split(b"\n")[:-1]]
 
 
-def summary(rows: list[Row]) -> Row:
-    """What a run's summary says of its metrics: of the whole run, where W&B would know only this start.
+def _is_of_service(error: Exception) -> bool:
+    """Whether an error says that W&B's service process has ended."""
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError  # noqa: PLC0415 - as above
 
-    The last value of each metric, and where :data:`_KEPT` asks for more ``{"last": …, "max": …}``.
-    """
-    kept: Row = {}
-    columns: dict[str, list[Any]] = {}
-    for row in map(shown, rows):
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    for name, values in columns.items():
-        kept[name] = values[-1]
-        finite = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-        if finite and (asked := _KEPT.get(name.partition("/")[0].partition("_")[0])):
-            known = {"min": min(finite), "max": max(finite), "mean": sum(finite) / len(finite)}
-            kept[name] = {"last": values[-1]} | {statistic: known[statistic] for statistic in asked}
-    return kept
+    return isinstance(error, ConnectionError | HandleAbandonedError | MailboxClosedError)
+
+
+def _of(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _end_service() -> None:

@@ -23,6 +23,7 @@ _INIT_TIMEOUT_S = 30.0
 _PREEMPTED_PATIENCE_S = 5.0  # of a grace time that may be half a minute in all
 _PATIENCE_S = 90.0  # the other ranks wait meanwhile, and what comes after this stage too
 _UPLOAD_S = 60.0  # of which for what is not uploaded yet
+_ARTIFACT_S = 15.0  # and of which for the server's answer to the network that a stage made
 _AFTER_PATIENCE_S = 2.0  # for the follower to end itself
 _OFF = "Weights & Biases is off from here on"
 
@@ -96,6 +97,7 @@ class Followed:
         trainer: id of the process whose use of the machine W&B samples.
         init_timeout_s: after which W&B counts as out of reach.
         finish_timeout_s: for the upload at the end.
+        artifact_timeout_s: for the answer to the network that the stage made.
         killed: how the stage ended if nobody says how.
     """
 
@@ -106,6 +108,7 @@ class Followed:
     trainer: int
     init_timeout_s: float
     finish_timeout_s: float
+    artifact_timeout_s: float
     killed: Ending
 
 
@@ -134,6 +137,7 @@ class WandbTracker:
             trainer=os.getpid(),
             init_timeout_s=_INIT_TIMEOUT_S,
             finish_timeout_s=_UPLOAD_S,
+            artifact_timeout_s=_ARTIFACT_S,
             killed=Ending(exit_code=1, preempted=False, patience_s=_PATIENCE_S),
         )
         try:

@@ -19,6 +19,8 @@ from paws_hpc.files import file_hash, read_json
 from paws_hpc.stages.run_folder import RunFolder
 
 _MACHINE = ("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+_HOME = re.compile(r"/(?:home|Users)/[^/\s:;,'\"]+")  # of other users
+_WORD = re.compile(r"(?!file:)\w+://[^\s'\",;]*|[^\s'\",;:=()<>|\[\]]+")  # a URL, or what may be a path
 _SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 
 
@@ -131,7 +133,23 @@ def _without_secrets(value: Any) -> Any:
             return {key: _without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
         case list():
             return [_without_secrets(item) for item in value]
-        case str() if Path(value).is_absolute() or value.startswith(("~", "$", "..")):
-            return f"…/{Path(value).name}"
+        case str():
+            return _without_folders(value)
         case _:
             return value
+
+
+def _without_folders(text: str) -> str:
+    """Text in which of every path that leads through folders of this machine only the last name is left."""
+    home = os.path.expanduser("~")
+    homes = _HOME if home == "/" else re.compile(rf"{re.escape(home)}(?![\w.-])|{_HOME.pattern}")
+    text = homes.sub("/~", text)
+    if Path(text).is_absolute():  # as a whole, so that it may have spaces
+        return _last_name(text)
+    return _WORD.sub(lambda word: _last_name(word[0]), text)
+
+
+def _last_name(path: str) -> str:
+    """``…/name`` of what leads out of the folder where a run was started; anything else as it is."""
+    leads_out = path.startswith(("/", "~", "$")) or ".." in Path(path).parts
+    return f"…/{Path(path).name}" if leads_out and path.strip("/") else path

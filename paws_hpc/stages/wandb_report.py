@@ -5,20 +5,23 @@ It needs wandb-workspaces; paws_hpc.stages.wandb_saving saves it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from paws_hpc.stages.comparison import Comparison, as_markdown, compare
-from paws_hpc.stages.report_run import RunRecord
-from paws_hpc.stages.report_tables import DASH, flatten, table_rows
+from paws_hpc.stages.report_run import Cell, RunRecord
+from paws_hpc.stages.report_tables import DASH, flatten, scores, table_rows
 
 _CURVES = (  # title, axis, metrics, over the whole width
     ("Loss", "trainer/step", ("loss/total",)),
     ("Consistency (cross-entropy between views)", "trainer/step", ("loss/consistency",)),
     ("Mean entropy maximisation", "trainer/step", ("loss/me_max",)),
+    ("Mean entropy of single predictions", "trainer/step", ("loss/entropy",)),
     ("Supervised NCE of the warm-up", "trainer/step", ("loss/support_nce",)),
     ("PAWS-NN on the validation split", "trainer/epoch", ("validation/paws_nn",)),
     ("Confidence of predictions", "trainer/epoch", ("diagnostics/confidence",)),
+    ("Instance discrimination (NT-Xent)", "trainer/epoch", ("diagnostics/instance_discrimination",)),
+    ("Support classification (supervised NCE)", "trainer/epoch", ("diagnostics/support_classification",)),
     ("Learning rate", "trainer/step", ("optimizer/lr",)),
     ("Gradient norm", "trainer/step", ("gradient/norm",)),
     ("Throughput (images/s)", "trainer/step", ("throughput/images_per_s",)),
@@ -80,8 +83,10 @@ def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any
         wr.H2("Pre-training"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
-        wr.MarkdownBlock("\n\n".join(_heat_map(record) for record in records)),
+        wr.MarkdownBlock("\n\n".join(_heat_maps(records))),
         wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep()),
+        wr.H2("Baseline's sweep"),
+        wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep()),
         wr.H2("Comparison of runs"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training")], panels=[wr.RunComparer(diff_only="split")]),
         wr.H2("Method and provenance"),
@@ -151,28 +156,44 @@ def _results(records: Sequence[RunRecord], comparison: Comparison) -> str:
     """Of several chains means and deviations over seeds, with what a reader must know; of few all that each says."""
     parts = [as_markdown(comparison)] if len(records) > 1 else []
     if len(records) <= _SIDE_BY_SIDE:
-        columns = [dict(table_rows(record)) for record in records]
+        columns = [_column(record) for record in records]
         names = list(dict.fromkeys(name for column in columns for name in column))
         rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
         parts.append(_table(["", *(record.name for record in records)], rows))
     return "\n\n".join(parts)
 
 
-def _heat_map(record: RunRecord) -> str:
+def _column(record: RunRecord) -> dict[str, str]:
+    """A chain's result table, whose rows are called the same whatever each chain has chosen."""
+    chosen = {f"{score.name} ({score.setting})": score for score in scores(record) if score.setting}
+    return {
+        chosen[name].name if name in chosen else name: f"{value}, {chosen[name].setting}" if name in chosen else value
+        for name, value in table_rows(record)
+    }
+
+
+def _heat_maps(records: Sequence[RunRecord]) -> Iterator[str]:
+    for record in records:
+        yield _heat_map(record.name, record.finetune)
+        if record.baseline:
+            yield _heat_map(f"{record.name}, baseline", record.baseline)
+
+
+def _heat_map(name: str, cells: Sequence[Cell]) -> str:
     """The sweep as a table, shaded by accuracy as far as Markdown can."""
     shades = " ░▒▓█"
-    values = [cell.validation_accuracy for cell in record.finetune if cell.validation_accuracy is not None]
+    values = [cell.validation_accuracy for cell in cells if cell.validation_accuracy is not None]
     if not values:
-        return f"**{record.name}**: no cell of the sweep has a result yet."
+        return f"**{name}**: no cell of the sweep has a result yet."
     low, span = min(values), (max(values) - min(values)) or 1.0
-    by_setting = {(cell.learning_rate, cell.epochs): cell.validation_accuracy for cell in record.finetune}
+    by_setting = {(cell.learning_rate, cell.epochs): cell.validation_accuracy for cell in cells}
     rates, lengths = sorted({rate for rate, _ in by_setting}), sorted({epochs for _, epochs in by_setting})
 
     def shown(accuracy: float | None) -> str:
         return DASH if accuracy is None else f"{shades[round(4 * (accuracy - low) / span)]} {100 * accuracy:.1f} %"
 
     rows = [[f"{epochs} epochs", *(shown(by_setting.get((rate, epochs))) for rate in rates)] for epochs in lengths]
-    return f"**{record.name}**\n\n" + _table(["validation accuracy", *(f"lr {rate:g}" for rate in rates)], rows)
+    return f"**{name}**\n\n" + _table(["validation accuracy", *(f"lr {rate:g}" for rate in rates)], rows)
 
 
 def _provenance(record: RunRecord) -> str:

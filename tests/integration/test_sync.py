@@ -19,7 +19,7 @@ from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.engine.wandb_file import parse, read_contents, write_contents
-from paws_hpc.engine.wandb_follower import position, shown
+from paws_hpc.engine.wandb_rows import position, shown
 from paws_hpc.files import write_json
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder
@@ -70,13 +70,27 @@ def tear(path: Path) -> None:
     """Cut the file in the middle of its third row."""
     contents, _ = read_contents(path)
     rows = [number for number, content in enumerate(contents) if parse(content).HasField("history")]
-    write_contents(path, path, contents[: rows[2]])
+    write_contents(path, contents[: rows[2]])
     begin = path.stat().st_size
-    write_contents(path, path, contents[: rows[2] + 1])
+    write_contents(path, contents[: rows[2] + 1])
     with open(path, "r+b") as file:
         file.truncate((begin + path.stat().st_size) // 2)
+    make_old(path)
+
+
+def make_old(path: Path) -> None:
+    """Let it be nothing that somebody may be writing still."""
     long_ago = time.time() - 3600
     os.utime(path, (long_ago, long_ago))
+
+
+def flip(path: Path, *, row: int) -> None:
+    """Damage one byte in the middle of a row."""
+    content = [c for c in read_contents(path)[0] if parse(c).HasField("history")][row]
+    data = bytearray(path.read_bytes())
+    data[data.index(content) + len(content) // 2] ^= 1
+    path.write_bytes(data)
+    make_old(path)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -122,12 +136,92 @@ def test_two_segments_and_a_torn_tail_become_one_run_and_a_second_sync_changes_n
     assert {path: path.read_bytes() for path in before} == before, "mended is a copy"
 
 
+@pytest.mark.parametrize("damage", ["0 bytes", "7 bytes", "opening"])
+def test_a_start_that_was_killed_at_once_does_not_keep_later_ones_from_going_up(
+    damage: str, run: RunFolder, server: WandbServer
+) -> None:
+    first, _ = find_segments(run.path)["pretrain"]
+    whole = first.path.read_bytes()
+    first.path.write_bytes({"0 bytes": b"", "7 bytes": whole[:7], "opening": b"\0\0\0" + whole[3:]}[damage])
+    make_old(first.path)
+    assert sync.main([str(run.path)]) == 0
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
+
+
+def test_rows_that_files_have_lost_come_from_the_metrics_file_and_none_comes_twice(
+    run: RunFolder, server: WandbServer
+) -> None:
+    """The last start was killed, so that its file is torn; a fault of the disk takes a row out of each file."""
+    _, second = find_segments(run.path)["pretrain"]
+    tear(second.path)
+    assert len(rows_of(second.path)) == 2
+    flip(second.path, row=0)
+    lost = [run.pretrain / "metrics.jsonl", run.pretrain / "later.jsonl"]
+    whole = lost[0].read_text()
+    lost[0].write_text("".join(whole.splitlines(keepends=True)[:-2]))  # it goes on after this sync
+    (run.pretrain / "DONE").unlink()
+    assert sync.main([str(run.path)]) == 0
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
+    assert online.summary["loss/total"]["last"] == expected(run)[-1]["loss/total"]
+    assert online.exit_codes[-1] == 1, "nobody said that it ended well"
+
+    lost[0].write_text(whole)
+    shutil.copytree(second.path.parent, third := Path(f"{second.path.parent.parent}/offline-run-29991231_235959-x"))
+    for marker in third.glob("*.synced"):
+        marker.unlink()
+    write_json(run.pretrain / "DONE", {})
+    assert sync.main([str(run.path)]) == 0
+    assert [own(row) for row in online.history] == expected(run)
+    assert online.exit_codes[-1] == 0
+
+
+def test_a_row_damaged_in_the_middle_of_a_whole_file_is_not_missing_online(run: RunFolder, server: WandbServer) -> None:
+    _, second = find_segments(run.path)["pretrain"]
+    flip(second.path, row=4)
+    assert sync.main([str(run.path)]) == 0
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
+    assert [row["_step"] for row in online.history] == sorted(row["_step"] for row in online.history)
+    assert online.exit_codes[-1] == 0
+
+
+def test_rows_that_no_file_can_bring_are_told(
+    run: RunFolder, server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for segment in find_segments(run.path)["pretrain"]:
+        segment.path.write_bytes(segment.path.read_bytes()[:7])
+        make_old(segment.path)
+    for _ in range(2):
+        assert sync.main([str(run.path)]) == 1
+        assert f"{len(expected(run))} rows of" in (told := capsys.readouterr().out)
+        assert "are not online" in told
+    assert server.operations == []
+
+
+def test_where_there_is_nothing_to_upload_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sync.main(["--all", "--runs", str(tmp_path)]) == 0
+    assert "nothing kept by Weights & Biases here" in capsys.readouterr().out
+    (tmp_path / "run" / "jobs").mkdir(parents=True)
+    assert sync.main(["run", "--runs", str(tmp_path)]) == 0
+    assert "run: nothing kept by Weights & Biases here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan", "inf", "soon"])
+def test_a_time_to_wait_that_is_none_is_refused(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sync.main(["--all", "--timeout-min", minutes])
+    assert minutes in capsys.readouterr().err
+
+
 def test_an_upload_that_hangs_is_given_up_said_and_made_good_later(run: RunFolder, server: WandbServer) -> None:
     segments = find_segments(run.path)["pretrain"]
     server.behaviour = "hang"
     fault = upload_next(segments, timeout_s=8.0)
     assert fault is not None
     assert str(segments[0].path) in fault
+    assert f"no answer from {server.url} within 8 s; is there a connection?" in fault
     assert not any(segment.is_synced for segment in segments)
     server.released.set()
     server.behaviour = "ok"

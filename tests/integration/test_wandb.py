@@ -17,7 +17,7 @@ from paws_hpc.engine import wandb_tracker
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
-from paws_hpc.engine.wandb_follower import position, shown
+from paws_hpc.engine.wandb_rows import position, shown
 from paws_hpc.files import file_hash, write_json
 from paws_hpc.stages import finetune, pretrain, selection
 from paws_hpc.stages.run_folder import RunFolder

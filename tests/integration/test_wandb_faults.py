@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from paws_hpc import sync
 from paws_hpc.engine import wandb_tracker
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
-from paws_hpc.engine.wandb_file import history_steps
-from paws_hpc.engine.wandb_follower import position
+from paws_hpc.engine.wandb_file import history_steps, parse, read_contents
+from paws_hpc.engine.wandb_rows import position
 from paws_hpc.files import write_json
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder
@@ -51,6 +52,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
     """A server, and little patience; what tests change of these and of WANDB_* is as before afterwards."""
     monkeypatch.setattr(wandb_tracker, "_INIT_TIMEOUT_S", 4.0)
     monkeypatch.setattr(wandb_tracker, "_UPLOAD_S", 2.0)
+    monkeypatch.setattr(wandb_tracker, "_ARTIFACT_S", 8.0)
     monkeypatch.setattr(wandb_tracker, "_PATIENCE_S", PATIENCE_S)
     with serving() as double:
         outside(monkeypatch, tmp_path, double)
@@ -75,6 +77,10 @@ def train(store: Path, folder: Path, *, in_between: Callable[[RunFolder], None] 
 
 def segments(run: RunFolder) -> list[Path]:
     return sorted(path for path in run.pretrain.glob("wandb/*run-*/*.wandb") if "latest-run" not in str(path))
+
+
+def records(path: Path) -> list[Any]:
+    return [parse(content) for content in read_contents(path)[0]]
 
 
 def wait_for(what: Callable[[], Any]) -> Any:
@@ -151,6 +157,46 @@ def test_a_server_that_falls_silent_delays_neither_a_step_nor_the_end_beyond_its
     (segment,) = segments(run)
     assert history_steps(segment) == [position(row) for row in read_rows(run.pretrain / "metrics.jsonl")]
     assert not Path(f"{segment}.synced").exists(), "there is something left to upload"
+
+
+@pytest.mark.parametrize("behaviour", ["401", "429", "500"])
+def test_a_run_that_ended_well_is_shown_so_although_the_server_failed_meanwhile(
+    behaviour: str,
+    reference: Reference,
+    server: WandbServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(run: RunFolder) -> None:
+        wait_for(lambda: "cafe0123-pretrain" in server.runs)
+        server.behaviour = behaviour
+
+    run = train(reference.store, tmp_path, in_between=fail)
+    assert_same(tmp_path, reference.unwatched)
+    assert messages(caplog)
+    (segment,) = segments(run)
+    assert [record.exit.exit_code for record in records(segment) if record.HasField("exit")] == [0]
+    server.behaviour = "ok"
+    assert sync.main([str(run.path)]) == 0
+    online = server.runs["cafe0123-pretrain"]
+    assert online.exit_codes[-1] == 0
+    assert {position(row) for row in read_rows(run.pretrain / "metrics.jsonl")} == {r["_step"] for r in online.history}
+
+
+def test_a_server_that_refuses_the_network_alone_is_told_of_and_the_run_is_whole(
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refused.add("CreateArtifact")
+    wandb_tracker._INIT_TIMEOUT_S = wandb_tracker._UPLOAD_S = 30.0  # as below
+    run = train(reference.store, tmp_path)
+    (told,) = messages(caplog)
+    assert "does not show which network this run made" in told
+    assert "told to refuse this" in told
+    online = server.runs["cafe0123-pretrain"]
+    assert online.exit_codes == [0]
+    assert [row["_step"] for row in online.history] == [
+        position(row) for row in read_rows(run.pretrain / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("with_what", [signal.SIGKILL, signal.SIGTERM])

@@ -38,6 +38,9 @@ def runs(tmp_path: Path) -> list[Path]:
         write_text(run / "config.yaml", config)
         for rate, accuracy in ((0.02, 0.5), (0.1, 0.75)):
             write_json(run / "finetune" / f"lr={rate:g},epochs=2" / "result.json", {"validation_accuracy": accuracy})
+        write_json(run / "baseline" / "lr=0.1,epochs=2" / "result.json", {"validation_accuracy": 0.25})
+        probe = {"top1": 0.5, "penalty": (0.01, 1.0)[seed]}
+        write_json(run / "result.json", {"test": {"count": 100, "linear_probe": probe}})
         made.append(run)
     return made
 
@@ -76,13 +79,22 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "RunComparer"} <= set(read["panels"])
     wanted = ("loss/total", "loss/consistency", "loss/me_max", "validation/paws_nn", "diagnostics/confidence")
     assert set(wanted) <= set(read["curves"])
+    rarer = ("loss/entropy", "diagnostics/instance_discrimination", "diagnostics/support_classification")
+    assert set(rarer) <= set(read["curves"])
+    for stage in ("pretrain", "finetune", "baseline"):
+        assert any(f"'{stage}'" in chosen or f'"{stage}"' in chosen for chosen in read["filters"]), stage
     assert "gpus/node[0-9]+/gpu_utilisation" in read["patterns"]
     assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
-    assert read["groups"] == [["config.objective.value.me_max"], [], []], "a curve is the mean of a setting's seeds"
+    assert read["groups"] == [["config.objective.value.me_max"], [], [], []], "a curve is the mean of a setting's seeds"
     results, sweep, provenance = read["markdown"]
     assert "| true | 2 |" in results, "a row of means over seeds"
     assert f"| {runs[0].name} | {runs[1].name} |" in results
+    probes = [line for line in results.splitlines() if line.startswith("| linear probe")]
+    (probe,) = [line for line in probes if "penalty" in line]
+    assert "penalty 0.01" in probe, "one row of all chains, whatever each has chosen"
+    assert "penalty 1 |" in probe
     assert "75.0 %" in sweep
+    assert "25.0 %" in sweep.partition(f"{runs[0].name}, baseline")[2]
     assert "PAWS-NN" in provenance
     assert "torch" in provenance
 

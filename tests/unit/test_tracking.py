@@ -12,7 +12,9 @@ from paws_hpc.engine.config import TrackingConfig
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
 from paws_hpc.engine.wandb_file import read_contents, write_contents
-from paws_hpc.engine.wandb_follower import position, summary
+from paws_hpc.engine.wandb_rows import position, summary
+from paws_hpc.stages.trackers import settings
+from tests.tiny import tiny_config
 
 
 def log_steps(path: Path, start: int, stop: int) -> None:
@@ -94,15 +96,27 @@ def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> No
 def test_a_file_of_weights_and_biases_is_written_as_it_was_read_and_a_torn_one_up_to_its_last_whole_record(
     size: int, tmp_path: Path
 ) -> None:
-    opening, path = tmp_path / "opening", tmp_path / "run.wandb"
-    opening.write_bytes(b":W&B..\0")
+    path = tmp_path / "run.wandb"
     contents = [b"first", bytes(size), b"x" * size, b"last"]
-    write_contents(path, opening, contents)
+    write_contents(path, contents)
     assert read_contents(path) == (contents, False)
     whole = path.read_bytes()
     for torn in (1, 4, 9):
         path.write_bytes(whole[:-torn])
         assert read_contents(path) == (contents[:3], True)
+
+
+def test_one_damaged_byte_costs_one_record_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.wandb"
+    contents = [bytes([number]) * size for number, size in enumerate((40, 9, 40_000, 30_000, 5, 300), start=1)]
+    write_contents(path, contents)
+    whole = path.read_bytes()
+    for place in (7, 11, 13, 27, 60, 33_000, 40_060, 70_000, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        found, damaged = read_contents(path)
+        assert damaged
+        assert len(found) == len(contents) - 1
+        assert [content for content in contents if content in found] == found
 
 
 def test_every_row_of_a_step_has_a_step_of_its_own_in_weights_and_biases() -> None:
@@ -115,7 +129,37 @@ def test_a_summary_is_of_all_rows_and_knows_what_is_not_a_number() -> None:
     rows = [{"step": n, "epoch": 1, "loss/total": loss} for n, loss in enumerate((3.0, "nan", 1.0, 2.0))]
     assert summary(rows)["loss/total"] == {"last": 2.0, "min": 1.0}
     assert math.isnan(summary(rows[:2])["loss/total"]["last"])
+    memory = [{"step": n, "gpus/node0/gpu_memory_gb": taken} for n, taken in enumerate((20.0, 40.0, 30.0))]
+    assert summary(memory)["gpus/node0/gpu_memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
     assert summary([{"step": 0, "validation/paws_nn": 0.5}])["validation/paws_nn"] == {"last": 0.5, "max": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("{home}", "…/~"),
+        ("{home}/x y/z", "…/z"),
+        ("file://{home}/x/y", "file:…/y"),
+        ("--opt={home}/y", "--opt=…/y"),
+        ("runs/../../..{home}", "…/~"),
+        ("a={home}/x:/scratch/ann/y,b=1", "a=…/x:…/y,b=1"),
+        ("/cluster/home/bob", "…/~"),
+        ("file:///Users/bob/x", "file:…/x"),
+        ("$SCRATCH/ann/x", "…/x"),
+        ("digits/train", "digits/train"),
+        ("https://example.org/a/b?c=1", "https://example.org/a/b?c=1"),
+    ],
+)
+def test_weights_and_biases_is_told_no_folder_that_a_path_leads_through(
+    told: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "people of the lab" / "ann"
+    monkeypatch.setenv("HOME", str(home))
+    config = tiny_config(tmp_path, tmp_path, tmp_path)
+    config.data.stage_to = told.format(home=home)
+    config.tracking.tags = [config.data.stage_to]
+    assert settings(config)["data"]["stage_to"] == shown
+    assert settings(config)["tracking"]["tags"] == [shown]
 
 
 def tensorboard_curve(folder: Path, tag: str) -> list[tuple[int, float]]:
