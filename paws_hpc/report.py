@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.runs import find_run
+from paws_hpc.files import error_text
 from paws_hpc.stages.comparison import as_json, as_markdown, compare
 from paws_hpc.stages.comparison_page import build_comparison
 from paws_hpc.stages.report import build_report
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _write([find_run(name, options.runs) for name in options.run], options)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.runs import all_runs, find_run
-from paws_hpc.files import exclusive
+from paws_hpc.files import error_text, exclusive
 from paws_hpc.stages.wandb_segments import Segment, find_segments, rows_left, upload_next
 
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
         left = [path for path in paths if not _sync(path, options)]
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     return 1 if left else 0
 

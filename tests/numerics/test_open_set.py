@@ -9,10 +9,9 @@ from scipy.stats import norm
 from torch import Tensor
 
 from paws_hpc.data.order import Positions
-from paws_hpc.data.streams import EvaluationSet, PawsStream
-from paws_hpc.data.views import CenterCropConfig, CropConfig, ViewsConfig
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.views import CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
-from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn, score
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
@@ -32,7 +31,7 @@ PICTURES = torch.arange(9).repeat(2)  # two views of each support
 
 VIEWS = ViewsConfig(
     large=CropConfig(size=16, count=2, scale=[0.6, 1.0]), small=CropConfig(size=8, count=2, scale=[0.3, 0.6]),
-    support_views=2, augment=STILL, evaluation=CenterCropConfig(resize=16, size=16),
+    support_views=2, augment=STILL,
 )  # fmt: skip
 
 
@@ -147,24 +146,3 @@ def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypat
         assert torch.equal(metrics["diagnostics/image_weight"], found[-1].mean())
     weights, outside = torch.cat(found[steps // 2 :]), torch.cat(strange[steps // 2 :])
     assert weights[~outside].mean() > weights[outside].mean() + 0.1
-
-
-def test_accuracy_gains_from_weighing_strangers_less(digits_stores: Stores) -> None:
-    """PAWS-NN on the test images of the labelled digits, mean of two seeds."""
-    train, test = ImageStore.open(digits_stores.train), ImageStore.open(digits_stores.test)
-    supports, queries = labelled_digits(train), np.flatnonzero(test.labels < KNOWN)
-
-    def accuracy(seed: int, *, weighting: bool) -> float:
-        stream, training = open_set_training(train, steps=315, seed=seed, weighting=weighting)
-        for step in range(315):
-            training.step(stream.batch(step))
-        h_queries, h_supports = (
-            forward_set(Representation(training.encoder), EvaluationSet(store, which, VIEWS.evaluation, train, 1), CPU)
-            for store, which in ((test, queries), (train, supports))
-        )
-        labels = torch.from_numpy(train.labels[supports])
-        predictions = paws_nn(h_queries, h_supports, labels, num_classes=KNOWN, temperature=0.1)
-        return score(predictions, torch.from_numpy(test.labels[queries])).top1
-
-    gains = [accuracy(seed, weighting=True) - accuracy(seed, weighting=False) for seed in range(2)]
-    assert np.mean(gains) > 0.01, gains
