@@ -264,7 +264,7 @@ def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, d
             "message": str(error),
             "definite": definite,
             "host": socket.gethostname(),
-            "time": now(),
+            "time": datetime.now(UTC).isoformat(),  # to the microsecond: who failed first is what people ask
         },
     )
 

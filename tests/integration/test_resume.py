@@ -33,9 +33,10 @@ def curve(folder: Path) -> list[dict[str, float]]:
 def kill_after(folder: Path, steps: int, *overrides: str, number: int = signal.SIGKILL) -> tuple[int, str]:
     """Launch, and signal the process as soon as it has logged that many steps; its status and what it said."""
     metrics = folder / "runs/run/pretrain/metrics.jsonl"
+    heeding = ("env", "--default-signal=INT")  # as terminals start programs; what runs in the background ignores it
     process = subprocess.Popen(
-        command(folder, STAGES, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True,
+        [*heeding, *command(folder, STAGES, *overrides)], env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_bytes().count(b"\n") > steps):

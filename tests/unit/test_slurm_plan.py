@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from paws_hpc.cluster.chain import jobs_of
@@ -14,7 +15,8 @@ from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import STAGES, Config
 from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
-from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.run_folder import RunFolder, mark_done
+from paws_hpc.store import ArraySource, pack
 
 CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
 
@@ -37,8 +39,10 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
         for job in jobs_of(config, stage):
             write_json(job.folder(run) / "DONE", {})
         if stage == "prepare":
-            for store in (config.data.train, config.data.test):
-                write_json(Path(store) / "manifest.json", {})
+            noise = ArraySource("noise", np.ones((2, 8, 8, 1), np.uint8), np.arange(2), ["a", "b"], ("a", "b"))
+            stores = {"train": config.data.train, "test": config.data.test}
+            digests = {name: pack(noise, Path(path)).digest for name, path in stores.items()}
+            mark_done(run.prepare, digests=digests)
         if stage == "selection":
             write_json(run.result, {})
             write_json(run.selected, {"cells": [cell.name for cell in config.finetune.cells()]})
