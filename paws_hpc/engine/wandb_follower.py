@@ -45,6 +45,7 @@ class Follower:
         self._followed, self._messages = followed, messages
         self._metrics, self._folder = Path(followed["metrics"]), Path(followed["metrics"]).parent
         self._ending: dict[str, Any] | None = None
+        self._service_died = False
         self._over = threading.Event()
 
     def tell(self, message: str, *, offline: bool = False) -> None:
@@ -70,7 +71,11 @@ class Follower:
         except Exception as error:
             if not _is_of_service(error):
                 raise
-            self.tell(f"The service process of Weights & Biases ended ({_of(error)}); another is started.")
+            self.tell(
+                f"The service process of Weights & Biases ended ({_of(error)}); another is started. What went online "
+                f"is not certain from here on: {_LATER}"
+            )
+            self._service_died = True
             _end_service()
             self._session()
 
@@ -98,6 +103,8 @@ class Follower:
         _end_service()  # which writes the last block of its file then
         if offline:
             _check_written(file, rows)
+        elif self._service_died:  # now and then rows of the second session never arrive, without a word
+            return
         else:
             for segment in self._folder.glob("wandb/*run-*/run-*.wandb"):
                 Path(f"{segment}.synced").write_text(str(sent))  # nothing up to this step is left to upload
