@@ -17,6 +17,7 @@ from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ArraySource, pack
+from paws_hpc.store.format import read_manifest
 
 CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
 
@@ -41,7 +42,7 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
         if stage == "prepare":
             noise = ArraySource("noise", np.ones((2, 8, 8, 1), np.uint8), np.arange(2), ["a", "b"], ("a", "b"))
             stores = {"train": config.data.train, "test": config.data.test}
-            digests = {name: pack(noise, Path(path)).digest for name, path in stores.items()}
+            digests = {name: read_manifest(pack(noise, Path(path)).path).digest for name, path in stores.items()}
             mark_done(run.prepare, digests=digests)
         if stage == "selection":
             write_json(run.result, {})
