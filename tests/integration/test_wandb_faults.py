@@ -206,6 +206,7 @@ def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
     server: WandbServer,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    *,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The server is well, so nobody waits so long; the fixture sets them back.
