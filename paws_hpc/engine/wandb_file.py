@@ -96,4 +96,9 @@ def parse(content: bytes) -> Any:
 
 def history_steps(path: Path) -> list[int]:
     """W&B's steps of the rows that a file holds whole, in its order."""
-    return [record.history.step.num for record in map(parse, read_contents(path)[0]) if record.HasField("history")]
+    return steps_of(read_contents(path)[0])
+
+
+def steps_of(contents: Iterable[bytes]) -> list[int]:
+    """W&B's steps of the rows among records."""
+    return [record.history.step.num for record in map(parse, contents) if record.HasField("history")]

@@ -52,11 +52,6 @@ def holds_run(contents: Sequence[bytes]) -> bool:
     return any(parse(content).HasField("run") for content in contents)
 
 
-def steps_of(contents: Sequence[bytes]) -> list[int]:
-    """W&B's steps of the rows among records."""
-    return [record.history.step.num for record in map(parse, contents) if record.HasField("history")]
-
-
 def _history(row: Row) -> bytes:
     from wandb.proto import wandb_internal_pb2  # noqa: PLC0415 - slow to import
 

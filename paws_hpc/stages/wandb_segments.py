@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paws_hpc.engine.tracking import Row, read_rows
-from paws_hpc.engine.wandb_file import history_steps, parse, read_contents, write_contents
+from paws_hpc.engine.wandb_file import history_steps, parse, read_contents, steps_of, write_contents
 from paws_hpc.engine.wandb_rows import position
 from paws_hpc.files import write_text
 from paws_hpc.stages.run_folder import is_done
-from paws_hpc.stages.wandb_mending import holds_run, mended, steps_of
+from paws_hpc.stages.wandb_mending import holds_run, mended
 
 NOTHING = -1
 """W&B's step before any row."""
