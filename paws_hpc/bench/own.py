@@ -102,9 +102,14 @@ def crops(store: str, threads: int) -> Work:
     order, epochs = batches(shuffled(len(images))), iter(range(10**6))
 
     def work() -> int:
-        epoch = next(epochs)
-        for records in order:
-            cutter.cut(records, KINDS, epoch=epoch, config=VIEWS.augment)
+        epoch, finish = next(epochs), None
+        for records in order:  # as Prefetch does: one is begun before the last is waited for
+            begun = cutter.begin(records, KINDS, epoch=epoch, config=VIEWS.augment)
+            if finish is not None:
+                finish()
+            finish = begun
+        if finish is not None:
+            finish()
         return BATCH * len(order)
 
     return work

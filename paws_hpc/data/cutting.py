@@ -16,11 +16,11 @@ Legend: n records, V crops of a kind from each, C channels, s the side of a crop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -75,8 +75,11 @@ class Crops:
 class Strategy(Protocol):
     """A placement at work on one source of images; used by one thread at a time."""
 
-    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
-        """Per kind its V * n crops, view-major; each record is decoded once."""
+    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
+        """Begin to cut. The result waits for it and gives per kind its V * n crops, view-major.
+
+        Each record is decoded once.
+        """
 
 
 class Cutter:
@@ -94,7 +97,21 @@ class Cutter:
         config: AugmentConfig,
         repeats: Positions | None = None,
     ) -> list[Crops]:
-        """Cut every kind of crop from each record, which is decoded once.
+        """What :meth:`begin` begins, waited for."""
+        return self.begin(records, kinds, epoch=epoch, config=config, repeats=repeats)()
+
+    def begin(
+        self,
+        records: Positions,
+        kinds: Sequence[tuple[CropConfig, int]],
+        *,
+        epoch: int,
+        config: AugmentConfig,
+        repeats: Positions | None = None,
+    ) -> Callable[[], list[Crops]]:
+        """Begin to cut every kind of crop from each record, which is decoded once.
+
+        What is begun before the last was waited for keeps all threads busy: they end a batch at different times.
 
         Args:
             records: (n,) positions.
@@ -104,7 +121,7 @@ class Cutter:
             repeats: (n,) how often the record came before in this batch, so that its crops differ; never if None.
 
         Returns:
-            per kind, ``count * n`` rows, view-major.
+            what waits for it and gives, per kind, ``count * n`` rows, view-major.
         """
         again = np.zeros_like(records) if repeats is None else repeats
 
@@ -125,20 +142,18 @@ class Cutter:
                 widths=np.tile(widths, crop.count),
             )
 
-        crops = [crop for crop, _ in kinds]
-        return [
-            Crops(
-                pixels,
-                draw_parameters(
-                    config,
-                    seed=self.seed,
-                    epoch=epoch,
-                    samples=np.tile(records, crop.count),
-                    view=views(kind, slice(None)),
-                ),
+        finish = self._strategy.begin(records, [crop for crop, _ in kinds], boxes)
+        parameters = [  # while threads cut
+            draw_parameters(
+                config,
+                seed=self.seed,
+                epoch=epoch,
+                samples=np.tile(records, crop.count),
+                view=views(kind, slice(None)),
             )
-            for kind, (crop, pixels) in enumerate(zip(crops, self._strategy.cut(records, crops, boxes), strict=True))
+            for kind, (crop, _) in enumerate(kinds)
         ]
+        return lambda: [Crops(*of_kind) for of_kind in zip(finish(), parameters, strict=True)]
 
 
 def make_strategy(images: StoreImages, placement: Placement, *, threads: int, device: torch.device) -> Strategy:
@@ -168,7 +183,7 @@ class CpuCrop:
         self._images, self._threads, self._device = images, threads, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
 
-    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
         shape = self._images.store.shape
         channels, n = 3 if shape is None else shape[2], len(records)
@@ -179,8 +194,13 @@ class CpuCrop:
             cut_part = self._cutting_jpeg(records, kinds, draw, views)
         else:
             cut_part = partial(self._cut_raw, records, kinds, draw, views)
-        list(self._pool.map(cut_part, self._parts(n)))
-        return [CutPixels(view.flatten(0, 1)) for view in views]
+        begun = self._pool.map(cut_part, self._parts(n))
+
+        def finish() -> list[Pixels]:
+            list(begun)
+            return [CutPixels(view.flatten(0, 1)) for view in views]
+
+        return finish
 
     def _parts(self, n: int) -> list[slice]:
         if self._images.store.shape is not None:  # one product per thread: its cost is mostly overhead
@@ -241,15 +261,21 @@ class CpuDecode:
         self._images, self._threads, self._device = images, threads, device
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
-        if self._images.store.shape is not None:
-            read = torch.from_numpy(self._images.store.read_raw(records)).permute(0, 3, 1, 2)
-            return uncut(EqualSize(read), *equal_sides(read), kinds, draw)
+        store = self._images.store
+        if store.shape is not None:
+            reading = self._pool.submit(store.read_raw, records)
+            return lambda: self._equal_size(reading.result(), kinds, draw)
         slices = parts(len(records), max(-(-len(records) // _DECODED_AT_ONCE), min(self._threads, len(records))))
-        decoded = [
-            image for part in self._pool.map(lambda s: self._images.pixels(records[s]), slices) for image in part
-        ]
+        decoding = self._pool.map(lambda part: self._images.pixels(records[part]), slices)
+        return lambda: self._ragged([image for part in decoding for image in part], kinds, draw)
+
+    def _equal_size(self, pixels: NDArray[np.uint8], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return uncut(EqualSize(images), *equal_sides(images), kinds, draw)
+
+    def _ragged(self, decoded: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
         heights, widths = sides(decoded)
         starts = np.concatenate(([0], np.cumsum(heights * widths)))
         buffer = host_buffer(int(starts[-1]), 3, device=self._device)
@@ -265,14 +291,23 @@ class NvJpeg:
         self._images, self._threads = images, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
 
-    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
-        files = self._read(records)
+        reading = self._read(records)
+        return lambda: self._encoded(records, list(reading), kinds, draw)
+
+    def _read(self, records: Positions) -> Iterator[NDArray[np.uint8]]:
+        slices = parts(len(records), min(self._threads, len(records)))
+        return chain.from_iterable(self._pool.map(lambda part: self._images.encoded(records[part]), slices))
+
+    def _encoded(
+        self, records: Positions, files: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes
+    ) -> list[Pixels]:
         try:  # the files themselves, not the index: boxes must lie in what will be decoded
             heights, widths = _sizes(files)
         except ValueError:
             self._images.store.images(records)  # which names the record, or learns what stands in for it
-            files = self._read(records)
+            files = list(self._read(records))
             heights, widths = _sizes(files)
         store = self._images.store
 
@@ -280,10 +315,6 @@ class NvJpeg:
             return f"record {store.keys[int(records[number])]!r} in {store.path}"
 
         return uncut(Encoded([torch.tensor(file) for file in files], name), heights, widths, kinds, draw)
-
-    def _read(self, records: Positions) -> list[NDArray[np.uint8]]:
-        slices = parts(len(records), min(self._threads, len(records)))
-        return [file for part in self._pool.map(lambda s: self._images.encoded(records[s]), slices) for file in part]
 
 
 def _sizes(files: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -303,11 +334,11 @@ class Resident:
             records = np.arange(start, min(start + _RESIDENT_READ, len(store)))
             self._pixels[start : start + len(records)] = torch.from_numpy(store.read_raw(records)).to(device)
 
-    def cut(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
+    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
         _, height, width, _ = self._pixels.shape
         held = ResidentRows(self._pixels, torch.from_numpy(records))
-        return uncut(held, np.full(len(records), height), np.full(len(records), width), kinds, draw)
+        return lambda: uncut(held, np.full(len(records), height), np.full(len(records), width), kinds, draw)
 
 
 def uncut(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -17,8 +19,15 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def host_buffer(*shape: int, device: torch.device) -> Tensor:
-    """An uninitialised uint8 tensor on the host, pinned if it is to go to a GPU."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """A uint8 tensor on the host, of any content; pinned if it is to go to a GPU.
+
+    Else in pages of its own, which the system has back with the tensor: freed into the C library's heap, batches of
+    tens of MB left it in pieces, and the memory of a process grew and shrank by a third.
+    """
+    if device.type == "cuda" or not math.prod(shape):
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
 
 
 class Ahead:

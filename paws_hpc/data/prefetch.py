@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -12,8 +13,11 @@ T = TypeVar("T")
 _AHEAD = 3  # the one in the making included: enough to hide one slow batch; more would only hold memory
 
 
+_AT_ONCE = 2  # in the making: threads that are done with their parts of one go on to the next
+
+
 class Prefetch(Generic[T]):
-    """``make(start), …, make(stop - 1)`` in order, made ahead; a context manager that leaves no thread behind.
+    """The batches of steps ``start`` to ``stop - 1`` in order, made ahead; a context manager that leaves nothing.
 
     ``with Prefetch(…) as batches`` gives the iterator. There is no other way to it: without the block nobody would make
     the batches.
@@ -22,13 +26,13 @@ class Prefetch(Generic[T]):
     bytes (a batch that alone exceeds it is made once nothing else waits). The size of a batch to come is taken to be
     that of the largest so far.
 
-    An error in ``make`` is raised where its batch would have been taken. A thread, not a process: decoding and cropping
+    An error is raised where its batch would have been taken. A thread, not a process: decoding and cropping
     release the interpreter lock, nothing is copied or pickled, and there is no process that a signal could meet.
     """
 
     def __init__(
         self,
-        make: Callable[[int], T],
+        begin: Callable[[int], Callable[[], T]],
         start: int,
         stop: int,
         *,
@@ -38,13 +42,15 @@ class Prefetch(Generic[T]):
         """Prepare.
 
         Args:
-            make: the batch of a step.
+            begin: begins the batch of a step, and returns what waits for it. One is begun while another is waited for;
+                each that was begun is waited for, in order and by the same thread.
             start, stop: steps.
             size: bytes of a batch.
             budget_bytes: of the batches that wait or are being made.
         """
-        self._make, self._start, self._stop = make, start, stop
-        self._size, self._budget, self._largest = size, budget_bytes, 0
+        self._begin, self._start, self._stop = begin, start, stop
+        self._size, self._budget = size, budget_bytes
+        self._largest: int | None = None  # of the batches so far
         self._waiting: deque[tuple[T | BaseException, int]] = deque()
         self._changed = threading.Condition()
         self._leaving = False
@@ -75,27 +81,54 @@ class Prefetch(Generic[T]):
             yield item
             del item  # before the next is waited for: it would count as a fourth
 
-    def _has_room(self) -> bool:
+    def _has_room(self, begun: int) -> bool:
+        there = len(self._waiting) + begun
         waiting = sum(size for _, size in self._waiting)
-        few = len(self._waiting) < _AHEAD and waiting + self._largest <= self._budget
-        return self._leaving or few or not self._waiting
+        if self._largest is None or not there:  # whatever the first one needs, it is made alone
+            return not there
+        return there < _AHEAD and waiting + (begun + 1) * self._largest <= self._budget
 
     def _fill(self) -> None:
-        for step in range(self._start, self._stop):
+        begun: deque[Callable[[], T]] = deque()
+        self._make(begun)
+        for finish in begun:
+            with suppress(Exception):  # nobody takes this batch, but what makes it must not outlive the block
+                finish()
+
+    def _make(self, begun: deque[Callable[[], T]]) -> None:
+        step = self._start
+        while begun or step < self._stop:
             with self._changed:
-                self._changed.wait_for(self._has_room)
+                self._changed.wait_for(lambda: self._leaving or begun or self._has_room(0))
                 if self._leaving:
                     return
+                another = step < self._stop and len(begun) < _AT_ONCE and self._has_room(len(begun))
+            if another:
+                begun.append(self._beginning(step))
+                step += 1
+                continue
             size = 0
             try:
-                item: T | BaseException = self._make(step)
+                item: T | BaseException = begun.popleft()()
                 size = self._size(item)  # type: ignore[arg-type]
             except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
                 item = error
             with self._changed:
-                self._largest = max(self._largest, size)
+                self._largest = max(self._largest or 0, size)
                 self._waiting.append((item, size))
                 self._changed.notify_all()
             if isinstance(item, BaseException):
                 return
             del item
+
+    def _beginning(self, step: int) -> Callable[[], T]:
+        """What waits for the batch of a step, or raises the error with which it began."""
+        try:
+            return self._begin(step)
+        except BaseException as error:  # noqa: BLE001 - raised when its turn comes
+            fault = error
+
+        def fail() -> T:
+            raise fault
+
+        return fail

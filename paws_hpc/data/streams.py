@@ -118,19 +118,23 @@ class PawsStream:
 
     def batch(self, step: int) -> PawsBatch:
         """This rank's part of a 0-based step."""
+        return self.begin(step)()
+
+    def begin(self, step: int) -> Callable[[], PawsBatch]:
+        """Begin to make this rank's part of a 0-based step; the result waits for it."""
         rank = distributed.rank()
         records = self._order.records(step)[rank * self._images : (rank + 1) * self._images]
         drawn, mine = self._support.draw(step), slice(rank * self._supports, (rank + 1) * self._supports)
         supports, repeats = drawn.records[mine], drawn.repeats[mine]
         every = [slice(part, None, self._parts) for part in range(self._parts)]
-        parts = tuple(self._part(step, records[rows], supports[rows], repeats[rows]) for rows in every)
+        parts = [self._begin_part(step, records[rows], supports[rows], repeats[rows]) for rows in every]
         images = np.unique(drawn.records, return_inverse=True)[1]
         known, places = self._support.known_classes(records, drawn)
         known &= self._labels_are_here
-        return PawsBatch(
+        return lambda: PawsBatch(
             step,
             records,
-            parts,
+            tuple(finish() for finish in parts),
             support_classes=self._as_gathered(drawn.places),
             support_images=self._as_gathered(images),
             known=torch.from_numpy(known),
@@ -142,16 +146,23 @@ class PawsStream:
         by_rank = np.split(values, distributed.world_size())
         return torch.from_numpy(np.concatenate([np.tile(part, self.views.support_views) for part in by_rank]))
 
-    def _part(self, step: int, records: Positions, supports: Positions, repeats: Positions) -> PawsPart:
+    def _begin_part(
+        self, step: int, records: Positions, supports: Positions, repeats: Positions
+    ) -> Callable[[], PawsPart]:
         views, kinds = self.views, [(self.views.large, 0)]
         if views.small.count:
             kinds.append((views.small, FIRST_SMALL_VIEW))
-        large, *small = self._cutter.cut(records, kinds, epoch=self._order.epoch(step), config=views.augment)
+        unlabelled = self._cutter.begin(records, kinds, epoch=self._order.epoch(step), config=views.augment)
         support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
-        (support,) = self._support_cutter.cut(
+        labelled = self._support_cutter.begin(
             supports, [(support_crop, FIRST_SUPPORT_VIEW)], epoch=step, config=views.augment, repeats=repeats
         )
-        return PawsPart(support, large, small[0] if small else None)
+
+        def finish() -> PawsPart:
+            (large, *small), (support,) = unlabelled(), labelled()
+            return PawsPart(support, large, small[0] if small else None)
+
+        return finish
 
     def state(self, step: int) -> StreamState:
         """Where the stream stands before a 0-based step."""
@@ -185,13 +196,16 @@ class PawsStream:
         device = self.options.device
         beside = side_stream(device)
 
-        def make(step: int) -> PawsBatch:
-            batch = self.batch(step)
+        def begin(step: int) -> Callable[[], PawsBatch]:
+            finish = self.begin(step)
+            return lambda: with_views(finish())
+
+        def with_views(batch: PawsBatch) -> PawsBatch:
             if dtype is None or self._parts > 1:
                 return batch
             return replace(batch, ahead=Ahead(lambda: self.augment(batch.parts[0], device, dtype), beside))
 
-        return _prefetch(make, start, stop, self.options)
+        return _prefetch(begin, start, stop, self.options)
 
     def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device, by kind."""
@@ -211,8 +225,10 @@ def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
         )
 
 
-def _prefetch(make: Callable[[int], _Batch], start: int, stop: int, options: StreamOptions) -> Prefetch[_Batch]:
-    return Prefetch(make, start, stop, size=lambda batch: batch.nbytes, budget_bytes=options.prefetch_bytes)
+def _prefetch(
+    begin: Callable[[int], Callable[[], _Batch]], start: int, stop: int, options: StreamOptions
+) -> Prefetch[_Batch]:
+    return Prefetch(begin, start, stop, size=lambda batch: batch.nbytes, budget_bytes=options.prefetch_bytes)
 
 
 class ClassifierStream:
@@ -271,23 +287,30 @@ class ClassifierStream:
 
     def batch(self, step: int) -> LabelledBatch:
         """This rank's part of a 0-based step."""
+        return self.begin(step)()
+
+    def begin(self, step: int) -> Callable[[], LabelledBatch]:
+        """Begin to make this rank's part of a 0-based step; the result waits for it."""
         drawn = self._order.records(step)
         records = self._labelled[drawn[distributed.share(len(drawn))]]
-        crops = self._cutter.cut(
+        cut = self._cutter.begin(
             records, [(self._crop, FIRST_FINETUNE_VIEW)], epoch=self._order.epoch(step), config=self._augment
         )
-        return LabelledBatch(step, records, crops[0], torch.from_numpy(self.store.labels[records]))
+        return lambda: LabelledBatch(step, records, cut()[0], torch.from_numpy(self.store.labels[records]))
 
     def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
         """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
         device = self._options.device
         beside = side_stream(device)
 
-        def make(step: int) -> LabelledBatch:
-            batch = self.batch(step)
+        def begin(step: int) -> Callable[[], LabelledBatch]:
+            finish = self.begin(step)
+            return lambda: with_views(finish())
+
+        def with_views(batch: LabelledBatch) -> LabelledBatch:
             return replace(batch, ahead=Ahead(lambda: [self.augment(batch, device, dtype)], beside))
 
-        return _prefetch(make, start, stop, self._options)
+        return _prefetch(begin, start, stop, self._options)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""

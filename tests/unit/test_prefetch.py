@@ -1,13 +1,23 @@
-"""Batches made ahead arrive in order; an error arrives where its batch would have, and no thread stays behind."""
+"""Batches made ahead arrive in order; an error arrives where its batch would have, and nothing stays behind."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import pytest
 
 from paws_hpc.data.prefetch import Prefetch
+
+T = TypeVar("T")
+
+
+def prefetch(make: Callable[[int], T], start: int, stop: int, **options: Any) -> Prefetch[T]:
+    """Of batches that are made when they are waited for."""
+    return Prefetch(lambda step: partial(make, step), start, stop, **options)
 
 
 def running() -> list[str]:
@@ -21,7 +31,7 @@ def test_batches_arrive_in_order_and_once() -> None:
         made.append(step)
         return step * step
 
-    with Prefetch(make, 3, 20) as batches:
+    with prefetch(make, 3, 20) as batches:
         assert list(batches) == [step * step for step in range(3, 20)]
     assert made == list(range(3, 20))
     assert not running()
@@ -29,7 +39,7 @@ def test_batches_arrive_in_order_and_once() -> None:
 
 def test_work_goes_on_while_the_consumer_is_busy_but_not_without_bound() -> None:
     made: list[int] = []
-    with Prefetch(made.append, 0, 1000) as batches:
+    with prefetch(made.append, 0, 1000) as batches:
         next(iter(batches))
         deadline = time.monotonic() + 10
         while len(made) < 4 and time.monotonic() < deadline:  # one taken, two waiting, one in hand
@@ -54,7 +64,7 @@ def test_an_error_is_raised_where_its_batch_would_have_been_taken() -> None:
     taken: list[int] = []
 
     def consume() -> None:
-        with Prefetch(make, 0, 10) as batches:
+        with prefetch(make, 0, 10) as batches:
             for batch in batches:
                 taken.append(batch)
                 time.sleep(0.01)  # the maker is at step 5 long before the consumer
@@ -70,7 +80,7 @@ def test_an_error_is_raised_where_its_batch_would_have_been_taken() -> None:
 @pytest.mark.parametrize("how", ["break", "raise"])
 def test_a_consumer_that_breaks_off_leaves_no_thread(how: str) -> None:
     def consume() -> None:
-        with Prefetch(lambda step: step, 0, 10**9) as batches:
+        with prefetch(lambda step: step, 0, 10**9) as batches:
             for batch in batches:
                 if batch == 3:
                     if how == "raise":
@@ -86,23 +96,23 @@ def test_a_consumer_that_breaks_off_leaves_no_thread(how: str) -> None:
 
 
 def test_nothing_to_make_is_no_error() -> None:
-    with Prefetch(lambda step: step, 7, 7) as batches:
+    with prefetch(lambda step: step, 7, 7) as batches:
         assert list(batches) == []
     assert not running()
 
 
 def test_batches_that_nobody_makes_are_an_error_and_not_waited_for() -> None:
-    prefetch = Prefetch(lambda step: step, 0, 10)
+    ahead = prefetch(lambda step: step, 0, 10)
     with pytest.raises(TypeError, match="'Prefetch' object is not iterable"):
-        iter(prefetch)  # type: ignore[call-overload]
-    with prefetch as batches:
+        iter(ahead)  # type: ignore[call-overload]
+    with ahead as batches:
         assert next(batches) == 0
     with pytest.raises(ValueError, match="the batch of step 1 was asked for outside the with block"):
         next(batches)
 
 
 def test_batches_come_once() -> None:
-    with Prefetch(lambda step: step, 0, 3) as batches:
+    with prefetch(lambda step: step, 0, 3) as batches:
         assert list(batches) == [0, 1, 2]
         assert list(batches) == []
 
@@ -116,9 +126,75 @@ def test_batches_ahead_fit_the_budget_in_bytes(size: int, ahead: int) -> None:
         made.append(bytes(size))
         return made[-1]
 
-    with Prefetch(make, 0, 20, size=len, budget_bytes=25) as batches:
+    with prefetch(make, 0, 20, size=len, budget_bytes=25) as batches:
         taken = iter(batches)
         for number in range(4):
             next(taken)
             time.sleep(0.1)  # the maker goes as far as it may
             assert len(made) == number + 1 + ahead
+
+
+def test_a_batch_is_begun_while_the_one_before_is_waited_for() -> None:
+    begun: list[int] = []
+    go_on = threading.Event()
+
+    def begin(step: int) -> Callable[[], int]:
+        begun.append(step)
+        return partial(finish, step)
+
+    def finish(step: int) -> int:
+        if step:
+            assert go_on.wait(10)
+        return step
+
+    with Prefetch(begin, 0, 10) as batches:
+        assert next(batches) == 0
+        deadline = time.monotonic() + 10
+        while len(begun) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert begun == [0, 1, 2], "1 is waited for, 2 is begun, 3 waits its turn"
+        go_on.set()
+        assert list(batches) == list(range(1, 10))
+
+
+def test_an_error_while_beginning_is_raised_where_its_batch_would_have_been_taken() -> None:
+    def begin(step: int) -> Callable[[], int]:
+        if step == 3:
+            raise BrokenImageError("image 3")
+        return lambda: step
+
+    taken: list[int] = []
+
+    def consume() -> None:
+        with Prefetch(begin, 0, 10) as batches:
+            for batch in batches:
+                taken.append(batch)
+                time.sleep(0.01)
+
+    with pytest.raises(BrokenImageError, match="image 3"):
+        consume()
+    assert taken == [0, 1, 2]
+    assert not running()
+
+
+@pytest.mark.parametrize("fault", [None, BrokenImageError("image 1")])
+def test_leaving_waits_for_what_was_begun(fault: Exception | None) -> None:
+    """Threads that still read would otherwise meet a store that is closed."""
+    begun: set[int] = set()
+
+    def begin(step: int) -> Callable[[], int]:
+        begun.add(step)
+        return partial(finish, step)
+
+    def finish(step: int) -> int:
+        time.sleep(0.02)
+        begun.discard(step)
+        if fault is not None and step:
+            raise fault
+        return step
+
+    with Prefetch(begin, 0, 10) as batches:
+        next(batches)
+        time.sleep(0.05)
+    assert not begun
+    assert not running()
