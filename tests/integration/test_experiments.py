@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from paws_hpc.stages.pretrain import make_training, open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ArraySource, ImageFolder, pack
+from tests.conftest import Stores
 
 CPU = torch.device("cpu")
 CLASSES, PER_CLASS = 3, 6
@@ -133,3 +135,14 @@ def test_the_cifar_recipe_follows_the_data_set_or_names_what_does_not_fit(tmp_pa
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             prepare.run(compose_run([*digits, *changes])[0], RunFolder(tmp_path / "run"))
+
+
+def test_the_cifar_recipe_is_one_line_for_digits_too(digits_stores: Stores, tmp_path: Path) -> None:
+    """On all of scikit-learn's digits labels suffice, and the rest is the recipe."""
+    places = [f"data.train={digits_stores.train}", f"data.test={digits_stores.test}", f"runs={tmp_path}", "name=run"]
+    config = compose_run(["experiment=digits_wrn", *places])[0]
+    prepare.run(config, RunFolder(tmp_path / "run"))
+    recipe = compose_run(["experiment=cifar10_4000"])[0]
+    assert config.pretrain.support == replace(recipe.pretrain.support, images_per_class=40)
+    for part in ("views", "model", "optimizer", "objective", "finetune", "baseline", "neighbour_tuning"):
+        assert getattr(config, part) == getattr(recipe, part), part

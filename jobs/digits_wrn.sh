@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Handwritten digits with 400 labels by the paper's CIFAR10 recipe, WideResNet-28-2.
+# Command:  bash jobs/digits_wrn.sh [FIELD=VALUE ...]
+# Cost:     600 epochs of 5 steps; meant for a GPU, not run yet.
+# Expected: unknown until it is run; the paper has no figure for this data set.
+# Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
+# Here:     add resources.pretrain.tasks_per_node=8 (and finetune, baseline) to use eight GPUs of this machine.
+# Run again, it resumes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+exec .venv/bin/python -m paws_hpc.launch experiment=digits_wrn "$@"
