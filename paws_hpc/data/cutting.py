@@ -37,7 +37,7 @@ from paws_hpc.data.crops import (
     equal_size_resized_crops,
     resized_crops,
 )
-from paws_hpc.data.devices import host_buffer
+from paws_hpc.data.devices import HostBuffers
 from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import Positions
 from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
@@ -180,7 +180,7 @@ class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads, self._device = images, threads, device
+        self._images, self._threads, self._buffers = images, threads, HostBuffers(device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -188,7 +188,7 @@ class CpuCrop:
         shape = self._images.store.shape
         channels, n = 3 if shape is None else shape[2], len(records)
         # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
-        batches = [host_buffer(crop.count, n, crop.size, crop.size, channels, device=self._device) for crop in kinds]
+        batches = [self._buffers.take(crop.count, n, crop.size, crop.size, channels) for crop in kinds]
         views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
         if shape is None:
             cut_part = self._cutting_jpeg(records, kinds, draw, views)
@@ -258,7 +258,7 @@ class CpuDecode:
     """Decodes on a few threads; the images travel, and are cropped on the device."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads, self._device = images, threads, device
+        self._images, self._threads, self._buffers = images, threads, HostBuffers(device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -278,7 +278,7 @@ class CpuDecode:
     def _ragged(self, decoded: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
         heights, widths = sides(decoded)
         starts = np.concatenate(([0], np.cumsum(heights * widths)))
-        buffer = host_buffer(int(starts[-1]), 3, device=self._device)
+        buffer = self._buffers.take(int(starts[-1]), 3)
         for image, start, stop in zip(decoded, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             buffer[start:stop] = as_tensor(image).view(-1, 3)
         return uncut(Ragged(RaggedImages(buffer, starts[:-1], heights, widths)), heights, widths, kinds, draw)

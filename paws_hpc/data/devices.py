@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-import mmap
+import weakref
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -18,16 +20,38 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def host_buffer(*shape: int, device: torch.device) -> Tensor:
-    """A uint8 tensor on the host, of any content; pinned if it is to go to a GPU.
+class HostBuffers:
+    """Memory on the host for batches, used again once nothing refers to it; asked by one thread at a time.
 
-    Else in pages of its own, which the system has back with the tensor: freed into the C library's heap, batches of
-    tens of MB left it in pieces, and the memory of a process grew and shrank by a third.
+    Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
+    process goes up and down by a third; pages that the system makes anew for each take 9 % of the time to fill it
+    (docs/benchmarks.md). There are as many buffers as were ever in use at once.
     """
-    if device.type == "cuda" or not math.prod(shape):
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    pages = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
+
+    def __init__(self, device: torch.device) -> None:
+        """Prepare; memory that is to go to a GPU is pinned, which torch keeps and uses again by itself."""
+        self._pinned = device.type == "cuda"
+        self._free: dict[int, NDArray[np.uint8]] = {}
+
+    def take(self, *shape: int) -> Tensor:
+        """A uint8 tensor of any content. Its memory comes back with the last tensor or array that shares it."""
+        if self._pinned:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        memory = self._memory(size)
+        lent = memory[:size]  # an object of its own, which lives as long as the tensor's memory is in use
+        weakref.finalize(lent, self._free.__setitem__, id(memory), memory).atexit = False
+        return torch.from_numpy(lent).view(shape)
+
+    def _memory(self, size: int) -> NDArray[np.uint8]:
+        """The smallest free memory that suffices; or, in place of the largest free one, new memory."""
+        free = sorted(self._free.items(), key=lambda item: len(item[1]))
+        for number, memory in free:
+            if len(memory) >= size:
+                return self._free.pop(number)
+        if free:
+            del self._free[free[-1][0]]
+        return np.empty(size, np.uint8)
 
 
 class Ahead:

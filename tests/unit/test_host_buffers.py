@@ -1,0 +1,89 @@
+"""Memory of batches on the host: used again when it is free and never before, as much as was in use at once."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from paws_hpc.data.devices import HostBuffers
+
+CPU = torch.device("cpu")
+MB = 10**6
+
+
+def resident() -> int:
+    """Anonymous memory of this process, bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_memory_is_flat_whatever_lives_between_batches() -> None:
+    buffers, between, seen = HostBuffers(CPU), [], []
+    for _ in range(40):
+        batch = [buffers.take(size, MB).fill_(1) for size in (20, 10, 15)]
+        between.append(torch.ones(30_000))
+        del batch
+        seen.append(resident())
+    assert max(seen[5:]) - seen[4] < 35 * 120_000 + 2 * MB, "what lives between them, and no more"
+
+
+def test_memory_is_not_used_again_while_anything_shares_it() -> None:
+    buffers = HostBuffers(CPU)
+    view = buffers.take(4, 8, 3).fill_(5).permute(2, 0, 1)[1, 2:]
+    array = buffers.take(96).fill_(6).numpy()[3:7]
+    for _ in range(5):
+        buffers.take(96).fill_(9)
+    assert (view == 5).all()
+    assert (array == 6).all()
+    held = place(view)
+    del view
+    gc.collect()
+    assert held in [place(taken) for taken in [buffers.take(96) for _ in range(2)]]
+
+
+def test_free_memory_serves_smaller_batches_and_larger_ones_replace_it() -> None:
+    buffers = HostBuffers(CPU)
+    large, small = buffers.take(1000), buffers.take(10)
+    places = place(large), place(small)
+    del large, small
+    assert place(buffers.take(9)) == places[1], "the smallest that suffices"
+    assert place(buffers.take(11)) == places[0]
+    larger = buffers.take(2000)
+    assert len(larger) == 2000
+    del larger
+    first, second = buffers.take(1500), buffers.take(7)
+    assert place(second) == places[1], "two were in use at once, so there are two"
+    assert len(first) == 1500
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2), (1,), (3, 5, 7)])
+def test_a_buffer_of_any_shape_can_be_written_and_is_numpys_too(shape: tuple[int, ...]) -> None:
+    buffers = HostBuffers(CPU)
+    for value in (7, 8):
+        buffer = buffers.take(*shape)
+        assert buffer.shape == shape
+        assert buffer.dtype == torch.uint8
+        buffer.fill_(value)
+        np.testing.assert_array_equal(buffer.numpy(), np.full(shape, value, np.uint8))
+
+
+def test_batches_that_threads_hold_for_unlike_times_never_share_memory() -> None:
+    buffers = HostBuffers(CPU)
+
+    def hold(number: int, batch: Tensor) -> bool:
+        batch.fill_(number % 251)
+        return all((batch == number % 251).all() for _ in range(1 + number % 7))
+
+    with ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(hold, number, buffers.take(10_000 + number % 13)) for number in range(400)]
+        assert all(future.result() for future in held)
