@@ -17,7 +17,10 @@ from pathlib import Path
 
 from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import error_text, exclusive
+from paws_hpc.stages.wandb_asking import unusable
 from paws_hpc.stages.wandb_segments import Segment, find_segments, rows_left, upload_next
+
+_ASKING_S = 60.0  # to wait for the server's first word
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
         if not paths:
             print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
+        fault = None
+        if not options.dry_run and any(_pending(found) for path in paths for found in find_segments(path).values()):
+            fault = unusable(timeout_s=min(_ASKING_S, 60 * options.timeout_min))
+        options.dry_run |= fault is not None  # one word instead of a failure per file
         left = [path for path in paths if not _sync(path, options)]
+        if fault is not None:
+            print(f"error: nothing was uploaded: {fault}", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
@@ -66,15 +75,20 @@ def _sync(path: Path, options: argparse.Namespace) -> bool:
     return all(clean)
 
 
+def _pending(segments: list[Segment]) -> int:
+    """How many are not online."""
+    return sum(not segment.is_synced for segment in segments)
+
+
 def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace) -> bool:
-    pending = sum(not segment.is_synced for segment in segments)
+    pending = _pending(segments)
     if pending and options.dry_run:
         print(f"{name}: {pending} of {len(segments)} files left")
         return False
     fault = None
-    while fault is None and any(not segment.is_synced for segment in segments):
+    while fault is None and _pending(segments):
         fault = upload_next(segments, timeout_s=60 * options.timeout_min)
-    left = sum(not segment.is_synced for segment in segments)
+    left = _pending(segments)
     if fault is None:
         fault = rows_left(segments)
     done = f"{pending - left} files uploaded, {left} left" if pending else f"nothing left of {len(segments)} files"

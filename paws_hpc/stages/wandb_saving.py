@@ -2,18 +2,12 @@
 
     python -m paws_hpc.stages.wandb_saving ID RUN [RUN …]    started by :func:`save_wandb_report`
 
-A process of its own talks to W&B, because what its package does with a server that takes a connection and never answers
-cannot be ended in any other way.
+A process of its own talks to W&B (paws_hpc/stages/wandb_asking.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +15,7 @@ from pathlib import Path
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.comparison_page import comparison_folder
 from paws_hpc.stages.report_run import read_run
+from paws_hpc.stages.wandb_asking import answer, ask, logged_in
 from paws_hpc.stages.wandb_report import build
 
 _NOT_ONLINE = ("offline", "disabled", "dryrun")
@@ -65,38 +60,14 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
     write_json(path, kept)  # before anything that may fail
     if (mode := os.environ.get("WANDB_MODE")) in _NOT_ONLINE:
         return Saved(path, offline=f"WANDB_MODE={mode}")
-    told = _in_its_own_process([kept["id"], *map(str, runs)], timeout_s)
+    try:
+        told = ask("paws_hpc.stages.wandb_saving", [kept["id"], *map(str, runs)], timeout_s=timeout_s)
+    except TimeoutError as error:
+        return Saved(path, fault=f"{error}; it may have been saved all the same")
     if "url" not in told:
         return Saved(path, fault=told.get("fault"), offline=told.get("offline"))
     write_json(path, kept | told)
     return Saved(path, url=told["url"])
-
-
-def _in_its_own_process(arguments: list[str], timeout_s: float) -> dict[str, str]:
-    """What the process said: ``id`` and ``url``, or ``fault``, or ``offline``."""
-    with tempfile.TemporaryFile("w+") as complaints:  # no pipe: wandb's service would keep it open
-        process = subprocess.Popen(
-            [sys.executable, "-m", "paws_hpc.stages.wandb_saving", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"fault": f"no answer within {timeout_s:g} s; it may have been saved all the same"}
-        finally:
-            if process.returncode is None:  # also where a person gave up first
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if process.returncode != 0:
-            complaints.seek(0)
-            last = complaints.read().strip().rpartition("\n")[2] or "without a word"
-            return {"fault": f"its process ended with status {process.returncode}: {last}"}
-    told: dict[str, str] = json.loads(said)
-    return told
 
 
 def main(arguments: Sequence[str]) -> dict[str, str]:
@@ -105,20 +76,14 @@ def main(arguments: Sequence[str]) -> dict[str, str]:
 
     identifier, *runs = arguments
     records = [read_run(Path(run)) for run in runs]
-    try:
-        if not wandb.login(prompt=False, verify=False):
-            return {"offline": "nobody is logged in: run `wandb login`"}
-        entity = str(records[0].settings.get("tracking.entity") or "") or str(wandb.Api().default_entity)
-        report = build(records, entity=entity)
-        report.id = identifier
-        report.save()
-    except Exception as error:  # noqa: BLE001 - wandb raises anything; the report is in the file, and this is told
-        return {"fault": f"{type(error).__name__}: {error}".strip()}
+    if not logged_in():
+        return {"offline": "nobody is logged in: run `wandb login`"}
+    entity = str(records[0].settings.get("tracking.entity") or "") or str(wandb.Api().default_entity)
+    report = build(records, entity=entity)
+    report.id = identifier
+    report.save()
     return {"id": str(report.id), "url": str(report.url)}
 
 
 if __name__ == "__main__":
-    answer = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where wandb prints, and its service after it
-    print(json.dumps(main(sys.argv[1:])), file=answer, flush=True)
-    os._exit(0)  # wandb's own clean-up would wait for what has just failed
+    answer(main)

@@ -197,7 +197,7 @@ def test_rows_that_no_file_can_bring_are_told(
         assert sync.main([str(run.path)]) == 1
         assert f"{len(expected(run))} rows of" in (told := capsys.readouterr().out)
         assert "are not online" in told
-    assert server.operations == []
+    assert not server.runs, "nothing was sent"
 
 
 def test_where_there_is_nothing_to_upload_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,12 +239,39 @@ def test_a_run_that_goes_on_is_left_alone(run: RunFolder, server: WandbServer) -
     assert server.operations == []
 
 
-def test_who_is_not_logged_in_is_told(
-    run: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        ("no key", "nobody is logged in: run `wandb login`"),
+        ("401", "401"),
+        ("hang", "no answer within 6 s; is there a connection?"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_told_once(
+    behaviour: str,
+    told: str,
+    run: RunFolder,
+    server: WandbServer,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv("WANDB_API_KEY")
-    assert sync.main([str(run.path)]) == 1
-    assert "wandb said" in capsys.readouterr().out
+    """And not once for every file of every run, after as long a wait."""
+    shutil.copytree(run.pretrain, run.path / "finetune" / "lr=0.1")
+    if behaviour == "no key":
+        monkeypatch.delenv("WANDB_API_KEY")
+    else:
+        server.behaviour = behaviour
+    assert sync.main([str(run.path), "--timeout-min", "0.1"]) == 1
+    said = capsys.readouterr()
+    (error,) = said.err.splitlines()
+    assert error.startswith("error: nothing was uploaded: ")
+    assert told in error
+    assert [line.partition(": ")[2] for line in said.out.splitlines()] == [
+        "finetune/lr=0.1: 2 of 2 files left",
+        "pretrain: 2 of 2 files left",
+    ]
+    assert not any(segment.is_synced for found in find_segments(run.path).values() for segment in found)
 
 
 def test_an_unknown_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
