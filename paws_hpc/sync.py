@@ -4,7 +4,8 @@
     python -m paws_hpc.sync --all               of all runs under runs/
     python -m paws_hpc.sync --all --dry-run     only say what is left
 
-It can be interrupted and repeated. The exit status is 1 if something is left.
+It can be interrupted and repeated. The exit status is 1 if something is left. Before the first upload it asks the
+server whether it takes anything, so that a missing key or connection is said once and not for every file.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import error_text, exclusive
 from paws_hpc.stages.wandb_asking import unusable
-from paws_hpc.stages.wandb_segments import Segment, find_segments, rows_left, upload_next
+from paws_hpc.stages.wandb_segments import Segment, ServerError, find_segments, rows_left, upload_next
 
 _ASKING_S = 60.0  # to wait for the server's first word
 
@@ -26,21 +28,33 @@ _ASKING_S = 60.0  # to wait for the server's first word
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 if nothing is left to upload."""
     options = _parser().parse_args(arguments)
+    server = _Server(timeout_s=min(_ASKING_S, 60 * options.timeout_min))
     try:
         paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
         if not paths:
             print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
-        fault = None
-        if not options.dry_run and any(_pending(found) for path in paths for found in find_segments(path).values()):
-            fault = unusable(timeout_s=min(_ASKING_S, 60 * options.timeout_min))
-        options.dry_run |= fault is not None  # one word instead of a failure per file
-        left = [path for path in paths if not _sync(path, options)]
-        if fault is not None:
-            print(f"error: nothing was uploaded: {fault}", file=sys.stderr)
+        left = [path for path in paths if not _sync(path, options, server)]
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
+    finally:
+        if server.was_unusable:
+            print(f"error: nothing can be uploaded: {server.fault}", file=sys.stderr)
     return 1 if left else 0
+
+
+class _Server:
+    """Weights & Biases' server, which is asked once."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s, self.was_unusable = timeout_s, False
+
+    @cached_property
+    def fault(self) -> str | None:
+        """Why it takes nothing from here."""
+        fault = unusable(timeout_s=self._timeout_s)
+        self.was_unusable = fault is not None
+        return fault
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,13 +79,13 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _sync(path: Path, options: argparse.Namespace) -> bool:
+def _sync(path: Path, options: argparse.Namespace, server: _Server) -> bool:
     """Upload what is left of a run and say what was done; returns whether nothing is left."""
     with exclusive(path / ".sync.lock", busy=f"Another sync of {path} is running. Wait for it, or end it."):
         stages = find_segments(path)
         if not stages:
             print(f"{path.name}: nothing kept by Weights & Biases here")
-        clean = [_sync_stage(f"{path.name}: {stage}", found, options) for stage, found in stages.items()]  # every one
+        clean = [_sync_stage(f"{path.name}: {stage}", found, options, server) for stage, found in stages.items()]
     return all(clean)
 
 
@@ -80,14 +94,18 @@ def _pending(segments: list[Segment]) -> int:
     return sum(not segment.is_synced for segment in segments)
 
 
-def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace) -> bool:
+def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace, server: _Server) -> bool:
     pending = _pending(segments)
     if pending and options.dry_run:
         print(f"{name}: {pending} of {len(segments)} files left")
         return False
     fault = None
-    while fault is None and _pending(segments):
-        fault = upload_next(segments, timeout_s=60 * options.timeout_min)
+    try:
+        while fault is None and _pending(segments):
+            fault = upload_next(segments, timeout_s=60 * options.timeout_min, unusable=lambda: server.fault)
+    except ServerError:  # which is told once, at the end
+        print(f"{name}: {_pending(segments)} of {len(segments)} files left")
+        return False
     left = _pending(segments)
     if fault is None:
         fault = rows_left(segments)

@@ -16,12 +16,12 @@ Legend: n records, V crops of a kind from each, C channels, s the side of a crop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -46,6 +46,7 @@ from paws_hpc.store import ImageStore
 
 _DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
 _RESIDENT_READ = 4096
+T = TypeVar("T")
 
 DrawBoxes = Callable[[int, slice, NDArray[np.int64], NDArray[np.int64]], Boxes]
 """(kind, which of the n records, their heights, their widths) → (V * m, 4) boxes, view-major."""
@@ -81,12 +82,19 @@ class Strategy(Protocol):
         Each record is decoded once.
         """
 
+    def abandon(self) -> None:
+        """Give up what was begun and was not waited for; returns when no thread works on it."""
+
 
 class Cutter:
     """Draws boxes and augmentation for records and has the crops cut."""
 
     def __init__(self, strategy: Strategy, *, seed: int) -> None:
         self.seed, self._strategy = seed, strategy
+
+    def abandon(self) -> None:
+        """As of Strategy."""
+        self._strategy.abandon()
 
     def cut(
         self,
@@ -176,12 +184,34 @@ def make_strategy(images: StoreImages, placement: Placement, *, threads: int, de
             return Resident(images.store, device)
 
 
+class _Threads:
+    """A few threads that work on parts of batches, for a strategy; asked by one thread at a time."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._begun: list[Future[Any]] = []
+
+    def begin(self, work: Callable[[slice], T], parts: Sequence[slice]) -> Callable[[], list[T]]:
+        """Begin the work on every part; the result waits for it and gives what it returned, part by part."""
+        begun = [self._pool.submit(work, part) for part in parts]
+        self._begun = [future for future in self._begun if not future.done()] + begun
+        return lambda: [future.result() for future in begun]
+
+    def abandon(self) -> None:
+        """As of Strategy."""
+        for future in self._begun:
+            future.cancel()
+        wait(self._begun)
+        self._begun = []
+
+
 class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads, self._buffers = images, threads, HostBuffers(device)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="crops")
+        self._images, self._buffers, self._threads = images, HostBuffers(device), _Threads(threads, "crops")
+        self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
@@ -194,18 +224,18 @@ class CpuCrop:
             cut_part = self._cutting_jpeg(records, kinds, draw, views)
         else:
             cut_part = partial(self._cut_raw, records, kinds, draw, views)
-        begun = self._pool.map(cut_part, self._parts(n))
+        wait_for_parts = self._threads.begin(cut_part, self._parts(n))
 
         def finish() -> list[Pixels]:
-            list(begun)
+            wait_for_parts()
             return [CutPixels(view.flatten(0, 1)) for view in views]
 
         return finish
 
     def _parts(self, n: int) -> list[slice]:
         if self._images.store.shape is not None:  # one product per thread: its cost is mostly overhead
-            return parts(n, min(self._threads, n))
-        return parts(n, max(-(-n // _DECODED_AT_ONCE), min(self._threads, n)))
+            return parts(n, min(self._threads.count, n))
+        return parts(n, max(-(-n // _DECODED_AT_ONCE), min(self._threads.count, n)))
 
     def _cutting_jpeg(
         self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
@@ -258,18 +288,18 @@ class CpuDecode:
     """Decodes on a few threads; the images travel, and are cropped on the device."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads, self._buffers = images, threads, HostBuffers(device)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._images, self._buffers, self._threads = images, HostBuffers(device), _Threads(threads, "decode")
+        self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
         store = self._images.store
         if store.shape is not None:
-            reading = self._pool.submit(store.read_raw, records)
-            return lambda: self._equal_size(reading.result(), kinds, draw)
-        slices = parts(len(records), max(-(-len(records) // _DECODED_AT_ONCE), min(self._threads, len(records))))
-        decoding = self._pool.map(lambda part: self._images.pixels(records[part]), slices)
-        return lambda: self._ragged([image for part in decoding for image in part], kinds, draw)
+            reading = self._threads.begin(lambda part: store.read_raw(records[part]), [slice(None)])
+            return lambda: self._equal_size(reading()[0], kinds, draw)
+        slices = parts(len(records), max(-(-len(records) // _DECODED_AT_ONCE), min(self._threads.count, len(records))))
+        decoding = self._threads.begin(lambda part: self._images.pixels(records[part]), slices)
+        return lambda: self._ragged(list(chain.from_iterable(decoding())), kinds, draw)
 
     def _equal_size(self, pixels: NDArray[np.uint8], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -288,17 +318,18 @@ class NvJpeg:
     """Reads JPEG files; decoding and cropping run on the GPU."""
 
     def __init__(self, images: StoreImages, threads: int) -> None:
-        self._images, self._threads = images, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._images, self._threads = images, _Threads(threads, "read")
+        self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """As of Strategy."""
         reading = self._read(records)
-        return lambda: self._encoded(records, list(reading), kinds, draw)
+        return lambda: self._encoded(records, reading(), kinds, draw)
 
-    def _read(self, records: Positions) -> Iterator[NDArray[np.uint8]]:
-        slices = parts(len(records), min(self._threads, len(records)))
-        return chain.from_iterable(self._pool.map(lambda part: self._images.encoded(records[part]), slices))
+    def _read(self, records: Positions) -> Callable[[], list[NDArray[np.uint8]]]:
+        slices = parts(len(records), min(self._threads.count, len(records)))
+        reading = self._threads.begin(lambda part: self._images.encoded(records[part]), slices)
+        return lambda: list(chain.from_iterable(reading()))
 
     def _encoded(
         self, records: Positions, files: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes
@@ -307,7 +338,7 @@ class NvJpeg:
             heights, widths = _sizes(files)
         except ValueError:
             self._images.store.images(records)  # which names the record, or learns what stands in for it
-            files = list(self._read(records))
+            files = self._read(records)()
             heights, widths = _sizes(files)
         store = self._images.store
 
@@ -339,6 +370,9 @@ class Resident:
         _, height, width, _ = self._pixels.shape
         held = ResidentRows(self._pixels, torch.from_numpy(records))
         return lambda: uncut(held, np.full(len(records), height), np.full(len(records), width), kinds, draw)
+
+    def abandon(self) -> None:
+        """As of Strategy: there is nothing to wait for."""
 
 
 def uncut(

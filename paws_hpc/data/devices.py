@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -25,13 +26,15 @@ class HostBuffers:
 
     Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
     process goes up and down by a third; pages that the system makes anew for each take 9 % of the time to fill it
-    (docs/benchmarks.md). There are as many buffers as were ever in use at once.
+    (docs/benchmarks.md). There are as many buffers as were ever in use at once, none larger than the largest that was
+    asked for, and they stay as long as this object does.
     """
 
     def __init__(self, device: torch.device) -> None:
         """Prepare; memory that is to go to a GPU is pinned, which torch keeps and uses again by itself."""
         self._pinned = device.type == "cuda"
-        self._free: dict[int, NDArray[np.uint8]] = {}
+        self._free: list[NDArray[np.uint8]] = []
+        self._returned: deque[NDArray[np.uint8]] = deque()  # where any thread may put memory at any time
 
     def take(self, *shape: int) -> Tensor:
         """A uint8 tensor of any content. Its memory comes back with the last tensor or array that shares it."""
@@ -40,17 +43,19 @@ class HostBuffers:
         size = math.prod(shape)
         memory = self._memory(size)
         lent = memory[:size]  # an object of its own, which lives as long as the tensor's memory is in use
-        weakref.finalize(lent, self._free.__setitem__, id(memory), memory).atexit = False
+        weakref.finalize(lent, self._returned.append, memory).atexit = False
         return torch.from_numpy(lent).view(shape)
 
     def _memory(self, size: int) -> NDArray[np.uint8]:
         """The smallest free memory that suffices; or, in place of the largest free one, new memory."""
-        free = sorted(self._free.items(), key=lambda item: len(item[1]))
-        for number, memory in free:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        self._free.sort(key=len)
+        for place, memory in enumerate(self._free):
             if len(memory) >= size:
-                return self._free.pop(number)
-        if free:
-            del self._free[free[-1][0]]
+                return self._free.pop(place)
+        if self._free:
+            self._free.pop()
         return np.empty(size, np.uint8)
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-_AHEAD = 3  # the one in the making included: enough to hide one slow batch; more would only hold memory
-
-
+_AHEAD = 3  # those in the making included: enough to hide one slow batch; more would only hold memory
 _AT_ONCE = 2  # in the making: threads that are done with their parts of one go on to the next
 
 
 class Prefetch(Generic[T]):
-    """The batches of steps ``start`` to ``stop - 1`` in order, made ahead; a context manager that leaves nothing.
+    """The batches of steps ``start`` to ``stop - 1`` in order, made ahead; a context manager.
 
     ``with Prefetch(…) as batches`` gives the iterator. There is no other way to it: without the block nobody would make
     the batches.
@@ -26,8 +23,9 @@ class Prefetch(Generic[T]):
     bytes (a batch that alone exceeds it is made once nothing else waits). The size of a batch to come is taken to be
     that of the largest so far.
 
-    An error is raised where its batch would have been taken. A thread, not a process: decoding and cropping
-    release the interpreter lock, nothing is copied or pickled, and there is no process that a signal could meet.
+    An error is raised where its batch would have been taken. When the block ends nothing works on batches any more. A
+    thread, not a process: decoding and cropping release the interpreter lock, nothing is copied or pickled, and there
+    is no process that a signal could meet.
     """
 
     def __init__(
@@ -36,6 +34,7 @@ class Prefetch(Generic[T]):
         start: int,
         stop: int,
         *,
+        abandon: Callable[[], None] = lambda: None,
         size: Callable[[T], int] = lambda _: 0,
         budget_bytes: int = 0,
     ) -> None:
@@ -43,12 +42,14 @@ class Prefetch(Generic[T]):
 
         Args:
             begin: begins the batch of a step, and returns what waits for it. One is begun while another is waited for;
-                each that was begun is waited for, in order and by the same thread.
+                all are begun, and waited for in their order, by one thread.
             start, stop: steps.
+            abandon: gives up what was begun and was not waited for, and returns when nothing works on it. Called once,
+                when no more will be begun.
             size: bytes of a batch.
             budget_bytes: of the batches that wait or are being made.
         """
-        self._begin, self._start, self._stop = begin, start, stop
+        self._begin, self._start, self._stop, self._abandon = begin, start, stop, abandon
         self._size, self._budget = size, budget_bytes
         self._largest: int | None = None  # of the batches so far
         self._waiting: deque[tuple[T | BaseException, int]] = deque()
@@ -89,13 +90,13 @@ class Prefetch(Generic[T]):
         return there < _AHEAD and waiting + (begun + 1) * self._largest <= self._budget
 
     def _fill(self) -> None:
-        begun: deque[Callable[[], T]] = deque()
-        self._make(begun)
-        for finish in begun:
-            with suppress(Exception):  # nobody takes this batch, but what makes it must not outlive the block
-                finish()
+        try:
+            self._make()
+        finally:
+            self._abandon()
 
-    def _make(self, begun: deque[Callable[[], T]]) -> None:
+    def _make(self) -> None:
+        begun: deque[Callable[[], T]] = deque()
         step = self._start
         while begun or step < self._stop:
             with self._changed:

@@ -205,7 +205,11 @@ class PawsStream:
                 return batch
             return replace(batch, ahead=Ahead(lambda: self.augment(batch.parts[0], device, dtype), beside))
 
-        return _prefetch(begin, start, stop, self.options)
+        return _prefetch(begin, self._abandon, start, stop, self.options)
+
+    def _abandon(self) -> None:
+        self._cutter.abandon()
+        self._support_cutter.abandon()
 
     def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device, by kind."""
@@ -226,9 +230,14 @@ def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
 
 
 def _prefetch(
-    begin: Callable[[int], Callable[[], _Batch]], start: int, stop: int, options: StreamOptions
+    begin: Callable[[int], Callable[[], _Batch]],
+    abandon: Callable[[], None],
+    start: int,
+    stop: int,
+    options: StreamOptions,
 ) -> Prefetch[_Batch]:
-    return Prefetch(begin, start, stop, size=lambda batch: batch.nbytes, budget_bytes=options.prefetch_bytes)
+    size, budget = (lambda batch: batch.nbytes), options.prefetch_bytes
+    return Prefetch(begin, start, stop, abandon=abandon, size=size, budget_bytes=budget)
 
 
 class ClassifierStream:
@@ -310,7 +319,7 @@ class ClassifierStream:
         def with_views(batch: LabelledBatch) -> LabelledBatch:
             return replace(batch, ahead=Ahead(lambda: [self.augment(batch, device, dtype)], beside))
 
-        return _prefetch(begin, start, stop, self._options)
+        return _prefetch(begin, self._cutter.abandon, start, stop, self._options)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""

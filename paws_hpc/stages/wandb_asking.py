@@ -73,19 +73,22 @@ def answer(main: Callable[[Sequence[str]], dict[str, str]]) -> None:
     os._exit(0)  # wandb's own clean-up would wait for what has just failed
 
 
-def logged_in() -> bool:
-    """Whether W&B finds a key, good or not."""
+def why_not() -> str | None:
+    """Why this process cannot be online, before any server is asked; None if W&B finds a key, good or not."""
     import wandb  # noqa: PLC0415 - slow to import
 
-    return bool(wandb.login(prompt=False, verify=False))
+    if (mode := wandb.setup().settings.mode) not in ("online", "shared"):
+        return f"W&B's settings say mode={mode}"  # with which login() finds no key either
+    return None if wandb.login(prompt=False, verify=False) else "nobody is logged in: run `wandb login`"
 
 
 def main(_: Sequence[str]) -> dict[str, str]:
     """Ask the server whether it takes the key; returns ``fault`` if there is none to take."""
+    os.environ["WANDB_MODE"] = "online"  # runs may be kept offline; to upload them is what is asked for
     import wandb  # noqa: PLC0415 - slow to import
 
-    if not logged_in():
-        return {"fault": "nobody is logged in: run `wandb login`"}
+    if fault := why_not():
+        return {"fault": fault}
     wandb.Api()  # raises if it does not
     return {}
 

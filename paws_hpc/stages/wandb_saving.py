@@ -15,7 +15,7 @@ from pathlib import Path
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.comparison_page import comparison_folder
 from paws_hpc.stages.report_run import read_run
-from paws_hpc.stages.wandb_asking import answer, ask, logged_in
+from paws_hpc.stages.wandb_asking import answer, ask, why_not
 from paws_hpc.stages.wandb_report import build
 
 _NOT_ONLINE = ("offline", "disabled", "dryrun")
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str]) -> dict[str, str]:
 
     identifier, *runs = arguments
     records = [read_run(Path(run)) for run in runs]
-    if not logged_in():
-        return {"offline": "nobody is logged in: run `wandb login`"}
+    if offline := why_not():
+        return {"offline": offline}
     entity = str(records[0].settings.get("tracking.entity") or "") or str(wandb.Api().default_entity)
     report = build(records, entity=entity)
     report.id = identifier

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,13 @@ def find_segments(run: Path) -> dict[str, list[Segment]]:
     return found
 
 
-def upload_next(segments: list[Segment], *, timeout_s: float) -> str | None:
+class ServerError(Exception):
+    """Nothing can be uploaded from here at present; the text says why."""
+
+
+def upload_next(
+    segments: list[Segment], *, timeout_s: float, unusable: Callable[[], str | None] = lambda: None
+) -> str | None:
     """Upload the first file that is not online yet; returns what keeps it from being, None if it is.
 
     A file without anything that W&B could take, of a start that was killed in its first moments, counts as online.
@@ -81,6 +88,10 @@ def upload_next(segments: list[Segment], *, timeout_s: float) -> str | None:
     Args:
         segments: of one stage, in order.
         timeout_s: after which an upload that hangs is given up; seconds.
+        unusable: why nothing can be uploaded from here; asked before something is.
+
+    Raises:
+        ServerError: nothing can.
     """
     index = next(number for number, segment in enumerate(segments) if not segment.is_synced)
     segment = segments[index]
@@ -100,6 +111,8 @@ def upload_next(segments: list[Segment], *, timeout_s: float) -> str | None:
     except ValueError as error:
         return str(error)
     if contents:
+        if server_fault := unusable():
+            raise ServerError(server_fault)
         copy = _copy(segment, contents)
         said = _wandb_sync(copy, timeout_s)
         if not Path(f"{copy}.synced").exists():

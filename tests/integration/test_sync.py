@@ -197,7 +197,7 @@ def test_rows_that_no_file_can_bring_are_told(
         assert sync.main([str(run.path)]) == 1
         assert f"{len(expected(run))} rows of" in (told := capsys.readouterr().out)
         assert "are not online" in told
-    assert not server.runs, "nothing was sent"
+    assert server.operations == []
 
 
 def test_where_there_is_nothing_to_upload_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,15 +240,16 @@ def test_a_run_that_goes_on_is_left_alone(run: RunFolder, server: WandbServer) -
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "told"),
+    ("behaviour", "minutes", "told"),
     [
-        ("no key", "nobody is logged in: run `wandb login`"),
-        ("401", "401"),
-        ("hang", "no answer within 6 s; is there a connection?"),
+        ("no key", "1", "nobody is logged in: run `wandb login`"),
+        ("401", "1", "401"),
+        ("hang", "0.1", "no answer within 6 s; is there a connection?"),
     ],
 )
 def test_a_server_that_cannot_be_used_is_told_once(
     behaviour: str,
+    minutes: str,
     told: str,
     run: RunFolder,
     server: WandbServer,
@@ -262,16 +263,31 @@ def test_a_server_that_cannot_be_used_is_told_once(
         monkeypatch.delenv("WANDB_API_KEY")
     else:
         server.behaviour = behaviour
-    assert sync.main([str(run.path), "--timeout-min", "0.1"]) == 1
+    assert sync.main([str(run.path), "--timeout-min", minutes]) == 1
     said = capsys.readouterr()
     (error,) = said.err.splitlines()
-    assert error.startswith("error: nothing was uploaded: ")
+    assert error.startswith("error: nothing can be uploaded: ")
     assert told in error
     assert [line.partition(": ")[2] for line in said.out.splitlines()] == [
         "finetune/lr=0.1: 2 of 2 files left",
         "pretrain: 2 of 2 files left",
     ]
     assert not any(segment.is_synced for found in find_segments(run.path).values() for segment in found)
+
+
+@pytest.mark.parametrize("where", ["environment", "settings file"])
+def test_who_keeps_runs_offline_can_upload_them(
+    where: str, run: RunFolder, server: WandbServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if where == "environment":
+        monkeypatch.setenv("WANDB_MODE", "offline")
+    else:  # as `wandb offline` leaves it
+        monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+        (tmp_path / "settings").mkdir()
+        (tmp_path / "settings" / "settings").write_text("[default]\nmode = offline\n")
+    assert sync.main([str(run.path)]) == 0
+    (online,) = server.runs.values()
+    assert [own(row) for row in online.history] == expected(run)
 
 
 def test_an_unknown_run_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

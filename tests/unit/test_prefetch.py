@@ -178,23 +178,26 @@ def test_an_error_while_beginning_is_raised_where_its_batch_would_have_been_take
 
 
 @pytest.mark.parametrize("fault", [None, BrokenImageError("image 1")])
-def test_leaving_waits_for_what_was_begun(fault: Exception | None) -> None:
-    """Threads that still read would otherwise meet a store that is closed."""
-    begun: set[int] = set()
+def test_what_was_begun_is_abandoned_once_before_the_block_ends(fault: Exception | None) -> None:
+    events: list[str] = []
 
     def begin(step: int) -> Callable[[], int]:
-        begun.add(step)
+        events.append(f"begin {step}")
         return partial(finish, step)
 
     def finish(step: int) -> int:
-        time.sleep(0.02)
-        begun.discard(step)
         if fault is not None and step:
             raise fault
         return step
 
-    with Prefetch(begin, 0, 10) as batches:
+    def abandon() -> None:
+        time.sleep(0.05)
+        events.append("abandon")
+
+    with Prefetch(begin, 0, 10, abandon=abandon) as batches:
         next(batches)
         time.sleep(0.05)
-    assert not begun
+        assert "begin 2" in events
+    assert events[-1] == "abandon"
+    assert events.count("abandon") == 1
     assert not running()

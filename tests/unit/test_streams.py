@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,7 +18,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.data import cutting
 from paws_hpc.data.batches import PawsBatch, StreamOptions, StreamState
+from paws_hpc.data.config import Placement
 from paws_hpc.data.crops import draw_boxes
 from paws_hpc.data.cutting import Crops
 from paws_hpc.data.images import StoreImages
@@ -307,6 +311,62 @@ def test_views_of_several_micro_batches_are_left_to_the_step(digits: ImageStore)
         (batch,) = batches
     assert batch.ahead is None
     assert len(batch.parts) == 2
+
+
+@pytest.mark.parametrize("placement", ["cpu-crop", "cpu-decode"])
+@pytest.mark.parametrize("what", ["leaving early", "a fault while reading", "a fault while drawing"])
+def test_when_prefetching_ends_no_thread_reads_any_more(
+    placement: Placement, what: str, photographs: Path, *, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ends, with micro-batches and supports begun that nobody waited for: the store may be closed now."""
+    read, draw, lock = StoreImages.pixels, cutting.draw_parameters, threading.Lock()
+    count = {"reading": 0, "reads": 0, "draws": 0}
+
+    def add(name: str, number: int) -> int:
+        with lock:
+            count[name] += number
+            return count[name]
+
+    def slow_pixels(images: StoreImages, records: np.ndarray) -> list[np.ndarray]:
+        add("reading", 1)
+        try:
+            time.sleep(0.02)
+            if add("reads", 1) == 9 and what == "a fault while reading":
+                raise ValueError("the ninth")
+            return read(images, records)
+        finally:
+            add("reading", -1)
+
+    def drawn(*arguments: Any, **named: Any) -> Any:
+        if add("draws", 1) == 11 and what == "a fault while drawing":
+            raise ValueError("the eleventh")
+        return draw(*arguments, **named)
+
+    monkeypatch.setattr(StoreImages, "pixels", slow_pixels)
+    monkeypatch.setattr(cutting, "draw_parameters", drawn)
+    store = ImageStore.open(photographs)
+    options = StreamOptions(placement=placement)
+    source = PawsStream(
+        store, labelled(store), views=views(), batch_size=N, support_classes=len(store.classes), images_per_class=4,
+        seed=3, threads=2, accumulate_steps=2, supports=StoreImages(store), options=options,
+    )  # fmt: skip
+
+    def consume() -> None:
+        with source.prefetch(0, 100) as batches:
+            for _ in batches:
+                if what == "leaving early":
+                    break
+
+    if what == "leaving early":
+        consume()
+    else:
+        with pytest.raises(ValueError, match=r"the (ninth|eleventh)"):
+            consume()
+    assert count["reading"] == 0
+    reads = count["reads"]
+    time.sleep(0.1)
+    assert count["reads"] == reads
+    assert source.batch(0).records.shape == (N,), "it can be used again"
 
 
 def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
