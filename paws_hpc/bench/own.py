@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,8 +45,23 @@ def batches(records: Positions) -> list[Positions]:
     return [records[start : start + BATCH] for start in range(0, len(records) - BATCH + 1, BATCH)]
 
 
+def _read_again(paths: Iterable[str | Path]) -> None:
+    """Take files out of the page cache and read them into it, one after the other.
+
+    A file just written lies there in larger pieces than one that was read, so that copies out of it are a third faster;
+    contenders are compared on files that came there in the same way.
+    """
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(1 << 20):
+                pass
+
+
 def reads(store: str, check: bool) -> Work:
     """Every record at random, one by one, with or without its CRC32C."""
+    _read_again(Path(store).glob("*.h5"))
     images = ImageStore.open(store, check=check)
     order = batches(shuffled(len(images)))
 
@@ -65,6 +80,7 @@ def flat_file(store: str, check: bool) -> Work:
     path = Path(store).with_suffix(".flat")
     with open(path, "wb") as file:
         lengths = [file.write(record) for record in images.read_encoded(np.arange(len(images)))]
+    _read_again([path])
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).tolist()
     descriptor, buffer = os.open(path, os.O_RDONLY), memoryview(bytearray(max(lengths)))
     order = np.concatenate(batches(shuffled(len(images)))).tolist()
@@ -83,6 +99,7 @@ def flat_file(store: str, check: bool) -> Work:
 def plain_files(folder: str) -> Work:
     """Every file of the image folder at random: open, read, close."""
     paths = [str(path) for path in jpegs(folder)]
+    _read_again(paths)
     order = np.concatenate(batches(shuffled(len(paths)))).tolist()
 
     def work() -> int:
