@@ -48,8 +48,8 @@ def batches(records: Positions) -> list[Positions]:
 def _read_again(paths: Iterable[str | Path]) -> None:
     """Take files out of the page cache and read them into it, one after the other.
 
-    How a file came there, written or read and when, makes copies out of it faster or slower by up to a third. Contenders are
-    compared on files that came there in the same way.
+    How a file came there, written or read and when, makes copies out of it faster or slower by up to a third. So
+    contenders are compared on files that came there in the same way.
     """
     for path in paths:
         with open(path, "rb", buffering=0) as file:
