@@ -45,7 +45,7 @@ def batches(records: Positions) -> list[Positions]:
     return [records[start : start + BATCH] for start in range(0, len(records) - BATCH + 1, BATCH)]
 
 
-def _read_again(paths: Iterable[str | Path]) -> None:
+def read_again(paths: Iterable[str | Path]) -> None:
     """Take files out of the page cache and read them into it, one after the other.
 
     How a file came there, written or read and when, makes copies out of it faster or slower by up to a third. So
@@ -61,7 +61,7 @@ def _read_again(paths: Iterable[str | Path]) -> None:
 
 def reads(store: str, check: bool) -> Work:
     """Every record at random, one by one, with or without its CRC32C."""
-    _read_again(Path(store).glob("*.h5"))
+    read_again(Path(store).glob("*.h5"))
     images = ImageStore.open(store, check=check)
     order = batches(shuffled(len(images)))
 
@@ -80,7 +80,7 @@ def flat_file(store: str, check: bool) -> Work:
     path = Path(store).with_suffix(".flat")
     with open(path, "wb") as file:
         lengths = [file.write(record) for record in images.read_encoded(np.arange(len(images)))]
-    _read_again([path])
+    read_again([path])
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).tolist()
     descriptor, buffer = os.open(path, os.O_RDONLY), memoryview(bytearray(max(lengths)))
     order = np.concatenate(batches(shuffled(len(images)))).tolist()
@@ -99,7 +99,7 @@ def flat_file(store: str, check: bool) -> Work:
 def plain_files(folder: str) -> Work:
     """Every file of the image folder at random: open, read, close."""
     paths = [str(path) for path in jpegs(folder)]
-    _read_again(paths)
+    read_again(paths)
     order = np.concatenate(batches(shuffled(len(paths)))).tolist()
 
     def work() -> int:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io as vision_io
 from torchvision.transforms.v2 import functional as vision
 
-from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, shuffled
+from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, read_again, shuffled
 from paws_hpc.bench.photographs import jpegs
 from paws_hpc.bench.pil import pil_view
 from paws_hpc.data.crops import draw_boxes
@@ -197,7 +197,9 @@ def webdataset_reads(folder: str, scratch: str) -> Work:
     """WebDataset's samples one after the other, undecoded."""
     import webdataset  # noqa: PLC0415
 
-    data = webdataset.WebDataset(_tar_shards(folder, scratch), shardshuffle=False)
+    shards = _tar_shards(folder, scratch)
+    read_again(shards)
+    data = webdataset.WebDataset(shards, shardshuffle=False)
 
     def work() -> int:
         return sum(len(sample["jpg"]) > 0 for sample in data)

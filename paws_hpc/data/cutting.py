@@ -77,13 +77,13 @@ class Strategy(Protocol):
     """A placement at work on one source of images; used by one thread at a time."""
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """Begin to cut. The result waits for it and gives per kind its V * n crops, view-major.
+        """Begin to cut. The result waits for it and gives, once, per kind its V * n crops, view-major.
 
         Each record is decoded once.
         """
 
     def abandon(self) -> None:
-        """Give up what was begun and was not waited for; returns when no thread works on it."""
+        """Give up all that was begun and was not waited for; returns when no thread works on it."""
 
 
 class Cutter:
@@ -193,10 +193,19 @@ class _Threads:
         self._begun: list[Future[Any]] = []
 
     def begin(self, work: Callable[[slice], T], parts: Sequence[slice]) -> Callable[[], list[T]]:
-        """Begin the work on every part; the result waits for it and gives what it returned, part by part."""
-        begun = [self._pool.submit(work, part) for part in parts]
-        self._begun = [future for future in self._begun if not future.done()] + begun
-        return lambda: [future.result() for future in begun]
+        """Begin the work on every part; the result waits for it and gives, once, what it returned, part by part."""
+        begun: list[Future[T]] = []
+        for part in parts:
+            begun.append(self._pool.submit(work, part))
+            self._begun.append(begun[-1])
+
+        def results() -> list[T]:
+            done = [future.result() for future in begun]
+            self._begun = [future for future in self._begun if future not in begun]
+            begun.clear()  # they hold what they returned
+            return done
+
+        return results
 
     def abandon(self) -> None:
         """As of Strategy."""

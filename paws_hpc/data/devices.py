@@ -25,7 +25,7 @@ class HostBuffers:
     """Memory on the host for batches, used again once nothing refers to it; asked by one thread at a time.
 
     Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
-    process goes up and down by a third; pages that the system makes anew for each take 9 % of the time to fill it
+    process goes up and down by a fifth; pages that the system makes anew for each make cutting a tenth slower
     (docs/benchmarks.md). There are as many buffers as were ever in use at once, none larger than the largest that was
     asked for, and they stay as long as this object does.
     """

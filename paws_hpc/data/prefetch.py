@@ -23,9 +23,9 @@ class Prefetch(Generic[T]):
     bytes (a batch that alone exceeds it is made once nothing else waits). The size of a batch to come is taken to be
     that of the largest so far.
 
-    An error is raised where its batch would have been taken. When the block ends nothing works on batches any more. A
-    thread, not a process: decoding and cropping release the interpreter lock, nothing is copied or pickled, and there
-    is no process that a signal could meet.
+    An error is raised where its batch would have been taken. When the block ends nothing works on batches any more,
+    unless it is interrupted while it waits for that. A thread, not a process: decoding and cropping release the
+    interpreter lock, nothing is copied or pickled, and there is no process that a signal could meet.
     """
 
     def __init__(

@@ -15,6 +15,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 
+NOT_ONLINE = ("offline", "disabled", "dryrun")
+"""Modes of W&B in which nothing goes to a server."""
+
 
 def unusable(*, timeout_s: float) -> str | None:
     """Why nothing can be sent to Weights & Biases from here, for people to read; None if it can.
@@ -77,7 +80,7 @@ def why_not() -> str | None:
     """Why this process cannot be online, before any server is asked; None if W&B finds a key, good or not."""
     import wandb  # noqa: PLC0415 - slow to import
 
-    if (mode := wandb.setup().settings.mode) not in ("online", "shared"):
+    if (mode := wandb.setup().settings.mode) in NOT_ONLINE:
         return f"W&B's settings say mode={mode}"  # with which login() finds no key either
     return None if wandb.login(prompt=False, verify=False) else "nobody is logged in: run `wandb login`"
 

@@ -15,10 +15,8 @@ from pathlib import Path
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.comparison_page import comparison_folder
 from paws_hpc.stages.report_run import read_run
-from paws_hpc.stages.wandb_asking import answer, ask, why_not
+from paws_hpc.stages.wandb_asking import NOT_ONLINE, answer, ask, why_not
 from paws_hpc.stages.wandb_report import build
-
-_NOT_ONLINE = ("offline", "disabled", "dryrun")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
     path = (folder or (runs[0] / "report" if len(runs) == 1 else comparison_folder(runs))) / "wandb.json"
     kept = {"id": "", "url": None} | (read_json(path) if path.exists() else {}) | {"spec": spec}
     write_json(path, kept)  # before anything that may fail
-    if (mode := os.environ.get("WANDB_MODE")) in _NOT_ONLINE:
+    if (mode := os.environ.get("WANDB_MODE")) in NOT_ONLINE:
         return Saved(path, offline=f"WANDB_MODE={mode}")
     try:
         told = ask("paws_hpc.stages.wandb_saving", [kept["id"], *map(str, runs)], timeout_s=timeout_s)

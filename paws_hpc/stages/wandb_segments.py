@@ -168,7 +168,8 @@ def _wandb_sync(path: Path, timeout_s: float) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"WANDB_DIR": str(path.parent)},  # else it makes a folder where the user stands
+            # Without a folder it makes one where the user stands; runs may be kept offline, and this is the upload.
+            env=os.environ | {"WANDB_DIR": str(path.parent), "WANDB_MODE": "online"},
             text=True,
             check=False,
             timeout=timeout_s,

@@ -181,10 +181,10 @@ def half_blank(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) 
     return ImageStore.open(folder)
 
 
-def accuracy(store: ImageStore, test: ImageStore, *, seed: int, weighting: bool) -> float:
-    """PAWS-NN on test digits after whole epochs, 315 steps at most, with four images of each digit labelled."""
+def accuracy(store: ImageStore, test: ImageStore, *, seed: int, weighting: bool, steps: int = 315) -> float:
+    """PAWS-NN on test digits after as many whole epochs as fit the steps, with four images of each digit labelled."""
     supports = labelled_digits(store, 10, seed=seed)
-    stream, training = open_set_training(store, supports, 10, steps=315, seed=seed, weighting=weighting)
+    stream, training = open_set_training(store, supports, 10, steps=steps, seed=seed, weighting=weighting)
     for step in range(training.total_steps):
         training.step(stream.batch(step))
     encoder, crop = Representation(training.encoder), CenterCropConfig(resize=16, size=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -313,13 +314,28 @@ def test_views_of_several_micro_batches_are_left_to_the_step(digits: ImageStore)
     assert len(batch.parts) == 2
 
 
-@pytest.mark.parametrize("placement", ["cpu-crop", "cpu-decode"])
+@pytest.mark.parametrize(
+    ("placement", "read"),
+    [
+        ("cpu-crop", "images"),
+        ("cpu-decode", "images"),
+        ("nvjpeg", "read_encoded"),
+        ("cpu-crop", "read_raw"),
+        ("cpu-decode", "read_raw"),
+    ],
+)
 @pytest.mark.parametrize("what", ["leaving early", "a fault while reading", "a fault while drawing"])
 def test_when_prefetching_ends_no_thread_reads_any_more(
-    placement: Placement, what: str, photographs: Path, *, monkeypatch: pytest.MonkeyPatch
+    placement: Placement,
+    read: str,
+    what: str,
+    photographs: Path,
+    digits: ImageStore,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However it ends, with micro-batches and supports begun that nobody waited for: the store may be closed now."""
-    read, draw, lock = StoreImages.pixels, cutting.draw_parameters, threading.Lock()
+    really_read, draw, lock = getattr(ImageStore, read), cutting.draw_parameters, threading.Lock()
     count = {"reading": 0, "reads": 0, "draws": 0}
 
     def add(name: str, number: int) -> int:
@@ -327,13 +343,13 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
             count[name] += number
             return count[name]
 
-    def slow_pixels(images: StoreImages, records: np.ndarray) -> list[np.ndarray]:
+    def slow_read(store: ImageStore, records: np.ndarray) -> Any:
         add("reading", 1)
         try:
             time.sleep(0.02)
             if add("reads", 1) == 9 and what == "a fault while reading":
                 raise ValueError("the ninth")
-            return read(images, records)
+            return really_read(store, records)
         finally:
             add("reading", -1)
 
@@ -342,9 +358,9 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
             raise ValueError("the eleventh")
         return draw(*arguments, **named)
 
-    monkeypatch.setattr(StoreImages, "pixels", slow_pixels)
+    monkeypatch.setattr(ImageStore, read, slow_read)
     monkeypatch.setattr(cutting, "draw_parameters", drawn)
-    store = ImageStore.open(photographs)
+    store = digits if read == "read_raw" else ImageStore.open(photographs)
     options = StreamOptions(placement=placement)
     source = PawsStream(
         store, labelled(store), views=views(), batch_size=N, support_classes=len(store.classes), images_per_class=4,
@@ -367,6 +383,26 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
     time.sleep(0.1)
     assert count["reads"] == reads
     assert source.batch(0).records.shape == (N,), "it can be used again"
+
+
+def test_what_was_decoded_is_not_kept_once_a_batch_is_made(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, seen = ImageStore.images, []
+
+    def noted(store: ImageStore, records: np.ndarray) -> list[np.ndarray]:
+        images = read(store, records)
+        seen.extend(weakref.ref(image) for image in images)
+        return images
+
+    monkeypatch.setattr(ImageStore, "images", noted)
+    store = ImageStore.open(photographs)
+    source = PawsStream(
+        store, labelled(store), views=views(), batch_size=N, support_classes=len(store.classes), images_per_class=4,
+        seed=3, threads=2, options=StreamOptions(placement="cpu-decode"),
+    )  # fmt: skip
+    batch = source.batch(0)
+    assert len(seen) > N
+    assert all(image() is None for image in seen), "the batch has copied them"
+    assert batch.nbytes > 0
 
 
 def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
