@@ -16,6 +16,7 @@ Legend: n records, V crops of a kind from each, C channels, s the side of a crop
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Crops:
 
 
 class Strategy(Protocol):
-    """A placement at work on one source of images; used by one thread at a time."""
+    """A placement at work on one source of images; any thread may use it, and waits for what it has begun itself."""
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
         """Begin to cut. The result waits for it and gives, once, per kind its V * n crops, view-major.
@@ -83,7 +84,7 @@ class Strategy(Protocol):
         """
 
     def abandon(self) -> None:
-        """Give up all that was begun and was not waited for; returns when no thread works on it."""
+        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
 
 
 class Cutter:
@@ -185,23 +186,29 @@ def make_strategy(images: StoreImages, placement: Placement, *, threads: int, de
 
 
 class _Threads:
-    """A few threads that work on parts of batches, for a strategy; asked by one thread at a time."""
+    """A few threads that work on parts of batches, for a strategy."""
 
     def __init__(self, count: int, name: str) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._begun: list[Future[Any]] = []
+        self._local = threading.local()  # what one thread gives up, another may still be waiting for
+
+    @property
+    def _begun(self) -> set[Future[Any]]:
+        """By the calling thread, and not waited for."""
+        begun: set[Future[Any]] = self._local.__dict__.setdefault("begun", set())
+        return begun
 
     def begin(self, work: Callable[[slice], T], parts: Sequence[slice]) -> Callable[[], list[T]]:
         """Begin the work on every part; the result waits for it and gives, once, what it returned, part by part."""
         begun: list[Future[T]] = []
         for part in parts:
             begun.append(self._pool.submit(work, part))
-            self._begun.append(begun[-1])
+            self._begun.add(begun[-1])
 
         def results() -> list[T]:
             done = [future.result() for future in begun]
-            self._begun = [future for future in self._begun if future not in begun]
+            self._begun.difference_update(begun)
             begun.clear()  # they hold what they returned
             return done
 
@@ -212,7 +219,7 @@ class _Threads:
         for future in self._begun:
             future.cancel()
         wait(self._begun)
-        self._begun = []
+        self._begun.clear()
 
 
 class CpuCrop:

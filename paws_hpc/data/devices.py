@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,7 +23,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class HostBuffers:
-    """Memory on the host for batches, used again once nothing refers to it; asked by one thread at a time.
+    """Memory on the host for batches, used again once nothing refers to it.
 
     Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
     process goes up and down by a fifth; pages that the system makes anew for each make cutting a tenth slower
@@ -34,6 +35,7 @@ class HostBuffers:
         """Prepare; memory that is to go to a GPU is pinned, which torch keeps and uses again by itself."""
         self._pinned = device.type == "cuda"
         self._free: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
         self._returned: deque[NDArray[np.uint8]] = deque()  # where any thread may put memory at any time
 
     def take(self, *shape: int) -> Tensor:
@@ -48,14 +50,15 @@ class HostBuffers:
 
     def _memory(self, size: int) -> NDArray[np.uint8]:
         """The smallest free memory that suffices; or, in place of the largest free one, new memory."""
-        while self._returned:
-            self._free.append(self._returned.popleft())
-        self._free.sort(key=len)
-        for place, memory in enumerate(self._free):
-            if len(memory) >= size:
-                return self._free.pop(place)
-        if self._free:
-            self._free.pop()
+        with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            self._free.sort(key=len)
+            for place, memory in enumerate(self._free):
+                if len(memory) >= size:
+                    return self._free.pop(place)
+            if self._free:
+                self._free.pop()
         return np.empty(size, np.uint8)
 
 

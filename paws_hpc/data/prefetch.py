@@ -44,8 +44,8 @@ class Prefetch(Generic[T]):
             begin: begins the batch of a step, and returns what waits for it. One is begun while another is waited for;
                 all are begun, and waited for in their order, by one thread.
             start, stop: steps.
-            abandon: gives up what was begun and was not waited for, and returns when nothing works on it. Called once,
-                when no more will be begun.
+            abandon: gives up what that thread has begun and not waited for, and returns when nothing works on it any
+                more. Called once, by it, when no more will be begun.
             size: bytes of a batch.
             budget_bytes: of the batches that wait or are being made.
         """

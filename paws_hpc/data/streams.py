@@ -188,8 +188,6 @@ class PawsStream:
     def prefetch(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Prefetch[PawsBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager.
 
-        Nothing else may ask this stream for batches meanwhile: when no more are made, all that was begun is given up.
-
         Args:
             start, stop: steps.
             dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
@@ -310,7 +308,7 @@ class ClassifierStream:
         return lambda: LabelledBatch(step, records, cut()[0], torch.from_numpy(self.store.labels[records]))
 
     def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
-        """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; as of ``PawsStream``."""
+        """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
         device = self._options.device
         beside = side_stream(device)
 

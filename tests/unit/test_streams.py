@@ -385,6 +385,18 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
     assert source.batch(0).records.shape == (N,), "it can be used again"
 
 
+def test_batches_may_be_made_while_others_are_made_ahead(digits: ImageStore) -> None:
+    """What one thread gives up when its block ends, another waits for; memory is shared out without mixing batches."""
+    source, expected = stream(digits, threads=2), [stream(digits).batch(step) for step in range(8)]
+    for _ in range(5):
+        with source.prefetch(0, 8, F32) as batches, source.prefetch(0, 3) as others:
+            for step, batch in enumerate(batches):
+                assert_same(source.batch(step), expected[step])
+                assert_same(replace(batch, ahead=None), expected[step])
+                if step < 2:
+                    assert_same(next(others), expected[step])
+
+
 def test_what_was_decoded_is_not_kept_once_a_batch_is_made(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, seen = ImageStore.images, []
 
