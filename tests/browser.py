@@ -74,8 +74,10 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
     def requests(self) -> list[str]:
+        """What the page asked for; not what the browser's own start page did, if that was still loading."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        return [asked["request"]["url"] for asked in sent if not asked["documentURL"].startswith("chrome://")]
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
