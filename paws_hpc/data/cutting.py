@@ -17,6 +17,7 @@ Legend: n records, V crops of a kind from each, C channels, s the side of a crop
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -226,7 +227,9 @@ class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._buffers, self._threads = images, HostBuffers(device), _Threads(threads, "crops")
+        self._images, self._threads = images, _Threads(threads, "crops")
+        # By shape: where kinds shared them, small ones would take large memory and large ones ask for more.
+        self._buffers: defaultdict[tuple[int, ...], HostBuffers] = defaultdict(partial(HostBuffers, device))
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -234,7 +237,8 @@ class CpuCrop:
         shape = self._images.store.shape
         channels, n = 3 if shape is None else shape[2], len(records)
         # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
-        batches = [self._buffers.take(crop.count, n, crop.size, crop.size, channels) for crop in kinds]
+        shapes = [(crop.count, n, crop.size, crop.size, channels) for crop in kinds]
+        batches = [self._buffers[shape].take(*shape) for shape in shapes]
         views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
         if shape is None:
             cut_part = self._cutting_jpeg(records, kinds, draw, views)

@@ -23,7 +23,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class HostBuffers:
-    """Memory on the host for batches, used again once nothing refers to it.
+    """Memory on the host for batches of about one size, used again once nothing refers to it.
 
     Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
     process goes up and down by a fifth; pages that the system makes anew for each make cutting a tenth slower
