@@ -156,7 +156,7 @@ def supports(store: str, decoded: bool) -> Work:
 
     def work() -> int:
         for records in order:
-            cutter.cut(records, [(crop, FIRST_SUPPORT_VIEW)], epoch=next(steps), config=VIEWS.augment)
+            cutter.begin(records, [(crop, FIRST_SUPPORT_VIEW)], epoch=next(steps), config=VIEWS.augment)()
         return BATCH * len(order)
 
     return work

@@ -16,14 +16,12 @@ Legend: n records, V crops of a kind from each, C channels, s the side of a crop
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import simplejpeg
@@ -42,13 +40,13 @@ from paws_hpc.data.crops import (
 from paws_hpc.data.devices import HostBuffers
 from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import Positions
+from paws_hpc.data.part_threads import PartThreads
 from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
 from paws_hpc.data.views import AugmentConfig, CropConfig
 from paws_hpc.store import ImageStore
 
 _DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
 _RESIDENT_READ = 4096
-T = TypeVar("T")
 
 DrawBoxes = Callable[[int, slice, NDArray[np.int64], NDArray[np.int64]], Boxes]
 """(kind, which of the n records, their heights, their widths) → (V * m, 4) boxes, view-major."""
@@ -97,18 +95,6 @@ class Cutter:
     def abandon(self) -> None:
         """As of Strategy."""
         self._strategy.abandon()
-
-    def cut(
-        self,
-        records: Positions,
-        kinds: Sequence[tuple[CropConfig, int]],
-        *,
-        epoch: int,
-        config: AugmentConfig,
-        repeats: Positions | None = None,
-    ) -> list[Crops]:
-        """What :meth:`begin` begins, waited for."""
-        return self.begin(records, kinds, epoch=epoch, config=config, repeats=repeats)()
 
     def begin(
         self,
@@ -186,48 +172,11 @@ def make_strategy(images: StoreImages, placement: Placement, *, threads: int, de
             return Resident(images.store, device)
 
 
-class _Threads:
-    """A few threads that work on parts of batches, for a strategy."""
-
-    def __init__(self, count: int, name: str) -> None:
-        self.count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
-        self._local = threading.local()  # what one thread gives up, another may still be waiting for
-
-    @property
-    def _begun(self) -> set[Future[Any]]:
-        """By the calling thread, and not waited for."""
-        begun: set[Future[Any]] = self._local.__dict__.setdefault("begun", set())
-        return begun
-
-    def begin(self, work: Callable[[slice], T], parts: Sequence[slice]) -> Callable[[], list[T]]:
-        """Begin the work on every part; the result waits for it and gives, once, what it returned, part by part."""
-        begun: list[Future[T]] = []
-        for part in parts:
-            begun.append(self._pool.submit(work, part))
-            self._begun.add(begun[-1])
-
-        def results() -> list[T]:
-            done = [future.result() for future in begun]
-            self._begun.difference_update(begun)
-            begun.clear()  # they hold what they returned
-            return done
-
-        return results
-
-    def abandon(self) -> None:
-        """As of Strategy."""
-        for future in self._begun:
-            future.cancel()
-        wait(self._begun)
-        self._begun.clear()
-
-
 class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads = images, _Threads(threads, "crops")
+        self._images, self._threads = images, PartThreads(threads, "crops")
         # By shape: where kinds shared them, small ones would take large memory and large ones ask for more.
         self._buffers: defaultdict[tuple[int, ...], HostBuffers] = defaultdict(partial(HostBuffers, device))
         self.abandon = self._threads.abandon
@@ -308,7 +257,7 @@ class CpuDecode:
     """Decodes on a few threads; the images travel, and are cropped on the device."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._buffers, self._threads = images, HostBuffers(device), _Threads(threads, "decode")
+        self._images, self._buffers, self._threads = images, HostBuffers(device), PartThreads(threads, "decode")
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -338,7 +287,7 @@ class NvJpeg:
     """Reads JPEG files; decoding and cropping run on the GPU."""
 
     def __init__(self, images: StoreImages, threads: int) -> None:
-        self._images, self._threads = images, _Threads(threads, "read")
+        self._images, self._threads = images, PartThreads(threads, "read")
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:

@@ -174,7 +174,7 @@ def probe(store: ImageStore, placement: Placement, *, views: ViewsConfig, thread
     cutter = Cutter(make_strategy(images, placement, threads=threads, device=device), seed=0)
 
     def prepare() -> list[Crops]:
-        return cutter.cut(records, kinds, epoch=0, config=views.augment)
+        return cutter.begin(records, kinds, epoch=0, config=views.augment)()
 
     def finish() -> None:
         for crops in prepare():

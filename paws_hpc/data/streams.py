@@ -196,16 +196,12 @@ class PawsStream:
         device = self.options.device
         beside = side_stream(device)
 
-        def begin(step: int) -> Callable[[], PawsBatch]:
-            finish = self.begin(step)
-            return lambda: with_views(finish())
-
         def with_views(batch: PawsBatch) -> PawsBatch:
             if dtype is None or self._parts > 1:
                 return batch
             return replace(batch, ahead=Ahead(lambda: self.augment(batch.parts[0], device, dtype), beside))
 
-        return _prefetch(begin, self._abandon, start, stop, self.options)
+        return _prefetch(self.begin, with_views, self._abandon, range(start, stop), self.options)
 
     def _abandon(self) -> None:
         self._cutter.abandon()
@@ -231,13 +227,17 @@ def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
 
 def _prefetch(
     begin: Callable[[int], Callable[[], _Batch]],
+    with_views: Callable[[_Batch], _Batch],
     abandon: Callable[[], None],
-    start: int,
-    stop: int,
+    steps: range,
     options: StreamOptions,
 ) -> Prefetch[_Batch]:
+    def begin_with_views(step: int) -> Callable[[], _Batch]:
+        finish = begin(step)
+        return lambda: with_views(finish())
+
     size, budget = (lambda batch: batch.nbytes), options.prefetch_bytes
-    return Prefetch(begin, start, stop, abandon=abandon, size=size, budget_bytes=budget)
+    return Prefetch(begin_with_views, steps.start, steps.stop, abandon=abandon, size=size, budget_bytes=budget)
 
 
 class ClassifierStream:
@@ -312,14 +312,10 @@ class ClassifierStream:
         device = self._options.device
         beside = side_stream(device)
 
-        def begin(step: int) -> Callable[[], LabelledBatch]:
-            finish = self.begin(step)
-            return lambda: with_views(finish())
-
         def with_views(batch: LabelledBatch) -> LabelledBatch:
             return replace(batch, ahead=Ahead(lambda: [self.augment(batch, device, dtype)], beside))
 
-        return _prefetch(begin, self._cutter.abandon, start, stop, self._options)
+        return _prefetch(self.begin, with_views, self._cutter.abandon, range(start, stop), self._options)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""

@@ -1,0 +1,52 @@
+"""Threads that work on the parts of a batch while others go on, and can be told to give it up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class PartThreads:
+    """A few threads that work on parts of batches.
+
+    Attributes:
+        count: how many.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        """Prepare ``count`` threads called ``name``."""
+        self.count = count
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._local = threading.local()  # what one thread gives up, another may still be waiting for
+
+    @property
+    def _begun(self) -> set[Future[Any]]:
+        """By the calling thread, and not waited for."""
+        begun: set[Future[Any]] = self._local.__dict__.setdefault("begun", set())
+        return begun
+
+    def begin(self, work: Callable[[slice], T], parts: Sequence[slice]) -> Callable[[], list[T]]:
+        """Begin the work on every part; the result waits for it and gives, once, what it returned, part by part."""
+        begun: list[Future[T]] = []
+        for part in parts:
+            begun.append(self._pool.submit(work, part))
+            self._begun.add(begun[-1])
+
+        def results() -> list[T]:
+            done = [future.result() for future in begun]
+            self._begun.difference_update(begun)
+            begun.clear()  # they hold what they returned
+            return done
+
+        return results
+
+    def abandon(self) -> None:
+        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
+        for future in self._begun:
+            future.cancel()
+        wait(self._begun)
+        self._begun.clear()
