@@ -5,13 +5,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 
+def computing_alone() -> Callable[[], None]:
+    """What a thread beside the calling one calls first, to keep what torch computes in it to one core.
+
+    Else each thread that makes batches would have torch's threads of its own, as many as the one that trains. As soon as
+    there are more of them than cores, OpenMP puts a thread to sleep wherever it waits for another, and waking them all
+    makes a step of a small network half as long again (docs/benchmarks.md). The calling thread keeps its number.
+    """
+    torch.get_num_threads()  # settles it: a thread that has not asked yet would be given what was set last by any
+    return partial(torch.set_num_threads, 1)  # of the thread that calls it, MKL's too
+
+
 class PartThreads:
-    """A few threads that work on parts of batches.
+    """A few threads that work on parts of batches, each on one core.
 
     Attributes:
         count: how many.
@@ -20,7 +34,7 @@ class PartThreads:
     def __init__(self, count: int, name: str) -> None:
         """Prepare ``count`` threads called ``name``."""
         self.count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=computing_alone())
         self._local = threading.local()  # what one thread gives up, another may still be waiting for
 
     @property

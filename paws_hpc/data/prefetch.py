@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from paws_hpc.data.part_threads import computing_alone
+
 T = TypeVar("T")
 _AHEAD = 3  # those in the making included: enough to hide one slow batch; more would only hold memory
 _AT_ONCE = 2  # in the making: threads that are done with their parts of one go on to the next
@@ -55,6 +57,7 @@ class Prefetch(Generic[T]):
         self._waiting: deque[tuple[T | BaseException, int]] = deque()
         self._changed = threading.Condition()
         self._leaving = False
+        self._compute_alone = computing_alone()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
     def __enter__(self) -> Iterator[T]:
@@ -90,6 +93,7 @@ class Prefetch(Generic[T]):
         return there < _AHEAD and waiting + (begun + 1) * self._largest <= self._budget
 
     def _fill(self) -> None:
+        self._compute_alone()
         try:
             self._make()
         finally:

@@ -26,6 +26,7 @@ from paws_hpc.data.cutting import Cutter, make_strategy
 from paws_hpc.data.devices import Ahead, side_stream
 from paws_hpc.data.images import StoreImages, as_tensor
 from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
+from paws_hpc.data.part_threads import computing_alone
 from paws_hpc.data.prefetch import Prefetch
 from paws_hpc.data.views import (
     FIRST_FINETUNE_VIEW,
@@ -359,7 +360,8 @@ class EvaluationSet:
         mine = self.records[distributed.share(len(self.records))]
         longest = -(-len(self.records) // distributed.world_size())
         like = self.training_store
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation") as pool:
+        alone = computing_alone()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation", initializer=alone) as pool:
             for start in range(0, max(longest, 1), _EVALUATION_BATCH):
                 records = mine[start : start + _EVALUATION_BATCH]
                 if not len(records):

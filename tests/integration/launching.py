@@ -24,6 +24,7 @@ TINY = (
     "pretrain.checkpoint_every_steps=3",
     "pretrain.log_every_steps=1",
     "pretrain.validate_every_epochs=1",
+    "resources.pretrain.threads_per_rank=1",
     "finetune.learning_rates=[0.02,0.1]",
     "finetune.epochs=[1,2]",
     "finetune.crop.size=16",
