@@ -14,7 +14,7 @@ help: ## this list
 
 env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with uv inside it)
 
-demo: $(INSTALLED) ## from images to report on this machine, in about three minutes; it prints where the report is
+demo: $(INSTALLED) ## from images to report on this machine, in one to three minutes; it prints where the report is
 	$(BIN)/python -m paws_hpc.launch
 
 bench: $(INSTALLED) ## installs what benchmarks compare with, and measures the image store beside it: about 20 minutes

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Handwritten digits with 40 labels: the whole chain on this machine.
 # Command:  bash jobs/digits.sh [FIELD=VALUE ...]
-# Cost:     about 3 minutes on two CPU cores.
+# Cost:     1 to 3 minutes on two CPU cores.
 # Expected: PAWS-NN 95 % on 400 test images (docs/results.md).
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes.

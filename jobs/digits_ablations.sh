@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablations of the paper's Tables 4, 5 and 6 on digits, five seeds each: support mini-batch, prediction head, me-max.
 # Command:  bash jobs/digits_ablations.sh [FIELD=VALUE ...]
-# Cost:     45 pre-trainings of 2 to 3 minutes on one CPU core each.
+# Cost:     45 pre-trainings of 1 to 3 minutes on two CPU cores each.
 # Expected: docs/results.md; PAWS-NN and the probes on frozen features, since nothing is fine-tuned.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; each table is made of its runs: python -m paws_hpc.report runs/digits-seed*-support=*

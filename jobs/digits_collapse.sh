@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collapse with 1, 2, 4 and 10 labels per class on digits, five seeds each: what fails without help, and what helps.
 # Command:  bash jobs/digits_collapse.sh [FIELD=VALUE ...]
-# Cost:     70 pre-trainings of 2 to 3 minutes on one CPU core each.
+# Cost:     70 pre-trainings of 1 to 3 minutes on two CPU cores each.
 # Expected: docs/results.md; a run that collapses says so and goes on to its end.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; any of them side by side: python -m paws_hpc.report runs/digits-no_warmup-*

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Unlabelled images of classes that nobody labelled: digits 0 to 2 (KNOWN=3) with four labels each, five seeds.
 # Command:  [KNOWN=5] bash jobs/digits_open_set.sh [FIELD=VALUE ...]
-# Cost:     15 pre-trainings of 1 to 2 minutes on one CPU core each.
+# Cost:     15 pre-trainings of 1 to 2 minutes on two CPU cores each.
 # Expected: docs/results.md; alone: unlabelled images of the known classes only, strangers: of all ten,
 #           weighted: of all ten with objective.open_set_weighting.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).

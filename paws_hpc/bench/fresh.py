@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from paws_hpc.bench.own import paws_stream  # noqa: E402
 from paws_hpc.store import ImageStore  # noqa: E402
 
-_EPOCHS = 4  # the first warms up
+_EPOCHS = 4  # the first one warms up, with what comes before it
 _SLOW_STEP_S = 2.0  # in which everything that may be made ahead is made
 
 

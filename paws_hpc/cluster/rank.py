@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.stages import finetune, pretrain, selection
 from paws_hpc.stages.run_folder import RunFolder
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_alone(
@@ -118,8 +121,14 @@ def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
     """For every stage anew: sums are the same to the bit only for the same number of threads."""
     threads = getattr(config.resources, job.stage).threads_per_rank
     granted = os.environ.get("SLURM_CPUS_PER_TASK")  # the cores in sight may be those of this task or of all of them
-    cores = int(granted) if granted else len(os.sched_getaffinity(0)) // local_ranks
-    torch.set_num_threads(threads or max(1, cores))
+    cores = max(1, int(granted) if granted else len(os.sched_getaffinity(0)) // local_ranks)
+    if threads is not None and threads > cores:
+        _LOG.warning(
+            "resources.%s.threads_per_rank=%d, and the cores for a rank are %d here: threads that share one make each "
+            "other wait. %d would be faster, and round otherwise.",
+            job.stage, threads, cores, cores,
+        )  # fmt: skip
+    torch.set_num_threads(threads or cores)
 
 
 def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> torch.device:

@@ -48,8 +48,8 @@ def resized_crops(images: List[Tensor], boxes: Tensor, out: Tensor) -> None:
 )
 """A loop that torch's interpreter runs, not Python's, which its calls would hold for longer than a small crop takes.
 
-The operator is what ``F.interpolate(mode="bilinear", antialias=True)`` calls; its form with ``out`` spares a copy. Of its
-30 µs for a crop of 96 pixels 10 pass before the first pixel, and one view per box instead of three saves two of them.
+The operator is what ``F.interpolate(mode="bilinear", antialias=True)`` calls; its form with ``out`` spares a copy. Of
+30 µs for a crop of 96 pixels, 10 pass before the first pixel; one view per box instead of three saves two of them.
 """
 
 _TIE = 2.0**-10  # halves, 1 % of the pixels of small images, go up on every device however the weights were rounded
@@ -140,9 +140,10 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
     interpreter is free for other threads meanwhile.
 
     Args:
-        images: n of (C, H, W) uint8 on the CPU, any sizes and strides.
+        images: n of (C, H, W) uint8 on the CPU, any sizes.
         boxes: (n, k, 4), each inside its image.
-        out: (k, n, C, h, w) uint8 to write to, for instance a part of a batch.
+        out: (k, n, C, h, w) uint8 to write to, for instance a part of a batch; each crop without gaps, laid out as the
+            images are.
 
     Returns:
         ``out``.
@@ -156,6 +157,8 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"{boxes.shape} boxes of {n} images do not make {out.dtype} {tuple(out.shape)}: need (n, k, 4) boxes and "
             "uint8 (k, n, C, h, w)"
         )
+    if out.numel() and not (out[0, 0].is_contiguous() or out[0, 0].permute(1, 2, 0).is_contiguous()):
+        raise ValueError(f"crops with strides {out.stride()[2:]} have gaps, past which torch's kernel would write")
     for image in images:
         if image.dtype != torch.uint8 or image.shape[:1] != out.shape[2:3]:
             raise ValueError(f"crops of {out.shape[2]} channels, uint8, do not go from {image.dtype} {image.shape}")

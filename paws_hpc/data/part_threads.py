@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +15,18 @@ T = TypeVar("T")
 def computing_alone() -> Callable[[], None]:
     """What a thread beside the calling one calls first, to keep what torch computes in it to one core.
 
-    Else each thread that makes batches would have torch's threads of its own, as many as the one that trains. As soon as
-    there are more of them than cores, OpenMP puts a thread to sleep wherever it waits for another, and waking them all
-    makes a step of a small network half as long again (docs/benchmarks.md). The calling thread keeps its number.
+    Else each thread that makes batches would have torch's threads of its own, as many as the one that trains. As soon
+    as there are more of them than cores, OpenMP puts a thread to sleep wherever it waits for another, and waking them
+    all makes a step of a small network half as long again (docs/benchmarks.md). The calling thread keeps its number;
+    one that never computed before is given 1 from then on.
     """
-    torch.get_num_threads()  # settles it: a thread that has not asked yet would be given what was set last by any
-    return partial(torch.set_num_threads, 1)  # of the thread that calls it, MKL's too
+    torch.get_num_threads()
+    return _compute_alone
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # a thread that has not asked for its number before is given what was set last by any
+    torch.set_num_threads(1)  # of this thread, MKL's too
 
 
 class PartThreads:

@@ -70,6 +70,23 @@ def test_killed_twice_mid_epoch_and_launched_again_gives_the_same_bits(uninterru
     assert curve(tmp_path) == curve(uninterrupted), "the curve is one, without gaps, repetitions or other values"
 
 
+def test_with_two_threads_as_the_demo_has_it_gives_the_same_bits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = "resources.pretrain.threads_per_rank=2"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    done = launch(whole, STAGES, two)
+    assert done.returncode == 0, done.stderr
+    assert "resources.pretrain.threads_per_rank=2, and the cores for a rank are 1 here" in done.stderr
+    kill_after(killed, 8, two)
+    done = launch(killed, STAGES, two)
+    assert done.returncode == 0, done.stderr
+    expected, found = weights(whole), weights(killed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert curve(killed) == curve(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_person_who_stops_training_loses_no_step(number: int, uninterrupted: Path, tmp_path: Path) -> None:
     """By Ctrl-C or kill; and the chain launched again ends with the same bits."""

@@ -254,6 +254,8 @@ def test_pixels_that_are_not_uint8_and_lists_that_do_not_match_are_errors() -> N
         resized_crops([image.byte(), image.byte()], box[None], out)
     with pytest.raises(ValueError, match="crops of 1 channels"):
         resized_crops([image.byte()], box[None], out[:, :, :1])
+    with pytest.raises(ValueError, match="gaps"):  # torch's kernel takes no notice of them
+        resized_crops([image.byte()], box[None], torch.empty(1, 1, 3, 8, 16, dtype=torch.uint8)[..., ::2])
     with pytest.raises(ValueError, match="uniform"):
         sample_boxes(np.array([10]), np.array([20]), RECIPES["large"], np.zeros((1, 5)))
 

@@ -4,25 +4,64 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
+import numpy as np
+import pytest
 import torch
 
+from paws_hpc.data import streams
+from paws_hpc.data.crops import center_crop
 from paws_hpc.data.part_threads import PartThreads
 from paws_hpc.data.prefetch import Prefetch
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.store import ImageStore
+from tests.conftest import Stores
+
+TWO = [slice(0, 1), slice(1, 2)]
 
 
-def test_threads_that_make_batches_have_no_torch_threads_of_their_own() -> None:
-    """With them there would be more than cores, and every step of training would wait for sleeping threads."""
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Of torch, for the test's own thread and for those that have not asked yet."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        parts = PartThreads(2, "parts").begin(lambda _: torch.get_num_threads(), [slice(0, 1), slice(1, 2)])
-        assert parts() == [1, 1]
-        with Prefetch(lambda _: torch.get_num_threads, 0, 2) as batches:
-            assert list(batches) == [1, 1]
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_threads_that_cut_have_no_torch_threads_of_their_own() -> None:
+    """With them there would be more than cores, and every step of training would wait for sleeping threads."""
+    threads = PartThreads(2, "parts")
+    threads.begin(lambda _: None, TWO)()
+    torch.set_num_threads(3)  # of this thread, but what the others had not asked for would change with it
+    assert threads.begin(lambda _: torch.get_num_threads(), TWO)() == [1, 1]
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_nor_has_the_thread_that_prefetches() -> None:
+    with Prefetch(lambda _: torch.get_num_threads, 0, 2) as batches:
+        assert list(batches) == [1, 1]
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_nor_have_those_that_decode_what_is_scored(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def noted(images: torch.Tensor, **sizes: int) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return center_crop(images, **sizes)
+
+    store = ImageStore.open(digits_stores.train)
+    monkeypatch.setattr(streams, "center_crop", noted)
+    scored = EvaluationSet(store, np.arange(8), CenterCropConfig(resize=16, size=16), store, threads=2)
+    list(scored.batches(torch.device("cpu"), torch.float32))
+    assert seen == [1] * 8
+    assert torch.get_num_threads() == 3
 
 
 _FRESH = """
