@@ -66,32 +66,50 @@ def golden_inputs(sizes: np.ndarray) -> list[Tensor]:
     return [torch.sin(0.05 * i + q).reshape(2, 3, s, s) for q, (i, s) in enumerate(zip(counted, sizes, strict=True))]
 
 
-@pytest.mark.parametrize(
-    ("config", "network", "tolerance"), [(WRN, "wrn28w2", 1e-12), (RESNET50, "resnet50", 1e-5)], ids=["wrn", "resnet50"]
-)
-def test_outputs_and_running_statistics_equal_the_reference(config: ModelConfig, network: str, tolerance: float):
-    golden = np.load(GOLDEN / f"forward_{network}.npz")
+@torch.no_grad()
+def computed(config: ModelConfig, network: str, inputs: list[Tensor]) -> tuple[dict[str, Tensor], Encoder]:
+    """What the golden file holds, under its names."""
     encoder = golden_encoder(config, network)
     if network == "wrn28w2":
         encoder.trunk.bn1.momentum = 0.99  # the reference's, which WideResNet's docstring says why we do not keep
-    inputs = golden_inputs(golden["sizes"])
+    values = {}
+    for mode in ("eval", "train"):
+        values[f"h_{mode}"], values[f"z_{mode}"] = encoder.train(mode == "train")(inputs)
+    values["bn1_running_mean"] = encoder.trunk.bn1.running_mean
+    values["bn1_running_var"] = encoder.trunk.bn1.running_var
+    values["fc_bn1_running_mean"] = encoder.projection.bn1.running_mean[:128]
+    return values, encoder
 
-    def check(values: Tensor, key: str) -> None:
+
+@pytest.mark.parametrize(
+    ("config", "network", "stored"), [(WRN, "wrn28w2", 1e-12), (RESNET50, "resnet50", 1e-6)], ids=["wrn", "resnet50"]
+)
+def test_outputs_and_running_statistics_equal_the_reference(config: ModelConfig, network: str, stored: float):
+    """As far as the numbers are defined.
+
+    In training mode a batch is two images, and of two values normalisation keeps little more than which is larger.
+    Through 50 layers that magnifies rounding by 10^11: on another processor the reference would have other numbers.
+    So each is compared to three times what it moves by where inputs are rounded otherwise in their last of 53 bits.
+    """
+    golden = np.load(GOLDEN / f"forward_{network}.npz")
+    inputs = golden_inputs(golden["sizes"])
+    values, encoder = computed(config, network, inputs)
+    moved = dict.fromkeys(values, 0.0)
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        bits = [torch.randint(-1, 2, images.shape, generator=random, dtype=images.dtype) for images in inputs]
+        others = [images * (1 + 2**-52 * last) for images, last in zip(inputs, bits, strict=True)]
+        for key, other in computed(config, network, others)[0].items():
+            moved[key] = max(moved[key], (other - values[key]).abs().max().item())
+    for key, found in values.items():
         expected = torch.from_numpy(golden[key]).double()
         scale = expected.abs().max().item()
+        written = 1e-12 if key.endswith(("mean", "var")) else stored  # the precision of the file
+        tolerance = max(written, 3 * moved[key] / scale)
+        assert tolerance < 5e-3, f"{key}: nothing would be compared"
         torch.testing.assert_close(
-            values, expected, rtol=tolerance, atol=tolerance * scale, msg=lambda m: f"{key}: {m}"
+            found, expected, rtol=written, atol=tolerance * scale, msg=lambda m, key=key: f"{key}: {m}"
         )
-
-    with torch.no_grad():
-        for mode in ("eval", "train"):
-            h, z = encoder.train(mode == "train")(inputs)
-            check(h, f"h_{mode}")
-            check(z, f"z_{mode}")
-    tolerance = 1e-12
-    check(encoder.trunk.bn1.running_mean, "bn1_running_mean")
-    check(encoder.trunk.bn1.running_var, "bn1_running_var")
-    check(encoder.projection.bn1.running_mean[:128], "fc_bn1_running_mean")
     assert count(encoder) == golden["n_params_total"]
     assert count(encoder.trunk) == golden["n_params_trunk"]
 
