@@ -185,9 +185,13 @@ class Cluster:
             daemon.wait(timeout=10)
 
     def stop_controller(self) -> None:
-        """Kill slurmctld: from now on the scheduler cannot be reached. Jobs run on."""
-        self._daemons["slurmctld"].kill()
-        self._daemons["slurmctld"].wait()
+        """End slurmctld: from now on the scheduler cannot be reached. Jobs run on.
+
+        It saves its state first. Killed, it would have forgotten the last five seconds, and started jobs again that
+        were cancelled in them.
+        """
+        self._daemons["slurmctld"].terminate()
+        self._daemons["slurmctld"].wait(timeout=60)
 
     def start_controller(self) -> None:
         """Start slurmctld again, from its saved state."""
