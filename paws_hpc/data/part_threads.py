@@ -20,7 +20,7 @@ def computing_alone() -> Callable[[], None]:
     all makes a step of a small network half as long again (docs/benchmarks.md). The calling thread keeps its number;
     one that never computed before is given 1 from then on.
     """
-    torch.get_num_threads()
+    torch.get_num_threads()  # settles the caller's
     return _compute_alone
 
 
