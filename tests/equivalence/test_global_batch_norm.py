@@ -267,5 +267,8 @@ def test_an_encoder_trains_the_same_on_two_ranks(finished: Path):
     joined = torch.cat([ranks[0][0][:4], ranks[1][0][:4], ranks[0][0][4:], ranks[1][0][4:]])
     torch.testing.assert_close(joined, h, rtol=1e-10, atol=1e-12)
     for name, value in truth.items():
-        scale = value.abs().max().item()
-        torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-9, atol=1e-11 * scale + 1e-13, msg=name)
+        # A bias that batch normalisation takes away again has a gradient of zero, as a sum of terms that cancel: what
+        # is left is the rounding of terms as large as those of the weight beside it.
+        terms = truth[name.removesuffix("bias") + "weight"] if name.endswith("bias") else value
+        scale = max(value.abs().max().item(), terms.abs().max().item())
+        torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-9, atol=1e-11 * scale, msg=name)
