@@ -73,11 +73,11 @@ def run_among(
             device=device,
         )
     control = _control(requested, fence)
-    try:
-        with _together():
+    with _together():
+        try:
             _run(config, run, job, device, control)
-    finally:
-        control.close()
+        finally:
+            control.close()
 
 
 def _control(requested: Callable[[], bool] | None, fence: Callable[[], None]) -> JobControl:
