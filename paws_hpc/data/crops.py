@@ -157,7 +157,8 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"{boxes.shape} boxes of {n} images do not make {out.dtype} {tuple(out.shape)}: need (n, k, 4) boxes and "
             "uint8 (k, n, C, h, w)"
         )
-    if out.numel() and not (out[0, 0].is_contiguous() or out[0, 0].permute(1, 2, 0).is_contiguous()):
+    planar = not out.numel() or out[0, 0].is_contiguous()
+    if not planar and not out[0, 0].permute(1, 2, 0).is_contiguous():
         raise ValueError(f"crops with strides {out.stride()[2:]} have gaps, past which torch's kernel would write")
     for image in images:
         if image.dtype != torch.uint8 or image.shape[:1] != out.shape[2:3]:
@@ -170,6 +171,10 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"box {tuple(boxes[number, view].tolist())} must lie in its image, which is "
             f"{' x '.join(map(str, sides[number, 0].tolist()))}"
         )
+    if not planar:  # torch's kernel would write a whole planar image past the end of an interleaved crop
+        images = [
+            image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if image.is_contiguous() else image for image in images
+        ]
     _LOOPS.resized_crops(list(images), torch.from_numpy(boxes.ravel()), out)
     return out
 

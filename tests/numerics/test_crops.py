@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
@@ -190,6 +191,24 @@ def test_crops_equal_interpolate_bit_for_bit_whatever_the_layout_and_however_oft
                 piece = image[None, :, top : top + height, left : left + width]
                 assert torch.equal(row, F.interpolate(piece, size=(96, 96), mode="bilinear", antialias=True)[0])
         assert (batch[:, [0, 4]] == 0).all(), "nothing beside the rows is written"
+
+
+@pytest.mark.parametrize("laid_out", ["planar", "interleaved"])
+@pytest.mark.parametrize("cropped", [(8, 20), (30, 20), (8, 45), (30, 45)])
+def test_whole_images_of_either_layout_fill_crops_of_either_and_nothing_beside(
+    laid_out: str, cropped: tuple[int, int], photographs: list[Tensor]
+) -> None:
+    """Resized in one direction, in both and in none: torch's kernel takes another path for each."""
+    piece = photographs[0][:, 100:130, 200:245]
+    image = piece.contiguous() if laid_out == "planar" else piece.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    expected = F.interpolate(piece.contiguous()[None], size=cropped, mode="bilinear", antialias=True)[0]
+    for order in ((0, 1, 2), (2, 0, 1)):  # of planar and of interleaved crops
+        sizes = (3, *cropped) if order[0] == 0 else (*cropped, 3)
+        memory = torch.full((3, math.prod(sizes)), 7, dtype=torch.uint8)
+        crop = memory[1].view(sizes).permute(order)
+        resized_crops([image], np.array([[(0, 0, 30, 45)]]), crop[None, None])
+        assert torch.equal(crop, expected)
+        assert (memory[[0, 2]] == 7).all()
 
 
 def test_cropping_goes_on_while_another_thread_keeps_the_interpreter() -> None:
