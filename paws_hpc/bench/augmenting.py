@@ -36,12 +36,17 @@ def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
     held = [stream.batch(step) for step in range(_BATCHES)]
     batches = itertools.cycle(held if cut else [on_device(batch, device) for batch in held])
 
+    def augment_next() -> None:
+        for part in next(batches).parts:
+            stream.augment(part, device, torch.float32)
+
     def work() -> dict[str, Any]:
+        if device.type == "cuda":
+            augment_next()  # takes the memory again that others had meanwhile
         synchronise(device.type == "cuda")
         began = time.perf_counter()
         for _ in range(steps):
-            for part in next(batches).parts:
-                stream.augment(part, device, torch.float32)
+            augment_next()
         synchronise(device.type == "cuda")
         seconds = time.perf_counter() - began
         return {"done": steps * config.pretrain.batch_size, "seconds": seconds, "graph_breaks": graph_breaks()}

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from paws_hpc import distributed
+from paws_hpc.bench.contender import ContenderError
 from paws_hpc.bench.counting import rows_of
 from paws_hpc.bench.recipes import Scene, cores
 from paws_hpc.bench.timeline import synchronise
@@ -40,7 +41,7 @@ def measure(scene: Scene, *, ranks: int, repeats: int) -> dict[str, Any]:
     """Start the ranks on this machine and wait for what rank 0 says.
 
     Raises:
-        ValueError: they failed; the last line that they printed is the message.
+        ContenderError: they failed; the last line that they printed is the message.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     module = ["-m", "paws_hpc.bench.collectives", json.dumps(asdict(scene)), str(repeats)]
@@ -49,7 +50,7 @@ def measure(scene: Scene, *, ranks: int, repeats: int) -> dict[str, Any]:
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"ranks"')]
     if done.returncode or not lines:
         errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailedError" not in line]
-        raise ValueError(f"collectives on {ranks} ranks failed: {(errors or [done.stderr.strip()])[-1]}")
+        raise ContenderError(f"collectives on {ranks} ranks failed: {(errors or [done.stderr.strip()])[-1]}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
 

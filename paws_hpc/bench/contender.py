@@ -129,7 +129,15 @@ def main(module: str, function: str, arguments: str, cores: str) -> None:
         done = work()
         said = done if isinstance(done, dict) else {"done": done}
         answer = {"done": said["done"], "seconds": time.perf_counter() - began} | said
+        _share_gpu()
         print(json.dumps(answer), flush=True)
+
+
+def _share_gpu() -> None:
+    """Leave the memory of a GPU that is kept for reuse to those whose turn it is."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from paws_hpc.bench.contender import ContenderError
 from paws_hpc.bench.rounds import Rates
 from paws_hpc.files import write_json
 
@@ -121,7 +122,10 @@ def measure_groups(
     """
     measured: dict[str, Any] = {}
     for name, measure in groups.items():
-        found = measure()
+        try:
+            found = measure()
+        except ContenderError as error:  # the other groups are worth as much without this one
+            found = Measured({}, [], {}, [Figure(name, None, "", absent=f"failed: {error}")])
         measured[name] = found.as_json()
         write_json(target, about | {"groups": measured})  # these stay, whatever becomes of the groups to come
         status.stop()

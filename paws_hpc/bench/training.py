@@ -46,6 +46,8 @@ def on_device_steps(scene: dict[str, Any], steps: int) -> Work:
     waits = host_waits(lambda: training.step(next(batches)), training.device)
 
     def work() -> dict[str, Any]:
+        if cuda:
+            training.step(next(batches))  # takes the memory again that others had meanwhile
         line = Timeline(training.device)
         synchronise(cuda)
         began = time.perf_counter()
@@ -213,6 +215,8 @@ def _on_random_rows(
 
 def _timed(step: Callable[[], object], steps: int, *, done: float, cuda: bool) -> Work:
     def work() -> dict[str, Any]:
+        if cuda:
+            step()  # takes the memory again that others had meanwhile
         synchronise(cuda)
         began = time.perf_counter()
         for _ in range(steps):

@@ -27,6 +27,7 @@ from paws_hpc.data.augment import (
 )
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.views import AugmentConfig
+from paws_hpc.whole_graph import whole_graph
 
 
 class CompiledAugmentation:
@@ -52,7 +53,7 @@ class CompiledAugmentation:
         self._flips = config.flip_probability > 0
         self._grays = config.grayscale_probability > 0
         self._blurs = config.blur_probability > 0
-        self._graph = torch.compile(self._all_rows, fullgraph=True, dynamic=False, backend=backend)
+        self._graph = whole_graph(self._all_rows, backend=backend)
 
     def __call__(
         self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]

@@ -209,6 +209,10 @@ def decode_files(files: list[Tensor], device: torch.device) -> RaggedImages:
     """Decode JPEG files, each (bytes,) uint8 on the host, on the device: by nvJPEG on a GPU."""
     from torchvision.io import ImageReadMode, decode_jpeg  # noqa: PLC0415 - takes a second to import, for GPUs only
 
+    if device.type == "cuda":
+        # torchvision (0.26) decodes on a stream of its own and lets ours wait for it, but not it for ours: it could
+        # write to memory that work of ours, queued before, is still to read.
+        torch.cuda.current_stream(device).synchronize()
     decoded = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
     heights, widths = np.array([image.shape[1:] for image in decoded], np.int64).T
     starts = np.concatenate(([0], np.cumsum(heights * widths)))[:-1]

@@ -126,7 +126,14 @@ def _automatic(stores: Sequence[ImageStore], views: ViewsConfig, threads: int, d
     if possible == ["resident"]:  # nothing to time: no stage is left to the CPU
         _LOG.info("data.placement=auto: resident; %.2f GB live on %s.", resident_bytes(stores) / 1e9, device)
         return "resident"
-    rates = [probe(stores[0], placement, views=views, threads=threads, device=device) for placement in possible]
+    rates = []
+    for placement in possible:
+        try:
+            rates.append(probe(stores[0], placement, views=views, threads=threads, device=device))
+        except (RuntimeError, ValueError) as error:
+            if placement != "nvjpeg":  # which needs parts of the driver that some containers and slices of GPUs lack
+                raise
+            _LOG.warning("data.placement=auto does without nvjpeg, which does not work on this node: %s", error)
     best = preferred(rates)
     _LOG.info(
         "data.placement=auto: %s; this rank can prepare about %.0f unlabelled images/s, limited by %s (%s).",

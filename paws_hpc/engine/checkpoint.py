@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,13 @@ class Checkpoint:
 
     step: int
     state: dict[str, Any]
+
+
+class Resumable(Protocol):
+    """Training that goes on from what was saved of it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was saved."""
 
 
 class CheckpointFolder:
@@ -158,7 +165,11 @@ class CheckpointFolder:
     def newest(self, device: torch.device) -> Checkpoint | None:
         """Read the newest valid checkpoint, or None where there is none; all ranks call this together.
 
-        Damaged ones are passed over with a warning that names them.
+        Damaged ones are passed over with a warning that names them. What is read lies in host memory: taking it over
+        moves it to where it belongs, which for the counts of AdamW's steps is not the device.
+
+        Args:
+            device: of this rank's tensors, over which the ranks agree.
 
         Raises:
             OSError: the folder cannot be read.
@@ -179,8 +190,20 @@ class CheckpointFolder:
         with distributed.failing_together(device):
             weights = self._weights(step)
             self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
-            checkpoint = Checkpoint(step, load_tensors(weights, device))
+            checkpoint = Checkpoint(step, load_tensors(weights, torch.device("cpu")))
         return checkpoint
+
+    def resume(self, training: Resumable, device: torch.device) -> int:
+        """Let training go on from the newest valid checkpoint; arguments and errors as of :meth:`newest`.
+
+        Returns:
+            Steps done, 0 where there is no checkpoint.
+        """
+        checkpoint = self.newest(device)
+        if checkpoint is None:
+            return 0
+        training.load_state_dict(checkpoint.state)
+        return checkpoint.step
 
     def _weights(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from paws_hpc.models.encoder import Encoder
+from paws_hpc.whole_graph import whole_graph
 
 
 def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -25,8 +26,7 @@ def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "ind
     # With DistributedDataParallel it would cut the graph wherever a bucket of gradients is full, and not call that a
     # break. Whole graphs send their gradients at their end.
     torch._dynamo.config.optimize_ddp = False
-    compiled = torch.compile(encoder._encode, fullgraph=True, dynamic=False, backend=backend)
-    encoder._encode = compiled  # type: ignore[method-assign]
+    encoder._encode = whole_graph(encoder._encode, backend=backend)  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -82,10 +82,7 @@ def _train(
         accept_changes=tuple(config.accept_changes),
         fence=control.fence,
     )
-    start = 0
-    if (checkpoint := checkpoints.newest(device)) is not None:
-        training.load_state_dict(checkpoint.state)
-        start = checkpoint.step
+    start = checkpoints.resume(training, device)
     job = open_trackers(
         config,
         run,

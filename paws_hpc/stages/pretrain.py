@@ -46,10 +46,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
     stream, device = open_stream(config, data, options), options.device
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(config, run, data, control)
-    start = 0
-    if (checkpoint := checkpoints.newest(device)) is not None:
-        training.load_state_dict(checkpoint.state)
-        start = checkpoint.step
+    start = checkpoints.resume(training, device)
     if distributed.is_main() and not (run.pretrain / "crops.png").exists():
         write_crop_grid(run.pretrain / "crops.png", stream)
 

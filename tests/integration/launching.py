@@ -43,10 +43,11 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, so that tests side by side do not crowd each other out; and compiled modules are kept,
-    whatever the caller's shell says: every start would compile them anew, which costs as much as to import torch."""
+    """One thread per process, so that tests side by side do not crowd each other out; no GPU, which several ranks would
+    not share and whose kernels promise no equal bits; and compiled modules are kept, whatever the caller's shell says:
+    every start would compile them anew, which costs as much as to import torch."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "OMP_NUM_THREADS": "1"}
+    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -213,6 +213,7 @@ def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(config:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(
     device: torch.device, monkeypatch: pytest.MonkeyPatch

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from paws_hpc.bench.__main__ import main
 from paws_hpc.bench.contender import Contender, ContenderError
-from paws_hpc.bench.figures import Bar
+from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups
 from paws_hpc.bench.own import KINDS
 from paws_hpc.bench.peers import cut, drawn_boxes
 from paws_hpc.bench.photographs import jpegs, write_photographs
@@ -92,6 +93,22 @@ def test_a_contender_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
     assert rates["good"].failure is None
     assert len(rates["good"].per_s) == 3
     assert ratio(rates["good"], rates["fails later"]) is None
+
+
+def test_a_group_that_cannot_be_measured_is_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> Measured:
+        raise ContenderError("out of memory")
+
+    console = Console(width=120)
+    found = Measured({}, [], {}, [Figure("step", 2.0, "ms")])
+    with console.status("") as status:
+        measure_groups(console, status, {"checkpoint": fail, "step": lambda: found}, about={}, target=tmp_path / "json")
+    groups = json.loads((tmp_path / "json").read_text())["groups"]
+    assert groups["checkpoint"]["figures"][0]["absent"] == "failed: out of memory"
+    assert groups["step"]["figures"][0]["value"] == 2.0
+    assert "not measured: failed: out of memory" in capsys.readouterr().out
 
 
 def test_a_contender_is_bound_to_its_cores() -> None:

@@ -82,6 +82,26 @@ def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
     assert checkpoint.state["best"] == [0.5, 7]
 
 
+def test_what_is_read_lies_in_host_memory_wherever_training_runs(tmp_path: Path) -> None:
+    """AdamW counts its steps there: on a GPU each of its steps would wait for the device, hundreds of times."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    saving = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(3)
+    saving.step()
+    checkpoints = folder(tmp_path)
+    checkpoints.save(1, saving.state_dict())
+    checkpoints.wait()
+    there = torch.device("meta")
+    training = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3, device=there))])
+    training.load_state_dict(checkpoints.newest(there).state)
+    [values] = training.state.values()
+    assert {name: value.device for name, value in values.items()} == {
+        "step": CPU,
+        "exp_avg": there,
+        "exp_avg_sq": there,
+    }
+
+
 def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
     assert folder(tmp_path / "new").newest(CPU) is None
 
