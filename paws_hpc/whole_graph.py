@@ -15,14 +15,16 @@ _T = TypeVar("_T")
 def whole_graph(function: Callable[_P, _T], *, backend: str | Callable[..., Any] = "inductor") -> Callable[_P, _T]:
     """The function, compiled as one graph for each size of its arguments, at the first call with it.
 
-    A graph break is an error that says where. To be called in a thread that stays, the main one for instance.
+    A graph break is an error that says where. To be called in a thread that lasts as long as the process; what it
+    returns may run in any.
 
     Args:
         function: of tensors.
         backend: of ``torch.compile``.
     """
     # While one thread compiles, torch 2.11 takes compiled functions that others call for a part of what it traces, and
-    # refuses them. This is its way to have them run as ever.
+    # refuses them. With this, which is for the whole process and for good, they run as they are compiled. It also
+    # leaves out a check of custom operators' aliases, of which there are none here.
     torch._dynamo.config.force_compile_during_fx_trace = True
     # Where there is no GPU, the first of these modes sets up something that ends with its thread, and without
     # which later compilations crash. The thread that makes batches ends before the process does.

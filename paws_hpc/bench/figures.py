@@ -110,7 +110,7 @@ def measure_groups(
     *,
     about: dict[str, Any],
     target: Path,
-) -> None:
+) -> bool:
     """Measure group after group, print its table, and write the figures of all so far as JSON.
 
     Args:
@@ -119,19 +119,25 @@ def measure_groups(
         groups: by name, in their order.
         about: the run, as the file tells it beside ``groups``.
         target: the file.
+
+    Returns:
+        Whether no group failed as a whole.
     """
     measured: dict[str, Any] = {}
+    none_failed = True
     for name, measure in groups.items():
         try:
             found = measure()
         except ContenderError as error:  # the other groups are worth as much without this one
             found = Measured({}, [], {}, [Figure(name, None, "", absent=f"failed: {error}")])
+            none_failed = False
         measured[name] = found.as_json()
         write_json(target, about | {"groups": measured})  # these stay, whatever becomes of the groups to come
         status.stop()
         _show(console, name, found)
         status.start()
     console.print(f"figures: {target}")
+    return none_failed
 
 
 def telling(status: Status, console: Console) -> Callable[[str], None]:

@@ -110,8 +110,8 @@ def bench_speed(options: argparse.Namespace) -> int:
             options.beside, telling(status, console),
         )  # fmt: skip
         groups = {name: partial(MEASURE[name], bench, config) for name in options.groups}
-        measure_groups(console, status, groups, about=about, target=target)
-    return 0
+        none_failed = measure_groups(console, status, groups, about=about, target=target)
+    return 0 if none_failed else 1
 
 
 def _step(bench: Bench, config: Config) -> Measured:

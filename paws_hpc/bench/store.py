@@ -82,8 +82,8 @@ def bench_store(options: argparse.Namespace) -> int:
         pack(ImageFolder(folder / "images"), folder / "store", options=PackOptions(check="structure"))
         bench = _Bench(folder, options.rounds, telling(status, console))
         groups = {name: partial(_MEASURE[name], bench) for name in options.only}
-        measure_groups(console, status, groups, about=about, target=target)
-    return 0
+        none_failed = measure_groups(console, status, groups, about=about, target=target)
+    return 0 if none_failed else 1
 
 
 def _reads(bench: _Bench) -> Measured:

@@ -142,8 +142,7 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
     Args:
         images: n of (C, H, W) uint8 on the CPU, any sizes.
         boxes: (n, k, 4), each inside its image.
-        out: (k, n, C, h, w) uint8 to write to, for instance a part of a batch; each crop without gaps, laid out as the
-            images are.
+        out: (k, n, C, h, w) uint8 to write to, for instance a part of a batch; each crop without gaps.
 
     Returns:
         ``out``.
@@ -157,8 +156,8 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"{boxes.shape} boxes of {n} images do not make {out.dtype} {tuple(out.shape)}: need (n, k, 4) boxes and "
             "uint8 (k, n, C, h, w)"
         )
-    planar = not out.numel() or out[0, 0].is_contiguous()
-    if not planar and not out[0, 0].permute(1, 2, 0).is_contiguous():
+    interleaved = out.numel() > 0 and out[0, 0].permute(1, 2, 0).is_contiguous()
+    if out.numel() and not interleaved and not out[0, 0].is_contiguous():
         raise ValueError(f"crops with strides {out.stride()[2:]} have gaps, past which torch's kernel would write")
     for image in images:
         if image.dtype != torch.uint8 or image.shape[:1] != out.shape[2:3]:
@@ -171,7 +170,7 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"box {tuple(boxes[number, view].tolist())} must lie in its image, which is "
             f"{' x '.join(map(str, sides[number, 0].tolist()))}"
         )
-    if not planar:  # torch's kernel would write a whole planar image past the end of an interleaved crop
+    if interleaved:  # torch's kernel would write a whole planar image past the end of an interleaved crop
         images = [
             image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if image.is_contiguous() else image for image in images
         ]

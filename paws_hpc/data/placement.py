@@ -130,10 +130,12 @@ def _automatic(stores: Sequence[ImageStore], views: ViewsConfig, threads: int, d
     for placement in possible:
         try:
             rates.append(probe(stores[0], placement, views=views, threads=threads, device=device))
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError) as error:
             if placement != "nvjpeg":  # which needs parts of the driver that some containers and slices of GPUs lack
                 raise
-            _LOG.warning("data.placement=auto does without nvjpeg, which does not work on this node: %s", error)
+            _LOG.warning("data.placement=auto does without nvjpeg, which failed at the first images: %s", error)
     best = preferred(rates)
     _LOG.info(
         "data.placement=auto: %s; this rank can prepare about %.0f unlabelled images/s, limited by %s (%s).",

@@ -166,7 +166,8 @@ class CheckpointFolder:
         """Read the newest valid checkpoint, or None where there is none; all ranks call this together.
 
         Damaged ones are passed over with a warning that names them. What is read lies in host memory: taking it over
-        moves it to where it belongs, which for the counts of AdamW's steps is not the device.
+        moves it to where it belongs, which for the counts of AdamW's steps is not the device. For that moment
+        every rank of a node holds one.
 
         Args:
             device: of this rank's tensors, over which the ranks agree.

@@ -283,7 +283,8 @@ class NeighbourTuningConfig:
     Attributes:
         steps: of SGD without weight decay; 180 in the paper's CIFAR10 recipe.
         images_per_class: drawn per step from every class, as centre crops; all of the labelled images of a class if the
-            smallest class has fewer.
+            smallest class has fewer. Those of all classes go through the encoder at once, and the device's memory must
+            hold what they need: ImageNet's thousand classes ask for a few each.
         learning_rate: of the first step; a cosine takes it to 0.
         momentum: of SGD.
     """

@@ -44,9 +44,11 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread per process, so that tests side by side do not crowd each other out; no GPU, which several ranks would
-    not share and whose kernels promise no equal bits; and compiled modules are kept, whatever the caller's shell says:
-    every start would compile them anew, which costs as much as to import torch."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    not share and whose kernels promise no equal bits; nothing of a job of Slurm in which the tests may run; and
+    compiled modules are kept, whatever the caller's shell says: every start would compile them anew, which costs as
+    much as to import torch."""
+    left_out = ("SLURM_", "SBATCH_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

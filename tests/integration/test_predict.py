@@ -42,7 +42,7 @@ class Made:
     labels: np.ndarray
 
     def told(self, capsys: pytest.CaptureFixture[str], *options: str, status: int = 0) -> dict[str, Any]:
-        assert predict.main([str(self.run.path), *options, "--json", "-"]) == status
+        assert predict.main([str(self.run.path), *options, "--device", "cpu", "--json", "-"]) == status
         value: dict[str, Any] = json.loads(capsys.readouterr().out)
         return value
 
@@ -137,7 +137,7 @@ def test_wrong_inputs_are_one_line(
     made: Made, digits_stores: Stores, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
-        assert predict.main(arguments) == 1
+        assert predict.main([*arguments, "--device", "cpu"]) == 1
         told = capsys.readouterr().err
         assert len(told.splitlines()) == 1, told
         return told
@@ -162,7 +162,7 @@ def test_the_sheet_is_readable_and_asks_for_nothing(
     shutil.copy(made.files[0], tmp_path / hostile)
     (tmp_path / "torn <b>.png").write_bytes(made.files[1].read_bytes()[:50])
     sheet = tmp_path / "sheet.html"
-    arguments = [str(made.run.path), str(tmp_path), *map(str, made.files[:7]), "--html", str(sheet)]
+    arguments = [str(made.run.path), str(tmp_path), *map(str, made.files[:7]), "--html", str(sheet), "--device", "cpu"]
     assert predict.main(arguments) == predict.SOME_FAILED
     capsys.readouterr()
     for width in (1280, 420):

@@ -194,19 +194,22 @@ def test_crops_equal_interpolate_bit_for_bit_whatever_the_layout_and_however_oft
 
 
 @pytest.mark.parametrize("laid_out", ["planar", "interleaved"])
-@pytest.mark.parametrize("cropped", [(8, 20), (30, 20), (8, 45), (30, 45)])
+@pytest.mark.parametrize(
+    ("rows", "cropped"), [(30, (8, 20)), (30, (30, 20)), (30, (8, 45)), (30, (30, 45)), (30, (1, 1)), (1, (1, 1))]
+)
 def test_whole_images_of_either_layout_fill_crops_of_either_and_nothing_beside(
-    laid_out: str, cropped: tuple[int, int], photographs: list[Tensor]
+    laid_out: str, rows: int, cropped: tuple[int, int], photographs: list[Tensor]
 ) -> None:
     """Resized in one direction, in both and in none: torch's kernel takes another path for each."""
-    piece = photographs[0][:, 100:130, 200:245]
-    image = piece.contiguous() if laid_out == "planar" else piece.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    expected = F.interpolate(piece.contiguous()[None], size=cropped, mode="bilinear", antialias=True)[0]
+    piece = photographs[0][:, 100 : 100 + rows, 200:245]
+    interleaved = piece.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    image = piece.contiguous() if laid_out == "planar" else interleaved
+    expected = F.interpolate(interleaved[None], size=cropped, mode="bilinear", antialias=True)[0]
     for order in ((0, 1, 2), (2, 0, 1)):  # of planar and of interleaved crops
         sizes = (3, *cropped) if order[0] == 0 else (*cropped, 3)
         memory = torch.full((3, math.prod(sizes)), 7, dtype=torch.uint8)
         crop = memory[1].view(sizes).permute(order)
-        resized_crops([image], np.array([[(0, 0, 30, 45)]]), crop[None, None])
+        resized_crops([image], np.array([[(0, 0, rows, 45)]]), crop[None, None])
         assert torch.equal(crop, expected)
         assert (memory[[0, 2]] == 7).all()
 

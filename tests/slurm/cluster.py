@@ -98,8 +98,7 @@ class Cluster:
         self.folder = folder
         self.options = options
         self.conf = folder / "slurm.conf"
-        inherited = {name: value for name, value in environment().items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        self.environment = {**inherited, "SLURM_CONF": str(self.conf), "PATH": _path()}
+        self.environment = {**environment(), "SLURM_CONF": str(self.conf), "PATH": _path()}
         self._ports = _free_ports()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 

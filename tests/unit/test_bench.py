@@ -104,7 +104,9 @@ def test_a_group_that_cannot_be_measured_is_named_and_the_others_go_on(
     console = Console(width=120)
     found = Measured({}, [], {}, [Figure("step", 2.0, "ms")])
     with console.status("") as status:
-        measure_groups(console, status, {"checkpoint": fail, "step": lambda: found}, about={}, target=tmp_path / "json")
+        asked = {"checkpoint": fail, "step": lambda: found}
+        assert not measure_groups(console, status, asked, about={}, target=tmp_path / "json")
+        assert measure_groups(console, status, {"step": lambda: found}, about={}, target=tmp_path / "alone")
     groups = json.loads((tmp_path / "json").read_text())["groups"]
     assert groups["checkpoint"]["figures"][0]["absent"] == "failed: out of memory"
     assert groups["step"]["figures"][0]["value"] == 2.0

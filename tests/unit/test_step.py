@@ -11,6 +11,7 @@ import torch
 
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.views import AugmentConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import as_written, compile_passes
 from paws_hpc.engine.pretrain import Pretraining
@@ -20,8 +21,11 @@ from tests.conftest import Stores
 from tests.tiny import tiny_config
 
 
-def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretraining:
+def prepared(
+    stores: Stores, device: torch.device, *, augment: AugmentConfig | None = None, **changes: Any
+) -> Pretraining:
     config = tiny_config(stores.train, stores.test, stores.train)
+    config.views.augment = augment or config.views.augment
     config.model.prediction_head, config.pretrain.diagnose_every_steps = True, 3
     config.pretrain.batch_size, config.objective.support_warmup_fraction = 16, 0.5
     for name, value in changes.items():
@@ -41,12 +45,16 @@ def prepared(stores: Stores, device: torch.device, **changes: Any) -> Pretrainin
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize(("accumulate_steps", "compiled"), [(1, False), (4, False), (1, True)])
 def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
     digits_stores: Stores, accumulate_steps: int, compiled: bool
 ) -> None:
-    training = prepared(digits_stores, torch.device("cuda"), accumulate_steps=accumulate_steps, compile=compiled)
+    all_of_it = AugmentConfig(jitter_probability=0.5, grayscale_probability=0.5, blur_probability=0.5)
+    training = prepared(
+        digits_stores, torch.device("cuda"), augment=all_of_it, accumulate_steps=accumulate_steps, compile=compiled
+    )
     with training.stream.prefetch(1, 9, training.dtype) as batches:
         try:
             for batch in batches:
