@@ -52,8 +52,9 @@ def environment() -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def launch(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def launch(folder: Path, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, with more variables in its environment."""
+    env = environment() | variables
     return subprocess.run(
-        command(folder, *overrides), capture_output=True, text=True, check=False, env=environment(), timeout=240
+        command(folder, *overrides), capture_output=True, text=True, check=False, env=env, timeout=240
     )

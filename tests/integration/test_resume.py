@@ -70,13 +70,10 @@ def test_killed_twice_mid_epoch_and_launched_again_gives_the_same_bits(uninterru
     assert curve(tmp_path) == curve(uninterrupted), "the curve is one, without gaps, repetitions or other values"
 
 
-def test_with_two_threads_as_the_demo_has_it_gives_the_same_bits_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_two_threads_as_the_demo_has_it_gives_the_same_bits_too(tmp_path: Path) -> None:
     two = "resources.pretrain.threads_per_rank=2"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    done = launch(whole, STAGES, two)
+    done = launch(whole, STAGES, two, SLURM_CPUS_PER_TASK="1")
     assert done.returncode == 0, done.stderr
     assert "resources.pretrain.threads_per_rank=2, and the cores for a rank are 1 here" in done.stderr
     kill_after(killed, 8, two)
