@@ -202,13 +202,14 @@ class Run:
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.out")))
 
     def report(self) -> str:
-        """For messages: queue, starts, and the last lines of the logs."""
+        """For messages: queue, starts, and the last lines of the logs, the controller's too."""
         parts = [self.cluster.queue()]
         for path in sorted((self.path / "jobs").rglob("*-*.json")):
             parts.append(f"{path.relative_to(self.path)}: {' '.join(path.read_text().split())}")
         for path in sorted((self.path / "logs").rglob("*.out")):
             lines = path.read_text(errors="replace").splitlines()[-25:]
             parts.append("\n".join([f"---- {path.relative_to(self.path)}", *lines]))
+        parts.append(f"---- slurmctld\n{self.cluster.log('slurmctld')}")
         return "\n".join(parts)
 
 

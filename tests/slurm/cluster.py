@@ -317,8 +317,12 @@ class Cluster:
         daemon = self._daemons[f"slurmd-{node}"]
         daemon.kill()
         daemon.wait()
-        tasks = [pid for pid in processes_of(self.conf) if environment_of(pid).get("SLURMD_NODENAME") == node]
-        for pid in [*{parent_of(pid) for pid in tasks}, *tasks]:  # slurmstepd first: it must not report the ends
+        running = set(processes_of(self.conf))
+        tasks = {pid for pid in running if environment_of(pid).get("SLURMD_NODENAME") == node}
+        # All of Slurm's own first. Some tasks are parents too, the batch script is; and a slurmstepd that outlives it
+        # reports that a signal ended it: the job has then failed (JobLaunchFailure) and is not requeued.
+        supervisors = ({parent_of(pid) for pid in tasks} - tasks) & running
+        for pid in [*supervisors, *tasks]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.declare_down(node)
