@@ -107,7 +107,7 @@ class DataConfig:
 
 
 def _check_source(name: str) -> None:
-    from paws_hpc.store import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
+    from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
 
     divided = [source for source, kind in SOURCES.items() if kind.has_splits]
     if name not in divided:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.cluster.runs import find_run
 from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
 from paws_hpc.files import error_text
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.runs import find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

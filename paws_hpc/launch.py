@@ -32,9 +32,9 @@ from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import error_text, exclusive
+from paws_hpc.report.tables import result_table
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.prepare import check_images
-from paws_hpc.stages.report_tables import result_table
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
 _SEVERAL = ("-m", "--multirun")
@@ -147,7 +147,7 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
         return
     print(f"Compare them: {shlex.join(['python', '-m', 'paws_hpc.report', *map(str, runs)])}")
     if not str(launcher["_target_"]).endswith("SlurmLauncher"):
-        from paws_hpc.stages.comparison_page import build_comparison  # noqa: PLC0415 - imports matplotlib: seconds
+        from paws_hpc.report.comparison_page import build_comparison  # noqa: PLC0415 - imports matplotlib: seconds
 
         try:
             print(f"Comparison: {build_comparison(runs)}")

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.cluster.runs import find_run
 from paws_hpc.config import Config
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
@@ -28,6 +27,7 @@ from paws_hpc.deploy.sheet import Sheet
 from paws_hpc.files import error_text, write_json
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.runs import find_run
 
 SOME_FAILED = 3
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from paws_hpc.files import error_text
-from paws_hpc.store import (
+from paws_hpc.packing import (
     SOURCES,
     PackOptions,
     Part,
@@ -29,12 +29,11 @@ from paws_hpc.store import (
     plan_pack,
     planned_listing,
     repair,
-    stage,
-    verify,
 )
+from paws_hpc.packing.texts import info_lines, pack_lines, part_lines, stage_lines
+from paws_hpc.store import stage, verify
 from paws_hpc.store.format import INDEX_NAME, read_manifest
 from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
-from paws_hpc.store.texts import info_lines, pack_lines, part_lines, stage_lines
 
 _BACKGROUND_NICENESS = 10
 

@@ -22,8 +22,8 @@ from rich.live import Live
 
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run, plain_runs, rich_run, rich_runs
-from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import error_text
+from paws_hpc.stages.runs import all_runs, find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from paws_hpc.cluster.runs import all_runs, find_run
 from paws_hpc.files import error_text, exclusive
+from paws_hpc.stages.runs import all_runs, find_run
 from paws_hpc.stages.wandb_asking import unusable
 from paws_hpc.stages.wandb_segments import Segment, ServerError, find_segments, rows_left, upload_next
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from paws_hpc.store import SourceConfig, open_source, pack
+from paws_hpc.packing import SourceConfig, open_source, pack
 
 torch.set_num_threads(1)  # tests run side by side, and one thread gives the same sums everywhere
 

@@ -25,7 +25,8 @@ from paws_hpc.data.order import Positions
 from paws_hpc.data.shared_cache import open_shared_cache
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, pack
+from paws_hpc.packing import ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore
 
 BATCH = 64
 VIEWS = ViewsConfig()

@@ -24,9 +24,9 @@ from paws_hpc.data.config import Placement
 from paws_hpc.data.cutting import Crops
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
-from paws_hpc.store import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave
 _SMALL_CLASSES = 10

@@ -22,7 +22,7 @@ from paws_hpc.bench.machine import describe
 from paws_hpc.bench.photographs import write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.synthetic import repeat_store
-from paws_hpc.store import ImageFolder, PackOptions, pack
+from paws_hpc.packing import ImageFolder, PackOptions, pack
 
 GROUPS = ("reads", "crops", "threads", "supports", "pack", "start", "memory")
 _IMAGENET = 1_281_167

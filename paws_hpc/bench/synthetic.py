@@ -11,7 +11,7 @@ import numpy as np
 
 from paws_hpc.files import write_json
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest, shard_name
-from paws_hpc.store.joined import build_index, dataset_digest, index_hash
+from paws_hpc.store.index import build_index, dataset_digest, index_hash
 from paws_hpc.store.shard import read_shard
 
 

@@ -228,7 +228,7 @@ def _run_without_gpu(config: Config, run: RunFolder, job: Job, fence: Callable[[
 
         prepare.run(config, run, fence=fence)
     else:
-        from paws_hpc.stages.report import build_report  # noqa: PLC0415
+        from paws_hpc.report.page import build_report  # noqa: PLC0415
 
         build_report(run.path)
 

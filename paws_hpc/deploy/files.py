@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
+from paws_hpc.packing.standard import standard_pixels
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import MAX_PIXELS
-from paws_hpc.store.sources.base import IMAGE_EXTENSIONS
-from paws_hpc.store.standard import standard_pixels
 
 
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:

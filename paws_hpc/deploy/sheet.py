@@ -19,7 +19,7 @@ from torch import Tensor
 from paws_hpc.deploy.files import shown
 from paws_hpc.deploy.predicting import Failure, Prediction, Predictor
 from paws_hpc.files import write_text
-from paws_hpc.stages.report import render
+from paws_hpc.report.page import render
 
 _HERE = Path(__file__).parent
 _MOST_PIXELS = 128  # of the side of a picture: twice what is shown, for dense screens

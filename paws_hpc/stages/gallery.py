@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.files import atomic_write, write_json
+from paws_hpc.report.tables import confused_pairs
 from paws_hpc.stages.pretrain import NearestNeighbours
-from paws_hpc.stages.report_tables import confused_pairs
 
 _MAP_IMAGES, _MAP_SUPPORTS = 1000, 300
 _PAIRS, _IMAGES_OF_A_PAIR = 5, 6

@@ -19,8 +19,9 @@ from paws_hpc.config import Config, DataConfig
 from paws_hpc.data.order import Positions, SupportOrder
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
+from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
-from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 _LOG = logging.getLogger(__name__)

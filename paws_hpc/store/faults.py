@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from paws_hpc.store.format import REMEDY, Manifest, StoreError
-from paws_hpc.store.joined import read_cached_index
+from paws_hpc.store.index import read_cached_index
 
 
 @dataclass(frozen=True)

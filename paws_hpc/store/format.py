@@ -180,9 +180,9 @@ class Manifest:
     class_counts: tuple[int, ...]
     statistics: Statistics
     digest: str
-    """:func:`paws_hpc.store.joined.dataset_digest`: the sequence of records, whatever the shard size."""
+    """:func:`paws_hpc.store.index.dataset_digest`: the sequence of records, whatever the shard size."""
     index_hash: str
-    """:attr:`paws_hpc.store.joined.JoinedIndex.hash`, by which ``index.bin`` is recognised."""
+    """:attr:`paws_hpc.store.index.JoinedIndex.hash`, by which ``index.bin`` is recognised."""
     origin: Origin
     packing: Packing
     reencoded: dict[str, int]

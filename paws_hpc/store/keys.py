@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from paws_hpc.store.joined import JoinedIndex
+from paws_hpc.store.index import JoinedIndex
 
 _CHUNK = 1 << 16
 _READ_ALL_SHARE = 8

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, StoreError, read_manifest
-from paws_hpc.store.joined import JoinedIndex, load_index, read_cached_index
+from paws_hpc.store.index import JoinedIndex, load_index, read_cached_index
 from paws_hpc.store.keys import Keys, find_keys, in_order
 from paws_hpc.store.local import LocalFolder
 from paws_hpc.store.records import Records

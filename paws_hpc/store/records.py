@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import REMEDY, Manifest, RecordError
-from paws_hpc.store.joined import JoinedIndex
+from paws_hpc.store.index import JoinedIndex
 from paws_hpc.store.keys import Keys
 from paws_hpc.store.shardset import Place, Problem, ShardSet, UnreadableError
 

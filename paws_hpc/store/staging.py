@@ -24,7 +24,7 @@ import xxhash
 
 from paws_hpc.files import atomic_write, exclusive, value_digest
 from paws_hpc.store.format import MANIFEST_NAME, REMEDY, Manifest, ShardEntry, StoreError, read_manifest
-from paws_hpc.store.joined import load_index, read_cached_index, write_index
+from paws_hpc.store.index import load_index, read_cached_index, write_index
 from paws_hpc.store.local import LocalFolder, evict_unused
 from paws_hpc.store.progress import progress
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.forks import ForkSafeLock
 from paws_hpc.store.format import RecordError, StoreError
-from paws_hpc.store.joined import JoinedIndex
+from paws_hpc.store.index import JoinedIndex
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 16

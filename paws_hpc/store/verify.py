@@ -22,7 +22,7 @@ from paws_hpc.store.format import (
     StoreError,
     read_manifest,
 )
-from paws_hpc.store.joined import dataset_digest, join_indexes, read_cached_index
+from paws_hpc.store.index import dataset_digest, join_indexes, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores

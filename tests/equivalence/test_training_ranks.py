@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.store import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from tests.integration.launching import environment
 
 TOLERANCE = {"fp64": 1e-8, "fp32": 1e-4}

@@ -12,7 +12,7 @@ import pytest
 
 from paws_hpc.cluster.chain import Chain
 from paws_hpc.files import exclusive
-from paws_hpc.stages.report_run import read_run
+from paws_hpc.report.run_record import read_run
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.launching import launch
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paws_hpc.report import main
-from paws_hpc.stages.comparison_page import build_comparison
+from paws_hpc.report.__main__ import main
+from paws_hpc.report.comparison_page import build_comparison
 from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.integration.launching import launch
 from tests.integration.test_report import kill, write_run

@@ -13,11 +13,11 @@ from PIL import Image
 from paws_hpc.cluster.compose import CONF, compose_run
 from paws_hpc.config import Config
 from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import prepare
 from paws_hpc.stages.pretrain import make_training, open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.store import ArraySource, ImageFolder, pack
 from tests.conftest import Stores
 
 CPU = torch.device("cpu")

@@ -19,21 +19,11 @@ import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import file_hash
+from paws_hpc.packing import ImageFolder, PackOptions, Part, pack, pack_part, writer
+from paws_hpc.packing.plan import packing_order
+from paws_hpc.packing.underway import Underway
 from paws_hpc.shards import main
-from paws_hpc.store import (
-    ImageFolder,
-    ImageStore,
-    PackOptions,
-    Part,
-    RecordError,
-    StoreError,
-    pack,
-    pack_part,
-    verify,
-    writer,
-)
-from paws_hpc.store.plan import packing_order
-from paws_hpc.store.underway import Underway
+from paws_hpc.store import ImageStore, RecordError, StoreError, verify
 
 PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 IMAGES = 120
@@ -162,7 +152,7 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
     pack(ImageFolder(folder), template, options=PackOptions(shard_bytes=60_000, workers=1, seed=9))  # a former store
     forced = PackOptions(shard_bytes=30_000, workers=1, force=True)
     with pytest.MonkeyPatch.context() as stopped:
-        stopped.setattr("paws_hpc.store.writer.finish", lambda *_: (_ for _ in ()).throw(Killed))
+        stopped.setattr("paws_hpc.packing.writer.finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             pack(ImageFolder(folder), template, options=forced)
     assert ImageStore.open(template).manifest.packing.seed == 9  # the old store is whole until the new one is
@@ -303,7 +293,7 @@ def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
         raise StoreError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("paws_hpc.store.finishing.build_index", full)
+        patched.setattr("paws_hpc.packing.finishing.build_index", full)
         with pytest.raises(StoreError, match="no space left"):
             pack(ImageFolder(folder), store, options=forced)
     assert bytes_of_files(store) == expected
@@ -452,8 +442,8 @@ def test_an_image_that_was_left_out_stops_a_run_that_was_not_asked_to(folder: Pa
 CRASH = """
 import signal, sys
 from pathlib import Path
-from paws_hpc.store import ImageFolder, PackOptions, pack
-from paws_hpc.store.sources.listing import Listing
+from paws_hpc.packing import ImageFolder, PackOptions, pack
+from paws_hpc.packing.sources.listing import Listing
 
 class Fatal(ImageFolder):
     "Loading one image kills the process, as a decoder with a fault would."
@@ -491,7 +481,7 @@ def test_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> 
 SLOW = """
 import sys, time
 from pathlib import Path
-from paws_hpc.store import ImageFolder, PackOptions, pack
+from paws_hpc.packing import ImageFolder, PackOptions, pack
 
 class Slow(ImageFolder):
     "Loading takes for ever, as from a file system that hangs."
@@ -543,7 +533,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
         (tmp_path / "images" / "a" / f"{number}.jpg").write_bytes(file.getvalue())
     script = (
         "import sys; from pathlib import Path\n"
-        "from paws_hpc.store import ImageFolder, PackOptions, pack\n"
+        "from paws_hpc.packing import ImageFolder, PackOptions, pack\n"
         "peak = lambda: int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
         "before = peak()\n"
         "pack(ImageFolder(Path(sys.argv[1])), Path(sys.argv[2]), options=PackOptions(workers=1))\n"

@@ -19,9 +19,9 @@ from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import Row, read_rows
+from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder, is_done
-from paws_hpc.store import ArraySource, pack
 from tests.ranks import results_of, run_on_ranks
 from tests.tiny import tiny_config
 

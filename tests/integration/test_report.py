@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paws_hpc.stages.report import build_report, notices
-from paws_hpc.stages.report_run import read_run
-from paws_hpc.stages.report_tables import result_table
+from paws_hpc.report.page import build_report, notices
+from paws_hpc.report.run_record import read_run
+from paws_hpc.report.tables import result_table
 from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.starts import write_start
 

@@ -20,8 +20,8 @@ from paws_hpc.engine.config import Cell, ClassifierConfig, NeighbourTuningConfig
 from paws_hpc.engine.finetune import predict
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
+from paws_hpc.report.page import build_report
 from paws_hpc.stages import finetune, prepare, pretrain, selection
-from paws_hpc.stages.report import build_report
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore

@@ -161,7 +161,7 @@ PACK_NOISE = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from paws_hpc.store import ArraySource, PackOptions, pack
+from paws_hpc.packing import ArraySource, PackOptions, pack
 
 if len(sys.argv) > 2:  # no file may grow beyond this: the write fails as on a full disk
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

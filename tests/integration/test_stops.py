@@ -14,9 +14,10 @@ from paws_hpc.config import Config
 from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.tracking import Row, read_rows
+from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.run_folder import RunFolder, is_done
-from paws_hpc.store import ArraySource, ImageStore, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import tiny_config
 

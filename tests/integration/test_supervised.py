@@ -11,11 +11,11 @@ import pytest
 from paws_hpc.cluster.frozen import freeze
 from paws_hpc.cluster.local import in_process, run_chain
 from paws_hpc.config import STAGES, Config
+from paws_hpc.report.comparison import as_markdown, compare
+from paws_hpc.report.comparison_page import build_comparison
+from paws_hpc.report.run_record import read_run
+from paws_hpc.report.tables import DASH, result_table
 from paws_hpc.stages import finetune, selection
-from paws_hpc.stages.comparison import as_markdown, compare
-from paws_hpc.stages.comparison_page import build_comparison
-from paws_hpc.stages.report_run import read_run
-from paws_hpc.stages.report_tables import DASH, result_table
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 from tests.conftest import Stores

@@ -17,10 +17,11 @@ from paws_hpc.data.order import SupportOrder
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
+from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.run_data import open_data, staged_stores, stream_options
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import tiny_config
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from paws_hpc import report
 from paws_hpc.files import write_json, write_text
+from paws_hpc.report import __main__ as report
 from tests.integration.test_wandb import outside
 from tests.ranks import ROOT
 from tests.wandb_server import WandbServer, serving

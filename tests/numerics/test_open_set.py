@@ -23,7 +23,8 @@ from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.open_set import support_similarity_weights
 from paws_hpc.objective.paws import PawsLoss, paws_loss
-from paws_hpc.store import ArraySource, ImageStore, pack
+from paws_hpc.packing import ArraySource, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import STILL
 

@@ -13,7 +13,8 @@ import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import file_hash
-from paws_hpc.store import ImageStore, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.store import ImageStore
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(240)

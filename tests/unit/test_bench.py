@@ -20,7 +20,8 @@ from paws_hpc.bench.photographs import jpegs, write_photographs
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.synthetic import repeat_store
 from paws_hpc.data.crops import resized_crops
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, decode_jpeg, pack
+from paws_hpc.packing import ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore, decode_jpeg
 
 
 @pytest.fixture(scope="module")

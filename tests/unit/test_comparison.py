@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from paws_hpc.stages.comparison import Comparison, as_json, as_markdown, compare, warnings
-from paws_hpc.stages.comparison_page import comparison_folder
-from paws_hpc.stages.report_run import read_run
+from paws_hpc.report.comparison import Comparison, as_json, as_markdown, compare, warnings
+from paws_hpc.report.comparison_page import comparison_folder
+from paws_hpc.report.run_record import read_run
 
 CONFIG = "name: {name}\nseed: {seed}\ndevice: cpu\noptimizer:\n  peak_lr: 5.0\nlabels:\n  per_class: 4\n"
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from paws_hpc import distributed
 from paws_hpc.data.placement import choose
 from paws_hpc.data.views import ViewsConfig
-from paws_hpc.store import ArraySource, ImageStore, RecordError, pack
+from paws_hpc.packing import ArraySource, pack
+from paws_hpc.store import ImageStore, RecordError
 from tests.ranks import results_of, run_on_ranks
 
 WORLD, ROWS = 3, 2

@@ -19,7 +19,8 @@ from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_al
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.store import ArraySource, ImageStore, pack
+from paws_hpc.packing import ArraySource, pack
+from paws_hpc.store import ImageStore
 from tests.ranks import results_of, run_on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -25,7 +25,8 @@ from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.store import ArraySource, ImageStore, pack
+from paws_hpc.packing import ArraySource, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks
 

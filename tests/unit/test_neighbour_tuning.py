@@ -18,7 +18,8 @@ from paws_hpc.engine.config import NeighbourTuningConfig
 from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_encoder
-from paws_hpc.store import ArraySource, ImageStore, PackOptions, pack
+from paws_hpc.packing import ArraySource, PackOptions, pack
+from paws_hpc.store import ImageStore
 from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")

@@ -18,23 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from paws_hpc.store import (
-    ArraySource,
-    ImageFolder,
-    ImageStore,
-    PackOptions,
-    SourceConfig,
-    StoreError,
-    open_source,
-    pack,
-    verify,
-)
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing.plan import shard_bounds
+from paws_hpc.packing.sources.base import SourceChangedError
+from paws_hpc.packing.sources.dataset import dataset
+from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.packing.underway import read_changes
+from paws_hpc.store import ImageStore, StoreError, verify
 from paws_hpc.store.format import FLAG_REENCODED
-from paws_hpc.store.plan import shard_bounds
-from paws_hpc.store.sources.base import SourceChangedError
-from paws_hpc.store.sources.dataset import dataset
-from paws_hpc.store.sources.listing import Listing
-from paws_hpc.store.underway import read_changes
 
 CHINA, FLOWER = load_sample_images().images
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(

@@ -14,8 +14,9 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, SourceConfig, StoreError, open_source, pack
-from paws_hpc.store.sources.base import SourceChangedError
+from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing.sources.base import SourceChangedError
+from paws_hpc.store import ImageStore, StoreError
 
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 

@@ -19,7 +19,8 @@ from paws_hpc.data.pixels import Encoded
 from paws_hpc.data.placement import Rates, candidates, check_possible, choose, preferred, resident_bytes
 from paws_hpc.data.streams import ClassifierStream, PawsStream
 from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
 CPU = torch.device("cpu")

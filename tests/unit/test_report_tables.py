@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from paws_hpc.stages.report_panels import pretrain_panels
-from paws_hpc.stages.report_plots import Curve, Plot, draw, thin
-from paws_hpc.stages.report_run import Cell, Metrics, parse_cell, read_metrics, read_run
-from paws_hpc.stages.report_tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
+from paws_hpc.report.panels import pretrain_panels
+from paws_hpc.report.plots import Curve, Plot, draw, thin
+from paws_hpc.report.run_record import Cell, Metrics, parse_cell, read_metrics, read_run
+from paws_hpc.report.tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
 from tests.starts import write_start
 
 

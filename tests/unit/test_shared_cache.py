@@ -21,7 +21,8 @@ from PIL import Image
 
 from paws_hpc.data.images import CachedImages, cached_images
 from paws_hpc.data.shared_cache import SharedCache, open_shared_cache
-from paws_hpc.store import ImageFolder, ImageStore, RecordError, pack
+from paws_hpc.packing import ImageFolder, pack
+from paws_hpc.store import ImageStore, RecordError
 
 ROOT = Path(__file__).parents[2]
 COUNT, LABELLED = 40, np.array([31, 4, 18, 5, 0, 39])

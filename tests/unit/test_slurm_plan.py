@@ -15,8 +15,8 @@ from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import STAGES, Config
 from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
+from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages.run_folder import RunFolder, mark_done
-from paws_hpc.store import ArraySource, pack
 from paws_hpc.store.format import read_manifest
 
 CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]

@@ -14,9 +14,10 @@ from PIL import Image
 from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.order import cipher_key, permute
 from paws_hpc.data.splits import Split, _draw, _resolve, labelled_and_validation, load_split
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, Keys, PackOptions, pack
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore, Keys
 from paws_hpc.store.format import ShardIndex
-from paws_hpc.store.joined import join_indexes
+from paws_hpc.store.index import join_indexes
 
 DRAWN = LabelsConfig(per_class=4, validation_per_class=6)
 CLASSES, PER_CLASS = 5, 12

@@ -22,17 +22,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
-from paws_hpc.store import (
-    ArraySource,
-    ImageFolder,
-    ImageStore,
-    PackOptions,
-    RecordError,
-    StoreError,
-    decode_jpeg,
-    pack,
-    verify,
-)
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg, verify
 from paws_hpc.store.decode import MAX_PIXELS
 from paws_hpc.store.shard import read_shard
 

@@ -18,22 +18,14 @@ import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import file_hash
-from paws_hpc.store import (
-    ArraySource,
-    ImageFolder,
-    ImageStore,
-    PackOptions,
-    RecordError,
-    StoreError,
-    decode_jpeg,
-    pack,
-)
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.packing.sources.digits import digits
+from paws_hpc.packing.standard import standard_jpeg, transcoder
+from paws_hpc.packing.statistics import combine, pixel_sums
+from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.format import FLAG_MADE_BASELINE, FLAG_PROGRESSIVE, FLAG_RECOVERED, FLAG_REENCODED
 from paws_hpc.store.jpeg import take_apart
 from paws_hpc.store.progress import progress
-from paws_hpc.store.sources.digits import digits
-from paws_hpc.store.standard import standard_jpeg, transcoder
-from paws_hpc.store.statistics import combine, pixel_sums
 
 PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 KIB = 1 << 10

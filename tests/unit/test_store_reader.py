@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, RecordError, StoreError, pack
+from paws_hpc.packing import ImageFolder, PackOptions, pack
+from paws_hpc.packing.sources.digits import digits
+from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
-from paws_hpc.store.joined import JoinedIndex, load_index
-from paws_hpc.store.sources.digits import digits
+from paws_hpc.store.index import JoinedIndex, load_index
 
 KIB = 1 << 10
 
@@ -217,7 +218,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     def refuse(path: Path) -> None:
         raise PermissionError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr("paws_hpc.store.joined.atomic_write", refuse)  # root may write anywhere: modes do not stop it
+    monkeypatch.setattr("paws_hpc.store.index.atomic_write", refuse)  # root may write anywhere: modes do not stop it
     assert list(ImageStore.open(jpeg_store).keys) == keys
     assert not (jpeg_store / "index.bin").exists()
 

@@ -14,8 +14,9 @@ import simplejpeg
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import file_hash
+from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.shards import main
-from paws_hpc.store import ImageFolder, ImageStore, PackOptions, SourceConfig, StoreError, open_source, pack, verify
+from paws_hpc.store import ImageStore, StoreError, verify
 from paws_hpc.store.format import read_manifest
 
 KIB = 1 << 10
@@ -87,7 +88,7 @@ def test_faults_that_packing_did_not_look_for_are_not_found_by_repairing_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, with_index: bool
 ) -> None:
     """With ``structure``, of JPEGs with faults only those that are counted in the statistics were encoded anew."""
-    monkeypatch.setattr("paws_hpc.store.plan._STATISTICS_IMAGES", 10)
+    monkeypatch.setattr("paws_hpc.packing.plan._STATISTICS_IMAGES", 10)
     tile = np.ascontiguousarray(load_sample_images().images[0][:64, :80])
     for number in range(24):
         content = bytearray(simplejpeg.encode_jpeg(tile, quality=90 - number))
@@ -190,7 +191,7 @@ def test_a_source_that_is_needed_and_not_named_is_an_error(store: Path, capsys: 
 
 
 def test_a_damaged_manifest_is_not_repaired_but_named(store: Path, source: Path) -> None:
-    from paws_hpc.store import repair as repair_store
+    from paws_hpc.packing import repair as repair_store
 
     flipped(store / "manifest.json")
     with pytest.raises(StoreError, match=r"manifest.json"):

@@ -18,7 +18,7 @@ import xxhash
 from paws_hpc.files import value_digest
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import ShardIndex
-from paws_hpc.store.joined import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, JoinedIndex, join_indexes
+from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, JoinedIndex, join_indexes
 from paws_hpc.store.keys import find_keys, in_order
 
 RECORDS_PER_SHARD = 250_000
@@ -94,7 +94,7 @@ def test_damage_in_a_large_index_is_named_where_it_is_met(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 2_000_000
-    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 64 << 20)  # of which this one has 96
+    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 64 << 20)  # of which this one has 96
     path = sparse_store(tmp_path / "store", count)
     record = 1_234_567 if part in ("a row", "labels") else straddling_record()
     place = _HEADER.size + ROW.itemsize * record + (ROW.itemsize - 1) * (part == "the end of a row")
@@ -113,7 +113,7 @@ def test_a_large_index_that_is_cut_off_under_a_reader_is_named_and_kills_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 300_000
-    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)  # as for more than three million records
+    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 0)  # as for more than three million records
     path = sparse_store(tmp_path / "store", count)
     store = ImageStore.open(path, check=False)
     looks = (
@@ -132,7 +132,7 @@ def test_a_large_index_that_is_cut_off_under_a_reader_is_named_and_kills_nobody(
 def test_a_large_index_that_was_cut_off_before_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
 ) -> None:
-    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 0)
     path = sparse_store(tmp_path / "store", 300_000)
     size = (path / "index.bin").stat().st_size
     os.truncate(path / "index.bin", left if left >= 0 else size + left)

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from paws_hpc.store import (
+from paws_hpc.packing import (
     ImageFolder,
-    ImageStore,
     Part,
     SourceConfig,
-    StoreError,
     open_source,
     pack,
     pack_part,
@@ -29,9 +27,10 @@ from paws_hpc.store import (
     planned_listing,
     repair,
 )
-from paws_hpc.store.sources.cifar import cifar, load_plain_pickle
-from paws_hpc.store.sources.digits import digits
-from paws_hpc.store.sources.idx import FASHION_CLASSES, idx
+from paws_hpc.packing.sources.cifar import cifar, load_plain_pickle
+from paws_hpc.packing.sources.digits import digits
+from paws_hpc.packing.sources.idx import FASHION_CLASSES, idx
+from paws_hpc.store import ImageStore, StoreError
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 

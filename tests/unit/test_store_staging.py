@@ -25,19 +25,9 @@ import numpy as np
 import pytest
 import simplejpeg
 
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.shards import main
-from paws_hpc.store import (
-    ArraySource,
-    ImageFolder,
-    ImageStore,
-    PackOptions,
-    RecordError,
-    StoreError,
-    pack,
-    stage,
-    start_staging,
-    verify,
-)
+from paws_hpc.store import ImageStore, RecordError, StoreError, stage, start_staging, verify
 from paws_hpc.store.format import read_manifest
 from paws_hpc.store.local import LocalFolder, evict_unused
 
@@ -384,7 +374,7 @@ def test_a_damaged_index_in_the_copy_is_not_used_however_large_it_is(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = tmp_path / "local"
-    monkeypatch.setattr("paws_hpc.store.joined._IN_MEMORY_BYTES", 0)  # as for more than three million records
+    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 0)  # as for more than three million records
     index = stage(shared, local).path / "index.bin"
     content = bytearray(index.read_bytes())
     content[100] ^= 1

@@ -15,7 +15,8 @@ import simplejpeg
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, PackOptions, pack, verify
+from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.store import ImageStore, verify
 from paws_hpc.store.format import Manifest, ShardIndex, read_manifest
 
 KIB = 1 << 10
@@ -171,7 +172,7 @@ def test_deep_finds_a_size_that_the_index_has_wrong(store: Path) -> None:
 def _make_consistent(store: Path) -> None:
     """Write the first shard's identity and the manifest's hashes anew."""
     from paws_hpc.files import file_hash
-    from paws_hpc.store.joined import dataset_digest, join_indexes
+    from paws_hpc.store.index import dataset_digest, join_indexes
     from paws_hpc.store.shard import read_shard
 
     manifest = json.loads((store / "manifest.json").read_text())

@@ -28,7 +28,8 @@ from paws_hpc.data.images import StoreImages
 from paws_hpc.data.order import Window
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsStream
 from paws_hpc.data.views import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
-from paws_hpc.store import ArraySource, ImageFolder, ImageStore, pack
+from paws_hpc.packing import ArraySource, ImageFolder, pack
+from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
 N, K, PER_CLASS, VIEWS, SMALL = 24, 6, 4, 2, 3

@@ -1,0 +1,222 @@
+"""Repair: damaged shards are built again from the source, to the byte what they were, or left as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.packing.building import Recipe, ShardTask, build_shard
+from paws_hpc.packing.plan import packing_order, packing_ranks, statistics_stride
+from paws_hpc.packing.sources import Source, SourceConfig, open_source
+from paws_hpc.packing.standard import transcoder
+from paws_hpc.store.faults import Fault
+from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
+from paws_hpc.store.index import JoinedIndex, make_index, read_cached_index
+from paws_hpc.store.progress import progress
+from paws_hpc.store.shard import read_shard
+from paws_hpc.store.verify import Level, verify
+from paws_hpc.store.workers import usable_cores
+
+
+@dataclass
+class RepairReport:
+    """What repairing did.
+
+    Attributes:
+        faults: what verification had found.
+        repaired: names of the shards that are again what was packed.
+        refused: name of each shard that was left as it is → why.
+        index_made: whether ``index.bin`` was made anew.
+        whole: nothing of what was found is left.
+    """
+
+    faults: list[Fault]
+    repaired: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    index_made: bool = False
+    whole: bool = True
+
+
+def repair(
+    folder: Path,
+    root: Path | None,
+    *,
+    labels: Path | None = None,
+    level: Level = "full",
+    workers: int | None = None,
+    show_progress: bool = False,
+) -> RepairReport:
+    """Verify a store and build its damaged shards again from the images it was packed from.
+
+    A shard is replaced, in one step, only by a file that has the manifest's hash. So nothing that can still be read is
+    lost, and programs that are reading the store go on.
+
+    Args:
+        folder: the store.
+        root: where its source is now; None for kinds that need none.
+        labels: the file of labels, if packing was given one.
+        level: how deeply to verify.
+        workers: threads; None: one per core this process may use.
+        show_progress: report progress on standard error.
+
+    Raises:
+        StoreError: the manifest is damaged, or the source cannot be opened.
+        OSError: the store cannot be written.
+    """
+    manifest = read_manifest(folder)
+    faults, _ = verify(folder, level=level, workers=workers, show_progress=show_progress)
+    report = RepairReport(faults)
+    damaged = {fault.shard for fault in faults if fault.shard is not None}
+    numbers = [number for number, entry in enumerate(manifest.shards) if entry.name in damaged]
+    if numbers:
+        source = open_source(_source_config(manifest, root, labels))
+        rebuilder = _Rebuilder(folder, manifest, source, workers or usable_cores())
+        total = sum(manifest.shards[number].count for number in numbers)
+        with progress(f"repairing {folder.name}", total, show=show_progress) as advance:
+            for number in numbers:
+                entry = manifest.shards[number]
+                problem = rebuilder.rebuild(number)
+                if problem is None:
+                    report.repaired.append(entry.name)
+                else:
+                    report.refused[entry.name] = problem
+                advance(entry.count)
+    if not report.refused and _index_is_damaged(folder, manifest):
+        make_index(folder, manifest)
+        report.index_made = True
+    report.whole = not report.refused and not (faults and verify(folder, level="quick")[0])
+    return report
+
+
+def _source_config(manifest: Manifest, root: Path | None, labels: Path | None) -> SourceConfig:
+    """The source that the manifest names, at the place that the user names."""
+    names = {"class": "dataset"}
+    options = {names.get(name, name): value for name, value in manifest.origin.options.items()}
+    return SourceConfig(
+        kind=manifest.origin.kind,
+        root=None if root is None else str(root),
+        labels=None if labels is None else str(labels),
+        **options,
+    )
+
+
+def _index_is_damaged(folder: Path, manifest: Manifest) -> bool:
+    index = read_cached_index(folder, manifest)
+    try:
+        if index is not None:
+            index.check()
+    except StoreError:
+        return True
+    return index is None
+
+
+class _Rebuilder:
+    """Builds shards of one store from its source."""
+
+    def __init__(self, folder: Path, manifest: Manifest, source: Source, threads: int) -> None:
+        self._folder, self._manifest, self._source, self._threads = folder, manifest, source, threads
+        self._index = None if _index_is_damaged(folder, manifest) else read_cached_index(folder, manifest)
+        self._starts = np.cumsum([0, *(entry.count for entry in manifest.shards)])
+        packing = manifest.packing
+        self._recipe = Recipe(
+            encoding=manifest.encoding,
+            packer=packing.packer,
+            source_digest=manifest.origin.digest,
+            on_error="stop",
+            max_short_side=packing.max_short_side,
+            check=packing.check,
+        )
+
+    def rebuild(self, number: int) -> str | None:
+        """Replace one shard; returns why that is not possible."""
+        entry = self._manifest.shards[number]
+        built = self._folder / f".{entry.name}.repair.tmp"
+        try:
+            images = self._source.select(self._images(number))
+            task = ShardTask(number, built, images, self._counted(number, images.keys), "", self._recipe)
+            result = build_shard(task, threads=self._threads)
+            if result.entry is None or result.entry.file_hash != entry.file_hash:
+                return self._difference(built, number)
+            os.replace(built, self._folder / entry.name)
+        except StoreError as error:
+            return str(error)
+        finally:
+            with suppress(FileNotFoundError):
+                built.unlink()
+        return None
+
+    def _images(self, number: int) -> NDArray[np.int64]:
+        """Positions (n,) in the source of a shard's images, in their order.
+
+        Raises:
+            StoreError: the source does not have them; one is named.
+        """
+        first, stop = self._starts[number : number + 2].tolist()
+        if self._index is None:
+            if len(self._kept) != self._manifest.count:
+                raise StoreError(
+                    f"the source has {len(self._kept):,} images that were not skipped, the store "
+                    f"{self._manifest.count:,}, and {INDEX_NAME}, which could name those of this shard, is missing or "
+                    "damaged: restore the source as it was when it was packed"
+                )
+            return self._kept[first:stop]
+        keys = [key.decode() for key in self._index.keys(np.arange(first, stop))]
+        missing = [key for key in keys if key not in self._places]
+        if missing:
+            raise StoreError(f"the source has no image {missing[0]!r}, nor {len(missing) - 1:,} others of this shard")
+        return np.array([self._places[key] for key in keys], dtype=np.int64)
+
+    def _counted(self, number: int, keys: Sequence[str]) -> NDArray[np.bool_]:
+        """Which images (n,) of a shard the statistics counted; skipped ones had their places in the packing order."""
+        seed, skipped = self._manifest.packing.seed, [omission.key for omission in self._manifest.skipped]
+        before = np.searchsorted(np.sort(packing_ranks(skipped, seed=seed)), packing_ranks(keys, seed=seed))
+        places = self._starts[number] + np.arange(len(keys)) + before
+        return places % statistics_stride(self._manifest.encoding, self._manifest.count + len(skipped)) == 0
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Key → position in the source."""
+        return {key: place for place, key in enumerate(self._source.keys)}
+
+    @cached_property
+    def _kept(self) -> NDArray[np.int64]:
+        """(N,) positions in the source of the images that were packed, in packing order."""
+        skipped = {omission.key for omission in self._manifest.skipped}
+        order = packing_order(self._source.keys, seed=self._manifest.packing.seed)
+        return order[[self._source.keys[place] not in skipped for place in order.tolist()]]
+
+    def _difference(self, built: Path, number: int) -> str:
+        """Say how a shard that was built differs from the one that was packed."""
+        found, origin = self._source.digest, self._manifest.origin.digest
+        index = read_shard(built).index
+        lines = ["what the source gives now is not what was packed"]
+        if found != origin:
+            lines.append(f"the source's digest is {found[:16]}, the manifest says {origin[:16]}")
+        packed_with = self._manifest.packing.transcoder
+        if packed_with is not None and packed_with != transcoder():
+            lines.append(f"packing used {packed_with}, this environment has {transcoder()}")
+        if self._index is not None:
+            lines += _other_records(self._index, index.key_bytes, index.crc32c, int(self._starts[number]))
+        else:
+            lines.append(f"{INDEX_NAME}, which could name the images, is missing or damaged")
+        return "; ".join(lines)
+
+
+def _other_records(index: JoinedIndex, keys: Sequence[bytes], checksums: NDArray[np.uint32], start: int) -> list[str]:
+    """Name the first record that differs from the store's index."""
+    positions = np.arange(start, start + len(keys))
+    wanted, rows = index.keys(positions), index.rows(positions)
+    other = [key for key, there in zip(wanted, keys, strict=True) if key != there]
+    if other:
+        return [f"image {other[0].decode()!r} is another one, and {len(other) - 1:,} more"]
+    changed = np.flatnonzero(rows["crc32c"] != checksums)
+    if len(changed):
+        return [f"image {wanted[changed[0]].decode()!r} gives other bytes, and {len(changed) - 1:,} more"]
+    return ["all records are the same, the rest of the file is not: another version of this program or of HDF5?"]

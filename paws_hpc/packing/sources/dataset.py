@@ -1,0 +1,286 @@
+"""Any data set class with ``__len__`` and ``__getitem__`` → (PIL image, label), such as torchvision's.
+
+The user names the class, and it is imported when it is needed: the store itself knows no such library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from paws_hpc.files import value_digest
+from paws_hpc.packing.sources.base import Source, SourceChangedError, position_keys
+from paws_hpc.packing.sources.imagefolder import ImageFolder, size_and_stamp
+from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.store.format import Encoding, StoreError
+
+DEFAULT_MODULE = "torchvision.datasets"
+"""Where a name without a module is looked up."""
+
+_LARGEST_RAW = 64 << 10
+_JPEG_SHARE = 8
+_COMPARED = 16
+_FILE_LISTS = ("samples", "imgs", "_samples", "_image_files", "_images", "images")
+_LABEL_LISTS = ("targets", "_labels", "labels", "y")
+_READING = threading.Lock()
+"""Data sets need not be safe to share between threads, so they are asked for one item at a time."""
+
+
+def dataset(name: str, root: Path, split: str | None) -> Source:
+    """List the images of a data set on disk; nothing is downloaded.
+
+    Where the class lists its files (torchvision's do under a few names) and a sample of items shows, pixel by pixel,
+    that it gives those files, the files themselves are packed; keys are their paths below the folder they share.
+    Otherwise every item is read once, for its label and a hash of its pixels. Images of one shape and at most 64 KiB
+    are then stored raw, others encoded as JPEG. Keys are positions.
+
+    Args:
+        name: ``package.module:Class``, or a name in ``torchvision.datasets``.
+        root: passed to the class as its first argument.
+        split: passed as ``split``, ``train``, ``image_set`` or ``mode``, whichever the class has.
+
+    Raises:
+        StoreError: the class cannot be imported or opened, or does not give pairs of image and integer label.
+    """
+    opened = open_dataset(name, root, split)
+    if not len(opened):
+        raise StoreError(f"data set {name} at {root} has no items.")
+    options = {"class": _full_name(name), "split": split}
+    files = _listed_files(opened, name)
+    if files is not None:
+        return _file_source(files, opened, options)
+    return DatasetSource(name, root, split, _look(opened, name))
+
+
+def _full_name(name: str) -> str:
+    return name if ":" in name else f"{DEFAULT_MODULE}:{name}"
+
+
+def open_dataset(name: str, root: Path, split: str | None) -> Any:
+    """Import the class and open the data set, without transforms."""
+    module, _, attribute = _full_name(name).partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+        parameters = inspect.signature(kind).parameters
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"data set {name!r} cannot be imported ({error}). Give package.module:Class or a name in {DEFAULT_MODULE}."
+        ) from error
+    arguments = _split_arguments(name, split, parameters)
+    if "download" in parameters:
+        arguments["download"] = False
+    try:
+        return kind(str(root), **arguments)
+    except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise StoreError(f"data set {name} cannot be opened at {root} with {arguments}: {error}") from error
+
+
+def _split_arguments(name: str, split: str | None, parameters: Any) -> dict[str, Any]:
+    """Say ``split`` in the class's own words."""
+    for argument in ("split", "image_set", "mode"):
+        if argument in parameters:
+            return {} if split is None else {argument: split}
+    if "train" in parameters:
+        if split not in ("train", "test"):
+            raise StoreError(f"data set {name} has the splits train and test, not {split!r}: give --split.")
+        return {"train": split == "train"}
+    if split is not None:
+        raise StoreError(f"data set {name} has no splits: leave --split {split} out.")
+    return {}
+
+
+def _item(opened: Any, index: int, name: str) -> tuple[Any, int]:
+    """One (image, label) pair."""
+    try:
+        with _READING:
+            item = opened[index]
+    except Exception as error:  # a class that others wrote, which raises what it likes
+        raise StoreError(f"data set {name} cannot give item {index}: {type(error).__name__}: {error}") from error
+    if not isinstance(item, Sequence) or len(item) < 2:
+        raise StoreError(f"data set {name} gives {type(item).__name__} as item {index}, not (image, label).")
+    image, label = item[0], item[1]
+    if not isinstance(label, int) and np.ndim(label) == 0 and hasattr(label, "item"):
+        label = label.item()  # a number of numpy or torch
+    if not isinstance(label, int) or label < 0:
+        raise StoreError(f"data set {name} gives label {label!r} in item {index}; classes are numbers from 0.")
+    return image, int(label)
+
+
+def _pixels(image: Any, index: int, name: str) -> NDArray[np.uint8]:
+    """Pixels (H, W, 1 or 3) uint8 of an item."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise StoreError(f"data set {name} gives {type(image).__name__} in item {index}; PIL images are needed.")
+    pixels: NDArray[np.uint8] = np.ascontiguousarray(image if image.ndim == 3 else image[..., None])
+    if pixels.shape[-1] not in (1, 3) or not pixels.size:
+        raise StoreError(f"data set {name} gives an image of shape {pixels.shape} in item {index}.")
+    return pixels
+
+
+def _class_names(opened: Any, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Names that the data set gives its classes, or their numbers."""
+    given = getattr(opened, "classes", None)
+    if isinstance(given, list | tuple) and len(given) > labels.max():
+        return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in given)
+    return tuple(map(str, range(int(labels.max()) + 1)))
+
+
+def _listed_files(opened: Any, name: str) -> list[tuple[Path, int]] | None:
+    """Files and labels as the data set lists them; None if it does not, or gives something else than its files."""
+    for attribute in _FILE_LISTS:
+        entries = getattr(opened, attribute, None)
+        if not isinstance(entries, list | tuple) or len(entries) != len(opened):
+            continue
+        if all(isinstance(entry, str | os.PathLike) for entry in entries):
+            labels = next(
+                (found for found in (getattr(opened, key, None) for key in _LABEL_LISTS) if found is not None), ()
+            )
+            entries = list(zip(entries, labels, strict=False))
+        files = [
+            (Path(entry[0]), int(entry[1]))
+            for entry in entries
+            if isinstance(entry, tuple | list)
+            and len(entry) == 2
+            and isinstance(entry[0], str | os.PathLike)
+            and isinstance(entry[1], int | np.integer)
+        ]
+        if len(files) == len(opened) and _gives_its_files(opened, files, name):
+            return files
+    return None
+
+
+def _gives_its_files(opened: Any, files: list[tuple[Path, int]], name: str) -> bool:
+    """Compare a sample of items with the files that they should come from."""
+    for index in sorted({round(place) for place in np.linspace(0, len(files) - 1, _COMPARED)}):
+        path, listed = files[index]
+        if not path.is_file():
+            return False
+        try:
+            image, label = _item(opened, index, name)
+            with Image.open(path) as file:
+                pixels = np.asarray(file.convert("RGB"))
+        except (StoreError, OSError):  # packing the file will say what is wrong with it, or leave it out
+            continue
+        if label != listed or not isinstance(image, Image.Image):
+            return False
+        if not np.array_equal(pixels, np.asarray(image.convert("RGB"))):
+            return False
+    return True
+
+
+def _file_source(files: list[tuple[Path, int]], opened: Any, options: dict[str, Any]) -> Source:
+    """The files themselves, with paths below the folder that they share as keys."""
+    folder = Path(os.path.commonpath([path.parent for path, _ in files]))
+    status = [size_and_stamp(path) for path, _ in files]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    nothing = np.zeros(len(files), dtype=np.int64)
+    listing = Listing(
+        classes=_class_names(opened, labels),
+        keys=[path.relative_to(folder).as_posix() for path, _ in files],
+        labels=labels,
+        sizes=np.array([size for size, _ in status], dtype=np.int64),
+        stamps=np.array([stamp for _, stamp in status], dtype=np.int64),
+        files=(),
+        file_of=nothing,
+        offsets=nothing,
+    )
+    return ImageFolder(folder, listing, kind="dataset", options=options)
+
+
+@dataclass(frozen=True)
+class _Items:
+    """What the first pass over n items found; ``hashes`` (n,) uint64 of their pixels."""
+
+    classes: tuple[str, ...]
+    positions: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    encoding: Encoding
+
+    def take(self, indices: NDArray[np.int64]) -> _Items:
+        """These items, in this order."""
+        return replace(
+            self,
+            positions=self.positions[indices],
+            labels=self.labels[indices],
+            sizes=self.sizes[indices],
+            hashes=self.hashes[indices],
+        )
+
+
+def _look(opened: Any, name: str) -> _Items:
+    """Read every item once."""
+    shapes: set[tuple[int, ...]] = set()
+    labels, sizes = np.empty(len(opened), dtype=np.int64), np.empty(len(opened), dtype=np.int64)
+    hashes = np.empty(len(opened), dtype=np.uint64)
+    for index in range(len(opened)):
+        image, labels[index] = _item(opened, index, name)
+        pixels = _pixels(image, index, name)
+        sizes[index], hashes[index] = pixels.size, xxhash.xxh3_64_intdigest(pixels.data)
+        shapes.add(pixels.shape)
+    raw = len(shapes) == 1 and int(sizes[0]) <= _LARGEST_RAW
+    # A JPEG takes about an eighth of its pixels, which is near enough to decide where shards end.
+    sizes = sizes if raw else -(-sizes // _JPEG_SHARE)
+    classes = _class_names(opened, labels)
+    return _Items(classes, np.arange(len(opened)), labels, sizes, hashes, "raw" if raw else "jpeg")
+
+
+@cache
+def _opened_once(name: str, root: Path, split: str | None) -> Any:
+    return open_dataset(name, root, split)
+
+
+class DatasetSource:
+    """Items of a data set as its class gives them; another process opens the data set again."""
+
+    kind = "dataset"
+
+    def __init__(self, name: str, root: Path, split: str | None, items: _Items) -> None:
+        """Take what :func:`dataset` found."""
+        self.name, self.root, self.split, self.items = name, root, split, items
+        self.options: dict[str, Any] = {"class": _full_name(name), "split": split}
+        self.encoding, self.classes = items.encoding, items.classes
+        self.keys, self.labels, self.sizes = position_keys(items.positions), items.labels, items.sizes
+        self.stamps = np.zeros(len(self.keys), dtype=np.int64)  # the digest covers the pixels
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of pixels, labels, keys and class names."""
+        items = self.items
+        return value_digest([items.hashes.tolist(), items.labels.tolist(), self.keys, self.classes])
+
+    def select(self, indices: NDArray[np.int64]) -> DatasetSource:
+        """Return these items only."""
+        return DatasetSource(self.name, self.root, self.split, self.items.take(indices))
+
+    def load(self, index: int) -> NDArray[np.uint8]:
+        """Return the pixels (H, W, 1 or 3) of image ``index``.
+
+        Raises:
+            SourceChangedError: they are not those of the first pass.
+        """
+        place = int(self.items.positions[index])
+        image, _ = _item(_opened_once(self.name, self.root, self.split), place, self.name)
+        pixels = _pixels(image, place, self.name)
+        if xxhash.xxh3_64_intdigest(pixels.data) != self.items.hashes[index]:
+            raise SourceChangedError(
+                f"data set {self.name} gives other pixels for item {place} than before: it is random, or was changed."
+            )
+        return pixels
+
+    def close(self) -> None:
+        """Nothing is kept open that is not needed for the next shard."""

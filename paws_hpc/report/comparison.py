@@ -1,0 +1,279 @@
+"""Several runs as one table: runs that differ in nothing but the seed are one row, with mean and deviation.
+
+Legend: a *setting* is all that determines results except the seed: the fields of the frozen config that have an effect,
+and the digests of the stores. Runs scored on different test images never share a row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from paws_hpc.config import Config, flatten, has_effect
+from paws_hpc.report.run_record import RunRecord
+from paws_hpc.report.tables import DASH, METHODS, Notice, scores
+
+VALIDATION = "validation"
+COLUMNS = METHODS | {VALIDATION: "PAWS-NN, validation"}
+"""What is compared: test accuracies, and PAWS-NN on the local validation split at the end of pre-training."""
+
+_MOST_FIELDS = 4
+_NAMED_STORES = {"train": "training images", "labelled_store": "store of labelled images", "test": "test images"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run of a comparison: what determines its results, and what they are (fractions, by key of ``COLUMNS``)."""
+
+    record: RunRecord
+    setting: dict[str, str]
+    values: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.record.name
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether pre-training ended, or was stopped, with uniform predictions."""
+        stopped = any(event.name == "collapse" for event in self.record.pretrain.events)
+        return stopped or bool(self.record.summary.get("collapsed"))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One value over the runs of a row; ``deviation`` is the sample standard deviation, None of a single run.
+
+    ``values`` are by the run's name, in the order of the runs, without those that have none.
+    """
+
+    values: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Over the runs that have a value."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """With n - 1 in the denominator."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        if self.deviation is None:
+            return f"{100 * self.mean:.1f} %"
+        return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f} %"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one setting. ``fields`` are those in which settings differ; ``label`` tells them apart in words."""
+
+    label: str
+    fields: dict[str, str]
+    runs: Sequence[Compared]
+
+    def summary(self, column: str) -> Summary | None:
+        """Of a key of ``COLUMNS``; None where no run has a value."""
+        values = {run.name: run.values[column] for run in self.runs if column in run.values}
+        return Summary(values) if values else None
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Of its runs."""
+        return [run.record.seed for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        rows: one per setting, in the order in which the runs were named.
+        differing: field → run's name → text of its value, for fields with an effect that are not the same in all runs.
+    """
+
+    rows: Sequence[Row]
+    differing: dict[str, dict[str, str]]
+
+    @property
+    def runs(self) -> list[Compared]:
+        """Row by row."""
+        return [run for row in self.rows for run in row.runs]
+
+    @cached_property
+    def columns(self) -> dict[str, str]:
+        """Those of ``COLUMNS`` for which any run has a value."""
+        return {key: name for key, name in COLUMNS.items() if any(key in run.values for run in self.runs)}
+
+    @property
+    def fields(self) -> list[str]:
+        """The differing fields as columns of the table; none where they are too many to read."""
+        return list(self.differing) if len(self.differing) <= _MOST_FIELDS else []
+
+
+def compare(records: Sequence[RunRecord]) -> Comparison:
+    """Sort runs into rows by their settings.
+
+    Raises:
+        ValueError: a result contradicts itself, or two runs have one name; both are named.
+    """
+    runs = [
+        Compared(record, setting, _values(record)) for record, setting in zip(records, _settings(records), strict=True)
+    ]
+    for name, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            folders = ", ".join(str(run.record.folder) for run in runs if run.name == name)
+            raise ValueError(f"{count} runs are called {name}: {folders}. Name each run once.")
+    known = list(dict.fromkeys(field for run in runs for field in run.setting))
+    texts = {field: {run.name: run.setting.get(field, DASH) for run in runs} for field in known}
+    differing = {field: values for field, values in texts.items() if len(set(values.values())) > 1}
+    groups: dict[tuple[str, ...], list[Compared]] = {}
+    for run in runs:
+        groups.setdefault(tuple(values[run.name] for values in differing.values()), []).append(run)
+    fields = [dict(zip(differing, key, strict=True)) for key in groups]
+    labels = _labels(fields, list(groups.values()))
+    rows = [Row(*parts) for parts in zip(labels, fields, groups.values(), strict=True)]
+    return Comparison(rows, differing)
+
+
+def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """Field → text, of what determines results beside the seed; stores by their contents, not by where they lie.
+
+    A field that is younger than a run has the value that it would have if the run went on: its default.
+    """
+    defaults = flatten(asdict(Config()))
+    known = [defaults | record.settings if record.settings else {} for record in records]
+    fields = [
+        {name: value_text(value) for name, value in settings.items() if has_effect(name) and name != "seed"}
+        for settings in known
+    ]
+    stores = [
+        {name: record.digests[key][:8] for key, name in _NAMED_STORES.items() if key in record.digests}
+        for record in records
+    ]
+    # A run that has not begun has told of no store; it belongs to those with its fields.
+    whole = [number for number, told in enumerate(stores) if _NAMED_STORES["test"] in told]
+    for number, own in enumerate(fields):
+        if number not in whole:
+            stores[number] = next((stores[other] for other in whole if fields[other] == own), {})
+    return [own | told for own, told in zip(fields, stores, strict=True)]
+
+
+def _values(record: RunRecord) -> dict[str, float]:
+    values = {score.key: score.top1 for score in scores(record)}
+    _, validated = record.pretrain.series("validation/paws_nn")
+    if record.summary and len(validated):  # an unfinished run's last value is of another epoch
+        values[VALIDATION] = float(validated[-1])
+    return values
+
+
+def value_text(value: Any) -> str:
+    """A field's value as people write it on a command line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _labels(fields: Sequence[dict[str, str]], groups: Sequence[Sequence[Compared]]) -> list[str]:
+    """A name for each setting: the fields that differ where they are few, otherwise what its runs are called."""
+    if fields[0] and len(fields[0]) <= 3:
+        short = short_names(fields[0])
+        return [", ".join(f"{short[field]}={value}" for field, value in row.items()) for row in fields]
+    names = [without_seed(runs[0].name) for runs in groups]
+    return names if len(set(names)) == len(names) else [runs[0].name for runs in groups]
+
+
+def without_seed(name: str) -> str:
+    """``digits-seed0-me_max=True`` as ``digits-me_max=True``."""
+    return re.sub(r"[-_.]?seed=?\d+", "", name) or name
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Dotted field → its last part, or the whole where that would be ambiguous."""
+    fields = list(fields)
+    last = Counter(field.rpartition(".")[2] for field in fields)
+    return {field: end if last[end := field.rpartition(".")[2]] == 1 else field for field in fields}
+
+
+def warnings(comparison: Comparison) -> list[Notice]:
+    """What a reader must know before comparing any two numbers."""
+    runs, found = comparison.runs, []
+    tested: dict[str, list[str]] = {}
+    for run in runs:
+        if "test" in run.record.digests:
+            tested.setdefault(run.record.digests["test"][:8], []).append(run.name)
+    if len(tested) > 1:
+        told = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in tested.items())
+        text = f"Accuracies on different test images say nothing about each other. By digest: {told}."
+        found.append(Notice("alarm", "These runs have different test sets", text))
+    if collapsed := [run.name for run in runs if run.collapsed]:
+        text = f"{', '.join(collapsed)}. Their values are part of the means."
+        found.append(Notice("alarm", f"{len(collapsed)} of {len(runs)} runs collapsed", text))
+    if unfinished := [run.name for run in runs if not run.record.result]:
+        text = f"{', '.join(unfinished)}. Their values are missing from the means."
+        found.append(Notice("note", f"{len(unfinished)} of {len(runs)} runs have no test scores", text))
+    for row in comparison.rows:
+        for seed, count in Counter(row.seeds).items():
+            if count > 1 and seed is not None:
+                names = ", ".join(run.name for run in row.runs if run.record.seed == seed)
+                found.append(Notice("note", f"{count} runs of one setting have the seed {seed}", f"{names}."))
+    commits = Counter(str(run.record.chain.get("commit") or "unknown") for run in runs)
+    if len(commits) > 1:
+        text = "; ".join(f"{commit[:20]}: {count}" for commit, count in commits.most_common())
+        found.append(Notice("note", "These runs were begun with different code", f"Runs by commit: {text}."))
+    return found
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """The table and where it comes from, for programs; accuracies are fractions."""
+    rows = []
+    for row in comparison.rows:
+        summaries = {column: row.summary(column) for column in comparison.columns}
+        rows.append({
+            "label": row.label,
+            "settings": row.fields,
+            "runs": [run.name for run in row.runs],
+            "seeds": row.seeds,
+            "collapsed": [run.name for run in row.runs if run.collapsed],
+            "scores": {
+                column: {"mean": summary.mean, "deviation": summary.deviation, "values": summary.values}
+                for column, summary in summaries.items() if summary is not None
+            },
+        })  # fmt: skip
+    runs = [
+        {
+            "name": run.name,
+            "seed": run.record.seed,
+            "commit": run.record.chain.get("commit"),
+            "versions": run.record.chain.get("versions", {}),
+            "digests": run.record.digests,
+        }
+        for run in comparison.runs
+    ]
+    told = [{"level": notice.level, "title": notice.title, "text": notice.text} for notice in warnings(comparison)]
+    return {"rows": rows, "runs": runs, "warnings": told}
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """The table as GitHub's Markdown, for docs/results.md and papers; alarms and the runs of each row stand below."""
+    heads = [*(comparison.fields or ["setting"]), "runs", *comparison.columns.values()]
+    lines = [_line(heads), _line("---" for _ in heads)]
+    for row in comparison.rows:
+        cells = [row.fields[field] for field in comparison.fields] or [row.label]
+        values = [row.summary(column) for column in comparison.columns]
+        lines.append(_line([*cells, str(len(row.runs)), *(DASH if value is None else str(value) for value in values)]))
+    lines += ["", "Mean ± standard deviation (of a sample) over runs that differ in the seed."]
+    lines += [f"**{notice.title}**: {notice.text}" for notice in warnings(comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,0 +1,257 @@
+"""The numbers of a run, formatted once: the terminal's final table and the HTML report both take them from here.
+
+Legend: N test images, K classes, C a confusion matrix (K, K) with C[true, predicted] in images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.report.run_record import Cell, RunRecord, parse_cell, read_run
+
+Class = TypeVar("Class")
+"""What classes are called."""
+
+_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+DASH = "\N{EN DASH}"
+"""Stands between the ends of an interval, and alone where there is no value (yet)."""
+
+METHODS = {
+    "paws_nn": "PAWS-NN",
+    "fine_tuned": "fine-tuned",
+    "linear_probe": "linear probe",
+    "k_nn": "k-NN",
+    "baseline": "baseline",
+}
+"""The keys of result.json's ``test`` and what they are called in tables."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the reader must know before any number; ``level`` is ``alarm`` or ``note``."""
+
+    level: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method's accuracy on the test split; ``low`` and ``high`` bound it at 95 % (fractions)."""
+
+    key: str
+    name: str
+    setting: str
+    top1: float
+    top5: float | None
+    correct: int
+    count: int
+    low: float
+    high: float
+    confusion: NDArray[np.int64] | None
+
+    @property
+    def accuracy(self) -> str:
+        """Top-1 accuracy, such as ``96.1 %``."""
+        return percent(self.top1)
+
+    @property
+    def interval(self) -> str:
+        """The 95 % interval, such as ``93.6–97.7 %``."""
+        return f"{100 * self.low:.1f}{DASH}{percent(self.high)}"
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage as the tables show it; ``elapsed`` in seconds, ``share`` is its part of the seconds of all stages."""
+
+    name: str
+    state: str
+    seconds: str
+    elapsed: float
+    share: float
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """One place in the sweep's grid; ``strength`` in [0, 1] runs from the lowest to the highest accuracy."""
+
+    accuracy: str
+    strength: float
+    state: str  # "done" | "chosen" | "missing" | "absent"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep as rows of epochs and columns of learning rates."""
+
+    learning_rates: list[str]
+    epochs: list[int]
+    rows: list[list[GridCell]]
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as text, with hours and minutes once they are easier to read."""
+    if seconds is None:
+        return DASH
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{seconds:,.0f} s ({minutes // 60} h {minutes % 60:02d} min)"
+
+
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a binomial proportion, as fractions.
+
+    It stays inside [0, 1] and keeps its coverage near 100 %, where the textbook ``p ± 1.96 s`` does neither.
+
+    Raises:
+        ValueError: not ``0 <= correct <= count`` with at least one trial.
+    """
+    if not 0 <= correct <= count or count == 0:
+        raise ValueError(f"{correct} of {count} is not a proportion")
+    p, z2 = correct / count, _Z95**2
+    centre = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    # At the ends the bound is exactly 0 or 1; rounding must not leave 1 - 1e-16 there.
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == count else centre + half)
+
+
+def scores(record: RunRecord) -> list[Score]:
+    """The methods that result.json has scored on the test split, in the order of ``METHODS``.
+
+    Raises:
+        ValueError: a confusion matrix contradicts the accuracy or the number of images beside it; it is named.
+    """
+    test = record.result.get("test", {})
+    return [_score(record, key, name, test) for key, name in METHODS.items() if test.get(key) is not None]
+
+
+def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Score:
+    entry, count = test[key], int(test["count"])
+    top1 = float(entry["top1"])
+    correct = round(top1 * count)
+    confusion = None if entry.get("confusion") is None else np.array(entry["confusion"], dtype=np.int64)
+    if confusion is not None and (confusion.sum() != count or confusion.trace() != correct):
+        raise ValueError(
+            f"{record.folder / 'result.json'}: test.{key}.confusion has {confusion.trace()} of {confusion.sum()} "
+            f"images right, but test.{key}.top1={top1} of test.count={count} means {correct}. "
+            "Score the test split again."
+        )
+    setting = ""
+    if entry.get("learning_rate") is not None and entry.get("epochs") is not None:
+        setting = f"lr {float(entry['learning_rate']):g}, {entry['epochs']} epochs"
+    elif entry.get("penalty") is not None:
+        setting = f"penalty {float(entry['penalty']):g}"
+    elif entry.get("k") is not None:
+        setting = f"k = {entry['k']}"
+    low, high = wilson_interval(correct, count)
+    top5 = None if entry.get("top5") is None else float(entry["top5"])
+    return Score(key, name, setting, top1, top5, correct, count, low, high, confusion)
+
+
+def stage_times(record: RunRecord) -> list[StageTime]:
+    """State and seconds of each stage but the report, which cannot time itself while it is being written."""
+    stages = [stage for stage in record.stages if stage["name"] != "report"]
+    total = sum(stage["seconds"] or 0.0 for stage in stages) or 1.0
+    return [
+        StageTime(stage["name"], stage["state"], duration(seconds), seconds or 0.0, (seconds or 0.0) / total)
+        for stage, seconds in ((stage, stage["seconds"]) for stage in stages)
+    ]
+
+
+def result_table(run: Path) -> list[tuple[str, str]]:
+    """The final table of a run as (row, value): labels, test images, each method's accuracy, seconds per stage.
+
+    Values that do not exist yet are a dash. The terminal prints exactly this, and the HTML report shows the same
+    strings.
+
+    Raises:
+        FileNotFoundError: ``run`` is no folder.
+        ValueError: a file of the run is garbled or contradicts itself.
+    """
+    return table_rows(read_run(run))
+
+
+def table_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """``result_table`` of a run that has been read already."""
+    labels, count = record.result.get("labels"), record.result.get("test", {}).get("count")
+    validation = record.result.get("validation_labels")
+    rows = [
+        ("labels", DASH if labels is None else f"{labels:,}"),
+        ("labels for validation", DASH if validation is None else f"{validation:,}"),
+        ("test images", DASH if count is None else f"{count:,}"),
+    ]
+    scored = {score.key: score for score in scores(record)}
+    for key, name in METHODS.items():
+        score = scored.get(key)
+        if score is None:
+            rows.append((name, DASH))
+        else:
+            label = f"{name} ({score.setting})" if score.setting else name
+            rows.append((label, f"{score.accuracy} (95 % interval {score.interval})"))
+    return rows + [(f"stage {stage.name}", stage.seconds) for stage in stage_times(record)]
+
+
+def sweep_grid(cells: Sequence[Cell], chosen: str | None) -> Grid:
+    """Lay a sweep out as a grid; ``chosen`` is the winner's name (or its path), or None before selection."""
+    winner = None if chosen is None else parse_cell(chosen)
+    by_setting = {(cell.learning_rate, cell.epochs): cell for cell in cells}
+    rates = sorted({cell.learning_rate for cell in cells})
+    epochs = sorted({cell.epochs for cell in cells})
+    values = [cell.validation_accuracy for cell in cells if cell.validation_accuracy is not None]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    rows = []
+    for epoch in epochs:
+        row = []
+        for rate in rates:
+            cell = by_setting.get((rate, epoch))
+            if cell is None:
+                row.append(GridCell("", 0.0, "absent"))
+            elif cell.validation_accuracy is None:
+                row.append(GridCell("no result", 0.0, "missing"))
+            else:
+                strength = (cell.validation_accuracy - low) / (high - low) if high > low else 0.5
+                state = "chosen" if (rate, epoch) == winner else "done"
+                row.append(GridCell(percent(cell.validation_accuracy), strength, state))
+        rows.append(row)
+    return Grid([f"{rate:g}" for rate in rates], epochs, rows)
+
+
+def confused_pairs(
+    confusion: NDArray[np.int64], classes: Sequence[Class], *, limit: int = 15
+) -> list[tuple[Class, Class, int, float]]:
+    """The most frequent mistakes: true class, predicted class, images, and their share of the true class's images."""
+    mistakes = confusion - np.diag(np.diag(confusion))
+    totals = confusion.sum(axis=1)
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:limit]
+    pairs = [divmod(int(flat), len(classes)) for flat in order]
+    return [
+        (classes[true], classes[guess], int(mistakes[true, guess]), float(mistakes[true, guess] / totals[true]))
+        for true, guess in pairs
+        if mistakes[true, guess] > 0
+    ]
+
+
+def flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, text) in its own order."""
+    rows: list[tuple[str, str]] = []
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            rows += flatten(entry, f"{prefix}{key}.")
+        else:
+            text = f"{entry:.6g}" if isinstance(entry, float) else str(entry)
+            rows.append((f"{prefix}{key}", DASH if entry is None else text))
+    return rows

@@ -1,0 +1,213 @@
+"""A Weights & Biases report of one or several chains: curves, the sweep, results, method and provenance.
+
+It needs wandb-workspaces; paws_hpc.report.wandb_saving saves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from paws_hpc.report.comparison import Comparison, as_markdown, compare
+from paws_hpc.report.run_record import Cell, RunRecord
+from paws_hpc.report.tables import DASH, flatten, scores, table_rows
+
+_CURVES = (  # title, axis, metrics, over the whole width
+    ("Loss", "trainer/step", ("loss/total",)),
+    ("Consistency (cross-entropy between views)", "trainer/step", ("loss/consistency",)),
+    ("Mean entropy maximisation", "trainer/step", ("loss/me_max",)),
+    ("Mean entropy of single predictions", "trainer/step", ("loss/entropy",)),
+    ("Supervised NCE of the warm-up", "trainer/step", ("loss/support_nce",)),
+    ("PAWS-NN on the validation split", "trainer/epoch", ("validation/paws_nn",)),
+    ("Confidence of predictions", "trainer/epoch", ("diagnostics/confidence",)),
+    ("Instance discrimination (NT-Xent)", "trainer/epoch", ("diagnostics/instance_discrimination",)),
+    ("Support classification (supervised NCE)", "trainer/epoch", ("diagnostics/support_classification",)),
+    ("Learning rate", "trainer/step", ("optimizer/lr",)),
+    ("Gradient norm", "trainer/step", ("gradient/norm",)),
+    ("Throughput (images/s)", "trainer/step", ("throughput/images_per_s",)),
+    ("Share of time waiting for data", "trainer/step", ("throughput/data_wait",)),
+)
+_BY_NODE = (  # title, metrics; of runs on GPUs
+    ("GPU utilisation by node (share of time)", "gpus/node[0-9]+/gpu_utilisation"),
+    ("Memory of each node's fullest GPU (GB)", "gpus/node[0-9]+/gpu_memory_gb"),
+)
+_SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
+_METHOD = (
+    "PAWS (Assran et al., 2021) trains an encoder so that two views of an unlabelled image get the same soft class "
+    "from its similarity to a few labelled images. **PAWS-NN** classifies with these similarities alone; "
+    "**fine-tuned** adds a linear layer and trains everything on the labels, for every cell of the sweep; the cell "
+    "with the best accuracy on the local validation split is scored on the test split, once. The **baseline** is the "
+    "same sweep from random weights."
+)
+
+
+def build(records: Sequence[RunRecord], *, entity: str = "") -> Any:
+    """The report of one or several chains, as wandb-workspaces' ``Report``; the first chain says in which project.
+
+    Args:
+        records: of the chains.
+        entity: user or team that holds it; its spec without one can be written where nobody is logged in.
+
+    Raises:
+        ValueError: wandb-workspaces is not installed, or two chains have one name.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise ValueError(
+            "A Weights & Biases report needs the package wandb-workspaces: pip install 'paws-hpc[report]', or "
+            "pip install wandb-workspaces."
+        ) from error
+    project = str(records[0].settings.get("tracking.project") or "paws")
+    return wr.Report(project=project, entity=entity, title=_title(records), blocks=_blocks(records, project, entity))
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    names = ", ".join(record.name for record in records)
+    return f"PAWS: {names}"[:128]
+
+
+def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
+
+    chains = [str(record.chain.get("id")) for record in records]
+    comparison = compare(records)
+
+    def runs_of(stage: str, name: str, *, groupby: Sequence[str] = ()) -> Any:
+        chosen = f"Config('chain') in {chains} and JobType = '{stage}'"
+        return wr.Runset(entity=entity, project=project, name=name, filters=chosen, groupby=list(groupby))
+
+    return [
+        wr.H2("Result"),
+        wr.MarkdownBlock(_results(records, comparison)),
+        wr.H2("Pre-training"),
+        wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
+        wr.H2("Sweep"),
+        wr.MarkdownBlock("\n\n".join(_heat_maps(records))),
+        wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep()),
+        wr.H2("Baseline's sweep"),
+        wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep()),
+        wr.H2("Comparison of runs"),
+        wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training")], panels=[wr.RunComparer(diff_only="split")]),
+        wr.H2("Method and provenance"),
+        wr.MarkdownBlock("\n\n".join([_METHOD, *map(_provenance, records)])),
+    ]
+
+
+def _settings(comparison: Comparison) -> list[str]:
+    """What to group runs by, so that a curve is the mean of a setting's seeds; nothing where each has one run."""
+    if max(len(row.runs) for row in comparison.rows) == 1:
+        return []
+    known = {field for run in comparison.runs for field in run.record.settings}
+    return [f"config.{field}" for field in comparison.differing if field in known]
+
+
+def _curves() -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
+
+    def place(number: int) -> Any:
+        return wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+
+    curves = [
+        wr.LinePlot(title=title, x=axis, y=list(metrics), layout=place(number))
+        for number, (title, axis, metrics) in enumerate(_CURVES)
+    ]
+    by_node = [
+        wr.LinePlot(title=title, x="trainer/step", metric_regex=names, layout=place(number))
+        for number, (title, names) in enumerate(_BY_NODE, start=len(curves))
+    ]
+    return curves + by_node
+
+
+def _sweep() -> list[Any]:
+    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
+
+    rate, epochs = wr.Config("cell.learning_rate"), wr.Config("cell.epochs")
+    accuracy = wr.SummaryMetric("validation_accuracy.max")
+    return [
+        wr.ParallelCoordinatesPlot(
+            title="Sweep",
+            columns=[
+                wr.ParallelCoordinatesPlotColumn(rate, display_name="learning rate", log=True),
+                wr.ParallelCoordinatesPlotColumn(epochs, display_name="epochs"),
+                wr.ParallelCoordinatesPlotColumn(accuracy, display_name="validation accuracy"),
+            ],
+            layout=wr.Layout(x=0, y=0, w=12, h=8),
+        ),
+        wr.ScatterPlot(
+            title="Validation accuracy by learning rate and epochs",
+            x=rate,
+            y=epochs,
+            z=accuracy,
+            log_x=True,
+            gradient=[wr.GradientPoint(color="#440154", offset=0), wr.GradientPoint(color="#fde725", offset=100)],
+            layout=wr.Layout(x=12, y=0, w=12, h=8),
+        ),
+        wr.LinePlot(
+            title="Validation accuracy",
+            x="trainer/epoch",
+            y=["validation_accuracy"],
+            layout=wr.Layout(x=0, y=8, w=24, h=8),
+        ),
+    ]
+
+
+def _results(records: Sequence[RunRecord], comparison: Comparison) -> str:
+    """Of several chains means and deviations over seeds, with what a reader must know; of few all that each says."""
+    parts = [as_markdown(comparison)] if len(records) > 1 else []
+    if len(records) <= _SIDE_BY_SIDE:
+        columns = [_column(record) for record in records]
+        names = list(dict.fromkeys(name for column in columns for name in column))
+        rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
+        parts.append(_table(["", *(record.name for record in records)], rows))
+    return "\n\n".join(parts)
+
+
+def _column(record: RunRecord) -> dict[str, str]:
+    """A chain's result table, whose rows are called the same whatever each chain has chosen."""
+    chosen = {f"{score.name} ({score.setting})": score for score in scores(record) if score.setting}
+    return {
+        chosen[name].name if name in chosen else name: f"{value}, {chosen[name].setting}" if name in chosen else value
+        for name, value in table_rows(record)
+    }
+
+
+def _heat_maps(records: Sequence[RunRecord]) -> Iterator[str]:
+    for record in records:
+        yield _heat_map(record.name, record.finetune)
+        if record.baseline:
+            yield _heat_map(f"{record.name}, baseline", record.baseline)
+
+
+def _heat_map(name: str, cells: Sequence[Cell]) -> str:
+    """The sweep as a table, shaded by accuracy as far as Markdown can."""
+    shades = " ░▒▓█"
+    values = [cell.validation_accuracy for cell in cells if cell.validation_accuracy is not None]
+    if not values:
+        return f"**{name}**: no cell of the sweep has a result yet."
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    by_setting = {(cell.learning_rate, cell.epochs): cell.validation_accuracy for cell in cells}
+    rates, lengths = sorted({rate for rate, _ in by_setting}), sorted({epochs for _, epochs in by_setting})
+
+    def shown(accuracy: float | None) -> str:
+        return DASH if accuracy is None else f"{shades[round(4 * (accuracy - low) / span)]} {100 * accuracy:.1f} %"
+
+    rows = [[f"{epochs} epochs", *(shown(by_setting.get((rate, epochs))) for rate in rates)] for epochs in lengths]
+    return f"**{name}**\n\n" + _table(["validation accuracy", *(f"lr {rate:g}" for rate in rates)], rows)
+
+
+def _provenance(record: RunRecord) -> str:
+    chain = record.chain
+    told = [
+        ("created", str(chain.get("created", "unknown"))),
+        ("commit", str(chain.get("commit") or "unknown")),
+        ("seed", "unknown" if record.seed is None else str(record.seed)),
+        *flatten(chain.get("versions", {})),
+        *record.digests.items(),
+    ]
+    return _table([record.name, ""], [[name, f"`{value}`"] for name, value in told])
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
