@@ -1,0 +1,3 @@
+"""Config keys of earlier versions, each with what to write instead; a launch refuses them by this table."""
+
+RENAMED_KEYS: dict[str, str] = {}
