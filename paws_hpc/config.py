@@ -12,9 +12,9 @@ from paws_hpc.data.config import PLACEMENTS, LabelsConfig
 from paws_hpc.data.views import ViewsConfig
 from paws_hpc.engine.config import (
     ClassifierConfig,
-    NeighbourTuningConfig,
     OptimizerConfig,
     PretrainConfig,
+    SuncetConfig,
     TrackingConfig,
 )
 from paws_hpc.models.config import ModelConfig
@@ -194,7 +194,7 @@ class Config:
         objective: loss.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
-        neighbour_tuning: of the pre-trained network, before its nearest-neighbour score on the test split.
+        suncet: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep without pre-training on the same labels.
         tracking: Weights & Biases.
@@ -218,7 +218,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    neighbour_tuning: NeighbourTuningConfig = field(default_factory=NeighbourTuningConfig)
+    suncet: SuncetConfig = field(default_factory=SuncetConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,6 +1,6 @@
 """Command: write a network of a finished run as a file of another library.
 
-    python -m paws_hpc.export RUN --format torchvision                  the pre-trained trunk
+    python -m paws_hpc.export RUN --format torchvision                  the pre-trained backbone
     python -m paws_hpc.export RUN --format onnx --head classifier       the fine-tuned network that selection chose
 
 Class names, normalisation and where the weights come from travel along.

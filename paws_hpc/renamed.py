@@ -1,3 +1,5 @@
 """Config keys of earlier versions, each with what to write instead; a launch refuses them by this table."""
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {
+    "neighbour_tuning": "suncet",
+}

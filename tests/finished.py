@@ -36,7 +36,7 @@ def begin(config: Config) -> RunFolder:
 def trained_run(stores: Stores, runs: Path, *, tuning_steps: int = 0) -> tuple[Config, RunFolder]:
     """The whole chain but its report, in seconds."""
     config = tiny_config(stores.train, stores.test, runs)
-    config.neighbour_tuning.steps = tuning_steps
+    config.suncet.steps = tuning_steps
     run = begin(config)
     pretrain.run(config, run, CPU)
     for sweep in ("finetune", "baseline"):

@@ -116,7 +116,7 @@ def _check_library_has_it(network: Network, format: str) -> None:
 
 
 def _torch_weights(network: Network) -> dict[str, Tensor]:
-    """Under the names of torchvision and timm: the trunk's own, and ``fc.0``, ``fc.1``, … for what follows it."""
+    """Under the names of torchvision and timm: the backbone's own, and ``fc.0``, ``fc.1``, … for what follows it."""
     weights = to_torchvision(weights_of(network.module))
     for number, layer in enumerate(network.head_layers.values()):
         weights |= {f"fc.{number}.{name}": value for name, value in weights_of(layer).items()}
@@ -124,7 +124,7 @@ def _torch_weights(network: Network) -> dict[str, Tensor]:
 
 
 def _fc(network: Network) -> str:
-    """The Python expression that makes what follows the trunk."""
+    """The Python expression that makes what follows the backbone."""
     layers = []
     for layer in network.head_layers.values():
         match layer:
@@ -213,7 +213,7 @@ def _traced(network: Network) -> Any:
     assert program is not None, "with dynamo it is"
     model = program.model_proto
     batch = model.graph.input[0].type.tensor_type.shape.dim[0]
-    assert batch.dim_param, "a trunk that takes the number of images for a constant, by len() say, needs mending"
+    assert batch.dim_param, "a backbone that takes the number of images for a constant, by len() say, needs mending"
     return model
 
 

@@ -24,7 +24,7 @@ from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.selection import load_neighbours, load_winner
 
 HEADS = {"none": "features", "projection": "representation", "classifier": "logits"}
-"""What follows the trunk → what then comes out: the trunk's features; h, which PAWS-NN compares; a score per class."""
+"""What follows the backbone → what comes out: its features; h, which PAWS-NN compares; a score per class."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Network:
 
     @property
     def head_layers(self) -> dict[str, nn.Module]:
-        """What follows the trunk, in order, by names in :attr:`module`; activations have made-up ones."""
+        """What follows the backbone, in order, by names in :attr:`module`; activations have made-up ones."""
         return head_layers(self.module)
 
 
@@ -104,7 +104,7 @@ def _pretrained_weights(run: RunFolder) -> Path:
 
 
 def _cut(encoder: Encoder, head: str) -> nn.Module:
-    parts: OrderedDict[str, nn.Module] = OrderedDict(trunk=encoder.trunk)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(backbone=encoder.backbone)
     if head == "projection":
         parts["projection"] = encoder.projection
     return nn.Sequential(parts).eval()
@@ -149,7 +149,7 @@ def _card(
 
 def _output_dim(module: nn.Module) -> int:
     dims = [layer.out_features for layer in head_layers(module).values() if isinstance(layer, nn.Linear)]
-    dim = dims[-1] if dims else module.get_submodule("trunk").feature_dim
+    dim = dims[-1] if dims else module.get_submodule("backbone").feature_dim
     assert isinstance(dim, int)
     return dim
 

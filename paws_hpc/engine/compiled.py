@@ -13,11 +13,11 @@ from paws_hpc.whole_graph import whole_graph
 
 
 def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Have a pass over images of one size, trunk and heads, compiled as one graph at its first call.
+    """Have a pass over images of one size, backbone and heads, compiled as one graph at its first call.
 
     A graph break is an error that says where. Sizes of batches and images are constants of the compiled code: a step
     with large and small crops has two graphs, and what comes with ever other sizes, scoring for instance, belongs under
-    :func:`as_written`. Names of parameters and buffers stay as they are.
+    :func:`eager`. Names of parameters and buffers stay as they are.
 
     Args:
         encoder: compiled in place.
@@ -30,7 +30,7 @@ def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "ind
 
 
 @contextmanager
-def as_written(encoder: Encoder) -> Iterator[None]:
+def eager(encoder: Encoder) -> Iterator[None]:
     """Let the encoder run as it is written while the block runs, compiled or not.
 
     Of this encoder alone: a thread may be making views of the next steps meanwhile, which are to be the same bits.

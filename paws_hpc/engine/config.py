@@ -277,7 +277,7 @@ class Cell:
 
 
 @dataclass
-class NeighbourTuningConfig:
+class SuncetConfig:
     """Supervised NCE before the nearest-neighbour score; off unless ``steps`` is positive.
 
     Attributes:
@@ -296,15 +296,15 @@ class NeighbourTuningConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0:
-            raise ValueError(f"neighbour_tuning.steps={self.steps} must be 0 or more.")
+            raise ValueError(f"suncet.steps={self.steps} must be 0 or more.")
         if self.images_per_class < 2:
             raise ValueError(
-                f"neighbour_tuning.images_per_class={self.images_per_class} must be at least 2: each image is "
+                f"suncet.images_per_class={self.images_per_class} must be at least 2: each image is "
                 "classified by the others of its class."
             )
         if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
             raise ValueError(
-                f"neighbour_tuning.learning_rate={self.learning_rate} must be positive and neighbour_tuning.momentum="
+                f"suncet.learning_rate={self.learning_rate} must be positive and suncet.momentum="
                 f"{self.momentum} in [0, 1)."
             )
 

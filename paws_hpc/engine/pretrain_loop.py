@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.compiled import as_written
+from paws_hpc.engine.compiled import eager
 from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
@@ -98,7 +98,7 @@ def pretrain(
 def log_validation(training: Pretraining, done: int, validate: Callable[[], Row], tracker: Tracker) -> None:
     """Score the encoder as it is after ``done`` steps."""
     synchronise_buffers(training.result)
-    with as_written(training.encoder):
+    with eager(training.encoder):
         scores = validate()
     tracker.log(done - 1, {"epoch": done / training.stream.steps_per_epoch, **scores})
     training.validated = done

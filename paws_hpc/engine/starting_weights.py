@@ -1,4 +1,4 @@
-"""Trunk weights from a file: torchvision's, timm's, or a checkpoint of our own."""
+"""Backbone weights from a file: torchvision's, timm's, or a checkpoint of our own."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CONTAINERS = ("average", "encoder", "classifier", "state_dict", "model")  # ave
 _LISTED = 20
 
 
-def load_trunk(encoder: Encoder, path: Path) -> None:
-    """Put a file's trunk weights into ``encoder``, whose heads stay as they are.
+def load_backbone(encoder: Encoder, path: Path) -> None:
+    """Put a file's backbone weights into ``encoder``, whose heads stay as they are.
 
-    Names and shapes must be those of the trunk; a classification layer or heads in the file are left out, and counters
-    of batches (``num_batches_tracked``), which nothing reads, may be absent.
+    Names and shapes must be those of the backbone. A classification layer or heads in the file are left out, and
+    counters of batches (``num_batches_tracked``), which nothing reads, may be absent.
 
     Args:
         encoder: on any device; values are cast to its dtype.
@@ -34,7 +34,7 @@ def load_trunk(encoder: Encoder, path: Path) -> None:
             is missing, unexpected or of another shape is listed.
     """
     found = from_torchvision(read_weights(path))
-    wanted = encoder.trunk.state_dict()
+    wanted = encoder.backbone.state_dict()
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in found if name not in wanted]
     misshapen = [
@@ -46,10 +46,10 @@ def load_trunk(encoder: Encoder, path: Path) -> None:
     faults = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise ValueError(
-            f"model.init={path} does not fit the trunk of this run ({type(encoder.trunk).__name__}): "
+            f"model.init={path} does not fit the backbone of this run ({type(encoder.backbone).__name__}): "
             f"{'; '.join(faults)}. Choose the model.name and model.width that the file was made with, or another file."
         )
-    encoder.trunk.load_state_dict({**wanted, **found})
+    encoder.backbone.load_state_dict({**wanted, **found})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

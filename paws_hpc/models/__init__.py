@@ -1,1 +1,1 @@
-"""Networks: trunks, heads, the encoder that puts them together, and batch normalisation over ranks."""
+"""Networks: backbones, heads, the encoder that puts them together, and batch normalisation over ranks."""

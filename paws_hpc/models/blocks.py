@@ -1,4 +1,4 @@
-"""What blocks of all residual trunks have in common: their activations may be recomputed instead of kept."""
+"""What blocks of all residual backbones have in common: their activations may be recomputed instead of kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paws_hpc.models.norm import recomputation
 
 
 class ResidualBlock(nn.Module, ABC):
-    """A block of a residual trunk.
+    """A block of a residual backbone.
 
     Attributes:
         recomputed: the backward pass runs the block again from its input, so that of all its activations only the input

@@ -19,7 +19,7 @@ class VitConfig:
         dim: D, a multiple of ``attention_heads``.
         blocks: how many.
         attention_heads: A.
-        mlp_ratio: hidden width of a block's perceptron, in D.
+        mlp_ratio: hidden width of a block's MLP, in D.
     """
 
     image_size: int = 224
@@ -61,7 +61,7 @@ class ModelConfig:
         prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
         batch_norm: where statistics come from in training: ``global``, all ranks' images; ``sync``, the same by
             torch.nn.SyncBatchNorm, on CUDA only; ``local``, each rank's own.
-        init: file whose trunk training begins from instead of random weights, the baseline's too: torchvision's or
+        init: file whose backbone training begins from instead of random weights, the baseline's too: torchvision's or
             timm's state dict, or a checkpoint of ours, as ``.pt``, ``.pth`` or ``.safetensors``. Heads stay random.
             Images are normalised by their own data set's statistics all the same.
         checkpoint_activations: keep only the inputs of residual blocks and run each block again in the backward pass:

@@ -1,7 +1,7 @@
-"""The encoder: trunk, projection head and optional prediction head; and the classifier that fine-tuning makes of it.
+"""The encoder: backbone, projection head and optional prediction head; and the classifier that fine-tuning makes of it.
 
-Symbols: B images. h = projection(trunk(x)) is what targets and nearest neighbours are computed from; z = prediction(h),
-or h itself without a prediction head, is what anchors are computed from.
+B images. Targets and nearest neighbours are computed from h = projection(backbone(x)), anchors from z = prediction(h),
+which is h itself without a prediction head.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from paws_hpc.models.wide_resnet import WideResNet
 
 
 class Encoder(nn.Module):
-    """Trunk, projection head and optional prediction head.
+    """Backbone, projection head and optional prediction head.
 
     Attributes:
-        trunk: images (B, 3, H, W) to features (B, ``feature_dim``).
+        backbone: images (B, 3, H, W) to features (B, ``feature_dim``).
         projection: features to h (B, ``output_dim``).
         prediction: h to z (B, ``output_dim``), or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.trunk = _TRUNKS[config.name](config)
-        self.feature_dim = _dim(self.trunk)
+        self.backbone = _BACKBONES[config.name](config)
+        self.feature_dim = _dim(self.backbone)
         hidden_dim = config.projection_hidden_dim or self.feature_dim
         default_dim = self.feature_dim // config.width if config.name.startswith("resnet") else self.feature_dim
         self.output_dim = config.projection_dim or default_dim
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         return h, torch.cat([rows[index][1] for index in range(len(inputs))])
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.projection(self.trunk(images))
+        h = self.projection(self.backbone(images))
         return h, h if self.prediction is None else self.prediction(h)
 
 
@@ -94,11 +94,11 @@ def build_encoder(config: ModelConfig, *, seed: int) -> Encoder:
 
 
 class Classifier(nn.Module):
-    """What is fine-tuned: trunk, the projection head's first layer (fc1-bn1-relu), a linear classifier on top."""
+    """What is fine-tuned: backbone, the projection head's first layer (fc1-bn1-relu), a linear classifier on top."""
 
-    def __init__(self, trunk: nn.Module, projection: ProjectionHead, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, projection: ProjectionHead, num_classes: int) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.backbone = backbone
         self.fc1 = projection.fc1
         self.bn1 = projection.bn1
         weight = self.fc1.weight
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to what the linear classifier sees, (B, projection_hidden_dim)."""
-        return F.relu(self.bn1(self.fc1(self.trunk(images))))
+        return F.relu(self.bn1(self.fc1(self.backbone(images))))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, ``num_classes``)."""
@@ -128,14 +128,14 @@ def build_classifier(encoder: Encoder, num_classes: int) -> Classifier:
     """
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a classifier needs at least two classes.")
-    classifier = Classifier(copy.deepcopy(encoder.trunk), copy.deepcopy(encoder.projection), num_classes)
+    classifier = Classifier(copy.deepcopy(encoder.backbone), copy.deepcopy(encoder.projection), num_classes)
     set_statistics(classifier, "local")
     return classifier.train(encoder.training)
 
 
-def _dim(trunk: nn.Module) -> int:
-    assert isinstance(trunk.feature_dim, int)
-    return trunk.feature_dim
+def _dim(backbone: nn.Module) -> int:
+    assert isinstance(backbone.feature_dim, int)
+    return backbone.feature_dim
 
 
 def _small_resnet(config: ModelConfig) -> nn.Module:
@@ -143,7 +143,7 @@ def _small_resnet(config: ModelConfig) -> nn.Module:
     return SmallResNet(channels=channels, blocks=config.blocks, stem_stride=config.stem_stride)
 
 
-_TRUNKS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+_BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet50": lambda config: resnet50(width=config.width),
     "resnet18": lambda config: resnet18(width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),

@@ -1,4 +1,4 @@
-"""The projection and prediction heads: small multilayer perceptrons on feature rows (B, D)."""
+"""The projection and prediction heads: small MLPs on feature rows (B, D)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from paws_hpc.models.norm import GlobalBatchNorm1d
 
 
 class ProjectionHead(nn.Module):
-    """fc1-bn1-relu-fc2-bn2-relu-fc3: trunk features (B, D) to representations h (B, ``output_dim``).
+    """fc1-bn1-relu-fc2-bn2-relu-fc3: backbone features (B, D) to representations h (B, ``output_dim``).
 
     Every linear layer has a bias and fc3 is followed by no normalisation (the paper's appendix A).
     """

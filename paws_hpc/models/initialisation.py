@@ -1,7 +1,7 @@
 """Initial weights as a function of the run's seed and each tensor's name, and of nothing else.
 
-Because the name takes part, a trunk starts from the same weights with and without a prediction head, and adding a layer
-changes no other layer. Values are drawn on the CPU in float32, so every device and rank starts the same.
+Because the name takes part, a backbone starts from the same weights with and without a prediction head, and adding a
+layer changes no other layer. Values are drawn on the CPU in float32, so every device and rank starts the same.
 """
 
 from __future__ import annotations
@@ -59,5 +59,7 @@ def _set(tensor: Tensor, values: Tensor) -> None:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     """A generator for one tensor. It takes 32 bits of the digest: PyTorch's CPU generator reads no more of a seed."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    # The backbone was called trunk when seeds were given their weights; under that name they keep them.
+    hashed = name.replace("backbone.", "trunk.", 1) if name.startswith("backbone.") else name
+    digest = hashlib.sha256(f"{seed}/{hashed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

@@ -1,6 +1,6 @@
-"""ResNet-18 and ResNet-50 trunks, at any width.
+"""ResNet-18 and ResNet-50 backbones, at any width.
 
-State-dict names are torchvision's without ``fc``, so that its weights load into a trunk of width 1 with ``strict``.
+State-dict names are torchvision's without ``fc``, so that its weights load into a backbone of width 1 with ``strict``.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Bottleneck(ResidualBlock):
 
 
 class ResNet(nn.Module):
-    """Residual trunk: 7x7 stem, four stages, global average pooling.
+    """Residual backbone: 7x7 stem, four stages, global average pooling.
 
     Args:
         block: the kind of block.

@@ -1,4 +1,4 @@
-"""A residual trunk small enough to pre-train on two CPU cores in minutes: the demo's network."""
+"""A residual backbone small enough to pre-train on two CPU cores in minutes: the demo's network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Vision transformers (Dosovitskiy et al. 2021) for crops of several sizes.
 
-State-dict names are timm's without ``head``, so that its weights load into a trunk with ``strict``.
+State-dict names are timm's without ``head``, so that its weights load into a backbone with ``strict``.
 Legend: B images, N tokens (patches and one more that gathers the image), D features, A attention heads.
 """
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
-class Perceptron(nn.Module):
+class Mlp(nn.Module):
     """fc1-gelu-fc2, of each token by itself."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
@@ -44,14 +44,14 @@ class Perceptron(nn.Module):
 
 
 class TransformerBlock(ResidualBlock):
-    """Attention, then a perceptron, each normalised before and with a shortcut around it; (B, N, D) to (B, N, D)."""
+    """Attention, then a MLP, each normalised before and with a shortcut around it; (B, N, D) to (B, N, D)."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config.dim, config.attention_heads)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = Perceptron(config.dim, config.mlp_ratio * config.dim)
+        self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim)
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
@@ -72,7 +72,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer trunk without dropout, so that it draws nothing; features are the extra token's."""
+    """Vision transformer backbone without dropout, so that it draws nothing; features are the extra token's."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Wide residual trunks WRN-d-k for small images (Zagoruyko and Komodakis 2016), in the variant of the CIFAR recipe.
+"""Wide residual backbones WRN-d-k for small images (Zagoruyko and Komodakis 2016), in the variant of the CIFAR recipe.
 
 Its deviations from the WRN paper are the recipe's: convolutions have biases, a block's stride is on its second
 convolution, and the shortcut takes the raw input.

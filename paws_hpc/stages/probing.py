@@ -13,17 +13,17 @@ from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.engine.evaluate import forward_set
-from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe, linear_probe, nearest_neighbours
+from paws_hpc.engine.suncet import fine_tune_with_suncet
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.pretrain import score_nearest_neighbours
 from paws_hpc.stages.run_data import RunData
 
 
-def trunk_features(encoder: Encoder, images: EvaluationSet, device: torch.device, control: JobControl) -> Tensor:
+def backbone_features(encoder: Encoder, images: EvaluationSet, device: torch.device, control: JobControl) -> Tensor:
     """(N, ``feature_dim``) of a set's images, before the projection head; the same on every rank."""
-    return forward_set(encoder.trunk, images, device, control)
+    return forward_set(encoder.backbone, images, device, control)
 
 
 def fit_probes(
@@ -31,8 +31,8 @@ def fit_probes(
 ) -> dict[str, Probe]:
     """Linear probe and k nearest neighbours on the labelled images, chosen by the local validation split."""
     labelled, validation = data.labelled_images(config), data.validation_images(config)
-    features = trunk_features(encoder, labelled, device, control), labelled.labels.to(device)
-    held_out = trunk_features(encoder, validation, device, control), validation.labels.to(device)
+    features = backbone_features(encoder, labelled, device, control), labelled.labels.to(device)
+    held_out = backbone_features(encoder, validation, device, control), validation.labels.to(device)
     fits = {"linear_probe": linear_probe, "k_nn": nearest_neighbours}
     return {name: fit(*features, *held_out, num_classes=len(data.classes)) for name, fit in fits.items()}
 
@@ -40,17 +40,17 @@ def fit_probes(
 def tune(
     encoder: Encoder, data: RunData, config: Config, device: torch.device, *, control: JobControl, weights: Path
 ) -> dict[str, Any]:
-    """Tune the encoder in place as ``config.neighbour_tuning`` says, and write its weights to the file ``weights``.
+    """Fine-tune the encoder in place with SuNCEt (``config.suncet``) and write its weights to the file ``weights``.
 
     Returns:
         Steps, first and last loss, and PAWS-NN on the local validation split before and after.
     """
     validation = data.validation_images(config)
     before = score_nearest_neighbours(encoder, data, validation, config, device, control=control)
-    losses = tune_for_neighbours(
+    losses = fine_tune_with_suncet(
         encoder,
         data.labelled_images(config),
-        config.neighbour_tuning,
+        config.suncet,
         temperature=config.objective.temperature,
         seed=config.seed,
         device=device,

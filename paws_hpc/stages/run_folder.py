@@ -48,7 +48,7 @@ class RunFolder:
 
     @property
     def tuned(self) -> Path:
-        """Weights of the encoder after ``neighbour_tuning``, where there was any."""
+        """Weights of the encoder after SuNCEt fine-tuning, where there was any."""
         return self.path / "tuned.pt"
 
     @property

@@ -25,7 +25,7 @@ from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.gallery import Scored, write_gallery
 from paws_hpc.stages.pretrain import NearestNeighbours, load_pretrained, nearest_neighbours
-from paws_hpc.stages.probing import fit_probes, trunk_features, tune
+from paws_hpc.stages.probing import backbone_features, fit_probes, tune
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import (
     RunFolder,
@@ -128,8 +128,8 @@ class _Chosen:
         """``selected.json``, where ``cells`` names those of fine-tuning that there were to choose from."""
         told = self.sweeps["finetune"].as_dict() | {"cells": cells, "baseline": self.sweeps["baseline"].as_dict()}
         if self.pretrained is None:
-            return told | {"neighbour_tuning": None}
-        told["neighbour_tuning"] = self.pretrained.tuning
+            return told | {"suncet": None}
+        told["suncet"] = self.pretrained.tuning
         return told | {method: probe.as_dict() for method, probe in self.pretrained.probes.items()}
 
 
@@ -179,7 +179,7 @@ def _decide(config: Config, run: RunFolder, data: RunData, device: torch.device,
     encoder, _ = load_pretrained(config, run, data, device)
     probes = fit_probes(encoder, data, config, device, control)
     neighbours, tuning = encoder, None
-    if config.neighbour_tuning.steps:
+    if config.suncet.steps:
         neighbours = copy.deepcopy(encoder)
         tuning = tune(neighbours, data, config, device, control=control, weights=run.tuned)
     return _Chosen({"finetune": winner, "baseline": baseline}, _Pretrained(encoder, neighbours, tuning, probes))
@@ -205,7 +205,7 @@ def _predict(
         if choice.cell is not None:
             predictions[_METHODS[sweep]] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
     if pretrained is not None:
-        features = trunk_features(pretrained.encoder, test, device, control)
+        features = backbone_features(pretrained.encoder, test, device, control)
         predictions |= {method: probe.predict(features).cpu() for method, probe in pretrained.probes.items()}
     return predictions, nearest
 
@@ -265,7 +265,7 @@ def load_neighbours(config: Config, run: RunFolder, data: RunData, device: torch
         FileNotFoundError: pre-training or, where the config asks for it, tuning has not finished.
     """
     encoder, _ = load_pretrained(config, run, data, device)
-    if not config.neighbour_tuning.steps:
+    if not config.suncet.steps:
         return encoder, False
     if not run.tuned.exists():
         raise FileNotFoundError(f"{run.tuned} is missing: run the stage 'selection' of this run first, which tunes.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from paws_hpc.config import Config, Identity
-from paws_hpc.engine.starting_weights import load_trunk
+from paws_hpc.engine.starting_weights import load_backbone
 from paws_hpc.files import file_hash
 from paws_hpc.models.encoder import Encoder, build_encoder
 
@@ -19,7 +19,7 @@ def starting_encoder(config: Config) -> Encoder:
     """
     encoder = build_encoder(config.model, seed=config.seed)
     if config.model.init is not None:
-        load_trunk(encoder, Path(config.model.init))
+        load_backbone(encoder, Path(config.model.init))
     return encoder
 
 

@@ -37,17 +37,17 @@ STATISTICS = ("global", "local")
 
 
 class TwoSizes(nn.Module):
-    """Two passes through a trunk before one backward pass, as the encoder makes for large and small crops."""
+    """Two passes through a backbone before one backward pass, as the encoder makes for large and small crops."""
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.backbone = backbone
 
     def forward(self, large: Tensor, small: Tensor) -> Tensor:
-        return torch.cat([self.trunk(large), self.trunk(small)])
+        return torch.cat([self.backbone(large), self.backbone(small)])
 
 
-def trained(trunk: nn.Module, rank: int, world: int) -> dict[str, Any]:
+def trained(backbone: nn.Module, rank: int, world: int) -> dict[str, Any]:
     """One step's values, gradients and buffers, what was communicated, and bytes kept for the backward pass."""
     kept: dict[int, int] = {}
 
@@ -57,32 +57,32 @@ def trained(trunk: nn.Module, rank: int, world: int) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(1)
     crops = [torch.randn(4 * world, 3, size, size, generator=generator).chunk(world)[rank] for size in (24, 16)]
-    model = replicate(TwoSizes(trunk), torch.device("cpu"))
+    model = replicate(TwoSizes(backbone), torch.device("cpu"))
     with Collectives() as collectives:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = model(*crops)
         outputs.pow(3).sum().backward()
-    gradients = {f"{name}.grad": parameter.grad for name, parameter in trunk.named_parameters()}
-    values = {"outputs": outputs.detach()} | gradients | dict(trunk.named_buffers())
+    gradients = {f"{name}.grad": parameter.grad for name, parameter in backbone.named_parameters()}
+    values = {"outputs": outputs.detach()} | gradients | dict(backbone.named_buffers())
     return {"values": values, "collectives": dict(collectives.counts), "kept": sum(kept.values())}
 
 
 def both(rank: int, world: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Every trunk, with activations kept and recomputed."""
+    """Every backbone, with activations kept and recomputed."""
     results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for name, build in TRUNKS.items():
         for statistics in STATISTICS:
             for recomputed in (False, True):
-                trunk = build()
-                initialise(trunk, seed=2)
-                set_statistics(trunk, statistics)
-                set_recomputed(trunk, recomputed)
-                results.setdefault((name, statistics), []).append(trained(trunk, rank, world))
+                backbone = build()
+                initialise(backbone, seed=2)
+                set_statistics(backbone, statistics)
+                set_recomputed(backbone, recomputed)
+                results.setdefault((name, statistics), []).append(trained(backbone, rank, world))
     return results
 
 
 def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, Tensor]]]:
-    """A trunk compiled as one graph: gatherings of the forward and the backward graph, and pairs of values."""
+    """A backbone compiled as one graph: gatherings of the forward and the backward graph, and pairs of values."""
     gathers: list[int] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -97,11 +97,11 @@ def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, 
     twin = copy.deepcopy(eager)
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     values = []
-    for trunk, call in ((eager, eager), (twin, torch.compile(twin, backend=backend, fullgraph=True))):
+    for backbone, call in ((eager, eager), (twin, torch.compile(twin, backend=backend, fullgraph=True))):
         outputs = call(images)
         outputs.pow(3).sum().backward()
-        gradients = {name: parameter.grad for name, parameter in trunk.named_parameters()}
-        values.append({"outputs": outputs.detach()} | gradients | dict(trunk.named_buffers()))
+        gradients = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+        values.append({"outputs": outputs.detach()} | gradients | dict(backbone.named_buffers()))
     return gathers, {name: (value, values[1][name]) for name, value in values[0].items()}
 
 
@@ -133,11 +133,11 @@ def test_compiled_recomputation_is_the_same_and_does_not_communicate_again(folde
 
 
 def test_a_graph_that_is_kept_can_be_recomputed_twice() -> None:
-    trunk = TRUNKS["wide"]()
-    initialise(trunk, seed=2)
-    set_recomputed(trunk, True)
-    loss = trunk(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))).pow(2).sum()
-    buffers = {name: value.clone() for name, value in trunk.named_buffers()}
-    first, second = (torch.autograd.grad(loss, list(trunk.parameters()), retain_graph=True) for _ in range(2))
+    backbone = TRUNKS["wide"]()
+    initialise(backbone, seed=2)
+    set_recomputed(backbone, True)
+    loss = backbone(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))).pow(2).sum()
+    buffers = {name: value.clone() for name, value in backbone.named_buffers()}
+    first, second = (torch.autograd.grad(loss, list(backbone.parameters()), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(value, buffers[name]) for name, value in trunk.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in backbone.named_buffers())

@@ -13,7 +13,7 @@ from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from tests.integration.launching import environment
 
 TOLERANCE = {"fp64": 1e-8, "fp32": 1e-4}
-WITHOUT_GRADIENT = ("trunk.norm.bias", "projection.fc1.bias", "projection.fc2.bias")
+WITHOUT_GRADIENT = ("backbone.norm.bias", "projection.fc1.bias", "projection.fc2.bias")
 """Shifts before a normalisation, which takes them out again: their gradients are rounding errors, and AdamW divides
 those by their own size. Nothing else depends on them but the running means, which follow them."""
 

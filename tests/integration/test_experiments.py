@@ -87,7 +87,9 @@ def freeze_the_widest(training: Pretraining) -> None:
     through every layer at its own width, backward to the first.
     """
     for name, parameter in training.encoder.named_parameters():
-        parameter.requires_grad_(name.startswith(("trunk.conv1", "trunk.bn1", "trunk.layer1", "trunk.layer2")))
+        parameter.requires_grad_(
+            name.startswith(("backbone.conv1", "backbone.bn1", "backbone.layer1", "backbone.layer2"))
+        )
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids="-".join)
@@ -144,5 +146,5 @@ def test_the_cifar_recipe_is_one_line_for_digits_too(digits_stores: Stores, tmp_
     prepare.run(config, RunFolder(tmp_path / "run"))
     recipe = compose_run(["experiment=cifar10_4000"])[0]
     assert config.pretrain.support == replace(recipe.pretrain.support, images_per_class=40)
-    for part in ("views", "model", "optimizer", "objective", "finetune", "baseline", "neighbour_tuning"):
+    for part in ("views", "model", "optimizer", "objective", "finetune", "baseline", "suncet"):
         assert getattr(config, part) == getattr(recipe, part), part

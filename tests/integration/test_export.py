@@ -76,7 +76,7 @@ def expected(made: Run, head: str, inputs: Tensor) -> Tensor:
     with torch.no_grad():
         if head == "classifier":
             return network(inputs)
-        return encoder.trunk(inputs) if head == "none" else encoder([inputs])[0]
+        return encoder.backbone(inputs) if head == "none" else encoder([inputs])[0]
 
 
 def exported(made: Run, capsys: pytest.CaptureFixture[str], *options: str) -> list[Path]:

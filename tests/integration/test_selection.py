@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.config import Cell, ClassifierConfig, NeighbourTuningConfig
+from paws_hpc.engine.config import Cell, ClassifierConfig, SuncetConfig
 from paws_hpc.engine.finetune import predict
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
@@ -219,7 +219,7 @@ def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tup
 
     def features(images: EvaluationSet) -> np.ndarray:
         with torch.no_grad():
-            return torch.cat([encoder.eval().trunk(batch) for batch in images.batches(CPU, torch.float32)]).numpy()
+            return torch.cat([encoder.eval().backbone(batch) for batch in images.batches(CPU, torch.float32)]).numpy()
 
     labelled, validation = data.labelled_images(config), data.validation_images(config)
     by_k = {
@@ -246,10 +246,10 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     for path in (run.result, run.selected):
         path.unlink()
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
-    config.neighbour_tuning = NeighbourTuningConfig(steps=10, learning_rate=0.03)
+    config.suncet = SuncetConfig(steps=10, learning_rate=0.03)
     selection.run(config, run, CPU)
     tuning, result = (
-        json.loads(run.selected.read_text())["neighbour_tuning"],
+        json.loads(run.selected.read_text())["suncet"],
         json.loads(run.result.read_text())["test"],
     )
     assert tuning["steps"] == 10

@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 def ours(key: str) -> str:
     """Our name of one of the golden state dict's entries."""
     first, rest = key.split(".", 1)
-    return f"{PREFIXES[first]}.{rest}" if first in PREFIXES else f"trunk.{key}"
+    return f"{PREFIXES[first]}.{rest}" if first in PREFIXES else f"backbone.{key}"
 
 
 def filled(entry: int, key: str, shape: list[int]) -> Tensor:
@@ -71,12 +71,12 @@ def computed(config: ModelConfig, network: str, inputs: list[Tensor]) -> tuple[d
     """What the golden file holds, under its names."""
     encoder = golden_encoder(config, network)
     if network == "wrn28w2":
-        encoder.trunk.bn1.momentum = 0.99  # the reference's, which WideResNet's docstring says why we do not keep
+        encoder.backbone.bn1.momentum = 0.99  # the reference's, which WideResNet's docstring says why we do not keep
     values = {}
     for mode in ("eval", "train"):
         values[f"h_{mode}"], values[f"z_{mode}"] = encoder.train(mode == "train")(inputs)
-    values["bn1_running_mean"] = encoder.trunk.bn1.running_mean
-    values["bn1_running_var"] = encoder.trunk.bn1.running_var
+    values["bn1_running_mean"] = encoder.backbone.bn1.running_mean
+    values["bn1_running_var"] = encoder.backbone.bn1.running_var
     values["fc_bn1_running_mean"] = encoder.projection.bn1.running_mean[:128]
     return values, encoder
 
@@ -111,7 +111,7 @@ def test_outputs_and_running_statistics_equal_the_reference(config: ModelConfig,
             found, expected, rtol=written, atol=tolerance * scale, msg=lambda m, key=key: f"{key}: {m}"
         )
     assert count(encoder) == golden["n_params_total"]
-    assert count(encoder.trunk) == golden["n_params_trunk"]
+    assert count(encoder.backbone) == golden["n_params_trunk"]
 
 
 def count(module: nn.Module) -> int:
@@ -119,7 +119,7 @@ def count(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("config", "trunk", "feature_dim"),
+    ("config", "backbone", "feature_dim"),
     [
         (ModelConfig(name="wide_resnet", depth=28, width=2), 1_468_352, 128),
         (ModelConfig(name="resnet50"), 23_508_032, 2048),
@@ -129,10 +129,10 @@ def count(module: nn.Module) -> int:
     ],
     ids=["wrn28w2", "resnet50", "resnet50-2x", "resnet50-4x", "resnet18"],
 )
-def test_trunks_have_the_published_parameter_counts(config: ModelConfig, trunk: float, feature_dim: int):
+def test_backbones_have_the_published_parameter_counts(config: ModelConfig, backbone: float, feature_dim: int):
     with torch.device("meta"):
         encoder = Encoder(config)
-    measured = count(encoder.trunk)
-    assert measured == trunk if isinstance(trunk, int) else abs(measured / trunk - 1) < 2e-3
+    measured = count(encoder.backbone)
+    assert measured == backbone if isinstance(backbone, int) else abs(measured / backbone - 1) < 2e-3
     assert encoder.feature_dim == feature_dim
     assert encoder.projection.fc1.out_features == feature_dim

@@ -67,7 +67,7 @@ def test_training_resumed_from_a_checkpoint_has_the_same_average_to_the_bit(
         plain.step(plain.stream.batch(step))
     assert all(torch.equal(value, expected[name]) for name, value in plain.encoder.state_dict().items())
     assert plain.result is plain.encoder
-    assert not torch.equal(expected["trunk.stem.weight"], expected["average.trunk.stem.weight"])
+    assert not torch.equal(expected["backbone.stem.weight"], expected["average.backbone.stem.weight"])
 
 
 def test_validation_and_all_stages_after_pre_training_use_the_average(digits_stores: Stores, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_validation_and_all_stages_after_pre_training_use_the_average(digits_sto
     newest = max(run.checkpoints.glob("*.pt"))
     state = torch.load(newest, weights_only=True)
     assert all(torch.equal(value, state["average"][name]) for name, value in encoder.state_dict().items())
-    assert not torch.equal(state["encoder"]["trunk.stem.weight"], state["average"]["trunk.stem.weight"])
+    assert not torch.equal(state["encoder"]["backbone.stem.weight"], state["average"]["backbone.stem.weight"])
     (logged,) = [row for row in read_rows(run.pretrain / "metrics.jsonl") if "validation/paws_nn" in row]
     scores = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
     assert logged["validation/paws_nn"] == scores.top1

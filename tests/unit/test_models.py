@@ -47,12 +47,12 @@ def test_torchvision_weights_load_strictly_and_give_the_same_features(name: str)
         theirs = torchvision.models.get_model(name, weights=None)
     state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
     theirs.fc = torch.nn.Identity()
-    trunk = build_encoder(ModelConfig(name=name), seed=0).trunk
-    trunk.load_state_dict(state, strict=True)
+    backbone = build_encoder(ModelConfig(name=name), seed=0).backbone
+    backbone.load_state_dict(state, strict=True)
     for training in (False, True):
         x = images(4, 64)
-        torch.testing.assert_close(trunk.train(training)(x), theirs.train(training)(x), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(trunk.bn1.running_var, theirs.bn1.running_var)
+        torch.testing.assert_close(backbone.train(training)(x), theirs.train(training)(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backbone.bn1.running_var, theirs.bn1.running_var)
 
 
 def test_images_of_equal_size_share_one_pass_wherever_they_stand():
@@ -124,7 +124,7 @@ def test_the_classifier_sits_on_the_first_projection_layer_and_starts_at_zero():
     classifier = build_classifier(encoder, 7)
     x = images(4, 16)
     projection = encoder.projection
-    expected = F.relu(projection.bn1(projection.fc1(encoder.trunk(x))))
+    expected = F.relu(projection.bn1(projection.fc1(encoder.backbone(x))))
     torch.testing.assert_close(classifier.features(x), expected)
     assert torch.equal(classifier(x), torch.zeros(4, 7))
 
@@ -139,8 +139,10 @@ def test_fine_tuning_a_classifier_leaves_its_encoder_alone():
         F.cross_entropy(classifier(images(6, 16)), torch.arange(6) % 3).backward()
         optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
-    changed = [not torch.equal(value, before[f"trunk.{key}"]) for key, value in classifier.trunk.named_parameters()]
-    assert all(changed), "every weight of the trunk trains"
+    changed = [
+        not torch.equal(value, before[f"backbone.{key}"]) for key, value in classifier.backbone.named_parameters()
+    ]
+    assert all(changed), "every weight of the backbone trains"
 
 
 def test_frozen_statistics_stay_while_the_affine_part_trains():
@@ -163,7 +165,7 @@ def test_an_untracked_pass_gives_the_same_outputs_and_gradients_and_moves_no_run
     before = {name: value.clone() for name, value in encoder.named_buffers()}
     expected = tracked(inputs)[0]
     expected.square().sum().backward()
-    with untracked_statistics(encoder), untracked_statistics(encoder.trunk):
+    with untracked_statistics(encoder), untracked_statistics(encoder.backbone):
         h = encoder(inputs)[0]
     h.square().sum().backward()
     assert torch.equal(h, expected)
@@ -191,7 +193,7 @@ def test_channels_last_changes_the_layout_only():
     ],
     ids=["resnet50-2x", "wrn28w2", "overrides"],
 )
-def test_head_sizes_follow_the_trunk_unless_stated(config: ModelConfig, dims: tuple[int, ...]):
+def test_head_sizes_follow_the_backbone_unless_stated(config: ModelConfig, dims: tuple[int, ...]):
     with torch.device("meta"):
         encoder = Encoder(config)
     bottleneck = encoder.prediction.fc1.out_features

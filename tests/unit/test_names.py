@@ -12,7 +12,7 @@ from paws_hpc.models.names import from_torchvision, to_torchvision
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_our_trunk_loads_strictly_into_torchvision_and_gives_the_same_features(name: str):
+def test_our_backbone_loads_strictly_into_torchvision_and_gives_the_same_features(name: str):
     encoder = build_encoder(ModelConfig(name=name, prediction_head=True), seed=2).eval()
     theirs = torchvision.models.get_model(name, weights=None)
     theirs.fc = torch.nn.Identity()
@@ -20,23 +20,23 @@ def test_our_trunk_loads_strictly_into_torchvision_and_gives_the_same_features(n
     classifier = build_classifier(encoder, 10)
     assert to_torchvision(classifier.state_dict()).keys() == theirs.state_dict().keys(), "of a fine-tuned one too"
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(theirs.eval()(x), encoder.trunk(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs.eval()(x), encoder.backbone(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 def test_there_and_back_gives_the_same_names_and_tensors(prefix: str):
-    trunk = build_encoder(ModelConfig(name="resnet18"), seed=0).trunk.state_dict()
+    backbone = build_encoder(ModelConfig(name="resnet18"), seed=0).backbone.state_dict()
     theirs = torchvision.models.resnet18(weights=None)
-    theirs.load_state_dict(trunk, strict=False)
+    theirs.load_state_dict(backbone, strict=False)
     saved = {prefix + name: value for name, value in theirs.state_dict().items()}
     assert any("fc." in name for name in saved), "their classification layer is what we leave out"
     back = from_torchvision(saved)
-    assert back.keys() == trunk.keys()
-    assert all(torch.equal(back[name], value) for name, value in trunk.items())
-    ours = {f"trunk.{name}": value for name, value in back.items()} | {"projection.fc1.bias": torch.zeros(1)}
-    assert from_torchvision(ours).keys() == trunk.keys(), "files of our own are read by the same function"
+    assert back.keys() == backbone.keys()
+    assert all(torch.equal(back[name], value) for name, value in backbone.items())
+    ours = {f"backbone.{name}": value for name, value in back.items()} | {"projection.fc1.bias": torch.zeros(1)}
+    assert from_torchvision(ours).keys() == backbone.keys(), "files of our own are read by the same function"
 
 
-def test_weights_without_a_trunk_are_refused_with_what_they_have():
+def test_weights_without_a_backbone_are_refused_with_what_they_have():
     with pytest.raises(ValueError, match="layer9"):
         to_torchvision({"layer9.weight": torch.zeros(1)})

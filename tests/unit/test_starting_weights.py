@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from paws_hpc.config import Config
-from paws_hpc.engine.starting_weights import load_trunk
+from paws_hpc.engine.starting_weights import load_backbone
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain
@@ -56,14 +56,14 @@ WRITERS: dict[str, Callable[[dict[str, Tensor], Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_of_theirs_gives_the_trunk_its_weights_and_leaves_the_heads_random(
+def test_a_file_of_theirs_gives_the_backbone_its_weights_and_leaves_the_heads_random(
     theirs: dict[str, Tensor], tmp_path: Path, name: str
 ) -> None:
     WRITERS[name](theirs, tmp_path / name)
     encoder = build_encoder(RESNET, seed=3)
-    heads = {key: value.clone() for key, value in encoder.state_dict().items() if not key.startswith("trunk.")}
-    load_trunk(encoder, tmp_path / name)
-    for key, value in encoder.trunk.state_dict().items():
+    heads = {key: value.clone() for key, value in encoder.state_dict().items() if not key.startswith("backbone.")}
+    load_backbone(encoder, tmp_path / name)
+    for key, value in encoder.backbone.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.equal(value, theirs[key]), key
     assert all(torch.equal(encoder.state_dict()[key], value) for key, value in heads.items())
@@ -79,9 +79,9 @@ def test_files_of_our_own_are_read(tmp_path: Path, kind: str) -> None:
     }[kind]
     torch.save(content, tmp_path / "own.pt")
     encoder = build_encoder(RESNET, seed=2)
-    load_trunk(encoder, tmp_path / "own.pt")
-    expected = source.trunk.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in encoder.trunk.state_dict().items())
+    load_backbone(encoder, tmp_path / "own.pt")
+    expected = source.backbone.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.backbone.state_dict().items())
 
 
 def test_all_that_does_not_fit_is_listed_and_nothing_is_loaded(theirs: dict[str, Tensor], tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_loaded(theirs: dict[str,
     encoder = build_encoder(RESNET, seed=3)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(ValueError, match=r"1 missing: layer1\.0\.conv1\.weight") as caught:
-        load_trunk(encoder, tmp_path / "wrong.pth")
+        load_backbone(encoder, tmp_path / "wrong.pth")
     assert "1 unexpected: layer5.conv.weight" in str(caught.value)
     assert r"bn1.weight (3,) instead of (64,)" in str(caught.value)
     assert all(torch.equal(encoder.state_dict()[name], value) for name, value in before.items())
@@ -116,7 +116,7 @@ def test_a_file_without_weights_is_an_error_that_names_it(tmp_path: Path, name: 
     write, message = BAD[name]
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message):
-        load_trunk(build_encoder(RESNET, seed=0), tmp_path / name)
+        load_backbone(build_encoder(RESNET, seed=0), tmp_path / name)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -137,10 +137,10 @@ def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path)
     finetune.run_cell(config, run, CPU, sweep="baseline", cell=cell)
     data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
-    expected = build_encoder(config.model, seed=77).trunk.get_parameter("stem.weight")
-    torch.testing.assert_close(encoder.trunk.get_parameter("stem.weight"), expected, rtol=1e-4, atol=1e-6)
+    expected = build_encoder(config.model, seed=77).backbone.get_parameter("stem.weight")
+    torch.testing.assert_close(encoder.backbone.get_parameter("stem.weight"), expected, rtol=1e-4, atol=1e-6)
     best = torch.load(run.cell("baseline", cell) / "best.pt", weights_only=True)
-    torch.testing.assert_close(best["trunk.stem.weight"], expected.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(best["backbone.stem.weight"], expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_another_file_under_the_same_name_is_another_run(config: Config, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.data.views import AugmentConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.compiled import as_written, compile_passes
+from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.store import ImageStore
@@ -115,7 +115,7 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
             training.step(training.stream.batch(step))
             if step == 1:
                 traced = graphs
-                with as_written(training.encoder), torch.no_grad():
+                with eager(training.encoder), torch.no_grad():
                     for rows in (1, 3, 7):
                         training.encoder.eval()([torch.zeros(rows, 3, 16, 16, dtype=torch.float64)])
                 training.encoder.train()

@@ -16,7 +16,7 @@ from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.engine.starting_weights import load_trunk
+from paws_hpc.engine.starting_weights import load_backbone
 from paws_hpc.models.config import ModelConfig, VitConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.models.vit import VisionTransformer
@@ -71,8 +71,8 @@ def test_features_and_gradients_are_torchvisions() -> None:
 
 def test_vit_s16_has_timms_names_and_shapes() -> None:
     with torch.device("meta"):
-        trunk = Encoder(ModelConfig(name="vit")).trunk
-    shapes = {name: tuple(value.shape) for name, value in trunk.state_dict().items()}
+        backbone = Encoder(ModelConfig(name="vit")).backbone
+    shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     block = {
         **{f"norm{number}.{part}": (384,) for number in (1, 2) for part in ("weight", "bias")},
         **{"attn.qkv.weight": (1152, 384), "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384)},
@@ -84,31 +84,31 @@ def test_vit_s16_has_timms_names_and_shapes() -> None:
         **{"patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)},
         **{f"blocks.{number}.{name}": shape for number in range(12) for name, shape in block.items()},
     }
-    assert sum(value.numel() for value in trunk.parameters()) == 21_665_664
+    assert sum(value.numel() for value in backbone.parameters()) == 21_665_664
 
 
 def test_a_file_of_timms_names_is_a_start(tmp_path: Path) -> None:
     source = build_encoder(MODEL, seed=1)
     torch.save(
-        source.trunk.state_dict() | {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}, tmp_path / "w"
+        source.backbone.state_dict() | {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)}, tmp_path / "w"
     )
     encoder = build_encoder(MODEL, seed=2)
-    load_trunk(encoder, tmp_path / "w")
-    torch.testing.assert_close(encoder.trunk(images(2, 32)), source.trunk(images(2, 32)), rtol=0, atol=0)
+    load_backbone(encoder, tmp_path / "w")
+    torch.testing.assert_close(encoder.backbone(images(2, 32)), source.backbone(images(2, 32)), rtol=0, atol=0)
 
 
 def test_positions_of_other_sizes_are_those_in_between() -> None:
     """What grows evenly from row to row does so on another grid too, to a twentieth of a patch; constants stay."""
-    trunk = VisionTransformer(VitConfig(image_size=96, patch_size=8, dim=2, blocks=1, attention_heads=1))
+    backbone = VisionTransformer(VitConfig(image_size=96, patch_size=8, dim=2, blocks=1, attention_heads=1))
     heights = (torch.arange(12.0) + 0.5) / 12
     with torch.no_grad():
-        trunk.pos_embed[0, 1:, 0] = heights.repeat_interleave(12)
-        trunk.pos_embed[0, 1:, 1] = 7.0
-    other = trunk.positions(18, 6)[0, 1:].reshape(18, 6, 2)
+        backbone.pos_embed[0, 1:, 0] = heights.repeat_interleave(12)
+        backbone.pos_embed[0, 1:, 1] = 7.0
+    other = backbone.positions(18, 6)[0, 1:].reshape(18, 6, 2)
     expected = ((torch.arange(18.0) + 0.5) / 18)[:, None].expand(18, 6)
     torch.testing.assert_close(other[3:-3, :, 0], expected[3:-3], rtol=0, atol=0.05 / 12)
     torch.testing.assert_close(other[..., 1], torch.full((18, 6), 7.0))
-    assert trunk.positions(12, 12) is trunk.pos_embed
+    assert backbone.positions(12, 12) is backbone.pos_embed
 
 
 def test_large_and_small_crops_train_every_weight_and_a_size_that_patches_do_not_divide_is_refused() -> None:
@@ -124,7 +124,7 @@ def test_large_and_small_crops_train_every_weight_and_a_size_that_patches_do_not
 
 
 def test_initial_weights_are_small_normal_and_of_the_seed_alone() -> None:
-    first, again, other = (build_encoder(MODEL, seed=seed).trunk for seed in (3, 3, 4))
+    first, again, other = (build_encoder(MODEL, seed=seed).backbone for seed in (3, 3, 4))
     for name, value in first.named_parameters():
         assert torch.equal(value, again.get_parameter(name))
         if value.dim() > 1:

@@ -15,7 +15,7 @@ from torch import nn
 from paws_hpc import distributed
 from paws_hpc.data.order import SupportOrder
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.config import NeighbourTuningConfig
+from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.schedule import warmup_cosine
@@ -24,17 +24,17 @@ from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.nce import supervised_nce
 
 
-def tune_for_neighbours(
+def fine_tune_with_suncet(
     encoder: Encoder,
     labelled: EvaluationSet,
-    config: NeighbourTuningConfig,
+    config: SuncetConfig,
     *,
     temperature: float,
     seed: int,
     device: torch.device,
     control: JobControl = UNATTENDED,
 ) -> list[float]:
-    """Train trunk and projection head, in place, so that labelled images are neighbours of their class.
+    """Train backbone and projection head, in place, so that labelled images are neighbours of their class.
 
     Batch normalisation keeps its statistics; its gains and biases train. Nothing is random but the draw of images,
     which is a function of seed and step, so an interrupted tuning is repeated from the pre-trained weights.
@@ -60,14 +60,14 @@ def tune_for_neighbours(
     per_class = min(config.images_per_class, int(counts.min()))
     if per_class < 2:
         raise ValueError(
-            f"neighbour_tuning.steps={config.steps} needs two labelled images of every class, and one class has 1. "
-            "Label more, or set neighbour_tuning.steps=0."
+            f"suncet.steps={config.steps} needs two labelled images of every class, and one class has 1. "
+            "Label more, or set suncet.steps=0."
         )
     distributed.check_divides(
-        len(counts) * per_class, distributed.world_size(), name="classes * neighbour_tuning.images_per_class"
+        len(counts) * per_class, distributed.world_size(), name="classes * suncet.images_per_class"
     )
     order = SupportOrder(labelled.records, classes, num_classes=len(counts), images_per_class=per_class, seed=seed)
-    network = nn.Sequential(encoder.trunk, encoder.projection)
+    network = nn.Sequential(encoder.backbone, encoder.projection)
     encoder.eval()
     dtype = next(network.parameters()).dtype
     replica = replicate(network, device)

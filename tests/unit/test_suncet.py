@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.data.views import CenterCropConfig
-from paws_hpc.engine.config import NeighbourTuningConfig
-from paws_hpc.engine.neighbour_tuning import tune_for_neighbours
+from paws_hpc.engine.config import SuncetConfig
+from paws_hpc.engine.suncet import fine_tune_with_suncet
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.packing import ArraySource, PackOptions, pack
@@ -50,8 +50,8 @@ def tuned(labelled: EvaluationSet, **fields: Any) -> tuple[Encoder, Encoder, lis
     for _ in range(30):  # so that the running statistics, which tuning keeps, are those of the images
         before([images])
     after = copy.deepcopy(before)
-    config = NeighbourTuningConfig(**{"steps": 12, "images_per_class": 6, "learning_rate": 0.3} | fields)
-    return before, after, tune_for_neighbours(after, labelled, config, temperature=0.1, seed=0, device=CPU)
+    config = SuncetConfig(**{"steps": 12, "images_per_class": 6, "learning_rate": 0.3} | fields)
+    return before, after, fine_tune_with_suncet(after, labelled, config, temperature=0.1, seed=0, device=CPU)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,8 @@ def test_a_class_with_fewer_labels_sets_how_many_are_drawn(tmp_path: Path) -> No
 @pytest.mark.parametrize("fields", [{"steps": -1}, {"images_per_class": 1}, {"learning_rate": 0.0}, {"momentum": 1.0}])
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
     (name,) = fields
-    with pytest.raises(ValueError, match=f"neighbour_tuning.{name}={fields[name]}"):
-        NeighbourTuningConfig(**fields)
+    with pytest.raises(ValueError, match=f"suncet.{name}={fields[name]}"):
+        SuncetConfig(**fields)
 
 
 def tuned_by_ranks(rank: int, world: int) -> dict[str, torch.Tensor]:
