@@ -22,7 +22,6 @@ from torch.nn.functional import normalize
 
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.files import atomic_write, write_json
-from paws_hpc.report.tables import confused_pairs
 from paws_hpc.stages.pretrain import NearestNeighbours
 
 _MAP_IMAGES, _MAP_SUPPORTS = 1000, 300
@@ -99,13 +98,15 @@ def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
     """The most confused pairs of classes, each with the images whose wrong class stood out most from the true one."""
     classes, guess = predictions.shape[1], predictions.argmax(1)
     confusion = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).numpy()
+    mistakes = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-mistakes, axis=None, kind="stable")[:_PAIRS]
     found = []
-    for true, wrong, images, _ in confused_pairs(confusion, range(classes), limit=_PAIRS):
+    for true, wrong in (divmod(int(pair), classes) for pair in order if mistakes.flat[pair] > 0):
         members = torch.nonzero((truth == true) & (guess == wrong))[:, 0]
         margin = predictions[members, wrong] - predictions[members, true]
         surest = members[margin.argsort(descending=True, stable=True)][:_IMAGES_OF_A_PAIR]
         shown = [tiles.add("test", number) for number in surest.tolist()]
-        found.append({"true": true, "predicted": wrong, "images": images, "tiles": shown})
+        found.append({"true": true, "predicted": wrong, "images": int(mistakes[true, wrong]), "tiles": shown})
     return found
 
 
