@@ -41,7 +41,7 @@ class DataConfig:
             a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
-        stage_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
+        copy_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
             it reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
         max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
             each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
@@ -67,7 +67,7 @@ class DataConfig:
     source: str | None = None
     source_path: str | None = None
     threads: int = 1
-    stage_to: str | None = None
+    copy_to: str | None = None
     max_substitutes: int = 0
     order: str = "full"
     block_mb: float = 8.0
@@ -319,7 +319,7 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "data.source",
     "data.source_path",
     "data.threads",
-    "data.stage_to",
+    "data.copy_to",
     "data.max_substitutes",
     "data.cache_gb",
     "data.placement",

@@ -2,4 +2,5 @@
 
 RENAMED_KEYS: dict[str, str] = {
     "neighbour_tuning": "suncet",
+    "data.stage_to": "data.copy_to",
 }

@@ -33,7 +33,7 @@ from paws_hpc.packing import (
 from paws_hpc.packing.texts import info_lines, pack_lines, part_lines, stage_lines
 from paws_hpc.store import stage, verify
 from paws_hpc.store.format import INDEX_NAME, read_manifest
-from paws_hpc.store.staging import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
+from paws_hpc.store.local_copy import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
 
 _BACKGROUND_NICENESS = 10
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from paws_hpc.files import write_json
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest, shard_name
-from paws_hpc.store.index import build_index, dataset_digest, index_hash
+from paws_hpc.store.index import build_index, dataset_digest
 from paws_hpc.store.shard import read_shard
 
 
@@ -34,7 +34,7 @@ def repeat_store(store: Path, target: Path, records: int) -> Path:
     counts = np.bincount(joined.labels, minlength=len(manifest.classes)).tolist()
     digest = dataset_digest(joined, encoding=manifest.encoding, shape=manifest.shape, classes=manifest.classes)
     whole = replace(
-        manifest, count=len(joined), class_counts=tuple(counts), digest=digest, index_hash=index_hash(joined),
+        manifest, count=len(joined), class_counts=tuple(counts), digest=digest, index_hash=joined.hash,
         shards=tuple(entries),
     )  # fmt: skip
     write_json(target / MANIFEST_NAME, whole.to_json())

@@ -28,7 +28,7 @@ from paws_hpc.store.format import (
     read_manifest,
     shard_name,
 )
-from paws_hpc.store.index import JoinedIndex, build_index, dataset_digest, index_hash
+from paws_hpc.store.index import StoreIndex, build_index, dataset_digest
 from paws_hpc.store.shard import read_shard
 
 _OTHERS_FINISH_S = 10.0
@@ -172,7 +172,7 @@ class _Indexes:
 
 
 def _manifest(
-    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: JoinedIndex
+    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: StoreIndex
 ) -> Manifest:
     """Everything that is known about the store."""
     source, identity = plan.source, plan.identity
@@ -200,7 +200,7 @@ def _manifest(
         class_counts=tuple(np.bincount(joined["label"], minlength=len(source.classes)).tolist()),
         statistics=statistics,
         digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
-        index_hash=index_hash(joined),
+        index_hash=joined.hash,
         origin=identity.origin,
         packing=identity.packing,
         reencoded=dict(sorted(counted(changes, lossless=False).items())),

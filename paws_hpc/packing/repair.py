@@ -18,7 +18,7 @@ from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.standard import transcoder
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.index import JoinedIndex, make_index, read_cached_index
+from paws_hpc.store.index import StoreIndex, make_index, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.verify import Level, verify
@@ -209,7 +209,7 @@ class _Rebuilder:
         return "; ".join(lines)
 
 
-def _other_records(index: JoinedIndex, keys: Sequence[bytes], checksums: NDArray[np.uint32], start: int) -> list[str]:
+def _other_records(index: StoreIndex, keys: Sequence[bytes], checksums: NDArray[np.uint32], start: int) -> list[str]:
     """Name the first record that differs from the store's index."""
     positions = np.arange(start, start + len(keys))
     wanted, rows = index.keys(positions), index.rows(positions)

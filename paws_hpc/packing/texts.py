@@ -9,7 +9,7 @@ from paws_hpc.packing.finishing import PackReport
 from paws_hpc.packing.underway import CHANGES_NAME
 from paws_hpc.packing.writer import Part, PartReport
 from paws_hpc.store.format import Manifest, Omission
-from paws_hpc.store.staging import StageReport
+from paws_hpc.store.local_copy import StageReport
 
 _LISTED = 20
 

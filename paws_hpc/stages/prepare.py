@@ -149,17 +149,17 @@ def open_stores(config: Config, *, staged: bool = False) -> RunStores:
 
     Args:
         config: of the run.
-        staged: read training images from ``data.stage_to`` as far as they are copied there.
+        staged: read training images from ``data.copy_to`` as far as they are copied there.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
         ValueError: store or split is damaged or does not fit the config.
     """
     data, folder = config.data, stage_folder(config) if staged else None
-    train = ImageStore.open(Path(data.train), stage_to=folder, max_substitutes=data.max_substitutes)
+    train = ImageStore.open(Path(data.train), copy_to=folder, max_substitutes=data.max_substitutes)
     labelled_store = train
     if data.labelled is not None:
-        labelled_store = ImageStore.open(Path(data.labelled), stage_to=folder, max_substitutes=data.max_substitutes)
+        labelled_store = ImageStore.open(Path(data.labelled), copy_to=folder, max_substitutes=data.max_substitutes)
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunStores(train, labelled_store, labelled, validation)
 
@@ -201,15 +201,15 @@ def stage_folder(config: Config) -> Path | None:
     """Where this node keeps copies of stores; None for nowhere.
 
     Raises:
-        ValueError: a name in ``data.stage_to`` is not in this node's environment.
+        ValueError: a name in ``data.copy_to`` is not in this node's environment.
     """
-    if config.data.stage_to is None:
+    if config.data.copy_to is None:
         return None
-    folder = os.path.expandvars(config.data.stage_to)
+    folder = os.path.expandvars(config.data.copy_to)
     if "$" in folder:
         raise ValueError(
-            f"data.stage_to={config.data.stage_to!r} names something that is not in the environment of "
-            f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.stage_to=null."
+            f"data.copy_to={config.data.copy_to!r} names something that is not in the environment of "
+            f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.copy_to=null."
         )
     return Path(folder)
 

@@ -3,8 +3,8 @@
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import Manifest, Omission, RecordError, StoreError
+from paws_hpc.store.local_copy import StageReport, Staging, stage, start_staging
 from paws_hpc.store.reader import ImageStore, Keys
-from paws_hpc.store.staging import StageReport, Staging, stage, start_staging
 from paws_hpc.store.verify import verify
 
 __all__ = [

@@ -182,7 +182,7 @@ class Manifest:
     digest: str
     """:func:`paws_hpc.store.index.dataset_digest`: the sequence of records, whatever the shard size."""
     index_hash: str
-    """:attr:`paws_hpc.store.index.JoinedIndex.hash`, by which ``index.bin`` is recognised."""
+    """:attr:`paws_hpc.store.index.StoreIndex.hash`, by which ``index.bin`` is recognised."""
     origin: Origin
     packing: Packing
     reencoded: dict[str, int]

@@ -47,7 +47,7 @@ _IN_MEMORY_BYTES = 256 << 20
 _CHUNK = 1 << 16
 
 
-class JoinedIndex:
+class StoreIndex:
     """The index of N records, by position in the store. Safe to share between threads and through a fork.
 
     A mapped file must keep its bytes: the system kills a process (SIGBUS) that touches what was cut off. So every look
@@ -188,14 +188,14 @@ class JoinedIndex:
             self._checked[block] = True
 
 
-def join_indexes(indexes: Iterable[ShardIndex]) -> JoinedIndex:
+def join_indexes(indexes: Iterable[ShardIndex]) -> StoreIndex:
     """Join the indexes of all shards, in memory: about 76 bytes per record. ``indexes`` is gone through four times."""
     file = io.BytesIO()
     _write(file, indexes)
-    return JoinedIndex(file.getbuffer())
+    return StoreIndex(file.getbuffer())
 
 
-def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> JoinedIndex:
+def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> StoreIndex:
     """Join the indexes of all shards into ``index.bin``; memory holds those of one shard at a time.
 
     Args:
@@ -210,13 +210,8 @@ def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> JoinedIndex:
     return _open(folder / INDEX_NAME)
 
 
-def index_hash(joined: JoinedIndex) -> str:
-    """Identity of a joined index: :attr:`JoinedIndex.hash`."""
-    return joined.hash
-
-
 def dataset_digest(
-    joined: JoinedIndex, *, encoding: Encoding, shape: tuple[int, int, int] | None, classes: Sequence[str]
+    joined: StoreIndex, *, encoding: Encoding, shape: tuple[int, int, int] | None, classes: Sequence[str]
 ) -> str:
     """Identity of the data set as training sees it: 32 hexadecimal digits.
 
@@ -234,7 +229,7 @@ def dataset_digest(
     return digest.hexdigest()
 
 
-def load_index(folder: Path, manifest: Manifest) -> JoinedIndex:
+def load_index(folder: Path, manifest: Manifest) -> StoreIndex:
     """Return the joined index that the manifest describes.
 
     ``index.bin`` is used when its hash is the manifest's; otherwise it is derived from the shards again and written,
@@ -252,7 +247,7 @@ def load_index(folder: Path, manifest: Manifest) -> JoinedIndex:
         return _that_fits(join_indexes(_ShardIndexes(folder, manifest)), folder, manifest)
 
 
-def make_index(folder: Path, manifest: Manifest) -> JoinedIndex:
+def make_index(folder: Path, manifest: Manifest) -> StoreIndex:
     """Derive ``index.bin`` from the shards and write it in place of what is there.
 
     Raises:
@@ -262,13 +257,13 @@ def make_index(folder: Path, manifest: Manifest) -> JoinedIndex:
     return _that_fits(build_index(folder, _ShardIndexes(folder, manifest)), folder, manifest)
 
 
-def _that_fits(joined: JoinedIndex, folder: Path, manifest: Manifest) -> JoinedIndex:
+def _that_fits(joined: StoreIndex, folder: Path, manifest: Manifest) -> StoreIndex:
     if joined.hash != manifest.index_hash:
         raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash. {REMEDY}")
     return joined
 
 
-def read_cached_index(folder: Path, manifest: Manifest) -> JoinedIndex | None:
+def read_cached_index(folder: Path, manifest: Manifest) -> StoreIndex | None:
     """Map ``index.bin`` into memory; None when it is absent, unreadable or not the manifest's.
 
     An index of at most 256 MiB (three million records) is read whole and checked: a mapped file that others truncate
@@ -281,19 +276,19 @@ def read_cached_index(folder: Path, manifest: Manifest) -> JoinedIndex | None:
     return index if index.hash == manifest.index_hash and len(index) == manifest.count else None
 
 
-def _open(path: Path) -> JoinedIndex:
+def _open(path: Path) -> StoreIndex:
     """Read a small index file and check it; map a large one into memory."""
     with open(path, "rb") as file:
         small = file.seek(0, io.SEEK_END) <= _IN_MEMORY_BYTES
         file.seek(0)
         content = file.read() if small else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    index = JoinedIndex(content, name=str(path))
+    index = StoreIndex(content, name=str(path))
     if small:
         index.check()
     return index
 
 
-def write_index(folder: Path, joined: JoinedIndex) -> None:
+def write_index(folder: Path, joined: StoreIndex) -> None:
     """Write ``index.bin`` atomically.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from paws_hpc.store.index import JoinedIndex
+from paws_hpc.store.index import StoreIndex
 
 _CHUNK = 1 << 16
 _READ_ALL_SHARE = 8
@@ -25,7 +25,7 @@ _HASHES = 2.0**64
 class Keys(Sequence[str]):
     """The N keys in store order."""
 
-    def __init__(self, index: JoinedIndex) -> None:
+    def __init__(self, index: StoreIndex) -> None:
         """Read them from ``index``."""
         self._index = index
 
@@ -53,7 +53,7 @@ class Keys(Sequence[str]):
             yield from (key.decode() for key in self._index.keys(positions[start : start + _CHUNK]))
 
 
-def find_keys(index: JoinedIndex, keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
+def find_keys(index: StoreIndex, keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
     """Positions (n,) int64 of ``keys``; -1 where a key is not in the store.
 
     Args:
@@ -74,7 +74,7 @@ def find_keys(index: JoinedIndex, keys: Sequence[str], *, seed: int) -> NDArray[
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def in_order(index: JoinedIndex, *, seed: int, samples: int = 64) -> bool:
+def in_order(index: StoreIndex, *, seed: int, samples: int = 64) -> bool:
     """Whether some records across the store are in the order of (seed, key), as packing left them."""
     ranks = _ranks(index, np.unique(np.linspace(0, len(index) - 1, samples).astype(np.int64)), seed)
     return bool((ranks[1:] >= ranks[:-1]).all())
@@ -84,7 +84,7 @@ def _hashes(keys: Sequence[bytes], seed: int) -> NDArray[np.uint64]:
     return np.fromiter((xxhash.xxh3_64_intdigest(key, seed) for key in keys), np.uint64, count=len(keys))
 
 
-def _ranks(index: JoinedIndex, positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+def _ranks(index: StoreIndex, positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
     """What the records are sorted by."""
     return _hashes(index.keys(positions), seed)
 
@@ -93,7 +93,7 @@ def _chunks(count: int) -> Iterator[NDArray[np.int64]]:
     return (np.arange(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
 
 
-def _search(index: JoinedIndex, wanted: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
+def _search(index: StoreIndex, wanted: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
     """First positions (n,) whose rank is at least the wanted one: hashes are spread evenly, so guess and look."""
     low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(index), np.int64)
     low_rank, high_rank = np.zeros(len(wanted)), np.full(len(wanted), _HASHES)
@@ -113,7 +113,7 @@ def _search(index: JoinedIndex, wanted: NDArray[np.uint64], seed: int) -> NDArra
 
 
 def _settle(
-    index: JoinedIndex, keys: Sequence[bytes], wanted: NDArray[np.uint64], places: NDArray[np.int64], seed: int
+    index: StoreIndex, keys: Sequence[bytes], wanted: NDArray[np.uint64], places: NDArray[np.int64], seed: int
 ) -> NDArray[np.int64]:
     """Compare the keys at ``places`` with the wanted ones; where another key has the same hash, look behind it."""
     found = np.full(len(keys), -1, np.int64)

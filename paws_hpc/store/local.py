@@ -90,7 +90,7 @@ class LocalFolder:
             use = Use(lock)
         except OSError as error:
             raise StoreError(
-                f"stage_to={self.root} cannot be used: {error.strerror}. Name a folder on the node's own disk that "
+                f"copy_to={self.root} cannot be used: {error.strerror}. Name a folder on the node's own disk that "
                 "this job may write, or leave staging out."
             ) from error
         deadline = time.monotonic() + _WAIT_S

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, Encoding, Manifest, RecordError, StoreError, read_manifest
-from paws_hpc.store.index import JoinedIndex, load_index, read_cached_index
+from paws_hpc.store.index import StoreIndex, load_index, read_cached_index
 from paws_hpc.store.keys import Keys, find_keys, in_order
 from paws_hpc.store.local import LocalFolder
 from paws_hpc.store.records import Records
@@ -42,18 +42,18 @@ class ImageStore:
         self,
         path: Path,
         manifest: Manifest,
-        index: JoinedIndex,
+        index: StoreIndex,
         shards: ShardSet,
         *,
         check: bool,
-        stage_to: Path | None,
+        copy_to: Path | None,
         max_substitutes: int,
     ) -> None:
         """Use :meth:`open`."""
         self.path = path
         self.manifest = manifest
         self.check = check
-        self.stage_to = stage_to
+        self.copy_to = copy_to
         self.shards = shards
         self._index = index
         self._keys = Keys(index)
@@ -62,14 +62,14 @@ class ImageStore:
 
     @classmethod
     def open(
-        cls, path: Path | str, *, check: bool = True, stage_to: Path | str | None = None, max_substitutes: int = 0
+        cls, path: Path | str, *, check: bool = True, copy_to: Path | str | None = None, max_substitutes: int = 0
     ) -> ImageStore:
         """Open a store, which takes the same time and memory whatever its number of records.
 
         Args:
             path: the folder with ``manifest.json``.
             check: compare the CRC32C of every record that is read (about 25 µs per 110 KB).
-            stage_to: folder on the node's own disk to which :func:`paws_hpc.store.start_staging` copies the store. A
+            copy_to: folder on the node's own disk to which :func:`paws_hpc.store.start_staging` copies the store. A
                 shard is read from there as soon as its copy is complete, and from ``path`` before, or if the copy turns
                 out missing or damaged.
             max_substitutes: how many damaged records may be replaced by the next good one of their class, each with a
@@ -77,15 +77,15 @@ class ImageStore:
 
         Raises:
             StoreError: the store is incomplete, or a shard is missing, truncated or damaged; the shard is named, and
-                where the cached index is at hand the first record that is lost. Or ``stage_to`` cannot be written.
+                where the cached index is at hand the first record that is lost. Or ``copy_to`` cannot be written.
         """
         path = Path(path)
         manifest = read_manifest(path)
         check_sizes(path, manifest)
-        stage_to = None if stage_to is None else Path(stage_to)
-        index = _local_index(stage_to, manifest) or load_index(path, manifest)
-        shards = ShardSet(path, manifest, stage_to=stage_to)
-        return cls(path, manifest, index, shards, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+        copy_to = None if copy_to is None else Path(copy_to)
+        index = _local_index(copy_to, manifest) or load_index(path, manifest)
+        shards = ShardSet(path, manifest, copy_to=copy_to)
+        return cls(path, manifest, index, shards, check=check, copy_to=copy_to, max_substitutes=max_substitutes)
 
     def strict(self) -> ImageStore:
         """The same store, of which every record is checked and every damaged one an error, whatever this one allows.
@@ -93,7 +93,7 @@ class ImageStore:
         It shares the open files: closing either closes both. Reading from it leaves :attr:`substitutes` as they are.
         """
         return ImageStore(
-            self.path, self.manifest, self._index, self.shards, check=True, stage_to=self.stage_to, max_substitutes=0
+            self.path, self.manifest, self._index, self.shards, check=True, copy_to=self.copy_to, max_substitutes=0
         )
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class ImageStore:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.path, self.check, self.stage_to, self._substitutes.limit)
+        return _reopen, (self.path, self.check, self.copy_to, self._substitutes.limit)
 
     def __repr__(self) -> str:
         return f"ImageStore({str(self.path)!r}, {len(self):,} images, {len(self.classes)} classes, {self.encoding})"
@@ -307,14 +307,14 @@ class ImageStore:
                 self._substitutes.add(error)
 
 
-def _local_index(stage_to: Path | None, manifest: Manifest) -> JoinedIndex | None:
+def _local_index(copy_to: Path | None, manifest: Manifest) -> StoreIndex | None:
     """The index of the node's own copy if it was checked whole; None if there is none, or it is too large for that.
 
     Damage in one that is mapped into memory is found only when it is used, where the store's own would be whole.
     """
-    if stage_to is None:
+    if copy_to is None:
         return None
-    index = read_cached_index(LocalFolder(stage_to, manifest).path, manifest)
+    index = read_cached_index(LocalFolder(copy_to, manifest).path, manifest)
     return index if index is not None and index.checked else None
 
 
@@ -328,6 +328,6 @@ def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return repeated
 
 
-def _reopen(path: Path, check: bool, stage_to: Path | None, max_substitutes: int) -> ImageStore:
+def _reopen(path: Path, check: bool, copy_to: Path | None, max_substitutes: int) -> ImageStore:
     """Unpickle by opening the store in this process."""
-    return ImageStore.open(path, check=check, stage_to=stage_to, max_substitutes=max_substitutes)
+    return ImageStore.open(path, check=check, copy_to=copy_to, max_substitutes=max_substitutes)

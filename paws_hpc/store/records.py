@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import REMEDY, Manifest, RecordError
-from paws_hpc.store.index import JoinedIndex
+from paws_hpc.store.index import StoreIndex
 from paws_hpc.store.keys import Keys
 from paws_hpc.store.shardset import Place, Problem, ShardSet, UnreadableError
 
@@ -24,7 +24,7 @@ from paws_hpc.store.shardset import Place, Problem, ShardSet, UnreadableError
 class Records:
     """Reads n records at positions (n,) int64 in [0, N). Safe to share between threads and through a fork."""
 
-    def __init__(self, path: Path, manifest: Manifest, index: JoinedIndex, shards: ShardSet, *, check: bool) -> None:
+    def __init__(self, path: Path, manifest: Manifest, index: StoreIndex, shards: ShardSet, *, check: bool) -> None:
         """Prepare.
 
         Args:

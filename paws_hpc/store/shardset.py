@@ -67,10 +67,10 @@ class ShardSet:
         fallbacks: local copies that were found missing or damaged and are not used any more.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, stage_to: Path | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, copy_to: Path | None = None) -> None:
         """Open all shards; see :class:`paws_hpc.store.reader.ImageStore` for the errors."""
         self._folder, self._manifest = folder, manifest
-        self._local = None if stage_to is None else LocalFolder(stage_to, manifest)
+        self._local = None if copy_to is None else LocalFolder(copy_to, manifest)
         self._use = None if self._local is None else self._local.use()
         self._shared = dict.fromkeys(range(len(manifest.shards)), True)
         self._failures: Counter[int] = Counter()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.forks import ForkSafeLock
 from paws_hpc.store.format import RecordError, StoreError
-from paws_hpc.store.index import JoinedIndex
+from paws_hpc.store.index import StoreIndex
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 16
@@ -25,7 +25,7 @@ class Substitutes:
         limit: records that may be replaced before reading stops.
     """
 
-    def __init__(self, index: JoinedIndex, *, limit: int) -> None:
+    def __init__(self, index: StoreIndex, *, limit: int) -> None:
         """Begin with none."""
         self.limit = limit
         self._index = index

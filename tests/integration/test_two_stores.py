@@ -212,7 +212,7 @@ def test_staging_and_a_shared_cache_change_nothing(
 ) -> None:
     caplog.set_level(logging.INFO)
     results = []
-    for number, changes in enumerate(({"cache_gb": 0.0}, {"cache_gb": 1.0, "stage_to": "$STAGE_HERE"})):
+    for number, changes in enumerate(({"cache_gb": 0.0}, {"cache_gb": 1.0, "copy_to": "$STAGE_HERE"})):
         config = tiny_config(photographs, photographs, tmp_path)
         config.labels.per_class, config.labels.validation_per_class = 4, 2
         config.pretrain.support.classes, config.pretrain.batch_size = 2, 8

@@ -55,7 +55,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         config, run = tiny_run(make_store(folder / "store", alike=False), folder)
         config.tracking.wandb, config.tracking.tags = "auto", ["trial"]
         config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.02], [1], 0
-        config.data.stage_to = str(folder / "local")
+        config.data.copy_to = str(folder / "local")
         config.resources.pretrain.additional_parameters = {"export": f"WANDB_API_KEY={SECRET}"}
         config.resources.pretrain.account = SECRET
         write_json(run.chain, {"id": "cafe0123"})
@@ -139,4 +139,4 @@ def test_nothing_that_was_sent_holds_a_secret_or_a_path_of_the_users_folders(wat
     home = str(watched.run.path.parent)
     for text in (SECRET, home, Path(home).name, "WANDB_API_KEY", "/home/", str(Path.cwd())):
         assert text.encode() not in sent, text
-    assert watched.server.runs["cafe0123-pretrain"].config["data"]["value"]["stage_to"] == "…/local"
+    assert watched.server.runs["cafe0123-pretrain"].config["data"]["value"]["copy_to"] == "…/local"

@@ -28,7 +28,7 @@ WITHOUT_EFFECT = {
         "data.source",
     ),
     *("data.source_path", "data.threads", "data.labelled", "data.cache_gb", "data.placement", "data.prefetch_gb"),
-    *("data.stage_to", "data.max_substitutes", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
+    *("data.copy_to", "data.max_substitutes", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
     *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
     *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),

@@ -23,7 +23,7 @@ from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.packing.sources.digits import digits
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
-from paws_hpc.store.index import JoinedIndex, load_index
+from paws_hpc.store.index import StoreIndex, load_index
 
 KIB = 1 << 10
 
@@ -325,12 +325,12 @@ def test_the_soft_limit_of_open_files_is_raised_and_the_hard_one_named(
 def test_the_index_is_looked_up_once_for_the_images_of_a_batch(
     jpeg_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked_up, rows = [], JoinedIndex.rows
+    looked_up, rows = [], StoreIndex.rows
 
-    def counted(index: JoinedIndex, positions: NDArray[np.int64]) -> NDArray[np.void]:
+    def counted(index: StoreIndex, positions: NDArray[np.int64]) -> NDArray[np.void]:
         looked_up.append(len(positions))
         return rows(index, positions)
 
-    monkeypatch.setattr(JoinedIndex, "rows", counted)
+    monkeypatch.setattr(StoreIndex, "rows", counted)
     assert len(ImageStore.open(jpeg_store).images([3, 0, 7])) == 3
     assert looked_up == [3]

@@ -18,7 +18,7 @@ import xxhash
 from paws_hpc.files import value_digest
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import ShardIndex
-from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, JoinedIndex, join_indexes
+from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, StoreIndex, join_indexes
 from paws_hpc.store.keys import find_keys, in_order
 
 RECORDS_PER_SHARD = 250_000
@@ -177,14 +177,14 @@ def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def many() -> tuple[JoinedIndex, list[str]]:
+def many() -> tuple[StoreIndex, list[str]]:
     """An index of 60,000 records packed with seed 3, and its keys."""
     indexes, keys = shard_indexes(60_000, seed=3)
     return join_indexes(indexes), keys
 
 
 @pytest.mark.parametrize("wanted", [1, 100, 60_000])
-def test_keys_are_found_and_strangers_are_not(many: tuple[JoinedIndex, list[str]], wanted: int) -> None:
+def test_keys_are_found_and_strangers_are_not(many: tuple[StoreIndex, list[str]], wanted: int) -> None:
     index, keys = many
     places = np.random.default_rng(wanted).permutation(len(keys))[:wanted]
     assert np.array_equal(find_keys(index, [keys[place] for place in places], seed=3), places)
@@ -192,7 +192,7 @@ def test_keys_are_found_and_strangers_are_not(many: tuple[JoinedIndex, list[str]
     assert (find_keys(index, strangers, seed=3) == -1).all()
 
 
-def test_a_few_keys_are_found_without_reading_the_others(many: tuple[JoinedIndex, list[str]]) -> None:
+def test_a_few_keys_are_found_without_reading_the_others(many: tuple[StoreIndex, list[str]]) -> None:
     index, keys = many
     looked = 0
     keys_of = index.keys
@@ -210,7 +210,7 @@ def test_a_few_keys_are_found_without_reading_the_others(many: tuple[JoinedIndex
     assert looked < 10 * 25
 
 
-def test_another_seed_is_noticed(many: tuple[JoinedIndex, list[str]]) -> None:
+def test_another_seed_is_noticed(many: tuple[StoreIndex, list[str]]) -> None:
     index, keys = many
     assert in_order(index, seed=3)
     assert not in_order(index, seed=4)

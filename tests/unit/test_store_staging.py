@@ -101,7 +101,7 @@ def test_a_staged_copy_is_a_store_of_its_own_and_staging_again_copies_nothing(sh
 @pytest.mark.usefixtures("impatient")
 def test_threads_read_the_right_bytes_while_every_shard_is_switched(shared: Path, tmp_path: Path) -> None:
     expected = contents(shared)
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     wrong: list[str] = []
     seen: set[int] = set()
     done = threading.Event()
@@ -139,7 +139,7 @@ def test_a_local_copy_that_fails_is_replaced_by_the_store_and_counted(
     shared: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = stage(shared, tmp_path / "local").path / "shard-00002.h5"
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     if damage == "flipped":
         content = bytearray(copy.read_bytes())
         content[len(content) // 2] ^= 8
@@ -152,7 +152,7 @@ def test_a_local_copy_that_fails_is_replaced_by_the_store_and_counted(
             copy.write_bytes(b"short")
         else:
             copy.unlink()
-        store = ImageStore.open(shared, stage_to=tmp_path / "local")
+        store = ImageStore.open(shared, copy_to=tmp_path / "local")
     with caplog.at_level(logging.WARNING):
         assert read_all(store) == contents(shared)
         assert read_all(store) == contents(shared)
@@ -176,7 +176,7 @@ def test_jpegs_come_from_the_store_too_when_their_copy_is_damaged(tmp_path: Path
         path.write_bytes(simplejpeg.encode_jpeg(image))
     shared = pack(ImageFolder(tmp_path / "source"), tmp_path / "shared", options=PackOptions(shard_bytes=8 * KIB)).path
     expected, encoded = ImageStore.open(shared).images(range(12)), ImageStore.open(shared).read_encoded(range(12))
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     local, shards = stage(shared, tmp_path / "local").path, read_manifest(shared).shards
     for shard in shards:
         assert shard.data_offset is not None
@@ -193,10 +193,10 @@ def test_jpegs_come_from_the_store_too_when_their_copy_is_damaged(tmp_path: Path
 @pytest.mark.usefixtures("impatient")
 def test_a_copy_that_vanishes_under_a_reader_is_still_read(shared: Path, tmp_path: Path) -> None:
     copy = stage(shared, tmp_path / "local").path
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     shutil.rmtree(copy)
     assert read_all(store) == contents(shared)
-    assert read_all(ImageStore.open(shared, stage_to=tmp_path / "local")) == contents(shared)
+    assert read_all(ImageStore.open(shared, copy_to=tmp_path / "local")) == contents(shared)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -204,7 +204,7 @@ def test_a_record_damaged_in_the_copy_and_in_the_store_is_an_error_and_a_lost_st
     shared: Path, tmp_path: Path
 ) -> None:
     copy = stage(shared, tmp_path / "local").path / "shard-00000.h5"
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     for path in (copy, shared / copy.name):
         os.truncate(path, 5 * KIB)
     with pytest.raises(RecordError, match=rf"record '{store.keys[0]}' in {shared / copy.name} is cut off"):
@@ -224,7 +224,7 @@ def test_the_marker_of_another_pack_is_passed_over(shared: Path, tmp_path: Path)
         shutil.copy(path, local.path)
     for entry in read_manifest(other).shards:
         local.mark(entry)
-    store = ImageStore.open(shared, stage_to=tmp_path / "local")
+    store = ImageStore.open(shared, copy_to=tmp_path / "local")
     assert store.shards.local == 0
     assert read_all(store) == contents(shared)
     assert stage(shared, tmp_path / "local").copied == 8
@@ -283,10 +283,10 @@ def test_copies_in_use_are_never_evicted_and_others_are(
     for seed in (1, 2, 3):
         stores.append(pack(noise(seed), tmp_path / f"other{seed}", options=PackOptions(shard_bytes=500 * KIB)).path)
         stage(stores[-1], local)
-    used = ImageStore.open(stores[0], stage_to=local)
+    used = ImageStore.open(stores[0], copy_to=local)
     again = pickle.loads(pickle.dumps(used))
     used.close()  # the other process's still counts
-    ImageStore.open(stores[1], stage_to=local).close()  # used last, by nobody now
+    ImageStore.open(stores[1], copy_to=local).close()  # used last, by nobody now
     copies = [LocalFolder(local, read_manifest(store)).path for store in stores]
 
     class Usage(namedtuple("Usage", "free")):
@@ -296,19 +296,19 @@ def test_copies_in_use_are_never_evicted_and_others_are(
         """A disk of 5.1 MiB, of which 256 stay free: three copies fit, not four."""
         return Usage(256 * MIB + int(5.1 * MIB) - sum(file.stat().st_size for file in local.rglob("*.h5")))
 
-    monkeypatch.setattr("paws_hpc.store.staging.shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("paws_hpc.store.local_copy.shutil.disk_usage", disk_usage)
     report = stage(shared, local)
     assert report.evicted == [copies[2]]
     assert [copy.exists() for copy in copies] == [True, True, False]
     assert verify(copies[0], level="full")[0] == []
     # No room at all: nothing is written unless what fits was asked for.
-    monkeypatch.setattr("paws_hpc.store.staging.shutil.disk_usage", lambda path: Usage(256 * MIB + 400 * KIB))
+    monkeypatch.setattr("paws_hpc.store.local_copy.shutil.disk_usage", lambda path: Usage(256 * MIB + 400 * KIB))
     with pytest.raises(StoreError, match=r"has 256 MiB free, the copy needs 257 MiB .*--partial"):
         stage(stores[2], local)
     assert not list(copies[2].iterdir())
     assert not copies[1].exists()
     assert copies[0].exists()
-    monkeypatch.setattr("paws_hpc.store.staging.shutil.disk_usage", lambda path: Usage(256 * MIB + 600 * KIB))
+    monkeypatch.setattr("paws_hpc.store.local_copy.shutil.disk_usage", lambda path: Usage(256 * MIB + 600 * KIB))
     assert main(["stage", str(stores[2]), "--to", str(local), "--partial", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert (told["copied"], told["left_out"]) == (1, 2)
@@ -327,8 +327,8 @@ def test_two_stores_that_are_staged_at_once_do_not_both_fill_the_same_room(
     def disk_usage(path: Path) -> Usage:
         return Usage(256 * MIB + 2 * MIB - sum(file.stat().st_size for file in local.rglob("*.h5")))
 
-    monkeypatch.setattr("paws_hpc.store.staging.shutil.disk_usage", disk_usage)
-    readers = [ImageStore.open(store, stage_to=local) for store in (shared, other)]  # so that neither is evicted
+    monkeypatch.setattr("paws_hpc.store.local_copy.shutil.disk_usage", disk_usage)
+    readers = [ImageStore.open(store, copy_to=local) for store in (shared, other)]  # so that neither is evicted
     with ThreadPoolExecutor(2) as pool, closing(readers[0]), closing(readers[1]):
         both = [pool.submit(stage, store, local, mib_per_s=8, partial=True) for store in (shared, other)]
         reports = [future.result() for future in both]
@@ -365,7 +365,7 @@ def test_a_local_disk_that_fails_leaves_the_store_itself(
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", fails)
-    store = ImageStore.open(shared, stage_to=local)
+    store = ImageStore.open(shared, copy_to=local)
     assert read_all(store) == contents(shared)
     assert caplog.text.count("cannot be looked for: [Errno 5]") == 1
 
@@ -379,7 +379,7 @@ def test_a_damaged_index_in_the_copy_is_not_used_however_large_it_is(
     content = bytearray(index.read_bytes())
     content[100] ^= 1
     index.write_bytes(content)
-    assert read_all(ImageStore.open(shared, stage_to=local)) == contents(shared)
+    assert read_all(ImageStore.open(shared, copy_to=local)) == contents(shared)
 
 
 def test_a_damaged_shard_is_not_copied_and_the_others_are(
@@ -417,5 +417,5 @@ def test_a_disk_that_fills_up_is_named_and_what_is_complete_stays(shared: Path, 
 
 def test_a_folder_that_cannot_be_used_is_named(shared: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match=r"stage_to=.*file/below cannot be used: .*leave staging out"):
-        ImageStore.open(shared, stage_to=tmp_path / "file" / "below")
+    with pytest.raises(StoreError, match=r"copy_to=.*file/below cannot be used: .*leave staging out"):
+        ImageStore.open(shared, copy_to=tmp_path / "file" / "below")

@@ -156,9 +156,9 @@ def test_weights_and_biases_is_told_no_folder_that_a_path_leads_through(
     home = tmp_path / "people of the lab" / "ann"
     monkeypatch.setenv("HOME", str(home))
     config = tiny_config(tmp_path, tmp_path, tmp_path)
-    config.data.stage_to = told.format(home=home)
-    config.tracking.tags = [config.data.stage_to]
-    assert settings(config)["data"]["stage_to"] == shown
+    config.data.copy_to = told.format(home=home)
+    config.tracking.tags = [config.data.copy_to]
+    assert settings(config)["data"]["copy_to"] == shown
     assert settings(config)["tracking"]["tags"] == [shown]
 
 
