@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paws_hpc.bench.contender import ContenderError
-from paws_hpc.bench.first_version import FIRST
 from paws_hpc.bench.recipes import RECIPES
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
@@ -53,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("step", "all"):
             _add_step_options(command, of_all=name == "all")
         else:
-            command.set_defaults(from_store=False, baseline=False, beside=None)
-        if name in ("step", "augment", "all"):
+            command.set_defaults(from_store=False, baseline=False)
+        if name in ("step", "all"):
             command.add_argument(
                 "--compiled",
                 action="store_true",
@@ -94,11 +93,6 @@ def _add_step_options(command: argparse.ArgumentParser, *, of_all: bool) -> None
     else:
         command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
         command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
-    command.add_argument(
-        "--beside",
-        metavar="COMMIT",
-        help=f"pre-train the demo by its code and by this one's; the first version is {FIRST}",
-    )
 
 
 def _at_least(least: int) -> Callable[[str], int]:

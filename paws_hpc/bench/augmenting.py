@@ -9,35 +9,23 @@ from typing import Any
 
 import torch
 
-from paws_hpc.bench.counting import graph_breaks
-from paws_hpc.bench.recipes import Scene, on_device, opened_stream, use_threads
+from paws_hpc.bench.recipes import Scene, opened_stream, use_threads
 from paws_hpc.bench.timeline import synchronise
 from paws_hpc.bench.training import Work
-from paws_hpc.data.config import Placement
 
-_BATCHES = 2
 _open_for_good = ExitStack()  # what work needs until its process ends
 
 
-def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
-    """Batched, on the device, as in a step.
-
-    Args:
-        scene: the recipe.
-        steps: of work.
-        cut: begin with decoded images and cut the crops too, where the placement leaves that to the device; otherwise
-            uint8 crops are there.
-    """
+def augmentation(scene: dict[str, Any], steps: int) -> Work:
+    """Steps' views from the store: images are read, decoded and cropped, and augmented as one batch."""
     config = Scene(**scene).config()
     use_threads(config)
     device = torch.device(config.device)
-    placement: Placement = "cpu-decode" if cut else "cpu-crop"
-    stream = _open_for_good.enter_context(opened_stream(config, placement=placement))
-    held = [stream.batch(step) for step in range(_BATCHES)]
-    batches = itertools.cycle(held if cut else [on_device(batch, device) for batch in held])
+    stream = _open_for_good.enter_context(opened_stream(config))
+    numbers = itertools.count()
 
     def augment_next() -> None:
-        for part in next(batches).parts:
+        for part in stream.batch(next(numbers)).parts:
             stream.augment(part, device, torch.float32)
 
     def work() -> dict[str, Any]:
@@ -49,13 +37,13 @@ def augmentation(scene: dict[str, Any], steps: int, cut: bool) -> Work:
             augment_next()
         synchronise(device.type == "cuda")
         seconds = time.perf_counter() - began
-        return {"done": steps * config.pretrain.batch_size, "seconds": seconds, "graph_breaks": graph_breaks()}
+        return {"done": steps * config.pretrain.batch_size, "seconds": seconds}
 
     return work
 
 
 def per_image(scene: dict[str, Any], least_s: float) -> Work:
-    """PIL and torchvision, image by image on one core, from decoded images: crops included, decoding not.
+    """PIL and torchvision, image by image on one core, decoding and crops included.
 
     Args:
         scene: the recipe.
@@ -69,7 +57,6 @@ def per_image(scene: dict[str, Any], least_s: float) -> Work:
     torch.set_num_threads(1)
     views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
     images = open_images(place)
-    decoded = [images.load(number) for number in range(min(16, len(images.labels)))]
     large, small = (pil_view(crop, views.augment) for crop in (views.large, views.small))
     supports_each = support.classes * support.images_per_class * views.support_views / n
 
@@ -77,7 +64,7 @@ def per_image(scene: dict[str, Any], least_s: float) -> Work:
         done = supports = 0
         began = time.perf_counter()
         while done == 0 or time.perf_counter() - began < least_s:
-            image = decoded[done % len(decoded)]
+            image = images.load(done % len(images.labels))
             for view, count in ((large, views.large.count), (small, views.small.count)):
                 for _ in range(count):
                     view(image)

@@ -20,7 +20,6 @@ from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.batches import PawsBatch, PawsPart, StreamOptions
-from paws_hpc.data.config import Placement
 from paws_hpc.data.cutting import Crops
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
@@ -184,20 +183,14 @@ def use_threads(config: Config) -> int:
 
 
 @contextmanager
-def opened_stream(config: Config, *, placement: Placement | None) -> Iterator[PawsStream]:
-    """The stream of a config, as pre-training opens it.
-
-    Args:
-        config: of a scene.
-        placement: where crops are cut; None chooses as training does.
-    """
+def opened_stream(config: Config, *, as_training: bool = False) -> Iterator[PawsStream]:
+    """The stream of a config: crops cut on the CPU, or ``as_training`` opens it."""
     data, device = open_data(config), torch.device(config.device)
-    if placement is None:
+    options = StreamOptions(device=device)
+    if as_training:
         with TemporaryDirectory() as folder:
             options = stream_options(config, data, Path(folder), device)
-    else:
-        options = StreamOptions(device=device, placement=placement)
-    with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+    with data.caching(config) as cached:
         yield open_stream(config, cached, options)
 
 

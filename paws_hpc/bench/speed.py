@@ -21,9 +21,8 @@ from paws_hpc.bench import collectives
 from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.counting import NO_GPU, plain_images, training_flops
 from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups, open_console, telling
-from paws_hpc.bench.first_version import beside
 from paws_hpc.bench.machine import describe
-from paws_hpc.bench.recipes import Scene, as_published, cores, describe_sizes, make_images
+from paws_hpc.bench.recipes import Scene, as_published, describe_sizes, make_images
 from paws_hpc.bench.rounds import Entry, Rates, race, ratio
 from paws_hpc.bench.timeline import LOSS_PARTS, PARTS
 from paws_hpc.config import Config
@@ -32,9 +31,8 @@ _DIAGNOSTICS = "diagnostics alone"
 _OURS, _OURS_COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN, _COMPILED, _MATMUL = "plain ResNet-50", "plain ResNet-50, compiled", "matrix product"
-_CROPPED, _CUT, _PER_IMAGE = "paws_hpc, crops are there", "paws_hpc, crops cut too", "PIL, one image after another"
-_CROPPED_COMPILED = "paws_hpc, crops are there, compiled"
-_IMAGENET_GPU, _CIFAR_GPU, _DIGITS_CPU = "ImageNet recipe, one H100", "CIFAR recipe, one H100", "digits, two CPU cores"
+_BATCHED, _PER_IMAGE = "paws_hpc, a batch at once", "PIL, one image after another"
+_IMAGENET_GPU, _CIFAR_GPU = "ImageNet recipe, one H100", "CIFAR recipe, one H100"
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class Bench:
         steps: of one round.
         ranks: of the collectives.
         from_store, baseline, compiled: whether to measure these too.
-        beside: a commit to run beside this code, or None.
         tell: is told what is being done.
     """
 
@@ -58,7 +55,6 @@ class Bench:
     from_store: bool
     baseline: bool
     compiled: bool
-    beside: str | None
     tell: Callable[[str], None]
 
     @property
@@ -107,7 +103,7 @@ def bench_speed(options: argparse.Namespace) -> int:
         make_images(scene)
         bench = Bench(
             scene, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.compiled,
-            options.beside, telling(status, console),
+            telling(status, console),
         )  # fmt: skip
         groups = {name: partial(MEASURE[name], bench, config) for name in options.groups}
         none_failed = measure_groups(console, status, groups, about=about, target=target)
@@ -130,12 +126,6 @@ def _step(bench: Bench, config: Config) -> Measured:
         found.figures.extend(_device_figures(ours, rates[_MATMUL], training_flops(config)))
     if bench.compiled:
         found.figures.extend(compiled_figures(rates[_OURS_COMPILED], ours))
-    if _FROM_STORE in rates and rates[_FROM_STORE].seen:
-        found.seen["placement"] = rates[_FROM_STORE].seen[-1]["placement"]
-    if bench.beside is not None:
-        now, older = beside(bench.beside, rounds=bench.rounds, tell=bench.tell).values()
-        rates |= {f"the demo, {side.name}": side for side in (now, older)}
-        found.bars.extend(_beside_bars(now, older))
     return found
 
 
@@ -176,16 +166,6 @@ def plain_bar(ours: Rates, plain: Rates, worth: float, *, elsewhere: str | None)
     times = ratio(ours, plain)
     value = None if times is None else times * worth
     return Bar(f"step / (plain ResNet-50 / {worth:.2f})", value, "x", 0.90, elsewhere=elsewhere)
-
-
-def _beside_bars(ours: Rates, older: Rates) -> list[Bar]:
-    # The runs are of the demo on the CPU, whatever else is measured.
-    words = None if cores() == 2 else _DIGITS_CPU
-    wait = statistics.median(100 * seen["data_wait"] for seen in ours.seen)
-    return [
-        Bar(f"the demo / {older.name}", ratio(ours, older), "x", 1.5, elsewhere=words),
-        Bar("the demo's data wait", wait, "%", 5.0, at_most=True, elsewhere=words),
-    ]
 
 
 def part_figures(rounds: Sequence[dict[str, Any]]) -> list[Figure]:
@@ -236,23 +216,16 @@ def compiled_figures(compiled: Rates, written: Rates) -> list[Figure]:
 
 
 def _augment(bench: Bench, config: Config) -> Measured:
-    compiled = []
-    if bench.compiled:
-        compiled.append(
-            bench.compiled_entry(_CROPPED_COMPILED, "augmenting:augmentation", steps=bench.steps, cut=False)
-        )
     rates = bench.race(
-        bench.entry(_CROPPED, "augmenting:augmentation", steps=bench.steps, cut=False),
-        *compiled,
-        bench.entry(_CUT, "augmenting:augmentation", steps=bench.steps, cut=True),
+        bench.entry(_BATCHED, "augmenting:augmentation", steps=bench.steps),
         bench.entry(_PER_IMAGE, "augmenting:per_image", least_s=3.0 if bench.cuda else 1.0),
         on=1,
     )
-    figures = compiled_figures(rates[_CROPPED_COMPILED], rates[_CROPPED]) if bench.compiled else []
-    for name in (_CROPPED, _CUT):
-        times = ratio(rates[name], rates[_PER_IMAGE])
-        figures.append(Figure(f"{name} / PIL", times, "x", absent="one of them failed" if times is None else None))
-    return Measured(rates, [], {"counted in": "unlabelled images with all their views and supports; one core"}, figures)
+    times = ratio(rates[_BATCHED], rates[_PER_IMAGE])
+    figure = Figure(f"{_BATCHED} / PIL", times, "x", absent="one of them failed" if times is None else None)
+    return Measured(
+        rates, [], {"counted in": "unlabelled images with all their views and supports; one core"}, [figure]
+    )
 
 
 def _loss(bench: Bench, config: Config) -> Measured:

@@ -73,7 +73,7 @@ def training_with_data(scene: Scene) -> tuple[Pretraining, Iterator[PawsBatch]]:
     """Training before its first step, and batches without end whose uint8 crops are on the device."""
     config = scene.config()
     use_threads(config)
-    stream = _open_for_good.enter_context(opened_stream(config, placement="cpu-crop"))
+    stream = _open_for_good.enter_context(opened_stream(config))
     training = make_training(config, stream)
     held = [on_device(stream.batch(step), training.device) for step in range(_BATCHES)]
     numbered = (replace(held[step % _BATCHES], step=step) for step in itertools.count())
@@ -84,7 +84,7 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
     config = Scene(**scene).config()
     use_threads(config)
-    stream = _open_for_good.enter_context(opened_stream(config, placement=None))
+    stream = _open_for_good.enter_context(opened_stream(config, as_training=True))
     training = make_training(config, stream)
     cuda, numbers = training.device.type == "cuda", itertools.count()
     window = MetricsWindow(lambda _: [], remedy="")
@@ -108,7 +108,6 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
             "done": steps * config.pretrain.batch_size,
             "seconds": seconds,
             "data_wait": meter.read(steps)["throughput/data_wait"],
-            "placement": stream.options.placement,
         }
 
     return work
