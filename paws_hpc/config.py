@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from paws_hpc.data.config import PLACEMENTS, LabelsConfig
-from paws_hpc.data.views import ViewsConfig
+from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
     ClassifierConfig,
     OptimizerConfig,
@@ -23,95 +22,6 @@ from paws_hpc.sizes import check_divides
 
 STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
 SWEEPS = ("finetune", "baseline")
-
-
-@dataclass
-class DataConfig:
-    """Where the packed images are, how to pack them if they are not, in which order they come and where work runs.
-
-    Attributes:
-        name: of the data set, for people.
-        classes: how many it has, for recipes whose sizes follow from it; checked against the store. None: unknown.
-        train: store of the training images; without ``labelled`` the labelled ones are among them.
-        labelled: store of labelled images and of those for validation, where they are not part of ``train``. Classes
-            are this store's then, and labels of ``train`` are never read. All images are normalised by the statistics
-            of ``train``: one network sees both, and most of what it sees is unlabelled.
-        test: store of the test images, read once, after selection.
-        source: kind of source, one that comes divided into train and test, to pack from when a store is missing; none:
-            a missing store is an error.
-        source_path: its folder; none for a source that a package ships.
-        threads: that decode and crop, per rank.
-        copy_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
-            it reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
-        max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
-            each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
-            replaces a record by the same one, but counts for itself, from its start on.
-        order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
-            together for a while, which a cold parallel file system rewards (``paws_hpc.data.order.EpochOrder``).
-        block_mb: consecutive records that ``window`` keeps together, MB.
-        window_blocks: blocks whose records ``window`` shuffles among each other.
-        support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
-            and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
-        cache_gb: memory of a node for the labelled images, shared by its processes, GB; 0 reads them again and again.
-        placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
-            ``auto``, which the run keeps once it has chosen (``paws_hpc.data.cutting``, ``paws_hpc.data.placement``).
-        prefetch_gb: memory of a rank for batches made ahead, at most three, GB: of the host for their images, of the
-            device for their augmented views.
-    """
-
-    name: str = "digits"
-    classes: int | None = None
-    train: str = "shards/digits/train"
-    labelled: str | None = None
-    test: str = "shards/digits/test"
-    source: str | None = None
-    source_path: str | None = None
-    threads: int = 1
-    copy_to: str | None = None
-    max_substitutes: int = 0
-    order: str = "full"
-    block_mb: float = 8.0
-    window_blocks: int = 256
-    support_order: str = "paper"
-    cache_gb: float = 2.0
-    placement: str = "auto"
-    prefetch_gb: float = 1.0
-
-    @property
-    def stores(self) -> dict[str, str]:
-        """Paths of the stores that a run reads, by what they hold."""
-        stores = {"training images": self.train, "test images": self.test}
-        return stores if self.labelled is None else stores | {"labelled images": self.labelled}
-
-    def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"data.threads={self.threads} must be at least 1.")
-        if self.max_substitutes < 0:
-            raise ValueError(f"data.max_substitutes={self.max_substitutes} must be 0 or more.")
-        if self.source is not None:
-            _check_source(self.source)
-        for name, allowed in (
-            ("order", ("full", "window")),
-            ("support_order", ("paper", "balanced")),
-            ("placement", ("auto", *PLACEMENTS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"data.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        if not self.block_mb > 0 or self.window_blocks < 1:
-            raise ValueError(
-                f"data.block_mb={self.block_mb} must be positive and data.window_blocks={self.window_blocks} at least "
-                "1."
-            )
-        if not (self.cache_gb >= 0 and self.prefetch_gb >= 0):
-            raise ValueError(f"data.cache_gb={self.cache_gb} and data.prefetch_gb={self.prefetch_gb} must be >= 0.")
-
-
-def _check_source(name: str) -> None:
-    from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
-
-    divided = [source for source, kind in SOURCES.items() if kind.has_splits]
-    if name not in divided:
-        raise ValueError(f"data.source={name!r} must be null or one of {', '.join(divided)}.")
 
 
 @dataclass

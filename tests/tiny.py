@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from paws_hpc.config import Config, DataConfig
-from paws_hpc.data.config import LabelsConfig
-from paws_hpc.data.views import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
+from paws_hpc.config import Config
+from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SupportConfig, TrackingConfig
 from paws_hpc.models.config import ModelConfig
 

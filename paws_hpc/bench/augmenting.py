@@ -25,7 +25,7 @@ def augmentation(scene: dict[str, Any], steps: int) -> Work:
     numbers = itertools.count()
 
     def augment_next() -> None:
-        for part in stream.batch(next(numbers)).parts:
+        for part in stream.batch(next(numbers)).micro_batches:
             stream.augment(part, device, torch.float32)
 
     def work() -> dict[str, Any]:

@@ -19,12 +19,12 @@ import torch
 from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.photographs import CLASSES, jpegs
 from paws_hpc.data.batches import StreamOptions
-from paws_hpc.data.cutting import Cutter, make_strategy
+from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import CachedImages, StoreImages
-from paws_hpc.data.order import Positions
+from paws_hpc.data.multicrop import MultiCrop, make_strategy
+from paws_hpc.data.samplers import Positions
 from paws_hpc.data.shared_cache import open_shared_cache
 from paws_hpc.data.streams import PawsStream
-from paws_hpc.data.views import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore
 
@@ -116,7 +116,7 @@ def crops(store: str, threads: int) -> Work:
     """2 x 224 and 6 x 96 crops of every image, without augmentation, which runs batched on the device."""
     images = ImageStore.open(store)
     torch.set_num_threads(1)
-    cutter = Cutter(make_strategy(StoreImages(images), "cpu-crop", threads=threads, device=_CPU), seed=0)
+    cutter = MultiCrop(make_strategy(StoreImages(images), "cpu-crop", threads=threads, device=_CPU), seed=0)
     order, epochs = batches(shuffled(len(images))), iter(range(10**6))
 
     def work() -> int:
@@ -151,7 +151,7 @@ def supports(store: str, decoded: bool) -> Work:
     torch.set_num_threads(1)
     labelled = shuffled(len(images))[: min(600, len(images))]
     source = _decoded(images, labelled) if decoded else StoreImages(images)
-    cutter = Cutter(make_strategy(source, "cpu-crop", threads=1, device=_CPU), seed=0)
+    cutter = MultiCrop(make_strategy(source, "cpu-crop", threads=1, device=_CPU), seed=0)
     crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
     order, steps = batches(labelled), iter(range(10**9))
 

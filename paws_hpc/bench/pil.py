@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torchvision import transforms
 
-from paws_hpc.data.views import AugmentConfig, CropConfig
+from paws_hpc.data.config import AugmentConfig, CropConfig
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

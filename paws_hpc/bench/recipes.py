@@ -19,8 +19,8 @@ from PIL import Image
 from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
-from paws_hpc.data.batches import PawsBatch, PawsPart, StreamOptions
-from paws_hpc.data.cutting import Crops
+from paws_hpc.data.batches import MicroBatch, PawsBatch, StreamOptions
+from paws_hpc.data.multicrop import Crops
 from paws_hpc.data.pixels import CutPixels
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
@@ -200,8 +200,8 @@ def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:
     def moved(crops: Crops) -> Crops:
         return replace(crops, pixels=CutPixels(crops.pixels.on(device)))
 
-    parts = tuple(PawsPart(*map(moved, part.kinds)) for part in batch.parts)
-    return replace(batch, parts=parts)
+    parts = tuple(MicroBatch(*map(moved, part.crop_groups)) for part in batch.micro_batches)
+    return replace(batch, micro_batches=parts)
 
 
 def describe_sizes(config: Config) -> dict[str, object]:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from paws_hpc.config import Config, DataConfig
+from paws_hpc.config import Config
+from paws_hpc.data.config import DataConfig
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 

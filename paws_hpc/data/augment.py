@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paws_hpc.data.config import AugmentConfig
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.philox import Stream, uniform
-from paws_hpc.data.views import AugmentConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NO_JITTER = (1.0, 1.0, 1.0, 0.0)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from paws_hpc.data.augment import AugmentParameters, augment
 from paws_hpc.data.config import Placement
-from paws_hpc.data.cutting import Crops
-from paws_hpc.data.devices import Ahead
-from paws_hpc.data.order import Positions, Window
+from paws_hpc.data.devices import PrefetchedViews
+from paws_hpc.data.multicrop import Crops
+from paws_hpc.data.samplers import Positions, Window
 from paws_hpc.store import ImageStore
 
 
@@ -61,7 +61,7 @@ class StreamState:
 
 
 @dataclass(frozen=True)
-class PawsPart:
+class MicroBatch:
     """This rank's part of one micro-batch: b of its n images and s of its S support images, with all their crops.
 
     Attributes:
@@ -75,7 +75,7 @@ class PawsPart:
     small: Crops | None = None
 
     @property
-    def kinds(self) -> list[Crops]:
+    def crop_groups(self) -> list[Crops]:
         """Supports, large crops and, if there are any, small crops."""
         return [self.supports, self.large] + ([self.small] if self.small is not None else [])
 
@@ -87,7 +87,7 @@ class PawsBatch:
     Attributes:
         step: 0-based.
         records: (n,) positions of the unlabelled images in their store.
-        parts: A micro-batches of equal sizes; number a has image a, a + A, a + 2A, ... of the step's images and of its
+        micro_batches: A of equal size; number a has image a, a + A, a + 2A, ... of the step's images and of its
             supports, whatever the number of ranks, since each rank's n and S are multiples of A.
         support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
             view-major as if there were one part; entries are places among the K classes drawn for this step.
@@ -95,28 +95,28 @@ class PawsBatch:
         known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
             images come from another store, where nothing tells whether an image is in both.
         known_classes: (n,) int64, their classes' places among the K; 0 where unknown.
-        ahead: the augmented views of the only part, if they were made ahead of the step.
+        prefetched: the augmented views of the only part, if they were made ahead of the step.
     """
 
     step: int
     records: Positions
-    parts: tuple[PawsPart, ...]
+    micro_batches: tuple[MicroBatch, ...]
     support_classes: Tensor
     support_images: Tensor
     known: Tensor
     known_classes: Tensor
-    ahead: Ahead | None = None
+    prefetched: PrefetchedViews | None = None
 
     @property
     def num_support_rows(self) -> int:
         """V * S, of this rank."""
-        return sum(len(part.supports) for part in self.parts)
+        return sum(len(part.supports) for part in self.micro_batches)
 
     @property
     def nbytes(self) -> int:
         """Memory of its images on the host, and of views made ahead."""
-        held = held_bytes([crops for part in self.parts for crops in part.kinds])
-        return held if self.ahead is None else held + self.ahead.nbytes
+        held = held_bytes([crops for part in self.micro_batches for crops in part.crop_groups])
+        return held if self.prefetched is None else held + self.prefetched.nbytes
 
 
 @dataclass(frozen=True)
@@ -128,20 +128,20 @@ class LabelledBatch:
         records: (n,) positions in the store.
         crops: n rows.
         labels: (n,) int64 classes.
-        ahead: the augmented crops, if they were made ahead of the step.
+        prefetched: the augmented crops, if they were made ahead of the step.
     """
 
     step: int
     records: Positions
     crops: Crops
     labels: Tensor
-    ahead: Ahead | None = None
+    prefetched: PrefetchedViews | None = None
 
     @property
     def nbytes(self) -> int:
         """Memory of its images on the host, and of views made ahead."""
         held = held_bytes([self.crops])
-        return held if self.ahead is None else held + self.ahead.nbytes
+        return held if self.prefetched is None else held + self.prefetched.nbytes
 
 
 def held_bytes(kinds: Sequence[Crops]) -> int:

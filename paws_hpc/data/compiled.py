@@ -25,8 +25,8 @@ from paws_hpc.data.augment import (
     require_augmentable,
     to_grayscale,
 )
+from paws_hpc.data.config import AugmentConfig
 from paws_hpc.data.devices import to_device
-from paws_hpc.data.views import AugmentConfig
 from paws_hpc.whole_graph import whole_graph
 
 

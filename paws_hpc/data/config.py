@@ -1,12 +1,110 @@
-"""Whose labels may be used, and where crops are cut; what they look like is in ``views.py``. Without torch."""
+"""Configuration of the data: which stores, whose labels, and what the network sees of an image. Without torch.
+
+The defaults are the ImageNet recipe of the paper (multi-crop 2 x 224 and 6 x 96, SimCLR's colour operations).
+View numbers name the random draws of an image: large crops 0 and 1, small crops from 2 on, supports from
+``FIRST_SUPPORT_VIEW`` on, training crops of fine-tuning from ``FIRST_FINETUNE_VIEW`` on, so that none shares numbers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Placement = Literal["cpu-crop", "cpu-decode", "nvjpeg", "resident"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
+FIRST_SMALL_VIEW = 2
+FIRST_SUPPORT_VIEW = 1024
+FIRST_FINETUNE_VIEW = 2048
+MAX_SUPPORT_VIEWS = FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW
+
+
+@dataclass
+class DataConfig:
+    """Where the packed images are, how to pack them if they are not, in which order they come and where work runs.
+
+    Attributes:
+        name: of the data set, for people.
+        classes: how many it has, for recipes whose sizes follow from it; checked against the store. None: unknown.
+        train: store of the training images; without ``labelled`` the labelled ones are among them.
+        labelled: store of labelled images and of those for validation, where they are not part of ``train``. Classes
+            are this store's then, and labels of ``train`` are never read. All images are normalised by the statistics
+            of ``train``: one network sees both, and most of what it sees is unlabelled.
+        test: store of the test images, read once, after selection.
+        source: kind of source, one that comes divided into train and test, to pack from when a store is missing; none:
+            a missing store is an error.
+        source_path: its folder; none for a source that a package ships.
+        threads: that decode and crop, per rank.
+        copy_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
+            it reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
+        max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
+            each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
+            replaces a record by the same one, but counts for itself, from its start on.
+        order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
+            together for a while, which a cold parallel file system rewards (``paws_hpc.data.samplers.EpochSampler``).
+        block_mb: consecutive records that ``window`` keeps together, MB.
+        window_blocks: blocks whose records ``window`` shuffles among each other.
+        support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
+            and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
+        cache_gb: memory of a node for the labelled images, shared by its processes, GB; 0 reads them again and again.
+        placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
+            ``auto``, which the run keeps once it has chosen (``paws_hpc.data.multicrop``, ``paws_hpc.data.placement``).
+        prefetch_gb: memory of a rank for batches made ahead, at most three, GB: of the host for their images, of the
+            device for their augmented views.
+    """
+
+    name: str = "digits"
+    classes: int | None = None
+    train: str = "shards/digits/train"
+    labelled: str | None = None
+    test: str = "shards/digits/test"
+    source: str | None = None
+    source_path: str | None = None
+    threads: int = 1
+    copy_to: str | None = None
+    max_substitutes: int = 0
+    order: str = "full"
+    block_mb: float = 8.0
+    window_blocks: int = 256
+    support_order: str = "paper"
+    cache_gb: float = 2.0
+    placement: str = "auto"
+    prefetch_gb: float = 1.0
+
+    @property
+    def stores(self) -> dict[str, str]:
+        """Paths of the stores that a run reads, by what they hold."""
+        stores = {"training images": self.train, "test images": self.test}
+        return stores if self.labelled is None else stores | {"labelled images": self.labelled}
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"data.threads={self.threads} must be at least 1.")
+        if self.max_substitutes < 0:
+            raise ValueError(f"data.max_substitutes={self.max_substitutes} must be 0 or more.")
+        if self.source is not None:
+            _check_source(self.source)
+        for name, allowed in (
+            ("order", ("full", "window")),
+            ("support_order", ("paper", "balanced")),
+            ("placement", ("auto", *PLACEMENTS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"data.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+        if not self.block_mb > 0 or self.window_blocks < 1:
+            raise ValueError(
+                f"data.block_mb={self.block_mb} must be positive and data.window_blocks={self.window_blocks} at least "
+                "1."
+            )
+        if not (self.cache_gb >= 0 and self.prefetch_gb >= 0):
+            raise ValueError(f"data.cache_gb={self.cache_gb} and data.prefetch_gb={self.prefetch_gb} must be >= 0.")
+
+
+def _check_source(name: str) -> None:
+    from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
+
+    divided = [source for source, kind in SOURCES.items() if kind.has_splits]
+    if name not in divided:
+        raise ValueError(f"data.source={name!r} must be null or one of {', '.join(divided)}.")
 
 
 @dataclass
@@ -49,3 +147,114 @@ class LabelsConfig:
                 f"labels.validation_per_class={self.validation_per_class} and labels.validation_file="
                 f"{self.validation_file}: give exactly one of them, the other as null."
             )
+
+
+@dataclass
+class CropConfig:
+    """Random-resized crops of one size.
+
+    Attributes:
+        size: side of the square result, pixels.
+        count: crops of this kind per image.
+        scale: least and greatest share of the image's area that a crop covers.
+        ratio: least and greatest width/height of a crop, drawn log-uniformly.
+    """
+
+    size: int = 224
+    count: int = 1
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+
+    def __post_init__(self) -> None:
+        where = "(a crop of views.large, views.small or fine-tuning)"
+        if self.size < 1:
+            raise ValueError(f"size={self.size} {where} must be a positive number of pixels")
+        if self.count < 0:
+            raise ValueError(f"count={self.count} {where} must not be negative; 0 turns these crops off")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale={self.scale} {where} must be [least, greatest] share of the area in (0, 1]")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio={self.ratio} {where} must be [least, greatest] width/height, both positive")
+
+
+@dataclass
+class CenterCropConfig:
+    """Evaluation: the shorter side resized to ``resize`` pixels, then the central ``size`` x ``size`` pixels."""
+
+    resize: int = 256
+    size: int = 224
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise ValueError(
+                f"views.evaluation.size={self.size} must be positive and at most views.evaluation.resize={self.resize}"
+            )
+
+
+@dataclass
+class AugmentConfig:
+    """Strengths and probabilities of the operations on a crop; a strength or probability of 0 turns one off.
+
+    Attributes:
+        brightness, contrast, saturation: factors are uniform in [max(0, 1 - s), 1 + s].
+        hue: the shift is uniform in [-h, h], as a share of the colour circle; at most 0.5.
+        jitter_probability: chance that the four operations above are applied, in a random order.
+        grayscale_probability, blur_probability, flip_probability: chance of each operation.
+        blur_sigma: least and greatest standard deviation of the Gaussian, pixels.
+    """
+
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    flip_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"views.augment.{name}={getattr(self, name)} must be finite and not negative; 0 is off"
+                )
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"views.augment.hue={self.hue} must be in [0, 0.5], half the colour circle; 0 is off")
+        for name in ("jitter", "grayscale", "blur", "flip"):
+            probability = getattr(self, f"{name}_probability")
+            if not 0 <= probability <= 1:
+                raise ValueError(f"views.augment.{name}_probability={probability} must be in [0, 1]")
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < float("inf"):
+            raise ValueError(f"views.augment.blur_sigma={self.blur_sigma} must be [least, greatest] pixels, positive")
+
+
+@dataclass
+class ViewsConfig:
+    """All views of an image.
+
+    Attributes:
+        large: the two crops that are anchors and targets; supports are cropped like these.
+        small: further anchors (multi-crop); ``count`` 0 turns them off.
+        support_views: augmented views of each support image in a step.
+        augment: operations applied to every crop, supports included.
+        evaluation: the crop for scoring, without augmentation.
+    """
+
+    large: CropConfig = field(default_factory=lambda: CropConfig(size=224, count=2, scale=[0.14, 1.0]))
+    small: CropConfig = field(default_factory=lambda: CropConfig(size=96, count=6, scale=[0.05, 0.14]))
+    support_views: int = 1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    evaluation: CenterCropConfig = field(default_factory=CenterCropConfig)
+
+    def __post_init__(self) -> None:
+        if self.large.count != 2:
+            raise ValueError(
+                f"views.large.count={self.large.count} must be 2: each large crop's target is the other's prediction"
+            )
+        if FIRST_SMALL_VIEW + self.small.count > FIRST_SUPPORT_VIEW:
+            raise ValueError(
+                f"views.small.count={self.small.count} must be at most {FIRST_SUPPORT_VIEW - FIRST_SMALL_VIEW}"
+            )
+        if not 1 <= self.support_views <= MAX_SUPPORT_VIEWS:
+            raise ValueError(f"views.support_views={self.support_views} must be between 1 and {MAX_SUPPORT_VIEWS}")

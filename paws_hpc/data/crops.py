@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from paws_hpc.data.config import CropConfig
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.philox import Stream, uniform
-from paws_hpc.data.views import CropConfig
 
 ATTEMPTS = 10
 UNIFORMS_PER_BOX = 2 * ATTEMPTS + 2

@@ -22,7 +22,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-class HostBuffers:
+class BufferPool:
     """Memory on the host for batches of about one size, used again once nothing refers to it.
 
     Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
@@ -62,7 +62,7 @@ class HostBuffers:
         return np.empty(size, np.uint8)
 
 
-class Ahead:
+class PrefetchedViews:
     """Tensors that one thread makes on a device for another one to use.
 
     On a GPU they are made on a stream of their own, beside the step that is running; see :meth:`take`.

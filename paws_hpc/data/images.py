@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paws_hpc.data.order import Positions
+from paws_hpc.data.samplers import Positions
 from paws_hpc.data.shared_cache import SharedCache, open_shared_cache
 from paws_hpc.store import ImageStore
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.data.config import PLACEMENTS, Placement
-from paws_hpc.data.cutting import Crops, Cutter, make_strategy
+from paws_hpc.data.config import FIRST_SMALL_VIEW, PLACEMENTS, Placement, ViewsConfig
 from paws_hpc.data.images import StoreImages
-from paws_hpc.data.views import FIRST_SMALL_VIEW, ViewsConfig
+from paws_hpc.data.multicrop import Crops, MultiCrop, make_strategy
 from paws_hpc.store import ImageStore
 
 _LOG = logging.getLogger(__name__)
@@ -180,7 +179,7 @@ def probe(store: ImageStore, placement: Placement, *, views: ViewsConfig, thread
     """Time the stages of a placement on the first images of a store."""
     records, images = np.arange(min(_PROBED, len(store))), StoreImages(store)
     kinds = [(views.large, 0)] + ([(views.small, FIRST_SMALL_VIEW)] if views.small.count else [])
-    cutter = Cutter(make_strategy(images, placement, threads=threads, device=device), seed=0)
+    cutter = MultiCrop(make_strategy(images, placement, threads=threads, device=device), seed=0)
 
     def prepare() -> list[Crops]:
         return cutter.begin(records, kinds, epoch=0, config=views.augment)()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
-from paws_hpc.data.part_threads import computing_alone
+from paws_hpc.data.workers import single_threaded
 
 T = TypeVar("T")
 _AHEAD = 3  # those in the making included: enough to hide one slow batch; more would only hold memory
@@ -57,7 +57,7 @@ class Prefetch(Generic[T]):
         self._waiting: deque[tuple[T | BaseException, int]] = deque()
         self._changed = threading.Condition()
         self._leaving = False
-        self._compute_alone = computing_alone()
+        self._compute_alone = single_threaded()
         self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
 
     def __enter__(self) -> Iterator[T]:

@@ -35,7 +35,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from paws_hpc.data.order import Positions
+from paws_hpc.data.samplers import Positions
 from paws_hpc.data.shared_file import SharedFile, file_name, hold, sweep
 from paws_hpc.store import ImageStore, StoreError, decode_jpeg
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from paws_hpc.data.config import LabelsConfig
-from paws_hpc.data.order import Positions, cipher_key, permute
+from paws_hpc.data.samplers import Positions, cipher_key, permute
 from paws_hpc.files import read_json, value_digest, write_json
 from paws_hpc.store import ImageStore
 

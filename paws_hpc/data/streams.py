@@ -19,16 +19,9 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.data.augment import augment, normalise
-from paws_hpc.data.batches import Augmentation, LabelledBatch, PawsBatch, PawsPart, StreamOptions, StreamState, apply
+from paws_hpc.data.batches import Augmentation, LabelledBatch, MicroBatch, PawsBatch, StreamOptions, StreamState, apply
 from paws_hpc.data.compiled import CompiledAugmentation
-from paws_hpc.data.crops import center_crop
-from paws_hpc.data.cutting import Cutter, make_strategy
-from paws_hpc.data.devices import Ahead, side_stream
-from paws_hpc.data.images import StoreImages, as_tensor
-from paws_hpc.data.order import EpochOrder, Positions, SupportOrder
-from paws_hpc.data.part_threads import computing_alone
-from paws_hpc.data.prefetch import Prefetch
-from paws_hpc.data.views import (
+from paws_hpc.data.config import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
     FIRST_SUPPORT_VIEW,
@@ -38,6 +31,13 @@ from paws_hpc.data.views import (
     CropConfig,
     ViewsConfig,
 )
+from paws_hpc.data.crops import center_crop
+from paws_hpc.data.devices import PrefetchedViews, side_stream
+from paws_hpc.data.images import StoreImages, as_tensor
+from paws_hpc.data.multicrop import MultiCrop, make_strategy
+from paws_hpc.data.prefetch import Prefetch
+from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
+from paws_hpc.data.workers import single_threaded
 from paws_hpc.store import ImageStore
 
 _EVALUATION_BATCH = 256
@@ -85,8 +85,8 @@ class PawsStream:
         self.store, self.views, self.options, self.seed = store, views, options, seed
         images = StoreImages(store)
         supports = images if supports is None else supports
-        self._order = EpochOrder(len(store), batch_size, seed, options.window)
-        self._support = SupportOrder(
+        self._order = EpochSampler(len(store), batch_size, seed, options.window)
+        self._support = SupportSampler(
             labelled,
             supports.store.labels[labelled],
             num_classes=support_classes,
@@ -99,11 +99,13 @@ class PawsStream:
         unlabelled = make_strategy(images, options.placement, threads=threads, device=options.device)
         # A resident store lives on the device once; and threads are shared wherever the images are.
         shared = supports is images or (options.placement == "resident" and supports.store is store)
-        self._cutter = Cutter(unlabelled, seed=seed)
+        self._cutter = MultiCrop(unlabelled, seed=seed)
         self._support_cutter = (
             self._cutter
             if shared
-            else Cutter(make_strategy(supports, options.placement, threads=threads, device=options.device), seed=seed)
+            else MultiCrop(
+                make_strategy(supports, options.placement, threads=threads, device=options.device), seed=seed
+            )
         )
         self._images = distributed.per_rank(batch_size, name="pretrain.batch_size", accumulate_steps=accumulate_steps)
         self._supports = distributed.per_rank(
@@ -149,7 +151,7 @@ class PawsStream:
 
     def _begin_part(
         self, step: int, records: Positions, supports: Positions, repeats: Positions
-    ) -> Callable[[], PawsPart]:
+    ) -> Callable[[], MicroBatch]:
         views, kinds = self.views, [(self.views.large, 0)]
         if views.small.count:
             kinds.append((views.small, FIRST_SMALL_VIEW))
@@ -159,9 +161,9 @@ class PawsStream:
             supports, [(support_crop, FIRST_SUPPORT_VIEW)], epoch=step, config=views.augment, repeats=repeats
         )
 
-        def finish() -> PawsPart:
+        def finish() -> MicroBatch:
             (large, *small), (support,) = unlabelled(), labelled()
-            return PawsPart(support, large, small[0] if small else None)
+            return MicroBatch(support, large, small[0] if small else None)
 
         return finish
 
@@ -200,7 +202,9 @@ class PawsStream:
         def with_views(batch: PawsBatch) -> PawsBatch:
             if dtype is None or self._parts > 1:
                 return batch
-            return replace(batch, ahead=Ahead(lambda: self.augment(batch.parts[0], device, dtype), beside))
+            return replace(
+                batch, prefetched=PrefetchedViews(lambda: self.augment(batch.micro_batches[0], device, dtype), beside)
+            )
 
         return _prefetch(self.begin, with_views, self._abandon, range(start, stop), self.options)
 
@@ -208,11 +212,11 @@ class PawsStream:
         self._cutter.abandon()
         self._support_cutter.abandon()
 
-    def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    def augment(self, part: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented, normalised views on the device, by kind."""
         # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        views = [apply(crops, self.store, device, dtype, self._augmentation) for crops in part.kinds]
-        for crops in part.kinds:  # only now: kinds share their images
+        views = [apply(crops, self.store, device, dtype, self._augmentation) for crops in part.crop_groups]
+        for crops in part.crop_groups:  # only now: kinds share their images
             crops.pixels.release()
         return views
 
@@ -287,10 +291,10 @@ class ClassifierStream:
                 f"one. Use at most {self.batch_size} ranks (resources), or larger batches if there are more labels."
             )
         self._crop, self._augment, self._labelled = crop, augment, labelled
-        self._order = EpochOrder(len(labelled), self.batch_size, seed)
+        self._order = EpochSampler(len(labelled), self.batch_size, seed)
         self._like, self._options = normalised_as or store, options
         source = images or StoreImages(store)
-        self._cutter = Cutter(
+        self._cutter = MultiCrop(
             make_strategy(source, options.placement, threads=threads, device=options.device), seed=seed
         )
         self.steps_per_epoch = self._order.steps_per_epoch
@@ -314,7 +318,7 @@ class ClassifierStream:
         beside = side_stream(device)
 
         def with_views(batch: LabelledBatch) -> LabelledBatch:
-            return replace(batch, ahead=Ahead(lambda: [self.augment(batch, device, dtype)], beside))
+            return replace(batch, prefetched=PrefetchedViews(lambda: [self.augment(batch, device, dtype)], beside))
 
         return _prefetch(self.begin, with_views, self._cutter.abandon, range(start, stop), self._options)
 
@@ -360,7 +364,7 @@ class EvaluationSet:
         mine = self.records[distributed.share(len(self.records))]
         longest = -(-len(self.records) // distributed.world_size())
         like = self.training_store
-        alone = computing_alone()
+        alone = single_threaded()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation", initializer=alone) as pool:
             for start in range(0, max(longest, 1), _EVALUATION_BATCH):
                 records = mine[start : start + _EVALUATION_BATCH]

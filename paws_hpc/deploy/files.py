@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
 from paws_hpc.packing.standard import standard_pixels
 from paws_hpc.store import ImageStore

@@ -19,7 +19,7 @@ from paws_hpc.config import Config
 from paws_hpc.data.augment import normalise
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.images import as_tensor
-from paws_hpc.data.part_threads import computing_alone
+from paws_hpc.data.workers import single_threaded
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_set, paws_nn
 from paws_hpc.models.encoder import Classifier
@@ -105,7 +105,7 @@ class Predictor:
             top: classes to name, as far as there are.
             nearest: labelled images to name, as far as there are.
         """
-        alone = computing_alone()
+        alone = single_threaded()
         with ThreadPoolExecutor(self._threads, thread_name_prefix="predict", initializer=alone) as pool:
             for start in range(0, len(paths), _AT_ONCE):
                 read = list(pool.map(self._read, paths[start : start + _AT_ONCE]))

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from paws_hpc.data.views import AugmentConfig, CropConfig
+from paws_hpc.data.config import AugmentConfig, CropConfig
 from paws_hpc.engine.schedule import warmup_cosine
 
 OPTIMIZERS = ("lars", "sgd", "adamw")

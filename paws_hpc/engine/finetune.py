@@ -108,7 +108,9 @@ class ClassifierTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(batch.step)
         images = (
-            self.stream.augment(batch, self.device, torch.float32) if batch.ahead is None else batch.ahead.take()[0]
+            self.stream.augment(batch, self.device, torch.float32)
+            if batch.prefetched is None
+            else batch.prefetched.take()[0]
         )
         logits = self.model(images)
         # Not this rank's mean: ranks may hold one image more or less, and their losses are averaged.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import distributed
-from paws_hpc.data.order import Positions
+from paws_hpc.data.samplers import Positions
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.gpus import GpuMeter
 from paws_hpc.engine.tracking import Row

@@ -114,7 +114,7 @@ class Pretraining:
         weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
         set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
-        if len(batch.parts) == 1:
+        if len(batch.micro_batches) == 1:
             h, z = self._encode(self.model, batch, 0)
             metrics = self._losses(batch, h, z)
             metrics["loss/total"].backward()
@@ -135,16 +135,16 @@ class Pretraining:
         return next(self.encoder.parameters()).dtype
 
     def _encode(self, network: nn.Module, batch: PawsBatch, part: int) -> tuple[Tensor, Tensor]:
-        if batch.ahead is not None:
-            views = batch.ahead.take()
+        if batch.prefetched is not None:
+            views = batch.prefetched.take()
         else:
-            views = self.stream.augment(batch.parts[part], self.device, self.dtype)
+            views = self.stream.augment(batch.micro_batches[part], self.device, self.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             h, z = network(views)
         return h, z
 
     def _accumulate(self, batch: PawsBatch) -> dict[str, Tensor]:
-        views, images, parts = self.stream.views, len(batch.records), len(batch.parts)
+        views, images, parts = self.stream.views, len(batch.records), len(batch.micro_batches)
         supports = batch.num_support_rows // views.support_views
         kinds = [(views.support_views, supports), (2, images), (views.small.count, images)]
         return accumulate(

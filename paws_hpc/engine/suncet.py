@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from paws_hpc import distributed
-from paws_hpc.data.order import SupportOrder
+from paws_hpc.data.samplers import SupportSampler
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.parallel import replicate
@@ -66,7 +66,7 @@ def fine_tune_with_suncet(
     distributed.check_divides(
         len(counts) * per_class, distributed.world_size(), name="classes * suncet.images_per_class"
     )
-    order = SupportOrder(labelled.records, classes, num_classes=len(counts), images_per_class=per_class, seed=seed)
+    order = SupportSampler(labelled.records, classes, num_classes=len(counts), images_per_class=per_class, seed=seed)
     network = nn.Sequential(encoder.backbone, encoder.projection)
     encoder.eval()
     dtype = next(network.parameters()).dtype

@@ -19,8 +19,8 @@ _GAP = 2
 
 def write_crop_grid(path: Path, stream: PawsStream) -> None:
     """Write the crops of the first images of step 0 as PNG: a row per image; large crops, then small ones."""
-    part = stream.batch(0).parts[0]
-    views = [apply(crops, stream.store, torch.device("cpu"), torch.float32) for crops in part.kinds[1:]]
+    part = stream.batch(0).micro_batches[0]
+    views = [apply(crops, stream.store, torch.device("cpu"), torch.float32) for crops in part.crop_groups[1:]]
     count = len(part.large) // 2
     columns = [column for view in views for column in view.split(count)]
     mean, std = (torch.tensor(value)[:, None, None] for value in (stream.store.mean, stream.store.std))

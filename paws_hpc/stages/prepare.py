@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from paws_hpc.config import Config, DataConfig
-from paws_hpc.data.order import Positions, SupportOrder
+from paws_hpc.config import Config
+from paws_hpc.data.config import DataConfig
+from paws_hpc.data.samplers import Positions, SupportSampler
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
@@ -167,7 +168,7 @@ def open_stores(config: Config, *, staged: bool = False) -> RunStores:
 def _check_support(config: Config, data: RunStores) -> None:
     """Raise ValueError if the labels do not suffice for the support mini-batches; warn of a likely collapse."""
     support, labels = config.pretrain.support, data.labelled_store.labels[data.labelled]
-    SupportOrder(
+    SupportSampler(
         data.labelled,
         labels,
         num_classes=support.classes,

@@ -10,7 +10,7 @@ from torch import Tensor
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity
 from paws_hpc.data.batches import StreamOptions
-from paws_hpc.data.order import Positions
+from paws_hpc.data.samplers import Positions
 from paws_hpc.data.streams import EvaluationSet, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_set, paws_nn, score

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.config import Config, DataConfig, Identity
+from paws_hpc.config import Config, Identity
 from paws_hpc.data.batches import StreamOptions
+from paws_hpc.data.config import DataConfig
 from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.order import Positions, Window
 from paws_hpc.data.placement import choose
+from paws_hpc.data.samplers import Positions, Window
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.prepare import RunStores, open_stores, stage_folder

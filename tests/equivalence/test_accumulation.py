@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from paws_hpc.data.config import CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsBatch, PawsStream
-from paws_hpc.data.views import CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig
@@ -85,7 +85,7 @@ def in_one_graph(training: Pretraining, batch: PawsBatch) -> None:
     """All micro-batches forward, one loss, one backward pass."""
     counts = [VIEWS, 2, SMALL]
     kinds: list[list[tuple[Tensor, Tensor]]] = [[] for _ in counts]
-    for part in batch.parts:
+    for part in batch.micro_batches:
         views = training.stream.augment(part, CPU, training.dtype)
         sizes = [len(view) for view in views]
         for kind, rows in zip(
@@ -122,8 +122,8 @@ def test_a_micro_batch_has_the_mixture_of_the_whole_and_all_crops_of_its_images(
     assert torch.equal(batch.support_classes, together.support_classes)
     assert torch.equal(batch.support_images, together.support_images)
     for kind, count in (("supports", VIEWS), ("large", 2), ("small", SMALL)):
-        rows = getattr(together.parts[0], kind).images.unflatten(0, (count, -1))
-        for place, part in enumerate(batch.parts):
+        rows = getattr(together.micro_batches[0], kind).images.unflatten(0, (count, -1))
+        for place, part in enumerate(batch.micro_batches):
             found = getattr(part, kind).images.unflatten(0, (count, -1))
             assert torch.equal(found, rows[:, place::PARTS]), kind
     classes = together.support_classes[: CLASSES * PER_CLASS]

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from paws_hpc import distributed
 from paws_hpc.cluster.rendezvous import join, own_address
+from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsStream
-from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig, VitConfig

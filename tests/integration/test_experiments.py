@@ -108,7 +108,7 @@ def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
     for step in range(2):
         batch = stream.batch(step)
         metrics = training.step(batch)
-        kinds = [images.shape for images in stream.augment(batch.parts[0], CPU, torch.float32)]
+        kinds = [images.shape for images in stream.augment(batch.micro_batches[0], CPU, torch.float32)]
         assert len({shape[-1] for shape in kinds}) == 2, "large and small crops"
         assert all(torch.isfinite(value) for value in metrics.values()), metrics
         assert metrics["loss/me_max"] < 0

@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix
 
 from paws_hpc import predict
 from paws_hpc.config import Config
-from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, forward_all, paws_nn
 from paws_hpc.models.encoder import build_encoder

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from paws_hpc.config import Config, DataConfig
-from paws_hpc.data.order import SupportOrder
+from paws_hpc.config import Config
+from paws_hpc.data.config import DataConfig
+from paws_hpc.data.samplers import SupportSampler
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
@@ -134,7 +135,7 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
     data = open_data(config)
     stream = pretrain.open_stream(config, data, stream_options(config, data, tmp_path, CPU))
-    order = SupportOrder(
+    order = SupportSampler(
         data.labelled, store.labels[data.labelled], num_classes=10, images_per_class=4, seed=config.seed, balanced=True
     )
     seen: set[int] = set()

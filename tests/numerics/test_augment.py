@@ -36,7 +36,7 @@ from paws_hpc.data.augment import (
     to_grayscale,
 )
 from paws_hpc.data.compiled import CompiledAugmentation
-from paws_hpc.data.views import AugmentConfig
+from paws_hpc.data.config import AugmentConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS = AugmentConfig(saturation=0, hue=0, grayscale_probability=0, blur_probability=0)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torchvision.transforms import RandomResizedCrop, transforms, v2
 from torchvision.transforms.v2 import functional as TF
 
+from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.data.crops import (
     UNIFORMS_PER_BOX,
     center_crop,
@@ -27,7 +28,6 @@ from paws_hpc.data.crops import (
     resized_crops,
     sample_boxes,
 )
-from paws_hpc.data.views import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 
 RECIPES = {
     "large": CropConfig(scale=[0.14, 1.0]),

@@ -11,9 +11,9 @@ from scipy.stats import norm
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from paws_hpc.data.order import Positions
+from paws_hpc.data.config import CenterCropConfig, CropConfig, ViewsConfig
+from paws_hpc.data.samplers import Positions
 from paws_hpc.data.streams import EvaluationSet, PawsStream
-from paws_hpc.data.views import CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn, score
 from paws_hpc.engine.pretrain import Pretraining

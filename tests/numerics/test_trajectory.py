@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from paws_hpc.data.batches import PawsBatch, PawsPart
-from paws_hpc.data.views import CropConfig, ViewsConfig
+from paws_hpc.data.batches import MicroBatch, PawsBatch
+from paws_hpc.data.config import CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.objective.config import ObjectiveConfig
@@ -184,10 +184,10 @@ class Vectors:
         nobody = np.zeros(IMAGES, np.int64)
         classes, unknown = torch.from_numpy(drawn.classes), torch.from_numpy(nobody)
         images = torch.arange(SUPPORTS) % (CLASSES * PER_CLASS)
-        return PawsBatch(step, nobody, (PawsPart(*rows),), classes, images, unknown.bool(), unknown)
+        return PawsBatch(step, nobody, (MicroBatch(*rows),), classes, images, unknown.bool(), unknown)
 
-    def augment(self, part: PawsPart, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        rows: Any = part.kinds
+    def augment(self, part: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        rows: Any = part.crop_groups
         return [torch.from_numpy(kind).to(device, dtype) for kind in rows]
 
 

@@ -106,7 +106,9 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(scene: Sc
             model = training.model
             for step in range(2):
                 batch = on_device(stream.batch(step), CPU)
-                assert torch.equal(batch.parts[0].large.images, stream.batch(step).parts[0].large.images)
+                assert torch.equal(
+                    batch.micro_batches[0].large.images, stream.batch(step).micro_batches[0].large.images
+                )
                 if not observed:
                     training.step(batch)
                     continue

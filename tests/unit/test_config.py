@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from paws_hpc.config import Config, DataConfig, ResourcesConfig, StageResources, identity
-from paws_hpc.data.config import LabelsConfig
-from paws_hpc.data.views import ViewsConfig
+from paws_hpc.config import Config, ResourcesConfig, StageResources, identity
+from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import ClassifierConfig, CollapseConfig, PretrainConfig, SupportConfig, TrackingConfig
 from paws_hpc.objective.config import ObjectiveConfig
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.data.config import ViewsConfig
 from paws_hpc.data.placement import choose
-from paws_hpc.data.views import ViewsConfig
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore, RecordError
 from tests.ranks import results_of, run_on_ranks

@@ -12,8 +12,8 @@ import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, top_k_accuracy_score
 from torch import Tensor, nn
 
+from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.data.views import CenterCropConfig
 from paws_hpc.engine import evaluate
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_all, paws_nn, score
 from paws_hpc.models.config import ModelConfig

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from paws_hpc.data.config import CenterCropConfig, CropConfig
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet
-from paws_hpc.data.views import CenterCropConfig, CropConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
 from paws_hpc.engine.config import Cell, ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError

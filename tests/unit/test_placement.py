@@ -13,12 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.data.batches import PawsBatch, StreamOptions
-from paws_hpc.data.config import PLACEMENTS, Placement
+from paws_hpc.data.config import PLACEMENTS, AugmentConfig, CropConfig, Placement, ViewsConfig
 from paws_hpc.data.images import cached_images
 from paws_hpc.data.pixels import Encoded
 from paws_hpc.data.placement import Rates, candidates, check_possible, choose, preferred, resident_bytes
 from paws_hpc.data.streams import ClassifierStream, PawsStream
-from paws_hpc.data.views import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -69,7 +68,7 @@ def levels_apart(first: PawsBatch, second: PawsBatch) -> tuple[int, float]:
     """Greatest difference of two batches' crops, in levels, and the share of pixels that differ."""
     greatest, share = 0, 0.0
     for kind in KINDS:
-        one, other = getattr(first.parts[0], kind), getattr(second.parts[0], kind)
+        one, other = getattr(first.micro_batches[0], kind), getattr(second.micro_batches[0], kind)
         assert torch.equal(one.parameters.jitter, other.parameters.jitter)
         difference = (one.images.int() - other.images.int()).abs()
         greatest = max(greatest, int(difference.max()))
@@ -83,10 +82,10 @@ def test_decoded_images_give_the_same_crops_on_the_device_to_one_level(photograp
         greatest, share = levels_apart(here, there)
         assert greatest <= 1
         assert share < 0.1, "only values that lie between two levels may differ"
-        assert there.parts[0].large.pixels.held is there.parts[0].small.pixels.held, (
+        assert there.micro_batches[0].large.pixels.held is there.micro_batches[0].small.pixels.held, (
             "both kinds are cut from one decoded image"
         )
-        assert not isinstance(there.parts[0].large.pixels, type(here.parts[0].large.pixels))
+        assert not isinstance(there.micro_batches[0].large.pixels, type(here.micro_batches[0].large.pixels))
 
 
 def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageStore) -> None:
@@ -97,7 +96,7 @@ def test_files_that_the_device_decodes_give_the_same_crops(photographs: ImageSto
     assert share < 0.1
     everything = photographs.read_encoded(here.records)
     assert sum(map(len, everything)) < there.nbytes < 0.5 * photographs.sizes(here.records)[0].sum() * 640
-    assert there.parts[0].large.pixels.held is there.parts[0].small.pixels.held
+    assert there.micro_batches[0].large.pixels.held is there.micro_batches[0].small.pixels.held
 
 
 def test_a_file_that_the_device_cannot_decode_is_named_with_the_remedy(photographs: ImageStore) -> None:
@@ -169,7 +168,7 @@ def test_a_substitute_that_is_found_within_a_batch_gives_the_crops_of_one_that_w
 
 def test_a_batch_knows_how_much_memory_it_holds(photographs: ImageStore) -> None:
     cut, uncut = (stream(photographs, placement).batch(0) for placement in ("cpu-crop", "cpu-decode"))
-    assert cut.nbytes == sum(getattr(cut.parts[0], kind).images.nbytes for kind in KINDS)
+    assert cut.nbytes == sum(getattr(cut.micro_batches[0], kind).images.nbytes for kind in KINDS)
     sizes = photographs.heights * photographs.widths * 3
     assert sizes[cut.records].sum() < uncut.nbytes < sizes[cut.records].sum() + 8 * sizes.max() + 1, "images once"
 
@@ -199,7 +198,7 @@ def test_auto_does_without_nvjpeg_where_that_does_not_work_and_says_why(
     assert "data.placement=auto does without nvjpeg" in caplog.text
     assert "NVJPEG_STATUS_NOT_INITIALIZED" in caplog.text
     with pytest.raises(ValueError, match="NVJPEG_STATUS_NOT_INITIALIZED"):
-        stream(photographs, "nvjpeg").batch(0).parts[0].large.images  # noqa: B018 - decoded when asked for
+        stream(photographs, "nvjpeg").batch(0).micro_batches[0].large.images  # noqa: B018 - decoded when asked for
 
 
 def test_auto_takes_from_the_gpu_only_what_clearly_pays() -> None:
@@ -276,7 +275,7 @@ def test_labels_from_a_grey_store_and_images_from_a_colour_one(photographs: Imag
             threads=1, supports=cached_images(labels, np.arange(12), cache_gb=1),
             options=StreamOptions(placement=placement),
         )  # fmt: skip
-        supports, large, _ = mixed.augment(mixed.batch(0).parts[0], CPU, torch.float32)
+        supports, large, _ = mixed.augment(mixed.batch(0).micro_batches[0], CPU, torch.float32)
         assert supports.shape == (2 * 6, 3, 32, 32)
         assert large.shape == (2 * 8, 3, 32, 32)
 
@@ -287,7 +286,8 @@ def test_a_gpu_gives_the_crops_of_the_cpu(photographs: ImageStore, digits: Image
     store = digits if placement == "resident" else photographs
     cuda = torch.device("cuda")
     here, there = (
-        source.batch(0).parts[0] for source in (stream(store, "cpu-crop"), stream(store, placement, device=cuda))
+        source.batch(0).micro_batches[0]
+        for source in (stream(store, "cpu-crop"), stream(store, placement, device=cuda))
     )
     busy = torch.randn(4096, 4096, device=cuda)
     for _ in range(20):  # what is cut and decoded next is queued behind this

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from paws_hpc.data.config import LabelsConfig
-from paws_hpc.data.order import cipher_key, permute
+from paws_hpc.data.samplers import cipher_key, permute
 from paws_hpc.data.splits import Split, _draw, _resolve, labelled_and_validation, load_split
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore, Keys

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from paws_hpc.data.batches import StreamOptions
+from paws_hpc.data.config import AugmentConfig
 from paws_hpc.data.streams import PawsStream
-from paws_hpc.data.views import AugmentConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.pretrain import Pretraining
@@ -87,9 +87,9 @@ def test_views_made_beside_the_step_are_those_made_in_it(digits_stores: Stores) 
         training = prepared(digits_stores, torch.device("cuda"), precision="fp32")
         with training.stream.prefetch(0, 20, training.dtype if ahead else None) as batches:
             for batch in batches:
-                views = training.stream.augment(batch.parts[0], training.device, training.dtype)
-                if batch.ahead is not None:
-                    assert all(torch.equal(*pair) for pair in zip(batch.ahead.take(), views, strict=True))
+                views = training.stream.augment(batch.micro_batches[0], training.device, training.dtype)
+                if batch.prefetched is not None:
+                    assert all(torch.equal(*pair) for pair in zip(batch.prefetched.take(), views, strict=True))
                 training.step(batch)
         weights.append(training.encoder.projection.fc1.weight.detach().cpu())
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)

@@ -19,15 +19,14 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data import cutting
+from paws_hpc.data import multicrop
 from paws_hpc.data.batches import PawsBatch, StreamOptions, StreamState
-from paws_hpc.data.config import Placement
+from paws_hpc.data.config import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, Placement, ViewsConfig
 from paws_hpc.data.crops import draw_boxes
-from paws_hpc.data.cutting import Crops
 from paws_hpc.data.images import StoreImages
-from paws_hpc.data.order import Window
+from paws_hpc.data.multicrop import Crops
+from paws_hpc.data.samplers import Window
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsStream
-from paws_hpc.data.views import FIRST_SMALL_VIEW, AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -127,7 +126,7 @@ def test_a_batch_is_a_function_of_its_step_alone(digits: ImageStore) -> None:
     for step in reversed(steps):
         assert_same(other.batch(step), forward[step])
     with pytest.raises(AssertionError):
-        assert_same(forward[0].parts, forward[70].parts)
+        assert_same(forward[0].micro_batches, forward[70].micro_batches)
 
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])
@@ -154,9 +153,9 @@ def test_ranks_together_hold_the_batch_of_one(digits: ImageStore, ranks: Ranks, 
         parts.append(stream(digits).batch(step))
     assert np.array_equal(np.concatenate([part.records for part in parts]), whole.records)
     for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
-        pieces = [by_view(getattr(part.parts[0], name), count) for part in parts]
+        pieces = [by_view(getattr(part.micro_batches[0], name), count) for part in parts]
         for together, expected in zip(
-            zip(*pieces, strict=True), by_view(getattr(whole.parts[0], name), count), strict=True
+            zip(*pieces, strict=True), by_view(getattr(whole.micro_batches[0], name), count), strict=True
         ):
             assert torch.equal(torch.cat(together, dim=1), expected), name
     # Gathering puts rank after rank, each with its views one after the other; every rank knows all of these classes.
@@ -183,11 +182,11 @@ def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageS
         "small": CropConfig(size=8, count=SMALL, scale=[1.0, 1.0], ratio=[1.0, 1.0]),
     }
     batch = stream(digits, **everything).batch(4)
-    assert torch.equal(batch.parts[0].large.images, whole_images(digits, batch.records, 16).repeat(2, 1, 1, 1))
+    assert torch.equal(batch.micro_batches[0].large.images, whole_images(digits, batch.records, 16).repeat(2, 1, 1, 1))
     small = whole_images(digits, batch.records, 8).repeat(SMALL, 1, 1, 1)
-    assert (batch.parts[0].small.images.int() - small.int()).abs().max() <= 1
+    assert (batch.micro_batches[0].small.images.int() - small.int()).abs().max() <= 1
     # Supports: views one after the other, inside a view class after class.
-    first, second = batch.parts[0].supports.images.chunk(2)
+    first, second = batch.micro_batches[0].supports.images.chunk(2)
     assert torch.equal(first, second)
     keys = {digits.read([record])[0].tobytes(): record for record in labelled(digits)}
     drawn = np.array([keys[row.numpy().tobytes()] for row in first])
@@ -211,7 +210,11 @@ ALWAYS_JITTER = AugmentConfig(jitter_probability=1.0)
 
 def test_views_of_an_image_are_drawn_independently(digits: ImageStore) -> None:
     batch = stream(digits, augment=ALWAYS_JITTER).batch(0)
-    for crops, count in ((batch.parts[0].large, 2), (batch.parts[0].small, SMALL), (batch.parts[0].supports, VIEWS)):
+    for crops, count in (
+        (batch.micro_batches[0].large, 2),
+        (batch.micro_batches[0].small, SMALL),
+        (batch.micro_batches[0].supports, VIEWS),
+    ):
         images, jitter = crops.images.unflatten(0, (count, -1)), crops.parameters.jitter.unflatten(0, (count, -1))
         for view in range(1, count):
             assert different(images[0], images[view]) > 0.9
@@ -224,8 +227,8 @@ def test_every_epoch_cuts_an_image_anew(digits: ImageStore) -> None:
     for step in (0, 1):  # each of them an epoch
         batch = everything.batch(step)
         order = np.argsort(batch.records)
-        crops.append(batch.parts[0].large.images[order])
-        jitter.append(batch.parts[0].large.parameters.jitter[order])
+        crops.append(batch.micro_batches[0].large.images[order])
+        jitter.append(batch.micro_batches[0].large.parameters.jitter[order])
     assert different(*crops) > 0.95
     assert different(*jitter) == 1
 
@@ -244,35 +247,35 @@ def test_every_step_cuts_a_support_anew_and_unlike_the_large_crops(digits: Image
     seen: set[bytes] = set()
     for step in (0, 1):
         batch = all_labels.batch(step)
-        supports = {row.numpy().tobytes() for row in batch.parts[0].supports.parameters.jitter}
+        supports = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters.jitter}
         assert len(supports) == VIEWS * len(digits.classes) * PER_CLASS
         assert not supports & seen
-        assert not supports & {row.numpy().tobytes() for row in batch.parts[0].large.parameters.jitter}
+        assert not supports & {row.numpy().tobytes() for row in batch.micro_batches[0].large.parameters.jitter}
         seen |= supports
-        pixels = {row.numpy().tobytes() for row in batch.parts[0].supports.images}
-        large = {row.numpy().tobytes() for row in batch.parts[0].large.images}
+        pixels = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.images}
+        large = {row.numpy().tobytes() for row in batch.micro_batches[0].large.images}
         assert len(pixels & large) < 0.1 * len(pixels)
 
 
 def test_small_crops_can_be_turned_off(digits: ImageStore) -> None:
     without = stream(digits, small=CropConfig(size=8, count=0))
     batch = without.batch(0)
-    assert batch.parts[0].small is None
-    assert [len(view) for view in without.augment(batch.parts[0], CPU, F32)] == [VIEWS * K * PER_CLASS, 2 * N]
+    assert batch.micro_batches[0].small is None
+    assert [len(view) for view in without.augment(batch.micro_batches[0], CPU, F32)] == [VIEWS * K * PER_CLASS, 2 * N]
 
 
 def test_views_arrive_augmented_normalised_and_in_three_channels(digits: ImageStore) -> None:
     still = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
     plain = stream(digits, augment=still)
     batch = plain.batch(0)
-    supports, large, small = plain.augment(batch.parts[0], CPU, torch.float64)
+    supports, large, small = plain.augment(batch.micro_batches[0], CPU, torch.float64)
     assert supports.shape == (VIEWS * K * PER_CLASS, 3, 16, 16)
     assert small.shape == (SMALL * N, 3, 8, 8)
     assert large.dtype == torch.float64
-    expected = (batch.parts[0].large.images / 255 - digits.mean[0]) / digits.std[0]
+    expected = (batch.micro_batches[0].large.images / 255 - digits.mean[0]) / digits.std[0]
     torch.testing.assert_close(large, expected.expand(-1, 3, -1, -1).double(), rtol=1e-5, atol=1e-5)
     augmented = stream(digits)
-    assert not torch.allclose(augmented.augment(augmented.batch(0).parts[0], CPU, torch.float64)[1], large)
+    assert not torch.allclose(augmented.augment(augmented.batch(0).micro_batches[0], CPU, torch.float64)[1], large)
 
 
 def test_an_indivisible_size_names_those_that_fit(digits: ImageStore, ranks: Ranks) -> None:
@@ -298,11 +301,11 @@ def test_views_made_ahead_have_the_same_bits_and_count_as_memory(digits: ImageSt
     source = stream(digits)
     with source.prefetch(5, 8, dtype) as batches:
         for batch in batches:
-            assert batch.ahead is not None
+            assert batch.prefetched is not None
             now = source.batch(batch.step)
-            views = source.augment(now.parts[0], CPU, dtype)
+            views = source.augment(now.micro_batches[0], CPU, dtype)
             assert batch.nbytes == now.nbytes + sum(view.nbytes for view in views)
-            for made, expected in zip(batch.ahead.take(), views, strict=True):
+            for made, expected in zip(batch.prefetched.take(), views, strict=True):
                 assert made.dtype == dtype
                 assert torch.equal(made, expected)
 
@@ -311,8 +314,8 @@ def test_views_of_several_micro_batches_are_left_to_the_step(digits: ImageStore)
     source = stream(digits, accumulate_steps=2)
     with source.prefetch(0, 1, F32) as batches:
         (batch,) = batches
-    assert batch.ahead is None
-    assert len(batch.parts) == 2
+    assert batch.prefetched is None
+    assert len(batch.micro_batches) == 2
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However it ends, with micro-batches and supports begun that nobody waited for: the store may be closed now."""
-    really_read, draw, lock = getattr(ImageStore, read), cutting.draw_parameters, threading.Lock()
+    really_read, draw, lock = getattr(ImageStore, read), multicrop.draw_parameters, threading.Lock()
     count = {"reading": 0, "reads": 0, "draws": 0}
 
     def add(name: str, number: int) -> int:
@@ -360,7 +363,7 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
         return draw(*arguments, **named)
 
     monkeypatch.setattr(ImageStore, read, slow_read)
-    monkeypatch.setattr(cutting, "draw_parameters", drawn)
+    monkeypatch.setattr(multicrop, "draw_parameters", drawn)
     store = digits if read == "read_raw" else ImageStore.open(photographs)
     options = StreamOptions(placement=placement)
     source = PawsStream(
@@ -393,7 +396,7 @@ def test_batches_may_be_made_while_others_are_made_ahead(digits: ImageStore) -> 
         with source.prefetch(0, 8, F32) as batches, source.prefetch(0, 3) as others:
             for step, batch in enumerate(batches):
                 assert_same(source.batch(step), expected[step])
-                assert_same(replace(batch, ahead=None), expected[step])
+                assert_same(replace(batch, prefetched=None), expected[step])
                 if step < 2:
                     assert_same(next(others), expected[step])
 
@@ -430,7 +433,7 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     assert len({(int(h), int(w)) for h, w in zip(store.heights, store.widths, strict=True)}) > 30
     several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
     batch = several.batch(0)
-    assert batch.parts[0].large.images.shape == (2 * N, 3, 16, 16)
+    assert batch.micro_batches[0].large.images.shape == (2 * N, 3, 16, 16)
     boxes = draw_boxes(
         several.views.small,
         seed=3,
@@ -440,7 +443,9 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
         heights=store.heights[batch.records],
         widths=store.widths[batch.records],
     )
-    for row, box, record in zip(batch.parts[0].small.images[3 * N :], boxes.tolist(), batch.records, strict=True):
+    for row, box, record in zip(
+        batch.micro_batches[0].small.images[3 * N :], boxes.tolist(), batch.records, strict=True
+    ):
         encoded = Image.open(io.BytesIO(store.read([record])[0]))
         assert (row.int() - pil_crop(np.array(encoded), box, 8).int()).abs().max() <= 1
 
@@ -460,7 +465,10 @@ def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Pa
     from_jpeg, from_raw = stream(jpeg).batch(0), stream(raw).batch(0)
     assert np.array_equal(from_jpeg.records, from_raw.records)
     for name in ("large", "small", "supports"):
-        difference = getattr(from_jpeg.parts[0], name).images.int() - getattr(from_raw.parts[0], name).images.int()
+        difference = (
+            getattr(from_jpeg.micro_batches[0], name).images.int()
+            - getattr(from_raw.micro_batches[0], name).images.int()
+        )
         assert difference.abs().max() <= 1
         assert (difference == 0).float().mean() > 0.8
     evaluations = [
@@ -574,9 +582,9 @@ def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
             parts.append(resumed.batch(resumed.step_at(state)))
         assert np.array_equal(np.concatenate([part.records for part in parts]), whole[step].records)
         for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
-            pieces = [by_view(getattr(part.parts[0], name), count) for part in parts]
+            pieces = [by_view(getattr(part.micro_batches[0], name), count) for part in parts]
             for together, expected in zip(
-                zip(*pieces, strict=True), by_view(getattr(whole[step].parts[0], name), count), strict=True
+                zip(*pieces, strict=True), by_view(getattr(whole[step].micro_batches[0], name), count), strict=True
             ):
                 assert torch.equal(torch.cat(together, dim=1), expected), name
         state = resumed.state(resumed.step_at(state) + 1)
@@ -604,15 +612,17 @@ def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits:
         make()
     batch = make(balanced_support=True).batch(2)
     assert batch.num_support_rows == VIEWS * K * PER_CLASS
-    jitter = {row.numpy().tobytes() for row in batch.parts[0].supports.parameters.jitter}
+    jitter = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters.jitter}
     assert len(jitter) == VIEWS * K * PER_CLASS, "no two rows are alike, though only K images are there"
-    pixels = batch.parts[0].supports.images.view(VIEWS, K, PER_CLASS, -1)
+    pixels = batch.micro_batches[0].supports.images.view(VIEWS, K, PER_CLASS, -1)
     assert torch.unique(pixels[:, 0].flatten(0, 1), dim=0).shape[0] > VIEWS * PER_CLASS // 2
     parts = []
     for rank in range(2):
         ranks.become(rank, 2)
-        parts.append(by_view(make(balanced_support=True).batch(2).parts[0].supports, VIEWS))
-    for together, expected in zip(zip(*parts, strict=True), by_view(batch.parts[0].supports, VIEWS), strict=True):
+        parts.append(by_view(make(balanced_support=True).batch(2).micro_batches[0].supports, VIEWS))
+    for together, expected in zip(
+        zip(*parts, strict=True), by_view(batch.micro_batches[0].supports, VIEWS), strict=True
+    ):
         assert torch.equal(torch.cat(together, dim=1), expected), "repeats are counted over all ranks"
 
 
@@ -677,8 +687,8 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
     batch = source.batch(0)
     assert not batch.known.any(), "positions in one store say nothing about the other"
     known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
-    classes = np.array([known[row.numpy().tobytes()] for row in batch.parts[0].supports.images])
+    classes = np.array([known[row.numpy().tobytes()] for row in batch.micro_batches[0].supports.images])
     assert len(np.unique(classes[:12].reshape(3, 4), axis=1).flatten()) == 3
-    rows = source.augment(batch.parts[0], CPU, F32)[0]
-    expected = (batch.parts[0].supports.images / 255 - digits.mean[0]) / digits.std[0]
+    rows = source.augment(batch.micro_batches[0], CPU, F32)[0]
+    expected = (batch.micro_batches[0].supports.images / 255 - digits.mean[0]) / digits.std[0]
     torch.testing.assert_close(rows, expected.expand(-1, 3, -1, -1))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.data.views import CenterCropConfig
 from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.suncet import fine_tune_with_suncet
 from paws_hpc.models.config import ModelConfig

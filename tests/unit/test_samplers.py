@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paws_hpc.data.order import EpochOrder, SupportOrder, Window, cipher_key, permute
+from paws_hpc.data.samplers import EpochSampler, SupportSampler, Window, cipher_key, permute
 
 WINDOW = Window(block_records=75, blocks=256)  # ImageNet: blocks of 8 MB
 
@@ -20,7 +20,7 @@ def test_every_position_is_met_exactly_once(count: int, seed: int) -> None:
 
 
 def test_an_epoch_visits_every_image_once_and_epochs_differ() -> None:
-    order = EpochOrder(count=1000, batch_size=100, seed=3)
+    order = EpochSampler(count=1000, batch_size=100, seed=3)
     first = np.concatenate([order.records(step) for step in range(10)])
     second = np.concatenate([order.records(step) for step in range(10, 20)])
     assert np.array_equal(np.sort(first), np.arange(1000))
@@ -29,9 +29,9 @@ def test_an_epoch_visits_every_image_once_and_epochs_differ() -> None:
 
 
 def test_a_step_needs_no_history_and_no_memory_at_a_billion_records() -> None:
-    order = EpochOrder(count=10**9, batch_size=4096, seed=0)
+    order = EpochSampler(count=10**9, batch_size=4096, seed=0)
     far = order.records(200_000)
-    assert np.array_equal(far, EpochOrder(count=10**9, batch_size=4096, seed=0).records(200_000))
+    assert np.array_equal(far, EpochSampler(count=10**9, batch_size=4096, seed=0).records(200_000))
     assert len(np.unique(far)) == 4096
     assert far.max() < 10**9
     # A uniform draw has mean 0.5 with standard error 0.0045 here.
@@ -49,16 +49,16 @@ def test_a_step_needs_no_history_and_no_memory_at_a_billion_records() -> None:
 def test_a_windowed_epoch_visits_every_image_once(
     count: int, block_records: int, blocks: int, epoch: int, seed: int
 ) -> None:
-    records = EpochOrder(count, count, seed, Window(block_records, blocks)).records(epoch)
+    records = EpochSampler(count, count, seed, Window(block_records, blocks)).records(epoch)
     assert np.array_equal(np.sort(records), np.arange(count))
-    batches = EpochOrder(count, -(-count // 5), seed, Window(block_records, blocks))
+    batches = EpochSampler(count, -(-count // 5), seed, Window(block_records, blocks))
     first = epoch * batches.steps_per_epoch
     together = np.concatenate([batches.records(first + step) for step in range(batches.steps_per_epoch)])
     assert np.array_equal(together, records[: len(together)]), "a batch is a piece of the epoch, whatever its size"
 
 
 def test_a_window_stays_in_few_places_of_the_disk_and_is_shuffled_there() -> None:
-    order = EpochOrder(count=100_000, batch_size=500, seed=1, window=Window(block_records=100, blocks=20))
+    order = EpochSampler(count=100_000, batch_size=500, seed=1, window=Window(block_records=100, blocks=20))
     records = np.concatenate([order.records(step) for step in range(4)])  # one window
     ordered = np.sort(records)
     runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
@@ -74,7 +74,7 @@ def test_a_window_stays_in_few_places_of_the_disk_and_is_shuffled_there() -> Non
 
 def test_blocks_are_cut_in_other_places_in_each_epoch() -> None:
     """Else two images would be together in every epoch, and those of the last, shorter block always apart."""
-    order = EpochOrder(count=1000, batch_size=1000, seed=1, window=Window(block_records=100, blocks=1))
+    order = EpochSampler(count=1000, batch_size=1000, seed=1, window=Window(block_records=100, blocks=1))
     starts = set()
     for epoch in range(20):
         blocks = order.records(epoch).reshape(10, 100)
@@ -86,7 +86,7 @@ def test_blocks_are_cut_in_other_places_in_each_epoch() -> None:
 def test_a_batch_costs_the_same_time_and_memory_for_a_million_records_and_a_billion(window: Window | None) -> None:
     seconds, peaks = [], []
     for count in (10**6, 10**9):
-        order = EpochOrder(count, 4096, seed=0, window=window)
+        order = EpochSampler(count, 4096, seed=0, window=window)
         steps = np.linspace(0, order.steps_per_epoch - 1, 8).astype(int).tolist()
         order.records(steps[0])
         best = np.inf
@@ -113,10 +113,10 @@ def test_small_permutations_are_uniform() -> None:
     assert chi_square < 31.3  # 99.9 % quantile with 11 degrees of freedom
 
 
-def make_support(classes: int = 10, per_class: int = 12, **asked: int | bool) -> tuple[SupportOrder, np.ndarray]:
+def make_support(classes: int = 10, per_class: int = 12, **asked: int | bool) -> tuple[SupportSampler, np.ndarray]:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), per_class))
     records = np.arange(len(labels)) + 1000
-    return SupportOrder(records, labels, seed=1, **asked), labels
+    return SupportSampler(records, labels, seed=1, **asked), labels
 
 
 def test_support_is_stratified_distinct_and_a_function_of_the_step() -> None:
@@ -152,7 +152,7 @@ def test_balanced_supports_take_turns(counts: list[int], classes: int, images_pe
     """However many labels a class has, one among them: images of a class and classes differ by one use at most."""
     labels = np.repeat(np.arange(len(counts)), counts)
     classes = min(classes, len(counts))
-    order = SupportOrder(
+    order = SupportSampler(
         np.arange(len(labels)),
         labels,
         num_classes=classes,
@@ -187,8 +187,8 @@ def test_balanced_supports_come_in_ever_new_company() -> None:
 
 def test_too_few_labels_or_classes_say_what_would_fit() -> None:
     with pytest.raises(ValueError, match=r"class 3 has only 4 labelled.*at most 4.*support_order=balanced"):
-        SupportOrder(np.arange(14), np.repeat([3, 5], [4, 10]), num_classes=2, images_per_class=6, seed=0)
+        SupportSampler(np.arange(14), np.repeat([3, 5], [4, 10]), num_classes=2, images_per_class=6, seed=0)
     with pytest.raises(ValueError, match=r"support.classes=11, but only 10 classes"):
         make_support(num_classes=11, images_per_class=1)
     with pytest.raises(ValueError, match="batch_size=128 is larger than the data set of 100"):
-        EpochOrder(count=100, batch_size=128, seed=0)
+        EpochSampler(count=100, batch_size=128, seed=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.data.devices import HostBuffers
+from paws_hpc.data.devices import BufferPool
 
 CPU = torch.device("cpu")
 
@@ -31,14 +31,14 @@ def test_an_epoch_takes_no_more_buffers_than_are_in_use_at_once(monkeypatch: pyt
         return new_memory(size, dtype)
 
     monkeypatch.setattr(np, "empty", noted)
-    buffers, held = HostBuffers(CPU), deque[list[Tensor]](maxlen=4)
+    buffers, held = BufferPool(CPU), deque[list[Tensor]](maxlen=4)
     for _ in range(120):
         held.append([buffers.take(size, 1000) for size in (19, 10, 15)])
     assert sorted(made) == [10_000] * 5 + [15_000] * 5 + [19_000] * 5
 
 
 def test_memory_is_not_used_again_while_anything_shares_it() -> None:
-    buffers = HostBuffers(CPU)
+    buffers = BufferPool(CPU)
     view = buffers.take(4, 8, 3).fill_(5).permute(2, 0, 1)[1, 2:]
     array = buffers.take(96).fill_(6).numpy()[3:7]
     for _ in range(5):
@@ -52,7 +52,7 @@ def test_memory_is_not_used_again_while_anything_shares_it() -> None:
 
 
 def test_free_memory_serves_smaller_batches_and_larger_ones_replace_it() -> None:
-    buffers = HostBuffers(CPU)
+    buffers = BufferPool(CPU)
     large, small = buffers.take(1000), buffers.take(10)
     places = place(large), place(small)
     del large, small
@@ -68,7 +68,7 @@ def test_free_memory_serves_smaller_batches_and_larger_ones_replace_it() -> None
 
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0, 2), (1,), (3, 5, 7)])
 def test_a_buffer_of_any_shape_can_be_written_and_is_numpys_too(shape: tuple[int, ...]) -> None:
-    buffers = HostBuffers(CPU)
+    buffers = BufferPool(CPU)
     for value in (7, 8):
         buffer = buffers.take(*shape)
         assert buffer.shape == shape
@@ -78,7 +78,7 @@ def test_a_buffer_of_any_shape_can_be_written_and_is_numpys_too(shape: tuple[int
 
 
 def test_batches_that_threads_hold_for_unlike_times_never_share_memory() -> None:
-    buffers = HostBuffers(CPU)
+    buffers = BufferPool(CPU)
 
     def hold(number: int, batch: Tensor) -> bool:
         batch.fill_(number % 251)

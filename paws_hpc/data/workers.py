@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 
-def computing_alone() -> Callable[[], None]:
+def single_threaded() -> Callable[[], None]:
     """What a thread beside the calling one calls first, to keep what torch computes in it to one core.
 
     Else each thread that makes batches would have torch's threads of its own, as many as the one that trains. As soon
@@ -29,7 +29,7 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)  # of this thread, MKL's too
 
 
-class PartThreads:
+class WorkerPool:
     """A few threads that work on parts of batches, each on one core.
 
     Attributes:
@@ -39,7 +39,7 @@ class PartThreads:
     def __init__(self, count: int, name: str) -> None:
         """Prepare ``count`` threads called ``name``."""
         self.count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=computing_alone())
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=single_threaded())
         self._local = threading.local()  # what one thread gives up, another may still be waiting for
 
     @property

@@ -99,7 +99,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class EpochOrder:
+class EpochSampler:
     """One pass over all records per epoch, in an order drawn anew for each; an incomplete last batch is left out.
 
     Without a window the order is a permutation of all records. With one, the records are cut into blocks of neighbours
@@ -178,7 +178,7 @@ class SupportDraw(NamedTuple):
     repeats: Positions
 
 
-class SupportOrder:
+class SupportSampler:
     """The support mini-batch of each step: classes first, then the same number of images of each.
 
     ``paper`` (Appendix A): classes are drawn without replacement inside a step, and so are the images of a class; both

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from paws_hpc.data import streams
+from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.data.crops import center_crop
-from paws_hpc.data.part_threads import PartThreads
 from paws_hpc.data.prefetch import Prefetch
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.data.views import CenterCropConfig
+from paws_hpc.data.workers import WorkerPool
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
@@ -34,7 +34,7 @@ def three_threads() -> Iterator[None]:
 @pytest.mark.usefixtures("three_threads")
 def test_threads_that_cut_have_no_torch_threads_of_their_own() -> None:
     """With them there would be more than cores, and every step of training would wait for sleeping threads."""
-    threads = PartThreads(2, "parts")
+    threads = WorkerPool(2, "parts")
     threads.begin(lambda _: None, TWO)()
     torch.set_num_threads(3)  # of this thread, but what the others had not asked for would change with it
     assert threads.begin(lambda _: torch.get_num_threads(), TWO)() == [1, 1]
@@ -68,14 +68,14 @@ _FRESH = """
 import os
 import numpy as np
 import torch
-from paws_hpc.data.part_threads import PartThreads
+from paws_hpc.data.workers import WorkerPool
 
 def thread_count():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(3)
 large = torch.from_numpy(np.ones(2_000_000, np.float32))
-parts = PartThreads(2, "parts")
+parts = WorkerPool(2, "parts")
 before = thread_count()
 parts.begin(lambda _: large * 2 + large @ large, [slice(0, 1), slice(1, 2)])()
 beside = thread_count() - before

@@ -30,19 +30,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc.data.augment import AugmentParameters, draw_parameters
-from paws_hpc.data.config import Placement
+from paws_hpc.data.config import AugmentConfig, CropConfig, Placement
 from paws_hpc.data.crops import (
     RaggedImages,
     draw_boxes,
     equal_size_resized_crops,
     resized_crops,
 )
-from paws_hpc.data.devices import HostBuffers
+from paws_hpc.data.devices import BufferPool
 from paws_hpc.data.images import StoreImages, as_tensor
-from paws_hpc.data.order import Positions
-from paws_hpc.data.part_threads import PartThreads
 from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
-from paws_hpc.data.views import AugmentConfig, CropConfig
+from paws_hpc.data.samplers import Positions
+from paws_hpc.data.workers import WorkerPool
 from paws_hpc.store import ImageStore
 
 _DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
@@ -86,7 +85,7 @@ class Strategy(Protocol):
         """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
 
 
-class Cutter:
+class MultiCrop:
     """Draws boxes and augmentation for records and has the crops cut."""
 
     def __init__(self, strategy: Strategy, *, seed: int) -> None:
@@ -176,9 +175,9 @@ class CpuCrop:
     """Decodes and crops on a few threads, straight into the batch."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads = images, PartThreads(threads, "crops")
+        self._images, self._threads = images, WorkerPool(threads, "crops")
         # By shape: where kinds shared them, small ones would take large memory and large ones ask for more.
-        self._buffers: defaultdict[tuple[int, ...], HostBuffers] = defaultdict(partial(HostBuffers, device))
+        self._buffers: defaultdict[tuple[int, ...], BufferPool] = defaultdict(partial(BufferPool, device))
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -257,7 +256,7 @@ class CpuDecode:
     """Decodes on a few threads; the images travel, and are cropped on the device."""
 
     def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._buffers, self._threads = images, HostBuffers(device), PartThreads(threads, "decode")
+        self._images, self._buffers, self._threads = images, BufferPool(device), WorkerPool(threads, "decode")
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
@@ -287,7 +286,7 @@ class NvJpeg:
     """Reads JPEG files; decoding and cropping run on the GPU."""
 
     def __init__(self, images: StoreImages, threads: int) -> None:
-        self._images, self._threads = images, PartThreads(threads, "read")
+        self._images, self._threads = images, WorkerPool(threads, "read")
         self.abandon = self._threads.abandon
 
     def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
