@@ -6,6 +6,7 @@ Defaults stand in those dataclasses once; ``conf/`` states differences. Below th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
@@ -19,9 +20,7 @@ from paws_hpc.engine.config import (
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.sizes import check_divides
-
-STAGES = ("prepare", "pretrain", "finetune", "baseline", "selection", "report")
-SWEEPS = ("finetune", "baseline")
+from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
 
 
 @dataclass
@@ -75,18 +74,6 @@ class StageResources:
 
 
 @dataclass
-class ResourcesConfig:
-    """Resources by stage."""
-
-    prepare: StageResources = field(default_factory=StageResources)
-    pretrain: StageResources = field(default_factory=StageResources)
-    finetune: StageResources = field(default_factory=StageResources)
-    baseline: StageResources = field(default_factory=StageResources)
-    selection: StageResources = field(default_factory=StageResources)
-    report: StageResources = field(default_factory=StageResources)
-
-
-@dataclass
 class Config:
     """A run.
 
@@ -108,7 +95,7 @@ class Config:
         finetune: sweep on the pre-trained network.
         baseline: sweep without pre-training on the same labels.
         tracking: Weights & Biases.
-        resources: per stage.
+        resources: by stage.
         restarts_without_progress: a crashed job is queued again as long as the starts that crashed without getting
             further are no more than this (Slurm).
         dry_run: print what would be submitted, and submit and write nothing (Slurm).
@@ -119,7 +106,7 @@ class Config:
     runs: str = "runs"
     seed: int = 0
     device: str = "auto"
-    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
     accept_changes: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
@@ -132,7 +119,7 @@ class Config:
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
     baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    resources: dict[str, StageResources] = field(default_factory=lambda: {name: StageResources() for name in STAGES})
     restarts_without_progress: int = 3
     dry_run: bool = False
     cancel: bool = False
@@ -144,14 +131,20 @@ class Config:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
-        if self.resources.prepare.ranks > 1 or self.resources.report.ranks > 1:
+        if wrong := self.resources.keys() - STAGES.keys():
+            name = min(wrong)
+            near = get_close_matches(name, STAGES, n=1, cutoff=0.0)
+            raise ValueError(f"resources.{name} is of no stage. Did you mean {near[0]!r}? Known: {', '.join(STAGES)}.")
+        self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
+        alone = [name for name, stage in STAGES.items() if not stage.torch]
+        if any(self.resources[name].ranks > 1 for name in alone):
             raise ValueError(
-                "resources.prepare and resources.report must have nodes=1 and tasks_per_node=1: one process does their "
-                "work."
+                f"{' and '.join(f'resources.{name}' for name in alone)} must have nodes=1 and tasks_per_node=1: one "
+                "process does their work."
             )
         if self.restarts_without_progress < 0:
             raise ValueError(f"restarts_without_progress={self.restarts_without_progress} must be 0 or more.")
-        ranks, support = self.resources.pretrain.ranks, self.pretrain.support
+        ranks, support = self.resources["pretrain"].ranks, self.pretrain.support
         for name, size in (
             ("pretrain.batch_size", self.pretrain.batch_size),
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),

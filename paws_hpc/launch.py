@@ -33,6 +33,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import error_text, exclusive
 from paws_hpc.report.tables import result_table
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.prepare import check_images
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
@@ -91,7 +92,7 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
         if finished and "selection" in config.stages:
             check_sweep_is_the_scored_one(config, run)  # which selection would find after all the training before it
         worked = run_chain(config, run, _runner(config, run, kind))
-    if not any(job.startswith(("pretrain", "finetune", "baseline")) for job in worked) and finished:
+    if not any(STAGES[job.partition("/")[0]].trains for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
     for name, value in result_table(run.path):
@@ -102,7 +103,7 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
 
 
 def _runner(config: Config, run: RunFolder, kind: str) -> Runner:
-    several = any(getattr(config.resources, stage).ranks > 1 for stage in config.stages)
+    several = any(config.resources[stage].ranks > 1 for stage in config.stages)
     return submitit_local(config, run) if several or kind == "LocalLauncher" else in_process(run)
 
 

@@ -1,4 +1,15 @@
-"""Config keys of earlier versions, each with what to write instead; a launch refuses them by this table."""
+"""Config keys of earlier versions, each with what to write instead; they are refused wherever a config is read."""
+
+from __future__ import annotations
+
+
+def renamed(key: str) -> str | None:
+    """What to write instead of a dotted key that only earlier versions have, as a sentence; None for any other key."""
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            return f"{key} is no field of the config any more. Instead of {old}: {new}."
+    return None
+
 
 RENAMED_KEYS: dict[str, str] = {
     "neighbour_tuning": "suncet",

@@ -16,6 +16,7 @@ from paws_hpc.files import write_json
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from tests.conftest import Stores
@@ -29,7 +30,7 @@ def begin(config: Config) -> RunFolder:
     run = RunFolder(Path(config.runs) / config.name)
     Chain.begin(run, config.name)
     freeze(config, run.config)
-    prepare.run(config, run)
+    prepare.run(StageContext(config, run))
     return run
 
 
@@ -38,11 +39,11 @@ def trained_run(stores: Stores, runs: Path, *, tuning_steps: int = 0) -> tuple[C
     config = tiny_config(stores.train, stores.test, runs)
     config.suncet.steps = tuning_steps
     run = begin(config)
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     for sweep in ("finetune", "baseline"):
         for cell in sweep_config(config, sweep).cells():
-            finetune.run_cell(config, run, CPU, sweep=sweep, cell=cell)
-    selection.run(config, run, CPU)
+            finetune.run(TorchContext(config, run, sweep, cell))
+    selection.run(TorchContext(config, run))
     return config, run
 
 

@@ -219,7 +219,7 @@ def data_loader_steps(scene: dict[str, Any], steps: int) -> Work:
     """Training end to end; as many steps as fill the loaders come first and do not count."""
     place = Scene(**scene)
     config = place.config()
-    torch.set_num_threads(config.resources.pretrain.threads_per_rank or cores())
+    torch.set_num_threads(config.resources["pretrain"].threads_per_rank or cores())
     device = torch.device(config.device)
     model = build_encoder(config.model, seed=config.seed)
     use_torch_norm(model)

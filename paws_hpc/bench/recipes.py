@@ -177,7 +177,7 @@ def cores() -> int:
 
 def use_threads(config: Config) -> int:
     """Let torch use as many threads as pre-training would on the cores that this process may use; returns them."""
-    threads = config.resources.pretrain.threads_per_rank or cores()
+    threads = config.resources["pretrain"].threads_per_rank or cores()
     torch.set_num_threads(threads)
     return threads
 

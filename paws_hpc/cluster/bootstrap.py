@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,10 @@ from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.interruption import asked_to_stop
 from paws_hpc.cluster.liveness import is_alive
-from paws_hpc.cluster.resources import WITHOUT_GPU
 from paws_hpc.cluster.slurm_job import SlurmJob
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.stage_table import STAGES, import_torch
 from paws_hpc.stages.attempts import (
     Holder,
     Lease,
@@ -34,6 +33,7 @@ from paws_hpc.stages.attempts import (
     acquire,
     record_failure,
 )
+from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
@@ -52,12 +52,13 @@ def run_job(path: Path, job: Job) -> None:
     config = read_config(run.config)
     holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
     with _started(run, job, holder) as lease:
-        if job.stage in WITHOUT_GPU:
-            _run_without_gpu(config, run, job, lease.fence)
+        stage = STAGES[job.stage]
+        if not stage.torch:
+            stage.load(StageContext(config, run, job.stage, job.cell, lease.fence))
             return
         from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
-        if not job.has_steps:  # it starts over in moments
+        if not stage.trains:
             rank.run_alone(config, run, job, fence=lease.fence)
             return
         with asked_to_stop() as requested:
@@ -89,7 +90,7 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
     own = SlurmJob(run.chain)
-    own.listen(notice_s=notice_s, has_steps=job.has_steps)
+    own.listen(notice_s=notice_s, trains=STAGES[job.stage].trains)
     config = read_config(frozen)
     with _place_among(run, job, place, own) as lease:
         own.lease = lease
@@ -195,42 +196,20 @@ def _run_as_rank(
         ValueError: the job has another number of tasks than the config asks ranks for.
         RuntimeError: torch cannot be imported here; on another node it may be.
     """
-    asked = getattr(config.resources, job.stage).ranks
+    asked = config.resources[job.stage].ranks
     if place.num_tasks != asked:
         raise ValueError(
             f"resources.{job.stage} asks for {asked} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
             "Training with another number of ranks than was asked for would not be the same run."
         )
     fence = lease.fence if lease is not None else lambda: None
-    if job.stage in WITHOUT_GPU:
-        _run_without_gpu(config, run, job, fence)
+    if not STAGES[job.stage].torch:
+        STAGES[job.stage].load(StageContext(config, run, job.stage, job.cell, fence))
         return
-    _import_torch()
+    import_torch()
     from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
     rank.run_among(config, run, job, place, requested=requested, fence=fence, restart=restart)
-
-
-def _import_torch() -> None:
-    try:
-        import torch  # noqa: F401, PLC0415 - so that its absence has a name; it takes seconds
-    except (ImportError, OSError) as error:
-        raise RuntimeError(f"torch cannot be imported on {socket.gethostname()}: {error}") from error
-
-
-def _run_without_gpu(config: Config, run: RunFolder, job: Job, fence: Callable[[], None]) -> None:
-    """Run a stage that computes nothing; each imports what takes seconds and the other does not need."""
-    if job.stage == "prepare":
-        from paws_hpc.stages import prepare  # noqa: PLC0415
-
-        if config.model.init is not None:  # which prepare tries
-            _import_torch()
-
-        prepare.run(config, run, fence=fence)
-    else:
-        from paws_hpc.report.page import build_report  # noqa: PLC0415
-
-        build_report(run.path)
 
 
 def _log_to_stderr() -> None:

@@ -10,33 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.config import STAGES, SWEEPS, Config, sweep_config
+from paws_hpc.config import Config, sweep_config
 from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.prepare import changed_images
-from paws_hpc.stages.run_folder import RunFolder, is_done
+from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store.format import MANIFEST_NAME
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")
-
-NEEDS: dict[str, tuple[str, ...]] = {
-    "prepare": (),
-    "pretrain": ("prepare",),
-    "finetune": ("pretrain",),
-    "baseline": ("prepare",),
-    "selection": ("pretrain",),
-    "report": (),
-}
-"""Stages without whose success a stage cannot begin; it is cancelled when one of them fails."""
-
-FOLLOWS: dict[str, tuple[str, ...]] = dict.fromkeys(STAGES, ()) | {
-    "selection": ("finetune", "baseline"),
-    "report": ("prepare", "pretrain", "finetune", "baseline", "selection"),
-}
-"""Stages whose end a stage waits for, however they end: selection makes do with the cells that succeeded, and a report
-of a broken chain is when a report is needed most."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +35,16 @@ class Job:
         """For people and logs, and of its folder under ``jobs/``."""
         return self.stage if self.cell is None else f"{self.stage}/{self.cell.name}"
 
-    @property
-    def has_steps(self) -> bool:
-        """Whether it trains, and so can be stopped between two steps; the others start over in moments."""
-        return self.stage in ("pretrain", *SWEEPS)
-
     def folder(self, run: RunFolder) -> Path:
         """Where the stage writes, with ``DONE`` as the last thing."""
         return run.path / self.stage if self.cell is None else run.cell(self.stage, self.cell)
 
     def is_done(self, config: Config, run: RunFolder) -> bool:
         """Whether its result is in the run directory."""
-        match self.stage:
-            case "prepare":
-                stores = config.data.stores.values()
-                there = all((Path(store) / MANIFEST_NAME).exists() for store in stores)
-                return is_done(self.folder(run)) and there and not changed_images(config, run)
-            case "selection":
-                return run.result.exists()
-            case "report":
-                return run.report.exists()
-            case _:
-                return is_done(self.folder(run))
+        stores = config.data.stores.values()
+        if self.stage == "prepare" and not all((Path(store) / MANIFEST_NAME).exists() for store in stores):
+            return False
+        return run.marker(self.name).exists() and not (self.stage == "prepare" and changed_images(config, run))
 
     def progress(self, run: RunFolder) -> int:
         """Training steps of its newest checkpoint, 0 where there is none."""
@@ -88,7 +60,7 @@ def job_called(name: str) -> Job:
 
 def jobs_of(config: Config, stage: str) -> list[Job]:
     """The jobs of a stage: the cells of a sweep, otherwise one."""
-    if stage in SWEEPS:
+    if STAGES[stage].sweep:
         return [Job(stage, cell) for cell in sweep_config(config, stage).cells()]
     return [Job(stage)]
 

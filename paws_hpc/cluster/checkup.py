@@ -18,7 +18,8 @@ from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.sitecheck import Check, Parameters, check_site, ok, problem, warning
 from paws_hpc.cluster.states import span
 from paws_hpc.cluster.traces import read_progress
-from paws_hpc.config import SWEEPS, Config, sweep_config
+from paws_hpc.config import Config, sweep_config
+from paws_hpc.stage_table import SWEEPS
 from paws_hpc.stages.run_folder import RunFolder
 
 COMMANDS, CONTROLLER = "Slurm commands", "controller"

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
+from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
@@ -79,6 +80,9 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         ConfigError: they do not compose, or to a run that cannot be.
     """
     try:
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
+                raise ConfigError(refusal)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from paws_hpc.cluster.chain import FOLLOWS, NEEDS, Job, jobs_of
+from paws_hpc.cluster.chain import Job, jobs_of
 from paws_hpc.cluster.frozen import ConfigError
 from paws_hpc.cluster.scheduler import QueuedJob
-from paws_hpc.config import STAGES, SWEEPS, Config
+from paws_hpc.config import Config
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, without_pretraining
 
 
@@ -44,10 +45,11 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
         check_sweep_is_the_scored_one(config, run)
     found: dict[str, ToSubmit] = {}
     for stage in (stage for stage in STAGES if stage in config.stages):
-        if stage in SWEEPS and selected:
+        row = STAGES[stage]
+        if row.sweep and selected:
             continue  # a cell that failed comes too late: the test split is scored once
-        renewed = any(parent in found for parent in (*NEEDS[stage], *FOLLOWS[stage]))
-        jobs = [job for job in jobs_of(config, stage) if not _is_done(job, config, run, renewed=renewed)]
+        renewed = any(parent in found for parent in (*row.needs, *row.follows))
+        jobs = [job for job in jobs_of(config, stage) if not job.is_done(config, run) or (row.refreshed and renewed)]
         missing = [job for job in jobs if job.name not in active]
         waiting = [job for job in jobs if job.name in active and active[job.name].state == "PENDING"]
         if not renewed:
@@ -58,14 +60,9 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
     return list(found.values())
 
 
-def _is_done(job: Job, config: Config, run: RunFolder, *, renewed: bool) -> bool:
-    """A report that is there tells of what was there before."""
-    return job.is_done(config, run) and not (job.stage == "report" and renewed)
-
-
 def _check_needs(config: Config, run: RunFolder, stage: str, *, met: set[str]) -> None:
-    for need in NEEDS[stage]:
-        if stage == "selection" and need == "pretrain" and without_pretraining(config, run):
+    for need in STAGES[stage].needs:
+        if need == "pretrain" and without_pretraining(config, run):
             continue
         if need not in met and not Job(need).is_done(config, run):
             raise ConfigError(
@@ -83,7 +80,7 @@ def dependency(stage: str, ids: Mapping[str, set[str]]) -> str | None:
             and then refuses.
     """
     parts = []
-    for kind, parents in (("afterok", NEEDS[stage]), ("afterany", FOLLOWS[stage])):
+    for kind, parents in (("afterok", STAGES[stage].needs), ("afterany", STAGES[stage].follows)):
         if known := sorted({job_id for parent in parents for job_id in ids.get(parent, ())}):
             parts.append(":".join([kind, *known]))
     return ",".join(parts) or None

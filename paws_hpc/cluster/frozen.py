@@ -12,8 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paws_hpc.config import Config, identity
+from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
+from paws_hpc.renamed import renamed
 
 
 class ConfigError(ValueError):
@@ -26,6 +27,10 @@ def to_config(composed: Any) -> Config:
     Raises:
         ConfigError: an unknown field (the nearest known one is named), a wrong type, or a value out of range.
     """
+    plain: Any = OmegaConf.to_container(OmegaConf.create(composed))
+    for key in flatten(plain):
+        if (refusal := renamed(key)) is not None:
+            raise ConfigError(refusal)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
         config = OmegaConf.to_object(merged)
@@ -47,6 +52,8 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text)
     if unknown:
         name = field.group(1) if field else unknown.group(1)
+        if (refusal := renamed(name)) is not None:
+            return refusal
         return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
     if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         known = re.findall(r"^\t(\S+)$", text, re.MULTILINE)

@@ -15,9 +15,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paws_hpc.config import STAGES, SWEEPS
 from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json
+from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 from paws_hpc.stages.run_folder import RunFolder
 
 
@@ -50,7 +50,7 @@ class JobLayout:
     @property
     def trains(self) -> bool:
         """Whether it has steps."""
-        return self.stage in ("pretrain", *SWEEPS)
+        return self.stage in STAGES and STAGES[self.stage].trains
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_layout(path: Path) -> Layout:
         for job in submission.get("jobs", [])
         if isinstance(job, dict) and "job" in job
     }
-    stages = config.get("stages") or STAGES
+    stages = config.get("stages") or DEFAULT_STAGES
     names = [name for stage in STAGES if stage in stages for name in _names(config, stage)]
     names += sorted((submitted.keys() | _started(path)) - set(names))
     names.sort(key=lambda name: _rank(name.partition("/")[0]))  # stable: cells keep the config's order
@@ -118,12 +118,8 @@ def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any
 
 def _made(path: Path, name: str) -> float | None:
     """When the result of a job was made, as a POSIX time; None if it is not there."""
-    run = RunFolder(path)
-    marker = {"selection": run.result, "report": run.report}.get(name, path / name / "DONE")
-    if name == "prepare" and not marker.exists():  # older versions left no marker, but all that follows needs it
-        marker = run.pretrain / "DONE"
     try:
-        return marker.stat().st_mtime
+        return RunFolder(path).marker(name).stat().st_mtime
     except FileNotFoundError:
         return None
 
@@ -136,7 +132,7 @@ def _posix(text: str) -> float:
 
 
 def _rank(stage: str) -> int:
-    return STAGES.index(stage) if stage in STAGES else len(STAGES)
+    return list(STAGES).index(stage) if stage in STAGES else len(STAGES)
 
 
 def _started(path: Path) -> set[str]:

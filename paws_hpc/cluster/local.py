@@ -11,11 +11,11 @@ import submitit
 
 from paws_hpc.cluster.bootstrap import run_job, run_job_as_local_rank
 from paws_hpc.cluster.chain import Chain, Job, jobs_of
-from paws_hpc.config import STAGES, Config
+from paws_hpc.config import Config
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.run_folder import RunFolder
 
 Runner = Callable[[Job], None]
-_ALWAYS = ("selection", "report")  # in moments: selection sees for itself what is there, and a report tells of it
 
 
 def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
@@ -31,10 +31,9 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
     """
     Chain.begin(run, config.name)
     worked: list[str] = []
-    for stage in (stage for stage in STAGES if stage in config.stages):
-        jobs = jobs_of(config, stage)
-        pending = jobs if stage in _ALWAYS else [job for job in jobs if not job.is_done(config, run)]
-        for job in pending:
+    for stage in (stage for stage in STAGES.values() if stage.name in config.stages):
+        jobs = jobs_of(config, stage.name)
+        for job in (job for job in jobs if stage.refreshed or not job.is_done(config, run)):
             runner(job)
             worked.append(job.name)
     return worked
@@ -49,7 +48,7 @@ def submitit_local(config: Config, run: RunFolder) -> Runner:
     """Run each job as as many processes as ``resources.<stage>`` has ranks on this machine and wait for it."""
 
     def runner(job: Job) -> None:
-        logs, ranks = run.logs(job.stage), getattr(config.resources, job.stage).ranks
+        logs, ranks = run.logs(job.stage), config.resources[job.stage].ranks
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(tasks_per_node=ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30)
         submitted = executor.submit(run_job_as_local_rank, Path(run.path).resolve(), job)

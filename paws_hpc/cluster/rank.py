@@ -18,7 +18,8 @@ from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
-from paws_hpc.stages import finetune, pretrain, selection
+from paws_hpc.stage_table import STAGES
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
@@ -105,21 +106,13 @@ def _part() -> None:
 
 
 def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
-    match job.stage:
-        case "pretrain":
-            pretrain.run(config, run, device, control=control)
-        case "finetune" | "baseline":
-            assert job.cell is not None, "a sweep's jobs are its cells"
-            finetune.run_cell(config, run, device, sweep=job.stage, cell=job.cell, control=control)
-        case "selection":
-            selection.run(config, run, device, control=control)
-        case other:
-            raise AssertionError(f"{other} computes nothing")
+    context = TorchContext(config, run, job.stage, job.cell, control.fence, device, control)
+    STAGES[job.stage].load(context)
 
 
 def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
     """For every stage anew: sums are the same to the bit only for the same number of threads."""
-    threads = getattr(config.resources, job.stage).threads_per_rank
+    threads = config.resources[job.stage].threads_per_rank
     granted = os.environ.get("SLURM_CPUS_PER_TASK")  # the cores in sight may be those of this task or of all of them
     cores = max(1, int(granted) if granted else len(os.sched_getaffinity(0)) // local_ranks)
     if threads is not None and threads > cores:

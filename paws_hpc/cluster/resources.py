@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from paws_hpc.config import STAGES, Config
+from paws_hpc.config import Config
+from paws_hpc.stage_table import STAGES
 
 Launcher = Mapping[str, Any]
 """The fields of ``hydra/launcher=submitit_slurm`` as Hydra composed them."""
 
-_ALONE = ("prepare", "selection", "report")  # one task, whatever shape the launcher gives to training
-WITHOUT_GPU = ("prepare", "report")
 _GPUS = ("gpus_per_node", "gpus_per_task", "gres")
 _SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")
 _PLACE = (
@@ -28,17 +27,17 @@ def resolve(config: Config, launcher: Launcher) -> Config:
     most one GPU.
     """
     stages = {}
-    for stage in STAGES:
-        asked = getattr(config.resources, stage)
+    for stage, row in STAGES.items():
+        asked = config.resources[stage]
         known = {name.name for name in dataclasses.fields(asked)}
         given = {name: value for name, value in launcher.items() if name in known and name != "additional_parameters"}
-        if stage in _ALONE:
-            gpus = int(stage not in WITHOUT_GPU and any(launcher.get(field) for field in _GPUS))
+        if row.one_task:
+            gpus = int(row.gpu and any(launcher.get(field) for field in _GPUS))
             given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
         filled = {name: value for name, value in given.items() if getattr(asked, name) is None}
         extra = {**(launcher.get("additional_parameters") or {}), **asked.additional_parameters}
         stages[stage] = dataclasses.replace(asked, **filled, additional_parameters=extra)
-    return dataclasses.replace(config, resources=dataclasses.replace(config.resources, **stages))
+    return dataclasses.replace(config, resources=stages)
 
 
 def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, Any]]:
@@ -49,10 +48,10 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
         launcher: of which fields that ``resources`` does not have are taken too.
     """
     parameters = {}
-    for stage in STAGES:
-        resources = getattr(config.resources, stage)
+    for stage, row in STAGES.items():
+        resources = config.resources[stage]
         _check_notice(stage, resources.timeout_min, launcher.get("signal_delay_s"))
-        shape = () if stage in _ALONE else _SHAPE
+        shape = () if row.one_task else _SHAPE
         fields = {name: launcher.get(name) for name in (*_PLACE, *shape)} | {
             name.name: getattr(resources, name.name) for name in dataclasses.fields(resources)
         }

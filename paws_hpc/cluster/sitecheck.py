@@ -13,6 +13,7 @@ import torch
 
 from paws_hpc.config import Config
 from paws_hpc.data.config import DataConfig
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 
@@ -68,7 +69,7 @@ def check_site(config: Config, asked: Mapping[str, Parameters], run: RunFolder) 
 def _devices(config: Config, asked: Mapping[str, Parameters]) -> Iterator[Check]:
     """One GPU per rank, where training is to have GPUs."""
     shapes: dict[tuple[int, int, bool], list[str]] = {}
-    for stage in ("pretrain", "finetune", "baseline"):
+    for stage in (name for name, row in STAGES.items() if row.trains):
         if stage in asked and config.device != "cpu":
             parameters = asked[stage]
             otherwise = any(parameters.get(name) for name in ("gpus_per_task", "gres"))

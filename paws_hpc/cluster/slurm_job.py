@@ -36,15 +36,15 @@ class SlurmJob:
         """Of this start."""
         return f"{self.job_id}-{self.restart}"
 
-    def listen(self, *, notice_s: float, has_steps: bool) -> None:
+    def listen(self, *, notice_s: float, trains: bool) -> None:
         """Take requests to stop from now on.
 
         Args:
             notice_s: between Slurm's signal and the end of the job.
-            has_steps: whether the stage looks at :meth:`requested`; one that does not has nothing to save, and goes
-                back into the queue at once.
+            trains: whether the stage looks at :meth:`requested`; any other has nothing to save, and goes back into
+                the queue at once.
         """
-        self._stops = StopRequests(patience_s=_PATIENCE * notice_s if has_steps else 0.0, overdue=self._overdue)
+        self._stops = StopRequests(patience_s=_PATIENCE * notice_s if trains else 0.0, overdue=self._overdue)
         self._stops.listen()
 
     def requested(self) -> bool:

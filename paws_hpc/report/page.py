@@ -33,10 +33,16 @@ from paws_hpc.report.tables import (
     sweep_grid,
     table_rows,
 )
+from paws_hpc.stages.context import StageContext
 
 _MOST_CLASSES = 30
 _CROPS_PIXELS = 640
 _HERE = Path(__file__).parent
+
+
+def run(context: StageContext) -> None:
+    """The stage: write the report of a run."""
+    build_report(context.run.path)
 
 
 def build_report(run: Path, folder: Path | None = None) -> Path:

@@ -16,10 +16,11 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from paws_hpc.config import STAGES, Identity, flatten
+from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
 from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
 from paws_hpc.stages.attempts import stage_times
 
 _CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
@@ -105,7 +106,7 @@ class RunRecord:
     @property
     def asked(self) -> list[str]:
         """The stages of the latest launch; all of them where no config says."""
-        asked: list[str] = self.settings.get("stages", list(STAGES))
+        asked: list[str] = self.settings.get("stages", list(DEFAULT_STAGES))
         return asked
 
     def sweep(self, stage: str) -> tuple[list[Cell], str | None]:

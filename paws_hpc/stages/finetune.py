@@ -16,9 +16,10 @@ from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.config import Cell
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
-from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import Encoder, build_classifier
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
@@ -26,20 +27,15 @@ from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers, pretrained_network
 
 
-def run_cell(
-    config: Config,
-    run: RunFolder,
-    device: torch.device,
-    *,
-    sweep: str,
-    cell: Cell,
-    control: JobControl = UNATTENDED,
-) -> None:
+def run(context: TorchContext) -> None:
     """Train one cell, or continue it, or return at once if it is done.
 
     Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
+        PreemptedError: it was asked to stop, and the state is saved.
     """
+    config, run, device, control = context.config, context.run, context.device, context.control
+    sweep, cell = context.stage, context.trial
+    assert cell is not None, "the jobs of a sweep are its trials"
     folder = run.cell(sweep, cell)
     if is_done(folder):
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,8 @@ from paws_hpc.data.samplers import Positions, SupportSampler
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.stage_table import import_torch
+from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
@@ -68,22 +69,19 @@ class RunStores:
         return digests
 
 
-def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: None) -> None:
+def run(context: StageContext) -> None:
     """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
 
     Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
-
-    Args:
-        config: of the run.
-        run: its folder.
-        fence: raises if another start of this job has taken over.
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.
         ValueError: it does not fit, the stores do not go together, ``data.classes`` is not their number of classes, or
             the labels do not suffice for the support mini-batches.
     """
+    config, run = context.config, context.run
     if config.model.init is not None:
+        import_torch()
         from paws_hpc.stages.start import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
 
         starting_encoder(config)
@@ -108,7 +106,7 @@ def run(config: Config, run: RunFolder, *, fence: Callable[[], None] = lambda: N
             f"{test.path} has the classes {list(test.classes)[:5]}…, but {data.labelled_store.path} has "
             f"{list(data.classes)[:5]}…. Pack both from the same data set."
         )
-    fence()
+    context.fence()
     mark_done(run.prepare, digests=data.digests | {"test": test.digest})
 
 

@@ -20,6 +20,7 @@ from paws_hpc.engine.pretrain_loop import pretrain
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models.encoder import Encoder, build_encoder
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
@@ -28,12 +29,13 @@ from paws_hpc.stages.trackers import open_trackers
 from paws_hpc.store import ImageStore
 
 
-def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
+def run(context: TorchContext) -> None:
     """Pre-train, or continue from the newest valid checkpoint, or return at once if it is done.
 
     Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
+        PreemptedError: it was asked to stop, and the state is saved.
     """
+    config, run, device, control = context.config, context.run, context.device, context.control
     if is_done(run.pretrain):
         return
     data = open_data(config, staged=True)

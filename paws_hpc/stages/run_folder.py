@@ -9,6 +9,7 @@ from typing import Any
 from paws_hpc.config import Config
 from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
+from paws_hpc.stage_table import STAGES
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class RunFolder:
     def report(self) -> Path:
         """The page."""
         return self.path / "report" / "index.html"
+
+    def marker(self, job: str) -> Path:
+        """The file that says that a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``, is done."""
+        stage = STAGES.get(job.partition("/")[0])
+        return self.path / (stage.marker if stage is not None and stage.marker else f"{job}/DONE")
 
     def cell(self, sweep: str, cell: Cell) -> Path:
         """Folder of one cell; ``sweep`` is ``finetune`` or ``baseline``."""

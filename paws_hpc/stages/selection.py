@@ -18,11 +18,12 @@ from paws_hpc.engine.checkpoint import load_tensors
 from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
-from paws_hpc.engine.preemption import UNATTENDED, JobControl
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
 from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import Scored, write_gallery
 from paws_hpc.stages.pretrain import NearestNeighbours, load_pretrained, nearest_neighbours
 from paws_hpc.stages.probing import backbone_features, fit_probes, tune
@@ -133,7 +134,7 @@ class _Chosen:
         return told | {method: probe.as_dict() for method, probe in self.pretrained.probes.items()}
 
 
-def run(config: Config, run: RunFolder, device: torch.device, *, control: JobControl = UNATTENDED) -> None:
+def run(context: TorchContext) -> None:
     """Write ``selected.json``, pictures for the report and ``result.json``; once the latter is there, nothing more.
 
     Where pre-training neither was asked for nor ever began, the supervised baseline is all that is scored.
@@ -142,6 +143,7 @@ def run(config: Config, run: RunFolder, device: torch.device, *, control: JobCon
         ValueError: too few cells have finished, or the result that is there is of another sweep.
         FileNotFoundError: pre-training has begun and not finished.
     """
+    config, run, device, control = context.config, context.run, context.device, context.control
     if run.result.exists():
         check_sweep_is_the_scored_one(config, run)
         if distributed.is_main() and not _are_published(run):

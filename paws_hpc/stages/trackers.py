@@ -119,10 +119,10 @@ def pretrained_network(run: RunFolder, checksum: str) -> Network:
 
 def settings(config: Config) -> dict[str, Any]:
     """The config as others may see it: without secrets, accounts and the folders that paths lead through."""
-    resources = {stage: {name: asked[name] for name in _MACHINE} for stage, asked in asdict(config.resources).items()}
     told = asdict(replace(config, runs=""))
     told.pop("runs")
-    told = _without_secrets(told | {"resources": resources})
+    shapes = {stage: {name: shape[name] for name in _MACHINE} for stage, shape in told["resources"].items()}
+    told = _without_secrets(told | {"resources": shapes})
     assert isinstance(told, dict), "it was one"
     return told
 

@@ -15,6 +15,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import prepare
+from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.pretrain import make_training, open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder
@@ -97,7 +98,7 @@ def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
     recipe: tuple[str, ...], stores: Path, tmp_path: Path
 ) -> None:
     config = small(recipe, stores, tmp_path)
-    prepare.run(config, RunFolder(tmp_path / "run"))
+    prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
     data = open_data(config)
     stream = open_stream(config, data, stream_options(config, data, tmp_path, CPU))
     training = make_training(config, stream)
@@ -136,14 +137,14 @@ def test_the_cifar_recipe_follows_the_data_set_or_names_what_does_not_fit(tmp_pa
          f"data.classes=10, but .* has {CLASSES} classes. Set data.classes={CLASSES}"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            prepare.run(compose_run([*digits, *changes])[0], RunFolder(tmp_path / "run"))
+            prepare.run(StageContext(compose_run([*digits, *changes])[0], RunFolder(tmp_path / "run")))
 
 
 def test_the_cifar_recipe_is_one_line_for_digits_too(digits_stores: Stores, tmp_path: Path) -> None:
     """On all of scikit-learn's digits labels suffice, and the rest is the recipe."""
     places = [f"data.train={digits_stores.train}", f"data.test={digits_stores.test}", f"runs={tmp_path}", "name=run"]
     config = compose_run(["experiment=digits_wrn", *places])[0]
-    prepare.run(config, RunFolder(tmp_path / "run"))
+    prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
     recipe = compose_run(["experiment=cifar10_4000"])[0]
     assert config.pretrain.support == replace(recipe.pretrain.support, images_per_class=40)
     for part in ("views", "model", "optimizer", "objective", "finetune", "baseline", "suncet"):

@@ -21,6 +21,7 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import Row, read_rows
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages import pretrain
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from tests.ranks import results_of, run_on_ranks
 from tests.tiny import tiny_config
@@ -63,7 +64,7 @@ def start(store: Path, folder: Path, *, asked_at: int | None = None, fence: Call
     config, run = tiny_run(store, folder)
     control = JobControl(lambda: next(calls) >= (10**6 if asked_at is None else asked_at), fence)
     try:
-        pretrain.run(config, run, CPU, control=control)
+        pretrain.run(TorchContext(config, run, control=control))
     finally:
         control.close()
     return next(calls)

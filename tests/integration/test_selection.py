@@ -22,6 +22,7 @@ from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.report.page import build_report
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore
@@ -109,12 +110,12 @@ def chain(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> tu
     config = tiny_config(digits_stores.train, test, folder)
     run = RunFolder(folder / "run")
     test.symlink_to(digits_stores.test)
-    prepare.run(config, run)
+    prepare.run(StageContext(config, run))
     test.unlink()
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     for cell in config.finetune.cells()[1:]:
-        finetune.run_cell(config, run, CPU, sweep="finetune", cell=cell)
-    finetune.run_cell(config, run, CPU, sweep="baseline", cell=Cell(0.1, 2))
+        finetune.run(TorchContext(config, run, "finetune", cell))
+    finetune.run(TorchContext(config, run, "baseline", Cell(0.1, 2)))
     return config, run
 
 
@@ -123,7 +124,7 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
 ) -> None:
     config, run = chain
     with pytest.raises(ValueError, match=str(config.data.test)):
-        selection.run(config, run, CPU)
+        selection.run(TorchContext(config, run))
     assert not run.result.exists()
     assert json.loads(run.selected.read_text())["cell"] == selection.choose(config, run, "finetune").cell.name
 
@@ -180,9 +181,9 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
 ) -> None:
     config, run = chain
     Path(config.data.test).symlink_to(digits_stores.test)
-    selection.run(config, run, CPU)
+    selection.run(TorchContext(config, run))
     Path(config.data.test).unlink()
-    selection.run(config, run, CPU)  # done: the test store is not opened again
+    selection.run(TorchContext(config, run))  # done: the test store is not opened again
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())
     assert selected["missing"] == ["lr=0.02,epochs=1"]
     assert selected["baseline"] == {
@@ -247,7 +248,7 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
         path.unlink()
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
     config.suncet = SuncetConfig(steps=10, learning_rate=0.03)
-    selection.run(config, run, CPU)
+    selection.run(TorchContext(config, run))
     tuning, result = (
         json.loads(run.selected.read_text())["suncet"],
         json.loads(run.result.read_text())["test"],
@@ -283,12 +284,12 @@ def test_scores_are_kept_before_they_are_published_and_published_if_that_was_cut
     with monkeypatch.context() as patch:
         patch.setattr(selection, "watch", killed)  # while it waits for a server
         with pytest.raises(KeyboardInterrupt):
-            selection.run(config, run, CPU)
+            selection.run(TorchContext(config, run))
     scored = run.result.read_bytes()
     metrics = run.selection / "metrics.jsonl"
     assert not metrics.read_text()
     for _ in range(2):
-        selection.run(config, run, CPU)
+        selection.run(TorchContext(config, run))
         (row,) = [json.loads(line) for line in metrics.read_text().splitlines()]
     test = json.loads(scored)["test"]
     assert {name: value for name, value in row.items() if name.startswith("test/")} == {
@@ -311,9 +312,9 @@ def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
         path.unlink(missing_ok=True)
     alone = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
     with pytest.raises(ValueError, match=r"0 of the 1 cells under .*baseline have finished, but baseline.min_cells=1"):
-        selection.run(alone, without, CPU)
+        selection.run(TorchContext(alone, without))
     alone.baseline.min_cells = 0
-    selection.run(alone, without, CPU)
+    selection.run(TorchContext(alone, without))
     expected, result = (json.loads(folder.result.read_text()) for folder in (run, without))
     assert result["test"] == {name: value for name, value in expected["test"].items() if name != "baseline"}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": ["lr=0.1,epochs=2"]}
@@ -328,16 +329,16 @@ def test_an_unfinished_cell_goes_on_in_a_larger_sweep_but_not_in_another_one(cha
         (folder / name).unlink()
     wider = tiny_config(Path(config.data.train), Path(config.data.test), Path(config.runs))
     wider.finetune.learning_rates = [0.02, 0.1, 0.5]
-    finetune.run_cell(wider, run, CPU, sweep="finetune", cell=Cell(0.1, 1))
+    finetune.run(TorchContext(wider, run, "finetune", Cell(0.1, 1)))
     again = json.loads((folder / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
     wider.finetune.min_cells = 2
     (folder / "DONE").unlink()
-    finetune.run_cell(wider, run, CPU, sweep="finetune", cell=Cell(0.1, 1))
+    finetune.run(TorchContext(wider, run, "finetune", Cell(0.1, 1)))
     baseline = run.path / "baseline" / "lr=0.1,epochs=2"
     (baseline / "DONE").unlink()
     wider.baseline.momentum, wider.model.channels = 0.5, [8, 12]
     with pytest.raises(ValueError, match="belongs to another experiment") as told:
-        finetune.run_cell(wider, run, CPU, sweep="baseline", cell=Cell(0.1, 2))
+        finetune.run(TorchContext(wider, run, "baseline", Cell(0.1, 2)))
     for field in ("baseline.momentum: 0.9 there, 0.5 now", "model.channels: [8, 16] there, [8, 12] now"):
         assert field in str(told.value)

@@ -16,6 +16,7 @@ from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.tracking import Row, read_rows
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages import pretrain
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -62,7 +63,7 @@ def test_a_collapse_stops_the_run_by_name(all_alike: Path, tmp_path: Path, me_ma
         with pytest.raises(
             TrainingStoppedError, match=r"Collapse: predictions have been uniform over 4 classes"
         ) as told:
-            pretrain.run(config, run, CPU)
+            pretrain.run(TorchContext(config, run))
         assert "for 8 steps (step 7:" in str(told.value)
         assert "objective.support_warmup_fraction" in str(told.value)
         assert [(row["event"], row["step"]) for row in events(run)] == [("collapse", 7)]
@@ -73,7 +74,7 @@ def test_a_collapse_can_be_a_warning_that_is_given_once_and_stays_in_the_summary
     all_alike: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = collapsing(all_alike, tmp_path, action="warn")
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     assert capsys.readouterr().err.count("Collapse:") == 1
     summary = json.loads((run.pretrain / "summary.json").read_text())
     assert (summary["collapsed"], summary["steps"]) == (True, 30)
@@ -81,7 +82,7 @@ def test_a_collapse_can_be_a_warning_that_is_given_once_and_stays_in_the_summary
     # Killed after the warning and resumed: it is not given again, and not forgotten.
     for path in (run.pretrain / "DONE", run.pretrain / "summary.json", *run.checkpoints.glob("step-0000003*")):
         path.unlink()
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     assert json.loads((run.pretrain / "summary.json").read_text())["collapsed"] is True
     assert [(row["event"], row["step"]) for row in events(run)] == [("collapse", 7)]
 
@@ -90,7 +91,7 @@ def test_real_images_do_not_collapse(digits_stores: Stores, tmp_path: Path) -> N
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
     config.pretrain.collapse = CollapseConfig(patience_steps=2, action="stop")
     run = RunFolder(tmp_path / "run")
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     assert json.loads((run.pretrain / "summary.json").read_text())["collapsed"] is False
 
 
@@ -122,7 +123,7 @@ def test_a_run_that_diverges_names_step_rate_and_images_and_its_checkpoints_are_
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(pretrain.Pretraining, "learning_rate", lambda _, step: lr if step >= 8 else 0.01)
     with pytest.raises(TrainingStoppedError, match=rf"{what} not finite after step {step} ") as told:
-        pretrain.run(config, run, CPU)
+        pretrain.run(TorchContext(config, run))
     message = str(told.value)
     assert f"learning rate {lr:g};" in message
     assert "Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs" in message

@@ -10,12 +10,14 @@ import pytest
 
 from paws_hpc.cluster.frozen import freeze
 from paws_hpc.cluster.local import in_process, run_chain
-from paws_hpc.config import STAGES, Config
+from paws_hpc.config import Config
 from paws_hpc.report.comparison import as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import DASH, result_table
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages import finetune, selection
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 from tests.conftest import Stores
@@ -83,7 +85,7 @@ def test_a_run_that_was_scored_so_is_done_and_not_taken_for_one_with_pretraining
     _, run = runs[0]
     config, _ = supervised(digits_stores, run.path.parent, "subset")
     scored = run.result.read_bytes()
-    selection.run(config, run, CPU)
+    selection.run(TorchContext(config, run))
     assert run.result.read_bytes() == scored
     config.stages = list(STAGES)
     with pytest.raises(ValueError, match="was scored without pre-training, but the sweep now has"):
@@ -97,7 +99,7 @@ def test_what_needs_pretraining_says_so(
     shutil.copytree(runs[0][1].path, run.path)
     config.labels.per_class = 3
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
-        finetune.run_cell(config, run, CPU, sweep="finetune", cell=config.finetune.cells()[0])
+        finetune.run(TorchContext(config, run, "finetune", config.finetune.cells()[0]))
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
         selection.load_neighbours(config, run, open_data(config), CPU)
     for path in (run.result, run.selected):
@@ -105,10 +107,10 @@ def test_what_needs_pretraining_says_so(
     config.finetune.min_cells = 0
     run.job("pretrain").mkdir(parents=True)  # it began: whoever asks for a score now would lose it
     with pytest.raises(FileNotFoundError, match="pretrain is not done"):
-        selection.run(config, run, CPU)
+        selection.run(TorchContext(config, run))
     run.job("pretrain").rmdir()
     config.baseline.min_cells = 0
     shutil.rmtree(run.path / "baseline")
     with pytest.raises(ValueError, match="has nothing to score"):
-        selection.run(config, run, CPU)
+        selection.run(TorchContext(config, run))
     assert not run.result.exists()

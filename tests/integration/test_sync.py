@@ -22,6 +22,7 @@ from paws_hpc.engine.wandb_file import parse, read_contents, write_contents
 from paws_hpc.engine.wandb_rows import position, shown
 from paws_hpc.files import write_json
 from paws_hpc.stages import pretrain
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.wandb_segments import find_segments, upload_next
 from tests.integration.test_preemption import make_store, tiny_run
@@ -43,13 +44,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         write_json(run.chain, {"id": "cafe0123"})
         asked = itertools.count()
         with pytest.raises(PreemptedError):
-            pretrain.run(config, run, CPU, control=JobControl(lambda: next(asked) >= 4))
+            pretrain.run(TorchContext(config, run, control=JobControl(lambda: next(asked) >= 4)))
         (first,) = find_segments(run.path)["pretrain"]
         whole = first.path.read_bytes()
         tear(first.path)
         assert len(first.path.read_bytes()) < len(whole)
         (run.pretrain / "wandb" / "sent.json").unlink()  # which a killed start leaves unwritten
-        pretrain.run(config, run, CPU)
+        pretrain.run(TorchContext(config, run))
         assert server.operations == [], "offline is offline"
     return run
 

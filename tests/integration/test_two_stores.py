@@ -20,6 +20,7 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import finetune, prepare, pretrain, selection
+from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data, staged_stores, stream_options
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
@@ -55,10 +56,10 @@ def run_of(divided: Stores, digits_stores: Stores, folder: Path) -> tuple[Config
 
 
 def train(config: Config, run: RunFolder) -> None:
-    prepare.run(config, run)
-    pretrain.run(config, run, CPU)
+    prepare.run(StageContext(config, run))
+    pretrain.run(TorchContext(config, run))
     for cell in config.finetune.cells():
-        finetune.run_cell(config, run, CPU, sweep="finetune", cell=cell)
+        finetune.run(TorchContext(config, run, "finetune", cell))
 
 
 def test_labels_come_from_one_store_and_images_from_another(
@@ -67,7 +68,7 @@ def test_labels_come_from_one_store_and_images_from_another(
     config, run = run_of(divided, digits_stores, tmp_path)
     config.finetune.epochs = [20]
     train(config, run)
-    selection.run(config, run, CPU)
+    selection.run(TorchContext(config, run))
     unlabelled, labelled = ImageStore.open(divided.train), ImageStore.open(divided.test)
     result = read_json(run.result)
     assert result["labels"] == 40
@@ -95,10 +96,10 @@ def test_a_labelled_store_that_is_absent_or_of_other_classes_is_an_error(
     config, run = run_of(divided, digits_stores, tmp_path)
     config.data.labelled = str(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"data\.labelled=.*absent is not packed yet\. .*shards pack KIND"):
-        prepare.run(config, run)
+        prepare.run(StageContext(config, run))
     config.data.labelled, config.data.test = str(divided.test), str(divided.train)
     with pytest.raises(ValueError, match=r"has the classes \['anything'\]"):
-        prepare.run(config, run)
+        prepare.run(StageContext(config, run))
 
 
 def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stores, tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     config.objective.support_warmup_fraction = 0.5
     config.data.support_order = "balanced"
     run = RunFolder(tmp_path / "run")
-    prepare.run(config, run)
-    pretrain.run(config, run, CPU)
+    prepare.run(StageContext(config, run))
+    pretrain.run(TorchContext(config, run))
     rows = [line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "loss/support_nce" in line]
     assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
 
@@ -126,10 +127,10 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.1], [20], 0
     run = RunFolder(tmp_path / "run")
     with pytest.raises(ValueError, match=r"class 0 has only 1 labelled images.*data\.support_order=balanced"):
-        prepare.run(config, run)
+        prepare.run(StageContext(config, run))
     config.data.support_order = "balanced"
     train(config, run)
-    selection.run(config, run, CPU)
+    selection.run(TorchContext(config, run))
     result = read_json(run.result)
     assert result["labels"] == len(listed) == 55
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
@@ -176,25 +177,25 @@ def test_a_resumed_run_keeps_its_placement_and_its_bits(digits_stores: Stores, t
     config.data.order, config.data.block_mb, config.data.window_blocks = "window", 0.01, 4
     config.pretrain.checkpoint_every_steps = 2
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
-    pretrain.run(config, whole, CPU)
+    pretrain.run(TorchContext(config, whole))
     assert read_json(whole.pretrain / "placement.json") == {"placement": "cpu-crop", "device": "cpu"}
     with pytest.raises(PreemptedError):
-        pretrain.run(config, parts, CPU, control=stopping_after(5))
+        pretrain.run(TorchContext(config, parts, control=stopping_after(5)))
     write_json(parts.pretrain / "placement.json", {"placement": "resident", "device": "cpu"})  # as if chosen before
-    pretrain.run(config, parts, CPU)
+    pretrain.run(TorchContext(config, parts))
     assert read_json(parts.pretrain / "placement.json")["placement"] == "resident"
     for name, expected in checkpoint(whole).items():
         assert torch.equal(checkpoint(parts)[name], expected), name
     write_json(parts.pretrain / "placement.json", {"placement": "nvjpeg", "device": "cpu"})  # possible there no more
     (parts.pretrain / "DONE").unlink()
     with pytest.raises(ValueError, match=r"data\.placement=auto that chose nvjpeg.*remove .*placement\.json"):
-        pretrain.run(config, parts, CPU)
+        pretrain.run(TorchContext(config, parts))
     other = RunFolder(tmp_path / "other")
     with pytest.raises(PreemptedError):
-        pretrain.run(config, other, CPU, control=stopping_after(5))
+        pretrain.run(TorchContext(config, other, control=stopping_after(5)))
     config.data.order = "full"
     with pytest.raises(ValueError, match=r"data\.order: 'window of 4 blocks of \d+ records' there, None now"):
-        pretrain.run(config, other, CPU)
+        pretrain.run(TorchContext(config, other))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_staging_and_a_shared_cache_change_nothing(
             setattr(config.data, name, value)
         monkeypatch.setenv("STAGE_HERE", str(tmp_path / "local"))
         run = RunFolder(tmp_path / f"run{number}")
-        pretrain.run(config, run, CPU)
+        pretrain.run(TorchContext(config, run))
         results.append(checkpoint(run))
     assert "8 labelled images as pixels" in caplog.text
     assert list((tmp_path / "local").iterdir())
@@ -239,5 +240,5 @@ def test_few_labels_without_the_support_warmup_are_warned_of(
         config.labels.per_class, config.objective.support_warmup_fraction = labels, fraction
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            prepare.run(config, RunFolder(tmp_path / "run"))
+            prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
         assert ("objective.support_warmup_fraction=0.33" in caplog.text) == warned, (labels, fraction)

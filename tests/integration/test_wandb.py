@@ -20,6 +20,7 @@ from paws_hpc.engine.tracking import read_rows
 from paws_hpc.engine.wandb_rows import position, shown
 from paws_hpc.files import file_hash, write_json
 from paws_hpc.stages import finetune, pretrain, selection
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.test_preemption import make_store, tiny_run
 from tests.wandb_server import WandbServer, serving
@@ -56,16 +57,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         config.tracking.wandb, config.tracking.tags = "auto", ["trial"]
         config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.02], [1], 0
         config.data.copy_to = str(folder / "local")
-        config.resources.pretrain.additional_parameters = {"export": f"WANDB_API_KEY={SECRET}"}
-        config.resources.pretrain.account = SECRET
+        config.resources["pretrain"].additional_parameters = {"export": f"WANDB_API_KEY={SECRET}"}
+        config.resources["pretrain"].account = SECRET
         write_json(run.chain, {"id": "cafe0123"})
         asked = itertools.count()
         with pytest.raises(PreemptedError):
-            pretrain.run(config, run, CPU, control=JobControl(lambda: next(asked) >= 4))
+            pretrain.run(TorchContext(config, run, control=JobControl(lambda: next(asked) >= 4)))
         curve = list(server.runs["cafe0123-pretrain"].history)
-        pretrain.run(config, run, CPU)
-        finetune.run_cell(config, run, CPU, sweep="finetune", cell=config.finetune.cells()[0])
-        selection.run(config, run, CPU)
+        pretrain.run(TorchContext(config, run))
+        finetune.run(TorchContext(config, run, "finetune", config.finetune.cells()[0]))
+        selection.run(TorchContext(config, run))
         yield Watched(server, run, config, curve)
 
 

@@ -22,6 +22,7 @@ from paws_hpc.engine.wandb_file import history_steps, parse, read_contents
 from paws_hpc.engine.wandb_rows import position
 from paws_hpc.files import write_json
 from paws_hpc.stages import pretrain, wandb_segments
+from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.test_preemption import STEPS, ended, make_store, tiny_run
 from tests.integration.test_wandb import outside
@@ -43,7 +44,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("unwatched")
     store = make_store(folder / "store", alike=False)
     config, run = tiny_run(store, folder)
-    pretrain.run(config, run, CPU)
+    pretrain.run(TorchContext(config, run))
     return Reference(store, folder)
 
 
@@ -71,7 +72,7 @@ def train(store: Path, folder: Path, *, in_between: Callable[[RunFolder], None] 
             in_between(run)
         return False
 
-    pretrain.run(config, run, CPU, control=JobControl(look))
+    pretrain.run(TorchContext(config, run, control=JobControl(look)))
     return run
 
 

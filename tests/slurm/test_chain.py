@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from paws_hpc.config import STAGES
+from paws_hpc.stage_table import STAGES
 from tests.slurm.chain import Run, assert_same_results
 from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions

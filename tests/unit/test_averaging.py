@@ -15,6 +15,7 @@ from paws_hpc.engine.config import PretrainConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages import prepare, pretrain
+from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
@@ -73,8 +74,8 @@ def test_training_resumed_from_a_checkpoint_has_the_same_average_to_the_bit(
 def test_validation_and_all_stages_after_pre_training_use_the_average(digits_stores: Stores, tmp_path: Path) -> None:
     config, run = tiny_config(digits_stores.train, digits_stores.test, tmp_path), RunFolder(tmp_path / "run")
     config.pretrain.ema = 0.9
-    prepare.run(config, run)
-    pretrain.run(config, run, CPU)
+    prepare.run(StageContext(config, run))
+    pretrain.run(TorchContext(config, run))
     data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
     newest = max(run.checkpoints.glob("*.pt"))

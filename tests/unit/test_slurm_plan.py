@@ -10,12 +10,14 @@ import pytest
 from paws_hpc.cluster.chain import jobs_of
 from paws_hpc.cluster.compose import compose_run, parameters_of, runs_of
 from paws_hpc.cluster.dependencies import dependency, to_submit
-from paws_hpc.cluster.frozen import ConfigError
+from paws_hpc.cluster.frozen import ConfigError, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
-from paws_hpc.config import STAGES, Config
+from paws_hpc.config import Config
 from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
 from paws_hpc.packing import ArraySource, pack
+from paws_hpc.renamed import RENAMED_KEYS
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store.format import read_manifest
 
@@ -169,6 +171,23 @@ def test_a_shape_that_does_not_divide_the_batch_is_refused_before_anything_is_su
 def test_a_field_that_slurm_does_not_have_is_named() -> None:
     with pytest.raises(ConfigError, match="partion"):
         compose_run(["hydra/launcher=submitit_slurm", "name=run", "hydra.launcher.partion=gpu"])
+
+
+@pytest.mark.parametrize("override", ["old.key=1", "+old.key.below=1", "old/key=group"])
+def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+    monkeypatch.setitem(RENAMED_KEYS, "old.key", "new.key")
+    with pytest.raises(
+        ConfigError, match=r"old\.key.* is no field of the config any more\. Instead of old\.key: new\.key"
+    ):
+        compose_run(["name=run", override])
+    with pytest.raises(ConfigError, match=r"Instead of old\.key: new\.key"):
+        to_config({"old": {"key": 1}})
+
+
+@pytest.mark.parametrize("field", ["resources.pretran.nodes", "resources.pretrain.noeds"])
+def test_a_stage_or_field_that_resources_do_not_have_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean 'resources\.pretrain(\.nodes)?'"):
+        compose_run(["name=run", f"{field}=8"])
 
 
 def test_sweeps_become_runs_in_order() -> None:

@@ -17,6 +17,7 @@ from paws_hpc.engine.starting_weights import load_backbone
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain
+from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.start import start_identity, starting_encoder
@@ -132,9 +133,9 @@ def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path)
     run, cell = RunFolder(tmp_path / "run"), config.baseline.cells()[0]
     config.optimizer.start_lr = config.optimizer.peak_lr = config.optimizer.final_lr = 1e-9  # nothing moves
     config.baseline.learning_rates, cell = [1e-9], type(cell)(1e-9, 2)
-    prepare.run(config, run)
-    pretrain.run(config, run, CPU)
-    finetune.run_cell(config, run, CPU, sweep="baseline", cell=cell)
+    prepare.run(StageContext(config, run))
+    pretrain.run(TorchContext(config, run))
+    finetune.run(TorchContext(config, run, "baseline", cell))
     data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
     expected = build_encoder(config.model, seed=77).backbone.get_parameter("stem.weight")
@@ -145,8 +146,8 @@ def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path)
 
 def test_another_file_under_the_same_name_is_another_run(config: Config, tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    prepare.run(config, run)
-    pretrain.run(config, run, CPU)
+    prepare.run(StageContext(config, run))
+    pretrain.run(TorchContext(config, run))
     torch.save(build_encoder(config.model, seed=78).state_dict(), tmp_path / "start.pt")
     with pytest.raises(ValueError, match=r"model\.init\.xxh3_128"):
         pretrain.load_pretrained(config, run, open_data(config), CPU)
@@ -157,10 +158,10 @@ def test_a_file_that_is_missing_or_does_not_fit_ends_the_chain_at_its_first_stag
 ) -> None:
     config.model.channels = [8, 12]
     with pytest.raises(ValueError, match=r"start.pt does not fit .*SmallResNet.* of another shape: "):
-        prepare.run(config, RunFolder(tmp_path / "run"))
+        prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
     (tmp_path / "start.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"model.init=.*start.pt: there is no such file"):
-        prepare.run(config, RunFolder(tmp_path / "run"))
+        prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
 
 
 def test_without_a_file_nothing_is_added_to_the_identity() -> None:
