@@ -9,7 +9,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from paws_hpc.engine.tracking import MetricsFile, Row
 from paws_hpc.packing import SourceConfig, open_source, pack
+from paws_hpc.stages.catalogue import metric
 
 torch.set_num_threads(1)  # tests run side by side, and one thread gives the same sums everywhere
 
@@ -28,6 +30,19 @@ def digits_stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
     for split in ("train", "test"):
         pack(open_source(SourceConfig(kind="digits", split=split, size=16)), folder / split)
     return Stores(folder / "train", folder / "test")
+
+
+@pytest.fixture(autouse=True)
+def check_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every metric that is logged in a test stands in the catalogue."""
+    log = MetricsFile.log
+
+    def checked(file: MetricsFile, step: int, row: Row) -> None:
+        for name in row.keys() - {"epoch", "event", "message"}:
+            metric(name)
+        log(file, step, row)
+
+    monkeypatch.setattr(MetricsFile, "log", checked)
 
 
 @pytest.fixture

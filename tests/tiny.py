@@ -9,6 +9,9 @@ from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, Da
 from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SupportConfig, TrackingConfig
 from paws_hpc.models.config import ModelConfig
 
+WALL_CLOCK = ("train/images_per_s", "train/data_wait")
+"""Metrics that two equal runs do not share."""
+
 STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
 
 

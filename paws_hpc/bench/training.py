@@ -107,7 +107,7 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
         return {
             "done": steps * config.pretrain.batch_size,
             "seconds": seconds,
-            "data_wait": meter.read(steps)["throughput/data_wait"],
+            "data_wait": meter.read(steps)["train/data_wait"],
         }
 
     return work

@@ -18,7 +18,7 @@ from paws_hpc.stages.attempts import Start
 
 _TAIL_BYTES = 1 << 20  # of a metrics file; holds some tens of epochs
 _LOG_BYTES = 1 << 16
-_VALIDATION = ("validation/paws_nn", "validation_accuracy")
+_VALIDATION = ("val/paws_nn_top1", "val/top1")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
     placed = next((row for row in reversed(rows) if row.get("epoch")), None)
     if total is None and epochs is not None and placed is not None:
         total = round(epochs * (placed["step"] + 1) / placed["epoch"])
-    rate = _last(rows, "throughput/images_per_s")
+    rate = _last(rows, "train/images_per_s")
     best = _mapping(folder / "result.json").get("validation_accuracy")
     return Progress(
         step=step if total is None else min(step, total),

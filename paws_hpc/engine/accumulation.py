@@ -36,7 +36,7 @@ def accumulate(
     Args:
         model: the network, or its DistributedDataParallel, whose ranks exchange gradients once.
         encode: runs a micro-batch through a network; the same rows to the bit at every call.
-        losses: of all (h, z), (R, D) each, of which only z is to have a gradient; ``loss/total`` is differentiated.
+        losses: of all (h, z), (R, D) each, of which only z is to have a gradient; ``train/loss`` is differentiated.
         rows: (A, R / A) int64, the batch's row of each row of a micro-batch, as :func:`rows_of_parts` gives them.
 
     Returns:
@@ -51,7 +51,7 @@ def accumulate(
         torch.empty_like(whole).index_copy_(0, order, whole) for whole in map(torch.cat, zip(*encoded, strict=True))
     )
     metrics = losses(h, z.requires_grad_())
-    metrics["loss/total"].backward()
+    metrics["train/loss"].backward()
     assert z.grad is not None
     for part in parts:
         with _apart(model) if part < len(rows) - 1 else nullcontext():

@@ -11,16 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from paws_hpc.engine.tracking import Row
+from paws_hpc.metrics import COMMON
 
 _LINE_EVERY_S = 10.0
-_SHOWN = (  # metric → (label, format); those a row lacks keep their last value
-    ("loss/total", "loss", "{:.3f}"),
-    ("loss", "loss", "{:.3f}"),
-    ("validation/paws_nn", "PAWS-NN", "{:.1%}"),
-    ("validation_accuracy", "validation", "{:.1%}"),
-    ("throughput/images_per_s", "img/s", "{:,.0f}"),
-    ("throughput/data_wait", "data wait", "{:.0%}"),
-)
 
 
 class ProgressTracker:
@@ -49,9 +42,9 @@ class ProgressTracker:
         """Show a row."""
         if message := row.get("message"):
             self._say(f"{self._title}: {message}")
-        for name, label, form in _SHOWN:
-            if name in row:
-                self._shown[label] = form.format(row[name])
+        for metric in COMMON:  # one that a row lacks keeps its last value
+            if metric.on_console and metric.name in row:
+                self._shown[metric.label] = metric.show(row[metric.name])
         shown = "  ".join(f"{label} {value}" for label, value in self._shown.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step + 1, shown=shown)

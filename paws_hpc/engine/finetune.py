@@ -119,7 +119,7 @@ class ClassifierTraining:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        return {"loss/total": loss.detach()}
+        return {"train/loss": loss.detach()}
 
     def record_loss(self, loss: float) -> None:
         """Add one step's loss, the mean over ranks, to those since the last score."""
@@ -207,7 +207,7 @@ def read_losses(training: ClassifierTraining, window: MetricsWindow) -> int:
     steps = window.read(training.classifier)
     for step in steps:
         step.require_finite()
-        training.record_loss(step.metrics["loss/total"])
+        training.record_loss(step.metrics["train/loss"])
     return len(steps)
 
 
@@ -234,9 +234,9 @@ def log_score(
     accuracy = score(logits.cpu(), validation.labels).top1
     row: Row = {
         "epoch": done // training.stream.steps_per_epoch,
-        "loss": training.loss_sum / training.loss_steps,
-        "lr": training.learning_rate(done - 1),
-        "validation_accuracy": accuracy,
+        "train/loss": training.loss_sum / training.loss_steps,
+        "train/lr": training.learning_rate(done - 1),
+        "val/top1": accuracy,
         **rate,
     }
     training.record_score(done, accuracy)

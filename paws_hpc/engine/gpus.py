@@ -64,8 +64,8 @@ def by_node(host: str, utilisation: float, memory_gb: float, device: torch.devic
         device: of this rank's tensors.
 
     Returns:
-        the same on every rank: ``gpus/node0/gpu_utilisation``, the mean over the node's ranks, and
-        ``gpus/node0/gpu_memory_gb``, of the fullest; without what no rank of a node knows. (Names that begin with
+        the same on every rank: ``gpu/node0/utilisation``, the mean over the node's ranks, and
+        ``gpu/node0/memory_gb``, of the fullest; without what no rank of a node knows. (Names that begin with
         "system" are W&B's own.)
     """
     own = torch.tensor([[zlib.crc32(host.encode()), utilisation, memory_gb]], dtype=torch.float64, device=device)
@@ -76,7 +76,7 @@ def by_node(host: str, utilisation: float, memory_gb: float, device: torch.devic
     for number, gpus in enumerate(nodes.values()):
         busy, taken = ([value for value in column if not math.isnan(value)] for column in zip(*gpus, strict=True))
         if busy:
-            row[f"gpus/node{number}/gpu_utilisation"] = sum(busy) / len(busy)
+            row[f"gpu/node{number}/utilisation"] = sum(busy) / len(busy)
         if taken:
-            row[f"gpus/node{number}/gpu_memory_gb"] = max(taken)
+            row[f"gpu/node{number}/memory_gb"] = max(taken)
     return row

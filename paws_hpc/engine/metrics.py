@@ -80,14 +80,14 @@ class MetricsWindow:
         for index, (step, records, lr, _) in enumerate(steps):
             weights_fail = index == len(steps) - 1 and not math.isfinite(largest)
             fault = None
-            if weights_fail or not math.isfinite(averages[index]["loss/total"]):
+            if weights_fail or not math.isfinite(averages[index]["train/loss"]):
                 fault = self._explain(step, records, lr, averages[index])
             rows.append(StepMetrics(step, lr, averages[index], fault))
         return rows
 
     def _explain(self, step: int, records: Positions, lr: float, metrics: dict[str, float]) -> str:
-        terms = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if name.startswith("loss/"))
-        what = "Weights or running statistics are" if math.isfinite(metrics["loss/total"]) else "The loss is"
+        terms = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if name.startswith("train/loss"))
+        what = "Weights or running statistics are" if math.isfinite(metrics["train/loss"]) else "The loss is"
         return (
             f"{what} not finite after step {step} (learning rate {lr:g}; {terms}). The batch on this "
             f"rank: {', '.join(self._describe(records)[:8])}, … {self._remedy} The last checkpoint is from before "
@@ -131,8 +131,8 @@ class ThroughputMeter:
         """The figures of ``steps`` steps since the last reading, on all ranks together."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         row = {
-            "throughput/images_per_s": steps * self._batch_size / seconds,
-            "throughput/data_wait": self._waited / seconds,
+            "train/images_per_s": steps * self._batch_size / seconds,
+            "train/data_wait": self._waited / seconds,
             **self._gpus.read(),
         }
         self.restart()

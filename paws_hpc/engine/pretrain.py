@@ -117,14 +117,14 @@ class Pretraining:
         if len(batch.micro_batches) == 1:
             h, z = self._encode(self.model, batch, 0)
             metrics = self._losses(batch, h, z)
-            metrics["loss/total"].backward()
+            metrics["train/loss"].backward()
         else:
             metrics = self._accumulate(batch)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.encoder, batch.step)
         with torch.no_grad():
-            metrics["gradient/norm"] = torch.nn.utils.get_total_norm(
+            metrics["train/grad_norm"] = torch.nn.utils.get_total_norm(
                 [p.grad for p in self.encoder.parameters() if p.grad is not None]
             )
         return {name: value.detach() for name, value in metrics.items()}
@@ -181,11 +181,13 @@ class Pretraining:
             entropy_weight=self.objective.entropy_weight,
             image_weights=weights,
         )
-        metrics = {"loss/consistency": loss.consistency, "loss/me_max": loss.me_max, "loss/total": loss.total}
+        metrics = {"train/loss": loss.total, "train/loss_consistency": loss.consistency}
+        if self.objective.me_max:
+            metrics["train/loss_me_max"] = loss.me_max
         if self.objective.entropy_weight > 0:
-            metrics["loss/entropy"] = loss.entropy
+            metrics["train/loss_entropy"] = loss.entropy
         if weights is not None:
-            metrics["diagnostics/image_weight"] = weights.mean()
+            metrics["train/image_weight"] = weights.mean()
         weight = support_warmup_weight(
             batch.step,
             total_steps=self.total_steps,
@@ -194,8 +196,8 @@ class Pretraining:
         )
         if weight > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
             hard = replace(labels, smoothing=0.0)
-            metrics["loss/support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
-            metrics["loss/total"] = loss.total + weight * metrics["loss/support_nce"]
+            metrics["train/loss_support_nce"] = supervised_nce(supports, hard, temperature=self.objective.temperature)
+            metrics["train/loss"] = loss.total + weight * metrics["train/loss_support_nce"]
         if batch.step % self.config.diagnose_every_steps == 0:
             metrics |= diagnose(z[rows : rows + large].to(wide), supports, labels, loss, self.objective)
         return metrics

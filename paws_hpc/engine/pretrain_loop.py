@@ -45,7 +45,7 @@ def pretrain(
         tracker: takes rows of metrics.
         start: steps already done.
         validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
-            ``validation``; may raise Interrupted.
+            ``val/``; may raise Interrupted.
         describe: record positions → keys, for error messages.
         control: asked before every step.
 
@@ -110,17 +110,18 @@ def report_window(training: Pretraining, window: MetricsWindow, meter: Throughpu
     for step in done:
         row: Row = {
             "epoch": (step.step + 1) / training.stream.steps_per_epoch,
-            "optimizer/lr": step.lr,
+            "train/lr": step.lr,
             **step.metrics,
-            "loss/num_classes": training.config.support.classes,
         }
         if step is done[-1]:
             row |= meter.read(len(done))
         tracker.log(step.step, row)
         step.require_finite()
         # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
-        me_max = step.metrics["loss/me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
-        uniform = training.monitor.update(step.metrics["loss/consistency"], me_max)
+        me_max = (
+            step.metrics["train/loss_me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
+        )
+        uniform = training.monitor.update(step.metrics["train/loss_consistency"], me_max)
         if uniform and not training.collapsed:
             training.collapsed = True
             _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)

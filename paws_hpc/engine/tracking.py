@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from paws_hpc.files import atomic_write
+from paws_hpc.metrics import is_validation
 
 Row = dict[str, Any]
 
@@ -55,7 +56,7 @@ class MetricsFile:
             path: of the file.
             resume_step: steps of the checkpoint from which training goes on.
             awaits_validation: the checkpoint is from before the validation that follows its last step. A row of that
-                validation, whose fields begin with ``validation``, is dropped: it is about to be written again.
+                validation, whose names begin with ``val/``, is dropped: it is about to be written again.
         """
         kept = [row for row in read_rows(path) if row["step"] < resume_step] if path.exists() else []
         if awaits_validation:
@@ -79,7 +80,7 @@ class MetricsFile:
 
 
 def _is_validation(row: Row) -> bool:
-    return any(name.startswith("validation") for name in row)
+    return any(map(is_validation, row))
 
 
 def read_rows(path: Path) -> list[Row]:

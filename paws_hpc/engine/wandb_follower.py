@@ -11,8 +11,8 @@ the stage is over. What a person should know it prints as one JSON object per li
 ``offline`` being whether it went offline by itself.
 
 Every row goes to W&B under a step of its own, which :func:`paws_hpc.engine.wandb_rows.position` derives from the row
-alone. So a row that is sent again, after a kill, is known to be the same; people see the axes ``trainer/step`` and
-``trainer/epoch``.
+alone. So a row that is sent again, after a kill, is known to be the same; people see the axes
+``trainer/global_step`` and ``trainer/epoch``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Follower:
                 sent, rows = position(row), rows + 1
                 run.log(shown(row), step=sent, commit=True)
         assert self._ending is not None, "rows end when the stage does"
-        run.summary.update(summary(self._whole_rows()))
+        run.summary.update(summary(self._whole_rows(), self._followed["best"]))
         fault = self._log_made(run)
         if self._ending["preempted"]:
             run.mark_preempting()
@@ -125,9 +125,9 @@ class Follower:
             self.tell(f"Weights & Biases cannot be reached ({error}), so runs are kept offline. {_LATER}", offline=True)
             _end_service()  # which still holds the run's id
             run = self._init("offline")
-        for axis in ("trainer/step", "trainer/epoch"):
+        for axis in ("trainer/global_step", "trainer/epoch"):
             run.define_metric(axis)
-        run.define_metric("*", step_metric="trainer/step")
+        run.define_metric("*", step_metric="trainer/global_step")
         self._link(run)
         return run
 

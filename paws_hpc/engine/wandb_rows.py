@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from paws_hpc.engine.tracking import Row
+from paws_hpc.metrics import is_validation
 
 _NAMED = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # that JSON has not, as MetricsFile writes them
-_KEPT = {  # the beginning of a metric's name → what a run's summary keeps of it beside its last value
-    "loss": ("min",),
-    "validation": ("max",),
-    "gradient": ("max",),
-    "throughput": ("mean",),
-    "gpus": ("max", "mean"),
-}
 
 
 def position(row: Row) -> int:
@@ -23,7 +19,7 @@ def position(row: Row) -> int:
     A step has a row of its losses, at times one that tells an event, and at times one of a validation, in this order;
     what W&B has a later step of, it takes no more.
     """
-    if any(name.startswith("validation") for name in row):
+    if any(map(is_validation, row)):
         return 3 * int(row["step"]) + 2
     return 3 * int(row["step"]) + ("event" in row)
 
@@ -31,16 +27,17 @@ def position(row: Row) -> int:
 def shown(row: Row) -> Row:
     """A row of ``metrics.jsonl`` as W&B is given it."""
     values = {name: _NAMED.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-    axes = {"trainer/step": values.pop("step")}
+    axes = {"trainer/global_step": values.pop("step")}
     if "epoch" in values:
         axes["trainer/epoch"] = values.pop("epoch")
     return axes | values
 
 
-def summary(rows: list[Row]) -> Row:
+def summary(rows: list[Row], best: Mapping[str, str]) -> Row:
     """What a run's summary says of its metrics: of the whole run, where W&B would know only this start.
 
-    The last value of each metric, and where :data:`_KEPT` asks for more ``{"last": …, "max": …}``.
+    The last value of each metric, and of those in ``best`` (a regular expression of names → ``min`` or ``max``)
+    ``{"last": …, "max": …, "mean": …}``.
     """
     kept: Row = {}
     columns: dict[str, list[Any]] = {}
@@ -50,7 +47,8 @@ def summary(rows: list[Row]) -> Row:
     for name, values in columns.items():
         kept[name] = values[-1]
         finite = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
-        if finite and (asked := _KEPT.get(name.partition("/")[0].partition("_")[0])):
-            known = {"min": min(finite), "max": max(finite), "mean": sum(finite) / len(finite)}
-            kept[name] = {"last": values[-1]} | {statistic: known[statistic] for statistic in asked}
+        which = next((which for names, which in best.items() if re.fullmatch(names, name)), None)
+        if finite and which is not None:
+            extreme = {"min": min, "max": max}[which](finite)
+            kept[name] = {"last": values[-1], which: extreme, "mean": sum(finite) / len(finite)}
     return kept

@@ -92,6 +92,7 @@ class Followed:
     Attributes:
         metrics: the ``metrics.jsonl`` to show, already there.
         run: that shows it.
+        best: which value of a metric its summary keeps, by a regular expression of names.
         mode: ``online``, ``offline``, or None for what the environment and the login say.
         used: the network that the stage began with.
         trainer: id of the process whose use of the machine W&B samples.
@@ -103,6 +104,7 @@ class Followed:
 
     metrics: str
     run: WandbRun
+    best: dict[str, str]
     mode: str | None
     used: Network | None
     trainer: int
@@ -116,13 +118,21 @@ class WandbTracker:
     """Follows a ``metrics.jsonl``; used as a context manager. It cannot raise: a failure is logged, once."""
 
     def __init__(
-        self, metrics: Path, run: WandbRun, *, mode: str, used: Network | None, made: Callable[[], Network | None]
+        self,
+        metrics: Path,
+        run: WandbRun,
+        *,
+        best: dict[str, str],
+        mode: str,
+        used: Network | None,
+        made: Callable[[], Network | None],
     ) -> None:
         """Start following.
 
         Args:
             metrics: the file, in which the rows are that the stage keeps from earlier starts.
             run: to show it in; a run of this id goes on.
+            best: regular expression of metrics → ``min`` or ``max``, which their summaries keep.
             mode: as ``TrackingConfig.wandb``.
             used: the network that the stage begins with.
             made: called at the end of a stage that ended well, for the network that it made.
@@ -132,6 +142,7 @@ class WandbTracker:
         followed = Followed(
             metrics=str(metrics.resolve()),
             run=run,
+            best=best,
             mode=None if mode == "auto" else mode,
             used=used,
             trainer=os.getpid(),

@@ -7,10 +7,21 @@ import math
 import torch
 from torch import Tensor
 
+from paws_hpc.metrics import Metric
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import Labels
 from paws_hpc.objective.paws import PawsLoss
+
+METRICS = [
+    Metric("train/confidence", "Confidence of the targets", "fraction", "Confidence", "confidence",
+           description="Mean probability of a target's most likely class (Fig. 4 of the paper)."),
+    Metric("train/instance_discrimination", "Instance discrimination", "nats", "Diagnostics", "instance discrimination",
+           description="NT-Xent on the unlabelled rows (instance discrimination), never trained on (Fig. 4 of the "
+           "paper)."),
+    Metric("train/support_classification", "Support classification", "nats", "Diagnostics", "support classification",
+           description="Supervised NCE on the supports (support classification), as a diagnostic never trained on."),
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -27,16 +38,16 @@ def diagnose(
         objective: its temperature is that of both contrastive losses.
 
     Returns:
-        0-d tensors without gradients. ``diagnostics/instance_discrimination``: NT-Xent in nats (figure 4b, top), among
-        the 2n rows of a rank, so that its value depends on n; ``diagnostics/support_classification``: supervised NCE in
-        nats (figure 4b, bottom); ``diagnostics/confidence``: largest entry of a sharpened target, in [1/K, 1] (figure
+        0-d tensors without gradients. ``train/instance_discrimination``: NT-Xent in nats (figure 4b, top), among
+        the 2n rows of a rank, so that its value depends on n; ``train/support_classification``: supervised NCE in
+        nats (figure 4b, bottom); ``train/confidence``: largest entry of a sharpened target, in [1/K, 1] (figure
         4c). Figure 4a is ``loss.consistency``.
     """
     temperature = objective.temperature
     return {
-        "diagnostics/instance_discrimination": nt_xent(large_crops, temperature=temperature),
-        "diagnostics/support_classification": supervised_nce(supports, support_labels, temperature=temperature),
-        "diagnostics/confidence": loss.confidence,
+        "train/instance_discrimination": nt_xent(large_crops, temperature=temperature),
+        "train/support_classification": supervised_nce(supports, support_labels, temperature=temperature),
+        "train/confidence": loss.confidence,
     }
 
 

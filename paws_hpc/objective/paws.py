@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
+from paws_hpc.metrics import Metric
 from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.neighbours import (
     Labels,
@@ -20,6 +21,21 @@ from paws_hpc.objective.neighbours import (
     log_sharpen,
     log_soft_nearest_neighbours,
 )
+
+METRICS = [
+    Metric("train/loss_consistency", "Consistency", "nats", "Loss", higher_is_better=False, when_uniform=1,
+           description="Consistency is the cross-entropy between targets and predictions of other views."),
+    Metric("train/loss_me_max", "Mean-entropy maximisation", "nats", "Loss", "me-max", False, when_uniform=-1,
+           description="Me-max is minus the entropy of the mean prediction: at -log K all classes are predicted "
+           "equally often.", from_zero=False),
+    Metric("train/loss_entropy", "Entropy of predictions", "nats", "Loss", "entropy", False, when_uniform=1,
+           description="Entropy is the mean of single predictions (D.2), before its weight."),
+    Metric("train/loss_support_nce", "Support warm-up loss", "nats", "Loss", "support NCE", False,
+           "Support NCE is added with a weight that falls to 0; it keeps runs with few labels from collapsing and is "
+           "no part of the paper."),
+    Metric("train/image_weight", "Weight of unlabelled images", "fraction",
+           description="The mean weight of the unlabelled images in the loss."),
+]  # fmt: skip
 
 
 def support_warmup_weight(step: int, *, total_steps: int, fraction: float, weight: float) -> float:

@@ -169,7 +169,7 @@ def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 def _values(record: RunRecord) -> dict[str, float]:
     values = {score.key: score.top1 for score in scores(record)}
-    _, validated = record.pretrain.series("validation/paws_nn")
+    _, validated = record.pretrain.series("val/paws_nn_top1")
     if record.summary and len(validated):  # an unfinished run's last value is of another epoch
         values[VALIDATION] = float(validated[-1])
     return values

@@ -63,24 +63,24 @@ class SingleCurve:
     hint: str = ""
 
 
-_TOTAL = Line("loss/total", "total + log K", plus_log_k=True)
-_CONSISTENCY = Line("loss/consistency", "consistency", 2)
-_ME_MAX = Line("loss/me_max", "me-max + log K", 3, plus_log_k=True, of_me_max=True)
-_ENTROPY = Line("loss/entropy", "entropy", 4)
+_TOTAL = Line("train/loss", "total + log K", plus_log_k=True)
+_CONSISTENCY = Line("train/loss_consistency", "consistency", 2)
+_ME_MAX = Line("train/loss_me_max", "me-max + log K", 3, plus_log_k=True, of_me_max=True)
+_ENTROPY = Line("train/loss_entropy", "entropy", 4)
 _NATS = Axes("", [], from_zero=True, log_k=True)
 
 _PAWS_NN = Figure(
     "paws-nn",
     "PAWS-NN on the local validation split",
     "Soft nearest neighbours with all labelled images as support; nothing is trained for it.",
-    [Axes("", [Line("validation/paws_nn", "PAWS-NN")], percent=True)],
+    [Axes("", [Line("val/paws_nn_top1", "PAWS-NN")], percent=True)],
     x="epoch",
 )
 _CONFIDENCE = Figure(
     "confidence",
     "Confidence of the targets",
     "Mean probability of a target's most likely class (Fig. 4 of the paper).",
-    [Axes("", [Line("diagnostics/confidence", "confidence")], percent=True, from_zero=True)],
+    [Axes("", [Line("train/confidence", "confidence")], percent=True, from_zero=True)],
 )
 _DIAGNOSTICS = Figure(
     "diagnostics",
@@ -88,8 +88,8 @@ _DIAGNOSTICS = Figure(
     "Fig. 4 of the paper: NT-Xent on the unlabelled rows (instance discrimination) and supervised NCE on the "
     "supports (support classification).",
     [
-        Axes("instance discrimination", [Line("diagnostics/instance_discrimination", "NT-Xent")]),
-        Axes("support classification", [Line("diagnostics/support_classification", "supervised NCE")]),
+        Axes("instance discrimination", [Line("train/instance_discrimination", "NT-Xent")]),
+        Axes("support classification", [Line("train/support_classification", "supervised NCE")]),
     ],
 )
 _WARM_UP = Figure(
@@ -97,28 +97,28 @@ _WARM_UP = Figure(
     "Support warm-up loss",
     "Supervised NCE over the supports, added with a weight that falls to 0. It keeps runs with few labels from "
     "collapsing and is no part of the paper.",
-    [Axes("", [Line("loss/support_nce", "support NCE")], from_zero=True)],
+    [Axes("", [Line("train/loss_support_nce", "support NCE")], from_zero=True)],
     hint="It is logged only where the support warm-up is on.",
 )
 _LEARNING_RATE = Figure(
     "learning-rate",
     "Learning rate",
     "Linear warm-up, then a cosine, per iteration.",
-    [Axes("", [Line("optimizer/lr", "learning rate")], from_zero=True)],
+    [Axes("", [Line("train/lr", "learning rate")], from_zero=True)],
 )
 _GRADIENT_NORM = Figure(
     "gradient-norm",
     "Gradient norm",
     "Over all parameters, before the optimiser; nothing is clipped. Logarithmic axis.",
-    [Axes("", [Line("gradient/norm", "gradient norm")], log=True)],
+    [Axes("", [Line("train/grad_norm", "gradient norm")], log=True)],
 )
 _THROUGHPUT = Figure(
     "throughput",
     "Throughput",
     "Unlabelled images per second over all ranks, and the share of time spent waiting for data.",
     [
-        Axes("images per second", [Line("throughput/images_per_s", "images/s")], from_zero=True),
-        Axes("waiting for data", [Line("throughput/data_wait", "data wait")], percent=True, from_zero=True),
+        Axes("images per second", [Line("train/images_per_s", "images/s")], from_zero=True),
+        Axes("waiting for data", [Line("train/data_wait", "data wait")], percent=True, from_zero=True),
     ],
 )
 

@@ -12,7 +12,7 @@ from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import Metrics, RunRecord
 from paws_hpc.report.tables import percent
 
-_KEY = re.compile(r"gpus/node(\d+)/gpu_(?:utilisation|memory_gb)")
+_KEY = re.compile(r"gpu/node(\d+)/(?:utilisation|memory_gb)")
 _MOST_NAMED = 4  # nodes with a colour each; of more, every one is a pale line
 _CAPTION = (
     "Utilisation is the share of a moment in which a GPU worked, the mean over a node's GPUs; memory is that of the "
@@ -25,7 +25,7 @@ def gpu_panels(record: RunRecord) -> list[Panel]:
     metrics = record.pretrain
     nodes = sorted({int(match[1]) for row in metrics.rows for key in row if (match := _KEY.fullmatch(key))})
     plots, facts = [], []
-    for title, name, is_share in (("utilisation", "gpu_utilisation", True), ("memory (GB)", "gpu_memory_gb", False)):
+    for title, name, is_share in (("utilisation", "utilisation", True), ("memory (GB)", "memory_gb", False)):
         curves, means = _curves(metrics, nodes, name)
         if curves:
             plots.append(Plot(title, curves, percent=is_share, from_zero=True))
@@ -42,7 +42,7 @@ def _curves(metrics: Metrics, nodes: list[int], name: str) -> tuple[list[Curve],
     """A curve per node that has values, and the mean of each."""
     curves, means = [], {}
     for number in nodes:
-        x, y = metrics.series(f"gpus/node{number}/{name}")
+        x, y = metrics.series(f"gpu/node{number}/{name}")
         if len(x):
             named = len(nodes) <= _MOST_NAMED
             curves.append(Curve(f"node {number}" if named else "", x, y, number + 1 if named else 0))

@@ -9,9 +9,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from paws_hpc.engine.config import SupportConfig
 from paws_hpc.report.figures import Axes, Figure, Line, run_figures
 from paws_hpc.report.plots import Curve, Plot, draw
-from paws_hpc.report.run_record import Metrics, RunRecord
+from paws_hpc.report.run_record import RunRecord
 from paws_hpc.report.tables import percent
 
 
@@ -24,9 +25,6 @@ class Panel:
     caption: str
     svg: Markup | None = None
     missing: str = ""
-
-
-_CLASSES = "loss/num_classes"  # the K of each row
 
 
 def pretrain_panels(record: RunRecord) -> list[Panel]:
@@ -73,8 +71,11 @@ def _plot(record: RunRecord, axes: Axes, curves: list[Curve]) -> Plot:
 
 def level_of(record: RunRecord, axes: Axes) -> list[tuple[float, str]]:
     """The level of uniform predictions, log K, if the axes have it."""
-    classes = record.pretrain.series(_CLASSES)[1]
-    return [(float(np.log(classes[-1])), "log K")] if axes.log_k and len(classes) else []
+    return [(_log_k(record), "log K")] if axes.log_k and len(record.pretrain.rows) else []
+
+
+def _log_k(record: RunRecord) -> float:
+    return float(np.log(record.settings.get("pretrain.support.classes", SupportConfig.classes)))
 
 
 def line_values(record: RunRecord, line: Line, axis: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -84,9 +85,8 @@ def line_values(record: RunRecord, line: Line, axis: str) -> tuple[NDArray[np.fl
         return np.empty(0), np.empty(0)
     if not line.plus_log_k or not record.me_max:
         return metrics.series(line.key, axis=axis)
-    both = Metrics([row for row in metrics.rows if None not in (row.get(line.key), row.get(_CLASSES))])
-    x, y = both.series(line.key, axis=axis)
-    return x, y + np.log(both.series(_CLASSES, axis=axis)[1])
+    x, y = metrics.series(line.key, axis=axis)
+    return x, y + _log_k(record)
 
 
 def _in_words(x: NDArray[np.float64], y: NDArray[np.float64], axes: Axes, axis: str) -> str:

@@ -26,7 +26,7 @@ def sweep_panel(record: RunRecord, stage: str) -> Panel:
     setting = None if chosen is None else parse_cell(chosen)
     curves, winner = [], None
     for cell in cells:
-        x, y = cell.metrics.series("validation_accuracy", axis="epoch")
+        x, y = cell.metrics.series("val/top1", axis="epoch")
         if len(x) and (cell.learning_rate, cell.epochs) == setting:
             winner = (cell, Curve("winner", x, y))
         elif len(x):
@@ -34,7 +34,7 @@ def sweep_panel(record: RunRecord, stage: str) -> Panel:
     if winner is not None:
         curves.append(winner[1])  # last, so that it lies on top
     if not curves:
-        return Panel(name, title, "", missing=missing_text(record, ["validation_accuracy"], stage))
+        return Panel(name, title, "", missing=missing_text(record, ["val/top1"], stage))
     count = f"{len(curves)} cells, one line each" if len(curves) > 1 else "One cell"
     caption = f"On the local validation split. {count}." + _winner_text(winner)
     svg = draw(name, [Plot("", curves, percent=True)], xlabel="epoch", description=f"{title}. {caption}")

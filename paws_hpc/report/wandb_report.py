@@ -13,23 +13,23 @@ from paws_hpc.report.run_record import Cell, RunRecord
 from paws_hpc.report.tables import DASH, flatten, scores, table_rows
 
 _CURVES = (  # title, axis, metrics, over the whole width
-    ("Loss", "trainer/step", ("loss/total",)),
-    ("Consistency (cross-entropy between views)", "trainer/step", ("loss/consistency",)),
-    ("Mean entropy maximisation", "trainer/step", ("loss/me_max",)),
-    ("Mean entropy of single predictions", "trainer/step", ("loss/entropy",)),
-    ("Supervised NCE of the warm-up", "trainer/step", ("loss/support_nce",)),
-    ("PAWS-NN on the validation split", "trainer/epoch", ("validation/paws_nn",)),
-    ("Confidence of predictions", "trainer/epoch", ("diagnostics/confidence",)),
-    ("Instance discrimination (NT-Xent)", "trainer/epoch", ("diagnostics/instance_discrimination",)),
-    ("Support classification (supervised NCE)", "trainer/epoch", ("diagnostics/support_classification",)),
-    ("Learning rate", "trainer/step", ("optimizer/lr",)),
-    ("Gradient norm", "trainer/step", ("gradient/norm",)),
-    ("Throughput (images/s)", "trainer/step", ("throughput/images_per_s",)),
-    ("Share of time waiting for data", "trainer/step", ("throughput/data_wait",)),
+    ("Loss", "trainer/global_step", ("train/loss",)),
+    ("Consistency (cross-entropy between views)", "trainer/global_step", ("train/loss_consistency",)),
+    ("Mean entropy maximisation", "trainer/global_step", ("train/loss_me_max",)),
+    ("Mean entropy of single predictions", "trainer/global_step", ("train/loss_entropy",)),
+    ("Supervised NCE of the warm-up", "trainer/global_step", ("train/loss_support_nce",)),
+    ("PAWS-NN on the validation split", "trainer/epoch", ("val/paws_nn_top1",)),
+    ("Confidence of predictions", "trainer/epoch", ("train/confidence",)),
+    ("Instance discrimination (NT-Xent)", "trainer/epoch", ("train/instance_discrimination",)),
+    ("Support classification (supervised NCE)", "trainer/epoch", ("train/support_classification",)),
+    ("Learning rate", "trainer/global_step", ("train/lr",)),
+    ("Gradient norm", "trainer/global_step", ("train/grad_norm",)),
+    ("Throughput (images/s)", "trainer/global_step", ("train/images_per_s",)),
+    ("Share of time waiting for data", "trainer/global_step", ("train/data_wait",)),
 )
 _BY_NODE = (  # title, metrics; of runs on GPUs
-    ("GPU utilisation by node (share of time)", "gpus/node[0-9]+/gpu_utilisation"),
-    ("Memory of each node's fullest GPU (GB)", "gpus/node[0-9]+/gpu_memory_gb"),
+    ("GPU utilisation by node (share of time)", "gpu/node[0-9]+/utilisation"),
+    ("Memory of each node's fullest GPU (GB)", "gpu/node[0-9]+/memory_gb"),
 )
 _SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (
@@ -113,7 +113,7 @@ def _curves() -> list[Any]:
         for number, (title, axis, metrics) in enumerate(_CURVES)
     ]
     by_node = [
-        wr.LinePlot(title=title, x="trainer/step", metric_regex=names, layout=place(number))
+        wr.LinePlot(title=title, x="trainer/global_step", metric_regex=names, layout=place(number))
         for number, (title, names) in enumerate(_BY_NODE, start=len(curves))
     ]
     return curves + by_node
@@ -123,7 +123,7 @@ def _sweep() -> list[Any]:
     import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
 
     rate, epochs = wr.Config("cell.learning_rate"), wr.Config("cell.epochs")
-    accuracy = wr.SummaryMetric("validation_accuracy.max")
+    accuracy = wr.SummaryMetric("val/top1.max")
     return [
         wr.ParallelCoordinatesPlot(
             title="Sweep",
@@ -146,7 +146,7 @@ def _sweep() -> list[Any]:
         wr.LinePlot(
             title="Validation accuracy",
             x="trainer/epoch",
-            y=["validation_accuracy"],
+            y=["val/top1"],
             layout=wr.Layout(x=0, y=8, w=24, h=8),
         ),
     ]

@@ -56,7 +56,7 @@ def _train(config: Config, run: RunFolder, data: RunData, options: StreamOptions
         scores = score_nearest_neighbours(
             training.result, data, data.validation_images(config), config, device, control=control
         )
-        return {"validation/paws_nn": scores.top1}
+        return {"val/paws_nn_top1": scores.top1}
 
     job = open_trackers(
         config,

@@ -22,6 +22,7 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
 from paws_hpc.files import read_json, write_json
+from paws_hpc.metrics import Metric
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import Scored, write_gallery
@@ -39,6 +40,13 @@ from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
 
 _METHODS = {"finetune": "fine_tuned", "baseline": "baseline"}
+METRICS = [
+    Metric(f"test/{method}_top1", f"{name} on the test split", "fraction", label=name, higher_is_better=True)
+    for method, name in {
+        "paws_nn": "PAWS-NN", "linear_probe": "Linear probe", "k_nn": "k nearest neighbours",
+        "fine_tuned": "Fine-tuned", "baseline": "Baseline",
+    }.items()
+]  # fmt: skip
 _SHOWN = ("paws_nn", *_METHODS.values())  # in pictures, by the report
 
 
@@ -234,10 +242,9 @@ def publish_scores(config: Config, run: RunFolder) -> None:
     if not is_watched(config):
         return
     test, selected = read_json(run.result)["test"], read_json(run.selected)
-    row = {f"test/{method}": scores["top1"] for method, scores in test.items() if method != "count"}
+    row = {f"test/{method}_top1": scores["top1"] for method, scores in test.items() if method != "count"}
     used = None
     if (name := selected.get("cell")) is not None:
-        row |= {f"selected/{field}": selected[field] for field in ("learning_rate", "epochs")}
         used = network(run, f"finetune/{name}", run.cell("finetune", Cell.named(name)) / "best.pt")
     metrics = _metrics(run)
     with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):

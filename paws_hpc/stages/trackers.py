@@ -16,6 +16,7 @@ from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
 from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
 from paws_hpc.files import file_hash, read_json
+from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.stages.run_folder import RunFolder
 
 _MACHINE = ("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
@@ -98,7 +99,8 @@ def watch(
         config=settings(config) | own,
     )
     described = (lambda: None) if made is None else lambda: network(run, job, made)
-    return WandbTracker(metrics, shown, mode=config.tracking.wandb, used=used, made=described)
+    best: dict[str, str] = {known.pattern: known.best for known in catalogue().values()}
+    return WandbTracker(metrics, shown, best=best, mode=config.tracking.wandb, used=used, made=described)
 
 
 def run_id(run: RunFolder, job: str) -> str:

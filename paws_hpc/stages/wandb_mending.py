@@ -13,6 +13,7 @@ from typing import Any
 from paws_hpc.engine.tracking import Row
 from paws_hpc.engine.wandb_file import parse
 from paws_hpc.engine.wandb_rows import position, shown, summary
+from paws_hpc.stages.catalogue import catalogue
 
 
 def mended(contents: Sequence[bytes], rows: Sequence[Row], *, known: int, is_last: bool, is_done: bool) -> list[bytes]:
@@ -68,7 +69,7 @@ def _end(rows: Sequence[Row], *, is_done: bool) -> list[bytes]:
     from wandb.proto import wandb_internal_pb2  # noqa: PLC0415 - as above
 
     last: Any = wandb_internal_pb2.Record()
-    for name, value in summary(list(rows)).items():
+    for name, value in summary(list(rows), {known.pattern: known.best for known in catalogue().values()}).items():
         last.summary.update.add(nested_key=[name], value_json=json.dumps(value))
     ended: Any = wandb_internal_pb2.Record()
     ended.exit.exit_code = 0

@@ -75,7 +75,7 @@ def test_where_nothing_else_couples_rows_it_is_the_gradient_of_one_big_batch(
     for parts, training in steps.items():
         set_statistics(training.encoder, "frozen")
         losses[parts] = training.step(training.stream.batch(STEP))
-    assert losses[1]["loss/support_nce"] > 0
+    assert losses[1]["train/loss_support_nce"] > 0
     assert losses[1].keys() == losses[PARTS].keys()
     assert_close(losses[PARTS], losses[1], precision)
     assert_close(gradients(steps[PARTS]), gradients(steps[1]), precision)
@@ -99,7 +99,7 @@ def in_one_graph(training: Pretraining, batch: PawsBatch) -> None:
         ])
         for which in (0, 1)
     )  # fmt: skip
-    training._losses(batch, h, z)["loss/total"].backward()
+    training._losses(batch, h, z)["train/loss"].backward()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)

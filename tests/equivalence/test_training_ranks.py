@@ -53,10 +53,10 @@ def test_any_number_of_ranks_trains_the_run_of_one(
 ) -> None:
     """Also where micro-batches go through the network one after the other: they are the same on any number of ranks."""
     alone, together = (train(folder, ranks, dtype, accumulate_steps, recipe) for ranks in (1, world))
-    assert len(alone["losses"]["loss/total"]) == 10
-    assert len(alone["losses"]["loss/support_nce"]) == 5, "the warm-up covers the first half of these steps"
+    assert len(alone["losses"]["train/loss"]) == 10
+    assert len(alone["losses"]["train/loss_support_nce"]) == 5, "the warm-up covers the first half of these steps"
     for name, expected in alone["losses"].items():
-        if name.startswith("loss/") or dtype == "fp64":
+        if name.startswith("train/loss") or dtype == "fp64":
             compare(name, together["losses"][name], expected, TOLERANCE[dtype])
     if dtype == "fp64":  # gradients and normalisation statistics of all steps are in these, and averages
         for name, expected in alone["weights"].items():

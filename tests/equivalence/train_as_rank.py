@@ -85,7 +85,13 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
         for name, value in training.step(stream.batch(step)).items():
             losses.setdefault(name, []).append(distributed.mean_over_ranks(value))
     if distributed.is_main():
-        compared = ("loss/total", "loss/consistency", "loss/me_max", "loss/support_nce", "gradient/norm")
+        compared = (
+            "train/loss",
+            "train/loss_consistency",
+            "train/loss_me_max",
+            "train/loss_support_nce",
+            "train/grad_norm",
+        )
         curves = {name: torch.stack(losses[name]).double() for name in compared}
         assert training.average is not None
         weights = {name: value.clone() for name, value in training.encoder.state_dict().items()}

@@ -149,7 +149,7 @@ def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path)
         assert done.returncode == 0, done.stderr
         assert ("pretrain: 2 ranks" in done.stderr) == (ranks == 2)
         lines = (tmp_path / f"runs/ranks-{ranks}/pretrain/metrics.jsonl").read_text().splitlines()
-        losses.append([row["loss/total"] for row in map(json.loads, lines) if "loss/total" in row])
+        losses.append([row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row])
     assert len(losses[0]) == len(losses[1]) == 10
     np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=1e-8)
 

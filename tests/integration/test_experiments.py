@@ -112,9 +112,9 @@ def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
         kinds = [images.shape for images in stream.augment(batch.micro_batches[0], CPU, torch.float32)]
         assert len({shape[-1] for shape in kinds}) == 2, "large and small crops"
         assert all(torch.isfinite(value) for value in metrics.values()), metrics
-        assert metrics["loss/me_max"] < 0
-        assert metrics["gradient/norm"] > 0
-        assert ("loss/support_nce" in metrics) == (config.objective.support_warmup_fraction > 0)
+        assert metrics["train/loss_me_max"] < 0
+        assert metrics["train/grad_norm"] > 0
+        assert ("train/loss_support_nce" in metrics) == (config.objective.support_warmup_fraction > 0)
     assert torch.isfinite(first).all()
     assert not torch.equal(first, before)
 

@@ -24,7 +24,7 @@ from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from tests.ranks import results_of, run_on_ranks
-from tests.tiny import tiny_config
+from tests.tiny import WALL_CLOCK, tiny_config
 
 CPU = torch.device("cpu")
 STEPS = 6
@@ -81,7 +81,7 @@ def ended(folder: Path) -> tuple[dict[str, Any], list[Row], bool]:
 
 def curve(run: RunFolder) -> list[Row]:
     rows = read_rows(run.pretrain / "metrics.jsonl")
-    return [{name: row[name] for name in row if not name.startswith("throughput/")} for row in rows]
+    return [{name: row[name] for name in row if name not in WALL_CLOCK} for row in rows]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -110,7 +110,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     checks = start(store, folder)
     _, rows, collapsed = ended(folder)
     assert collapsed == request.param
-    assert [row["step"] for row in rows if "validation/paws_nn" in row] == [2, 5]
+    assert [row["step"] for row in rows if "val/paws_nn_top1" in row] == [2, 5]
     return store, folder, checks
 
 
@@ -204,7 +204,7 @@ def test_a_start_that_was_taken_over_anywhere_spoils_nothing(whole: tuple[Path, 
         with pytest.raises(TakenOverError):
             start(store, folder, fence=refusing(write))
         assert not list(folder.rglob("*.tmp"))
-        scored = [row["step"] for row in curve(RunFolder(folder / "run")) if "validation/paws_nn" in row]
+        scored = [row["step"] for row in curve(RunFolder(folder / "run")) if "val/paws_nn_top1" in row]
         # The checkpoint of step 4 is written while training goes on, so the fence may speak before or after the score.
         assert scored in ([[2], [2, 5]] if write < 3 else [[2, 5]])
         left.append(newest(folder))

@@ -61,11 +61,11 @@ def write_run(
     (run / "config.yaml").write_text(f"{config}{objective}optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
     rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
     for row in rows:
-        if "loss/total" in row and not me_max:
-            row |= {"loss/total": row["loss/total"] - row["loss/me_max"], "loss/me_max": 0.0}
-        if "loss/total" in row and entropy_weight:
-            row["loss/entropy"] = 2.0 * row["loss/consistency"]
-            row["loss/total"] += entropy_weight * row["loss/entropy"]
+        if "train/loss" in row and not me_max:
+            row |= {"train/loss": row["train/loss"] - row["train/loss_me_max"], "train/loss_me_max": 0.0}
+        if "train/loss" in row and entropy_weight:
+            row["train/loss_entropy"] = 2.0 * row["train/loss_consistency"]
+            row["train/loss"] += entropy_weight * row["train/loss_entropy"]
     _jsonl(run / "pretrain" / "metrics.jsonl", rows)
     _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
     _crops(random).save(run / "pretrain" / "crops.png")
@@ -106,20 +106,20 @@ def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, coll
         consistency = log_k if collapsed else 0.28 + 1.9 * math.exp(-7 * done) + 0.04 * noise[0]
         me_max = -log_k if collapsed else -log_k + 0.03 + 0.5 * math.exp(-9 * done) + 0.01 * abs(noise[1])
         row = {
-            "step": step, "epoch": step / steps, "loss/total": consistency + me_max, "loss/consistency": consistency,
-            "loss/me_max": me_max, "loss/num_classes": 10,
-            "optimizer/lr": 0.3 + 47 * done if done < 0.1 else 2.525 + 2.475 * math.cos(math.pi * (done - 0.1) / 0.9),
-            "diagnostics/instance_discrimination": 5.5 - 2.2 * (1 - math.exp(-5 * done)) + 0.05 * noise[2],
-            "diagnostics/support_classification": 0.05 + 2.2 * math.exp(-8 * done) + 0.01 * abs(noise[3]),
-            "diagnostics/confidence": 0.1 if collapsed else 0.95 - 0.8 * math.exp(-6 * done) + 0.01 * noise[4],
-            "throughput/images_per_s": 520 + 15 * noise[5], "throughput/data_wait": 0.04 + 0.01 * abs(noise[0]),
-            "gradient/norm": 3 * math.exp(-3 * done) + 0.2 * abs(noise[1]),
+            "step": step, "epoch": step / steps, "train/loss": consistency + me_max,
+            "train/loss_consistency": consistency, "train/loss_me_max": me_max,
+            "train/lr": 0.3 + 47 * done if done < 0.1 else 2.525 + 2.475 * math.cos(math.pi * (done - 0.1) / 0.9),
+            "train/instance_discrimination": 5.5 - 2.2 * (1 - math.exp(-5 * done)) + 0.05 * noise[2],
+            "train/support_classification": 0.05 + 2.2 * math.exp(-8 * done) + 0.01 * abs(noise[3]),
+            "train/confidence": 0.1 if collapsed else 0.95 - 0.8 * math.exp(-6 * done) + 0.01 * noise[4],
+            "train/images_per_s": 520 + 15 * noise[5], "train/data_wait": 0.04 + 0.01 * abs(noise[0]),
+            "train/grad_norm": 3 * math.exp(-3 * done) + 0.2 * abs(noise[1]),
         }  # fmt: skip
         if done < 1 / 3:
-            row["loss/support_nce"] = 0.03 + 2.2 * math.exp(-9 * done) + 0.02 * abs(noise[2])
-            row["loss/total"] += (1 - 3 * done) * row["loss/support_nce"]
+            row["train/loss_support_nce"] = 0.03 + 2.2 * math.exp(-9 * done) + 0.02 * abs(noise[2])
+            row["train/loss"] += (1 - 3 * done) * row["train/loss_support_nce"]
         if (step + 1) % (2 * steps) == 0:
-            row["validation/paws_nn"] = 0.962 - 0.6 * math.exp(-6 * done)
+            row["val/paws_nn_top1"] = 0.962 - 0.6 * math.exp(-6 * done)
         rows.append(row)
     if collapsed:
         message = "Collapse: predictions have been uniform over 10 classes: turn on the support warm-up."
@@ -130,7 +130,7 @@ def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, coll
 def _cell(folder: Path, random: np.random.Generator, rate: float, epochs: int, best: float) -> None:
     curve = best - 0.5 * np.exp(-np.arange(1, epochs + 1) / 3) - 0.01 * random.random(epochs)
     rows = [
-        {"epoch": epoch, "loss": 2.3 * math.exp(-epoch / 4), "lr": rate, "validation_accuracy": float(value)}
+        {"epoch": epoch, "train/loss": 2.3 * math.exp(-epoch / 4), "train/lr": rate, "val/top1": float(value)}
         for epoch, value in enumerate(curve, start=1)
     ]
     cell = folder / f"lr={rate:g},epochs={epochs}"
@@ -408,7 +408,7 @@ def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -
 def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, me_max=False)))
     rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    first, last = rows[0]["loss/total"], rows[-1]["loss/total"]
+    first, last = rows[0]["train/loss"], rows[-1]["train/loss"]
     label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
     assert label.startswith(f"Loss and its terms against step: total goes from {first:.4g} to {last:.4g} at step 329 ")
     assert "me-max" not in label
@@ -450,7 +450,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
     assert page.script("return document.querySelectorAll('.panel.missing').length") == 18
-    assert "No values of validation/paws_nn in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
+    assert "No values of val/paws_nn_top1 in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -517,8 +517,8 @@ def test_a_run_on_gpus_shows_each_node(page: Page, tmp_path: Path, nodes: int) -
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         for node in range(nodes):
-            row[f"gpus/node{node}/gpu_utilisation"] = 0.5 if node == 1 else 0.9
-            row[f"gpus/node{node}/gpu_memory_gb"] = 60.0 + node
+            row[f"gpu/node{node}/utilisation"] = 0.5 if node == 1 else 0.9
+            row[f"gpu/node{node}/memory_gb"] = 60.0 + node
     _jsonl(path, rows)
     page.open(build_report(run))
     assert np.ptp(page.picture("#panel-gpus")[8:-8, 8:-8]) > 100

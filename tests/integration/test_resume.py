@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.integration.launching import command, environment, launch
+from tests.tiny import WALL_CLOCK
 
 STAGES = "stages=[prepare,pretrain]"
 LAST = "step-00000020.pt"
@@ -24,10 +25,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def curve(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "runs/run/pretrain/metrics.jsonl").read_text().splitlines()
-    return [
-        {name: value for name, value in json.loads(line).items() if not name.startswith("throughput/")}
-        for line in lines
-    ]
+    return [{name: value for name, value in json.loads(line).items() if name not in WALL_CLOCK} for line in lines]
 
 
 def kill_after(folder: Path, steps: int, *overrides: str, number: int = signal.SIGKILL) -> tuple[int, str]:

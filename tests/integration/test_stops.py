@@ -130,7 +130,7 @@ def test_a_run_that_diverges_names_step_rate_and_images_and_its_checkpoints_are_
     assert sum(key in message for key in ImageStore.open(digits_stores.train).keys) == 8
     last = read_rows(run.pretrain / "metrics.jsonl")[-1]
     assert last["step"] == step, "the row that explains the stop is in the file"
-    assert (last["loss/total"] == "nan") == (what == "The loss is")
+    assert (last["train/loss"] == "nan") == (what == "The loss is")
     saved = sorted(run.checkpoints.glob("*.pt"))
     assert len(saved) == (step + 1) // every - 1
     for path in saved:

@@ -165,7 +165,7 @@ def test_rows_that_files_have_lost_come_from_the_metrics_file_and_none_comes_twi
     assert sync.main([str(run.path)]) == 0
     (online,) = server.runs.values()
     assert [own(row) for row in online.history] == expected(run)
-    assert online.summary["loss/total"]["last"] == expected(run)[-1]["loss/total"]
+    assert online.summary["train/loss"]["last"] == expected(run)[-1]["train/loss"]
     assert online.exit_codes[-1] == 1, "nobody said that it ended well"
 
     lost[0].write_text(whole)

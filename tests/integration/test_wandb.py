@@ -101,14 +101,18 @@ def test_a_preempted_and_requeued_run_is_one_run_with_one_unbroken_curve(watched
 def test_the_axes_are_steps_and_epochs_and_summaries_are_of_the_whole_run(watched: Watched) -> None:
     run = watched.server.runs["cafe0123-pretrain"]
     rows = read_rows(watched.run.pretrain / "metrics.jsonl")
-    assert {"trainer/step", "trainer/epoch"} <= set(run.history[0])
-    scores = [row["validation/paws_nn"] for row in rows if "validation/paws_nn" in row]
-    losses = [row["loss/total"] for row in rows if "loss/total" in row]
-    assert run.summary["validation/paws_nn"] == {"last": scores[-1], "max": max(scores)}
-    assert run.summary["loss/total"] == {"last": losses[-1], "min": min(losses)}
-    assert {"throughput/images_per_s", "throughput/data_wait", "optimizer/lr", "gradient/norm"} <= set(run.summary)
+    assert {"trainer/global_step", "trainer/epoch"} <= set(run.history[0])
+    scores = [row["val/paws_nn_top1"] for row in rows if "val/paws_nn_top1" in row]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert run.summary["val/paws_nn_top1"] == {
+        "last": scores[-1],
+        "max": max(scores),
+        "mean": sum(scores) / len(scores),
+    }
+    assert run.summary["train/loss"] == {"last": losses[-1], "min": min(losses), "mean": sum(losses) / len(losses)}
+    assert {"train/images_per_s", "train/data_wait", "train/lr", "train/grad_norm"} <= set(run.summary)
     metrics = run.config["_wandb"]["value"]["m"]
-    assert any(metric.get("2") == "*" for metric in metrics), "every metric has trainer/step as its axis"
+    assert any(metric.get("2") == "*" for metric in metrics), "every metric has trainer/global_step as its axis"
 
 
 def test_lineage_leads_from_the_checkpoint_to_the_cell_to_selection(watched: Watched) -> None:
@@ -130,8 +134,8 @@ def test_lineage_leads_from_the_checkpoint_to_the_cell_to_selection(watched: Wat
 def test_selection_shows_the_test_scores(watched: Watched) -> None:
     (row,) = watched.server.runs["cafe0123-selection"].history
     test = json.loads(watched.run.result.read_text())["test"]
-    assert row["test/paws_nn"] == test["paws_nn"]["top1"]
-    assert row["test/fine_tuned"] == test["fine_tuned"]["top1"]
+    assert row["test/paws_nn_top1"] == test["paws_nn"]["top1"]
+    assert row["test/fine_tuned_top1"] == test["fine_tuned"]["top1"]
 
 
 def test_nothing_that_was_sent_holds_a_secret_or_a_path_of_the_users_folders(watched: Watched) -> None:

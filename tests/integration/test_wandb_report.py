@@ -77,13 +77,13 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     read = read_back(url)
     assert read["title"] == f"PAWS: {', '.join(run.name for run in runs)}"[:128]
     assert {"LinePlot", "ParallelCoordinatesPlot", "ScatterPlot", "RunComparer"} <= set(read["panels"])
-    wanted = ("loss/total", "loss/consistency", "loss/me_max", "validation/paws_nn", "diagnostics/confidence")
+    wanted = ("train/loss", "train/loss_consistency", "train/loss_me_max", "val/paws_nn_top1", "train/confidence")
     assert set(wanted) <= set(read["curves"])
-    rarer = ("loss/entropy", "diagnostics/instance_discrimination", "diagnostics/support_classification")
+    rarer = ("train/loss_entropy", "train/instance_discrimination", "train/support_classification")
     assert set(rarer) <= set(read["curves"])
     for stage in ("pretrain", "finetune", "baseline"):
         assert any(f"'{stage}'" in chosen or f'"{stage}"' in chosen for chosen in read["filters"]), stage
-    assert "gpus/node[0-9]+/gpu_utilisation" in read["patterns"]
+    assert "gpu/node[0-9]+/utilisation" in read["patterns"]
     assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
     assert read["groups"] == [["config.objective.value.me_max"], [], [], []], "a curve is the mean of a setting's seeds"
     results, sweep, provenance = read["markdown"]

@@ -152,7 +152,7 @@ def test_digits_of_no_labelled_class_weigh_less(digits_stores: Stores, monkeypat
         batch = stream.batch(step)
         metrics = training.step(batch)
         strange.append(torch.from_numpy(store.labels[batch.records] >= known))
-        assert torch.equal(metrics["diagnostics/image_weight"], found[-1].mean())
+        assert torch.equal(metrics["train/image_weight"], found[-1].mean())
     weights, outside = torch.cat(found[steps // 2 :]), torch.cat(strange[steps // 2 :])
     assert weights[~outside].mean() > weights[outside].mean() + 0.1
 

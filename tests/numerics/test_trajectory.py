@@ -115,7 +115,7 @@ def objective(z: Array, h: Array, classes: NDArray[np.int64]) -> tuple[dict[str,
     of_units = np.concatenate([of_cosines.T @ queries, of_cosines @ supports])
     units = np.concatenate([supports, queries])
     across = of_units - units * (units * of_units).sum(1, keepdims=True)
-    losses = {"loss/consistency": consistency, "loss/me_max": me_max, "loss/total": consistency + me_max}
+    losses = {"train/loss_consistency": consistency, "train/loss_me_max": me_max, "train/loss": consistency + me_max}
     return losses, across / np.sqrt((z**2).sum(1, keepdims=True))
 
 

@@ -19,6 +19,7 @@ from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages.attempts import Start, read_starts
 from tests.integration.launching import command
 from tests.slurm.cluster import ASK_EVERY_S, Cluster, wait_until
+from tests.tiny import WALL_CLOCK
 
 ROOT = Path(__file__).parents[2]
 ON_SLURM = (
@@ -186,7 +187,7 @@ class Run:
         """Rows of metrics of a job, without how long things took."""
         path = self.path / job / "metrics.jsonl"
         rows = read_rows(path) if path.exists() else []
-        return [{name: row[name] for name in row if not name.startswith("throughput/")} for row in rows]
+        return [{name: row[name] for name in row if name not in WALL_CLOCK} for row in rows]
 
     def weights(self) -> dict[str, Any]:
         """All tensors that training left: the last checkpoint of pre-training and the best of every cell."""

@@ -50,7 +50,7 @@ def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: P
         (run.path / "filler").unlink()
         run.launch()
         run.wait_done()
-        assert [row["step"] for row in run.rows("pretrain") if "loss/total" in row] == list(range(40))
+        assert [row["step"] for row in run.rows("pretrain") if "train/loss" in row] == list(range(40))
         assert run.starts("pretrain")[1].holder.progress == 10
 
 

@@ -65,7 +65,7 @@ def test_two_launches_at_once_make_one_chain_of_the_code_and_config_of_that_mome
         for module in (checkout / "paws_hpc").rglob("*.py"):
             module.write_text("raise SystemExit('this was edited while the job waited')\n")
     run.wait_done()
-    rates = [row["optimizer/lr"] for row in run.rows("pretrain") if "optimizer/lr" in row]
+    rates = [row["train/lr"] for row in run.rows("pretrain") if "train/lr" in row]
     assert rates[-1] < 0.0015, "the schedule ends at 0.001, as it was when it was launched"
 
 

@@ -82,9 +82,9 @@ def test_validation_and_all_stages_after_pre_training_use_the_average(digits_sto
     state = torch.load(newest, weights_only=True)
     assert all(torch.equal(value, state["average"][name]) for name, value in encoder.state_dict().items())
     assert not torch.equal(state["encoder"]["backbone.stem.weight"], state["average"]["backbone.stem.weight"])
-    (logged,) = [row for row in read_rows(run.pretrain / "metrics.jsonl") if "validation/paws_nn" in row]
+    (logged,) = [row for row in read_rows(run.pretrain / "metrics.jsonl") if "val/paws_nn_top1" in row]
     scores = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
-    assert logged["validation/paws_nn"] == scores.top1
+    assert logged["val/paws_nn_top1"] == scores.top1
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])

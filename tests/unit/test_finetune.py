@@ -29,6 +29,7 @@ from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks
+from tests.tiny import WALL_CLOCK
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1])
@@ -98,7 +99,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def curve(folder: Path) -> list[Row]:
     """What was logged, without how long it took."""
     rows = read_rows(folder / "metrics.jsonl")
-    return [{name: row[name] for name in row if not name.startswith("throughput/")} for row in rows]
+    return [{name: row[name] for name in row if name not in WALL_CLOCK} for row in rows]
 
 
 def test_resumed_from_any_epoch_it_ends_with_the_same_bits(digits_stores: Stores, tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stor
     trial = Trial(digits_stores, tmp_path, Cell(0.1, epochs=25))
     result = trial.run()
     rows = read_rows(tmp_path / "metrics.jsonl")
-    accuracies = [row["validation_accuracy"] for row in rows]
+    accuracies = [row["val/top1"] for row in rows]
     assert result == CellResult(max(accuracies), 1 + int(np.argmax(accuracies)))
     assert result.validation_accuracy > accuracies[0], "else this test would not tell best from first"
     trial.training.classifier.load_state_dict(load_tensors(tmp_path / "best.pt", CPU))
@@ -223,7 +224,7 @@ def test_scores_come_every_so_many_epochs_and_at_the_end(digits_stores: Stores, 
     Trial(digits_stores, tmp_path, Cell(0.05, epochs=5), config).run()
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [2, 4, 5]
-    assert rows[-1]["lr"] < rows[0]["lr"]
+    assert rows[-1]["train/lr"] < rows[0]["train/lr"]
 
 
 def test_divergence_names_step_rate_and_images_and_keeps_nothing_of_it(digits_stores: Stores, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def three_steps(rank: int, world: int) -> dict[str, Tensor]:
         set_statistics(training.classifier, "global")
         losses = []
         for step in range(3):
-            losses.append(training.step(training.stream.batch(step))["loss/total"])
+            losses.append(training.step(training.stream.batch(step))["train/loss"])
     return {"losses": torch.stack(losses), **training.classifier.state_dict()}
 
 

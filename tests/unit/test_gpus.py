@@ -28,13 +28,13 @@ def test_rank_zero_tells_of_every_node(tmp_path: Path) -> None:
     run_on_ranks(tmp_path, {4: [together]})
     for row in results_of(together, 4, tmp_path):
         assert row == pytest.approx({
-            "gpus/node0/gpu_utilisation": 0.8, "gpus/node0/gpu_memory_gb": 61.5,
-            "gpus/node1/gpu_utilisation": 0.2,
+            "gpu/node0/utilisation": 0.8, "gpu/node0/memory_gb": 61.5,
+            "gpu/node1/utilisation": 0.2,
         })  # fmt: skip
 
 
 def test_on_cpus_rows_are_as_they_were() -> None:
-    assert set(ThroughputMeter(8, CPU).read(1)) == {"throughput/images_per_s", "throughput/data_wait"}
+    assert set(ThroughputMeter(8, CPU).read(1)) == {"train/images_per_s", "train/data_wait"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -53,5 +53,5 @@ def test_a_gpu_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureFixture
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_read() -> None:
     row = ThroughputMeter(8, torch.device("cuda", 0)).read(1)
-    assert 0 <= row["gpus/node0/gpu_utilisation"] <= 1
-    assert row["gpus/node0/gpu_memory_gb"] > 0
+    assert 0 <= row["gpu/node0/utilisation"] <= 1
+    assert row["gpu/node0/memory_gb"] > 0

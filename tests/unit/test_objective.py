@@ -150,10 +150,10 @@ def test_diagnostics_are_the_named_losses_and_train_nothing() -> None:
     measured = diagnose(z[6:14], z[:6], LABELS, loss, objective)
     assert not any(value.requires_grad for value in measured.values())
     expected = nt_xent(z[6:14], temperature=0.2).detach()
-    assert measured["diagnostics/instance_discrimination"] == expected
+    assert measured["train/instance_discrimination"] == expected
     expected = supervised_nce(z[:6], LABELS, temperature=0.2).detach()
-    assert measured["diagnostics/support_classification"] == expected
-    assert 1 / 3 < measured["diagnostics/confidence"] <= 1
+    assert measured["train/support_classification"] == expected
+    assert 1 / 3 < measured["train/confidence"] <= 1
 
 
 def test_confidence_is_that_of_sharpened_targets() -> None:

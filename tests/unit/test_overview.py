@@ -55,7 +55,7 @@ def beat(folder: Path, *, ago_s: float) -> None:
 
 
 def train(folder: Path, *, steps: int, per_epoch: int, rate: float = 200.0) -> None:
-    rows = [{"step": step, "epoch": (step + 1) / per_epoch, "throughput/images_per_s": rate} for step in range(steps)]
+    rows = [{"step": step, "epoch": (step + 1) / per_epoch, "train/images_per_s": rate} for step in range(steps)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -86,8 +86,8 @@ def test_a_torn_last_line_is_left_out_and_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ['{"step": 1, "a"', "[1]", '{"a": 1.0}', '{"step": "1"}', '{"step": true}', '{"step": 1, "loss/total": "hello"}',
-     '{"step": 1, "loss/total": [1.0]}'],
+    ['{"step": 1, "a"', "[1]", '{"a": 1.0}', '{"step": "1"}', '{"step": true}', '{"step": 1, "train/loss": "hello"}',
+     '{"step": 1, "train/loss": [1.0]}'],
 )  # fmt: skip
 def test_any_other_bad_line_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -107,7 +107,7 @@ def test_steps_repeated_after_a_resume_count_once(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_said_and_not_hidden(tmp_path: Path) -> None:
     values = [1.0, "nan", "inf", 2.0]  # as the metrics file spells what JSON cannot hold
-    rows = [json.dumps({"step": step, "gradient/norm": value}) for step, value in enumerate(values)]
+    rows = [json.dumps({"step": step, "train/grad_norm": value}) for step, value in enumerate(values)]
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "metrics.jsonl").write_text("\n".join(rows))
     panel = next(panel for panel in pretrain_panels(read_run(tmp_path)) if panel.name == "gradient-norm")

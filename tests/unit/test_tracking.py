@@ -13,16 +13,19 @@ from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
 from paws_hpc.engine.wandb_file import read_contents, write_contents
 from paws_hpc.engine.wandb_rows import position, summary
+from paws_hpc.metrics import COMMON
 from paws_hpc.stages.trackers import settings
 from tests.tiny import tiny_config
+
+BEST = {metric.pattern: metric.best for metric in COMMON}
 
 
 def log_steps(path: Path, start: int, stop: int) -> None:
     with MetricsFile(path, resume_step=start) as metrics:
         for step in range(start, stop):
-            metrics.log(step, {"loss": step / 7})
+            metrics.log(step, {"train/loss": step / 7})
             if step % 3 == 2:
-                metrics.log(step, {"validation": 0.1 * step})
+                metrics.log(step, {"val/top1": 0.1 * step})
 
 
 def test_a_resumed_curve_is_the_curve_of_an_uninterrupted_run(tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_a_validation_that_is_to_be_done_again_leaves_no_row(tmp_path: Path) -> 
     log_steps(tmp_path / "whole.jsonl", 0, 6)
     log_steps(tmp_path / "metrics.jsonl", 0, 7)
     whole = read_rows(tmp_path / "whole.jsonl")
-    assert [row["step"] for row in whole if "validation" in row] == [2, 5]
+    assert [row["step"] for row in whole if "val/top1" in row] == [2, 5]
     for _ in range(2):
         with MetricsFile(tmp_path / "metrics.jsonl", resume_step=6, awaits_validation=True):
             pass
@@ -50,8 +53,8 @@ def test_a_validation_that_is_to_be_done_again_leaves_no_row(tmp_path: Path) -> 
 def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, resume_step=0) as metrics:
-        metrics.log(0, {"loss": 1.0})
-        assert read_rows(path) == [{"step": 0, "loss": 1.0}]
+        metrics.log(0, {"train/loss": 1.0})
+        assert read_rows(path) == [{"step": 0, "train/loss": 1.0}]
 
 
 def test_a_new_run_takes_nothing_over(tmp_path: Path) -> None:
@@ -73,20 +76,20 @@ def test_a_torn_line_in_the_middle_is_named_and_the_file_kept(tmp_path: Path) ->
 def test_values_that_json_has_not_are_kept_as_text(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, resume_step=0) as metrics:
-        metrics.log(3, {"loss": math.nan, "gradient": -math.inf, "fine": 0.5, "event": "collapse"})
+        metrics.log(3, {"train/loss": math.nan, "train/grad_norm": -math.inf, "train/lr": 0.5, "event": "collapse"})
     with MetricsFile(path, resume_step=10):
         pass
     parsed = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert parsed == {"step": 3, "loss": "nan", "gradient": "-inf", "fine": 0.5, "event": "collapse"}
-    assert math.isnan(float(parsed["loss"]))
+    assert parsed == {"step": 3, "train/loss": "nan", "train/grad_norm": "-inf", "train/lr": 0.5, "event": "collapse"}
+    assert math.isnan(float(parsed["train/loss"]))
 
 
 def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> None:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     files = [MetricsFile(path, resume_step=0) for path in paths]
     with Trackers(*files, NullTracker()) as trackers:
-        trackers.log(0, {"loss": 1.0})
-    assert [read_rows(path) for path in paths] == [[{"step": 0, "loss": 1.0}]] * 2
+        trackers.log(0, {"train/loss": 1.0})
+    assert [read_rows(path) for path in paths] == [[{"step": 0, "train/loss": 1.0}]] * 2
     for file in files:
         with pytest.raises(ValueError, match="closed file"):
             file.log(1, {})
@@ -120,18 +123,19 @@ def test_one_damaged_byte_costs_one_record_wherever_it_is(tmp_path: Path) -> Non
 
 
 def test_every_row_of_a_step_has_a_step_of_its_own_in_weights_and_biases() -> None:
-    rows = [{"step": 4, "loss/total": 1.0}, {"step": 4, "event": "collapse"}, {"step": 4, "validation/paws_nn": 0.5}]
-    steps = [position(row) for row in [*rows, {"step": 5, "loss/total": 1.0}]]
+    rows = [{"step": 4, "train/loss": 1.0}, {"step": 4, "event": "collapse"}, {"step": 4, "val/paws_nn_top1": 0.5}]
+    steps = [position(row) for row in [*rows, {"step": 5, "train/loss": 1.0}]]
     assert steps == sorted(set(steps))
 
 
 def test_a_summary_is_of_all_rows_and_knows_what_is_not_a_number() -> None:
-    rows = [{"step": n, "epoch": 1, "loss/total": loss} for n, loss in enumerate((3.0, "nan", 1.0, 2.0))]
-    assert summary(rows)["loss/total"] == {"last": 2.0, "min": 1.0}
-    assert math.isnan(summary(rows[:2])["loss/total"]["last"])
-    memory = [{"step": n, "gpus/node0/gpu_memory_gb": taken} for n, taken in enumerate((20.0, 40.0, 30.0))]
-    assert summary(memory)["gpus/node0/gpu_memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
-    assert summary([{"step": 0, "validation/paws_nn": 0.5}])["validation/paws_nn"] == {"last": 0.5, "max": 0.5}
+    rows = [{"step": n, "epoch": 1, "train/loss": loss} for n, loss in enumerate((3.0, "nan", 1.0, 2.0))]
+    assert summary(rows, BEST)["train/loss"] == {"last": 2.0, "min": 1.0, "mean": 2.0}
+    assert math.isnan(summary(rows[:2], BEST)["train/loss"]["last"])
+    memory = [{"step": n, "gpu/node0/memory_gb": taken} for n, taken in enumerate((20.0, 40.0, 30.0))]
+    assert summary(memory, BEST)["gpu/node0/memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
+    kept = summary([{"step": 0, "val/top1": 0.5}, {"step": 1, "val/top1": 0.25}], BEST)["val/top1"]
+    assert kept == {"last": 0.25, "max": 0.5, "mean": 0.375}
 
 
 @pytest.mark.parametrize(
@@ -178,9 +182,9 @@ def log_with_tensorboard(folder: Path, start: int, stop: int, *, awaits_validati
         events = TensorboardTracker(folder / "tensorboard", metrics=path)
         for tracker in (metrics, events):
             for step in range(start, stop):
-                tracker.log(step, {"loss": math.nan if step == 4 else step / 7, "event": "text"})
+                tracker.log(step, {"train/loss": math.nan if step == 4 else step / 7, "event": "text"})
                 if step % 3 == 2:
-                    tracker.log(step, {"validation": 0.1 * step})
+                    tracker.log(step, {"val/top1": 0.1 * step})
     return events
 
 
@@ -191,7 +195,7 @@ def test_tensorboard_shows_one_unbroken_curve_of_a_run_that_was_killed_and_resum
         log_with_tensorboard(tmp_path, 6, 12),
     ]
     rows = read_rows(tmp_path / "metrics.jsonl")
-    for tag in ("loss", "validation"):
+    for tag in ("train/loss", "val/top1"):
         shown = tensorboard_curve(tmp_path / "tensorboard", tag)
         assert [step for step, _ in shown] == [row["step"] for row in rows if tag in row]
         assert [value for _, value in shown] == pytest.approx(
@@ -208,12 +212,12 @@ def test_tensorboard_that_cannot_write_is_told_once_and_never_raised(
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "file").touch()
     with TensorboardTracker(tmp_path / "file" / "below", metrics=tmp_path / "metrics.jsonl") as tracker:
-        tracker.log(0, {"loss": 1.0})
+        tracker.log(0, {"train/loss": 1.0})
     full = tmp_path / "full"
     with TensorboardTracker(full, metrics=tmp_path / "metrics.jsonl") as tracker:
         tracker._records._writer.close()  # as a disk that went away
         for step in range(3):
-            tracker.log(step, {"loss": 1.0})
+            tracker.log(step, {"train/loss": 1.0})
     assert [message.partition(" (")[0] for message in caplog.messages] == [
         "TensorBoard is off from here on: it could not start",
         "TensorBoard is off from here on: it could not log",

@@ -157,7 +157,7 @@ def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) ->
     )  # fmt: skip
     batch = stream.batch(20)
     losses = [
-        training.step(stream.batch(20))["loss/support_nce"].item() for _ in range(24)
+        training.step(stream.batch(20))["train/loss_support_nce"].item() for _ in range(24)
     ]  # by 12 a fifth, more or less by rounding
     assert losses[-1] < 0.8 * losses[0]
     decays = [group["weight_decay"] for group in training.optimizer.param_groups]
