@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from importlib import import_module
 
 from paws_hpc.metrics import COMMON, Metric
 from paws_hpc.objective import diagnostics, paws
+from paws_hpc.stage_table import STAGES
 
 
 @cache
 def catalogue() -> dict[str, Metric]:
-    """Every metric by name.
+    """Every metric by name: the common ones, then the ``METRICS`` of objectives and of each stage's module.
 
     Raises:
         ValueError: two metrics have one name.
     """
-    from paws_hpc.stages import selection  # noqa: PLC0415 - stages use trackers, which use this module
-
-    metrics = [*paws.METRICS, *diagnostics.METRICS, *selection.METRICS]
-    found = {metric.name: metric for metric in COMMON}
-    for metric in metrics:
-        if metric.name in found:
+    files = dict.fromkeys(stage.function.partition(":")[0] for stage in STAGES.values())
+    stages = [import_module(file) for file in files if file.startswith("paws_hpc.stages.")]
+    declared = [*COMMON, *paws.METRICS, *diagnostics.METRICS]
+    declared += [metric for stage in stages for metric in getattr(stage, "METRICS", [])]
+    known: dict[str, Metric] = {}
+    for metric in declared:
+        if metric.name in known:
             raise ValueError(f"The metric {metric.name!r} is declared twice.")
-        found[metric.name] = metric
-    return found
+        known[metric.name] = metric
+    return known
 
 
 def metric(name: str) -> Metric:

@@ -110,7 +110,9 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     run = RunFolder(tmp_path / "run")
     prepare.run(StageContext(config, run))
     pretrain.run(TorchContext(config, run))
-    rows = [line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "train/loss_support_nce" in line]
+    rows = [
+        line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "train/loss_support_nce" in line
+    ]
     assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
 
 
