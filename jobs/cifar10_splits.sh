@@ -4,7 +4,7 @@
 #           Seeds 0 to 4 draw five splits. SPLITS=FOLDER takes those of the reference instead, one index into the training
 #           images per line: cifar10_subsets/spc.4000_split.{73,91,152,321,401}.txt there; their numbers are the seeds.
 #           Validation images are drawn from the rest. For PAWS-NN alone, as in the paper, add
-#           stages=[prepare,pretrain,selection,report] finetune.min_cells=0 baseline.min_cells=0
+#           stages=[prepare,pretrain,selection,report] finetune.min_trials=0 baseline.min_trials=0
 # Cost:     5 chains of 600 epochs of 195 steps; one V100 each in the paper, not run here.
 # Expected: PAWS-NN 96.0 ± 0.2 % (paper).
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).

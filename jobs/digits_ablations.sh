@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 launch() {
   .venv/bin/python -m paws_hpc.launch -m experiment=digits seed=0,1,2,3,4 \
-    'stages=[prepare,pretrain,selection,report]' finetune.min_cells=0 baseline.min_cells=0 \
+    'stages=[prepare,pretrain,selection,report]' finetune.min_trials=0 baseline.min_trials=0 \
     pretrain.collapse.action=warn "$@"
 }
 launch 'pretrain.support={classes:10,images_per_class:4},{classes:10,images_per_class:2},{classes:5,images_per_class:4}' "$@"

@@ -12,7 +12,7 @@ launch() {
   shift 2
   .venv/bin/python -m paws_hpc.launch -m experiment=digits "name=digits-$name-labels\${labels.per_class}-seed\${seed}" \
     seed=0,1,2,3,4 "labels.per_class=$labels" 'pretrain.support.images_per_class=${labels.per_class}' \
-    'stages=[prepare,pretrain,selection,report]' finetune.min_cells=0 baseline.min_cells=0 \
+    'stages=[prepare,pretrain,selection,report]' finetune.min_trials=0 baseline.min_trials=0 \
     pretrain.collapse.action=warn "$@"
 }
 LARS=optimizer=lars_small

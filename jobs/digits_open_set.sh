@@ -20,7 +20,7 @@ launch() {
   .venv/bin/python -m paws_hpc.launch -m experiment=digits "name=digits-open_set-$known-$name-seed\${seed}" \
     seed=10,11,12,13,14 "data.classes=$known" "pretrain.support.classes=$known" \
     "data.train=$unlabelled" "data.labelled=$some/train" "data.test=$some/test" \
-    'stages=[prepare,pretrain,selection,report]' finetune.min_cells=0 baseline.min_cells=0 "$@"
+    'stages=[prepare,pretrain,selection,report]' finetune.min_trials=0 baseline.min_trials=0 "$@"
 }
 launch alone "$some/train" "$@"
 launch strangers shards/digits/train "$@"

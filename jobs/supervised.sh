@@ -2,7 +2,7 @@
 # Supervised training without pre-training (Appendix B): on an experiment's labelled images, and on all labels.
 # Command:  EXPERIMENT=imagenet_10pct bash jobs/supervised.sh [FIELD=VALUE ...]     without EXPERIMENT: digits
 # Needs:    the images and lists of the experiment
-# Cost:     two runs of the experiment's baseline.learning_rates x baseline.epochs; with all labels, an epoch is one pass
+# Cost:     two runs of the experiment's baseline.sweep; with all labels, an epoch is one pass
 #           over all images but those for validation: for digits 9 minutes of one CPU core.
 # Expected: all labels: CIFAR10 94.9 ± 0.2 % after 1,000 epochs (paper, Fig. 7a); ImageNet as in Fig. 6, which has no figures
 #           in its text: PAWS with 10 % of the labels is below it with ResNet-50, and equals it with 2x and 4x.

@@ -11,6 +11,7 @@ from typing import Any
 
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
+    BaselineConfig,
     ClassifierConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -117,7 +118,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     suncet: SuncetConfig = field(default_factory=SuncetConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
-    baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: dict[str, StageResources] = field(default_factory=lambda: {name: StageResources() for name in STAGES})
     restarts_without_progress: int = 3
@@ -151,6 +152,7 @@ class Config:
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
         self._check_patches()
+        self._check_sweeps()
         drawn = self.labels.per_class
         scarce = drawn is not None and drawn < support.images_per_class
         if scarce and self.data.support_order == "paper" and "pretrain" in self.stages:
@@ -184,14 +186,25 @@ class Config:
                 f"{self.labels.per_class}. Have 2 or more of each, or set objective.open_set_weighting=false."
             )
 
+    def _check_sweeps(self) -> None:
+        for sweep in (self.finetune, self.baseline):
+            if not sweep.sweep:
+                raise ValueError(
+                    f"{sweep.section}.sweep={{}} has no field to sweep. Give one at least, such as "
+                    f"{sweep.section}.sweep.learning_rate=[0.05]."
+                )
+
     def _check_patches(self) -> None:
         patch = self.model.vit.patch_size
         crops = {
             "views.large.size": self.views.large.size,
             "views.small.size": self.views.small.size if self.views.small.count else patch,
             "views.evaluation.size": self.views.evaluation.size,
-            "finetune.crop.size": self.finetune.crop.size,
-            "baseline.crop.size": self.baseline.crop.size,
+            **{
+                f"{sweep.section}.crop.size": sweep.of_trial(trial).crop.size
+                for sweep in (self.finetune, self.baseline)
+                for trial in sweep.trials()
+            },
         }
         wrong = [f"{name}={size}" for name, size in crops.items() if size % patch]
         if self.model.name == "vit" and wrong:
@@ -233,8 +246,8 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "pretrain.checkpoint_every_steps",
     "pretrain.keep_checkpoints",
     "pretrain.collapse",
-    "finetune.min_cells",
-    "baseline.min_cells",
+    "finetune.min_trials",
+    "baseline.min_trials",
 )
 
 Identity = dict[str, Any]

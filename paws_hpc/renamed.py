@@ -14,4 +14,8 @@ def renamed(key: str) -> str | None:
 RENAMED_KEYS: dict[str, str] = {
     "neighbour_tuning": "suncet",
     "data.stage_to": "data.copy_to",
+    "finetune.learning_rates": "finetune.sweep.learning_rate",
+    "finetune.min_cells": "finetune.min_trials",
+    "baseline.learning_rates": "baseline.sweep.learning_rate",
+    "baseline.min_cells": "baseline.min_trials",
 }

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--watch", action="store_true", help="look again and again, until interrupted")
     parser.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between looks (%(default)g)")
-    parser.add_argument("--all", action="store_true", help="list every cell of a sweep, also where many are alike")
+    parser.add_argument("--all", action="store_true", help="list every trial of a sweep, also where many are alike")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one line per look")
     return parser
 

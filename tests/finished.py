@@ -11,7 +11,6 @@ from paws_hpc.cluster.chain import Chain
 from paws_hpc.cluster.frozen import freeze
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.engine.checkpoint import save_tensors
-from paws_hpc.engine.config import Cell
 from paws_hpc.files import write_json
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
@@ -20,7 +19,7 @@ from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from tests.conftest import Stores
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, trial_at
 
 CPU = torch.device("cpu")
 
@@ -41,8 +40,8 @@ def trained_run(stores: Stores, runs: Path, *, tuning_steps: int = 0) -> tuple[C
     run = begin(config)
     pretrain.run(TorchContext(config, run))
     for sweep in ("finetune", "baseline"):
-        for cell in sweep_config(config, sweep).cells():
-            finetune.run(TorchContext(config, run, sweep, cell))
+        for trial in sweep_config(config, sweep).trials():
+            finetune.run(TorchContext(config, run, sweep, trial))
     selection.run(TorchContext(config, run))
     return config, run
 
@@ -60,9 +59,9 @@ def made_up_run(stores: Stores, runs: Path, model: ModelConfig) -> tuple[Config,
     mark_done(run.pretrain, steps=7)
     classifier = build_classifier(encoder, len(data.classes))
     disturb(classifier, seed=3)
-    cell = Cell(0.1, 2)
-    save_tensors(run.cell("finetune", cell) / "best.pt", classifier.state_dict())
-    write_json(run.selected, {"cell": cell.name, "learning_rate": cell.learning_rate, "epochs": cell.epochs})
+    trial = trial_at(0.1, 2)
+    save_tensors(run.trial("finetune", trial) / "best.pt", classifier.state_dict())
+    write_json(run.selected, {"trial": trial.name, **trial.values})
     return config, run
 
 

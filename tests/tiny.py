@@ -6,8 +6,16 @@ from pathlib import Path
 
 from paws_hpc.config import Config
 from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, DataConfig, LabelsConfig, ViewsConfig
-from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SupportConfig, TrackingConfig
+from paws_hpc.engine.config import (
+    BaselineConfig,
+    ClassifierConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SupportConfig,
+    TrackingConfig,
+)
 from paws_hpc.models.config import ModelConfig
+from paws_hpc.trial import Trial
 
 WALL_CLOCK = ("train/images_per_s", "train/data_wait")
 """Metrics that two equal runs do not share."""
@@ -17,6 +25,7 @@ STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_pr
 
 def tiny_config(train: Path, test: Path, runs: Path) -> Config:
     """A run's config; tests change its fields."""
+    crop = CropConfig(size=16, scale=[0.5, 1.0])
     return Config(
         name="run",
         runs=str(runs),
@@ -41,11 +50,12 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
             validate_every_epochs=1,
             checkpoint_every_steps=5,
         ),
-        finetune=_sweep([0.02, 0.1], [1, 2]),
-        baseline=_sweep([0.1], [2]),
+        finetune=ClassifierConfig(sweep={"learning_rate": [0.02, 0.1], "epochs": [1, 2]}, batch_size=20, crop=crop),
+        baseline=BaselineConfig(sweep={"learning_rate": [0.1], "epochs": [2]}, batch_size=20, crop=crop),
         tracking=TrackingConfig(wandb="disabled"),
     )
 
 
-def _sweep(learning_rates: list[float], epochs: list[int]) -> ClassifierConfig:
-    return ClassifierConfig(learning_rates, epochs, batch_size=20, crop=CropConfig(size=16, scale=[0.5, 1.0]))
+def trial_at(learning_rate: float, epochs: int) -> Trial:
+    """A point of the sweeps above."""
+    return Trial({"learning_rate": learning_rate, "epochs": epochs})

@@ -54,7 +54,7 @@ def run_job(path: Path, job: Job) -> None:
     with _started(run, job, holder) as lease:
         stage = STAGES[job.stage]
         if not stage.torch:
-            stage.load(StageContext(config, run, job.stage, job.cell, lease.fence))
+            stage.load(StageContext(config, run, job.stage, job.trial, lease.fence))
             return
         from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
@@ -204,7 +204,7 @@ def _run_as_rank(
         )
     fence = lease.fence if lease is not None else lambda: None
     if not STAGES[job.stage].torch:
-        STAGES[job.stage].load(StageContext(config, run, job.stage, job.cell, fence))
+        STAGES[job.stage].load(StageContext(config, run, job.stage, job.trial, fence))
         return
     import_torch()
     from paws_hpc.cluster import rank  # noqa: PLC0415 - torch

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.config import Config, sweep_config
-from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
 from paws_hpc.stage_table import STAGES
@@ -19,25 +18,26 @@ from paws_hpc.stages.attempts import now
 from paws_hpc.stages.prepare import changed_images
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store.format import MANIFEST_NAME
+from paws_hpc.trial import Trial
 
 _PACKAGES = ("torch", "torchvision", "numpy", "h5py", "hydra-core", "submitit", "wandb")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to run: a stage, or one cell of a stage that is a sweep."""
+    """One thing to run: a stage, or one trial of a stage that is a sweep."""
 
     stage: str
-    cell: Cell | None = None
+    trial: Trial | None = None
 
     @property
     def name(self) -> str:
         """For people and logs, and of its folder under ``jobs/``."""
-        return self.stage if self.cell is None else f"{self.stage}/{self.cell.name}"
+        return self.stage if self.trial is None else f"{self.stage}/{self.trial.name}"
 
     def folder(self, run: RunFolder) -> Path:
         """Where the stage writes, with ``DONE`` as the last thing."""
-        return run.path / self.stage if self.cell is None else run.cell(self.stage, self.cell)
+        return run.path / self.stage if self.trial is None else run.trial(self.stage, self.trial)
 
     def is_done(self, config: Config, run: RunFolder) -> bool:
         """Whether its result is in the run directory."""
@@ -54,14 +54,14 @@ class Job:
 
 def job_called(name: str) -> Job:
     """The job of a name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
-    stage, _, cell = name.partition("/")
-    return Job(stage, Cell.named(cell) if cell else None)
+    stage, _, trial = name.partition("/")
+    return Job(stage, Trial.parse(trial) if trial else None)
 
 
 def jobs_of(config: Config, stage: str) -> list[Job]:
-    """The jobs of a stage: the cells of a sweep, otherwise one."""
+    """The jobs of a stage: the trials of a sweep, otherwise one."""
     if STAGES[stage].sweep:
-        return [Job(stage, cell) for cell in sweep_config(config, stage).cells()]
+        return [Job(stage, trial) for trial in sweep_config(config, stage).trials()]
     return [Job(stage)]
 
 

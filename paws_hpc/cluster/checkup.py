@@ -276,12 +276,12 @@ def _preempted(parameters: Parameters, partition: Partition, cluster: _Cluster) 
 def _sweeps(config: Config, cluster: _Cluster) -> Iterator[Check]:
     most = cluster.settings.get("MaxArraySize", "")
     for sweep in (stage for stage in SWEEPS if stage in config.stages and most.isdigit()):
-        cells = len(sweep_config(config, sweep).cells())
-        if cells > int(most):
+        trials = len(sweep_config(config, sweep).trials())
+        if trials > int(most):
             yield problem(
                 f"sweep {sweep}",
-                f"has {cells} cells, but an array may have {most} (MaxArraySize)",
-                f"Shorten {sweep}.learning_rates or {sweep}.epochs, or split the sweep over runs.",
+                f"has {trials} trials, but an array may have {most} (MaxArraySize)",
+                f"Shorten the lists of {sweep}.sweep, or split the sweep over runs.",
             )
         else:
-            yield ok(f"sweep {sweep}", f"{cells} cells; an array may have {most}")
+            yield ok(f"sweep {sweep}", f"{trials} trials; an array may have {most}")

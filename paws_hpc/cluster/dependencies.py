@@ -38,7 +38,7 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
 
     Raises:
         ConfigError: a stage is asked for whose needs are neither met nor about to be.
-        ValueError: selection is over, and was made among other cells than the sweep now has.
+        ValueError: selection is over, and was made among other trials than the sweep now has.
     """
     selected = "selection" in config.stages and run.result.exists()
     if selected:
@@ -47,7 +47,7 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
     for stage in (stage for stage in STAGES if stage in config.stages):
         row = STAGES[stage]
         if row.sweep and selected:
-            continue  # a cell that failed comes too late: the test split is scored once
+            continue  # a trial that failed comes too late: the test split is scored once
         renewed = any(parent in found for parent in (*row.needs, *row.follows))
         jobs = [job for job in jobs_of(config, stage) if not job.is_done(config, run) or (row.refreshed and renewed)]
         missing = [job for job in jobs if job.name not in active]

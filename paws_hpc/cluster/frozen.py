@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
 from paws_hpc.renamed import renamed
+from paws_hpc.stage_table import SWEEPS
 
 
 class ConfigError(ValueError):
@@ -32,7 +33,11 @@ def to_config(composed: Any) -> Config:
         if (refusal := renamed(key)) is not None:
             raise ConfigError(refusal)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        for sweep in SWEEPS:
+            given = (composed.get(sweep) or {}).get("sweep")
+            if given is not None:
+                merged[sweep].sweep = given  # as a whole: what it leaves out is not swept
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error

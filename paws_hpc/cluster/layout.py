@@ -15,10 +15,10 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.trial import Trial, trials
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def read_layout(path: Path) -> Layout:
     stages = config.get("stages") or DEFAULT_STAGES
     names = [name for stage in STAGES if stage in stages for name in _names(config, stage)]
     names += sorted((submitted.keys() | _started(path)) - set(names))
-    names.sort(key=lambda name: _rank(name.partition("/")[0]))  # stable: cells keep the config's order
+    names.sort(key=lambda name: _rank(name.partition("/")[0]))  # stable: trials keep the config's order
     return Layout(
         path=path,
         name=str(chain.get("name") or path.resolve().name),
@@ -92,9 +92,10 @@ def read_layout(path: Path) -> Layout:
 def _names(config: dict[str, Any], stage: str) -> list[str]:
     if stage not in SWEEPS:
         return [stage]
-    sweep = config.get(stage) or {}
-    rates, lengths = sweep.get("learning_rates") or [], sweep.get("epochs") or []
-    return [f"{stage}/{Cell(rate, epochs).name}" for rate in rates for epochs in lengths]
+    try:
+        return [f"{stage}/{trial.name}" for trial in trials(config[stage]["sweep"])]
+    except (KeyError, TypeError, AttributeError, ValueError):  # a config of an older version, or a damaged one
+        return []
 
 
 def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any], when: str) -> JobLayout:
@@ -102,7 +103,8 @@ def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any
     made = _made(path, name)
     section = config.get(stage)
     section = section if isinstance(section, dict) else {}
-    epochs = str(name.rpartition("epochs=")[2] if stage in SWEEPS else section.get("epochs"))
+    if stage in SWEEPS:
+        section = section | _values(name)
     return JobLayout(
         name=name,
         stage=stage,
@@ -111,9 +113,16 @@ def _job(path: Path, name: str, config: dict[str, Any], submitted: dict[str, Any
         notice_s=submitted.get("notice_s"),
         was_done=made is not None,
         is_done=made is not None and made >= _posix(when),
-        epochs=int(epochs) if epochs.isdigit() else None,
+        epochs=epochs if isinstance(epochs := section.get("epochs"), int) else None,
         batch_size=section.get("batch_size"),
     )
+
+
+def _values(name: str) -> dict[str, float]:
+    try:
+        return dict(Trial.parse(name.partition("/")[2]).values)
+    except ValueError:  # a folder that somebody else made
+        return {}
 
 
 def _made(path: Path, name: str) -> float | None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from paws_hpc.cluster.overview import JobOverview, RunOverview
 from paws_hpc.cluster.states import span
 
-_ALIKE = 4  # cells in the same state that are still listed one by one
+_ALIKE = 4  # trials in the same state that are still listed one by one
 _STYLES = {
     "done": "green",
     "running": "bold cyan",
@@ -75,7 +75,7 @@ def rich_run(run: RunOverview, *, width: int, everything: bool = False) -> Rende
     Args:
         run: to show.
         width: of the terminal.
-        everything: list every cell of a sweep, also where many are alike.
+        everything: list every trial of a sweep, also where many are alike.
     """
     head = Text.assemble((run.name, "bold"), "  ", (run.state, _STYLES.get(run.state, "")), f"  {run.path}")
     rows = list(_rows(run, everything=everything))
@@ -113,7 +113,7 @@ def plain_run(run: RunOverview, *, everything: bool = False) -> list[str]:
 
 
 def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, str, _Row]]:
-    """Stage, state and row of every line; cells of a sweep that are alike and have nothing to tell are one line."""
+    """Stage, state and row of every line; trials of a sweep that are alike and have nothing to tell are one line."""
     shown: set[tuple[str, str, str]] = set()
     for job in run.jobs:
         kind = (job.stage, job.state, job.reason)
@@ -124,7 +124,7 @@ def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, str, _Ro
             shown.add(kind)
             scores = [other.progress.validation_accuracy for other in alike if other.progress is not None]
             best = max((score for score in scores if score is not None), default=None)
-            row = (f"{job.stage}: {len(alike)} cells", _state(job), "", "", "", "", "", "", _percent(best))
+            row = (f"{job.stage}: {len(alike)} trials", _state(job), "", "", "", "", "", "", _percent(best))
             yield job.stage, job.state, row
 
 

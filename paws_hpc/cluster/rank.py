@@ -106,7 +106,7 @@ def _part() -> None:
 
 
 def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
-    context = TorchContext(config, run, job.stage, job.cell, control.fence, device, control)
+    context = TorchContext(config, run, job.stage, job.trial, control.fence, device, control)
     STAGES[job.stage].load(context)
 
 

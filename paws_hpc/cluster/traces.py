@@ -32,7 +32,7 @@ class Progress:
         epoch: passes over the data done, with fractions.
         epochs: of the whole job.
         images_per_s: over all ranks, in the last stretch that was logged.
-        validation_accuracy: in [0, 1]; the last one, or of a finished cell the best.
+        validation_accuracy: in [0, 1]; the last one, or of a finished trial the best.
         save_s: seconds that writing the newest checkpoint took.
         step_s: seconds of a step, from the rate.
         changed: when the metrics grew last, as a POSIX time.
@@ -58,13 +58,13 @@ class Progress:
 
 
 def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | None = None) -> Progress:
-    """How far the job came that writes to ``folder`` (``pretrain``, or a cell of a sweep).
+    """How far the job came that writes to ``folder`` (``pretrain``, or a trial of a sweep).
 
     Args:
         folder: with ``metrics.jsonl``, ``checkpoints/`` and, when it is done, ``DONE``.
         epochs: that the config asks for.
-        batch_size: images per step, over all ranks; one of a sweep's cells may make do with fewer labels than that, and
-            then has a single step per epoch.
+        batch_size: images per step, over all ranks; a trial may make do with fewer labels than that, and then has a
+            single step per epoch.
     """
     metrics = folder / "metrics.jsonl"
     rows = [row for row in tail_rows(metrics) if isinstance(row.get("step"), int)]

@@ -2,7 +2,7 @@
 
 The file lies in ``/dev/shm`` or, where that has no room, in the temporary folder. Its name says what it holds (store,
 records, pixels or bytes) and for which boot of the machine, so that equal names mean equal content and runs with the
-same labels, such as the cells of a sweep on one node, share it too.
+same labels, such as the trials of a sweep on one node, share it too.
 
 Nobody waits for it. A record that is not there yet is read from the store, which gives the same pixels. One process of
 the node, the leader, fills the file on background threads; if it ends, another goes on where it stopped.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 from paws_hpc.data.config import AugmentConfig, CropConfig
 from paws_hpc.engine.schedule import warmup_cosine
+from paws_hpc.trial import Trial, number_fields, trials
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
 
@@ -192,14 +193,15 @@ def _flip_only() -> AugmentConfig:
 
 @dataclass
 class ClassifierConfig:
-    """A sweep over learning rate and epochs (Appendix A: SGD, Nesterov momentum, no decay, cosine to 0, no warm-up).
+    """A sweep of a classifier (Appendix A: SGD, Nesterov momentum, no decay, cosine to 0, no warm-up).
 
     Batch normalisation takes each rank's own statistics, as the reference does, so that here, and here alone, the
     number of ranks is part of the result.
 
     Attributes:
-        learning_rates: swept.
-        epochs: swept.
+        sweep: values of other fields by name, nested ones as ``crop.size``; every combination is a trial.
+        learning_rate: at the start of the cosine.
+        epochs: passes over the labelled images.
         batch_size: labelled images per step over all ranks; a smaller labelled set is one batch.
         momentum: Nesterov.
         weight_decay: of all parameters.
@@ -207,12 +209,17 @@ class ClassifierConfig:
         crop: of training.
         augment: of training crops; flip alone in the paper.
         validate_every_epochs: between scores on the local validation split; the best is kept.
-        min_cells: finished cells that selection asks for; with 0 it goes on without this sweep if no cell has finished,
+        min_trials: finished trials that selection needs; with 0 it goes on without this sweep if no trial has finished,
             and the test split is then scored without it.
     """
 
-    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.02, 0.05, 0.1, 0.2])
-    epochs: list[int] = field(default_factory=lambda: [30, 50])
+    section: ClassVar[str] = "finetune"
+
+    sweep: dict[str, Any] = field(
+        default_factory=lambda: {"learning_rate": [0.01, 0.02, 0.05, 0.1, 0.2], "epochs": [30, 50]}
+    )
+    learning_rate: float = 0.05
+    epochs: int = 30
     batch_size: int = 1024
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -220,60 +227,71 @@ class ClassifierConfig:
     crop: CropConfig = field(default_factory=_crop)
     augment: AugmentConfig = field(default_factory=_flip_only)
     validate_every_epochs: int = 1
-    min_cells: int = 1
+    min_trials: int = 1
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not self.epochs:
-            raise ValueError("A sweep needs at least one learning rate and one number of epochs.")
-        if min(self.learning_rates) <= 0 or min(self.epochs) < 1:
-            raise ValueError(f"learning_rates={self.learning_rates} and epochs={self.epochs} must be positive.")
-        if len({cell.name for cell in self.cells()}) < len(self.cells()):
-            raise ValueError(
-                f"learning_rates={self.learning_rates} or epochs={self.epochs} repeat a value (learning rates are "
-                "told apart to six digits). Remove the repetition."
-            )
-        for name in ("batch_size", "validate_every_epochs"):
+        for name in ("epochs", "batch_size", "validate_every_epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} (of finetune or baseline) must be at least 1.")
-        if not 0 <= self.min_cells <= len(self.cells()):
+                raise ValueError(f"{self.section}.{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"{self.section}.learning_rate={self.learning_rate} must be positive.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"{self.section}.momentum={self.momentum} must be in [0, 1).")
+        for name in ("weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{self.section}.{name}={getattr(self, name)} must be 0 or more.")
+        self._check_sweep()
+        if not 0 <= self.min_trials <= len(self.trials()):
             raise ValueError(
-                f"min_cells={self.min_cells} (of finetune or baseline) must be between 0 and the number of cells in "
-                f"the sweep, {len(self.cells())}."
-            )
-        if not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
-            raise ValueError(
-                f"momentum={self.momentum} must be in [0, 1), weight_decay={self.weight_decay} and "
-                f"warmup_epochs={self.warmup_epochs} 0 or more (of finetune or baseline)."
+                f"{self.section}.min_trials={self.min_trials} must be between 0 and the number of trials in the sweep, "
+                f"{len(self.trials())}."
             )
 
-    def cells(self) -> list[Cell]:
-        """All combinations, in a fixed order."""
-        return [Cell(lr, epochs) for lr in self.learning_rates for epochs in self.epochs]
+    def _check_sweep(self) -> None:
+        """Check every value as the field's own value would be; sort the fields, drop those that are null."""
+        known = number_fields(replace(self, sweep={}, min_trials=0)) if self.sweep else {}
+        known.pop("min_trials", None)
+        own = {each.name: each.default for each in fields(self)}
+        for name, values in self.sweep.items():
+            where = f"{self.section}.sweep.{name}={values}"
+            if name not in known:
+                raise ValueError(f"{where}: there is no such number to sweep. Choose from {', '.join(known)}.")
+            if values is None:
+                continue
+            if name in own and own[name] != getattr(self, name):
+                raise ValueError(
+                    f"{self.section}.{name}={getattr(self, name)} has no effect, as {where} takes its place. Write "
+                    f"{self.section}.sweep.{name}=[{getattr(self, name)}], or null there to sweep it no more."
+                )
+            allowed = (int,) if known[name] is int else (int, float)
+            if not isinstance(values, list) or not values or any(type(value) not in allowed for value in values):
+                kind = "whole numbers" if known[name] is int else "numbers"
+                raise ValueError(
+                    f"{where} must be a list of {kind}, at least one. null takes the field out of the sweep."
+                )
+            if len(set(values)) < len(values):
+                raise ValueError(f"{where} repeats a value. Remove the repetition.")
+            for value in values:
+                try:
+                    Trial({name: value}).applied(replace(self, sweep={}, min_trials=0))
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from error
+        self.sweep = {name: self.sweep[name] for name in known if self.sweep.get(name) is not None}
+
+    def trials(self) -> list[Trial]:
+        """All combinations, in a fixed order; a single one that sets nothing where the sweep is empty."""
+        return trials(self.sweep)
+
+    def of_trial(self, trial: Trial) -> ClassifierConfig:
+        """The settings of one trial, without a sweep."""
+        return trial.applied(replace(self, sweep={}, min_trials=0))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One point of a sweep."""
+@dataclass
+class BaselineConfig(ClassifierConfig):
+    """The sweep of the supervised baseline."""
 
-    learning_rate: float
-    epochs: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"lr={self.learning_rate:g},epochs={self.epochs}"
-
-    @classmethod
-    def named(cls, name: str) -> Cell:
-        """The cell of a folder; its learning rate has the six digits that the name has.
-
-        Raises:
-            ValueError: no cell has this name.
-        """
-        parts = re.fullmatch(r"lr=([^,]+),epochs=(\d+)", name)
-        if parts is None:
-            raise ValueError(f"{name!r} is not the name of a cell, such as 'lr=0.05,epochs=30'.")
-        return cls(float(parts[1]), int(parts[2]))
+    section: ClassVar[str] = "baseline"
 
 
 @dataclass

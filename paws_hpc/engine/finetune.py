@@ -13,7 +13,7 @@ from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet, LabelledBatch
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
-from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
@@ -24,8 +24,8 @@ from paws_hpc.engine.tracking import Row, Tracker
 
 
 @dataclass(frozen=True)
-class CellResult:
-    """What a cell reports: its best accuracy on the local validation split, and when it had it."""
+class BestScore:
+    """What a trial reports: its best accuracy on the local validation split, and when it had it."""
 
     validation_accuracy: float
     best_epoch: int
@@ -46,23 +46,22 @@ class ClassifierTraining:
     def __init__(
         self,
         classifier: nn.Module,
-        cell: Cell,
         config: ClassifierConfig,
         stream: ClassifierStream,
         device: torch.device,
     ) -> None:
-        self.cell, self.config, self.stream, self.device = cell, config, stream, device
+        self.config, self.stream, self.device = config, stream, device
         self.classifier = move(classifier, device, torch.float32)
         self.model = replicate(self.classifier, device)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(),
-            cell.learning_rate,
+            config.learning_rate,
             momentum=config.momentum,
             nesterov=config.momentum > 0,
             weight_decay=config.weight_decay,
         )
-        self.total_steps = cell.epochs * stream.steps_per_epoch
-        self.best: CellResult | None = None
+        self.total_steps = config.epochs * stream.steps_per_epoch
+        self.best: BestScore | None = None
         self.best_weights: dict[str, Tensor] | None = None
         self.validated = 0
         self.loss_sum, self.loss_steps = 0.0, 0
@@ -82,7 +81,7 @@ class ClassifierTraining:
         """Continue from :meth:`state_dict`."""
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best = None if state["best"] is None else CellResult(*state["best"])
+        self.best = None if state["best"] is None else BestScore(*state["best"])
         self.best_weights = None if state["best_weights"] is None else _on_host(state["best_weights"])
         self.validated = state["validated"]
         self.loss_sum, self.loss_steps = state["loss"]
@@ -96,7 +95,12 @@ class ClassifierTraining:
         """Of a 0-based step: cosine to 0."""
         warmup = round(self.config.warmup_epochs * self.stream.steps_per_epoch)
         return warmup_cosine(
-            step, start=0.0, peak=self.cell.learning_rate, final=0.0, warmup_steps=warmup, total_steps=self.total_steps
+            step,
+            start=0.0,
+            peak=self.config.learning_rate,
+            final=0.0,
+            warmup_steps=warmup,
+            total_steps=self.total_steps,
         )
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
@@ -128,7 +132,7 @@ class ClassifierTraining:
     def record_score(self, done: int, accuracy: float) -> None:
         """Take the validation accuracy after ``done`` steps; keep the weights if it is the best so far."""
         if self.best is None or accuracy > self.best.validation_accuracy:
-            self.best = CellResult(accuracy, done // self.stream.steps_per_epoch)
+            self.best = BestScore(accuracy, done // self.stream.steps_per_epoch)
             self.best_weights = _on_host(self.classifier.state_dict())
         self.validated, self.loss_sum, self.loss_steps = done, 0.0, 0
 
@@ -148,7 +152,7 @@ def train_classifier(
     best_path: Path,
     describe: Describe,
     control: JobControl = UNATTENDED,
-) -> CellResult:
+) -> BestScore:
     """Train from step ``start`` to the end, scoring the local validation split, and write the best weights.
 
     Args:

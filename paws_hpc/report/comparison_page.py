@@ -24,7 +24,7 @@ from paws_hpc.report.comparison import (
 from paws_hpc.report.comparison_curves import curve_panels
 from paws_hpc.report.page import render
 from paws_hpc.report.panels import Panel
-from paws_hpc.report.parallel import Trial, draw_parallel
+from paws_hpc.report.parallel import Line, draw_parallel
 from paws_hpc.report.plots import stroke
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.sweep import SWEEP_TITLES
@@ -33,11 +33,11 @@ from paws_hpc.report.tables import DASH, percent
 
 @dataclass(frozen=True)
 class SweepTable:
-    """A sweep of all settings: a row per setting, a column per cell, values are means over its runs."""
+    """A sweep of all settings: a row per setting, a column per trial, values are means over its runs."""
 
     stage: str
     title: str
-    cells: Sequence[str]
+    trials: Sequence[str]
     rows: Sequence[tuple[str, Sequence[SweepValue]]]
     parallel: Panel
 
@@ -116,58 +116,51 @@ def _values_text(row: Row, summary: Summary) -> str:
 
 
 def _sweep(comparison: Comparison, stage: str) -> SweepTable:
-    """Validation accuracy of a sweep's cells, with how many runs chose each."""
-
-    order = {
-        cell.name: (cell.epochs, cell.learning_rate) for run in comparison.runs for cell in run.record.sweep(stage)[0]
-    }
-    names = sorted(order, key=lambda name: order[name])
+    """Validation accuracy of a sweep's trials, with how many runs chose each."""
+    trials = sorted(
+        {record.trial for run in comparison.runs for record in run.record.sweep(stage)[0]}, key=lambda trial: trial.rank
+    )
     table: list[tuple[str, list[tuple[Summary | None, int]]]] = []
     for row in comparison.rows:
         values: list[tuple[Summary | None, int]] = []
-        for name in names:
+        for trial in trials:
             found = {
-                run.name: cell.validation_accuracy
+                run.name: record.validation_accuracy
                 for run in row.runs
-                for cell in run.record.sweep(stage)[0]
-                if cell.name == name and cell.validation_accuracy is not None
+                for record in run.record.sweep(stage)[0]
+                if record.trial == trial and record.validation_accuracy is not None
             }
-            values.append(
-                (Summary(found) if found else None, sum(run.record.sweep(stage)[1] == name for run in row.runs))
-            )
+            chosen = sum(run.record.sweep(stage)[1] == trial.name for run in row.runs)
+            values.append((Summary(found) if found else None, chosen))
         table.append((row.label, values))
     means = [summary.mean for _, values in table for summary, _ in values if summary is not None]
     low, spread = min(means, default=0.0), (max(means) - min(means) if means else 0.0) or 1.0
     rows = [
         (label, [_sweep_value(summary, chosen, low, spread) for summary, chosen in values]) for label, values in table
     ]
-    trials = [
-        Trial(label, order[name][1], order[name][0], summary.mean, series)
+    lines = [
+        Line(label, trial, summary.mean, series)
         for series, (label, values) in enumerate(table, start=1)
-        for name, (summary, _) in zip(names, values, strict=True)
+        for trial, (summary, _) in zip(trials, values, strict=True)
         if summary is not None
     ]
-    texts = [_cell_text(*order[name]) for name in names]
-    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", texts, rows, _parallel(stage, trials))
+    texts = [trial.text for trial in trials]
+    return SweepTable(stage, f"{SWEEP_TITLES[stage]}: sweep", texts, rows, _parallel(stage, lines))
 
 
-def _parallel(stage: str, trials: Sequence[Trial]) -> Panel:
+def _parallel(stage: str, lines: Sequence[Line]) -> Panel:
     name, title = f"{stage}-parallel", f"{SWEEP_TITLES[stage]}: parallel coordinates"
-    if not trials:
-        return Panel(name, title, "", missing=f"No cell in {stage}/ of any run has a result.")
-    caption = "A line for each setting and cell, in the setting's colour: the mean over its runs of the best accuracy."
-    best = max(trials, key=lambda trial: trial.accuracy)
-    return Panel(name, title, caption, draw_parallel(trials, description=f"{title}. {caption} Highest: {best.text}."))
+    if not lines:
+        return Panel(name, title, "", missing=f"No trial in {stage}/ of any run has a result.")
+    caption = "A line for each setting and trial, in the setting's colour: the mean over its runs of the best accuracy."
+    best = max(lines, key=lambda line: line.accuracy)
+    return Panel(name, title, caption, draw_parallel(lines, description=f"{title}. {caption} Highest: {best.text}."))
 
 
 def _sweep_value(summary: Summary | None, chosen: int, low: float, spread: float) -> SweepValue:
     if summary is None:
         return SweepValue("", 0.0, 0)
     return SweepValue(percent(summary.mean), (summary.mean - low) / spread, chosen)
-
-
-def _cell_text(epochs: int, learning_rate: float) -> str:
-    return f"lr {learning_rate:g}, {epochs} epochs"
 
 
 def _differing(comparison: Comparison) -> list[tuple[str, bool, list[tuple[str, str]]]]:

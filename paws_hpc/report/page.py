@@ -104,7 +104,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
 
 
 def notices(record: RunRecord) -> list[Notice]:
-    """What stands at the top of the page: collapse, failed stages, lost cells, torn files, an unfinished run."""
+    """What stands at the top of the page: collapse, failed stages, lost trials, torn files, an unfinished run."""
     found = [
         # The message may begin with the event's name, as it does on the terminal; the title says it already.
         Notice("alarm", f"{name} at step {event.step:,}", event.message.removeprefix(f"{name}: "))
@@ -122,14 +122,14 @@ def notices(record: RunRecord) -> list[Notice]:
         found.append(Notice("note", "This run has no pre-training", text))
     if record.result:
         for sweep, title in SWEEP_TITLES.items():
-            found += _missing_cells(record, sweep, title)
+            found += _missing_trials(record, sweep, title)
     else:
         states = ", ".join(f"{stage['name']} {stage['state']}" for stage in record.stages if stage["name"] != "report")
         text = f"result.json is not there yet: the test split has not been scored. Stages: {states or 'unknown'}."
         found.append(Notice("note", "This run is unfinished", text))
     files = [("pretrain", record.pretrain)]
-    files += [(f"finetune/{cell.name}", cell.metrics) for cell in record.finetune]
-    files += [(f"baseline/{cell.name}", cell.metrics) for cell in record.baseline]
+    files += [(f"finetune/{trial.name}", trial.metrics) for trial in record.finetune]
+    files += [(f"baseline/{trial.name}", trial.metrics) for trial in record.baseline]
     for folder, metrics in files:
         if metrics.torn:
             text = "The process was killed while writing it; everything before that line is shown."
@@ -137,14 +137,14 @@ def notices(record: RunRecord) -> list[Notice]:
     return found
 
 
-def _missing_cells(record: RunRecord, stage: str, title: str) -> list[Notice]:
+def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
     """What a sweep that was asked for lacks; of one that nobody asked for nothing is missing."""
-    cells, winner = record.sweep(stage)
-    missing = [cell.name for cell in cells if cell.validation_accuracy is None]
-    begun = any(cell.metrics.rows for cell in cells)
+    trials, winner = record.sweep(stage)
+    missing = [trial.name for trial in trials if trial.validation_accuracy is None]
+    begun = any(trial.metrics.rows for trial in trials)
     if not missing or (winner is None and not begun and stage not in record.asked):
         return []
-    count = "1 cell has" if len(missing) == 1 else f"{len(missing)} cells have"
+    count = "1 trial has" if len(missing) == 1 else f"{len(missing)} trials have"
     choice = "The winner was chosen among the others."
     if winner is None:
         choice = "None had one when selection chose, so the result has no score of it."
@@ -187,9 +187,9 @@ def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
     shown = []
     for stage, title in SWEEP_TITLES.items():
         if record.pretrained or stage == "baseline":
-            cells, winner = record.sweep(stage)
+            trials, winner = record.sweep(stage)
             shown.append({
-                "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(cells, winner),
+                "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(trials, winner),
                 "panels": [parallel_panel(record, stage), sweep_panel(record, stage)],
             })  # fmt: skip
     return shown

@@ -1,4 +1,4 @@
-"""Sweeps as parallel coordinates: one line per cell, from its learning rate over its epochs to its accuracy."""
+"""Sweeps as parallel coordinates: one line per trial, through the value of each field to its accuracy."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from matplotlib.ticker import MaxNLocator
 
 from paws_hpc.report.plots import stroke
 from paws_hpc.report.tables import percent
+from paws_hpc.trial import Trial, axes, number
 
-_WIDTH, _TOP, _BOTTOM = 400, 34, 213
-_PLACES = (62, 206, 340)  # of the three axes
+_LEFT, _BETWEEN, _RIGHT, _TOP, _BOTTOM = 62, 139, 60, 34, 213
+_LOG = 10  # a field whose values span more than this factor has a logarithmic axis
 _TICK_HEIGHT = 12  # of a line of text; ticks that are nearer to each other than that are left out
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A cell of a sweep that has an accuracy (a fraction); ``series`` is its colour and dashes, from 1; 0 is pale."""
+class Line:
+    """A trial that has an accuracy (a fraction); ``series`` is its colour and dashes, from 1; 0 is pale."""
 
     label: str
-    learning_rate: float
-    epochs: int
+    trial: Trial
     accuracy: float
     series: int = 0
 
@@ -32,7 +32,7 @@ class Trial:
     def text(self) -> str:
         """The line in words."""
         label = f"{self.label}: " if self.label else ""
-        return f"{label}lr {self.learning_rate:g}, {self.epochs} epochs, {percent(self.accuracy)}"
+        return f"{label}{self.trial.text}, {percent(self.accuracy)}"
 
 
 @dataclass(frozen=True)
@@ -53,37 +53,43 @@ class _Axis:
         return math.log(value) if self.log else value
 
 
-def draw_parallel(trials: Sequence[Trial], *, description: str) -> Markup:
-    """Draw at least one trial as an ``<svg>`` element of 400 by 225 units; lines with a colour lie on top.
+def draw_parallel(lines: Sequence[Line], *, description: str) -> Markup:
+    """Draw at least one line as an ``<svg>`` element, 225 units high; lines with a colour lie on top.
 
     Args:
-        trials: a line each; pointing at it tells its values.
+        lines: pointing at one shows its values.
         description: the alternative text.
     """
-    rates, epochs = sorted({trial.learning_rate for trial in trials}), sorted({trial.epochs for trial in trials})
-    accuracies = [trial.accuracy for trial in trials]
+    fields = axes([line.trial for line in lines])
+    accuracies = [line.accuracy for line in lines]
     steps = np.round(MaxNLocator(5).tick_values(min(accuracies), max(accuracies)), 9)
-    axes = [
-        _Axis("learning rate", _PLACES[0], [(rate, f"{rate:g}") for rate in rates], log=rates[0] > 0),
-        _Axis("epochs", _PLACES[1], [(count, f"{count:,}") for count in epochs]),
-        _Axis("validation accuracy", _PLACES[2], [(step, f"{100 * step:g} %") for step in steps.tolist()]),
-    ]
-    drawn = [_line(axes, trial) for trial in sorted(trials, key=lambda trial: trial.series != 0)]
-    drawn += [_axis(axis, lift=lift, after=axis is axes[-1]) for axis, lift in zip(axes, (0, -7, 0), strict=True)]
+    drawn = {
+        field: _Axis(
+            field.replace("_", " "),
+            _LEFT + _BETWEEN * place,
+            [(value, number(value)) for value in values],
+            log=values[0] > 0 and values[-1] > _LOG * values[0],
+        )
+        for place, (field, values) in enumerate(fields.items())
+    }
+    last = _LEFT + _BETWEEN * len(drawn)
+    accuracy = _Axis("validation accuracy", last, [(step, f"{100 * step:g} %") for step in steps.tolist()])
+    parts = [_line(drawn, accuracy, line) for line in sorted(lines, key=lambda line: line.series != 0)]
+    parts += [_axis(axis, lift=-7 if place else 0, after=False) for place, axis in enumerate(drawn.values())]
     return Markup(
-        f'<svg class="plot parallel" viewBox="0 0 {_WIDTH} 225" role="img" aria-label="{escape(description)}">'
-        f"{''.join(drawn)}</svg>"
+        f'<svg class="plot parallel" viewBox="0 0 {last + _RIGHT} 225" role="img" aria-label="{escape(description)}">'
+        f"{''.join(parts)}{_axis(accuracy, lift=0, after=True)}</svg>"
     )
 
 
-def _line(axes: Sequence[_Axis], trial: Trial) -> str:
-    values = (trial.learning_rate, trial.epochs, trial.accuracy)
-    points = " ".join(f"{axis.place},{axis.height(value):.1f}" for axis, value in zip(axes, values, strict=True))
+def _line(axes: dict[str, _Axis], accuracy: _Axis, line: Line) -> str:
+    heights = [(axes[field], value) for field, value in line.trial.values.items()] + [(accuracy, line.accuracy)]
+    points = " ".join(f"{axis.place},{axis.height(value):.1f}" for axis, value in heights)
     style = 'class="pale"'
-    if trial.series:
-        colour, dashes = stroke(trial.series)
+    if line.series:
+        colour, dashes = stroke(line.series)
         style = f'style="stroke:var(--{colour});stroke-dasharray:{" ".join(f"{1.5 * part:g}" for part in dashes)}"'
-    return f'<polyline points="{points}" {style}><title>{escape(trial.text)}</title></polyline>'
+    return f'<polyline points="{points}" {style}><title>{escape(line.text)}</title></polyline>'
 
 
 def _axis(axis: _Axis, *, lift: int, after: bool) -> str:

@@ -6,7 +6,6 @@ Nothing here computes a result. A file that another stage has not written yet is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,7 @@ from paws_hpc.files import read_json
 from paws_hpc.objective.config import ObjectiveConfig
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
 from paws_hpc.stages.attempts import stage_times
-
-_CELL_NAME = re.compile(r"lr=(?P<learning_rate>[^,/]+),epochs=(?P<epochs>\d+)")
+from paws_hpc.trial import Trial
 
 _WORDS = ("event", "message")
 _NOT_FINITE = ("nan", "inf", "-inf")  # as the metrics file spells what JSON cannot hold
@@ -58,14 +56,17 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a sweep. ``validation_accuracy`` is None where the cell has no result (yet)."""
+class TrialRecord:
+    """A trial of a sweep as far as it went: ``validation_accuracy`` is None where it has no result (yet)."""
 
-    name: str
-    learning_rate: float
-    epochs: int
+    trial: Trial
     validation_accuracy: float | None
     metrics: Metrics
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.trial.name
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class RunRecord:
     pretrain: Metrics
     summary: dict[str, Any]
     crops: bytes | None
-    finetune: list[Cell]
-    baseline: list[Cell]
+    finetune: list[TrialRecord]
+    baseline: list[TrialRecord]
     selected: dict[str, Any]
     result: dict[str, Any]
     gallery: dict[str, Any]
@@ -109,11 +110,11 @@ class RunRecord:
         asked: list[str] = self.settings.get("stages", list(DEFAULT_STAGES))
         return asked
 
-    def sweep(self, stage: str) -> tuple[list[Cell], str | None]:
-        """The cells of ``finetune`` or ``baseline``, and the winner's name if selection chose one."""
+    def sweep(self, stage: str) -> tuple[list[TrialRecord], str | None]:
+        """The trials of ``finetune`` or ``baseline``, and the winner's name if selection chose one."""
         if stage == "finetune":
-            return self.finetune, self.selected.get("cell")
-        return self.baseline, self.selected.get("baseline", {}).get("cell")
+            return self.finetune, self.selected.get("trial")
+        return self.baseline, self.selected.get("baseline", {}).get("trial")
 
     @property
     def me_max(self) -> bool:
@@ -167,8 +168,8 @@ def read_run(run: Path) -> RunRecord:
         pretrain=read_metrics(run / "pretrain" / "metrics.jsonl"),
         summary=_mapping(run / "pretrain" / "summary.json"),
         crops=crops.read_bytes() if crops.exists() else None,
-        finetune=_cells(run / "finetune", selected.get("missing", [])),
-        baseline=_cells(run / "baseline", selected.get("baseline", {}).get("missing", [])),
+        finetune=_trials(run / "finetune", selected.get("missing", [])),
+        baseline=_trials(run / "baseline", selected.get("baseline", {}).get("missing", [])),
         selected=selected,
         result=_mapping(run / "result.json"),
         gallery=_mapping(run / "selection" / "gallery.json"),
@@ -215,30 +216,19 @@ def _check_numbers(path: Path, number: int, row: Row) -> None:
             )
 
 
-def parse_cell(name: str) -> tuple[float, int] | None:
-    """``(learning rate, epochs)`` of a cell's folder name such as ``lr=0.05,epochs=30``, or None for another name."""
-    match = _CELL_NAME.fullmatch(name.rsplit("/", 1)[-1])
-    if match is None:
-        return None
-    try:
-        return float(match["learning_rate"]), int(match["epochs"])
-    except ValueError:
-        return None
-
-
-def _cells(folder: Path, missing: Iterable[str]) -> list[Cell]:
-    """The sweep's cells by epochs, then learning rate: those with a folder and those that are known to be missing."""
+def _trials(folder: Path, missing: Iterable[str]) -> list[TrialRecord]:
+    """The trials of a sweep in their tables' order: those with a folder and those that are known to be missing."""
     names = {entry.name for entry in folder.iterdir() if entry.is_dir()} if folder.is_dir() else set()
-    names |= {str(name).rsplit("/", 1)[-1] for name in missing}
-    cells = []
-    for name in names:
-        setting = parse_cell(name)
-        if setting is None:
+    found = []
+    for name in names | set(missing):
+        try:
+            trial = Trial.parse(name)
+        except ValueError:  # a folder that somebody else made
             continue
         accuracy = _mapping(folder / name / "result.json").get("validation_accuracy")
         metrics = read_metrics(folder / name / "metrics.jsonl", axis="epoch")
-        cells.append(Cell(name, *setting, None if accuracy is None else float(accuracy), metrics))
-    return sorted(cells, key=lambda cell: (cell.epochs, cell.learning_rate))
+        found.append(TrialRecord(trial, None if accuracy is None else float(accuracy), metrics))
+    return sorted(found, key=lambda record: record.trial.rank)
 
 
 def _settings(path: Path, text: str) -> Identity:

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.report.run_record import Cell, RunRecord, parse_cell, read_run
+from paws_hpc.report.run_record import RunRecord, TrialRecord, read_run
+from paws_hpc.trial import Trial, axes, number, short
 
 Class = TypeVar("Class")
 """What classes are called."""
 
+_SCORES = ("top1", "top5", "confusion")  # whatever else an entry of result.json holds was chosen by validation
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 DASH = "\N{EN DASH}"
 """Stands between the ends of an interval, and alone where there is no value (yet)."""
@@ -90,11 +92,19 @@ class GridCell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep as rows of epochs and columns of learning rates."""
+    """A sweep as a table: a column for each value of its first field, a row for each combination of the others.
 
-    learning_rates: list[str]
-    epochs: list[int]
-    rows: list[list[GridCell]]
+    Attributes:
+        field: of the columns, as tables call it.
+        columns: its values.
+        corner: the other fields.
+        rows: their values, and a cell for each column.
+    """
+
+    field: str
+    columns: list[str]
+    corner: str
+    rows: list[tuple[str, list[GridCell]]]
 
 
 def percent(fraction: float) -> str:
@@ -150,13 +160,7 @@ def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Scor
             f"images right, but test.{key}.top1={top1} of test.count={count} means {correct}. "
             "Score the test split again."
         )
-    setting = ""
-    if entry.get("learning_rate") is not None and entry.get("epochs") is not None:
-        setting = f"lr {float(entry['learning_rate']):g}, {entry['epochs']} epochs"
-    elif entry.get("penalty") is not None:
-        setting = f"penalty {float(entry['penalty']):g}"
-    elif entry.get("k") is not None:
-        setting = f"k = {entry['k']}"
+    setting = Trial({name: value for name, value in entry.items() if name not in _SCORES}).text
     low, high = wilson_interval(correct, count)
     top5 = None if entry.get("top5") is None else float(entry["top5"])
     return Score(key, name, setting, top1, top5, correct, count, low, high, confusion)
@@ -205,29 +209,33 @@ def table_rows(record: RunRecord) -> list[tuple[str, str]]:
     return rows + [(f"stage {stage.name}", stage.seconds) for stage in stage_times(record)]
 
 
-def sweep_grid(cells: Sequence[Cell], chosen: str | None) -> Grid:
-    """Lay a sweep out as a grid; ``chosen`` is the winner's name (or its path), or None before selection."""
-    winner = None if chosen is None else parse_cell(chosen)
-    by_setting = {(cell.learning_rate, cell.epochs): cell for cell in cells}
-    rates = sorted({cell.learning_rate for cell in cells})
-    epochs = sorted({cell.epochs for cell in cells})
-    values = [cell.validation_accuracy for cell in cells if cell.validation_accuracy is not None]
+def sweep_grid(trials: Sequence[TrialRecord], chosen: str | None) -> Grid:
+    """Lay a sweep out as a table; ``chosen`` is the winner's name, or None before selection."""
+    fields = axes([record.trial for record in trials])
+    first, *others = fields or [""]
+    values = [record.validation_accuracy for record in trials if record.validation_accuracy is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    rows = []
-    for epoch in epochs:
-        row = []
-        for rate in rates:
-            cell = by_setting.get((rate, epoch))
-            if cell is None:
-                row.append(GridCell("", 0.0, "absent"))
-            elif cell.validation_accuracy is None:
-                row.append(GridCell("no result", 0.0, "missing"))
-            else:
-                strength = (cell.validation_accuracy - low) / (high - low) if high > low else 0.5
-                state = "chosen" if (rate, epoch) == winner else "done"
-                row.append(GridCell(percent(cell.validation_accuracy), strength, state))
-        rows.append(row)
-    return Grid([f"{rate:g}" for rate in rates], epochs, rows)
+
+    def cell(record: TrialRecord | None) -> GridCell:
+        if record is None:
+            return GridCell("", 0.0, "absent")
+        if record.validation_accuracy is None:
+            return GridCell("no result", 0.0, "missing")
+        strength = (record.validation_accuracy - low) / (high - low) if high > low else 0.5
+        return GridCell(percent(record.validation_accuracy), strength, "chosen" if record.name == chosen else "done")
+
+    rows: dict[str, dict[float | None, TrialRecord]] = {}
+    for record in trials:
+        point = record.trial.values
+        head = ", ".join(number(point[field]) if field in point else DASH for field in others)
+        rows.setdefault(head, {})[point.get(first)] = record
+    columns = fields.get(first, [])
+    return Grid(
+        short(first),
+        [number(value) for value in columns],
+        ", ".join(map(short, others)),
+        [(head, [cell(row.get(value)) for value in columns]) for head, row in rows.items()],
+    )
 
 
 def confused_pairs(

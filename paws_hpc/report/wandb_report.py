@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
-from paws_hpc.report.run_record import Cell, RunRecord
-from paws_hpc.report.tables import DASH, flatten, scores, table_rows
+from paws_hpc.report.run_record import RunRecord, TrialRecord
+from paws_hpc.report.tables import DASH, GridCell, flatten, scores, sweep_grid, table_rows
+from paws_hpc.trial import axes
 
 _CURVES = (  # title, axis, metrics, over the whole width
     ("Loss", "trainer/global_step", ("train/loss",)),
@@ -35,7 +36,7 @@ _SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (
     "PAWS (Assran et al., 2021) trains an encoder so that two views of an unlabelled image get the same soft class "
     "from its similarity to a few labelled images. **PAWS-NN** classifies with these similarities alone; "
-    "**fine-tuned** adds a linear layer and trains everything on the labels, for every cell of the sweep; the cell "
+    "**fine-tuned** adds a linear layer and trains everything on the labels, for every trial of the sweep; the trial "
     "with the best accuracy on the local validation split is scored on the test split, once. The **baseline** is the "
     "same sweep from random weights."
 )
@@ -84,9 +85,9 @@ def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
         wr.MarkdownBlock("\n\n".join(_heat_maps(records))),
-        wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep()),
+        wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep(records, "finetune")),
         wr.H2("Baseline's sweep"),
-        wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep()),
+        wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep(records, "baseline")),
         wr.H2("Comparison of runs"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training")], panels=[wr.RunComparer(diff_only="split")]),
         wr.H2("Method and provenance"),
@@ -119,30 +120,37 @@ def _curves() -> list[Any]:
     return curves + by_node
 
 
-def _sweep() -> list[Any]:
+def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:
     import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
 
-    rate, epochs = wr.Config("cell.learning_rate"), wr.Config("cell.epochs")
+    planned = [field for record in records for field in record.settings if field.startswith(f"{stage}.sweep.")]
+    begun = axes([trial.trial for record in records for trial in record.sweep(stage)[0]])
+    fields = list(dict.fromkeys([*(field.removeprefix(f"{stage}.sweep.") for field in planned), *begun]))
+    columns = [
+        wr.ParallelCoordinatesPlotColumn(
+            wr.Config(f"trial.{field}"), display_name=field.replace("_", " "), log=field == "learning_rate"
+        )
+        for field in fields
+    ]
     accuracy = wr.SummaryMetric("val/top1.max")
+    scatter = [
+        wr.ScatterPlot(
+            title=f"Validation accuracy by {' and '.join(field.replace('_', ' ') for field in fields[:2])}",
+            x=wr.Config(f"trial.{fields[0]}"),
+            y=wr.Config(f"trial.{fields[1]}"),
+            z=accuracy,
+            log_x=fields[0] == "learning_rate",
+            gradient=[wr.GradientPoint(color="#440154", offset=0), wr.GradientPoint(color="#fde725", offset=100)],
+            layout=wr.Layout(x=12, y=0, w=12, h=8),
+        )
+    ] if len(fields) > 1 else []  # fmt: skip
     return [
         wr.ParallelCoordinatesPlot(
             title="Sweep",
-            columns=[
-                wr.ParallelCoordinatesPlotColumn(rate, display_name="learning rate", log=True),
-                wr.ParallelCoordinatesPlotColumn(epochs, display_name="epochs"),
-                wr.ParallelCoordinatesPlotColumn(accuracy, display_name="validation accuracy"),
-            ],
+            columns=[*columns, wr.ParallelCoordinatesPlotColumn(accuracy, display_name="validation accuracy")],
             layout=wr.Layout(x=0, y=0, w=12, h=8),
         ),
-        wr.ScatterPlot(
-            title="Validation accuracy by learning rate and epochs",
-            x=rate,
-            y=epochs,
-            z=accuracy,
-            log_x=True,
-            gradient=[wr.GradientPoint(color="#440154", offset=0), wr.GradientPoint(color="#fde725", offset=100)],
-            layout=wr.Layout(x=12, y=0, w=12, h=8),
-        ),
+        *scatter,
         wr.LinePlot(
             title="Validation accuracy",
             x="trainer/epoch",
@@ -179,21 +187,17 @@ def _heat_maps(records: Sequence[RunRecord]) -> Iterator[str]:
             yield _heat_map(f"{record.name}, baseline", record.baseline)
 
 
-def _heat_map(name: str, cells: Sequence[Cell]) -> str:
+def _heat_map(name: str, trials: Sequence[TrialRecord]) -> str:
     """The sweep as a table, shaded by accuracy as far as Markdown can."""
-    shades = " ░▒▓█"
-    values = [cell.validation_accuracy for cell in cells if cell.validation_accuracy is not None]
-    if not values:
-        return f"**{name}**: no cell of the sweep has a result yet."
-    low, span = min(values), (max(values) - min(values)) or 1.0
-    by_setting = {(cell.learning_rate, cell.epochs): cell.validation_accuracy for cell in cells}
-    rates, lengths = sorted({rate for rate, _ in by_setting}), sorted({epochs for _, epochs in by_setting})
+    if all(trial.validation_accuracy is None for trial in trials):
+        return f"**{name}**: no trial of the sweep has a result yet."
+    grid = sweep_grid(trials, None)
 
-    def shown(accuracy: float | None) -> str:
-        return DASH if accuracy is None else f"{shades[round(4 * (accuracy - low) / span)]} {100 * accuracy:.1f} %"
+    def shown(cell: GridCell) -> str:
+        return f"{' ░▒▓█'[round(4 * cell.strength)]} {cell.accuracy}" if cell.state == "done" else DASH
 
-    rows = [[f"{epochs} epochs", *(shown(by_setting.get((rate, epochs))) for rate in rates)] for epochs in lengths]
-    return f"**{name}**\n\n" + _table(["validation accuracy", *(f"lr {rate:g}" for rate in rates)], rows)
+    rows = [[head, *map(shown, row)] for head, row in grid.rows]
+    return f"**{name}**\n\n" + _table([grid.corner, *(f"{grid.field} {value}" for value in grid.columns)], rows)
 
 
 def _provenance(record: RunRecord) -> str:

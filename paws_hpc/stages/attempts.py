@@ -1,6 +1,6 @@
 """The starts of a job as files: who holds it, since when, and how each start ended.
 
-A job (a stage, or one cell of a sweep) is started anew whenever it was preempted, crashed or launched again. Each start
+A job (a stage, or a trial of a sweep) is started anew whenever it was preempted, crashed or launched again. Each start
 is a numbered file ``start-0001.json`` in the job's folder, which can be created only once: creating the next number
 takes the job over, and the holder of the number before finds it at its next write and stops. That is a lease with
 fencing: a start that was believed dead, on a node that lost its network say, cannot write over its successor's work.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from paws_hpc.config import Config
-from paws_hpc.engine.config import Cell
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.trial import Trial
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class StageContext:
     config: Config
     run: RunFolder
     stage: str = ""
-    trial: Cell | None = None
+    trial: Trial | None = None
     fence: Callable[[], None] = lambda: None
 
 

@@ -1,4 +1,4 @@
-"""The sweep: one folder per cell with its best weights and its accuracy on the local validation split.
+"""The sweep: one folder per trial with its best weights and its accuracy on the local validation split.
 
 The supervised baseline is the same sweep from the weights that pre-training starts from, random ones as a rule.
 """
@@ -14,7 +14,6 @@ from paws_hpc.config import Config, Identity, identity, sweep_config
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.config import Cell
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import write_json
@@ -25,24 +24,25 @@ from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers, pretrained_network
+from paws_hpc.trial import Trial
 
 
 def run(context: TorchContext) -> None:
-    """Train one cell, or continue it, or return at once if it is done.
+    """Train one trial, or continue it, or return at once if it is done.
 
     Raises:
         PreemptedError: it was asked to stop, and the state is saved.
     """
     config, run, device, control = context.config, context.run, context.device, context.control
-    sweep, cell = context.stage, context.trial
-    assert cell is not None, "the jobs of a sweep are its trials"
-    folder = run.cell(sweep, cell)
+    sweep, trial = context.stage, context.trial
+    assert trial is not None, "the jobs of a sweep are its trials"
+    folder = run.trial(sweep, trial)
     if is_done(folder):
         return
     data = open_data(config)
     options = stream_options(config, data, folder, device)
     with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
-        _train(config, run, cached, options, sweep=sweep, cell=cell, control=control)
+        _train(config, run, cached, options, sweep=sweep, trial=trial, control=control)
 
 
 def _train(
@@ -52,18 +52,18 @@ def _train(
     options: StreamOptions,
     *,
     sweep: str,
-    cell: Cell,
+    trial: Trial,
     control: JobControl,
 ) -> None:
-    device, began, folder = options.device, time.monotonic(), run.cell(sweep, cell)
-    sweep_settings = sweep_config(config, sweep)
+    device, began, folder = options.device, time.monotonic(), run.trial(sweep, trial)
+    settings = sweep_config(config, sweep).of_trial(trial)
     encoder, start_weights = _starting_point(config, run, data, device, sweep)
     stream = ClassifierStream(
         data.labelled_store,
         data.labelled,
-        crop=sweep_settings.crop,
-        augment=sweep_settings.augment,
-        batch_size=sweep_settings.batch_size,
+        crop=settings.crop,
+        augment=settings.augment,
+        batch_size=settings.batch_size,
         seed=config.seed,
         threads=config.data.threads,
         images=data.supports,
@@ -71,10 +71,10 @@ def _train(
         options=options,
     )
     classifier = build_classifier(encoder, len(data.classes))
-    training = ClassifierTraining(classifier, cell, sweep_settings, stream, device)
+    training = ClassifierTraining(classifier, settings, stream, device)
     checkpoints = CheckpointFolder(
         folder / "checkpoints",
-        identity=_cell_identity(config, sweep, cell) | data_identity(data) | {"start": start_weights},
+        identity=_trial_identity(config, sweep, trial) | data_identity(data) | {"start": start_weights},
         accept_changes=tuple(config.accept_changes),
         fence=control.fence,
     )
@@ -83,7 +83,7 @@ def _train(
         config,
         run,
         folder,
-        job=f"{sweep}/{cell.name}",
+        job=f"{sweep}/{trial.name}",
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
@@ -106,8 +106,7 @@ def _train(
         write_json(
             folder / "result.json",
             {
-                "learning_rate": cell.learning_rate,
-                "epochs": cell.epochs,
+                **trial.values,
                 "validation_accuracy": best.validation_accuracy,
                 "best_epoch": best.best_epoch,
                 "seconds": time.monotonic() - began,
@@ -116,12 +115,11 @@ def _train(
         mark_done(folder, steps=training.total_steps)
 
 
-def _cell_identity(config: Config, sweep: str, cell: Cell) -> Identity:
-    """What determines a cell: its own point of the sweep, not which other points the sweep has."""
+def _trial_identity(config: Config, sweep: str, trial: Trial) -> Identity:
+    """What determines a trial: its own point of the sweep, not which other points the sweep has."""
     fields = identity(config, "seed", "model", "views.evaluation", sweep)
-    fields[f"{sweep}.learning_rates"], fields[f"{sweep}.epochs"] = cell.learning_rate, cell.epochs
-    fields.pop(f"{sweep}.min_cells", None)
-    return fields
+    own = {f"{sweep}.{field}": value for field, value in trial.values.items()}
+    return {name: value for name, value in fields.items() if not name.startswith(f"{sweep}.sweep.")} | own
 
 
 def data_identity(data: RunData) -> Identity:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.config import Config
-from paws_hpc.engine.config import Cell
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stage_table import STAGES
+from paws_hpc.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class RunFolder:
         stage = STAGES.get(job.partition("/")[0])
         return self.path / (stage.marker if stage is not None and stage.marker else f"{job}/DONE")
 
-    def cell(self, sweep: str, cell: Cell) -> Path:
-        """Folder of one cell; ``sweep`` is ``finetune`` or ``baseline``."""
-        return self.path / sweep / cell.name
+    def trial(self, sweep: str, trial: Trial) -> Path:
+        """Folder of one trial; ``sweep`` is ``finetune`` or ``baseline``."""
+        return self.path / sweep / trial.name
 
     def job(self, name: str) -> Path:
         """Folder of the starts of a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
@@ -112,14 +112,14 @@ def without_pretraining(config: Config, run: RunFolder) -> bool:
     return baseline and not asked and not begun
 
 
-def fine_tuned_cells(config: Config, run: RunFolder) -> list[str]:
-    """Names of the cells of fine-tuning among which selection chooses; none without pre-training."""
-    return [] if without_pretraining(config, run) else [cell.name for cell in config.finetune.cells()]
+def fine_tuned_trials(config: Config, run: RunFolder) -> list[str]:
+    """Names of the trials of fine-tuning among which selection chooses; none without pre-training."""
+    return [] if without_pretraining(config, run) else [trial.name for trial in config.finetune.trials()]
 
 
 def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
-    """Raise ValueError if ``result.json`` was scored after selection among other cells than the sweep now has."""
-    scored, asked = read_json(run.selected)["cells"], fine_tuned_cells(config, run)
+    """Raise ValueError if ``result.json`` was scored after selection among other trials than the sweep now has."""
+    scored, asked = read_json(run.selected)["trials"], fine_tuned_trials(config, run)
     if scored != asked:
         before = f"after selection among {scored}" if scored else "without pre-training"
         raise ValueError(

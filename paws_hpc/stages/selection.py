@@ -1,4 +1,4 @@
-"""Choose the best cell by the local validation split, then score the test set, once."""
+"""Choose the best trial by the local validation split, then score the test set, once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from paws_hpc import distributed
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
-from paws_hpc.engine.config import Cell
 from paws_hpc.engine.evaluate import score
 from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import JobControl
@@ -32,12 +31,13 @@ from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import (
     RunFolder,
     check_sweep_is_the_scored_one,
-    fine_tuned_cells,
+    fine_tuned_trials,
     is_done,
     without_pretraining,
 )
 from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.store import ImageStore
+from paws_hpc.trial import Trial
 
 _METHODS = {"finetune": "fine_tuned", "baseline": "baseline"}
 METRICS = [
@@ -55,43 +55,45 @@ class Choice:
     """The winner of a sweep.
 
     Attributes:
-        cell: the winner; None if no cell has finished and ``min_cells=0`` lets selection go on without this sweep.
+        trial: the winner; None if no trial has finished and ``min_trials=0`` lets selection go on without this sweep.
         validation_accuracy: its best, on the local validation split.
-        missing: cells without a result.
+        missing: trials without a result.
     """
 
-    cell: Cell | None
+    trial: Trial | None
     validation_accuracy: float | None
     missing: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For ``selected.json``."""
         told: dict[str, Any] = {"missing": self.missing}
-        if self.cell is not None:
-            told |= _cell(self.cell) | {"cell": self.cell.name, "validation_accuracy": self.validation_accuracy}
+        if self.trial is not None:
+            told |= {**self.trial.values, "trial": self.trial.name, "validation_accuracy": self.validation_accuracy}
         return told
 
 
 def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
-    """The cell with the best validation accuracy; of equals the first in the sweep's order.
+    """The trial with the best validation accuracy; of equals the first in the sweep's order.
 
     Raises:
-        ValueError: fewer than ``min_cells`` cells have finished; those that are missing are named.
+        ValueError: fewer than ``min_trials`` trials have finished; those that are missing are named.
     """
     settings = sweep_config(config, sweep)
-    cells = settings.cells()
-    finished = [cell for cell in cells if is_done(run.cell(sweep, cell))]
-    missing = [cell.name for cell in cells if cell not in finished]
-    if len(finished) < settings.min_cells:
+    trials = settings.trials()
+    finished = [trial for trial in trials if is_done(run.trial(sweep, trial))]
+    missing = [trial.name for trial in trials if trial not in finished]
+    if len(finished) < settings.min_trials:
         raise ValueError(
-            f"{len(finished)} of the {len(cells)} cells under {run.path / sweep} have finished, but "
-            f"{sweep}.min_cells={settings.min_cells}. Missing: {'; '.join(missing)}. Launch the stage {sweep!r} of "
-            f"this run again, or ask for fewer with {sweep}.min_cells."
+            f"{len(finished)} of the {len(trials)} trials under {run.path / sweep} have finished, but "
+            f"{sweep}.min_trials={settings.min_trials}. Missing: {'; '.join(missing)}. Launch the stage {sweep!r} of "
+            f"this run again, or ask for fewer with {sweep}.min_trials."
         )
     if not finished:
         return Choice(None, None, missing)
-    accuracies = {cell: read_json(run.cell(sweep, cell) / "result.json")["validation_accuracy"] for cell in finished}
-    winner = max(finished, key=lambda cell: accuracies[cell])
+    accuracies = {
+        trial: read_json(run.trial(sweep, trial) / "result.json")["validation_accuracy"] for trial in finished
+    }
+    winner = max(finished, key=lambda trial: accuracies[trial])
     return Choice(winner, accuracies[winner], missing)
 
 
@@ -130,12 +132,14 @@ class _Chosen:
         probes = {} if self.pretrained is None else self.pretrained.probes
         settings = {method: dict(probe.setting) for method, probe in probes.items()}
         return settings | {
-            _METHODS[sweep]: _cell(choice.cell) for sweep, choice in self.sweeps.items() if choice.cell is not None
+            _METHODS[sweep]: dict(choice.trial.values)
+            for sweep, choice in self.sweeps.items()
+            if choice.trial is not None
         }
 
-    def as_dict(self, cells: list[str]) -> dict[str, Any]:
-        """``selected.json``, where ``cells`` names those of fine-tuning that there were to choose from."""
-        told = self.sweeps["finetune"].as_dict() | {"cells": cells, "baseline": self.sweeps["baseline"].as_dict()}
+    def as_dict(self, trials: list[str]) -> dict[str, Any]:
+        """``selected.json``, where ``trials`` names those of fine-tuning that there were to choose from."""
+        told = self.sweeps["finetune"].as_dict() | {"trials": trials, "baseline": self.sweeps["baseline"].as_dict()}
         if self.pretrained is None:
             return told | {"suncet": None}
         told["suncet"] = self.pretrained.tuning
@@ -148,7 +152,7 @@ def run(context: TorchContext) -> None:
     Where pre-training neither was asked for nor ever began, the supervised baseline is all that is scored.
 
     Raises:
-        ValueError: too few cells have finished, or the result that is there is of another sweep.
+        ValueError: too few trials have finished, or the result that is there is of another sweep.
         FileNotFoundError: pre-training has begun and not finished.
     """
     config, run, device, control = context.config, context.run, context.device, context.control
@@ -161,7 +165,7 @@ def run(context: TorchContext) -> None:
     chosen = _decide(config, run, data, device, control)
     control.fence()
     if distributed.is_main():
-        write_json(run.selected, chosen.as_dict(fine_tuned_cells(config, run)))
+        write_json(run.selected, chosen.as_dict(fine_tuned_trials(config, run)))
     # Only now, with everything chosen, are test images and test labels read (law 7).
     test_store = ImageStore.open(Path(config.data.test))
     test = data.images(config, test_store, np.arange(len(test_store)))
@@ -179,9 +183,9 @@ def _decide(config: Config, run: RunFolder, data: RunData, device: torch.device,
     """Choose by the local validation split alone."""
     baseline = choose(config, run, "baseline")
     if without_pretraining(config, run):
-        if baseline.cell is None:
+        if baseline.trial is None:
             raise ValueError(
-                f"{run.path} has nothing to score: neither pre-training nor any cell of the baseline. Launch its "
+                f"{run.path} has nothing to score: neither pre-training nor any trial of the baseline. Launch its "
                 "stages first, such as stages=[baseline,selection,report]."
             )
         return _Chosen({"finetune": Choice(None, None, []), "baseline": baseline}, None)
@@ -212,8 +216,8 @@ def _predict(
         nearest = nearest_neighbours(pretrained.neighbours, data, test, config, device)
         predictions["paws_nn"] = nearest.predictions
     for sweep, choice in chosen.sweeps.items():
-        if choice.cell is not None:
-            predictions[_METHODS[sweep]] = _predict_cell(config, run, test, device, sweep=sweep, cell=choice.cell)
+        if choice.trial is not None:
+            predictions[_METHODS[sweep]] = _predict_trial(config, run, test, device, sweep=sweep, trial=choice.trial)
     if pretrained is not None:
         features = backbone_features(pretrained.encoder, test, device, control)
         predictions |= {method: probe.predict(features).cpu() for method, probe in pretrained.probes.items()}
@@ -244,8 +248,8 @@ def publish_scores(config: Config, run: RunFolder) -> None:
     test, selected = read_json(run.result)["test"], read_json(run.selected)
     row = {f"test/{method}_top1": scores["top1"] for method, scores in test.items() if method != "count"}
     used = None
-    if (name := selected.get("cell")) is not None:
-        used = network(run, f"finetune/{name}", run.cell("finetune", Cell.named(name)) / "best.pt")
+    if (name := selected.get("trial")) is not None:
+        used = network(run, f"finetune/{name}", run.trial("finetune", Trial.parse(name)) / "best.pt")
     metrics = _metrics(run)
     with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
         file.log(0, row)
@@ -260,10 +264,10 @@ def _metrics(run: RunFolder) -> Path:
     return run.selection / "metrics.jsonl"
 
 
-def _predict_cell(
-    config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, cell: Cell
+def _predict_trial(
+    config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, trial: Trial
 ) -> Tensor:
-    classifier, _ = _load_cell(config, run, len(test.store.classes), device, sweep=sweep, cell=cell)
+    classifier, _ = _load_trial(config, run, len(test.store.classes), device, sweep=sweep, trial=trial)
     return predict(classifier, test, device).cpu()
 
 
@@ -295,23 +299,19 @@ def load_winner(config: Config, run: RunFolder, num_classes: int, device: torch.
             "first."
         )
     selected = read_json(run.selected)
-    if "cell" not in selected:
+    if "trial" not in selected:
         raise ValueError(
-            f"{run.selected} names no fine-tuned network: selection went on without one, as finetune.min_cells=0 "
+            f"{run.selected} names no fine-tuned network: selection went on without one, as finetune.min_trials=0 "
             "allowed or without pre-training."
         )
-    cell = Cell(selected["learning_rate"], selected["epochs"])
-    return _load_cell(config, run, num_classes, device, sweep="finetune", cell=cell)
+    trial = Trial.parse(selected["trial"])
+    return _load_trial(config, run, num_classes, device, sweep="finetune", trial=trial)
 
 
-def _load_cell(
-    config: Config, run: RunFolder, num_classes: int, device: torch.device, *, sweep: str, cell: Cell
+def _load_trial(
+    config: Config, run: RunFolder, num_classes: int, device: torch.device, *, sweep: str, trial: Trial
 ) -> tuple[Classifier, Path]:
     classifier = build_classifier(build_encoder(config.model, seed=config.seed), num_classes).to(device)
-    best = run.cell(sweep, cell) / "best.pt"
+    best = run.trial(sweep, trial) / "best.pt"
     classifier.load_state_dict(load_tensors(best, device))
     return classifier, best
-
-
-def _cell(cell: Cell) -> dict[str, Any]:
-    return {"learning_rate": cell.learning_rate, "epochs": cell.epochs}

@@ -10,7 +10,6 @@ from typing import Any
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
-from paws_hpc.engine.config import Cell
 from paws_hpc.engine.console import ProgressTracker
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
@@ -18,6 +17,7 @@ from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
 from paws_hpc.files import file_hash, read_json
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.trial import Trial
 
 _MACHINE = ("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
 _HOME = re.compile(r"/(?:home|Users)/[^/\s:;,'\"]+")  # of other users
@@ -45,7 +45,7 @@ def open_trackers(
         config: of the run.
         run: whose ``chain.json`` holds the id that makes W&B run ids stable across restarts.
         folder: of the stage.
-        job: name of the stage or cell.
+        job: name of the stage or trial.
         start: steps done already.
         total_steps: of the stage.
         awaits_validation: whether those steps end with a validation that is still to be done.
@@ -82,12 +82,12 @@ def watch(
     made: Path | None = None,
 ) -> WandbTracker:
     """Show a stage's ``metrics.jsonl`` in Weights & Biases, as a run of the chain's group."""
-    stage, _, cell = job.partition("/")
+    stage, _, trial = job.partition("/")
     own: dict[str, Any] = {"chain": run.describe().get("id")}
     if used is not None:
         own["lineage"] = asdict(used)
-    if cell:
-        own["cell"] = asdict(Cell.named(cell))  # else only the whole sweep is in the config
+    if trial:
+        own["trial"] = dict(Trial.parse(trial).values)  # else only the whole sweep is in the config
     shown = WandbRun(
         project=config.tracking.project,
         entity=config.tracking.entity,

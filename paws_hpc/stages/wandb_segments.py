@@ -54,7 +54,7 @@ class Segment:
 
     @property
     def stage(self) -> Path:
-        """The folder of the stage or cell."""
+        """The folder of the stage or trial."""
         return self.path.parents[2]
 
     @property
@@ -64,7 +64,7 @@ class Segment:
 
 
 def find_segments(run: Path) -> dict[str, list[Segment]]:
-    """The files of each stage or cell of a run directory, in the order in which they were begun."""
+    """The files of each stage or trial of a run directory, in the order in which they were begun."""
     found: dict[str, list[Segment]] = {}
     for folder in sorted(path for path in run.glob("**/wandb") if path.is_dir()):
         files = [path for path in folder.glob("*run-*/run-*.wandb") if not path.parent.is_symlink()]

@@ -57,7 +57,7 @@ def test_the_winner_is_the_best_on_the_local_validation_split(finished: Path) ->
         path.parent.name: read(path)["validation_accuracy"] for path in (run / "finetune").glob("lr=*/result.json")
     }
     selected = read(run / "selected.json")
-    assert selected["validation_accuracy"] == max(accuracies.values()) == accuracies[selected["cell"]]
+    assert selected["validation_accuracy"] == max(accuracies.values()) == accuracies[selected["trial"]]
     assert selected["missing"] == []
 
 
@@ -99,7 +99,7 @@ def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
     run = finished / "runs/run"
     before = {path.parent.name: path.stat().st_mtime_ns for path in (run / "finetune").glob("lr=*/best.pt")}
     wider = launch(
-        finished, "finetune.learning_rates=[0.02,0.05,0.1]", "accept_changes=[finetune.learning_rates]",
+        finished, "finetune.sweep.learning_rate=[0.02,0.05,0.1]", "accept_changes=[finetune.sweep.learning_rate]",
         "stages=[finetune]",
     )  # fmt: skip
     assert wider.returncode == 0, wider.stderr
@@ -107,7 +107,7 @@ def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"lr=0.05,epochs=1", "lr=0.05,epochs=2"}
 
-    stale = launch(finished, "finetune.learning_rates=[0.02,0.05,0.1]", "stages=[selection]")
+    stale = launch(finished, "finetune.sweep.learning_rate=[0.02,0.05,0.1]", "stages=[selection]")
     assert stale.returncode == 1, "a result of the narrower sweep must not pass for one of the wider"
     assert "lr=0.05,epochs=1" in stale.stderr
     assert "result.json" in stale.stderr

@@ -60,7 +60,7 @@ def images(config: Config, count: int) -> Tensor:
 
 def weights_file(run: RunFolder, head: str) -> Path:
     if head == "classifier":
-        return run.path / "finetune" / json.loads(run.selected.read_text())["cell"] / "best.pt"
+        return run.path / "finetune" / json.loads(run.selected.read_text())["trial"] / "best.pt"
     (checkpoint,) = run.checkpoints.glob(f"step-{json.loads((run.pretrain / 'DONE').read_text())['steps']:08d}.pt")
     return checkpoint
 

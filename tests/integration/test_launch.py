@@ -37,8 +37,8 @@ def test_every_experiment_composes_into_a_valid_run(experiment: str) -> None:
     config.labels.check_complete()
     size = config.views.large.size
     assert config.views.evaluation.size == config.finetune.crop.size == config.baseline.crop.size == size
-    assert config.finetune.cells()
-    assert config.baseline.cells()
+    assert config.finetune.trials()
+    assert config.baseline.trials()
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -59,8 +59,8 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
     )  # fmt: skip
     assert (config.optimizer.start_lr, config.optimizer.peak_lr, config.optimizer.final_lr) == (0.3, 6.4, 0.064)
     assert (config.views.small.count, config.views.small.size, config.views.small.scale) == (6, 96, [0.05, 0.14])
-    assert config.finetune.learning_rates == [0.01, 0.02, 0.05, 0.1, 0.2]
-    assert config.finetune.epochs == [30, 50]
+    assert config.finetune.sweep["learning_rate"] == [0.01, 0.02, 0.05, 0.1, 0.2]
+    assert config.finetune.sweep["epochs"] == [30, 50]
     assert config.objective.support_warmup_fraction == 0, "the warm-up is ours and off in the paper's recipes"
 
 

@@ -75,12 +75,12 @@ def write_run(
             _cell(run / "finetune", random, rate, cell_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / cell_epochs)
             _cell(run / "baseline", random, rate, cell_epochs, 0.80 - 0.7 * abs(rate - 0.2))
     (run / "finetune" / "lr=0.2,epochs=30" / "result.json").unlink()
-    cell = "lr=0.05,epochs=30"
-    accuracy = json.loads((run / "finetune" / cell / "result.json").read_text())["validation_accuracy"]
+    trial = "lr=0.05,epochs=30"
+    accuracy = json.loads((run / "finetune" / trial / "result.json").read_text())["validation_accuracy"]
     _json(run / "selected.json", {
-        "learning_rate": 0.05, "epochs": 30, "cell": cell, "validation_accuracy": accuracy,
+        "learning_rate": 0.05, "epochs": 30, "trial": trial, "validation_accuracy": accuracy,
         "missing": ["lr=0.2,epochs=30"],
-        "baseline": {"learning_rate": 0.2, "epochs": 30, "cell": "lr=0.2,epochs=30", "missing": []},
+        "baseline": {"learning_rate": 0.2, "epochs": 30, "trial": "lr=0.2,epochs=30", "missing": []},
     })  # fmt: skip
     test = {
         "count": 360,
@@ -133,10 +133,10 @@ def _cell(folder: Path, random: np.random.Generator, rate: float, epochs: int, b
         {"epoch": epoch, "train/loss": 2.3 * math.exp(-epoch / 4), "train/lr": rate, "val/top1": float(value)}
         for epoch, value in enumerate(curve, start=1)
     ]
-    cell = folder / f"lr={rate:g},epochs={epochs}"
-    _jsonl(cell / "metrics.jsonl", rows)
+    trial = folder / f"lr={rate:g},epochs={epochs}"
+    _jsonl(trial / "metrics.jsonl", rows)
     best_epoch = int(curve.argmax())
-    _json(cell / "result.json", {
+    _json(trial / "result.json", {
         "learning_rate": rate, "epochs": epochs, "validation_accuracy": float(curve[best_epoch]),
         "best_epoch": best_epoch + 1, "seconds": 0.7 * epochs,
     })  # fmt: skip
@@ -269,8 +269,8 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
         "labels", "labels for validation", "test images",
-        "PAWS-NN", "fine-tuned (lr 0.05, 30 epochs)", "linear probe (penalty 0.01)", "k-NN (k = 5)",
-        "baseline (lr 0.2, 30 epochs)",
+        "PAWS-NN", "fine-tuned (lr 0.05, epochs 30)", "linear probe (penalty 0.01)", "k-NN (k 5)",
+        "baseline (lr 0.2, epochs 30)",
         "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
     ]  # fmt: skip
     for name, value in table:
@@ -282,7 +282,7 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     page.open(report)
     assert page.text("#panel-finetune-sweep td.chosen") == "96.6 %chosen"
     assert page.text("#panel-finetune-sweep td.missing") == "no result"
-    assert page.text("#warnings .alarm strong") == "Fine-tuning: 1 cell has no result"
+    assert page.text("#warnings .alarm strong") == "Fine-tuning: 1 trial has no result"
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
@@ -292,7 +292,7 @@ def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, rep
         "return [...document.querySelectorAll('#panel-finetune-parallel polyline')].map(line => line.textContent)"
     )
     assert len(told) == 5, "the sixth has no result"
-    assert told[-1] == "winner: lr 0.05, 30 epochs, 96.6 %", "on top"
+    assert told[-1] == "winner: lr 0.05, epochs 30, 96.6 %", "on top"
     heights = page.script(
         "return [...document.querySelectorAll('#panel-finetune-parallel polyline')]"
         ".map(line => [...line.points].map(point => point.y))"
@@ -304,11 +304,11 @@ def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, rep
     assert epochs[-1] == min(epochs)
     assert accuracy[-1] == min(accuracy)
     label = page.script("return document.querySelector('#panel-finetune-parallel svg').getAttribute('aria-label')")
-    assert label.endswith("Highest: winner: lr 0.05, 30 epochs, 96.6 %.")
+    assert label.endswith("Highest: winner: lr 0.05, epochs 30, 96.6 %.")
 
 
 def without_winner(run: Path, *, stages: list[str]) -> Path:
-    """Leave of a sweep for fine-tuning what a run without it has: names of cells, and no winner."""
+    """Leave of a sweep for fine-tuning what a run without it has: names of trials, and no winner."""
     shutil.rmtree(run / "finetune")
     selected = json.loads((run / "selected.json").read_text())
     missing = [f"lr={rate:g},epochs=10" for rate in (0.01, 0.05)]
@@ -325,7 +325,7 @@ def test_a_sweep_that_nobody_asked_for_lacks_nothing(tmp_path: Path) -> None:
 
 def test_a_sweep_of_which_nothing_is_left_has_no_winner_to_speak_of(tmp_path: Path) -> None:
     (notice,) = notices(read_run(without_winner(write_run(tmp_path), stages=["finetune", "selection"])))
-    assert (notice.level, notice.title) == ("alarm", "Fine-tuning: 2 cells have no result")
+    assert (notice.level, notice.title) == ("alarm", "Fine-tuning: 2 trials have no result")
     assert notice.text == (
         "None had one when selection chose, so the result has no score of it. Missing: lr=0.01,epochs=10; "
         "lr=0.05,epochs=10."
@@ -438,7 +438,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
     assert "The last line of pretrain/metrics.jsonl is incomplete" in warnings
     assert page.script("return document.querySelector('#panel-loss svg') !== null")
     assert page.text("#panel-finetune-sweep .absent") == (
-        "No cells in finetune/. Stage finetune writes them; its state is: pending."
+        "No trials in finetune/. Stage finetune writes them; its state is: pending."
     )
     assert "Stage selection writes it; its state is: pending" in page.text("#panel-confusion")
     assert "Stage pretrain writes it; its state is: running" in page.text("#panel-crops")

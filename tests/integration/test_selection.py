@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.config import Cell, ClassifierConfig, SuncetConfig
+from paws_hpc.engine.config import ClassifierConfig, SuncetConfig
 from paws_hpc.engine.finetune import predict
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
@@ -27,13 +27,13 @@ from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, trial_at
 
 CPU = torch.device("cpu")
 
 
 def finished(run: RunFolder, accuracies: dict[str, float], *, sweep: str = "finetune", **others: Any) -> None:
-    """Write by hand what finished cells leave."""
+    """Write by hand what finished trials leave."""
     for name, accuracy in accuracies.items():
         folder = run.path / sweep / name
         write_json(folder / "result.json", {"validation_accuracy": accuracy, **others.get(name, {})})
@@ -42,7 +42,7 @@ def finished(run: RunFolder, accuracies: dict[str, float], *, sweep: str = "fine
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """Four cells: learning rates 0.02 and 0.1, one and two epochs."""
+    """Four trials: learning rates 0.02 and 0.1, one and two epochs."""
     return tiny_config(tmp_path / "absent", tmp_path / "absent", tmp_path)
 
 
@@ -55,56 +55,58 @@ def test_the_best_validation_accuracy_wins_whatever_else_a_result_says(config: C
     accuracies = {"lr=0.02,epochs=1": 0.7, "lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9, "lr=0.1,epochs=2": 0.6}
     finished(run, accuracies, **{"lr=0.02,epochs=1": {"test_accuracy": 1.0, "seconds": 0.1}})
     choice = selection.choose(config, run, "finetune")
-    assert (choice.cell, choice.validation_accuracy, choice.missing) == (Cell(0.1, 1), 0.9, [])
+    assert (choice.trial, choice.validation_accuracy, choice.missing) == (trial_at(0.1, 1), 0.9, [])
 
 
-def test_of_equally_good_cells_the_first_of_the_sweep_wins(config: Config, run: RunFolder) -> None:
+def test_of_equally_good_trials_the_first_of_the_sweep_wins(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.1,epochs=2": 0.8, "lr=0.1,epochs=1": 0.8, "lr=0.02,epochs=2": 0.8, "lr=0.02,epochs=1": 0.7})
-    assert selection.choose(config, run, "finetune").cell == Cell(0.02, 2)
+    assert selection.choose(config, run, "finetune").trial == trial_at(0.02, 2)
 
 
-def test_cells_without_a_finished_result_are_left_out_and_named(config: Config, run: RunFolder) -> None:
+def test_trials_without_a_finished_result_are_left_out_and_named(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.02,epochs=1": 0.6, "lr=0.1,epochs=1": 0.5, "lr=0.1,epochs=2": 0.99})
     (run.path / "finetune" / "lr=0.1,epochs=2" / "DONE").unlink()  # still in training, however good it looks
     finished(run, {"lr=0.5,epochs=1": 1.0})  # of an earlier sweep, which nobody asks for now
     choice = selection.choose(config, run, "finetune")
-    assert choice.cell == Cell(0.02, 1)
+    assert choice.trial == trial_at(0.02, 1)
     assert choice.missing == ["lr=0.02,epochs=2", "lr=0.1,epochs=2"]
 
 
-def test_without_a_finished_cell_there_is_no_winner(config: Config, run: RunFolder) -> None:
+def test_without_a_finished_trial_there_is_no_winner(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.1,epochs=2": 0.8}, sweep="baseline")
-    with pytest.raises(ValueError, match=r"0 of the 4 cells under .*run/finetune have finished.* the stage 'finetune'"):
+    with pytest.raises(
+        ValueError, match=r"0 of the 4 trials under .*run/finetune have finished.* the stage 'finetune'"
+    ):
         selection.choose(config, run, "finetune")
-    assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
+    assert selection.choose(config, run, "baseline").trial == trial_at(0.1, 2)
 
 
-def test_too_few_finished_cells_are_an_error_that_names_the_others(config: Config, run: RunFolder) -> None:
+def test_too_few_finished_trials_are_an_error_that_names_the_others(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9})
-    config.finetune.min_cells = 2
-    assert selection.choose(config, run, "finetune").cell == Cell(0.1, 1)
-    config.finetune.min_cells = 3
-    with pytest.raises(ValueError, match=r"2 of the 4 cells .*finetune\.min_cells=3\. Missing: ") as told:
+    config.finetune.min_trials = 2
+    assert selection.choose(config, run, "finetune").trial == trial_at(0.1, 1)
+    config.finetune.min_trials = 3
+    with pytest.raises(ValueError, match=r"2 of the 4 trials .*finetune\.min_trials=3\. Missing: ") as told:
         selection.choose(config, run, "finetune")
     assert "Missing: lr=0.02,epochs=1; lr=0.1,epochs=2." in str(told.value)
 
 
 def test_a_sweep_that_may_be_missing_altogether_is_left_out(config: Config, run: RunFolder) -> None:
-    config.baseline.min_cells = 0
+    config.baseline.min_trials = 0
     assert selection.choose(config, run, "baseline").as_dict() == {"missing": ["lr=0.1,epochs=2"]}
     finished(run, {"lr=0.1,epochs=2": 0.8}, sweep="baseline")
-    assert selection.choose(config, run, "baseline").cell == Cell(0.1, 2)
+    assert selection.choose(config, run, "baseline").trial == trial_at(0.1, 2)
 
 
-@pytest.mark.parametrize("cells", [-1, 5])
-def test_more_cells_than_the_sweep_has_cannot_be_asked_for(cells: int) -> None:
-    with pytest.raises(ValueError, match=rf"min_cells={cells} .* between 0 and the number of cells in the sweep, 4"):
-        ClassifierConfig(learning_rates=[0.1, 0.2], epochs=[1, 2], min_cells=cells)
+@pytest.mark.parametrize("count", [-1, 5])
+def test_more_trials_than_the_sweep_has_cannot_be_asked_for(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"min_trials={count} .* between 0 and the number of trials in the sweep, 4"):
+        ClassifierConfig(sweep={"learning_rate": [0.1, 0.2], "epochs": [1, 2]}, min_trials=count)
 
 
 @pytest.fixture(scope="module")
 def chain(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, RunFolder]:
-    """All stages up to selection, with the test store out of reach after prepare; one cell of the sweep is lost."""
+    """All stages up to selection, with the test store out of reach after prepare; one trial of the sweep is lost."""
     folder = tmp_path_factory.mktemp("chain")
     test = folder / "test"
     config = tiny_config(digits_stores.train, test, folder)
@@ -113,9 +115,9 @@ def chain(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> tu
     prepare.run(StageContext(config, run))
     test.unlink()
     pretrain.run(TorchContext(config, run))
-    for cell in config.finetune.cells()[1:]:
-        finetune.run(TorchContext(config, run, "finetune", cell))
-    finetune.run(TorchContext(config, run, "baseline", Cell(0.1, 2)))
+    for trial in config.finetune.trials()[1:]:
+        finetune.run(TorchContext(config, run, "finetune", trial))
+    finetune.run(TorchContext(config, run, "baseline", trial_at(0.1, 2)))
     return config, run
 
 
@@ -126,7 +128,7 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
     with pytest.raises(ValueError, match=str(config.data.test)):
         selection.run(TorchContext(config, run))
     assert not run.result.exists()
-    assert json.loads(run.selected.read_text())["cell"] == selection.choose(config, run, "finetune").cell.name
+    assert json.loads(run.selected.read_text())["trial"] == selection.choose(config, run, "finetune").trial.name
 
 
 def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationSet) -> float:
@@ -187,7 +189,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())
     assert selected["missing"] == ["lr=0.02,epochs=1"]
     assert selected["baseline"] == {
-        "cell": "lr=0.1,epochs=2",
+        "trial": "lr=0.1,epochs=2",
         "learning_rate": 0.1,
         "epochs": 2,
         "validation_accuracy": selected["baseline"]["validation_accuracy"],
@@ -195,7 +197,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     }
     store = ImageStore.open(digits_stores.test)
     images = EvaluationSet(store, np.arange(len(store)), config.views.evaluation, ImageStore.open(digits_stores.train))
-    for name, folder in (("fine_tuned", f"finetune/{selected['cell']}"), ("baseline", "baseline/lr=0.1,epochs=2")):
+    for name, folder in (("fine_tuned", f"finetune/{selected['trial']}"), ("baseline", "baseline/lr=0.1,epochs=2")):
         classifier = build_classifier(build_encoder(config.model, seed=0), 10)
         classifier.load_state_dict(torch.load(run.path / folder / "best.pt", weights_only=True))
         predicted = predict(classifier, images, CPU).argmax(1)
@@ -307,9 +309,11 @@ def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
     for path in (without.result, without.selected):
         path.unlink(missing_ok=True)
     alone = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
-    with pytest.raises(ValueError, match=r"0 of the 1 cells under .*baseline have finished, but baseline.min_cells=1"):
+    with pytest.raises(
+        ValueError, match=r"0 of the 1 trials under .*baseline have finished, but baseline.min_trials=1"
+    ):
         selection.run(TorchContext(alone, without))
-    alone.baseline.min_cells = 0
+    alone.baseline.min_trials = 0
     selection.run(TorchContext(alone, without))
     expected, result = (json.loads(folder.result.read_text()) for folder in (run, without))
     assert result["test"] == {name: value for name, value in expected["test"].items() if name != "baseline"}
@@ -317,24 +321,24 @@ def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
     build_report(without.path)
 
 
-def test_an_unfinished_cell_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:
+def test_an_unfinished_trial_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:
     config, run = chain
     folder = run.path / "finetune" / "lr=0.1,epochs=1"
     result = json.loads((folder / "result.json").read_text())
     for name in ("DONE", "result.json"):
         (folder / name).unlink()
     wider = tiny_config(Path(config.data.train), Path(config.data.test), Path(config.runs))
-    wider.finetune.learning_rates = [0.02, 0.1, 0.5]
-    finetune.run(TorchContext(wider, run, "finetune", Cell(0.1, 1)))
+    wider.finetune.sweep["learning_rate"] = [0.02, 0.1, 0.5]
+    finetune.run(TorchContext(wider, run, "finetune", trial_at(0.1, 1)))
     again = json.loads((folder / "result.json").read_text())
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
-    wider.finetune.min_cells = 2
+    wider.finetune.min_trials = 2
     (folder / "DONE").unlink()
-    finetune.run(TorchContext(wider, run, "finetune", Cell(0.1, 1)))
+    finetune.run(TorchContext(wider, run, "finetune", trial_at(0.1, 1)))
     baseline = run.path / "baseline" / "lr=0.1,epochs=2"
     (baseline / "DONE").unlink()
     wider.baseline.momentum, wider.model.channels = 0.5, [8, 12]
     with pytest.raises(ValueError, match="belongs to another experiment") as told:
-        finetune.run(TorchContext(wider, run, "baseline", Cell(0.1, 2)))
+        finetune.run(TorchContext(wider, run, "baseline", trial_at(0.1, 2)))
     for field in ("baseline.momentum: 0.9 there, 0.5 now", "model.channels: [8, 16] there, [8, 12] now"):
         assert field in str(told.value)

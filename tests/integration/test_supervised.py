@@ -57,7 +57,7 @@ def test_the_baseline_is_scored_alone_and_the_result_says_so(runs: list[tuple[Co
         assert result["pretrained"] is False
         assert result["missing"] == {"finetune": [], "baseline": []}
         assert result["test"].keys() == {"count", "baseline"}
-        assert json.loads(run.selected.read_text())["baseline"]["cell"] == "lr=0.1,epochs=2"
+        assert json.loads(run.selected.read_text())["baseline"]["trial"] == "lr=0.1,epochs=2"
         shown = dict(result_table(run.path))
         assert (shown["PAWS-NN"], shown["fine-tuned"], shown["linear probe"]) == (DASH, DASH, DASH)
         page = run.report.read_text()
@@ -99,17 +99,17 @@ def test_what_needs_pretraining_says_so(
     shutil.copytree(runs[0][1].path, run.path)
     config.labels.per_class = 3
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
-        finetune.run(TorchContext(config, run, "finetune", config.finetune.cells()[0]))
+        finetune.run(TorchContext(config, run, "finetune", config.finetune.trials()[0]))
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
         selection.load_neighbours(config, run, open_data(config), CPU)
     for path in (run.result, run.selected):
         path.unlink()
-    config.finetune.min_cells = 0
+    config.finetune.min_trials = 0
     run.job("pretrain").mkdir(parents=True)  # it began: whoever asks for a score now would lose it
     with pytest.raises(FileNotFoundError, match="pretrain is not done"):
         selection.run(TorchContext(config, run))
     run.job("pretrain").rmdir()
-    config.baseline.min_cells = 0
+    config.baseline.min_trials = 0
     shutil.rmtree(run.path / "baseline")
     with pytest.raises(ValueError, match="has nothing to score"):
         selection.run(TorchContext(config, run))

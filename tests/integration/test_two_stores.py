@@ -50,23 +50,24 @@ def divided(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> 
 def run_of(divided: Stores, digits_stores: Stores, folder: Path) -> tuple[Config, RunFolder]:
     config = tiny_config(divided.train, digits_stores.test, folder)
     config.data.labelled = str(divided.test)
-    config.finetune.learning_rates, config.finetune.epochs, config.finetune.min_cells = [0.1], [2], 1
-    config.baseline.min_cells = 0
+    config.finetune.sweep = {"learning_rate": [0.1], "epochs": [2]}
+    config.finetune.min_trials = 1
+    config.baseline.min_trials = 0
     return config, RunFolder(folder / "run")
 
 
 def train(config: Config, run: RunFolder) -> None:
     prepare.run(StageContext(config, run))
     pretrain.run(TorchContext(config, run))
-    for cell in config.finetune.cells():
-        finetune.run(TorchContext(config, run, "finetune", cell))
+    for trial in config.finetune.trials():
+        finetune.run(TorchContext(config, run, "finetune", trial))
 
 
 def test_labels_come_from_one_store_and_images_from_another(
     divided: Stores, digits_stores: Stores, tmp_path: Path
 ) -> None:
     config, run = run_of(divided, digits_stores, tmp_path)
-    config.finetune.epochs = [20]
+    config.finetune.sweep["epochs"] = [20]
     train(config, run)
     selection.run(TorchContext(config, run))
     unlabelled, labelled = ImageStore.open(divided.train), ImageStore.open(divided.test)
@@ -76,7 +77,7 @@ def test_labels_come_from_one_store_and_images_from_another(
     assert len(result["test"]["fine_tuned"]["confusion"]) == 10
     digests = read_json(run.prepare / "DONE")["digests"]
     assert (digests["train"], digests["labelled_store"]) == (unlabelled.digest, labelled.digest)
-    for folder in (run.checkpoints, run.cell("finetune", config.finetune.cells()[0]) / "checkpoints"):
+    for folder in (run.checkpoints, run.trial("finetune", config.finetune.trials()[0]) / "checkpoints"):
         [*_, record] = sorted(folder.glob("*.json"))
         identity = read_json(record)["identity"]
         assert identity["digest.train"] == unlabelled.digest
@@ -126,7 +127,8 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
     config.labels.per_class, config.labels.file = None, str(tmp_path / "imbalanced.txt")
     config.objective.support_warmup_fraction = 0.5
-    config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.1], [20], 0
+    config.finetune.sweep = {"learning_rate": [0.1], "epochs": [20]}
+    config.baseline.min_trials = 0
     run = RunFolder(tmp_path / "run")
     with pytest.raises(ValueError, match=r"class 0 has only 1 labelled images.*data\.support_order=balanced"):
         prepare.run(StageContext(config, run))

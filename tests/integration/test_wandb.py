@@ -48,14 +48,15 @@ def outside(patch: pytest.MonkeyPatch, folder: Path, server: WandbServer) -> Non
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Pre-training that is preempted after three steps and resumed, one cell, and selection."""
+    """Pre-training that is preempted after three steps and resumed, one trial, and selection."""
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch, serving() as server:
         outside(patch, folder, server)
         patch.setattr(wandb_tracker, "_PREEMPTED_PATIENCE_S", 60.0)  # W&B takes longer to start than these steps
         config, run = tiny_run(make_store(folder / "store", alike=False), folder)
         config.tracking.wandb, config.tracking.tags = "auto", ["trial"]
-        config.finetune.learning_rates, config.finetune.epochs, config.baseline.min_cells = [0.02], [1], 0
+        config.finetune.sweep = {"learning_rate": [0.02], "epochs": [1]}
+        config.baseline.min_trials = 0
         config.data.copy_to = str(folder / "local")
         config.resources["pretrain"].additional_parameters = {"export": f"WANDB_API_KEY={SECRET}"}
         config.resources["pretrain"].account = SECRET
@@ -65,7 +66,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             pretrain.run(TorchContext(config, run, control=JobControl(lambda: next(asked) >= 4)))
         curve = list(server.runs["cafe0123-pretrain"].history)
         pretrain.run(TorchContext(config, run))
-        finetune.run(TorchContext(config, run, "finetune", config.finetune.cells()[0]))
+        finetune.run(TorchContext(config, run, "finetune", config.finetune.trials()[0]))
         selection.run(TorchContext(config, run))
         yield Watched(server, run, config, curve)
 
@@ -123,12 +124,12 @@ def test_lineage_leads_from_the_checkpoint_to_the_cell_to_selection(watched: Wat
     assert (network.run, network.metadata["checksum"]) == ("cafe0123-pretrain", checksum)
     assert checksum in network.aliases
     assert network.committed
-    cell = server.runs["cafe0123-finetune-lr-0-02-epochs-1"]
-    assert cell.uses == [network.id]
+    trial = server.runs["cafe0123-finetune-lr-0-02-epochs-1"]
+    assert trial.uses == [network.id]
     assert server.runs["cafe0123-selection"].uses == [tuned.id]
     expected = {"name": network.name, "file": "step-00000006.pt", "checksum": checksum}
-    assert cell.config["lineage"]["value"] == expected
-    assert cell.config["cell"]["value"] == {"learning_rate": 0.02, "epochs": 1}
+    assert trial.config["lineage"]["value"] == expected
+    assert trial.config["trial"]["value"] == {"learning_rate": 0.02, "epochs": 1}
 
 
 def test_selection_shows_the_test_scores(watched: Watched) -> None:
@@ -140,7 +141,7 @@ def test_selection_shows_the_test_scores(watched: Watched) -> None:
 
 def test_nothing_that_was_sent_holds_a_secret_or_a_path_of_the_users_folders(watched: Watched) -> None:
     sent = b"\n".join(watched.server.received)
-    assert b"learning_rates" in sent, "the config was sent"
+    assert b"min_trials" in sent, "the config was sent"
     home = str(watched.run.path.parent)
     for text in (SECRET, home, Path(home).name, "WANDB_API_KEY", "/home/", str(Path.cwd())):
         assert text.encode() not in sent, text

@@ -29,7 +29,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbSer
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Two settings of two seeds each, as chains of two cells."""
+    """Two settings of two seeds each, as chains of two trials."""
     made = []
     for number, (seed, me_max) in enumerate(itertools.product((0, 1), ("true", "false"))):
         run = tmp_path / f"digits-seed{seed}-me_max={me_max}"

@@ -30,7 +30,7 @@ ON_SLURM = (
     "hydra.launcher.signal_delay_s=60",
     "resources.pretrain.nodes=2",  # two ranks on two nodes
     "data.threads=1",
-    "finetune.learning_rates=[0.1]",  # and so two elements
+    "finetune.sweep.learning_rate=[0.1]",  # and so two elements
 )
 _LOOPBACK = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}  # both nodes are this machine
 _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -190,7 +190,7 @@ class Run:
         return [{name: row[name] for name in row if name not in WALL_CLOCK} for row in rows]
 
     def weights(self) -> dict[str, Any]:
-        """All tensors that training left: the last checkpoint of pre-training and the best of every cell."""
+        """All tensors that training left: the last checkpoint of pre-training and the best of every trial."""
         paths = [*sorted(self.path.glob("pretrain/checkpoints/*.pt"))[-1:], *sorted(self.path.glob("*/lr=*/best.pt"))]
         states = {str(path.relative_to(self.path)): torch.load(path, weights_only=True) for path in paths}
         for state in states.values():

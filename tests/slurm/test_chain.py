@@ -14,7 +14,12 @@ from tests.slurm.settings import ClusterOptions
 
 pytestmark = pytest.mark.timeout(900)  # of which it needs a sixth on a machine of its own
 
-CHAIN = ("pretrain.epochs=4", "pretrain.checkpoint_every_steps=7", "finetune.epochs=[1,60]", "baseline.epochs=[60]")
+CHAIN = (
+    "pretrain.epochs=4",
+    "pretrain.checkpoint_every_steps=7",
+    "finetune.sweep.epochs=[1,60]",
+    "baseline.sweep.epochs=[60]",
+)
 PRETRAIN, SHORT, LONG, BASELINE = (
     "pretrain",
     "finetune/lr=0.1,epochs=1",

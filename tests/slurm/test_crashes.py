@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_rank_that_is_killed_again_and_again_without_progress_ends_the_job(cluster: Cluster, folder: Path) -> None:
-    endless = ("stages=[prepare,baseline]", "baseline.epochs=[5000]", "restarts_without_progress=1")
+    endless = ("stages=[prepare,baseline]", "baseline.sweep.epochs=[5000]", "restarts_without_progress=1")
     run = Run(cluster, folder, *endless, "baseline.validate_every_epochs=5000", name="killed-again")
     run.launch()
     baseline = "baseline/lr=0.1,epochs=5000"

@@ -91,7 +91,7 @@ SHORT = (("resources.baseline.timeout_min=2", "config", "signal_delay_s=120", ""
 REST = (
     ("hydra.launcher.account=nobody", "account of prepare, pretrain", "nobody is not yours", "test"),
     ("resources.finetune.qos=gold", "qos of finetune", "gold is not yours", "normal"),
-    ("finetune.epochs=[1,2,3]", "sweep finetune", "6 cells, but an array may have 4", "Shorten"),
+    ("finetune.sweep.epochs=[1,2,3]", "sweep finetune", "6 trials, but an array may have 4", "Shorten"),
     ("data.train=/nowhere/train", "training images", "/nowhere/train", "verify"),
     ("data.source=null", "training images", "manifest.json", "verify"),
 )

@@ -17,7 +17,7 @@ def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     stages = "stages=[prepare,pretrain,finetune,selection,report]"
-    run = Run(cluster, tmp_path, stages, "baseline.min_cells=0", "finetune.epochs=[2]", name="broken")
+    run = Run(cluster, tmp_path, stages, "baseline.min_trials=0", "finetune.sweep.epochs=[2]", name="broken")
     run.launch("optimizer.peak_lr=1e30")
     states = run.wait_over()
     assert states["pretrain"] == "FAILED"
@@ -27,11 +27,11 @@ def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(
     assert states["report"] == "COMPLETED", "when it is needed most"
     assert "The loss is" in run.log("pretrain")
 
-    sweep = "finetune.learning_rates=[0.1,1e30]"  # the second cannot succeed
+    sweep = "finetune.sweep.learning_rate=[0.1,1e30]"  # the second cannot succeed
     again = "stages=[pretrain,finetune,selection]"
-    run.launch(again, sweep, "accept_changes=[optimizer.peak_lr,finetune.learning_rates]")
+    run.launch(again, sweep, "accept_changes=[optimizer.peak_lr,finetune.sweep.learning_rate]")
     states = run.wait_over()
     assert {job for job, state in states.items() if state != "COMPLETED"} == {"finetune/lr=1e+30,epochs=2"}
     selected = json.loads((run.path / "selected.json").read_text())
-    assert selected["cell"] == "lr=0.1,epochs=2"
+    assert selected["trial"] == "lr=0.1,epochs=2"
     assert "lr=1e+30,epochs=2" in str(selected["missing"])

@@ -10,7 +10,14 @@ import pytest
 
 from paws_hpc.config import Config, StageResources, identity
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
-from paws_hpc.engine.config import ClassifierConfig, CollapseConfig, PretrainConfig, SupportConfig, TrackingConfig
+from paws_hpc.engine.config import (
+    BaselineConfig,
+    ClassifierConfig,
+    CollapseConfig,
+    PretrainConfig,
+    SupportConfig,
+    TrackingConfig,
+)
 from paws_hpc.objective.config import ObjectiveConfig
 
 WITHOUT_EFFECT = {
@@ -32,7 +39,7 @@ WITHOUT_EFFECT = {
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
     *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
     *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags", "tracking.tensorboard"),
-    *("finetune.min_cells", "baseline.min_cells", "restarts_without_progress", "dry_run", "cancel", "resources"),
+    *("finetune.min_trials", "baseline.min_trials", "restarts_without_progress", "dry_run", "cancel", "resources"),
 }
 """Spelled out, so that a new field is in a run's identity unless somebody decides here that it need not be."""
 
@@ -41,7 +48,10 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     flat = {}
     for field in fields(value):
         item = getattr(value, field.name)
-        flat |= leaves(item, f"{prefix}{field.name}.") if is_dataclass(item) else {prefix + field.name: item}
+        if field.name == "sweep":
+            flat |= {f"{prefix}sweep.{name}": values for name, values in item.items()}
+        else:
+            flat |= leaves(item, f"{prefix}{field.name}.") if is_dataclass(item) else {prefix + field.name: item}
     return flat
 
 
@@ -99,10 +109,21 @@ BAD: dict[str, Callable[[], Any]] = {
     r"pretrain.precision='fp16'.*bf16": lambda: PretrainConfig(precision="fp16"),
     r"pretrain.checkpoint_every_steps=0": lambda: PretrainConfig(checkpoint_every_steps=0),
     r"pretrain.keep_checkpoints=0": lambda: PretrainConfig(keep_checkpoints=0),
-    r"at least one learning rate": lambda: ClassifierConfig(learning_rates=[]),
-    r"learning_rates=\[0.1, 0.0\]": lambda: ClassifierConfig(learning_rates=[0.1, 0.0]),
-    r"learning_rates=\[0.1, 0.10000001\].*repeat": lambda: ClassifierConfig(learning_rates=[0.1, 0.10000001]),
-    r"epochs=\[30, 30\].*repeat": lambda: ClassifierConfig(epochs=[30, 30]),
+    r"finetune.sweep.learning_rate=\[\] must be a list of numbers": lambda: ClassifierConfig({"learning_rate": []}),
+    r"baseline.sweep.learning_rate=\[0.1, 0.0\]: baseline.learning_rate=0.0 must be positive": lambda: BaselineConfig(
+        {"learning_rate": [0.1, 0.0]}
+    ),
+    r"finetune.sweep.epochs=\[30, 30\] repeats a value": lambda: ClassifierConfig({"epochs": [30, 30]}),
+    r"finetune.sweep.epochs=\[1.5\] must be a list of whole numbers": lambda: ClassifierConfig({"epochs": [1.5]}),
+    r"finetune.sweep.momentum=\[True\] must be a list of numbers": lambda: ClassifierConfig({"momentum": [True]}),
+    r"finetune.sweep.crop.size=\[0\]: size=0": lambda: ClassifierConfig({"crop.size": [0]}),
+    r"finetune.sweep.rate=\[1\]: there is no such number.*learning_rate, epochs": lambda: ClassifierConfig(
+        {"rate": [1]}
+    ),
+    r"finetune.epochs=7 has no effect, as finetune.sweep.epochs=\[3\].*\[7\]": lambda: ClassifierConfig(
+        {"epochs": [3]}, epochs=7
+    ),
+    r"baseline.sweep=\{\} has no field": lambda: Config(baseline=BaselineConfig({}, min_trials=0)),
     r"validate_every_epochs=0": lambda: ClassifierConfig(validate_every_epochs=0),
     r"momentum=1.0": lambda: ClassifierConfig(momentum=1.0),
     r"tracking.wandb='on'.*online": lambda: TrackingConfig(wandb="on"),
@@ -118,6 +139,6 @@ def test_a_value_that_no_run_could_use_names_its_field(message: str) -> None:
 def test_each_stage_has_resources_and_every_default_is_valid() -> None:
     config = Config()
     assert asdict(config)["pretrain"]["support"] == {"classes": 960, "images_per_class": 7}
-    names = [cell.name for cell in config.finetune.cells()]
+    names = [trial.name for trial in config.finetune.trials()]
     assert len(names) == 10
     assert names[:2] == ["lr=0.01,epochs=30", "lr=0.01,epochs=50"]

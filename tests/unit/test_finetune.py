@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ from torch import Tensor
 from paws_hpc.data.config import CenterCropConfig, CropConfig
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
-from paws_hpc.engine.config import Cell, ClassifierConfig
+from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.engine.evaluate import score
-from paws_hpc.engine.finetune import CellResult, ClassifierTraining, predict, train_classifier
+from paws_hpc.engine.finetune import BestScore, ClassifierTraining, predict, train_classifier
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models.config import ModelConfig
@@ -33,10 +34,15 @@ from tests.tiny import WALL_CLOCK
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1])
-CONFIG = ClassifierConfig(batch_size=8, crop=CropConfig(size=16, scale=[0.5, 1.0]))
 
 
-def training_on(store: ImageStore, labelled: np.ndarray, cell: Cell, config: ClassifierConfig) -> ClassifierTraining:
+def config_of(learning_rate: float, epochs: int, **others: Any) -> ClassifierConfig:
+    crop = CropConfig(size=16, scale=[0.5, 1.0])
+    own = {"batch_size": 8} | others
+    return ClassifierConfig({}, learning_rate, epochs, crop=crop, min_trials=0, **own)
+
+
+def training_on(store: ImageStore, labelled: np.ndarray, config: ClassifierConfig) -> ClassifierTraining:
     stream = ClassifierStream(
         store,
         labelled,
@@ -47,20 +53,20 @@ def training_on(store: ImageStore, labelled: np.ndarray, cell: Cell, config: Cla
         threads=1,
     )
     classifier = build_classifier(build_encoder(MODEL, seed=0), len(store.classes))
-    return ClassifierTraining(classifier, cell, config, stream, CPU)
+    return ClassifierTraining(classifier, config, stream, CPU)
 
 
-class Trial:
+class Training:
     """A classifier trained on 20 digits and validated on 40 others, in a folder of its own."""
 
-    def __init__(self, stores: Stores, folder: Path, cell: Cell, config: ClassifierConfig = CONFIG) -> None:
+    def __init__(self, stores: Stores, folder: Path, config: ClassifierConfig) -> None:
         self.folder, self.store = folder, ImageStore.open(stores.train)
         members = [np.flatnonzero(self.store.labels == label) for label in range(10)]
-        self.training = training_on(self.store, np.concatenate([rows[:2] for rows in members]), cell, config)
+        self.training = training_on(self.store, np.concatenate([rows[:2] for rows in members]), config)
         validation = np.concatenate([rows[2:6] for rows in members])
         self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16), self.store)
 
-    def run(self, asked_at: int | None = None, fence: Callable[[], None] = lambda: None) -> CellResult:
+    def run(self, asked_at: int | None = None, fence: Callable[[], None] = lambda: None) -> BestScore:
         """Train from the newest checkpoint in the folder, as the stage does.
 
         Args:
@@ -103,13 +109,13 @@ def curve(folder: Path) -> list[Row]:
 
 
 def test_resumed_from_any_epoch_it_ends_with_the_same_bits(digits_stores: Stores, tmp_path: Path) -> None:
-    cell = Cell(0.05, epochs=4)
-    whole = Trial(digits_stores, tmp_path / "whole", cell)
+    config = config_of(0.05, 4)
+    whole = Training(digits_stores, tmp_path / "whole", config)
     result = whole.run()
     steps = [2, 4, 6, 8]  # two steps per epoch
     assert sorted(int(path.stem[5:]) for path in (whole.folder / "checkpoints").glob("*.pt")) == steps
     for stopped in steps[:-1]:
-        resumed = Trial(digits_stores, tmp_path / str(stopped), cell)
+        resumed = Training(digits_stores, tmp_path / str(stopped), config)
         shutil.copytree(whole.folder, resumed.folder)
         for path in (resumed.folder / "checkpoints").iterdir():
             if int(path.stem[5:]) > stopped:
@@ -120,7 +126,7 @@ def test_resumed_from_any_epoch_it_ends_with_the_same_bits(digits_stores: Stores
         assert curve(resumed.folder) == curve(whole.folder)
 
 
-def assert_same_end(found: Trial, expected: Trial) -> None:
+def assert_same_end(found: Training, expected: Training) -> None:
     """Weights, momentum, best weights and curve, to the bit."""
     assert_same(found.weights(), expected.weights())
     momentum, expected_momentum = (trial.training.optimizer.state_dict()["state"] for trial in (found, expected))
@@ -129,21 +135,21 @@ def assert_same_end(found: Trial, expected: Trial) -> None:
     assert curve(found.folder) == curve(expected.folder)
 
 
-UNEVEN = Cell(0.1, epochs=4)
+UNEVEN = config_of(0.1, 4)
 """At this learning rate the best epoch is neither the first nor the last."""
 
 
 @pytest.fixture
-def uninterrupted(digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Trial, CellResult]:
+def uninterrupted(digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Training, BestScore]:
     monkeypatch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 15)  # a score has three batches
-    trial = Trial(digits_stores, tmp_path / "uninterrupted", UNEVEN)
+    trial = Training(digits_stores, tmp_path / "uninterrupted", UNEVEN)
     result = trial.run()
     assert 1 < result.best_epoch < UNEVEN.epochs
     return trial, result
 
 
 def test_interrupted_at_any_step_or_batch_it_ends_with_the_same_bits(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
 ) -> None:
     whole, result = uninterrupted
     checks = next(whole.checks)
@@ -151,21 +157,21 @@ def test_interrupted_at_any_step_or_batch_it_ends_with_the_same_bits(
     for call in range(checks):
         folder = tmp_path / str(call)
         with pytest.raises(PreemptedError) as told:
-            Trial(digits_stores, folder, UNEVEN).run(asked_at=call)
+            Training(digits_stores, folder, UNEVEN).run(asked_at=call)
         assert told.value.step == 2 * (call // 5) + min(call % 5, 2)
         assert not (folder / "best.pt").exists()
-        resumed = Trial(digits_stores, folder, UNEVEN)
+        resumed = Training(digits_stores, folder, UNEVEN)
         assert resumed.run() == result
         assert_same_end(resumed, whole)
 
 
 def test_interrupted_again_and_again_it_ends_with_the_same_bits(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
 ) -> None:
     """Four boundaries each time: in the middle of epochs, and inside the validation with which a start begins."""
     whole, result = uninterrupted
     for starts in range(1, 30):
-        trial = Trial(digits_stores, tmp_path / "often", UNEVEN)
+        trial = Training(digits_stores, tmp_path / "often", UNEVEN)
         try:
             assert trial.run(asked_at=2 if starts % 2 else 4) == result
             break
@@ -176,7 +182,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bits(
 
 
 def test_checkpoint_and_best_weights_agree_wherever_a_start_ends(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Trial, CellResult]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
 ) -> None:
     """Taken over before any of its writes: three per checkpoint, and the best weights at the end."""
     whole, result = uninterrupted
@@ -193,20 +199,20 @@ def test_checkpoint_and_best_weights_agree_wherever_a_start_ends(
     for write in range(4 * 3 + 1):
         folder = tmp_path / str(write)
         with pytest.raises(PermissionError):
-            Trial(digits_stores, folder, UNEVEN).run(fence=refusing(write))
+            Training(digits_stores, folder, UNEVEN).run(fence=refusing(write))
         assert not (folder / "best.pt").exists()
         assert not list(folder.rglob("*.tmp"))
-        resumed = Trial(digits_stores, folder, UNEVEN)
+        resumed = Training(digits_stores, folder, UNEVEN)
         assert resumed.run() == result
         assert_same_end(resumed, whole)
 
 
 def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stores, tmp_path: Path) -> None:
-    trial = Trial(digits_stores, tmp_path, Cell(0.1, epochs=25))
+    trial = Training(digits_stores, tmp_path, config_of(0.1, 25))
     result = trial.run()
     rows = read_rows(tmp_path / "metrics.jsonl")
     accuracies = [row["val/top1"] for row in rows]
-    assert result == CellResult(max(accuracies), 1 + int(np.argmax(accuracies)))
+    assert result == BestScore(max(accuracies), 1 + int(np.argmax(accuracies)))
     assert result.validation_accuracy > accuracies[0], "else this test would not tell best from first"
     trial.training.classifier.load_state_dict(load_tensors(tmp_path / "best.pt", CPU))
     logits = predict(trial.training.classifier, trial.validation, CPU)
@@ -215,20 +221,19 @@ def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stor
 
 def test_of_equally_good_epochs_the_first_is_kept(digits_stores: Stores, tmp_path: Path) -> None:
     """A learning rate that moves nothing: the linear layer is zero, so all logits stay equal."""
-    result = Trial(digits_stores, tmp_path, Cell(1e-30, epochs=3)).run()
+    result = Training(digits_stores, tmp_path, config_of(1e-30, 3)).run()
     assert result.best_epoch == 1
 
 
 def test_scores_come_every_so_many_epochs_and_at_the_end(digits_stores: Stores, tmp_path: Path) -> None:
-    config = ClassifierConfig(batch_size=8, crop=CONFIG.crop, validate_every_epochs=2)
-    Trial(digits_stores, tmp_path, Cell(0.05, epochs=5), config).run()
+    Training(digits_stores, tmp_path, config_of(0.05, 5, validate_every_epochs=2)).run()
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [2, 4, 5]
     assert rows[-1]["train/lr"] < rows[0]["train/lr"]
 
 
 def test_divergence_names_step_rate_and_images_and_keeps_nothing_of_it(digits_stores: Stores, tmp_path: Path) -> None:
-    trial = Trial(digits_stores, tmp_path, Cell(1e30, epochs=3))
+    trial = Training(digits_stores, tmp_path, config_of(1e30, 3))
     with pytest.raises(TrainingStoppedError, match=r"not finite after step \d .*learning rate .*e\+[23]\d") as caught:
         trial.run()
     message = str(caught.value)
@@ -247,10 +252,10 @@ def three_steps(rank: int, world: int) -> dict[str, Tensor]:
         [f"{number:05d}" for number in range(20)],
         tuple("abcd"),
     )
-    config = ClassifierConfig(batch_size=10, crop=CONFIG.crop)
+    config = config_of(0.1, 2, batch_size=10)
     with tempfile.TemporaryDirectory() as folder:
         store = ImageStore.open(pack(source, Path(folder) / "store").path)
-        training = training_on(store, np.arange(20), Cell(0.1, epochs=2), config)
+        training = training_on(store, np.arange(20), config)
         set_statistics(training.classifier, "global")
         losses = []
         for step in range(3):

@@ -21,7 +21,7 @@ from tests.starts import write_start
 CONFIG = """\
 stages: [prepare, pretrain, finetune, selection, report]
 pretrain: {epochs: 10, batch_size: 100}
-finetune: {learning_rates: [0.1, 1.0e-05], epochs: [2], batch_size: 20}
+finetune: {sweep: {learning_rate: [0.1, 1.0e-05], epochs: [2]}, batch_size: 20}
 """
 
 
@@ -204,7 +204,7 @@ def test_json_is_one_object_of_a_known_format(run: Path, capsys: pytest.CaptureF
 def test_many_cells_alike_are_one_line_unless_all_are_asked_for(run: Path) -> None:
     rates = ", ".join(str(0.1 * number) for number in range(1, 9))
     (run / "config.yaml").write_text(CONFIG.replace("0.1, 1.0e-05", rates))
-    assert any(line.startswith("finetune: 8 cells") for line in plain_run(look(run)))
+    assert any(line.startswith("finetune: 8 trials") for line in plain_run(look(run)))
     assert sum(line.startswith("finetune/") for line in plain_run(look(run), everything=True)) == 8
 
 

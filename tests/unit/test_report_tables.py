@@ -12,9 +12,10 @@ import pytest
 
 from paws_hpc.report.panels import pretrain_panels
 from paws_hpc.report.plots import Curve, Plot, draw, thin
-from paws_hpc.report.run_record import Cell, Metrics, parse_cell, read_metrics, read_run
+from paws_hpc.report.run_record import Metrics, TrialRecord, read_metrics, read_run
 from paws_hpc.report.tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
 from tests.starts import write_start
+from tests.tiny import trial_at
 
 
 def _result(run: Path, **test: Any) -> Path:
@@ -116,29 +117,23 @@ def test_values_that_are_not_finite_are_said_and_not_hidden(tmp_path: Path) -> N
 
 
 def test_the_grid_has_a_place_for_every_combination() -> None:
-    cells = [
-        Cell("lr=0.01,epochs=30", 0.01, 30, 0.9, Metrics()),
-        Cell("lr=0.1,epochs=30", 0.1, 30, 0.8, Metrics()),
-        Cell("lr=0.1,epochs=50", 0.1, 50, None, Metrics()),
+    trials = [
+        TrialRecord(trial_at(0.01, 30), 0.9, Metrics()),
+        TrialRecord(trial_at(0.1, 30), 0.8, Metrics()),
+        TrialRecord(trial_at(0.1, 50), None, Metrics()),
     ]
-    grid = sweep_grid(cells, "finetune/lr=0.010,epochs=30")
-    assert (grid.learning_rates, grid.epochs) == (["0.01", "0.1"], [30, 50])
-    assert [[cell.state for cell in row] for row in grid.rows] == [["chosen", "done"], ["absent", "missing"]]
-    assert [cell.strength for cell in grid.rows[0]] == [1.0, 0.0]
+    grid = sweep_grid(trials, "lr=0.01,epochs=30")
+    assert (grid.field, grid.columns, grid.corner) == ("lr", ["0.01", "0.1"], "epochs")
+    assert [head for head, _ in grid.rows] == ["30", "50"]
+    assert [[cell.state for cell in row] for _, row in grid.rows] == [["chosen", "done"], ["absent", "missing"]]
+    assert [cell.strength for cell in grid.rows[0][1]] == [1.0, 0.0]
     assert sweep_grid([], None).rows == []
 
 
-@pytest.mark.parametrize(
-    ("name", "setting"),
-    [
-        ("lr=0.05,epochs=30", (0.05, 30)),
-        ("finetune/lr=1e-3,epochs=5", (0.001, 5)),
-        ("logs", None),
-        ("lr=x,epochs=3", None),
-    ],
-)
-def test_a_cell_is_known_by_its_folder(name: str, setting: tuple[float, int] | None) -> None:
-    assert parse_cell(name) == setting
+def test_only_folders_that_are_named_as_trials_are_trials(tmp_path: Path) -> None:
+    for name in ("lr=0.05,epochs=30", "logs", "lr=x,epochs=3"):
+        (tmp_path / "finetune" / name).mkdir(parents=True)
+    assert [trial.name for trial in read_run(tmp_path).finetune] == ["lr=0.05,epochs=30"]
 
 
 def test_pairs_are_ordered_by_images_and_leave_right_answers_out() -> None:

@@ -13,7 +13,7 @@ from paws_hpc.cluster.dependencies import dependency, to_submit
 from paws_hpc.cluster.frozen import ConfigError, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config
-from paws_hpc.engine.config import ClassifierConfig
+from paws_hpc.engine.config import BaselineConfig, ClassifierConfig
 from paws_hpc.files import write_json
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.renamed import RENAMED_KEYS
@@ -26,8 +26,10 @@ CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    made = Config(name="run", runs=str(tmp_path), finetune=ClassifierConfig([0.01, 0.1], [3]))
-    made.baseline = ClassifierConfig([0.1], [3])
+    made = Config(
+        name="run", runs=str(tmp_path), finetune=ClassifierConfig({"learning_rate": [0.01, 0.1], "epochs": [3]})
+    )
+    made.baseline = BaselineConfig({"learning_rate": [0.1], "epochs": [3]})
     made.data.train, made.data.test = str(tmp_path / "train"), str(tmp_path / "test")
     return made
 
@@ -48,7 +50,7 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
             mark_done(run.prepare, digests=digests)
         if stage == "selection":
             write_json(run.result, {})
-            write_json(run.selected, {"cells": [cell.name for cell in config.finetune.cells()]})
+            write_json(run.selected, {"trials": [trial.name for trial in config.finetune.trials()]})
         if stage == "report":
             write_json(run.report, {})
 
@@ -98,7 +100,7 @@ def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Con
 def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline", "selection", "report")
     assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
-    config.finetune = ClassifierConfig([0.01, 0.1, 1.0], [3])
+    config.finetune.sweep["learning_rate"] = [0.01, 0.1, 1.0]
     with pytest.raises(ValueError, match="scored after selection among"):
         planned(config, run, {})
     config.stages = ["finetune"]

@@ -22,7 +22,7 @@ from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.start import start_identity, starting_encoder
 from tests.conftest import Stores
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, trial_at
 
 CPU = torch.device("cpu")
 RESNET = ModelConfig(name="resnet18", prediction_head=True)
@@ -130,17 +130,17 @@ def config(digits_stores: Stores, tmp_path: Path) -> Config:
 
 
 def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path) -> None:
-    run, cell = RunFolder(tmp_path / "run"), config.baseline.cells()[0]
+    run, trial = RunFolder(tmp_path / "run"), trial_at(1e-9, 2)
     config.optimizer.start_lr = config.optimizer.peak_lr = config.optimizer.final_lr = 1e-9  # nothing moves
-    config.baseline.learning_rates, cell = [1e-9], type(cell)(1e-9, 2)
+    config.baseline.sweep["learning_rate"] = [1e-9]
     prepare.run(StageContext(config, run))
     pretrain.run(TorchContext(config, run))
-    finetune.run(TorchContext(config, run, "baseline", cell))
+    finetune.run(TorchContext(config, run, "baseline", trial))
     data = open_data(config)
     encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
     expected = build_encoder(config.model, seed=77).backbone.get_parameter("stem.weight")
     torch.testing.assert_close(encoder.backbone.get_parameter("stem.weight"), expected, rtol=1e-4, atol=1e-6)
-    best = torch.load(run.cell("baseline", cell) / "best.pt", weights_only=True)
+    best = torch.load(run.trial("baseline", trial) / "best.pt", weights_only=True)
     torch.testing.assert_close(best["backbone.stem.weight"], expected.detach(), rtol=1e-4, atol=1e-6)
 
 
