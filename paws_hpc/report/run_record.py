@@ -20,7 +20,7 @@ from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
 from paws_hpc.objective.config import PawsConfig
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
-from paws_hpc.stages.attempts import stage_times
+from paws_hpc.stages.attempts import stage_state
 from paws_hpc.trial import Trial
 
 _WORDS = ("event", "message")
@@ -138,7 +138,7 @@ class RunRecord:
         """Name, state and seconds of every stage; empty where no chain was begun."""
         if not self.chain:
             return []
-        told = {stage: stage_times(self.folder / "jobs", stage) for stage in STAGES}
+        told = {stage: stage_state(self.folder / "jobs", stage) for stage in STAGES}
         return [{"name": stage, "state": state, "seconds": seconds} for stage, (state, seconds) in told.items()]
 
     def state(self, stage: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from paws_hpc import distributed
-from paws_hpc.cluster.rendezvous import join, own_address
+from paws_hpc.cluster.rank import join
 from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
@@ -55,7 +55,7 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
     if world > 1:
         join(
             folder, start=f"{world}-{dtype}-{accumulate_steps}-{recipe}", rank=rank, world_size=world,
-            address=own_address(1), device=cpu, timeout_s=120,
+            one_node=True, device=cpu, timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]

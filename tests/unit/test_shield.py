@@ -20,7 +20,7 @@ STARTING = """
 import signal, subprocess, sys, time
 print("up", flush=True)
 sys.stdin.readline()                       # signals come now, while nothing of ours is imported
-from paws_hpc.cluster.stops import StopRequests
+from paws_hpc.cluster.signals import StopRequests
 stops = StopRequests(patience_s={patience}, overdue=lambda: (print("overdue", flush=True), __import__("os")._exit(3)))
 stops.listen()
 deadline = time.monotonic() + 20
