@@ -1,17 +1,16 @@
-"""Command: pack, describe, verify, repair and stage image stores.
+"""Command: pack, describe, verify, repair and copy image stores.
 
 python -m paws_hpc.shards pack digits --split train --to shards/digits/train
 python -m paws_hpc.shards info shards/digits/train
 python -m paws_hpc.shards verify --full shards/digits/train
 python -m paws_hpc.shards repair shards/digits/train
-python -m paws_hpc.shards stage shards/digits/train --to /local/disk
+python -m paws_hpc.shards copy shards/digits/train --to /local/disk
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -30,16 +29,18 @@ from paws_hpc.packing import (
     planned_listing,
     repair,
 )
-from paws_hpc.packing.texts import info_lines, pack_lines, part_lines, stage_lines
-from paws_hpc.store import stage, verify
+from paws_hpc.packing.texts import copy_lines, info_lines, pack_lines, part_lines
 from paws_hpc.store.format import INDEX_NAME, read_manifest
-from paws_hpc.store.local_copy import DEFAULT_MIB_PER_S, DEFAULT_WORKERS, end_with_standard_input
-
-_BACKGROUND_NICENESS = 10
+from paws_hpc.store.local_copy import DEFAULT_WORKERS, copy_store
+from paws_hpc.store.verify import verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 an error or faults, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] == "stage":
+        print("error: `shards stage` is now `shards copy`.", file=sys.stderr)
+        return 2
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, repair, stage."
+        prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, repair, copy."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pack(commands.add_parser("pack", help="pack a data set into shards"))
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the faults as JSON")
     check.set_defaults(run=_verify, level="full")
     _add_repair(commands.add_parser("repair", help="build the damaged shards again from the source"))
-    _add_stage(commands.add_parser("stage", help="copy a store to this node's own disk; training may run meanwhile"))
+    _add_copy(commands.add_parser("copy", help="copy a store to this node's own disk, for data.copy_to"))
     return parser
 
 
@@ -95,24 +96,15 @@ def _add_repair(mend: argparse.ArgumentParser) -> None:
     mend.set_defaults(run=_repair, level="full")
 
 
-def _add_stage(copy: argparse.ArgumentParser) -> None:
-    """Add the options of ``stage``."""
+def _add_copy(copy: argparse.ArgumentParser) -> None:
+    """Add the options of ``copy``."""
     copy.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folder of a store; several in turn")
     copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
     copy.add_argument(
         "--workers", type=int, default=DEFAULT_WORKERS, help="shards that are copied at the same time (%(default)s)"
     )
-    copy.add_argument(
-        "--mib-per-s", type=float, default=DEFAULT_MIB_PER_S, help="most that is read per second (%(default)g MiB)"
-    )
-    copy.add_argument("--partial", action="store_true", help="copy what there is room for, rather than nothing")
     copy.add_argument("--json", action="store_true", help="print the report as JSON")
-    copy.add_argument(
-        "--background",
-        action="store_true",
-        help="for programs: yields the cores to others and ends when standard input is closed",
-    )
-    copy.set_defaults(run=_stage)
+    copy.set_defaults(run=_copy)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -283,25 +275,11 @@ def _repair(options: argparse.Namespace) -> int:
     return 0 if report.whole else 1
 
 
-def _stage(options: argparse.Namespace) -> int:
-    if options.background:
-        os.nice(_BACKGROUND_NICENESS)
-        end_with_standard_input()
-    complete = True
+def _copy(options: argparse.Namespace) -> int:
     for store in options.stores:
-        report = stage(
-            store,
-            options.to,
-            workers=options.workers,
-            mib_per_s=options.mib_per_s,
-            partial=options.partial,
-            show_progress=not options.background,
-        )
-        complete &= report.complete
-        print(json.dumps(asdict(report), indent=2, default=str) if options.json else "\n".join(stage_lines(report)))
-        for problem in report.failed:
-            print(f"error: {problem}", file=sys.stderr)
-    return 0 if complete else 1
+        report = copy_store(store, options.to, workers=options.workers, show_progress=True)
+        print(json.dumps(asdict(report), indent=2, default=str) if options.json else "\n".join(copy_lines(report)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +19,9 @@ from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.photographs import CLASSES, jpegs
 from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
-from paws_hpc.data.images import CachedImages, StoreImages
+from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop, make_strategy
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.shared_cache import open_shared_cache
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore
@@ -150,7 +148,7 @@ def supports(store: str, decoded: bool) -> Work:
     images = ImageStore.open(store)
     torch.set_num_threads(1)
     labelled = shuffled(len(images))[: min(600, len(images))]
-    source = _decoded(images, labelled) if decoded else StoreImages(images)
+    source = cached_images(images, labelled) if decoded else StoreImages(images)
     cutter = MultiCrop(make_strategy(source, "cpu-crop", threads=1, device=_CPU), seed=0)
     crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
     order, steps = batches(labelled), iter(range(10**9))
@@ -161,16 +159,6 @@ def supports(store: str, decoded: bool) -> Work:
         return BATCH * len(order)
 
     return work
-
-
-def _decoded(images: ImageStore, labelled: Positions) -> StoreImages:
-    """The cache when it is full."""
-    cache = open_shared_cache(images, labelled, budget_bytes=8 * 10**9)
-    if cache is None or cache.form != "pixels":
-        raise ValueError(f"there is no room for {len(labelled)} decoded images in shared memory: make some in /dev/shm")
-    while cache.absent:
-        time.sleep(0.05)
-    return CachedImages(images, cache)
 
 
 def packing(folder: str, target: str, check: str) -> Work:

@@ -190,7 +190,7 @@ def opened_stream(config: Config, *, as_training: bool = False) -> Iterator[Paws
     if as_training:
         with TemporaryDirectory() as folder:
             options = stream_options(config, data, Path(folder), device)
-    with data.caching(config) as cached:
+    with data.caching() as cached:
         yield open_stream(config, cached, options)
 
 

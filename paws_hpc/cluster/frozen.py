@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
-from paws_hpc.objective.config import objective_config
 from paws_hpc.renamed import renamed
 from paws_hpc.stage_table import SWEEPS
 
@@ -34,15 +33,13 @@ def to_config(composed: Any) -> Config:
         if (refusal := renamed(key)) is not None:
             raise ConfigError(refusal)
     try:
-        composed = OmegaConf.create(composed)
-        name = OmegaConf.select(composed, "objective.name", default=Config().objective.name)
-        merged: Any = OmegaConf.merge(OmegaConf.structured(Config(objective=objective_config(name))), composed)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), composed)
         for sweep in SWEEPS:
             given = (composed.get(sweep) or {}).get("sweep")
             if given is not None:
                 merged[sweep].sweep = given  # as a whole: what it leaves out is not swept
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError) as error:
+    except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config), "the schema is Config"
     return config
@@ -64,7 +61,7 @@ def explain(error: BaseException) -> str:
             return refusal
         return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
     if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
+        known = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
         return f"{absent.group(1)}={absent.group(2)} does not exist. Did you mean {''.join(close)!r}? Known: {known}."
     reason = str(chain).splitlines()[0]

@@ -62,5 +62,4 @@ def _package() -> Path:
 
 
 def _files() -> list[Path]:
-    found = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
-    return sorted({path for path in found if path.is_file() and "__pycache__" not in path.parts})
+    return sorted(path for path in _package().rglob("*") if path.is_file() and "__pycache__" not in path.parts)

@@ -34,18 +34,14 @@ class DataConfig:
             a missing store is an error.
         source_path: its folder; none for a source that a package ships.
         threads: that decode and crop, per rank.
-        copy_to: folder on each node's own disk, to which pre-training copies its stores while it runs and from which
-            it reads what is there; ``$NAMES`` of the node's environment are filled in. None: no copies.
-        max_substitutes: damaged images, of each store, that a rank may replace by the next good one of their class,
-            each with a line in the log; the one after that stops the run, which is otherwise the first. Every rank
-            replaces a record by the same one, but counts for itself, from its start on.
+        copy_to: folder on each node's own disk, to which pre-training first copies its stores and from which it reads
+            them; ``$NAMES`` of the node's environment are filled in. None: no copies.
         order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
             together for a while, which a cold parallel file system rewards (``paws_hpc.data.samplers.EpochSampler``).
         block_mb: consecutive records that ``window`` keeps together, MB.
         window_blocks: blocks whose records ``window`` shuffles among each other.
         support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
             and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
-        cache_gb: memory of a node for the labelled images, shared by its processes, GB; 0 reads them again and again.
         placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
             ``auto``, which the run keeps once it has chosen (``paws_hpc.data.multicrop``, ``paws_hpc.data.placement``).
         prefetch_gb: memory of a rank for batches made ahead, at most three, GB: of the host for their images, of the
@@ -61,12 +57,10 @@ class DataConfig:
     source_path: str | None = None
     threads: int = 1
     copy_to: str | None = None
-    max_substitutes: int = 0
     order: str = "full"
     block_mb: float = 8.0
     window_blocks: int = 256
     support_order: str = "paper"
-    cache_gb: float = 2.0
     placement: str = "auto"
     prefetch_gb: float = 1.0
 
@@ -79,8 +73,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")
-        if self.max_substitutes < 0:
-            raise ValueError(f"data.max_substitutes={self.max_substitutes} must be 0 or more.")
         if self.source is not None:
             _check_source(self.source)
         for name, allowed in (
@@ -95,8 +87,8 @@ class DataConfig:
                 f"data.block_mb={self.block_mb} must be positive and data.window_blocks={self.window_blocks} at least "
                 "1."
             )
-        if not (self.cache_gb >= 0 and self.prefetch_gb >= 0):
-            raise ValueError(f"data.cache_gb={self.cache_gb} and data.prefetch_gb={self.prefetch_gb} must be >= 0.")
+        if not self.prefetch_gb >= 0:
+            raise ValueError(f"data.prefetch_gb={self.prefetch_gb} must be 0 or more.")
 
 
 def _check_source(name: str) -> None:

@@ -1,22 +1,49 @@
-"""Where the images of a stream come from: their store, or memory that the processes of a node share."""
+"""Where the images of a stream come from: their store, or memory that the processes of a node share.
+
+Labelled images are needed again and again, and most of their cost is decoding. So one process of a node decodes them
+into a file in ``/dev/shm``, or in the temporary folder if there is no room, and every process with the same labels maps
+that file. Its name is a digest of what it holds. M images lie one after another, then the CRC32C of each as uint32,
+then the CRC32C of those; every image is compared with its own when it is read.
+
+Whoever opens, writes or removes files holds the user's ``lock``. A file appears when it is complete. Its readers share
+its lock (flock); the last one removes it. If all of them were killed, the user's next process on the node does so.
+
+Legend: M images that are cached, n records that are read.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
+import google_crc32c
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.shared_cache import SharedCache, open_shared_cache
-from paws_hpc.store import ImageStore
+from paws_hpc.files import atomic_write, exclusive
+from paws_hpc.store import ImageStore, RecordError
 
 _LOG = logging.getLogger(__name__)
-_GB = 10**9
+_FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+_SHARE_OF_MEMORY = 0.25
+_SHARE_OF_FREE_SPACE = 0.5  # others need shared memory too, NCCL above all
+_SUM = np.dtype("<u4")
 
 
 def as_tensor(image: NDArray[np.uint8]) -> Tensor:
@@ -55,42 +82,171 @@ class StoreImages:
 
 
 class CachedImages(StoreImages):
-    """Images of which some are in a shared cache; the others are read, as are all of them once it is closed."""
+    """Images of which M are in memory; the others are read, as are all of them once it is closed.
 
-    def __init__(self, store: ImageStore, cache: SharedCache) -> None:
+    Attributes:
+        path: of the file, as long as somebody uses it.
+    """
+
+    def __init__(self, store: ImageStore, records: Positions, folder: Path) -> None:
+        """Open the file of M ascending ``records`` in ``folder``; make it first if there is none.
+
+        Raises:
+            OSError: ``folder`` has no room or cannot be used.
+            RecordError: an image is damaged, in the store or in the file.
+        """
         super().__init__(store)
-        self._cache = cache
+        self._records = records
+        self._heights, self._widths = store.sizes(records)
+        self._offsets = np.concatenate(([0], np.cumsum(self._heights * self._widths * 3)))
+        self.size = int(self._offsets[-1]) + _SUM.itemsize * (len(records) + 1)
+        own = folder / f"paws-hpc-{os.geteuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.lstat().st_uid != os.geteuid():
+            raise PermissionError(errno.EACCES, "belongs to somebody else", str(own))
+        self.path = own / f"{self._identity()}.pixels"
+        with exclusive(own / "lock"):
+            for leftover in [*own.glob("*.pixels"), *own.glob(".*.tmp")]:
+                with open(leftover, "rb") as file:
+                    if _lock_alone(file):
+                        leftover.unlink()
+            if not self.path.exists():
+                self._write()
+            self._file: BinaryIO | None = open(self.path, "rb")  # noqa: SIM115 - held until close
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+        content = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        self._pixels, sums = content[: self._offsets[-1]], content[self._offsets[-1] :].view(_SUM)
+        self._sums = sums[:-1].copy()
+        if google_crc32c.value(self._sums.tobytes()) != sums[-1]:
+            self.close()
+            raise self._damage("the list of checksums", key="")
 
     def pixels(self, records: Positions) -> list[NDArray[np.uint8]]:
-        """As of :class:`StoreImages`; those from a decoded cache are read-only views of shared memory."""
-        return self._cache.pixels(records, self.store)
+        """As of :class:`StoreImages`; images in memory are read-only views of it.
 
-    def encoded(self, records: Positions) -> list[NDArray[np.uint8]]:
-        """As of :class:`StoreImages`."""
-        return self._cache.encoded(records, self.store)
+        Raises:
+            RecordError: also where the pixels in memory differ from their CRC32C.
+        """
+        rows = np.minimum(np.searchsorted(self._records, records), len(self._records) - 1)
+        cached = (self._records[rows] == records) & (self._file is not None)
+        read = iter(self.store.images(records[~cached]))
+        return [self._image(row) if here else next(read) for row, here in zip(rows.tolist(), cached, strict=True)]
 
     def close(self) -> None:
-        """Leave the cache; the last process to do so removes it."""
-        self._cache.close()
+        """Leave the file, and remove it if this was its last reader. Arrays that were handed out stay valid."""
+        if self._file is None:
+            return
+        with self._file, exclusive(self.path.parent / "lock"):
+            if _lock_alone(self._file):
+                self.path.unlink()
+        self._file = None
+
+    def _image(self, row: int) -> NDArray[np.uint8]:
+        pixels = self._pixels[self._offsets[row] : self._offsets[row + 1]]
+        if google_crc32c.value(pixels) != self._sums[row]:
+            key = self.store.keys[int(self._records[row])]
+            raise self._damage(f"image {key!r}", key=key)
+        return pixels.reshape(self._heights[row], self._widths[row], 3)
+
+    def _damage(self, what: str, *, key: str) -> RecordError:
+        return RecordError(
+            f"{what} of {self.store.path} is damaged in {self.path}: the CRC32C differs. Start again: the file is made "
+            "anew. If it happens again, the memory of this node is faulty.",
+            key=key,
+        )
+
+    def _identity(self) -> str:
+        """Digest of all that determines the content."""
+        digest = hashlib.sha256(f"1 {self.store.manifest.checksum} {simplejpeg.__version__} ".encode())
+        digest.update(self._records.astype("<i8").tobytes())
+        return digest.hexdigest()[:32]
+
+    def _write(self) -> None:
+        """Decode all images into the file, on all cores: the other processes of the node wait for this one."""
+        started = time.monotonic()
+        free = shutil.disk_usage(self.path.parent).free
+        if self.size > free * _SHARE_OF_FREE_SPACE:
+            text = f"{free / 1e9:.2f} GB free, of which it may take {_SHARE_OF_FREE_SPACE:.0%}"
+            raise OSError(errno.ENOSPC, text, str(self.path.parent))
+        with atomic_write(self.path) as file:
+            os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk is an error here, and a signal when mapped
+            content = np.memmap(file.name, np.uint8, mode="r+")
+            sums = np.empty(len(self._records), _SUM)
+
+            def decode(row: int) -> None:
+                image = self.store.images(self._records[row : row + 1])[0]
+                sums[row] = google_crc32c.value(image)
+                content[self._offsets[row] : self._offsets[row + 1]] = image.reshape(-1)
+
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                for _ in pool.map(decode, range(len(self._records))):
+                    pass
+            check = np.array([google_crc32c.value(sums.tobytes())], _SUM)
+            content[self._offsets[-1] :] = np.concatenate((sums, check)).view(np.uint8)
+        _LOG.info(
+            "Decoded %s labelled images into %s (%.2f GB) in %.1f s; the processes of this node share them.",
+            f"{len(self._records):,}", self.path, self.size / 1e9, time.monotonic() - started,
+        )  # fmt: skip
 
 
-def cached_images(store: ImageStore, records: Positions, *, cache_gb: float, decoded: bool = True) -> StoreImages:
-    """The images of a store, with ``records`` held in memory once per node as far as the budget allows.
+def cached_images(
+    store: ImageStore, records: Positions, *, folders: Sequence[Path] = _FOLDERS, limit_bytes: int | None = None
+) -> StoreImages:
+    """The images of a store, with ``records`` decoded in memory once per node where there is room for them.
 
-    Decoded if that fits, else as JPEG bytes if those fit, else not at all, which is logged. Returns at once: memory is
-    filled in the background, and what is not there yet is read. Pixels and errors are the same in each case. Raw stores
-    hold pixels already and the kernel's page cache shares them between processes, so they have none.
+    Where there is none, which is logged, and for raw stores, which hold pixels already, images are read from the store.
+    Pixels are the same in each case.
 
     Args:
         store: of the images.
-        records: (M,) positions, the labelled ones.
-        cache_gb: budget of the node for them, GB (10^9 bytes); 0 turns the cache off.
-        decoded: allow pixels; otherwise bytes alone, for images that are to be decoded on a GPU.
+        records: positions of the labelled ones.
+        folders: where the file may lie, in order of preference.
+        limit_bytes: of the file; None: a quarter of the memory that this job may use.
+
+    Raises:
+        RecordError: an image is damaged.
     """
-    if store.encoding != "jpeg" or cache_gb <= 0:
+    if store.encoding != "jpeg":
         return StoreImages(store)
-    cache = open_shared_cache(store, records, budget_bytes=round(cache_gb * _GB), decoded=decoded)
-    if cache is None:
-        return StoreImages(store)
-    _LOG.info("%s", cache.description)
-    return CachedImages(store, cache)
+    records = np.unique(records)
+    limit = round(available_memory() * _SHARE_OF_MEMORY) if limit_bytes is None else limit_bytes
+    heights, widths = store.sizes(records)
+    size = int((heights * widths).sum()) * 3
+    refusals = [f"{size / 1e9:.2f} GB is more than a quarter of the memory, {limit / 1e9:.2f} GB"]
+    if size <= limit:
+        refusals = []
+        for folder in folders:
+            try:
+                return CachedImages(store, records, folder)
+            except OSError as error:
+                refusals.append(f"{folder}: {error.strerror}")
+    _LOG.warning(
+        "%s labelled images are decoded anew in every step, as memory has no room for them (%s).",
+        f"{len(records):,}", "; ".join(refusals),
+    )  # fmt: skip
+    return StoreImages(store)
+
+
+def available_memory() -> int:
+    """Bytes of memory that this job may use: what is available on the node, or its control group's limit if lower."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    amounts = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, name = Path("/sys/fs/cgroup"), "memory.max"  # version 2; the lines of version 1 name controllers
+        if "memory" in controllers.split(","):
+            root, name = root / "memory", "memory.limit_in_bytes"
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # the root has no such file, and "max" is no limit
+                amounts.append(int((folder / name).read_text()))
+    return min(amounts)
+
+
+def _lock_alone(file: BinaryIO) -> bool:
+    """Try for the exclusive lock; a shared one is lost in either case."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -217,13 +217,9 @@ class CpuCrop:
 
         def cut(part: slice) -> None:
             images = self._images.pixels(records[part])
-            boxes = [of_kind[part] for of_kind in everywhere]
-            found = sides(images)
-            if not np.array_equal(found, (heights[part], widths[part])):  # a substitute was put in just now
-                boxes = _boxes_by_record(kinds, draw, part, *found)
             tensors = [as_tensor(pixels).permute(2, 0, 1) for pixels in images]
-            for of_kind, batch in zip(boxes, out, strict=True):
-                resized_crops(tensors, of_kind, batch[:, part])
+            for of_kind, batch in zip(everywhere, out, strict=True):
+                resized_crops(tensors, of_kind[part], batch[:, part])
 
         return cut
 

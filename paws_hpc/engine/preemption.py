@@ -46,7 +46,7 @@ class JobControl:
             requested: whether this process was asked to stop. Called at every boundary: it must only look at a flag.
             fence: raises if another start of this job has taken over; it is called on rank 0, before every write.
         """
-        self._requested, self._fence = requested, fence
+        self.requested, self._fence = requested, fence
         self._ranks = 1 if requested is _never else distributed.world_size()
         self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None
         self._outstanding: tuple[dist.Work, Tensor] | None = None
@@ -63,8 +63,8 @@ class JobControl:
             RuntimeError: another rank has died.
         """
         if self._group is None:
-            assert self._requested is _never or distributed.world_size() == 1, "made before the ranks joined"
-            if self._requested():
+            assert self.requested is _never or distributed.world_size() == 1, "made before the ranks joined"
+            if self.requested():
                 raise Interrupted
             return
         before, self._outstanding = self._outstanding, None
@@ -73,7 +73,7 @@ class JobControl:
             work.wait()
             if stop.item():
                 raise Interrupted
-        stop = torch.tensor([self._requested()], dtype=torch.uint8)
+        stop = torch.tensor([self.requested()], dtype=torch.uint8)
         self._outstanding = dist.all_reduce(stop, dist.ReduceOp.MAX, group=self._group, async_op=True), stop
 
     def fence(self) -> None:

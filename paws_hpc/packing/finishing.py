@@ -197,7 +197,7 @@ def _manifest(
         shape=shape,
         count=len(joined),
         classes=source.classes,
-        class_counts=tuple(np.bincount(joined["label"], minlength=len(source.classes)).tolist()),
+        class_counts=tuple(np.bincount(joined.labels, minlength=len(source.classes)).tolist()),
         statistics=statistics,
         digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
         index_hash=joined.hash,

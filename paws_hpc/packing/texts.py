@@ -9,7 +9,7 @@ from paws_hpc.packing.finishing import PackReport
 from paws_hpc.packing.underway import CHANGES_NAME
 from paws_hpc.packing.writer import Part, PartReport
 from paws_hpc.store.format import Manifest, Omission
-from paws_hpc.store.local_copy import StageReport
+from paws_hpc.store.local_copy import CopyReport
 
 _LISTED = 20
 
@@ -102,11 +102,11 @@ def info_lines(path: Path, manifest: Manifest) -> list[str]:
     return lines + ([f"  ... and {len(counted) - _LISTED:,} more (--json has all)"] if len(counted) > _LISTED else [])
 
 
-def stage_lines(report: StageReport) -> list[str]:
-    """What staging a store did."""
+def copy_lines(report: CopyReport) -> list[str]:
+    """What copying a store to a node did."""
     return [
         f"{report.path}: {report.copied:,} shards copied ({_bytes_text(report.bytes)}, {report.seconds:.1f} s), "
-        f"{report.present:,} were there, {report.left_out:,} did not fit, {len(report.failed):,} failed",
+        f"{report.present:,} were there",
         *(f"removed to make room: {copy}" for copy in report.evicted),
     ]
 

@@ -41,7 +41,7 @@ def run(context: TorchContext) -> None:
         return
     data = open_data(config)
     options = stream_options(config, data, folder, device)
-    with data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+    with data.caching() as cached:
         _train(config, run, cached, options, sweep=sweep, trial=trial, control=control)
 
 

@@ -6,8 +6,7 @@ It computes nothing, and so does not load torch unless there are weights to star
 from __future__ import annotations
 
 import logging
-import os
-import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 _LOG = logging.getLogger(__name__)
+_FEW = 4  # labelled images of a class, with which runs have collapsed without the support warm-up (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -142,22 +142,19 @@ def check_images(config: Config, run: RunFolder) -> None:
         )
 
 
-def open_stores(config: Config, *, staged: bool = False) -> RunStores:
+def open_stores(config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore.open) -> RunStores:
     """Open the stores with the splits of a run.
 
     Args:
         config: of the run.
-        staged: read training images from ``data.copy_to`` as far as they are copied there.
+        open_store: opens the store at a path, or a copy of it.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
         ValueError: store or split is damaged or does not fit the config.
     """
-    data, folder = config.data, stage_folder(config) if staged else None
-    train = ImageStore.open(Path(data.train), copy_to=folder, max_substitutes=data.max_substitutes)
-    labelled_store = train
-    if data.labelled is not None:
-        labelled_store = ImageStore.open(Path(data.labelled), copy_to=folder, max_substitutes=data.max_substitutes)
+    train = open_store(Path(config.data.train))
+    labelled_store = train if config.data.labelled is None else open_store(Path(config.data.labelled))
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
     return RunStores(train, labelled_store, labelled, validation)
 
@@ -173,31 +170,26 @@ def _check_support(config: Config, data: RunStores) -> None:
         seed=config.seed,
         balanced=config.data.support_order == "balanced",
     )
-    fewest = int(np.unique(labels, return_counts=True)[1].min())
-    if warning := config.objective.few_labels_warning(fewest):
-        _LOG.warning("%s", warning)
+    counts = np.unique(labels, return_counts=True)[1]
+    if config.objective.open_set_weighting and (alone := int((counts < 2).sum())) > len(counts) - support.classes:
+        raise ValueError(
+            f"objective.open_set_weighting=true compares a support with another image of its class, but {alone} "
+            "classes have one labelled image. Label more of them, or set objective.open_set_weighting=false."
+        )
+    fewest = int(counts.min())
+    if fewest <= _FEW and config.objective.support_warmup_fraction == 0:
+        _LOG.warning(
+            "A class has no more than %d labelled image%s, and objective.support_warmup_fraction=0: runs with so few "
+            "labels can collapse to uniform predictions. Set objective.support_warmup_fraction=0.33 and "
+            "views.support_views=2.",
+            fewest,
+            "" if fewest == 1 else "s",
+        )
     elif fewest == 1 and config.optimizer.name == "sgd":
         _LOG.warning(
             "A class has one labelled image: there optimizer.name=lars with the support warm-up was 8 points better "
             "than sgd on digits (docs/results.md). experiment=digits_one_label has it, optimizer=lars_small its rates."
         )
-
-
-def stage_folder(config: Config) -> Path | None:
-    """Where this node keeps copies of stores; None for nowhere.
-
-    Raises:
-        ValueError: a name in ``data.copy_to`` is not in this node's environment.
-    """
-    if config.data.copy_to is None:
-        return None
-    folder = os.path.expandvars(config.data.copy_to)
-    if "$" in folder:
-        raise ValueError(
-            f"data.copy_to={config.data.copy_to!r} names something that is not in the environment of "
-            f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.copy_to=null."
-        )
-    return Path(folder)
 
 
 def _pack(data: DataConfig, subset: str, destination: Path) -> None:

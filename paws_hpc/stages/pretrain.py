@@ -22,7 +22,7 @@ from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
-from paws_hpc.stages.run_data import RunData, open_data, order_identity, staging, stream_options
+from paws_hpc.stages.run_data import RunData, open_data, order_identity, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.start import start_identity, starting_encoder
 from paws_hpc.stages.trackers import open_trackers
@@ -38,9 +38,9 @@ def run(context: TorchContext) -> None:
     config, run, device, control = context.config, context.run, context.device, context.control
     if is_done(run.pretrain):
         return
-    data = open_data(config, staged=True)
+    data = open_data(config, control=control)
     options = stream_options(config, data, run.pretrain, device)
-    with staging(config), data.caching(config, decoded=options.placement != "nvjpeg") as cached:
+    with data.caching() as cached:
         _train(config, run, cached, options, control=control)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +20,12 @@ from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.placement import choose
 from paws_hpc.data.samplers import Positions, Window
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.preemption import Interrupted, JobControl
 from paws_hpc.files import read_json, write_json
-from paws_hpc.stages.prepare import RunStores, open_stores, stage_folder
-from paws_hpc.store import ImageStore, start_staging
+from paws_hpc.stages.prepare import RunStores, open_stores
+from paws_hpc.store import ImageStore
+from paws_hpc.store.local_copy import CopyStoppedError, open_copy
 
 
 @dataclass(frozen=True)
@@ -46,16 +52,36 @@ class RunData(RunStores):
         return EvaluationSet(store, records, config.views.evaluation, self.train, config.data.threads)
 
     @contextmanager
-    def caching(self, config: Config, *, decoded: bool = True) -> Iterator[RunData]:
-        """The same with its labelled images in memory that the processes of this node share, as far as allowed."""
-        supports = cached_images(self.labelled_store, self.labelled, cache_gb=config.data.cache_gb, decoded=decoded)
-        with supports:
+    def caching(self) -> Iterator[RunData]:
+        """The same with its labelled images in memory that the processes of this node share, where there is room."""
+        with cached_images(self.labelled_store, self.labelled) as supports:
             yield replace(self, supports=supports)
 
 
-def open_data(config: Config, *, staged: bool = False) -> RunData:
-    """As :func:`paws_hpc.stages.prepare.open_stores`, with the means to read images."""
-    opened = open_stores(config, staged=staged)
+def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
+    """Open the stores and splits of a run, with the means to read images.
+
+    Args:
+        config: of the run.
+        control: of a job that reads the training images again and again. It reads them from copies in ``data.copy_to``,
+            which one process of each node completes first. None reads them where they are.
+
+    Raises:
+        FileNotFoundError: there is no store; the command that packs one is named.
+        ValueError: store or split is damaged or does not fit the config, or the stores cannot be copied.
+        PreemptedError: ``control`` asked to stop while stores were copied.
+    """
+    folder = None if control is None else copy_folder(config)
+    if control is None or folder is None:
+        opened = open_stores(config)
+    else:
+        try:
+            with suppress(CopyStoppedError):
+                opened = open_stores(config, open_store=partial(open_copy, folder=folder, stop=control.requested))
+            control.check()
+            control.check()  # gives what all ranks answered to the first: all of them stop, or none
+        except Interrupted:
+            raise PreemptedError(0) from None
     return RunData(
         opened.train,
         opened.labelled_store,
@@ -65,15 +91,21 @@ def open_data(config: Config, *, staged: bool = False) -> RunData:
     )
 
 
-def staging(config: Config) -> AbstractContextManager[object]:
-    """Copy the stores of training images to this node's disk while the block runs, if the config asks for it."""
-    folder = stage_folder(config)
-    return nullcontext() if folder is None else start_staging(staged_stores(config.data), folder)
+def copy_folder(config: Config) -> Path | None:
+    """Where this node keeps copies of stores; None for nowhere.
 
-
-def staged_stores(data: DataConfig) -> list[Path]:
-    """The stores that training reads again and again, each once: all but the test images, which are read once."""
-    return list(dict.fromkeys(Path(path) for images, path in data.stores.items() if images != "test images"))
+    Raises:
+        ValueError: a name in ``data.copy_to`` is not in this node's environment.
+    """
+    if config.data.copy_to is None:
+        return None
+    folder = os.path.expandvars(config.data.copy_to)
+    if "$" in folder:
+        raise ValueError(
+            f"data.copy_to={config.data.copy_to!r} names something that is not in the environment of "
+            f"{socket.gethostname()}. Name a folder on the node's own disk, or set data.copy_to=null."
+        )
+    return Path(folder)
 
 
 def order_window(data: DataConfig, store: ImageStore) -> Window | None:

@@ -26,6 +26,8 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 UNDERWAY_NAME = ".packing"
 MOVING_NAME = f"{UNDERWAY_NAME}/complete.json"
+USERS_NAME = ".users"
+"""In a node's local copy of a store: the lock that its readers share."""
 
 Encoding = Literal["jpeg", "raw"]
 """How one record's bytes are read: a three-component JPEG file, or the H*W*C pixels themselves."""
@@ -75,18 +77,12 @@ class RecordError(StoreError):
     Attributes:
         key: the record's key.
         shard: name of the shard that holds it; None before it is packed.
-        position: of the record in its store; None before it is packed.
-        lasting: its bytes are wrong, for every process that reads them; False if the system failed to read them.
     """
 
-    def __init__(
-        self, message: str, *, key: str, shard: str | None = None, position: int | None = None, lasting: bool = True
-    ) -> None:
+    def __init__(self, message: str, *, key: str, shard: str | None = None) -> None:
         super().__init__(message)
         self.key = key
         self.shard = shard
-        self.position = position
-        self.lasting = lasting
 
     def __reduce__(self) -> tuple[object, ...]:
         return partial(RecordError, **vars(self)), self.args

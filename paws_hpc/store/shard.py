@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import atomic_write, file_hash, read_at
+from paws_hpc.files import atomic_write, file_hash
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
@@ -298,17 +298,6 @@ class ShardFile:
 
     def __del__(self) -> None:
         self.close()
-
-    def read(self, length: int, offset: int) -> bytes:
-        """Return ``length`` bytes of ``/data`` from ``offset``, fewer only where the file ends.
-
-        Raises:
-            OSError: the file cannot be read, or no ``/data`` is in it any more.
-        """
-        if self.data_offset is None:
-            return self._read_through_hdf5(length, offset).tobytes()
-        assert self.descriptor is not None, "nobody reads a shard after closing it"
-        return read_at(self.descriptor, length, self.data_offset + offset)
 
     def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
         """Fill ``buffer`` from ``/data`` at ``offset``; returns the bytes read, fewer only where the file ends.

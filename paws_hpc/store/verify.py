@@ -124,7 +124,7 @@ def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault
     """Compare what all shards give together with the manifest."""
     joined = join_indexes(indexes)
     digest = dataset_digest(joined, encoding=manifest.encoding, shape=manifest.shape, classes=manifest.classes)
-    counts = np.bincount(joined["label"], minlength=len(manifest.classes)).tolist()
+    counts = np.bincount(joined.labels, minlength=len(manifest.classes)).tolist()
     for name, found, wanted in (
         ("digest", digest, manifest.digest),
         ("index_hash", joined.hash, manifest.index_hash),

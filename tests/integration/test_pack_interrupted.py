@@ -23,7 +23,8 @@ from paws_hpc.packing import ImageFolder, PackOptions, Part, pack, pack_part, wr
 from paws_hpc.packing.plan import packing_order
 from paws_hpc.packing.underway import Underway
 from paws_hpc.shards import main
-from paws_hpc.store import ImageStore, RecordError, StoreError, verify
+from paws_hpc.store import ImageStore, RecordError, StoreError
+from paws_hpc.store.verify import verify
 
 PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 IMAGES = 120

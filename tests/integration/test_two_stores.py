@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from paws_hpc.config import Config
-from paws_hpc.data.config import DataConfig
 from paws_hpc.data.samplers import SupportSampler
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
@@ -21,7 +20,7 @@ from paws_hpc.files import read_json, write_json
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.context import StageContext, TorchContext
-from paws_hpc.stages.run_data import open_data, staged_stores, stream_options
+from paws_hpc.stages.run_data import open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -156,14 +155,6 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     assert seen == set(listed), "all of them take part, the ten of a class as well as the only one"
 
 
-@pytest.mark.parametrize(("labelled", "expected"), [(None, ["a"]), ("b", ["a", "b"]), ("a/", ["a"]), ("t", ["a", "t"])])
-def test_what_training_reads_is_staged_once_and_the_test_images_are_not(
-    labelled: str | None, expected: list[str]
-) -> None:
-    data = DataConfig(train="a", labelled=labelled, test="t")
-    assert staged_stores(data) == [Path(path) for path in expected]
-
-
 def stopping_after(checks: int) -> JobControl:
     calls = itertools.count()
     return JobControl(lambda: next(calls) >= checks)
@@ -213,26 +204,41 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(ImageFolder(folder / "images"), folder / "store").path
 
 
-def test_staging_and_a_shared_cache_change_nothing(
+def test_copies_on_the_node_and_cached_labelled_images_change_nothing(
     photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
     results = []
-    for number, changes in enumerate(({"cache_gb": 0.0}, {"cache_gb": 1.0, "copy_to": "$STAGE_HERE"})):
+    for number, copy_to in enumerate((None, "$COPIES_HERE")):
         config = tiny_config(photographs, photographs, tmp_path)
         config.labels.per_class, config.labels.validation_per_class = 4, 2
         config.pretrain.support.classes, config.pretrain.batch_size = 2, 8
-        for name, value in changes.items():
-            setattr(config.data, name, value)
-        monkeypatch.setenv("STAGE_HERE", str(tmp_path / "local"))
+        config.data.copy_to = copy_to
+        monkeypatch.setenv("COPIES_HERE", str(tmp_path / "local"))
         run = RunFolder(tmp_path / f"run{number}")
-        pretrain.run(TorchContext(config, run))
+        with monkeypatch.context() as patch:
+            if copy_to is None:  # read them from the store in every step
+                patch.setattr("paws_hpc.data.images.available_memory", lambda: 0)
+            pretrain.run(TorchContext(config, run))
         results.append(checkpoint(run))
-    assert "8 labelled images as pixels" in caplog.text
-    assert list((tmp_path / "local").iterdir())
+    assert "8 labelled images are decoded anew in every step" in caplog.text
+    assert "Decoded 8 labelled images into" in caplog.text
+    assert f"Copied {photographs} to {tmp_path / 'local'}" in caplog.text
     for name, expected in results[0].items():
         assert torch.equal(results[1][name], expected), name
-    assert not list(Path("/dev/shm").glob(f"paws-hpc-{os.geteuid()}-*")), "the cache is gone with its last user"
+    left = list(Path("/dev/shm").glob(f"paws-hpc-{os.geteuid()}/*.pixels"))
+    assert not left, "the cache is gone with its last user"
+
+
+def test_a_job_that_is_to_stop_while_it_copies_goes_back_into_the_queue(photographs: Path, tmp_path: Path) -> None:
+    config = tiny_config(photographs, photographs, tmp_path)
+    config.data.copy_to = str(tmp_path / "local")
+    with pytest.raises(PreemptedError):
+        pretrain.run(TorchContext(config, RunFolder(tmp_path / "run"), control=JobControl(lambda: True)))
+    assert not list(tmp_path.glob("local/*/manifest.json"))
+    config.data.copy_to = "$NOWHERE/local"
+    with pytest.raises(ValueError, match=r"data.copy_to='\$NOWHERE/local' names something that is not in the env"):
+        pretrain.run(TorchContext(config, RunFolder(tmp_path / "run")))
 
 
 def test_few_labels_without_the_support_warmup_are_warned_of(

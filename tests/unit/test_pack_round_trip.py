@@ -24,8 +24,9 @@ from paws_hpc.packing.sources.base import SourceChangedError
 from paws_hpc.packing.sources.dataset import dataset
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.underway import read_changes
-from paws_hpc.store import ImageStore, StoreError, verify
+from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import FLAG_REENCODED
+from paws_hpc.store.verify import verify
 
 CHINA, FLOWER = load_sample_images().images
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -23,9 +21,10 @@ from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
-from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg, verify
+from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.decode import MAX_PIXELS
 from paws_hpc.store.shard import read_shard
+from paws_hpc.store.verify import verify
 
 KIB = 1 << 10
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -318,121 +317,10 @@ def test_packing_names_what_is_no_image_or_leaves_it_out_and_says_so(tmp_path: P
     assert ImageStore.open(tmp_path / "other").keys[:] == ["a/good.jpg"]
 
 
-def spoil(path: Path, positions: list[int]) -> None:
-    """Flip a bit in the middle of records."""
-    store = ImageStore.open(path)
-    counts = np.cumsum([0] + [entry.count for entry in store.manifest.shards])
-    for position in positions:
-        number = int(np.searchsorted(counts, position, side="right")) - 1
-        entry = store.manifest.shards[number]
-        with h5py.File(path / entry.name, "r", locking=False) as file:
-            row = position - int(counts[number])
-            place = int(file["index/offset"][row]) + int(file["index/length"][row]) // 2
-        assert entry.data_offset is not None
-        with open(path / entry.name, "r+b") as file:
-            file.seek(entry.data_offset + place)
-            byte = file.read(1)[0]
-            file.seek(entry.data_offset + place)
-            file.write(bytes([byte ^ 4]))
-
-
-@pytest.fixture
-def copies(stores: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """Copies that the test may damage."""
-    return lambda kind: Path(shutil.copytree(stores[kind], tmp_path / kind))
-
-
-def substitute(store: ImageStore, position: int, bad: list[int]) -> int:
-    """What the rule says: the next good record of the label, after the last the first."""
-    count = len(store)
-    others = [place % count for place in range(position + 1, position + count)]
-    return next(place for place in others if store.labels[place] == store.labels[position] and place not in bad)
-
-
-@pytest.mark.parametrize("kind", ["jpeg", "raw"])
-def test_substitutes_are_the_next_good_record_of_the_class_in_whatever_order_they_are_met(
-    copies: Callable[[str], Path], kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = copies(kind)
-    whole = ImageStore.open(path)
-    images = whole.images(range(12))
-    label = int(whole.labels[11])
-    bad = [*np.flatnonzero(whole.labels == label)[-2:].tolist(), int(np.flatnonzero(whole.labels != label)[0])]
-    spoil(path, bad)
-    expected = {position: substitute(whole, position, bad) for position in bad}
-    for seed in range(4):
-        store = ImageStore.open(path, max_substitutes=3)
-        order = np.random.default_rng(seed).permutation(12)
-        with caplog.at_level(logging.WARNING):
-            caplog.clear()
-            for part in np.array_split(order, 5):
-                read = store.images(part)
-                heights, widths = store.sizes(part)
-                for position, image, height, width in zip(part.tolist(), read, heights, widths, strict=True):
-                    assert np.array_equal(image, images[expected.get(position, position)])
-                    assert image.shape[:2] == (height, width)
-        assert store.substitutes == expected
-        assert len(caplog.records) == 3
-        assert all("stands in for it" in record.getMessage() for record in caplog.records)
-        records = [record.copy() for record in ImageStore.open(path, max_substitutes=3).each(order)]
-        stored = whole.shape or (-1,)
-        for position, record in zip(order.tolist(), records, strict=True):
-            pixels = decode_jpeg(record) if kind == "jpeg" else record.reshape(stored).repeat(3, axis=-1)
-            assert np.array_equal(pixels, images[expected.get(position, position)])
-
-
-def test_more_damage_than_allowed_stops_reading(copies: Callable[[str], Path]) -> None:
-    path = copies("jpeg")
-    spoil(path, [0, 5, 7])
-    with pytest.raises(RecordError, match=r"is damaged: its CRC32C"):
-        ImageStore.open(path).images(range(12))
-    with pytest.raises(RecordError, match=r"It is damaged record number 3; max_substitutes=2 may be replaced"):
-        ImageStore.open(path, max_substitutes=2).images(range(12))
-
-
-def test_a_class_without_a_good_record_is_an_error(copies: Callable[[str], Path]) -> None:
-    path = copies("raw")
-    label = ImageStore.open(path).labels
-    spoil(path, np.flatnonzero(label == label[0]).tolist())
-    store = ImageStore.open(path, max_substitutes=12)
-    with pytest.raises(StoreError, match=r"every record of the class of record \d+ is damaged"):
-        store.read([0])
-    with pytest.raises(StoreError, match="every record of the class"):
-        store.read([0])  # again: no endless search
-
-
-def test_records_that_are_read_one_by_one_are_as_many_as_were_asked_for(copies: Callable[[str], Path]) -> None:
-    """Damage that appears while they are read is met at a record that was good before."""
-    path = copies("jpeg")
-    store = ImageStore.open(path, max_substitutes=3)
-    good = store.read_encoded([0, 1, 2])
-    records = []
-    for record in store.each([0, 1, 0, 2]):
-        records.append(record.tobytes())
-        if len(records) == 2:
-            spoil(path, [0])
-    assert [records[0], records[1], records[3]] == good
-    assert records[2] == store.read_encoded([0])[0] != good[0]
-
-
-def test_a_forked_process_substitutes_though_a_thread_of_its_parent_did(copies: Callable[[str], Path]) -> None:
-    path = copies("jpeg")
-    spoil(path, [0])
-    store = ImageStore.open(path, max_substitutes=1)
-    with store._substitutes._lock:  # as if a thread were at it
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)
-            os._exit(len(store.read_encoded([0])))
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 1
-
-
-def test_what_only_this_process_cannot_read_is_never_substituted(copies: Callable[[str], Path]) -> None:
-    path = copies("jpeg")
+def test_what_the_system_cannot_read_is_named(stores: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(stores["jpeg"], tmp_path / "jpeg"))
     without_offsets(path)
-    store = ImageStore.open(path, max_substitutes=12)
+    store = ImageStore.open(path)
     (path / "shard-00000.h5").unlink()  # under the running reader
     with pytest.raises(RecordError, match=r"shard-00000.h5 cannot be read: .*No such file"):
         store.images([0])
-    assert store.substitutes == {}

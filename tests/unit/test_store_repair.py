@@ -16,8 +16,9 @@ from sklearn.datasets import load_sample_images
 from paws_hpc.files import file_hash
 from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.shards import main
-from paws_hpc.store import ImageStore, StoreError, verify
+from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import read_manifest
+from paws_hpc.store.verify import verify
 
 KIB = 1 << 10
 

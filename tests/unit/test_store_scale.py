@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +14,11 @@ import pytest
 import xxhash
 
 from paws_hpc.files import value_digest
+from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import ShardIndex
 from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, StoreIndex, join_indexes
-from paws_hpc.store.keys import find_keys, in_order
+from paws_hpc.store.verify import verify
 
 RECORDS_PER_SHARD = 250_000
 
@@ -79,77 +78,33 @@ def test_opening_and_reading_cost_the_same_for_ten_and_a_hundred_million_records
         assert len(store) == count
         store.close()
     assert seconds[100_000_000] < 1  # 0.04 s on an idle core
-    assert memory[100_000_000] < memory[10_000_000] + (16 << 20)  # a byte for each of 8 KiB, and their hashes
+    assert memory[100_000_000] < memory[10_000_000] + (16 << 20)  # the index's hashes
     assert memory[100_000_000] < 40 << 20
 
 
-def straddling_record() -> int:
-    """A record whose row begins in one block and ends in the next."""
-    starts = _HEADER.size + ROW.itemsize * np.arange(1_000_000)
-    return int(np.flatnonzero(starts // _BLOCK < (starts + ROW.itemsize - 1) // _BLOCK)[-1])
-
-
-@pytest.mark.parametrize("part", ["a row", "the beginning of a row", "the end of a row", "labels"])
-def test_damage_in_a_large_index_is_named_where_it_is_met(
-    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", [_HEADER.size + 1234, -9, 2_000_000])
+def test_damage_in_a_large_index_is_found_by_verification(
+    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = 2_000_000
-    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 64 << 20)  # of which this one has 96
-    path = sparse_store(tmp_path / "store", count)
-    record = 1_234_567 if part in ("a row", "labels") else straddling_record()
-    place = _HEADER.size + ROW.itemsize * record + (ROW.itemsize - 1) * (part == "the end of a row")
-    if part == "labels":
-        place = _HEADER.size + ROW.itemsize * count + _LABEL.itemsize * record
-    with open(path / "index.bin", "r+b") as file:
-        file.seek(place)
-        file.write(b"\x01")
-    store = ImageStore.open(path, check=False)
-    assert store.read_raw([0, count - 1]).tolist() == [[[[0]]], [[[0]]]]
-    with pytest.raises(StoreError, match=rf"{path / 'index.bin'} is damaged: block \d+ .* Remove the file"):
-        store.labels if part == "labels" else store.read_raw([record])
-
-
-def test_a_large_index_that_is_cut_off_under_a_reader_is_named_and_kills_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = 300_000
-    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 0)  # as for more than three million records
-    path = sparse_store(tmp_path / "store", count)
-    store = ImageStore.open(path, check=False)
-    looks = (
-        lambda: store.read_raw([count - 1]),
-        lambda: store.sizes([0]),
-        lambda: store.labels,
-        lambda: store.widths,
-        lambda: store.keys[count - 1],
-    )
-    os.truncate(path / "index.bin", 100_000)
-    for look in looks:
-        assert exit_of(look, rf"{path / 'index.bin'} was cut off while it was in use: 100,000 of .* start again") == 0
+    """A row, a key or a hash; a small index is checked when it is opened."""
+    images = np.zeros((60_000, 1, 1, 1), np.uint8)
+    source = ArraySource("black", images, np.zeros(60_000, np.int64), [f"{n:06d}" for n in range(60_000)], ("black",))
+    path = pack(source, tmp_path / "store").path
+    content = bytearray((path / "index.bin").read_bytes())
+    content[place] ^= 1
+    (path / "index.bin").write_bytes(content)
+    monkeypatch.setattr("paws_hpc.store.index.CHECKED_BYTES", 0)  # as for more than three million records
+    [fault] = verify(path, level="full")[0]
+    assert "damaged index.bin; remove it" in fault.problem
 
 
 @pytest.mark.parametrize("left", [0, 20, 100_000, -1])
-def test_a_large_index_that_was_cut_off_before_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
-) -> None:
-    monkeypatch.setattr("paws_hpc.store.index._IN_MEMORY_BYTES", 0)
+def test_an_index_that_was_cut_off_is_not_used(tmp_path: Path, left: int) -> None:
     path = sparse_store(tmp_path / "store", 300_000)
     size = (path / "index.bin").stat().st_size
     os.truncate(path / "index.bin", left if left >= 0 else size + left)
-    assert exit_of(lambda: ImageStore.open(path), r"shard-00000\.h5") == 0, "it is made from the shards, here holes"
-
-
-def exit_of(look: Callable[[], object], message: str) -> int:
-    """0 where a process of its own, which may be killed, raises this StoreError."""
-    child = os.fork()
-    if child == 0:
-        try:
-            look()
-        except StoreError as error:
-            os._exit(0 if re.search(message, str(error)) else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with pytest.raises(StoreError, match=r"shard-00000\.h5"):  # it is made from the shards, here holes
+        ImageStore.open(path)
 
 
 def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:
@@ -187,9 +142,9 @@ def many() -> tuple[StoreIndex, list[str]]:
 def test_keys_are_found_and_strangers_are_not(many: tuple[StoreIndex, list[str]], wanted: int) -> None:
     index, keys = many
     places = np.random.default_rng(wanted).permutation(len(keys))[:wanted]
-    assert np.array_equal(find_keys(index, [keys[place] for place in places], seed=3), places)
+    assert np.array_equal(index.find([keys[place] for place in places], seed=3), places)
     strangers = [keys[place] + "x" for place in places] + ["", "ö"]
-    assert (find_keys(index, strangers, seed=3) == -1).all()
+    assert (index.find(strangers, seed=3) == -1).all()
 
 
 def test_a_few_keys_are_found_without_reading_the_others(many: tuple[StoreIndex, list[str]]) -> None:
@@ -204,7 +159,7 @@ def test_a_few_keys_are_found_without_reading_the_others(many: tuple[StoreIndex,
 
     index.keys = counting  # type: ignore[method-assign]
     try:
-        assert np.array_equal(find_keys(index, keys[5:6000:600], seed=3), np.arange(5, 6000, 600))
+        assert np.array_equal(index.find(keys[5:6000:600], seed=3), np.arange(5, 6000, 600))
     finally:
         del index.keys  # type: ignore[method-assign]
     assert looked < 10 * 25
@@ -212,9 +167,9 @@ def test_a_few_keys_are_found_without_reading_the_others(many: tuple[StoreIndex,
 
 def test_another_seed_is_noticed(many: tuple[StoreIndex, list[str]]) -> None:
     index, keys = many
-    assert in_order(index, seed=3)
-    assert not in_order(index, seed=4)
-    assert (find_keys(index, keys[:50], seed=4) == -1).any()
+    assert index.in_order(seed=3)
+    assert not index.in_order(seed=4)
+    assert (index.find(keys[:50], seed=4) == -1).any()
 
 
 def test_keys_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +180,7 @@ def test_keys_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch)
 
     indexes, keys = shard_indexes(500, seed=1)
     index = join_indexes(indexes)
-    monkeypatch.setattr("paws_hpc.store.keys.xxhash", SimpleNamespace(xxh3_64_intdigest=short))
+    monkeypatch.setattr("paws_hpc.store.index.xxhash", SimpleNamespace(xxh3_64_intdigest=short))
     for wanted in (range(500), range(0, 500, 60)):
-        assert find_keys(index, [keys[place] for place in wanted], seed=1).tolist() == list(wanted)
-    assert find_keys(index, ["stranger", "another"], seed=1).tolist() == [-1, -1]
+        assert index.find([keys[place] for place in wanted], seed=1).tolist() == list(wanted)
+    assert index.find(["stranger", "another"], seed=1).tolist() == [-1, -1]

@@ -16,8 +16,9 @@ from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
-from paws_hpc.store import ImageStore, verify
+from paws_hpc.store import ImageStore
 from paws_hpc.store.format import Manifest, ShardIndex, read_manifest
+from paws_hpc.store.verify import verify
 
 KIB = 1 << 10
 

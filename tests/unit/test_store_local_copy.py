@@ -1,0 +1,251 @@
+"""A node's copy of a store is whole before anybody reads it, and nobody evicts it meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from paws_hpc.packing import ArraySource, PackOptions, pack
+from paws_hpc.shards import main
+from paws_hpc.store import ImageStore, RecordError, StoreError
+from paws_hpc.store.format import read_manifest
+from paws_hpc.store.local_copy import CopyStoppedError, _evict, copy_store, open_copy
+from paws_hpc.store.verify import verify
+
+KIB, MIB = 1 << 10, 1 << 20
+IMAGES = 120
+
+
+def noise(seed: int) -> ArraySource:
+    images = np.random.default_rng(seed).integers(0, 256, (IMAGES, 64, 64, 3), dtype=np.uint8)
+    labels = np.arange(IMAGES, dtype=np.int64) % 4
+    return ArraySource(f"noise{seed}", images, labels, [f"{place:05d}" for place in range(IMAGES)], tuple("abcd"))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.4 MiB of noise in eight shards."""
+    return pack(noise(0), tmp_path_factory.mktemp("packed") / "store", options=PackOptions(shard_bytes=190 * KIB)).path
+
+
+@pytest.fixture
+def shared(packed: Path, tmp_path: Path) -> Path:
+    """A copy that the test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "shared"))
+
+
+def contents(store: ImageStore) -> list[bytes]:
+    return [image.tobytes() for image in store.read(range(IMAGES))]
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def shards(folder: Path) -> set[Path]:
+    return set(folder.glob("*/shard-*.h5"))
+
+
+def test_a_copy_is_a_store_of_its_own_and_a_later_job_finds_it(shared: Path, tmp_path: Path) -> None:
+    first = copy_store(shared, tmp_path / "local")
+    assert (first.copied, first.present) == (8, 0)
+    assert verify(first.path, level="full")[0] == []
+    expected = contents(ImageStore.open(shared))
+    again = copy_store(shared, tmp_path / "local")
+    assert (again.copied, again.present) == (0, 8)
+    for path in shared.glob("*.h5"):
+        path.unlink()  # only the copy is read
+    assert contents(open_copy(shared, tmp_path / "local")) == expected
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed", "a temporary file", "no manifest"])
+def test_what_an_interrupted_copy_lacks_is_made_up_for(shared: Path, tmp_path: Path, damage: str) -> None:
+    copy = copy_store(shared, tmp_path / "local").path
+    match damage:
+        case "cut":
+            os.truncate(copy / "shard-00002.h5", 100 * KIB)
+        case "removed":
+            (copy / "shard-00002.h5").unlink()
+        case "a temporary file":
+            (copy / ".shard-00002.h5.1.tmp").touch()
+    if damage != "a temporary file":
+        (copy / "manifest.json").unlink()
+    report = copy_store(shared, tmp_path / "local")
+    assert report.copied == (1 if damage in ("cut", "removed") else 0)
+    assert verify(copy, level="full")[0] == []
+    assert not list(copy.glob(".*.tmp"))
+
+
+def test_a_record_damaged_in_the_copy_is_named_with_the_remedy(shared: Path, tmp_path: Path) -> None:
+    store = open_copy(shared, tmp_path / "local")
+    copy, entry = store.path, store.manifest.shards[2]
+    with open(copy / entry.name, "r+b") as file:  # under the open descriptor
+        file.seek((entry.data_offset or 0) + 1000)
+        file.write(b"damage")
+    with pytest.raises(RecordError, match=rf"in {copy / entry.name} is damaged: .* Remove {copy}: this copy .* anew"):
+        contents(store)
+
+
+_COPIES_SLOWLY = """
+import sys, time; from pathlib import Path; from paws_hpc.store import local_copy
+copy = local_copy._copy_shard
+def slowly(*args): copy(*args); time.sleep(0.3)
+local_copy._copy_shard = slowly
+local_copy.copy_store(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
+"""
+
+
+def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "local"
+    leader = subprocess.Popen([sys.executable, "-c", _COPIES_SLOWLY, shared, folder])
+    wait_for(lambda: len(shards(folder)) >= 2)
+    with ThreadPoolExecutor(1) as pool:
+        follower = pool.submit(copy_store, shared, folder)
+        time.sleep(0.3)
+        assert not follower.done(), "one process of the node copies"
+        leader.kill()
+        assert leader.wait(10) == -signal.SIGKILL
+        report = follower.result(timeout=30)
+    assert report.present >= 2
+    assert report.present + report.copied == 8
+    assert contents(ImageStore.open(report.path)) == contents(ImageStore.open(shared))
+
+
+def test_of_two_that_copy_at_the_same_time_one_does(shared: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(copy_store, shared, tmp_path / "local") for _ in range(2)]
+        reports = sorted((future.result() for future in both), key=lambda report: report.copied)
+    assert [(report.copied, report.present) for report in reports] == [(0, 8), (8, 0)]
+
+
+def test_copying_stops_when_the_job_is_to_stop_also_while_another_copies(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, looked = threading.Event(), 0
+
+    def stop() -> bool:
+        nonlocal looked
+        looked += 1
+        return looked > 3
+
+    with pytest.raises(CopyStoppedError):
+        open_copy(shared, tmp_path / "local", stop=stop)
+    assert 0 < len(shards(tmp_path / "local")) < 8, "what is complete stays"
+    monkeypatch.setattr("paws_hpc.store.local_copy._copy", lambda *args, **kwargs: asked.wait(30))
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(copy_store, shared, tmp_path / "local")
+        with pytest.raises(CopyStoppedError):
+            open_copy(shared, tmp_path / "local", stop=lambda: True)
+        asked.set()
+
+
+def disk(monkeypatch: pytest.MonkeyPatch, local: Path, size: float) -> None:
+    """A disk of so many MiB beside the 256 that stay free."""
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        used = sum(file.stat().st_size for file in local.rglob("*.h5"))
+        return SimpleNamespace(free=256 * MIB + int(size * MIB) - used)
+
+    monkeypatch.setattr("paws_hpc.store.local_copy.shutil.disk_usage", disk_usage)
+
+
+def test_copies_in_use_are_never_evicted_and_others_are(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, stores = tmp_path / "local", []
+    for seed in (1, 2, 3):
+        stores.append(pack(noise(seed), tmp_path / f"other{seed}", options=PackOptions(shard_bytes=500 * KIB)).path)
+        copy_store(stores[-1], local)
+    used = open_copy(stores[0], local)
+    again = pickle.loads(pickle.dumps(used))
+    used.close()  # the other process's still counts
+    open_copy(stores[1], local).close()  # used last, by nobody now
+    copies = [local / read_manifest(store).checksum[:32] for store in stores]
+    disk(monkeypatch, local, 5.1)  # three copies fit, not four
+    assert copy_store(shared, local).evicted == (copies[2],)
+    assert [copy.exists() for copy in copies] == [True, True, False]
+    disk(monkeypatch, local, 2.0)
+    assert main(["copy", str(stores[2]), "--to", str(local)]) == 1
+    assert "MiB free, the copy needs 257 MiB (256 MiB of them stay free). Make room" in capsys.readouterr().err
+    assert [copy.exists() for copy in copies[:2]] == [True, False]
+    assert not list(copies[2].glob("*.h5")), "nothing is written where it does not fit"
+    assert contents(again) == contents(ImageStore.open(stores[0]))
+
+
+def test_copies_of_other_users_are_left_alone(packed: Path) -> None:
+    """As a shared /local is used: what may not be removed is no reason not to copy."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the path to pytest's own is root's alone
+        local = Path(folder) / "local"
+        copy = copy_store(packed, local).path
+        for path in (Path(folder), local):
+            path.chmod(0o1777)
+        child = os.fork()
+        if child == 0:
+            os.setuid(65534)
+            os._exit(int(_evict(copy)))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert verify(copy, level="full")[0] == []
+
+
+def test_a_damaged_or_missing_shard_ends_copying_and_is_named(
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, message in (("shard-00003.h5", "is not the file that was"), ("shard-00004.h5", "cannot be opened")):
+        content, local = (shared / name).read_bytes(), tmp_path / name
+        if "opened" in message:
+            (shared / name).unlink()
+        else:
+            (shared / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert main(["copy", str(shared), "--to", str(local)]) == 1
+        assert f"{shared / name} {message}" in capsys.readouterr().err
+        assert not list(local.glob("*/manifest.json"))
+        (shared / name).write_bytes(content)
+    assert main(["copy", str(shared), "--to", str(local), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["copied"] + report["present"] == 8
+    assert main(["stage", str(shared)]) == 2
+    assert "now `shards copy`" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_is_named_and_what_is_complete_stays(shared: Path, tmp_path: Path) -> None:
+    copy = copy_store(shared, tmp_path / "local").path
+    (copy / "shard-00005.h5").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * KIB, hard))  # the nearest to a full disk without being root
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*shard-00005.h5: File too large"):
+            copy_store(shared, tmp_path / "local")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert len(shards(tmp_path / "local")) == 7
+    assert not list(copy.glob(".*.tmp"))
+
+
+def test_a_folder_that_cannot_be_used_is_named(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"file/below cannot hold copies of stores: .*without data.copy_to"):
+        open_copy(shared, tmp_path / "file" / "below")
