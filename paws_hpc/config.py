@@ -19,7 +19,7 @@ from paws_hpc.engine.config import (
     TrackingConfig,
 )
 from paws_hpc.models.config import ModelConfig
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
 from paws_hpc.sizes import check_divides
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
 
@@ -89,7 +89,7 @@ class Config:
         labels: whose labels may be used.
         views: crops and augmentation.
         model: network.
-        objective: loss.
+        objective: loss; one of ``paws_hpc.objective.config.OBJECTIVES``.
         optimizer: of pre-training.
         pretrain: loop of pre-training.
         suncet: of the pre-trained network, before its nearest-neighbour score on the test split.
@@ -113,7 +113,7 @@ class Config:
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=PawsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     suncet: SuncetConfig = field(default_factory=SuncetConfig)
@@ -162,29 +162,9 @@ class Config:
                 "crops."
             )
         rows = self.views.support_views * self.pretrain.support.images_per_class
-        if self.objective.support_warmup_fraction > 0 and rows < 2:
-            raise ValueError(
-                "objective.support_warmup_fraction classifies each support row by the others of its class, but "
-                "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
-                "warm-up off with objective.support_warmup_fraction=0."
-            )
-        self._check_open_set()
-        if self.objective.true_label_targets and self.data.labelled is not None:
-            raise ValueError(
-                "objective.true_label_targets=true needs the labelled images among those of data.train, but "
-                f"data.labelled={self.data.labelled} is another store. Turn it off with "
-                "objective.true_label_targets=false."
-            )
+        self.objective.check_run(rows_per_class=rows, labelled=self.data.labelled)
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
-
-    def _check_open_set(self) -> None:
-        if self.objective.open_set_weighting and 1 in (self.pretrain.support.images_per_class, self.labels.per_class):
-            raise ValueError(
-                "objective.open_set_weighting=true compares a support with another image of its class, but "
-                f"pretrain.support.images_per_class={self.pretrain.support.images_per_class} and labels.per_class="
-                f"{self.labels.per_class}. Have 2 or more of each, or set objective.open_set_weighting=false."
-            )
 
     def _check_sweeps(self) -> None:
         for sweep in (self.finetune, self.baseline):
@@ -239,7 +219,6 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "data.placement",
     "data.prefetch_gb",
     "pretrain.log_every_steps",
-    "pretrain.diagnose_every_steps",
     "pretrain.validate_every_epochs",
     "pretrain.checkpoint_every_steps",
     "pretrain.keep_checkpoints",

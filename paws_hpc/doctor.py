@@ -19,11 +19,21 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from paws_hpc.cluster.checkup import COMMANDS, CONTROLLER, checkup, sbatch_flags
 from paws_hpc.cluster.compose import parameters_of
+from paws_hpc.cluster.preflight import (
+    COMMANDS,
+    CONTROLLER,
+    SHARED,
+    Check,
+    Parameters,
+    ok,
+    preflight_checks,
+    problem,
+    sbatch_flags,
+    warning,
+)  # fmt: skip
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
-from paws_hpc.cluster.sitecheck import SHARED, Check, Parameters, ok, problem, warning
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -64,7 +74,7 @@ def _checks(options: argparse.Namespace) -> Iterator[Check]:
         return
     run = RunFolder(Path(config.runs) / config.name)
     yield ok("config", f"{config.name}: {', '.join(config.stages)}")
-    found = checkup(config, parameters, run)
+    found = preflight_checks(config, parameters, run)
     probed: list[Check] = []
     if options.probe and not any(check.name in (COMMANDS, CONTROLLER) for check in found if check.verdict == "problem"):
         probed = list(_probe(config, parameters, options.probe_timeout))

@@ -12,12 +12,23 @@ def renamed(key: str) -> str | None:
 
 
 RENAMED_KEYS: dict[str, str] = {
+    "model.batch_norm": "nothing: statistics are those of all ranks",
+    "model.prediction_hidden_dim": "nothing: it is a quarter of model.projection_dim",
+    "model.stem_stride": "nothing: it is 2",
+    "model.vit.mlp_ratio": "nothing: it is 4",
     "neighbour_tuning": "suncet",
     "data.stage_to": "data.copy_to",
     "finetune.learning_rates": "finetune.sweep.learning_rate",
     "finetune.min_cells": "finetune.min_trials",
     "baseline.learning_rates": "baseline.sweep.learning_rate",
     "baseline.min_cells": "baseline.min_trials",
+    "objective.open_set_weighting": "objective=ropaws",
+    "objective.support_warmup_weight": "nothing: it is 1",
+    "objective.target_floor": "nothing: it is 1e-4",
+    "optimizer.beta2": "nothing: it is 0.999",
+    "optimizer.trust_coefficient": "nothing: it is 1e-3",
+    "pretrain.collapse.tolerance": "nothing: it is 0.02",
+    "pretrain.diagnose_every_steps": "pretrain.log_every_steps",
     "data.cache_gb": "nothing, the memory for labelled images follows from the node's",
     "data.max_substitutes": "nothing, a damaged image is an error (python -m paws_hpc.shards repair mends a store)",
 }

@@ -46,7 +46,6 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
             epochs=1,
             support=SupportConfig(classes=10, images_per_class=4),
             log_every_steps=1,
-            diagnose_every_steps=5,
             validate_every_epochs=1,
             checkpoint_every_steps=5,
         ),

@@ -29,7 +29,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.optimizer import split_parameters
 from paws_hpc.engine.parallel import move
 from paws_hpc.models.encoder import build_encoder
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import TARGET_FLOOR, PawsConfig
 from paws_hpc.store import ImageStore
 
 Views = list[Tensor]
@@ -146,9 +146,7 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def written_out_loss(
-    h: Tensor, z: Tensor, labels: Tensor, *, supports: int, images: int, how: ObjectiveConfig
-) -> Tensor:
+def written_out_loss(h: Tensor, z: Tensor, labels: Tensor, *, supports: int, images: int, how: PawsConfig) -> Tensor:
     """The paper's loss (eq. 1 and 4) as its formulas stand, in float32.
 
     Args:
@@ -166,7 +164,7 @@ def written_out_loss(
         first, second = targets.chunk(2)
         others = len(predictions) // images - 2
         targets = torch.cat([second, first] + [(first + second) / 2] * others)
-        targets[targets < how.target_floor] = 0
+        targets[targets < TARGET_FLOOR] = 0
     consistency = -(targets * torch.log(predictions)).sum(dim=1).mean()
     mean = _sharpen(predictions, how.sharpening).mean(dim=0)
     return consistency + (mean * torch.log(mean)).sum()
@@ -184,7 +182,7 @@ class PlainLARS:
         weights, others = split_parameters(model)
         how = config.optimizer
         self._weights, self._adapt = weights, how.name == "lars"
-        self._decay, self._trust = how.weight_decay, how.trust_coefficient
+        self._decay, self._trust = how.weight_decay, 1e-3
         self._sgd = torch.optim.SGD(weights + others, lr=how.start_lr, momentum=how.momentum, nesterov=how.nesterov)
 
     def step(self) -> None:
@@ -250,6 +248,7 @@ def train_step(
     n, support = len(views[0]), config.pretrain.support
     inputs = [view.to(device, non_blocking=True) for view in (*rows, *views)]
     places = torch.unique(classes, return_inverse=True)[1].repeat(len(rows)).to(device)
+    assert isinstance(config.objective, PawsConfig)
     smoothing = config.objective.label_smoothing
     labels = torch.full((len(places), support.classes), smoothing / support.classes, device=device)
     labels[torch.arange(len(places), device=device), places] += 1 - smoothing

@@ -243,7 +243,7 @@ def _loss(bench: Bench, config: Config) -> Measured:
     ours = rates[_OURS]
     shares = [sum(seen["parts_s"][part] for part in LOSS_PARTS) / seen["parts_s"]["step"] for seen in ours.seen]
     share = 100 * statistics.median(shares) if shares else None
-    every, diagnostics = config.pretrain.diagnose_every_steps, None
+    every, diagnostics = config.pretrain.log_every_steps, None
     if ours.seen and (per_s := rates[_DIAGNOSTICS].median):
         diagnostics = 100 / (per_s * every * statistics.median(seen["parts_s"]["step"] for seen in ours.seen))
     bars = [

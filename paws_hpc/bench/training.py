@@ -24,10 +24,10 @@ from paws_hpc.data.batches import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.encoder import Encoder
-from paws_hpc.objective.diagnostics import diagnose
+from paws_hpc.objective.config import PawsConfig
 from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.neighbours import Labels
-from paws_hpc.objective.paws import PawsLoss, paws_loss
+from paws_hpc.objective.paws import PawsLoss, diagnose, paws_loss
 from paws_hpc.stages.pretrain import make_training
 
 Work = Callable[[], dict[str, Any]]
@@ -169,11 +169,11 @@ def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
 
 def diagnostics_alone(scene: dict[str, Any], steps: int) -> Work:
     """What is measured beside the objective (Fig. 4 of the paper), of one rank's images on random representations."""
-    loss, (anchors, supports, labels), config = _on_random_rows(Scene(**scene), published=False)
-    large, found = anchors[: 2 * config.pretrain.batch_size], loss()
+    _, (anchors, supports, labels), config = _on_random_rows(Scene(**scene), published=False)
+    large = anchors[: 2 * config.pretrain.batch_size]
 
     def step() -> None:
-        diagnose(large, supports, labels, found, config.objective)
+        diagnose(large, supports, labels, temperature=config.objective.temperature)
 
     return _timed(step, steps, done=1, cuda=config.device == "cuda")
 
@@ -185,6 +185,7 @@ def _on_random_rows(
     config = place.config()
     use_threads(config)
     device, objective = torch.device(config.device), config.objective
+    assert isinstance(objective, PawsConfig)
     support = (as_published(place) if published else config).pretrain.support
     with torch.device("meta"):
         features = Encoder(config.model).output_dim
@@ -206,7 +207,6 @@ def _on_random_rows(
             sharpening=objective.sharpening,
             num_small_crops=small,
             me_max=objective.me_max,
-            target_floor=objective.target_floor,
         )
 
     return loss, (anchors, supports, labels), config

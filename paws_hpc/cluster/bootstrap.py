@@ -1,7 +1,7 @@
 """What every process of a job does: read the frozen config, take its place among the ranks, run the stage.
 
-torch is imported by the stages that compute, once they have begun: the launcher names these functions to Slurm without
-it, and a node on which it cannot be imported is written down like any other failure.
+torch is imported only by the stages that need it, once an attempt has begun: the launcher names these functions to
+Slurm without it, and a node on which it cannot be imported is recorded like any other failure.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,22 +19,26 @@ from pathlib import Path
 
 import submitit
 
+from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.cluster.interruption import asked_to_stop
-from paws_hpc.cluster.liveness import is_alive
-from paws_hpc.cluster.slurm_job import SlurmJob
+from paws_hpc.cluster.requeue import SlurmJob
+from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.signals import interruptible
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.stage_table import STAGES, import_torch
 from paws_hpc.stages.attempts import (
+    BEAT_EVERY_S,
+    Attempt,
     Holder,
     Lease,
     LeaseHeldError,
     LeaseLostError,
     acquire,
+    read_beat,
     record_failure,
-)
+)  # fmt: skip
 from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -46,13 +52,12 @@ def run_job(path: Path, job: Job) -> None:
     """Run a job alone in this process. Exceptions leave it, so that a failed job is seen to fail.
 
     Raises:
-        KeyboardInterrupt: this process was asked to stop; a job that trains has saved its state.
+        KeyboardInterrupt: this process was interrupted; a job that trains has saved its state.
     """
     run = RunFolder(path)
-    config = read_config(run.config)
+    config, stage = read_config(run.config), STAGES[job.stage]
     holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
-    with _started(run, job, holder) as lease:
-        stage = STAGES[job.stage]
+    with _attempt(run, job, holder) as lease:
         if not stage.torch:
             stage.load(StageContext(config, run, job.stage, job.trial, lease.fence))
             return
@@ -61,7 +66,7 @@ def run_job(path: Path, job: Job) -> None:
         if not stage.trains:
             rank.run_alone(config, run, job, fence=lease.fence)
             return
-        with asked_to_stop() as requested:
+        with interruptible() as requested:
             try:
                 rank.run_alone(config, run, job, fence=lease.fence, requested=requested)
             except PreemptedError as stop:
@@ -74,12 +79,12 @@ def run_job_as_local_rank(path: Path, job: Job) -> None:
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
     config = read_config(run.config)
-    with _place_among(run, job, place) as lease:
+    with _attempt_as_rank(run, job, place) as lease:
         _run_as_rank(config, run, job, place, requested=None, lease=lease, restart=0)
 
 
 def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
-    """Run a job as one of its ranks on Slurm; when asked to stop, save and go back into the queue.
+    """Run a job as one of its ranks on Slurm; on a request to stop, save and go back into the queue.
 
     Args:
         path: the run directory.
@@ -89,10 +94,9 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
     """
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
-    own = SlurmJob(run.chain)
-    own.listen(notice_s=notice_s, trains=STAGES[job.stage].trains)
+    own = SlurmJob(run.chain, notice_s=notice_s, trains=STAGES[job.stage].trains)
     config = read_config(frozen)
-    with _place_among(run, job, place, own) as lease:
+    with _attempt_as_rank(run, job, place, own) as lease:
         own.lease = lease
         try:
             _run_as_rank(config, run, job, place, requested=own.requested, lease=lease, restart=own.restart)
@@ -100,19 +104,19 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
             if lease is not None:
                 own.give_back(step=stop.step)
         own.leave()
-    # Not through submitit, which would pickle a result that nobody reads, and a requeued job whose earlier start was
+    # Not through submitit, which would pickle a result that nobody reads, and a requeued job whose earlier attempt was
     # killed while it wrote that file fails at its very end.
     sys.exit(0)
 
 
 @contextmanager
-def _place_among(
+def _attempt_as_rank(
     run: RunFolder, job: Job, place: submitit.JobEnvironment, own: SlurmJob | None = None
 ) -> Iterator[Lease | None]:
-    """Rank 0 begins a start of the job and holds its lease; the other ranks only report their failures to it."""
+    """Rank 0 begins an attempt of the job and holds its lease; the other ranks only record their failures."""
     key = own.key if own else f"local{place.job_id}"
     if place.global_rank > 0:
-        with _reported(run, job, key, place.global_rank):
+        with _failures_recorded(run, job, key, place.global_rank):
             yield None
         return
     holder = Holder.this_process(
@@ -123,17 +127,17 @@ def _place_among(
         job_id=own.job_id if own else None,
         restart=own.restart if own else 0,
     )
-    with _started(run, job, holder, leaving_s=_LEAVING_S if own else 0.0) as lease:
+    with _attempt(run, job, holder, leaving_s=_LEAVING_S if own else 0.0) as lease:
         yield lease
 
 
 @contextmanager
-def _started(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0) -> Iterator[Lease]:
-    """Begin a start of a job, and record how it ends."""
-    folder = run.job(job.name)
+def _attempt(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0) -> Iterator[Lease]:
+    """Begin an attempt of a job, and record how it ends."""
+    alive = partial(is_alive, own_job_id=holder.job_id)
     with (
-        _reported(run, job, holder.key, rank=0),
-        acquire(folder, holder, is_alive=partial(is_alive, own_job_id=holder.job_id), wait_s=leaving_s) as lease,
+        _failures_recorded(run, job, holder.key, rank=0),
+        acquire(run.job(job.name), holder, is_alive=alive, wait_s=leaving_s) as lease,
     ):
         try:
             yield lease
@@ -146,20 +150,20 @@ def _started(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0
 
 
 @contextmanager
-def _reported(run: RunFolder, job: Job, key: str, rank: int) -> Iterator[None]:
+def _failures_recorded(run: RunFolder, job: Job, key: str, rank: int) -> Iterator[None]:
     """Write down why a rank fails, before the exception ends its process."""
     try:
         yield
     except Exception as error:
         folder = run.job(job.name)
         try:
-            record_failure(folder, key, rank, error, definite=is_definite(error))
+            record_failure(folder, key, rank, error, permanent=is_permanent(error))
         except OSError as full:
             _LOG.error("The failure of rank %d cannot be recorded in %s: %s", rank, folder, full)
         raise
 
 
-def is_definite(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether a job that failed so would fail again: a wrong setting or input, a full disk, a loss that is not finite.
 
     Anything that may pass, such as a lost connection, a hiccup of the file system or an error of the device, is not.
@@ -181,30 +185,21 @@ def _run_as_rank(
     lease: Lease | None,
     restart: int,
 ) -> None:
-    """Run the stage, with the other ranks if it computes.
-
-    Args:
-        config: of the run.
-        run: its directory.
-        job: to run.
-        place: of this process among the ranks.
-        requested: whether this rank was asked to stop; None where nobody asks.
-        lease: of rank 0; the other ranks write nothing.
-        restart: tells the starts of one job id apart.
+    """Run the stage, with the other ranks if it needs torch; arguments as of ``rank.run_among``.
 
     Raises:
-        ValueError: the job has another number of tasks than the config asks ranks for.
+        ValueError: the job has another number of tasks than the config has ranks for it.
         RuntimeError: torch cannot be imported here; on another node it may be.
     """
-    asked = config.resources[job.stage].ranks
-    if place.num_tasks != asked:
+    ranks, stage = config.resources[job.stage].ranks, STAGES[job.stage]
+    if place.num_tasks != ranks:
         raise ValueError(
-            f"resources.{job.stage} asks for {asked} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
+            f"resources.{job.stage} asks for {ranks} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
             "Training with another number of ranks than was asked for would not be the same run."
         )
     fence = lease.fence if lease is not None else lambda: None
-    if not STAGES[job.stage].torch:
-        STAGES[job.stage].load(StageContext(config, run, job.stage, job.trial, fence))
+    if not stage.torch:
+        stage.load(StageContext(config, run, job.stage, job.trial, fence))
         return
     import_torch()
     from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
@@ -214,3 +209,48 @@ def _run_as_rank(
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+
+def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
+    """Whether an attempt without a recorded end still runs.
+
+    Args:
+        attempt: the earlier one.
+        own_job_id: of the asking job: what ran under the same id before is over, for Slurm started the id anew.
+    """
+    holder = attempt.holder
+    if holder.job_id is None:
+        if holder.host == socket.gethostname() and not _exists(holder.pid):
+            return False
+        return _beats(attempt)
+    if holder.job_id == own_job_id:
+        return False
+    try:
+        state = scheduler.job_state(holder.job_id)
+    except (SchedulerError, SchedulerUnreachableError) as error:
+        _LOG.warning(
+            "Slurm cannot say whether job %s still runs, so its heartbeat is watched: %s", holder.job_id, error
+        )
+        return _beats(attempt)
+    # A job that waits in the queue again has left; it will take its own next attempt.
+    return state is not None and state != "PENDING" and state not in scheduler.ENDED
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _beats(attempt: Attempt) -> bool:
+    """Whether the heartbeat changes while it is watched; comparing clocks of two machines would prove nothing."""
+    before, deadline = read_beat(attempt.folder, attempt.number), time.monotonic() + 3 * BEAT_EVERY_S
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_EVERY_S / 10)
+        if read_beat(attempt.folder, attempt.number) != before:
+            return True
+    return False

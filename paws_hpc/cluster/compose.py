@@ -19,19 +19,23 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
+from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
 _SWEEP = re.compile(r"^((?:finetune|baseline)\.sweep\b)")  # may get new fields, for which Hydra wants ++
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF = (Path(paws_hpc.__file__).parent / "conf").resolve()
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
 _STORE = ConfigStore.instance()
 _STORE.store(name="schema", node=Config)
+for _name, _objective in OBJECTIVES.items():
+    _STORE.store(group="objective", name=f"{_name}_schema", node=_objective)
 # conf/hydra/launcher/submitit_slurm.yaml takes the name of the plugin's own config and extends it under this one; of
 # two of the same name Hydra would validate one by the other, with a warning at every launch.
 _STORE.store(group="hydra/launcher", name="submitit_slurm_schema", node=SlurmQueueConf(), provider="submitit_launcher")

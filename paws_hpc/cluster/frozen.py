@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
+from paws_hpc.objective.config import objective_config
 from paws_hpc.renamed import renamed
 from paws_hpc.stage_table import SWEEPS
 
@@ -33,13 +34,15 @@ def to_config(composed: Any) -> Config:
         if (refusal := renamed(key)) is not None:
             raise ConfigError(refusal)
     try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        composed = OmegaConf.create(composed)
+        name = OmegaConf.select(composed, "objective.name", default=Config().objective.name)
+        merged: Any = OmegaConf.merge(OmegaConf.structured(Config(objective=objective_config(name))), composed)
         for sweep in SWEEPS:
             given = (composed.get(sweep) or {}).get("sweep")
             if given is not None:
                 merged[sweep].sweep = given  # as a whole: what it leaves out is not swept
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
     assert isinstance(config, Config), "the schema is Config"
     return config
@@ -61,7 +64,7 @@ def explain(error: BaseException) -> str:
             return refusal
         return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
     if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        known = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
         close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
         return f"{absent.group(1)}={absent.group(2)} does not exist. Did you mean {''.join(close)!r}? Known: {known}."
     reason = str(chain).splitlines()[0]

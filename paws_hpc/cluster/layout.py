@@ -1,4 +1,4 @@
-"""The jobs that a run consists of, as its folder tells: from the frozen config, ``chain.json`` and the starts.
+"""The jobs that a run consists of, as its folder tells: from the frozen config, ``chain.json`` and the attempts.
 
 The launcher knows this from the typed config; here it is read as plain values, so that runs of other versions can be
 looked at too.
@@ -77,7 +77,7 @@ def read_layout(path: Path) -> Layout:
     }
     stages = config.get("stages") or DEFAULT_STAGES
     names = [name for stage in STAGES if stage in stages for name in _names(config, stage)]
-    names += sorted((submitted.keys() | _started(path)) - set(names))
+    names += sorted((submitted.keys() | _begun(path)) - set(names))
     names.sort(key=lambda name: _rank(name.partition("/")[0]))  # stable: trials keep the config's order
     return Layout(
         path=path,
@@ -144,10 +144,10 @@ def _rank(stage: str) -> int:
     return list(STAGES).index(stage) if stage in STAGES else len(STAGES)
 
 
-def _started(path: Path) -> set[str]:
+def _begun(path: Path) -> set[str]:
     """Names of the jobs that were ever started."""
     folder = path / "jobs"
-    return {start.parent.relative_to(folder).as_posix() for start in folder.glob("**/start-*.json")}
+    return {attempt.parent.relative_to(folder).as_posix() for attempt in folder.glob("**/start-*.json")}
 
 
 def _chain(path: Path, warnings: list[str]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The state of runs and of their jobs, put together from the run directory and from Slurm.
 
 What is known comes from four places, and every job says from which: the markers of finished stages; Slurm's queue, and
-its accounting where there is one, for jobs of the last submission; and the starts, heartbeats and ends that jobs write
-themselves, which is all there is for a run without Slurm or when Slurm cannot be asked. Nothing here writes, and a
-half-written or damaged file makes a note, not an error. Nothing here imports torch.
+its accounting where there is one, for jobs of the last submission; and the attempts, heartbeats and ends that jobs
+write themselves, which is all there is for a run without Slurm or when Slurm cannot be asked. Nothing here writes, and
+a half-written or damaged file makes a note, not an error. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.cluster import traces
-from paws_hpc.cluster.grace import grace_warnings
-from paws_hpc.cluster.inventory import Partition
+from paws_hpc.cluster.inventory import Partition, grace_warnings
 from paws_hpc.cluster.layout import JobLayout, Layout, read_layout
 from paws_hpc.cluster.states import SILENT_S, Slurm, ask_slurm, silence, span, state_of
 from paws_hpc.cluster.traces import Progress
-from paws_hpc.stages.attempts import Start, read_starts
+from paws_hpc.stages.attempts import Attempt, read_attempts
 
 _STUCK_S = 900.0
 _LOG_LINES = 12
-_TIMELESS = 3  # starts in a row from the same step
+_TIMELESS = 3  # attempts in a row from the same step
 
 _HINTS = {
     "DependencyNeverSatisfied": "a job that it waits for failed",
@@ -45,15 +44,15 @@ class JobOverview:
             ``failed``, ``cancelled``, ``interrupted``, ``submitted`` (nothing known since), ``lost`` (Slurm no longer
             knows it, and it never said how it ended) or ``not started``.
         reason: in Slurm's words or the job's own; may be empty.
-        source: of the state: ``marker``, ``squeue``, ``sacct``, ``starts`` (its own files) or ``chain`` (nothing but
+        source: of the state: ``marker``, ``squeue``, ``sacct``, ``attempts`` (its own files) or ``chain`` (nothing but
             the submission is known).
         job_id: under which it was submitted last; None without Slurm.
-        restarts: starts after the first, over all submissions.
+        restarts: attempts after the first, over all submissions.
         nodes: it runs on, as Slurm abbreviates them.
-        seconds: that its starts ran in all.
-        silent_s: since the last heartbeat of a start that has not ended.
+        seconds: that its attempts ran in all.
+        silent_s: since the last heartbeat of an attempt that has not ended.
         progress: of a training job.
-        failure: of the rank that failed first (``rank``, ``type``, ``message``, ``definite``, ``host``, ``time``).
+        failure: of the rank that failed first (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).
         log: of that rank.
         log_tail: its last lines.
         notes: what else a user should know of it.
@@ -165,11 +164,11 @@ def _state_of_run(run: Layout, jobs: list[JobOverview]) -> str:
 def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
     notes: list[str] = []
     try:
-        starts = read_starts(run.path / "jobs" / job.name)
+        attempts = read_attempts(run.path / "jobs" / job.name)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        starts = []
-        notes.append(f"its starts cannot be read: {error}")
-    last = starts[-1] if starts else None
+        attempts = []
+        notes.append(f"its attempts cannot be read: {error}")
+    last = attempts[-1] if attempts else None
     silent_s = silence(last)
     state, reason, source = state_of(job, last, silent_s, slurm)
     queued = slurm.queue.get(job.job_id or "")
@@ -180,7 +179,7 @@ def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
     unlucky = state in ("failed", "interrupted", "lost", "silent")
     log = traces.log_of(run.path / "logs" / job.stage, job.job_id, failure["rank"] if failure else 0)
     log = log if unlucky else None
-    notes += _notes(state, reason, starts, silent_s, progress)
+    notes += _notes(state, reason, attempts, silent_s, progress)
     return JobOverview(
         job=job.name,
         stage=job.stage,
@@ -188,9 +187,9 @@ def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
         reason=reason,
         source=source,
         job_id=job.job_id,
-        restarts=max(len(starts) - 1, (queued.restarts or 0) if queued else 0),
+        restarts=max(len(attempts) - 1, (queued.restarts or 0) if queued else 0),
         nodes=queued.nodes if queued else "",
-        seconds=sum(start.seconds for start in starts),
+        seconds=sum(attempt.seconds for attempt in attempts),
         silent_s=silent_s,
         progress=progress,
         failure=failure if unlucky else None,
@@ -208,24 +207,26 @@ def _partition(job: JobLayout, slurm: Slurm) -> Partition | None:
 
 
 def _notes(
-    state: str, reason: str, starts: list[Start], silent_s: float | None, progress: Progress | None
+    state: str, reason: str, attempts: list[Attempt], silent_s: float | None, progress: Progress | None
 ) -> list[str]:
     notes = [f"{reason}: {_HINTS[reason]}"] if reason in _HINTS else []
     if state == "running" and silent_s is not None and silent_s > SILENT_S:
         notes.append(f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped")
-    if state == "running" and not starts:
+    if state == "running" and not attempts:
         notes.append("starting: Python has not begun yet")
-    if state == "running" and starts and progress is not None:
-        since = max(progress.changed or 0.0, datetime.fromisoformat(starts[-1].began).timestamp())
+    if state == "running" and attempts and progress is not None:
+        since = max(progress.changed or 0.0, datetime.fromisoformat(attempts[-1].began).timestamp())
         if time.time() - since > _STUCK_S:
             notes.append(f"no new metrics for {span(time.time() - since)}")
-    came = [start.holder.progress for start in starts]
+    came = [attempt.holder.progress for attempt in attempts]
     repeated = next((i for i, step in enumerate(reversed(came)) if step != came[-1]), len(came))
     if progress is not None and state != "done" and repeated >= _TIMELESS and progress.saved_step <= came[-1]:
-        notes.append(f"does not advance: the last {repeated} starts all began at step {came[-1]}")
-    over = starts[:-1] if state == "running" else starts if state == "waiting" else []
-    if crashes := [start for start in over if start.end is not None and start.end.get("how") in ("failed", "crashed")]:
+        notes.append(f"does not advance: the last {repeated} attempts all began at step {came[-1]}")
+    over = attempts[:-1] if state == "running" else attempts if state == "waiting" else []
+    if crashes := [
+        attempt for attempt in over if attempt.end is not None and attempt.end.get("how") in ("failed", "crashed")
+    ]:
         failure = traces.first_failure(crashes[-1]) or crashes[-1].end or {}
         kind = f"{failure['type']}: " if "type" in failure else ""
-        notes.append(f"start {crashes[-1].number} of {len(starts)} crashed: {kind}{failure.get('message')}")
+        notes.append(f"attempt {crashes[-1].number} of {len(attempts)} crashed: {kind}{failure.get('message')}")
     return notes

@@ -28,7 +28,7 @@ _SOURCES = {
     "marker": "the run directory",
     "squeue": "Slurm's queue",
     "sacct": "Slurm's accounting",
-    "starts": "the jobs' own files",
+    "attempts": "the jobs' own files",
     "chain": "chain.json",
 }
 _Row = tuple[str, str, str, str, str, str, str, str, str]

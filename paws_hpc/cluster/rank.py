@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import submitit
 import torch
@@ -14,15 +18,16 @@ import torch.distributed as dist
 
 from paws_hpc import distributed
 from paws_hpc.cluster.chain import Job
-from paws_hpc.cluster.rendezvous import join, own_address
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
+from paws_hpc.files import read_json, write_json
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 
 _LOG = logging.getLogger(__name__)
+_POLL_S = 0.1
 
 
 def run_alone(
@@ -35,7 +40,8 @@ def run_alone(
 ) -> None:
     """Run a stage as the only rank; arguments as of :func:`run_among`."""
     _set_threads(config, job, local_ranks=1)
-    _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), _control(requested, fence))
+    control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
+    _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), control)
 
 
 def run_among(
@@ -56,8 +62,8 @@ def run_among(
         job: to run.
         place: of this process among the ranks.
         requested: whether this rank was asked to stop; None where nobody asks.
-        fence: raises if another start of the job has taken over.
-        restart: tells the starts of one job id apart.
+        fence: raises if another attempt of the job has taken over.
+        restart: tells the attempts of one job id apart.
     """
     local_ranks = -(-place.num_tasks // place.num_nodes)
     _set_threads(config, job, local_ranks=local_ranks)
@@ -70,19 +76,15 @@ def run_among(
             start=f"{job.name.replace('/', '-')}-{place.job_id}-{restart}",
             rank=place.global_rank,
             world_size=place.num_tasks,
-            address=own_address(place.num_nodes),
+            one_node=place.num_nodes == 1,
             device=device,
         )
-    control = _control(requested, fence)
+    control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
     with _together():
         try:
             _run(config, run, job, device, control)
         finally:
             control.close()
-
-
-def _control(requested: Callable[[], bool] | None, fence: Callable[[], None]) -> JobControl:
-    return JobControl(fence=fence) if requested is None else JobControl(requested, fence)
 
 
 @contextmanager
@@ -151,3 +153,84 @@ def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> t
     device = torch.device("cuda", 0 if bound else local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def join(
+    folder: Path,
+    *,
+    start: str,
+    rank: int,
+    world_size: int,
+    one_node: bool,
+    device: torch.device,
+    timeout_s: float = 600.0,
+) -> None:
+    """Form the process group of ``world_size`` ranks, over NCCL on GPUs and gloo on CPUs.
+
+    Args:
+        folder: seen by all ranks; holds ``<start>.json`` with rank 0's address.
+        start: unique to this start of this job, so that no address of an earlier start is taken for it.
+        rank: of this process.
+        world_size: of the job; never fallen back to another.
+        one_node: whether all ranks are on this machine, which then listens on loopback alone. Otherwise it listens on
+            MASTER_ADDR if the environment has it, for clusters where a node's name leads to the wrong network, and
+            else on all interfaces, under the node's name.
+        device: of this rank.
+        timeout_s: to wait for the others.
+
+    Raises:
+        ValueError: rank 0 published a loopback address, and is on another machine.
+        TimeoutError: rank 0 published no address in time.
+        RuntimeError: not all ranks arrived in time.
+    """
+    path = folder / f"{start}.json"
+    timeout = timedelta(seconds=timeout_s)
+    if rank == 0:
+        listen_on = "127.0.0.1" if one_node else os.environ.get("MASTER_ADDR") or ""
+        host = listen_on or socket.gethostname()
+        listener = socket.create_server((listen_on, 0))
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        write_json(path, {"host": host, "port": port, "node": socket.gethostname()})
+    else:
+        published = _wait_for(path, timeout_s)
+        _check_reachable(published)
+        store = dist.TCPStore(published["host"], published["port"], world_size, is_master=False, timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.barrier()
+    finally:
+        if rank == 0:  # nobody may take this address for that of a later start
+            path.unlink()
+
+
+def _check_reachable(published: dict[str, Any]) -> None:
+    host, node = published["host"], published["node"]
+    if (host == "localhost" or host.startswith("127.")) and node != socket.gethostname():
+        raise ValueError(
+            f"Rank 0 on {node} says that it is at {host}, which is this machine ({socket.gethostname()}) for everybody "
+            "else. That comes from MASTER_ADDR in the environment of the launch: unset it, or set it to rank 0's own "
+            "address in hydra.launcher.setup."
+        )
+
+
+def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its "
+                "log), or the run directory is not on a file system that all ranks share."
+            )
+        time.sleep(_POLL_S)
+    address: dict[str, Any] = read_json(path)
+    return address

@@ -73,7 +73,7 @@ class QueuedJob:
         nodes: as Slurm abbreviates them, ``n[1-2]``; empty while it waits.
         partition: it is in.
         submitted: when.
-        started: when this start began, or is expected to; None if unknown.
+        started: when this attempt began, or is expected to; None if unknown.
     """
 
     job_id: str
@@ -96,8 +96,8 @@ class AccountedJob:
         state: its last one, in one word: ``COMPLETED``, ``FAILED``, ``PREEMPTED``, ``CANCELLED``, …
         exit_code: ``status:signal``.
         nodes: it ran on, as Slurm abbreviates them.
-        started: of its last start.
-        ended: of its last start.
+        started: of its last attempt.
+        ended: of its last attempt.
     """
 
     job_id: str
@@ -123,10 +123,10 @@ def queue(user: str | None = None) -> dict[str, QueuedJob]:
 
 
 def _queued(line: str) -> QueuedJob:
-    values, start = {}, 0
+    values, begin = {}, 0
     for name, width in _COLUMNS.items():
-        values[name] = line[start : start + width].strip()
-        start += width
+        values[name] = line[begin : begin + width].strip()
+        begin += width
     return QueuedJob(
         job_id=values["JobArrayID"],
         name=values["Name"],
@@ -183,7 +183,7 @@ def job_state(job_id: str) -> str | None:
 
 
 def fate(job_id: str, restart: int) -> tuple[Fate, str]:
-    """What has become of the start of a job that counts ``restart`` starts before it.
+    """What has become of the attempt of a job that counts ``restart`` attempts before it.
 
     Returns:
         ``runs``; ``replaced`` if Slurm has put the job back into the queue or started it elsewhere, after a node was

@@ -3,8 +3,8 @@
     python -I -S shield.py COMMAND [ARGUMENT ...]
 
 SIGUSR2 and SIGTERM are blocked, which the command, its threads and its children inherit. They stay pending until
-``cluster/stops.py`` takes them on a thread of its own, however long torch takes to import; a worker or service process
-that never asks for them is never ended by them. The package beside this file, which is the one frozen at submission,
+``cluster/signals.py`` takes them on a thread of its own, however long torch takes to import. They never end a worker or
+service process. The package beside this file, which is the one frozen at submission,
 goes in front of any other of its name.
 """
 

@@ -21,8 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.bootstrap import run_job_on_slurm
-from paws_hpc.cluster.chain import Chain
-from paws_hpc.cluster.dependencies import ToSubmit, dependency, to_submit
+from paws_hpc.cluster.chain import Chain, ToSubmit, dependency, to_submit
 from paws_hpc.cluster.frozen import check_frozen, freeze
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.cluster.scheduler import ENDED, QueuedJob, SchedulerError, SchedulerUnreachableError
@@ -139,7 +138,7 @@ class SlurmChain:
             raise SchedulerUnreachableError("srun is not installed here. Launch on a login node of the cluster.")
         python, parameters = shlex.quote(sys.executable), self.parameters[stage]
         shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
-        aftermath = f"{shielded} -m paws_hpc.cluster.aftermath {shlex.quote(str(self.run.path.resolve()))}"
+        after_crash = f"{shielded} -m paws_hpc.cluster.requeue {shlex.quote(str(self.run.path.resolve()))}"
         waiting = {"hold": True} | ({"dependency": after, "kill-on-invalid-dep": "yes"} if after else {})
         asked = {
             **parameters,
@@ -148,7 +147,7 @@ class SlurmChain:
             "teardown": [
                 "status=$?",
                 '[ "$status" -eq 0 ] && exit 0',
-                f"{aftermath} {self.config.restarts_without_progress}",
+                f"{after_crash} {self.config.restarts_without_progress}",
                 'exit "$status"',
             ],
         }

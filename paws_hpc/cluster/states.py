@@ -10,14 +10,14 @@ from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.inventory import Partition, partitions, settings
 from paws_hpc.cluster.layout import JobLayout
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError, SchedulerUnreachableError
-from paws_hpc.stages.attempts import Start
+from paws_hpc.stages.attempts import Attempt
 
 SILENT_S = 60.0  # six heartbeats
 
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
 _FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
 _FORGOTTEN = "Slurm no longer knows it"
-_HOW = {  # how a start ended → state of the job, as far as its own files tell
+_HOW = {  # how an attempt ended → state of the job, as far as its own files tell
     "done": "ended",
     "requeued": "waiting",
     "failed": "failed",
@@ -69,7 +69,7 @@ def ask_slurm(job_ids: Iterable[str], owners: Iterable[int], *, details: bool) -
     return known
 
 
-def state_of(job: JobLayout, last: Start | None, silent_s: float | None, slurm: Slurm) -> tuple[str, str, str]:
+def state_of(job: JobLayout, last: Attempt | None, silent_s: float | None, slurm: Slurm) -> tuple[str, str, str]:
     """State, reason and source of a job, as :class:`paws_hpc.cluster.overview.JobOverview` explains them."""
     if job.is_done:
         return "done", "", "marker"
@@ -100,11 +100,11 @@ def _of_slurm(state: str, reason: str) -> tuple[str, str]:
     return "running", "" if state == "RUNNING" else state
 
 
-def _of_starts(job: JobLayout, last: Start | None, silent_s: float | None, *, asked: bool) -> tuple[str, str, str]:
+def _of_starts(job: JobLayout, last: Attempt | None, silent_s: float | None, *, asked: bool) -> tuple[str, str, str]:
     """What the job's own files tell: ``asked`` says that Slurm was asked and does not know the job."""
     if last is None or (job.job_id is not None and last.holder.job_id != job.job_id):
         known = "not started" if job.job_id is None else "lost" if asked else "submitted"
-        return known, _FORGOTTEN if known == "lost" else "", "starts" if job.job_id is None else "chain"
+        return known, _FORGOTTEN if known == "lost" else "", "attempts" if job.job_id is None else "chain"
     state, reason = "running", ""
     if last.end is not None:
         how = str(last.end.get("how"))
@@ -113,11 +113,11 @@ def _of_starts(job: JobLayout, last: Start | None, silent_s: float | None, *, as
         state, reason = "silent", f"silent for {span(silent_s)}"
     if asked and state in ("running", "silent", "waiting"):
         state, reason = "lost", _FORGOTTEN
-    return state, reason, "starts"
+    return state, reason, "attempts"
 
 
-def silence(last: Start | None) -> float | None:
-    """Seconds since a start that has not ended gave a sign of life."""
+def silence(last: Attempt | None) -> float | None:
+    """Seconds since an attempt that has not ended gave a sign of life."""
     if last is None or last.end is not None:
         return None
     seen = last.beat["time"] if last.beat is not None else last.began

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.files import read_json
-from paws_hpc.stages.attempts import Start
+from paws_hpc.stages.attempts import Attempt
 
 _TAIL_BYTES = 1 << 20  # of a metrics file; holds some tens of epochs
 _LOG_BYTES = 1 << 16
@@ -104,9 +104,9 @@ def tail_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def first_failure(start: Start) -> dict[str, Any] | None:
-    """Of the ranks that failed in a start, the one that failed first: the others often fail of its absence."""
-    return min(start.failures, key=lambda failure: str(failure.get("time")), default=None)
+def first_failure(attempt: Attempt) -> dict[str, Any] | None:
+    """Of the ranks that failed in an attempt, the one that failed first: the others often fail of its absence."""
+    return min(attempt.failures, key=lambda failure: str(failure.get("time")), default=None)
 
 
 def log_of(logs: Path, job_id: str | None, rank: int) -> Path | None:

@@ -21,10 +21,8 @@ class OptimizerConfig:
     Attributes:
         name: ``lars``, ``sgd`` for the same momentum without layer-wise adaptation, or ``adamw`` (arXiv:1711.05101).
         momentum: in [0, 1); AdamW's beta 1.
-        beta2: AdamW's, of the mean square of gradients.
         weight_decay: at step 0, of weights of two dimensions and more; biases and normalisation parameters have none.
         final_weight_decay: at the end, reached on half a cosine; None: it stays as it is.
-        trust_coefficient: LARS's eta.
         nesterov: whether momentum looks ahead; not of AdamW.
         start_lr: learning rate at step 0 of the warm-up.
         peak_lr: learning rate after the warm-up.
@@ -34,10 +32,8 @@ class OptimizerConfig:
 
     name: str = "lars"
     momentum: float = 0.9
-    beta2: float = 0.999
     weight_decay: float = 1e-6
     final_weight_decay: float | None = None
-    trust_coefficient: float = 1e-3
     nesterov: bool = False
     start_lr: float = 0.3
     peak_lr: float = 6.4
@@ -50,12 +46,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(OPTIMIZERS)}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"optimizer.beta2={self.beta2} is not in [0, 1).")
         if self.name == "adamw" and self.nesterov:
             raise ValueError("optimizer.nesterov=true does not go with optimizer.name=adamw: set it to false.")
-        if not 0 < self.trust_coefficient < math.inf:
-            raise ValueError(f"optimizer.trust_coefficient={self.trust_coefficient} is not positive (paper: 0.001).")
         for name in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must be a number, 0 or more.")
@@ -92,26 +84,21 @@ class SupportConfig:
 
 @dataclass
 class CollapseConfig:
-    """When uniform predictions count as collapse.
+    """When a run counts as collapsed.
 
     Attributes:
-        tolerance: relative distance of both loss terms from log K below which predictions count as uniform.
-        patience_steps: consecutive steps after which it is reported.
+        patience_steps: consecutive steps, collapsed in the objective's sense, after which it is reported.
         action: ``warn`` once, or ``stop`` the run.
     """
 
-    tolerance: float = 0.02
     patience_steps: int = 1000
     action: str = "stop"
 
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
             raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
-        if not 0 <= self.tolerance < 1 or self.patience_steps < 1:
-            raise ValueError(
-                f"pretrain.collapse.tolerance={self.tolerance} must be in [0, 1) and "
-                f"pretrain.collapse.patience_steps={self.patience_steps} at least 1."
-            )
+        if self.patience_steps < 1:
+            raise ValueError(f"pretrain.collapse.patience_steps={self.patience_steps} must be at least 1.")
 
 
 @dataclass
@@ -120,14 +107,13 @@ class PretrainConfig:
 
     Attributes:
         batch_size: unlabelled images per step.
-        accumulate_steps: micro-batches per step, equal parts of its images and supports that go through the network one
-            after the other, twice, so that only one part's activations are in memory. The gradient is that of the whole
-            batch's loss, which couples all its rows (paws_hpc/engine/accumulation.py). One thing differs from a single
-            pass: batch normalisation takes the statistics of a micro-batch, over all ranks. So a run with 8 parts is
-            the same on 1, 8 and 64 GPUs, but is not the run with 1.
+        accumulate_steps: micro-batches per step. They go through the network one after the other, twice, so that only
+            one's activations are in memory. The gradient is that of the whole batch's loss
+            (paws_hpc/engine/accumulation.py); but batch normalisation takes the statistics of a micro-batch, over all
+            ranks. So a run with 8 is the same on 1, 8 and 64 GPUs, and is not the run with 1.
         epochs: passes over all training images.
         support: labelled images per step.
-        collapse: detection of uniform predictions.
+        collapse: of representations; detection.
         ema: decay d in (0, 1) of an average of the weights that takes their place wherever they are scored, fine-tuned
             or handed on: the weights of s steps ago count d^s (paws_hpc/engine/averaging.py). None: the weights
             themselves.
@@ -135,8 +121,7 @@ class PretrainConfig:
             or wider in every case.
         compile: whether the network and the augmentation go through ``torch.compile``, which takes a while at every
             start (paws_hpc/engine/compiled.py, paws_hpc/data/compiled.py).
-        log_every_steps: between rows of metrics; also how often device values are read by the host.
-        diagnose_every_steps: between the diagnostics of Fig. 4.
+        log_every_steps: between readings of metrics from the device, and between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
         checkpoint_every_steps: between checkpoints.
         keep_checkpoints: kept at any time.
@@ -151,7 +136,6 @@ class PretrainConfig:
     precision: str = "auto"
     compile: bool = False
     log_every_steps: int = 10
-    diagnose_every_steps: int = 100
     validate_every_epochs: int = 10
     checkpoint_every_steps: int = 200
     keep_checkpoints: int = 2
@@ -166,7 +150,6 @@ class PretrainConfig:
             "accumulate_steps",
             "epochs",
             "log_every_steps",
-            "diagnose_every_steps",
             "validate_every_epochs",
             "checkpoint_every_steps",
             "keep_checkpoints",
@@ -296,21 +279,18 @@ class BaselineConfig(ClassifierConfig):
 
 @dataclass
 class SuncetConfig:
-    """Supervised NCE before the nearest-neighbour score; off unless ``steps`` is positive.
+    """SuNCEt fine-tuning before the nearest-neighbour score; off unless ``steps`` is positive.
 
     Attributes:
-        steps: of SGD without weight decay; 180 in the paper's CIFAR10 recipe.
-        images_per_class: drawn per step from every class, as centre crops; all of the labelled images of a class if the
-            smallest class has fewer. Those of all classes go through the encoder at once, and the device's memory must
-            hold what they need: ImageNet's thousand classes ask for a few each.
+        steps: of SGD with momentum 0.9, without weight decay; 180 in the paper's CIFAR10 recipe.
+        images_per_class: drawn per step from every class, as centre crops; fewer if the smallest class has fewer. Those
+            of all classes go through the encoder at once: for a thousand classes choose a few each.
         learning_rate: of the first step; a cosine takes it to 0.
-        momentum: of SGD.
     """
 
     steps: int = 0
     images_per_class: int = 64
     learning_rate: float = 0.1
-    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -320,11 +300,8 @@ class SuncetConfig:
                 f"suncet.images_per_class={self.images_per_class} must be at least 2: each image is "
                 "classified by the others of its class."
             )
-        if not self.learning_rate > 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"suncet.learning_rate={self.learning_rate} must be positive and suncet.momentum="
-                f"{self.momentum} in [0, 1)."
-            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"suncet.learning_rate={self.learning_rate} must be positive.")
 
 
 @dataclass

@@ -146,13 +146,12 @@ def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS
         [{**group, "adapt": adapt and group["decayed"]} for group in groups],
         lr=config.start_lr,
         momentum=config.momentum,
-        trust_coefficient=config.trust_coefficient,
         nesterov=config.nesterov,
     )
 
 
 def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, config.beta2))
+    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, 0.999))
 
 
 _KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {

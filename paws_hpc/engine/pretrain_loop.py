@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import eager
-from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.engine.metrics import Describe, MetricsWindow, ThroughputMeter
 from paws_hpc.engine.parallel import synchronise_buffers
@@ -106,7 +104,7 @@ def log_validation(training: Pretraining, done: int, validate: Callable[[], Row]
 
 def report_window(training: Pretraining, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
     """Log the steps since the last call, and stop if one of them was the last that made sense."""
-    done = window.read(training.encoder)
+    done, collapse = window.read(training.encoder), training.config.collapse
     for step in done:
         row: Row = {
             "epoch": (step.step + 1) / training.stream.steps_per_epoch,
@@ -117,22 +115,10 @@ def report_window(training: Pretraining, window: MetricsWindow, meter: Throughpu
             row |= meter.read(len(done))
         tracker.log(step.step, row)
         step.require_finite()
-        # Without me-max its term is 0 and says nothing; cross-entropy alone then tells.
-        me_max = (
-            step.metrics["train/loss_me_max"] if training.objective.me_max else -math.log(training.monitor.num_classes)
-        )
-        uniform = training.monitor.update(step.metrics["train/loss_consistency"], me_max)
-        if uniform and not training.collapsed:
+        training.collapsed_steps = training.collapsed_steps + 1 if training.objective.collapsed(step.metrics) else 0
+        if training.collapsed_steps >= collapse.patience_steps and not training.collapsed:
             training.collapsed = True
-            _report_collapse(training.config.collapse, step.step, training.config.support.classes, tracker)
-
-
-def _report_collapse(config: CollapseConfig, step: int, classes: int, tracker: Tracker) -> None:
-    message = (
-        f"Collapse: predictions have been uniform over {classes} classes for {config.patience_steps} steps "
-        f"(step {step}: consistency near log K, me-max near -log K), where every gradient vanishes. With few labels "
-        "set objective.support_warmup_fraction=0.33, use more labels, or try another seed."
-    )
-    tracker.log(step, {"event": "collapse", "message": message})
-    if config.action == "stop":
-        raise TrainingStoppedError(message)
+            message = f"Collapse: {training.objective.collapse_message(step.step, collapse.patience_steps)}"
+            tracker.log(step.step, {"event": "collapse", "message": message})
+            if collapse.action == "stop":
+                raise TrainingStoppedError(message)

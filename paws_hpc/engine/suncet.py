@@ -71,7 +71,7 @@ def fine_tune_with_suncet(
     encoder.eval()
     dtype = next(network.parameters()).dtype
     replica = replicate(network, device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=config.momentum)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.learning_rate, momentum=0.9)
     losses = []
     for step in range(config.steps):
         control.check()

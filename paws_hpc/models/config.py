@@ -6,7 +6,6 @@ import difflib
 from dataclasses import dataclass, field
 
 NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit")
-_STATISTICS = ("global", "sync", "local")
 
 
 @dataclass
@@ -19,7 +18,6 @@ class VitConfig:
         dim: D, a multiple of ``attention_heads``.
         blocks: how many.
         attention_heads: A.
-        mlp_ratio: hidden width of a block's MLP, in D.
     """
 
     image_size: int = 224
@@ -27,7 +25,6 @@ class VitConfig:
     dim: int = 384
     blocks: int = 12
     attention_heads: int = 6
-    mlp_ratio: int = 4
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -50,17 +47,13 @@ class ModelConfig:
         vit: sizes; vit only.
         width: not of vit; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
         depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
-        channels, blocks: per stage, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
+        channels, blocks: per layer, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
             half of 32-64-128.
-        stem_stride: of the first convolution, 1 or 2; small_resnet only.
         projection_hidden_dim: default: the feature dimension (2048 times ``width`` for ResNet-50).
         projection_dim: default: the feature dimension at width 1 for a ResNet (2048 for ResNet-50 1x, 2x and 4x), else
             the feature dimension.
         prediction_head: whether z has its own head. The paper trains ImageNet with one and finds it slightly better
-            without (Table 5); CIFAR without.
-        prediction_hidden_dim: default: a quarter of the projection's output (512 for ResNet-50).
-        batch_norm: where statistics come from in training: ``global``, all ranks' images; ``sync``, the same by
-            torch.nn.SyncBatchNorm, on CUDA only; ``local``, each rank's own.
+            without (Table 5); CIFAR without. Its hidden layer has a quarter of the projection's output.
         init: file whose backbone training begins from instead of random weights, the baseline's too: torchvision's or
             timm's state dict, or a checkpoint of ours, as ``.pt``, ``.pth`` or ``.safetensors``. Heads stay random.
             Images are normalised by their own data set's statistics all the same.
@@ -77,12 +70,9 @@ class ModelConfig:
     depth: int = 28
     channels: list[int] = field(default_factory=lambda: [16, 48, 128])
     blocks: list[int] = field(default_factory=lambda: [1, 1, 1])
-    stem_stride: int = 2
     projection_hidden_dim: int | None = None
     projection_dim: int | None = None
     prediction_head: bool = False
-    prediction_hidden_dim: int | None = None
-    batch_norm: str = "global"
     init: str | None = None
     checkpoint_activations: bool = False
 
@@ -92,23 +82,16 @@ class ModelConfig:
             raise ValueError(
                 f"model.name={self.name!r} is no model. Did you mean {near!r}? Known are {', '.join(NETWORKS)}."
             )
-        for key in ("width", "stem_stride", "projection_hidden_dim", "projection_dim", "prediction_hidden_dim"):
+        for key in ("width", "projection_hidden_dim", "projection_dim"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1.")
         if self.name == "vit" and self.width != 1:
             raise ValueError(f"model.width={self.width} does not apply to vit: choose model.vit.dim instead.")
-        if self.batch_norm not in _STATISTICS:
-            raise ValueError(f"model.batch_norm={self.batch_norm!r} must be one of {', '.join(_STATISTICS)}.")
-        if self.batch_norm == "sync" and self.checkpoint_activations:
-            raise ValueError(
-                "model.checkpoint_activations=true does not go with model.batch_norm=sync, whose layers would "
-                "communicate again when blocks are recomputed. model.batch_norm=global computes the same and does not."
-            )
         if self.name == "wide_resnet" and (self.depth < 10 or (self.depth - 4) % 6):
             near_depth = max(10, 4 + 6 * round((self.depth - 4) / 6))
             raise ValueError(f"model.depth={self.depth} is not 6n + 4, as WRN-d-k needs; the nearest is {near_depth}.")
         if not self.channels or len(self.channels) != len(self.blocks) or min(self.channels + self.blocks) < 1:
             raise ValueError(
-                f"model.channels={self.channels} and model.blocks={self.blocks} need one positive number per stage."
+                f"model.channels={self.channels} and model.blocks={self.blocks} need one positive number per layer."
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from paws_hpc.models.blocks import set_recomputed
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.heads import PredictionHead, ProjectionHead
 from paws_hpc.models.initialisation import initialise
-from paws_hpc.models.norm import Statistics, set_statistics
+from paws_hpc.models.norm import set_statistics
 from paws_hpc.models.resnet import resnet18, resnet50
 from paws_hpc.models.small_resnet import SmallResNet
 from paws_hpc.models.vit import VisionTransformer
@@ -37,16 +36,15 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = _BACKBONES[config.name](config)
-        self.feature_dim = _dim(self.backbone)
+        assert isinstance(self.backbone.feature_dim, int)
+        self.feature_dim = self.backbone.feature_dim
         hidden_dim = config.projection_hidden_dim or self.feature_dim
         default_dim = self.feature_dim // config.width if config.name.startswith("resnet") else self.feature_dim
         self.output_dim = config.projection_dim or default_dim
         self.projection = ProjectionHead(self.feature_dim, hidden_dim, self.output_dim)
         self.prediction: PredictionHead | None = None
         if config.prediction_head:
-            bottleneck = config.prediction_hidden_dim or max(1, self.output_dim // 4)
-            self.prediction = PredictionHead(self.output_dim, bottleneck)
-        set_statistics(self, cast(Statistics, config.batch_norm))
+            self.prediction = PredictionHead(self.output_dim, max(1, self.output_dim // 4))
         set_recomputed(self, config.checkpoint_activations)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -133,20 +131,12 @@ def build_classifier(encoder: Encoder, num_classes: int) -> Classifier:
     return classifier.train(encoder.training)
 
 
-def _dim(backbone: nn.Module) -> int:
-    assert isinstance(backbone.feature_dim, int)
-    return backbone.feature_dim
-
-
-def _small_resnet(config: ModelConfig) -> nn.Module:
-    channels = [config.width * stage for stage in config.channels]
-    return SmallResNet(channels=channels, blocks=config.blocks, stem_stride=config.stem_stride)
-
-
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet50": lambda config: resnet50(width=config.width),
     "resnet18": lambda config: resnet18(width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
-    "small_resnet": _small_resnet,
+    "small_resnet": lambda config: SmallResNet(
+        channels=[config.width * channels for channels in config.channels], blocks=config.blocks
+    ),
     "vit": lambda config: VisionTransformer(config.vit),
 }

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules._functions import SyncBatchNorm
 
 from paws_hpc.distributed import world_size
 
-Statistics = Literal["global", "sync", "local", "frozen"]
+Statistics = Literal["global", "local", "frozen"]
 
 
 class _Moments(NamedTuple):
@@ -32,10 +31,9 @@ class _Moments(NamedTuple):
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with parameters and buffers named as in :class:`torch.nn.BatchNorm2d`.
 
-    ``statistics`` says where the training-mode mean and variance come from: the rows of all ranks ("global", or "sync"
-    by :class:`torch.nn.SyncBatchNorm`'s own code), this rank's rows ("local"), or the running statistics, which then
-    stay as they are while weight and bias train ("frozen"). Evaluation mode always takes the running statistics and
-    communicates nothing.
+    ``statistics`` says where the training-mode mean and variance come from: the rows of all ranks ("global"), this
+    rank's rows ("local"), or the running statistics, which then stay as they are while weight and bias train
+    ("frozen"). Evaluation mode always takes the running statistics and communicates nothing.
 
     ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it
     off for a while. ``tape`` holds the statistics of a pass that will run again, see :func:`recomputation`.
@@ -55,22 +53,14 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise ``input`` (B, C) or (B, C, H, W) per channel; same shape, dtype and memory format.
 
         Raises:
-            ValueError: training with no rows on this rank, with a single value per channel over all ranks, or with
-                "sync" statistics elsewhere than on CUDA.
+            ValueError: training with no rows on this rank, or with a single value per channel over all ranks.
         """
         self._check_input_dim(input)
         training = self.training and self.statistics != "frozen"
-        if training and self.statistics == "sync":
-            _require_cuda(input)
         if training and self.statistics == "global" and world_size() > 1:
             return self._normalise_over_ranks(input)
         # The running statistics are (1 - momentum) old + momentum new.
         momentum = self.momentum if self.tracked else 0.0
-        if training and self.statistics == "sync" and world_size() > 1:
-            running = (self.running_mean, self.running_var)
-            return SyncBatchNorm.apply(
-                input, self.weight, self.bias, *running, self.eps, momentum, dist.group.WORLD, world_size()
-            )
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps
         )
@@ -116,14 +106,9 @@ class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
 def set_statistics(module: nn.Module, statistics: Statistics) -> None:
     """Choose where every normalisation layer in ``module`` takes its training-mode statistics from.
 
-    "global": all ranks (pre-training). "sync": the same by PyTorch's own SyncBatchNorm, on CUDA only. "local": this
-    rank alone (fine-tuning). "frozen": the running statistics, which stay fixed while weight and bias still train.
-
-    Raises:
-        ValueError: ``statistics`` is none of the four.
+    "global": all ranks (pre-training). "local": this rank alone (fine-tuning). "frozen": the running statistics, which
+    stay fixed while weight and bias still train.
     """
-    if statistics not in get_args(Statistics):
-        raise ValueError(f"statistics={statistics!r} is unknown; choose one of {', '.join(get_args(Statistics))}.")
     for layer in _layers(module):
         layer.statistics = statistics
 
@@ -169,14 +154,6 @@ def recomputation(module: nn.Module) -> tuple[AbstractContextManager[None], Abst
 
 def _layers(module: nn.Module) -> list[_GlobalBatchNorm]:
     return [layer for layer in module.modules() if isinstance(layer, _GlobalBatchNorm)]
-
-
-def _require_cuda(input: Tensor) -> None:
-    if not input.is_cuda:
-        raise ValueError(
-            f"model.batch_norm=sync is torch.nn.SyncBatchNorm, which runs on CUDA only, but images are on "
-            f"{input.device}. model.batch_norm=global computes the same on every device."
-        )
 
 
 @torch.no_grad()

@@ -70,11 +70,11 @@ class Bottleneck(ResidualBlock):
 
 
 class ResNet(nn.Module):
-    """Residual backbone: 7x7 stem, four stages, global average pooling.
+    """Residual backbone: 7x7 stem, four layers of blocks, global average pooling.
 
     Args:
         block: the kind of block.
-        blocks: how many of them in each of the four stages.
+        blocks: how many of them in each of the four layers.
         width: multiplies **all** channels, the stem and the blocks' inner ones included. (torchvision's
             ``wide_resnet50_2`` widens the inner ones only.)
     """
@@ -86,21 +86,20 @@ class ResNet(nn.Module):
         self.bn1 = GlobalBatchNorm2d(channels)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = channels
-        for stage, count in enumerate(blocks):
-            layers: list[nn.Module] = []
+        for layer, count in enumerate(blocks):
+            members: list[nn.Module] = []
             for position in range(count):
-                stride = 2 if stage > 0 and position == 0 else 1
-                layers.append(block(inputs, channels * 2**stage, stride))
-                inputs = channels * 2**stage * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
-        self.stages = len(blocks)
+                members.append(block(inputs, channels * 2**layer, 2 if layer > 0 and position == 0 else 1))
+                inputs = channels * 2**layer * block.expansion
+            self.add_module(f"layer{layer + 1}", nn.Sequential(*members))
+        self.layers = len(blocks)
         self.feature_dim = inputs
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to features (B, ``feature_dim``)."""
         x = self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))
-        for stage in range(self.stages):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
+        for layer in range(self.layers):
+            x = self.get_submodule(f"layer{layer + 1}")(x)
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 

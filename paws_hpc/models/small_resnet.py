@@ -33,24 +33,24 @@ class SmallBlock(ResidualBlock):
 
 
 class SmallResNet(nn.Module):
-    """3x3 stem, one stage of pre-activation blocks per entry of ``channels``, normalisation, global average pooling.
+    """3x3 stem, a layer of pre-activation blocks per entry of ``channels``, normalisation, global average pooling.
 
     Args:
-        channels: the channels of each stage; the stem has the first stage's. All but the first stage halve the size.
-        blocks: how many blocks each stage has; as long as ``channels``.
+        channels: of each layer; the stem has the first layer's. All but the first layer halve the size.
+        blocks: of each layer; as many as ``channels``.
         stem_stride: 2 halves the image at once, which quarters the cost.
     """
 
-    def __init__(self, *, channels: Sequence[int], blocks: Sequence[int], stem_stride: int) -> None:
+    def __init__(self, *, channels: Sequence[int], blocks: Sequence[int], stem_stride: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, channels[0], 3, stride=stem_stride, padding=1, bias=False)
         inputs = channels[0]
-        stages: list[nn.Module] = []
-        for stage, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+        layers: list[nn.Module] = []
+        for layer, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
             for position in range(count):
-                stages.append(SmallBlock(inputs, outputs, 2 if stage > 0 and position == 0 else 1))
+                layers.append(SmallBlock(inputs, outputs, 2 if layer > 0 and position == 0 else 1))
                 inputs = outputs
-        self.blocks = nn.Sequential(*stages)
+        self.blocks = nn.Sequential(*layers)
         self.norm = GlobalBatchNorm2d(inputs)
         self.feature_dim = inputs
 

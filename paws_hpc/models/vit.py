@@ -51,7 +51,7 @@ class TransformerBlock(ResidualBlock):
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = Attention(config.dim, config.attention_heads)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = Mlp(config.dim, config.mlp_ratio * config.dim)
+        self.mlp = Mlp(config.dim, 4 * config.dim)
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""

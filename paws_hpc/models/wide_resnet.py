@@ -42,8 +42,8 @@ class WideResNet(nn.Module):
     for a slip (0.99 where other libraries' convention means 0.01), it is not followed: all layers have 0.1.
 
     Args:
-        depth: 6n + 4, for n blocks in each of three stages (:class:`~paws_hpc.models.encoder.ModelConfig` checks it).
-        width: multiplies the channels 16, 32, 64 of the stages; the stem keeps its 16.
+        depth: 6n + 4, for n blocks in each of three layers (:class:`~paws_hpc.models.encoder.ModelConfig` checks it).
+        width: multiplies the channels 16, 32, 64 of the layers; the stem keeps its 16.
     """
 
     def __init__(self, *, depth: int, width: int) -> None:
@@ -52,19 +52,19 @@ class WideResNet(nn.Module):
         assert depth == 6 * blocks + 4
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
         inputs = 16
-        for stage in range(3):
-            channels = 16 * width * 2**stage
-            layers: list[nn.Module] = []
+        for layer in range(3):
+            channels = 16 * width * 2**layer
+            members: list[nn.Module] = []
             for position in range(blocks):
-                layers.append(WideBlock(inputs, channels, 2 if stage > 0 and position == 0 else 1))
+                members.append(WideBlock(inputs, channels, 2 if layer > 0 and position == 0 else 1))
                 inputs = channels
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+            self.add_module(f"layer{layer + 1}", nn.Sequential(*members))
         self.bn1 = GlobalBatchNorm2d(inputs)
         self.feature_dim = inputs
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to features (B, ``feature_dim``)."""
         x = self.conv1(images)
-        for stage in range(3):
-            x = self.get_submodule(f"layer{stage + 1}")(x)
+        for layer in range(3):
+            x = self.get_submodule(f"layer{layer + 1}")(x)
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.bn1(x), inplace=True), 1), 1)

@@ -1,60 +1,136 @@
-"""What pre-training minimises. Without torch, so that a run can be described and submitted before it is loaded."""
+"""What pre-training can minimise: the config of each objective, by name.
+
+Without torch, so that a run can be described and submitted before torch is loaded. The objects stand in a module each.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paws_hpc.objective.base import Objective
+
+TARGET_FLOOR = 1e-4
+"""Target entries below it count as 0. The paper is silent about it; its code has this value."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """What is minimised in pre-training.
-
-    The defaults are the paper's. The support warm-up is **not** the paper's: it adds the supervised NCE loss over the
-    supports with a weight that falls linearly to 0, so that small runs on few labels leave the neighbourhood of
-    uniform predictions, where every gradient of PAWS vanishes. It is off unless ``support_warmup_fraction`` is set.
-    Appendix D's two alternatives, which the paper describes and does not use, are off too.
+    """What all objectives have.
 
     Attributes:
-        temperature: tau of the similarity classifier.
-        sharpening: T of the targets and of the mean entropy.
-        target_floor: target entries below it are set to 0, without renormalising; 0 keeps all.
-        me_max: whether the mean entropy is maximised.
-        label_smoothing: s in [0, 1); labels of supports are 1 - s + s/K and s/K.
-        true_label_targets: whether an image that is labelled itself has its class as the target of all its views, not
-            its other view's prediction (D.1). It needs the labelled images to be among the unlabelled ones, and in a
-            step it concerns those whose class is among the K drawn.
-        open_set_weighting: whether an unlabelled image weighs the less, the less it resembles any support, for data in
-            which some images are of no labelled class (paws_hpc/objective/open_set.py). Ours, not the paper's.
-        entropy_weight: of the mean entropy of predictions, which is minimised (D.2).
-        support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
-        support_warmup_weight: weight of the support loss at step 0.
+        name: of the objective; a key of :data:`OBJECTIVES`. ``objective=NAME`` chooses it.
+        temperature: tau of the similarity classifier, also where PAWS-NN scores.
     """
 
+    name: str = ""
     temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.require("temperature", self.temperature > 0, "above 0 (the paper's is 0.1)")
+
+    def require(self, field: str, holds: bool, wanted: str) -> None:
+        """Raise ValueError unless ``holds``."""
+        if not holds:
+            raise ValueError(f"objective.{field}={getattr(self, field)} must be {wanted}.")
+
+    def check_run(self, *, rows_per_class: int, labelled: str | None) -> None:
+        """Raise ValueError if this objective cannot train so.
+
+        Args:
+            rows_per_class: support rows of each class in a step.
+            labelled: ``data.labelled``.
+        """
+
+    def few_labels_warning(self, fewest: int) -> str | None:
+        """What to warn of where a class has only ``fewest`` labelled images."""
+        return None
+
+    def build(self, *, num_classes: int, total_steps: int) -> Objective:
+        """The objective of a run with ``num_classes`` classes in each support mini-batch."""
+        raise NotImplementedError
+
+
+_FEW = 4
+
+
+@dataclass
+class PawsConfig(ObjectiveConfig):
+    """PAWS (arXiv:2104.13963). The defaults are the paper's.
+
+    The support warm-up is **not** the paper's: it adds the supervised NCE loss over the supports with a weight that
+    falls linearly from 1 to 0, so that small runs on few labels leave the neighbourhood of uniform predictions, where
+    every gradient of PAWS vanishes. It is off unless ``support_warmup_fraction`` is set. Appendix D's two alternatives,
+    which the paper describes and does not use, are off too.
+
+    Attributes:
+        sharpening: T of the targets and of the mean entropy.
+        me_max: whether the mean entropy is maximised.
+        label_smoothing: s in [0, 1); labels of supports are 1 - s + s/K and s/K.
+        true_label_targets: the target of all views of a labelled image is its class (D.1), if that class is among the K
+            of the step. Needs the labelled images to be among the unlabelled ones.
+        entropy_weight: of the mean entropy of predictions, which is minimised (D.2).
+        support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
+    """
+
+    name: str = "paws"
     sharpening: float = 0.25
-    target_floor: float = 1e-4
     me_max: bool = True
     label_smoothing: float = 0.1
     true_label_targets: bool = False
-    open_set_weighting: bool = False
     entropy_weight: float = 0.0
     support_warmup_fraction: float = 0.0
-    support_warmup_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
-        _require("temperature", self.temperature, self.temperature > 0, "above 0 (the paper's is 0.1)")
-        _require("sharpening", self.sharpening, 0 < self.sharpening <= 1, "in (0, 1] (the paper's is 0.25)")
-        _require("target_floor", self.target_floor, 0 <= self.target_floor < 1, "in [0, 1); 0 keeps every entry")
-        _require("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
-        entropy = self.entropy_weight
-        _require("entropy_weight", entropy, 0 <= entropy < math.inf, "0 or more; 0 is off")
-        fraction, weight = self.support_warmup_fraction, self.support_warmup_weight
-        _require("support_warmup_fraction", fraction, 0 <= fraction <= 1, "a share of all steps in [0, 1]; 0 is off")
-        _require("support_warmup_weight", weight, weight >= 0, "0 or more; support_warmup_fraction=0 turns it off")
+        super().__post_init__()
+        self.require("sharpening", 0 < self.sharpening <= 1, "in (0, 1] (the paper's is 0.25)")
+        self.require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        self.require("entropy_weight", 0 <= self.entropy_weight < math.inf, "0 or more; 0 is off")
+        self.require("support_warmup_fraction", 0 <= self.support_warmup_fraction <= 1, "in [0, 1]; 0 is off")
+
+    def check_run(self, *, rows_per_class: int, labelled: str | None) -> None:
+        """Refuse options that the run's data do not allow."""
+        if self.support_warmup_fraction > 0 and rows_per_class < 2:
+            raise ValueError(
+                "objective.support_warmup_fraction classifies each support row by the others of its class, but "
+                "views.support_views * pretrain.support.images_per_class is 1. Set views.support_views=2 or turn the "
+                "warm-up off with objective.support_warmup_fraction=0."
+            )
+        if self.true_label_targets and labelled is not None:
+            raise ValueError(
+                "objective.true_label_targets=true needs the labelled images among those of data.train, but "
+                f"data.labelled={labelled} is another store. Turn it off with objective.true_label_targets=false."
+            )
+
+    def few_labels_warning(self, fewest: int) -> str | None:
+        """Collapse is likely without the support warm-up."""
+        if fewest > _FEW or self.support_warmup_fraction > 0:
+            return None
+        return (
+            f"A class has no more than {fewest} labelled image{'' if fewest == 1 else 's'}, and "
+            "objective.support_warmup_fraction=0: runs with so few labels can collapse to uniform predictions. Set "
+            "objective.support_warmup_fraction=0.33 and views.support_views=2."
+        )
+
+    def build(self, *, num_classes: int, total_steps: int) -> Objective:
+        """:class:`paws_hpc.objective.paws.Paws`."""
+        from paws_hpc.objective.paws import Paws  # noqa: PLC0415 - loads torch
+
+        return Paws(self, num_classes=num_classes, total_steps=total_steps)
 
 
-def _require(field: str, value: float, holds: bool, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"objective.{field}={value} must be {wanted}.")
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in (PawsConfig,)}
+"""Each has a file ``conf/objective/NAME.yaml`` too."""
+
+
+def objective_config(name: object) -> ObjectiveConfig:
+    """The defaults of an objective.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective.name={name!r} is no objective. Choose one of {', '.join(OBJECTIVES)}.")
+    return OBJECTIVES[str(name)]()

@@ -87,10 +87,13 @@ def class_labels(classes: Tensor, num_classes: int, *, smoothing: float, device:
     starts = (counts.cumsum(0) - counts).repeat_interleave(counts)
     rows = torch.full((int(counts.max()), num_classes), len(classes))
     rows[torch.arange(len(classes)) - starts, classes[order]] = order
-    together = torch.cat([classes, rows.flatten()])
-    if device.type == "cuda":
-        together = together.pin_memory().to(device, non_blocking=True)
+    together = on_device(torch.cat([classes, rows.flatten()]), device)
     return ClassLabels(together[: len(classes)], together[len(classes) :].view_as(rows), smoothing)
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy from host memory without making the host wait; that takes pinned memory."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def log_mixture(logits: Tensor, labels: ClassLabels) -> Tensor:

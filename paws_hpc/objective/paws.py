@@ -6,6 +6,9 @@ view-major: [large 1 (n); large 2 (n); small 1 (n); ...; small m (n)].
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +16,10 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.metrics import Metric
-from paws_hpc.objective.labels import smooth_labels
+from paws_hpc.objective.base import Objective, Step
+from paws_hpc.objective.config import TARGET_FLOOR, PawsConfig
+from paws_hpc.objective.labels import class_labels, on_device, smooth_labels
+from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import (
     Labels,
     cross_entropy,
@@ -33,15 +39,14 @@ METRICS = [
     Metric("train/loss_support_nce", "Support warm-up loss", "nats", "Loss", "support NCE", False,
            "Support NCE is added with a weight that falls to 0; it keeps runs with few labels from collapsing and is "
            "no part of the paper."),
-    Metric("train/image_weight", "Weight of unlabelled images", "fraction",
-           description="The mean weight of the unlabelled images in the loss."),
+    Metric("train/confidence", "Confidence of the targets", "fraction", "Confidence", "confidence",
+           description="Mean probability of a target's most likely class (Fig. 4 of the paper)."),
+    Metric("train/instance_discrimination", "Instance discrimination", "nats", "Diagnostics", "instance discrimination",
+           description="NT-Xent on the unlabelled rows (instance discrimination), never trained on (Fig. 4 of the "
+           "paper)."),
+    Metric("train/support_classification", "Support classification", "nats", "Diagnostics", "support classification",
+           description="Supervised NCE on the supports (support classification), as a diagnostic never trained on."),
 ]  # fmt: skip
-
-
-def support_warmup_weight(step: int, *, total_steps: int, fraction: float, weight: float) -> float:
-    """Weight of the support loss: ``weight`` at step 0, falling linearly to 0 at step ``fraction * total_steps``."""
-    duration = fraction * total_steps
-    return weight * max(0.0, 1 - step / duration) if duration > 0 else 0.0
 
 
 class TrueClasses(NamedTuple):
@@ -86,10 +91,9 @@ def paws_loss(
     sharpening: float = 0.25,
     num_small_crops: int = 6,
     me_max: bool = True,
-    target_floor: float = 1e-4,
+    target_floor: float = TARGET_FLOOR,
     true_classes: TrueClasses | None = None,
     entropy_weight: float = 0.0,
-    image_weights: Tensor | None = None,
 ) -> PawsLoss:
     """The loss of this rank's images against the supports of all ranks.
 
@@ -111,11 +115,9 @@ def paws_loss(
         num_small_crops: m.
         me_max: whether to maximise the mean entropy.
         target_floor: target entries below it are set to 0 after small crops' targets are averaged, without
-            renormalising. The paper is silent about it; its code has 1e-4. 0 keeps every entry.
+            renormalising. 0 keeps every entry.
         true_classes: images whose class, as one-hot label, is the target of all their views (Appendix D.1).
         entropy_weight: of the mean entropy of predictions (Appendix D.2).
-        image_weights: (n,) positive constants; every mean over rows, that of me-max included, becomes a weighted mean
-            over the rows of all ranks. Only their ratios count. None: all images weigh the same.
 
     Returns:
         :class:`PawsLoss`, float32 (float64 for float64 features). No gradient flows to targets and target supports.
@@ -125,56 +127,48 @@ def paws_loss(
     """
     _check_rows(anchors, targets, num_small_crops)
     with full_precision(anchors):
-        log_predictions = log_soft_nearest_neighbours(anchors, anchor_supports, support_labels, temperature=temperature)
-        sharpened = _sharpened_targets(
-            targets, target_supports, support_labels, temperature=temperature, sharpening=sharpening
+        with torch.no_grad():
+            log_targets = log_soft_nearest_neighbours(targets, target_supports, support_labels, temperature=temperature)
+            sharpened = log_sharpen(log_targets, temperature=sharpening)
+        return view_loss(
+            log_soft_nearest_neighbours(anchors, anchor_supports, support_labels, temperature=temperature),
+            sharpened,
+            sharpening=sharpening,
+            num_small_crops=num_small_crops,
+            me_max=me_max,
+            target_floor=target_floor,
+            true_classes=true_classes,
+            entropy_weight=entropy_weight,
         )
-        wanted = _targets_of_views(sharpened, num_small_crops, target_floor)
-        if true_classes is not None:
-            wanted = _true_where_known(wanted, true_classes)
-        shares = None if image_weights is None else _shares(image_weights, log_predictions)
-        consistency = _mean_over_rows(cross_entropy(wanted, log_predictions), shares)
-        if me_max:
-            sharpened_predictions = log_sharpen(log_predictions, temperature=sharpening)
-            mean_prediction = distributed.mean_over_ranks(_mean_over_rows(sharpened_predictions, shares))
-            regulariser = -_entropy(mean_prediction)
-        else:
-            regulariser = torch.zeros_like(consistency)
-        entropy, total = torch.zeros_like(consistency), consistency + regulariser
-        if entropy_weight > 0:
-            entropy = _mean_over_rows(cross_entropy(log_predictions.exp(), log_predictions), shares)
-            total = total + entropy_weight * entropy
-    return PawsLoss(total, consistency, regulariser, sharpened.amax(-1).mean(), entropy)
 
 
-@torch.no_grad()
-def _sharpened_targets(
-    targets: Tensor, supports: Tensor, labels: Labels, *, temperature: float, sharpening: float
-) -> Tensor:
-    """(2n, K) sharpened predictions for the large crops, in their own order."""
-    log_predictions = log_soft_nearest_neighbours(targets, supports, labels, temperature=temperature)
-    return log_sharpen(log_predictions, temperature=sharpening)
-
-
-def _targets_of_views(sharpened: Tensor, num_small_crops: int, floor: float) -> Tensor:
-    """((2 + m) n, K): large crops get each other's target, small crops the mean of both; then the floor."""
-    first, second = sharpened.chunk(2)
+def view_loss(
+    log_predictions: Tensor,
+    sharpened: Tensor,
+    *,
+    sharpening: float,
+    num_small_crops: int,
+    me_max: bool,
+    target_floor: float = TARGET_FLOOR,
+    true_classes: TrueClasses | None = None,
+    entropy_weight: float = 0.0,
+) -> PawsLoss:
+    """:func:`paws_loss` of predictions ((2 + m) n, K), as logarithms, and sharpened targets (2n, K)."""
+    first, second = sharpened.chunk(2)  # a large crop's target is the other one's, a small crop's their mean
     wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
-    return wanted.masked_fill(wanted < floor, 0)
-
-
-@torch.no_grad()
-def _shares(image_weights: Tensor, rows: Tensor) -> Tensor:
-    """(R,) weights of the rows whose mean over all ranks is 1; equal weights give 1 to the bit."""
-    shares = image_weights.to(rows.dtype) / distributed.mean_over_ranks(image_weights.to(rows.dtype).mean())
-    return shares.repeat(rows.shape[0] // len(shares))
-
-
-def _mean_over_rows(values: Tensor, shares: Tensor | None) -> Tensor:
-    """(R, ...) to (...): this rank's part of the weighted mean over all ranks, which is the mean of the parts."""
-    if shares is None:
-        return values.mean(0)
-    return (values * shares.view(-1, *[1] * (values.ndim - 1))).mean(0)
+    wanted = wanted.masked_fill(wanted < target_floor, 0)
+    if true_classes is not None:
+        wanted = _true_where_known(wanted, true_classes)
+    total = consistency = cross_entropy(wanted, log_predictions).mean()
+    regulariser = entropy = torch.zeros_like(consistency)
+    if me_max:
+        mean_prediction = log_sharpen(log_predictions, temperature=sharpening).mean(0)
+        regulariser = -_entropy(distributed.mean_over_ranks(mean_prediction))
+        total = total + regulariser
+    if entropy_weight > 0:
+        entropy = cross_entropy(log_predictions.exp(), log_predictions).mean()
+        total = total + entropy_weight * entropy
+    return PawsLoss(total, consistency, regulariser, sharpened.amax(-1).mean(), entropy)
 
 
 def _true_where_known(wanted: Tensor, true: TrueClasses) -> Tensor:
@@ -204,3 +198,113 @@ def _check_rows(anchors: Tensor, targets: Tensor, num_small_crops: int) -> None:
             f"{targets.shape[0]} target rows: {anchors.shape[0]} anchor rows with num_small_crops={num_small_crops} "
             f"need {2 * images}, one for each large crop."
         )
+
+
+_COLLAPSE_TOLERANCE = 0.02  # of log K
+
+
+class Paws(Objective):
+    """PAWS with the options of its config."""
+
+    def __init__(self, config: PawsConfig, *, num_classes: int, total_steps: int) -> None:
+        self.config, self.num_classes, self.total_steps = config, num_classes, total_steps
+
+    def __call__(self, batch: Step, h: Tensor, z: Tensor, *, diagnosed: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one step, see :class:`Objective`."""
+        config, rows, images = self.config, batch.num_support_rows, len(batch.records)
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        supports, target_supports = distributed.gather_rows_and_constants(z[:rows], h[:rows], dtype=wide)
+        labels = class_labels(
+            batch.support_classes, self.num_classes, smoothing=config.label_smoothing, device=z.device
+        )
+        anchors, targets = z[rows:].to(wide), h[rows : rows + 2 * images].detach().to(wide)
+        true_classes = None
+        if config.true_label_targets:
+            true_classes = TrueClasses(on_device(batch.known, z.device), on_device(batch.known_classes, z.device))
+        loss = self.loss(anchors, supports, targets, target_supports, labels, true_classes=true_classes)
+        total, metrics = loss.total, {"train/loss_consistency": loss.consistency}
+        if config.me_max:
+            metrics["train/loss_me_max"] = loss.me_max
+        if config.entropy_weight > 0:
+            metrics["train/loss_entropy"] = loss.entropy
+        warmup = support_warmup_weight(
+            batch.step, total_steps=self.total_steps, fraction=config.support_warmup_fraction
+        )
+        if warmup > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
+            hard = replace(labels, smoothing=0.0)
+            metrics["train/loss_support_nce"] = supervised_nce(supports, hard, temperature=config.temperature)
+            total = total + warmup * metrics["train/loss_support_nce"]
+        if diagnosed:
+            metrics |= diagnose(anchors[: 2 * images], supports, labels, temperature=config.temperature)
+            metrics["train/confidence"] = loss.confidence
+        return total, metrics
+
+    def loss(
+        self,
+        anchors: Tensor,
+        supports: Tensor,
+        targets: Tensor,
+        target_supports: Tensor,
+        labels: Labels,
+        *,
+        true_classes: TrueClasses | None,
+    ) -> PawsLoss:
+        """Arguments and result as of :func:`paws_loss`."""
+        config = self.config
+        return paws_loss(
+            anchors,
+            supports,
+            targets,
+            target_supports,
+            labels,
+            temperature=config.temperature,
+            sharpening=config.sharpening,
+            num_small_crops=2 * len(anchors) // len(targets) - 2,
+            me_max=config.me_max,
+            true_classes=true_classes,
+            entropy_weight=config.entropy_weight,
+        )
+
+    def collapsed(self, metrics: Mapping[str, float]) -> bool:
+        """Whether predictions are uniform.
+
+        Then consistency is log K and me-max -log K, the total is 0 and so are all gradients. A run passes close to this
+        point in its first steps; only staying there is a collapse. Without me-max, consistency alone says it.
+        """
+        bound = (1 - _COLLAPSE_TOLERANCE) * math.log(self.num_classes)
+        return metrics["train/loss_consistency"] >= bound and (
+            not self.config.me_max or metrics["train/loss_me_max"] <= -bound
+        )
+
+    def collapse_message(self, step: int, steps: int) -> str:
+        """What happened and what helps."""
+        return (
+            f"predictions have been uniform over {self.num_classes} classes for {steps} steps (step {step}: "
+            "consistency near log K, me-max near -log K), where every gradient vanishes. With few labels set "
+            "objective.support_warmup_fraction=0.33, use more labels, or try another seed."
+        )
+
+
+def support_warmup_weight(step: int, *, total_steps: int, fraction: float) -> float:
+    """Weight of the support loss: 1 at step 0, falling linearly to 0 at step ``fraction * total_steps``."""
+    duration = fraction * total_steps
+    return max(0.0, 1 - step / duration) if duration > 0 else 0.0
+
+
+@torch.no_grad()
+def diagnose(large_crops: Tensor, supports: Tensor, labels: Labels, *, temperature: float) -> dict[str, Tensor]:
+    """The paper's figure 4b, in nats; nothing is communicated.
+
+    Args:
+        large_crops: (2n, D) z of this rank's large crops: n first views, then the n second views.
+        supports: (S, D) z of the supports of all ranks.
+        labels: of the supports.
+        temperature: of both contrastive losses.
+
+    Returns:
+        0-dimensional: NT-Xent among the 2n rows of a rank (so that its value depends on n), and supervised NCE.
+    """
+    return {
+        "train/instance_discrimination": nt_xent(large_crops, temperature=temperature),
+        "train/support_classification": supervised_nce(supports, labels, temperature=temperature),
+    }

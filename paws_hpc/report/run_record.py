@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.files import read_json
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
-from paws_hpc.stages.attempts import stage_times
+from paws_hpc.stages.attempts import stage_state
 from paws_hpc.trial import Trial
 
 _WORDS = ("event", "message")
@@ -119,12 +119,12 @@ class RunRecord:
     @property
     def me_max(self) -> bool:
         """Whether its objective maximises the mean entropy."""
-        return bool(self.settings.get("objective.me_max", ObjectiveConfig.me_max))
+        return bool(self.settings.get("objective.me_max", PawsConfig.me_max))
 
     @property
     def entropy_weight(self) -> float:
         """By which its objective minimises the entropy of predictions (D.2); 0 is off."""
-        weight: float = self.settings.get("objective.entropy_weight", ObjectiveConfig.entropy_weight)
+        weight: float = self.settings.get("objective.entropy_weight", PawsConfig.entropy_weight)
         return weight
 
     @property
@@ -138,7 +138,7 @@ class RunRecord:
         """Name, state and seconds of every stage; empty where no chain was begun."""
         if not self.chain:
             return []
-        told = {stage: stage_times(self.folder / "jobs", stage) for stage in STAGES}
+        told = {stage: stage_state(self.folder / "jobs", stage) for stage in STAGES}
         return [{"name": stage, "state": state, "seconds": seconds} for stage, (state, seconds) in told.items()]
 
     def state(self, stage: str) -> str:

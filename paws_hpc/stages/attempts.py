@@ -1,9 +1,9 @@
-"""The starts of a job as files: who holds it, since when, and how each start ended.
+"""The attempts of a job as files: who holds it, since when, and how each attempt ended.
 
-A job (a stage, or a trial of a sweep) is started anew whenever it was preempted, crashed or launched again. Each start
+A job (a stage, or one trial of a sweep) begins a new attempt whenever it was preempted, crashed or launched again. Each
 is a numbered file ``start-0001.json`` in the job's folder, which can be created only once: creating the next number
 takes the job over, and the holder of the number before finds it at its next write and stops. That is a lease with
-fencing: a start that was believed dead, on a node that lost its network say, cannot write over its successor's work.
+fencing: an attempt that was believed dead, on a node that lost its network say, cannot write over its successor's work.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _LOOK_AGAIN_S = 2.0
 
 
 class LeaseHeldError(RuntimeError):
-    """Another start of the job is alive."""
+    """Another attempt of the job is alive."""
 
 
 class LeaseLostError(RuntimeError):
-    """Another start of the job has taken over."""
+    """Another attempt of the job has taken over."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who starts a job.
+    """Who runs an attempt of a job.
 
     Attributes:
         job: its name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
         job_id: the scheduler's; None without a scheduler.
         restart: how often the scheduler has started this id before.
-        key: known to all ranks of this start and to no other start, so that they can name their failures.
+        key: known to all ranks of this attempt and to no other attempt, so that they can name their failures.
         host: of rank 0.
         pid: of rank 0.
         ranks: processes that run it together.
-        progress: training steps of the newest checkpoint at the start, 0 where there is none.
+        progress: training steps of the newest checkpoint when the attempt began, 0 where there is none.
     """
 
     job: str
@@ -69,8 +69,8 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Start:
-    """A start as its files tell.
+class Attempt:
+    """An attempt as its files tell.
 
     Attributes:
         folder: of the job.
@@ -79,7 +79,7 @@ class Start:
         began: ISO time, UTC.
         beat: the last heartbeat (``beat``, ``time``), None before the first.
         end: how it ended (``how``, ``step``, ``seconds``, ``message``), None while it runs or if it was killed.
-        failures: what ranks said when they failed (``rank``, ``type``, ``message``, ``definite``, ``host``, ``time``).
+        failures: what ranks said when they failed (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).
     """
 
     folder: Path
@@ -100,17 +100,17 @@ class Start:
         return (datetime.fromisoformat(self.beat["time"]) - datetime.fromisoformat(self.began)).total_seconds()
 
 
-def read_starts(folder: Path) -> list[Start]:
-    """All starts of the job whose folder this is, oldest first; none if it was never started."""
+def read_attempts(folder: Path) -> list[Attempt]:
+    """All attempts of the job whose folder this is, oldest first; none if it was never started."""
     return [_read(path) for path in sorted(folder.glob("start-*.json"))]
 
 
-def _read(path: Path) -> Start:
+def _read(path: Path) -> Attempt:
     folder, number = path.parent, path.stem.removeprefix("start-")
     value = read_json(path)
     began = value.pop("began")
     end = folder / f"end-{number}.json"
-    return Start(
+    return Attempt(
         folder=folder,
         number=int(number),
         holder=Holder(**value),
@@ -122,44 +122,46 @@ def _read(path: Path) -> Start:
 
 
 def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
-    """What the ranks of a start said when they failed (``rank``, ``type``, ``message``, ``definite``, …)."""
+    """What the ranks of an attempt said when they failed (``rank``, ``type``, ``message``, ``permanent``, …)."""
     return [
         read_json(path) | {"rank": int(path.stem.rpartition("rank")[2])}
         for path in sorted(folder.glob(f"failure-{key}-rank*.json"))
     ]
 
 
-def stage_times(jobs: Path, stage: str) -> tuple[str, float | None]:
-    """The state of a stage, as the starts of its jobs tell, and the seconds that they took together.
+def stage_state(jobs: Path, stage: str) -> tuple[str, float | None]:
+    """The state of a stage, as the attempts of its jobs tell, and the seconds that they took together.
 
     Args:
         jobs: the folder of all jobs of a run.
         stage: its name.
 
     Returns:
-        ``pending``, ``running`` (or killed, which nobody could write down), ``failed``, or else how the last start of
+        ``pending``, ``running`` (or killed, which nobody could write down), ``failed``, or else how the last attempt of
         its last job ended; seconds are None for a stage that was never started.
     """
     folders = sorted({path.parent for path in (jobs / stage).rglob("start-*.json")})
-    starts = [read_starts(folder) for folder in folders]
-    if not starts:
+    attempts = [read_attempts(folder) for folder in folders]
+    if not attempts:
         return "pending", None
-    ends = [several[-1].end["how"] if several[-1].end else "running" for several in starts]
+    ends = [several[-1].end["how"] if several[-1].end else "running" for several in attempts]
     state = next((how for how in ("failed", "crashed", "running") if how in ends), ends[-1])
-    return state.replace("crashed", "failed"), round(sum(start.seconds for several in starts for start in several), 2)
+    return state.replace("crashed", "failed"), round(
+        sum(attempt.seconds for several in attempts for attempt in several), 2
+    )
 
 
 def read_beat(folder: Path, number: int) -> dict[str, Any] | None:
-    """The last heartbeat of a start, None before the first."""
+    """The last heartbeat of an attempt, None before the first."""
     path = folder / f"beat-{number:04d}.json"
     return read_json(path) if path.exists() else None
 
 
 class Lease:
-    """The right to write a job's files, held by rank 0 of one start; a context manager that keeps its heart beating."""
+    """The right to write a job's files, held by rank 0 of one attempt; a context manager that writes heartbeats."""
 
     def __init__(self, folder: Path, number: int) -> None:
-        """Of the start ``number``, which exists; :func:`acquire` makes one."""
+        """Of the attempt ``number``, which exists; :func:`acquire` makes one."""
         self.folder, self.number = folder, number
         self.ended = False
         self._began = time.monotonic()
@@ -167,15 +169,15 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def fence(self) -> None:
-        """Raise LeaseLostError if another start has taken over; called before every write that others rely on."""
-        if _start_path(self.folder, self.number + 1).exists():
+        """Raise LeaseLostError if another attempt has taken over; called before every write that others rely on."""
+        if _attempt_path(self.folder, self.number + 1).exists():
             raise LeaseLostError(
-                f"Start {self.number + 1} of {self.folder} has taken over from start {self.number}, which is this "
+                f"Attempt {self.number + 1} of {self.folder} has taken over from attempt {self.number}, which is this "
                 f"process ({os.getpid()} on {socket.gethostname()}). It stops here and writes nothing more."
             )
 
     def end(self, how: str, *, step: int | None = None, message: str | None = None) -> None:
-        """Record how this start ended.
+        """Record how this attempt ended.
 
         Args:
             how: ``done``, ``requeued``, ``cancelled``, ``failed`` or ``interrupted``.
@@ -206,35 +208,35 @@ class Lease:
         self._thread.join()
 
 
-def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Start], bool], wait_s: float) -> Lease:
-    """Begin the next start of a job.
+def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Attempt], bool], wait_s: float) -> Lease:
+    """Begin the next attempt of a job.
 
     Args:
         folder: of the job.
-        holder: who starts it.
-        is_alive: whether an earlier start that recorded no end still runs.
-        wait_s: to wait for such a start to end, for a cancelled job has some seconds to leave.
+        holder: who begins it.
+        is_alive: whether an earlier attempt that recorded no end still runs.
+        wait_s: to wait for such an attempt to end, for a cancelled job has some seconds to leave.
 
     Raises:
-        LeaseHeldError: another start is alive, or began at the same moment.
+        LeaseHeldError: another attempt is alive, or began at the same moment.
     """
     deadline = time.monotonic() + wait_s
-    starts = read_starts(folder)
-    while starts and starts[-1].end is None and is_alive(starts[-1]):
-        other = starts[-1].holder
+    attempts = read_attempts(folder)
+    while attempts and attempts[-1].end is None and is_alive(attempts[-1]):
+        other = attempts[-1].holder
         if time.monotonic() > deadline:
             raise LeaseHeldError(
-                f"{folder} is in the hands of {_who(other)}, which began {starts[-1].began}. Two writers would spoil "
+                f"{folder} is in the hands of {_who(other)}, which began {attempts[-1].began}. Two writers would spoil "
                 "the run: wait for that job or cancel it, then launch again."
             )
         time.sleep(_LOOK_AGAIN_S)
-        starts = read_starts(folder)
-    number = len(starts) + 1
+        attempts = read_attempts(folder)
+    number = len(attempts) + 1
     try:
-        create_json(_start_path(folder, number), asdict(holder) | {"began": now()})
+        create_json(_attempt_path(folder, number), asdict(holder) | {"began": now()})
     except FileExistsError as error:
         raise LeaseHeldError(
-            f"Two jobs started {folder} at the same moment; {_who(_read(_start_path(folder, number)).holder)} was "
+            f"Two jobs started {folder} at the same moment; {_who(_read(_attempt_path(folder, number)).holder)} was "
             "first, and this one leaves."
         ) from error
     return Lease(folder, number)
@@ -243,26 +245,26 @@ def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Start], bool], 
 def record_end(
     folder: Path, number: int, how: str, *, seconds: float, step: int | None = None, message: str | None = None
 ) -> None:
-    """Write how start ``number`` ended; see :meth:`Lease.end`."""
+    """Write how attempt ``number`` ended; see :meth:`Lease.end`."""
     write_json(folder / f"end-{number:04d}.json", {"how": how, "step": step, "seconds": seconds, "message": message})
 
 
-def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, definite: bool) -> None:
+def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, permanent: bool) -> None:
     """Say why a rank failed, for those who decide whether to try again and for ``status``.
 
     Args:
         folder: of the job.
-        key: of the start, which it may have failed to begin.
+        key: of the attempt, which it may have failed to begin.
         rank: that failed.
         error: why.
-        definite: whether trying again must fail in the same way.
+        permanent: whether trying again must fail in the same way.
     """
     write_json(
         folder / f"failure-{key}-rank{rank}.json",
         {
             "type": type(error).__name__,
             "message": str(error),
-            "definite": definite,
+            "permanent": permanent,
             "host": socket.gethostname(),
             "time": datetime.now(UTC).isoformat(),  # to the microsecond: who failed first is what people ask
         },
@@ -274,7 +276,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _start_path(folder: Path, number: int) -> Path:
+def _attempt_path(folder: Path, number: int) -> Path:
     return folder / f"start-{number:04d}.json"
 
 

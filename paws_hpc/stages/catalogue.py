@@ -7,7 +7,7 @@ from functools import cache
 from importlib import import_module
 
 from paws_hpc.metrics import COMMON, Metric
-from paws_hpc.objective import diagnostics, paws
+from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.stage_table import STAGES
 
 
@@ -19,9 +19,9 @@ def catalogue() -> dict[str, Metric]:
         ValueError: two metrics have one name.
     """
     files = dict.fromkeys(stage.function.partition(":")[0] for stage in STAGES.values())
-    stages = [import_module(file) for file in files if file.startswith("paws_hpc.stages.")]
-    declared = [*COMMON, *paws.METRICS, *diagnostics.METRICS]
-    declared += [metric for stage in stages for metric in getattr(stage, "METRICS", [])]
+    names = [f"paws_hpc.objective.{name}" for name in OBJECTIVES]
+    names += [file for file in files if file.startswith("paws_hpc.stages.")]
+    declared = [*COMMON, *(metric for name in names for metric in getattr(import_module(name), "METRICS", []))]
     known: dict[str, Metric] = {}
     for metric in declared:
         if metric.name in known:

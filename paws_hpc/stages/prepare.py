@@ -26,7 +26,6 @@ from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 _LOG = logging.getLogger(__name__)
-_FEW = 4  # labelled images of a class, with which runs have collapsed without the support warm-up (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -170,21 +169,9 @@ def _check_support(config: Config, data: RunStores) -> None:
         seed=config.seed,
         balanced=config.data.support_order == "balanced",
     )
-    counts = np.unique(labels, return_counts=True)[1]
-    if config.objective.open_set_weighting and (alone := int((counts < 2).sum())) > len(counts) - support.classes:
-        raise ValueError(
-            f"objective.open_set_weighting=true compares a support with another image of its class, but {alone} "
-            "classes have one labelled image. Label more of them, or set objective.open_set_weighting=false."
-        )
-    fewest = int(counts.min())
-    if fewest <= _FEW and config.objective.support_warmup_fraction == 0:
-        _LOG.warning(
-            "A class has no more than %d labelled image%s, and objective.support_warmup_fraction=0: runs with so few "
-            "labels can collapse to uniform predictions. Set objective.support_warmup_fraction=0.33 and "
-            "views.support_views=2.",
-            fewest,
-            "" if fewest == 1 else "s",
-        )
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    if warning := config.objective.few_labels_warning(fewest):
+        _LOG.warning("%s", warning)
     elif fewest == 1 and config.optimizer.name == "sgd":
         _LOG.warning(
             "A class has one labelled image: there optimizer.name=lars with the support warm-up was 8 points better "

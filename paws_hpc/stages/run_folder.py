@@ -82,7 +82,7 @@ class RunFolder:
         return self.path / sweep / trial.name
 
     def job(self, name: str) -> Path:
-        """Folder of the starts of a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
+        """Folder of the attempts of a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``."""
         return self.path / "jobs" / name
 
     def logs(self, stage: str) -> Path:

@@ -17,7 +17,7 @@ from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.tiny import STILL
@@ -41,7 +41,7 @@ def prepared(stores: Stores, *, parts: int, precision: str = "fp64", **changes: 
     )  # fmt: skip
     model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
     return Pretraining(
-        build_encoder(model, seed=3), objective=ObjectiveConfig(support_warmup_fraction=0.5, open_set_weighting=True),
+        build_encoder(model, seed=3), objective=PawsConfig(support_warmup_fraction=0.5),
         optimizer=OptimizerConfig(name="sgd", peak_lr=0.01, warmup_epochs=0.0),
         config=PretrainConfig(
             batch_size=BATCH, accumulate_steps=parts, epochs=1, support=SupportConfig(CLASSES, PER_CLASS),
@@ -99,7 +99,7 @@ def in_one_graph(training: Pretraining, batch: PawsBatch) -> None:
         ])
         for which in (0, 1)
     )  # fmt: skip
-    training._losses(batch, h, z)["train/loss"].backward()
+    training._losses(batch, h, z)[0].backward()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)

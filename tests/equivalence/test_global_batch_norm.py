@@ -91,11 +91,8 @@ def on_gpu(rank: int, world: int) -> Results | None:
             rows, upstream = gpu_batch(shape, dtype, constant)
             own = rows_of(rank, world, shape[0], even=even)
             local = rows[own].cuda().contiguous(memory_format=memory_format)
-            for statistics in ("global", "sync"):
-                norm = layer(len(shape)).float().cuda()
-                set_statistics(norm, statistics)
-                state = train_twice(norm, local, upstream[own].cuda())
-                results[f"{name} {dtype} {statistics}"] = {key: value.cpu().double() for key, value in state.items()}
+            state = train_twice(layer(len(shape)).float().cuda(), local, upstream[own].cuda())
+            results[f"{name} {dtype}"] = {key: value.cpu().double() for key, value in state.items()}
     return results
 
 
@@ -200,9 +197,8 @@ def test_ranks_together_equal_one_process_on_a_gpu(finished: Path):
         for name, (shape, _, _, constant) in CASES.items():
             rows, upstream = (tensor.double() for tensor in gpu_batch(shape, dtype, constant))
             truth = train_twice(layer(len(shape)), rows, upstream)
-            for statistics in ("global", "sync"):
-                key = f"{name} {dtype} {statistics}"
-                compare([results[key] for results in every], truth, key, tolerance=tolerance)
+            key = f"{name} {dtype}"
+            compare([results[key] for results in every], truth, key, tolerance=tolerance)
 
 
 def compare(ranks: list[dict[str, Tensor]], truth: dict[str, Tensor], name: str, *, tolerance: float) -> None:

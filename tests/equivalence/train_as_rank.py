@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from paws_hpc import distributed
-from paws_hpc.cluster.rendezvous import join, own_address
+from paws_hpc.cluster.rank import join
 from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig, VitConfig
 from paws_hpc.models.encoder import build_encoder
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 from paws_hpc.store import ImageStore
 from tests.ranks import Collectives
 
@@ -31,16 +31,14 @@ RECIPES = {
     "resnet": (
         ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True),
         OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
-        ObjectiveConfig(support_warmup_fraction=0.116),
+        PawsConfig(support_warmup_fraction=0.116),
     ),
     "vit": (
         ModelConfig(name="vit", vit=VitConfig(image_size=16, patch_size=4, dim=16, blocks=2, attention_heads=2)),
         OptimizerConfig(
             name="adamw", start_lr=1e-4, peak_lr=2e-4, warmup_epochs=0.1, weight_decay=0.04, final_weight_decay=0.4
         ),
-        ObjectiveConfig(
-            support_warmup_fraction=0.116, true_label_targets=True, entropy_weight=0.5, open_set_weighting=True
-        ),
+        PawsConfig(support_warmup_fraction=0.116, true_label_targets=True, entropy_weight=0.5),
     ),
 }
 
@@ -57,7 +55,7 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
     if world > 1:
         join(
             folder, start=f"{world}-{dtype}-{accumulate_steps}-{recipe}", rank=rank, world_size=world,
-            address=own_address(1), device=cpu, timeout_s=120,
+            one_node=True, device=cpu, timeout_s=120,
         )  # fmt: skip
     store = ImageStore.open(folder / "store")
     labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
@@ -76,7 +74,7 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
         optimizer=optimizer,
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            diagnose_every_steps=1, accumulate_steps=accumulate_steps, ema=0.8,
+            accumulate_steps=accumulate_steps, ema=0.8,
         ),
         stream=stream, device=cpu,
     )  # fmt: skip

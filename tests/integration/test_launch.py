@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from paws_hpc.cluster.frozen import to_config
 from paws_hpc.config import Config
 from paws_hpc.launch import CONF
-from paws_hpc.stages.attempts import read_starts
+from paws_hpc.stages.attempts import read_attempts
 from tests.conftest import Stores
 from tests.integration.launching import command, environment, launch
 
@@ -119,7 +119,7 @@ def test_what_does_not_compute_never_imports_torch(tmp_path: Path, without_torch
     said(*command(tmp_path, "stages=[prepare,report]"))
     assert (tmp_path / "runs/run/report/index.html").exists()
     assert "prepare" in said(sys.executable, "-m", "paws_hpc.status", str(tmp_path / "runs/run"))
-    said(sys.executable, "-c", "import paws_hpc.cluster.aftermath, paws_hpc.cluster.bootstrap")
+    said(sys.executable, "-c", "import paws_hpc.cluster.requeue, paws_hpc.cluster.bootstrap")
 
 
 def test_a_node_without_torch_fails_in_one_line_that_names_it_and_may_be_tried_again(
@@ -132,6 +132,6 @@ def test_a_node_without_torch_fails_in_one_line_that_names_it_and_may_be_tried_a
     )
     assert "2 of 2 runs failed" in done.stderr, "the first one's failure does not keep the second from being tried"
     assert done.returncode != 0
-    found = read_starts(tmp_path / "runs/run/jobs/pretrain")[0].failures
+    found = read_attempts(tmp_path / "runs/run/jobs/pretrain")[0].failures
     assert f"torch cannot be imported on {socket.gethostname()}: torch was imported" in found[0]["message"]
-    assert not found[0]["definite"]
+    assert not found[0]["permanent"]

@@ -16,8 +16,8 @@ from PIL import Image
 from paws_hpc.report.page import build_report, notices
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
+from tests.attempts import write_attempt
 from tests.browser import CONTRAST, CUT_OFF, Page
-from tests.starts import write_start
 
 DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
@@ -52,8 +52,8 @@ def write_run(
     }  # fmt: skip
     _json(run / "chain.json", chain)
     for stage, seconds in stages.items():
-        write_start(run, stage, how="done", seconds=seconds)
-    write_start(run, "report", how=None)
+        write_attempt(run, stage, how="done", seconds=seconds)
+    write_attempt(run, "report", how=None)
     config = (
         "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
     )

@@ -24,7 +24,7 @@ from paws_hpc.data.batches import MicroBatch, PawsBatch
 from paws_hpc.data.config import CropConfig, ViewsConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]
@@ -197,14 +197,14 @@ def training_of(prediction_head: bool) -> Pretraining:
     stream: Any = Vectors()
     return Pretraining(
         network,
-        objective=ObjectiveConfig(TAU, SHARPENING, FLOOR, label_smoothing=SMOOTHING),
+        objective=PawsConfig(temperature=TAU, sharpening=SHARPENING, label_smoothing=SMOOTHING),
         optimizer=OptimizerConfig(
-            "lars", momentum=MOMENTUM, weight_decay=DECAY, trust_coefficient=TRUST, start_lr=START_LR, peak_lr=PEAK_LR,
+            "lars", momentum=MOMENTUM, weight_decay=DECAY, start_lr=START_LR, peak_lr=PEAK_LR,
             final_lr=FINAL_LR, warmup_epochs=WARMUP_STEPS / STEPS_PER_EPOCH,
         ),
         config=PretrainConfig(
             batch_size=IMAGES, epochs=STEPS // STEPS_PER_EPOCH, support=SupportConfig(CLASSES, PER_CLASS),
-            precision="fp64", diagnose_every_steps=STEPS,
+            precision="fp64",
         ),
         stream=stream,
         device=torch.device("cpu"),

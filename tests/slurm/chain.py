@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from paws_hpc.engine.tracking import read_rows
-from paws_hpc.stages.attempts import Start, read_starts
+from paws_hpc.stages.attempts import Attempt, read_attempts
 from tests.integration.launching import command
 from tests.slurm.cluster import ASK_EVERY_S, Cluster, wait_until
 from tests.tiny import WALL_CLOCK
@@ -101,8 +101,8 @@ class Run:
         return job_id
 
     def wait_start(self, job: str, number: int, *, timeout_s: float = 240) -> None:
-        """Wait until the ranks of a job have begun its start ``number`` (counted from 1)."""
-        self._wait(lambda: len(self.starts(job)) >= number, timeout_s, f"{job} has no start {number}")
+        """Wait until the ranks of a job have begun its attempt ``number`` (counted from 1)."""
+        self._wait(lambda: len(self.attempts(job)) >= number, timeout_s, f"{job} has no attempt {number}")
 
     def wait_rows(self, job: str, count: int, *, timeout_s: float = 240) -> None:
         """Wait until a job has logged so many rows of metrics."""
@@ -125,19 +125,19 @@ class Run:
     def _wait(self, condition: Any, timeout_s: float, otherwise: str, every_s: float = 0.1) -> None:
         wait_until(condition, timeout_s, lambda: f"{otherwise}\n{self.report()}", every_s=every_s)
 
-    def starts(self, job: str) -> list[Start]:
-        """The starts of a job, oldest first."""
-        return read_starts(self.path / "jobs" / job)
+    def attempts(self, job: str) -> list[Attempt]:
+        """The attempts of a job, oldest first."""
+        return read_attempts(self.path / "jobs" / job)
 
     def ends(self, job: str) -> list[str | None]:
-        """How the starts of a job ended; None for one that was killed."""
-        return [start.end["how"] if start.end else None for start in self.starts(job)]
+        """How the attempts of a job ended; None for one that was killed."""
+        return [attempt.end["how"] if attempt.end else None for attempt in self.attempts(job)]
 
     def span(self, job: str) -> tuple[datetime, datetime]:
-        """When the first start of a job began, and when its last one ended."""
-        starts = self.starts(job)
-        return datetime.fromisoformat(starts[0].began), datetime.fromisoformat(starts[-1].began) + timedelta(
-            seconds=starts[-1].seconds
+        """When the first attempt of a job began, and when its last one ended."""
+        attempts = self.attempts(job)
+        return datetime.fromisoformat(attempts[0].began), datetime.fromisoformat(attempts[-1].began) + timedelta(
+            seconds=attempts[-1].seconds
         )
 
     # Ranks
@@ -156,19 +156,19 @@ class Run:
             self.signal_rank(job, rank, number)
 
     def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 300) -> None:
-        """Wait until the start ``number`` of pre-training has begun; while the one before it trains, stop its ranks for
-        most of the time."""
+        """Wait until attempt ``number`` of pre-training has begun; while the one before trains, stop its ranks for most
+        of the time."""
 
         def arrived() -> bool:
-            starts = self.starts(job)
-            if len(starts) < number and starts[-1].end is None:
+            attempts = self.attempts(job)
+            if len(attempts) < number and attempts[-1].end is None:
                 with suppress(IndexError, ProcessLookupError):  # they have just left
                     self.signal_ranks(job, signal.SIGSTOP)
                     time.sleep(1.0)
                     self.signal_ranks(job, signal.SIGCONT)
-            return len(starts) >= number
+            return len(attempts) >= number
 
-        self._wait(arrived, timeout_s, f"{job} has no start {number}")
+        self._wait(arrived, timeout_s, f"{job} has no attempt {number}")
 
     def wait_shielded(self, job: str, rank: int, *, timeout_s: float = 240) -> None:
         """Wait until a rank has come so far that no signal is lost, which is long before it has imported torch."""
@@ -198,12 +198,12 @@ class Run:
         return states
 
     def log(self, job: str) -> str:
-        """What the ranks of a job's stage and their batch scripts said, of all starts."""
+        """What the ranks of a job's stage and their batch scripts said, of all attempts."""
         folder = self.path / "logs" / job.partition("/")[0]
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob("*.out")))
 
     def report(self) -> str:
-        """For messages: queue, starts, and the last lines of the logs, the controller's too."""
+        """For messages: queue, attempts, and the last lines of the logs, the controller's too."""
         parts = [self.cluster.queue()]
         for path in sorted((self.path / "jobs").rglob("*-*.json")):
             parts.append(f"{path.relative_to(self.path)}: {' '.join(path.read_text().split())}")

@@ -103,5 +103,5 @@ def test_a_chain_is_preempted_requeued_and_launched_again_while_it_runs(finished
     run.wait_done()
 
     assert run.job_ids() == ids, "the same jobs to the end"
-    assert [len(run.starts(job)) for job in (PRETRAIN, SHORT, LONG)] == [2, 1, 2]
+    assert [len(run.attempts(job)) for job in (PRETRAIN, SHORT, LONG)] == [2, 1, 2]
     assert_same_results(run, finished, TRAINED)

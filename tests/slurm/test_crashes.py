@@ -45,13 +45,13 @@ def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: P
         states = run.wait_over()
         assert states["pretrain"] == "FAILED"
         assert "No space left on device" in run.log("pretrain")
-        assert len(run.starts("pretrain")) == 1
+        assert len(run.attempts("pretrain")) == 1
 
         (run.path / "filler").unlink()
         run.launch()
         run.wait_done()
         assert [row["step"] for row in run.rows("pretrain") if "train/loss" in row] == list(range(40))
-        assert run.starts("pretrain")[1].holder.progress == 10
+        assert run.attempts("pretrain")[1].holder.progress == 10
 
 
 def fill(folder: Path) -> None:

@@ -21,7 +21,7 @@ def test_a_failed_pretraining_starts_no_sweep_and_is_mended_by_the_next_launch(
     run.launch("optimizer.peak_lr=1e30")
     states = run.wait_over()
     assert states["pretrain"] == "FAILED"
-    assert len(run.starts("pretrain")) == 1, "it would fail again"
+    assert len(run.attempts("pretrain")) == 1, "it would fail again"
     assert states["finetune/lr=0.1,epochs=2"] == states["selection"] == "CANCELLED"
     assert not (run.path / "finetune").exists()
     assert states["report"] == "COMPLETED", "when it is needed most"

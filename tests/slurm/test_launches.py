@@ -92,7 +92,7 @@ def test_a_launcher_killed_half_way_leaves_nothing_that_can_run_and_a_cancelled_
     run.wait_over()
     assert queued(cluster, "killed") == []
     assert run.states()["pretrain"] == "CANCELLED", "asked to stop, it did not put itself back into the queue"
-    assert len(run.starts("pretrain")) == 1
+    assert len(run.attempts("pretrain")) == 1
     assert "no job of it was in the queue" in run.launch("cancel=true")
 
 

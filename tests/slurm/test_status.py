@@ -103,7 +103,7 @@ def test_a_failure_is_shown_with_the_end_of_its_log_and_what_it_stopped(run: Run
     run.wait_over()
     found = job(run, "pretrain")
     assert found["state"] == "failed"
-    assert found["failure"]["definite"]
+    assert found["failure"]["permanent"]
     assert "not finite" in found["failure"]["message"]
     assert found["log_tail"]
     text = status(run)

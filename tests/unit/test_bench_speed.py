@@ -44,7 +44,7 @@ from paws_hpc.bench.training import (
 from paws_hpc.engine.optimizer import build_optimizer
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import GlobalBatchNorm2d
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.paws import paws_loss
 from paws_hpc.stages.pretrain import make_training
@@ -236,7 +236,7 @@ def test_the_baselines_loss_is_ours(small: int) -> None:
     supports, n, classes = 12, 5, 3
     h, z = (torch.randn(supports + (2 + small) * n, 8) for _ in range(2))
     labels = smooth_labels(torch.arange(supports) % classes, classes, smoothing=0.1)
-    how = ObjectiveConfig()
+    how = PawsConfig()
     written = written_out_loss(h, z, labels, supports=supports, images=n, how=how)
     ours = paws_loss(
         z[supports:], z[:supports], h[supports : supports + 2 * n], h[:supports], labels, num_small_crops=small

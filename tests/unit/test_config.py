@@ -18,7 +18,7 @@ from paws_hpc.engine.config import (
     SupportConfig,
     TrackingConfig,
 )
-from paws_hpc.objective.config import ObjectiveConfig
+from paws_hpc.objective.config import PawsConfig
 
 WITHOUT_EFFECT = {
     *(
@@ -34,10 +34,10 @@ WITHOUT_EFFECT = {
         "data.source",
     ),
     *("data.source_path", "data.threads", "data.labelled", "data.placement", "data.prefetch_gb"),
-    *("data.copy_to", "pretrain.log_every_steps", "pretrain.diagnose_every_steps"),
+    *("data.copy_to", "pretrain.log_every_steps"),
     *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
-    *("pretrain.collapse.tolerance", "pretrain.collapse.patience_steps", "pretrain.collapse.action"),
+    *("pretrain.collapse.patience_steps", "pretrain.collapse.action"),
     *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags", "tracking.tensorboard"),
     *("finetune.min_trials", "baseline.min_trials", "restarts_without_progress", "dry_run", "cancel", "resources"),
 }
@@ -78,17 +78,13 @@ BAD: dict[str, Callable[[], Any]] = {
     r"name='a/b'": lambda: Config(name="a/b"),
     r"name='.hidden'": lambda: Config(name=".hidden"),
     r"objective.support_warmup_fraction.*Set views.support_views=2": lambda: Config(
-        objective=ObjectiveConfig(support_warmup_fraction=0.3),
+        objective=PawsConfig(support_warmup_fraction=0.3),
         pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
     ),
     r"objective.true_label_targets=true .*data.labelled=elsewhere": lambda: Config(
-        objective=ObjectiveConfig(true_label_targets=True), data=DataConfig(labelled="elsewhere")
+        objective=PawsConfig(true_label_targets=True), data=DataConfig(labelled="elsewhere")
     ),
-    r"objective.open_set_weighting=true .*pretrain.support.images_per_class=1 ": lambda: Config(
-        objective=ObjectiveConfig(open_set_weighting=True),
-        pretrain=PretrainConfig(support=SupportConfig(images_per_class=1)),
-    ),
-    r"objective.entropy_weight=-1": lambda: ObjectiveConfig(entropy_weight=-1),
+    r"objective.entropy_weight=-1": lambda: PawsConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
     r"resources: nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
@@ -105,7 +101,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"pretrain.support.classes=1 ": lambda: SupportConfig(classes=1),
     r"pretrain.support.images_per_class=0 ": lambda: SupportConfig(images_per_class=0),
     r"pretrain.collapse.action='ignore'": lambda: CollapseConfig(action="ignore"),
-    r"pretrain.collapse.tolerance=1.5": lambda: CollapseConfig(tolerance=1.5),
+    r"pretrain.collapse.patience_steps=0": lambda: CollapseConfig(patience_steps=0),
     r"pretrain.precision='fp16'.*bf16": lambda: PretrainConfig(precision="fp16"),
     r"pretrain.checkpoint_every_steps=0": lambda: PretrainConfig(checkpoint_every_steps=0),
     r"pretrain.keep_checkpoints=0": lambda: PretrainConfig(keep_checkpoints=0),

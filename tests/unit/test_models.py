@@ -209,8 +209,6 @@ def test_head_sizes_follow_the_backbone_unless_stated(config: ModelConfig, dims:
         ({"width": 0}, "model.width=0"),
         ({"projection_dim": 0}, "model.projection_dim=0"),
         ({"channels": [8, 16], "blocks": [1]}, "model.blocks"),
-        ({"batch_norm": "globl"}, "model.batch_norm='globl' must be one of global, sync, local"),
-        ({"batch_norm": "sync", "checkpoint_activations": True}, "does not go with model.batch_norm=sync"),
     ],
 )
 def test_an_impossible_model_is_refused_by_name(fields: dict[str, object], message: str):
@@ -218,23 +216,8 @@ def test_an_impossible_model_is_refused_by_name(fields: dict[str, object], messa
         ModelConfig(**fields)
 
 
-def test_unknown_statistics_are_refused():
-    with pytest.raises(ValueError, match="'globl' is unknown; choose one of global, sync, local, frozen"):
-        set_statistics(build_encoder(SMALL, seed=0), "globl")
-
-
-def test_pytorchs_synchronised_normalisation_is_refused_on_a_cpu_with_the_remedy():
-    encoder = build_encoder(ModelConfig(name="small_resnet", channels=[4], blocks=[1], batch_norm="sync"), seed=0)
-    with pytest.raises(ValueError, match=r"model.batch_norm=sync .* on CUDA only, but images are on cpu\. .*=global"):
-        encoder([images(4, 16)])
-    encoder.eval()([images(4, 16)])  # evaluation takes the running statistics, on any device
-
-
-def test_the_config_chooses_statistics_and_recomputation():
-    config = ModelConfig(name="wide_resnet", depth=10, batch_norm="local", checkpoint_activations=True)
-    encoder = build_encoder(config, seed=0)
-    norms = [layer for layer in encoder.modules() if isinstance(layer, GlobalBatchNorm1d | GlobalBatchNorm2d)]
-    assert {layer.statistics for layer in norms} == {"local"}
+def test_the_config_chooses_recomputation():
+    encoder = build_encoder(ModelConfig(name="wide_resnet", depth=10, checkpoint_activations=True), seed=0)
     blocks = [block for block in encoder.modules() if isinstance(block, ResidualBlock)]
     assert len(blocks) == 3
     assert all(block.recomputed for block in blocks)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import pytest
 import torch
 
-from paws_hpc.objective.config import ObjectiveConfig
-from paws_hpc.objective.diagnostics import CollapseMonitor, diagnose
+from paws_hpc.cluster.compose import CONF
+from paws_hpc.objective.config import OBJECTIVES, PawsConfig
 from paws_hpc.objective.labels import class_labels, smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
-from paws_hpc.objective.paws import paws_loss, support_warmup_weight
+from paws_hpc.objective.paws import Paws, diagnose, paws_loss, support_warmup_weight
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ def test_a_class_with_a_single_row_has_an_infinite_nce_rather_than_a_wrong_one()
 
 
 def test_default_objective_is_the_papers() -> None:
-    config = ObjectiveConfig()
+    config = PawsConfig()
     assert (config.temperature, config.sharpening, config.label_smoothing, config.me_max) == (0.1, 0.25, 0.1, True)
     assert config.support_warmup_fraction == 0  # ours, so it is asked for
 
@@ -115,45 +116,37 @@ def test_default_objective_is_the_papers() -> None:
         ("temperature", 0.0),
         ("sharpening", 0.0),
         ("sharpening", 4.0),
-        ("target_floor", -1e-4),
-        ("target_floor", 1.0),
         ("label_smoothing", 1.0),
         ("label_smoothing", math.nan),
         ("support_warmup_fraction", 1.5),
         ("support_warmup_fraction", -0.5),
-        ("support_warmup_weight", -1.0),
     ],
 )
 def test_an_impossible_objective_names_its_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"objective\.{field}={value}"):
-        ObjectiveConfig(**{field: value})
+        PawsConfig(**{field: value})
 
 
 def test_support_warmup_falls_linearly_to_zero() -> None:
-    weights = [support_warmup_weight(step, total_steps=40, fraction=0.25, weight=2.0) for step in range(40)]
-    assert weights[:11] == pytest.approx([2.0 - 0.2 * step for step in range(11)])
+    weights = [support_warmup_weight(step, total_steps=40, fraction=0.25) for step in range(40)]
+    assert weights[:11] == pytest.approx([1.0 - 0.1 * step for step in range(11)])
     assert not any(weights[10:])
 
 
 def test_support_warmup_can_be_off() -> None:
-    assert support_warmup_weight(0, total_steps=40, fraction=0.0, weight=2.0) == 0
-    assert support_warmup_weight(0, total_steps=0, fraction=0.5, weight=2.0) == 0
+    assert support_warmup_weight(0, total_steps=40, fraction=0.0) == 0
+    assert support_warmup_weight(0, total_steps=0, fraction=0.5) == 0
 
 
 # --- diagnostics ----------------------------------------------------------------------------------------------------
 
 
 def test_diagnostics_are_the_named_losses_and_train_nothing() -> None:
-    z, h = rows(6 + 16).requires_grad_(), rows(23)[1:]
-    objective = ObjectiveConfig(temperature=0.2)
-    loss = paws_loss(z[6:], z[:6], h[6:14], h[:6], LABELS, num_small_crops=2, temperature=0.2)
-    measured = diagnose(z[6:14], z[:6], LABELS, loss, objective)
+    z = rows(6 + 8).requires_grad_()
+    measured = diagnose(z[6:], z[:6], LABELS, temperature=0.2)
     assert not any(value.requires_grad for value in measured.values())
-    expected = nt_xent(z[6:14], temperature=0.2).detach()
-    assert measured["train/instance_discrimination"] == expected
-    expected = supervised_nce(z[:6], LABELS, temperature=0.2).detach()
-    assert measured["train/support_classification"] == expected
-    assert 1 / 3 < measured["train/confidence"] <= 1
+    assert measured["train/instance_discrimination"] == nt_xent(z[6:], temperature=0.2).detach()
+    assert measured["train/support_classification"] == supervised_nce(z[:6], LABELS, temperature=0.2).detach()
 
 
 def test_confidence_is_that_of_sharpened_targets() -> None:
@@ -179,31 +172,18 @@ LOG_K = math.log(10)
     ],
 )
 def test_what_counts_as_collapse(consistency: float, me_max: float, collapsed: bool) -> None:
-    assert CollapseMonitor(10, patience=1).update(consistency, me_max) is collapsed
+    paws = Paws(PawsConfig(), num_classes=10, total_steps=1)
+    assert paws.collapsed({"train/loss_consistency": consistency, "train/loss_me_max": me_max}) is collapsed
 
 
-def test_collapse_needs_consecutive_steps() -> None:
-    monitor = CollapseMonitor(10, patience=3)
-    verdicts = [monitor.update(c * LOG_K, -LOG_K) for c in (1, 1, 0.5, 1, 1, 1, 1, 0.5)]
-    assert verdicts == [False, False, False, False, False, True, True, False]
+def test_without_me_max_its_term_says_nothing_about_collapse() -> None:
+    paws = Paws(PawsConfig(me_max=False), num_classes=10, total_steps=1)
+    assert paws.collapsed({"train/loss_consistency": LOG_K})
 
 
-def test_collapse_monitor_continues_after_a_restart() -> None:
-    before, after = CollapseMonitor(10, patience=3), CollapseMonitor(10, patience=3)
-    before.update(LOG_K, -LOG_K)
-    before.update(LOG_K, -LOG_K)
-    after.load_state_dict(before.state_dict())
-    assert after.update(LOG_K, -LOG_K)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"num_classes": 1}, "num_classes=1"),
-        ({"num_classes": 10, "tolerance": 1.0}, r"tolerance=1\.0"),
-        ({"num_classes": 10, "patience": 0}, "patience=0"),
-    ],
-)
-def test_an_impossible_monitor_is_an_error(arguments: dict, named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        CollapseMonitor(**arguments)
+def test_every_objective_has_a_config_group_an_object_and_metrics() -> None:
+    assert {path.stem for path in CONF.glob("objective/*.yaml")} == OBJECTIVES.keys()
+    for name, config in OBJECTIVES.items():
+        objective = config().build(num_classes=3, total_steps=1)
+        assert type(objective).__module__ == f"paws_hpc.objective.{name}"
+        assert sys.modules[f"paws_hpc.objective.{name}"].METRICS

@@ -95,7 +95,7 @@ def test_a_group_that_is_not_adapted_has_no_decay_unless_it_names_one() -> None:
 
 def test_adamw_with_a_rising_decay_follows_its_equations() -> None:
     """Against NumPy in float64; biases and normalisations take no decay."""
-    config = OptimizerConfig(name="adamw", weight_decay=0.04, final_weight_decay=0.4, beta2=0.99)
+    config = OptimizerConfig(name="adamw", weight_decay=0.04, final_weight_decay=0.4)
     torch.manual_seed(0)
     model, total = Block().double(), 6
     optimizer = build_optimizer(model, config)
@@ -112,8 +112,8 @@ def test_adamw_with_a_rising_decay_follows_its_equations() -> None:
         for name, parameter in model.named_parameters():
             gradient = parameter.grad.numpy()
             first[name] = 0.9 * first[name] + 0.1 * gradient
-            second[name] = 0.99 * second[name] + 0.01 * gradient**2
-            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.99 ** (step + 1))
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, square = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
             kept = 1 - lr * decay if name in decayed else 1.0
             weights[name] = kept * weights[name] - lr * mean / (np.sqrt(square) + 1e-8)
             np.testing.assert_allclose(parameter.detach().numpy(), weights[name], rtol=1e-9, atol=1e-12, err_msg=name)
@@ -204,12 +204,10 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
     ("settings", "named"),
     [
         ({"name": "adam"}, "optimizer.name='adam'.*lars, sgd, adamw"),
-        ({"beta2": 1.0}, "optimizer.beta2=1.0"),
         ({"name": "adamw", "nesterov": True}, "optimizer.nesterov=true does not go with optimizer.name=adamw"),
         ({"final_weight_decay": -1.0}, "optimizer.final_weight_decay=-1.0"),
         ({"momentum": 1.0}, "optimizer.momentum=1.0"),
         ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0"),
-        ({"trust_coefficient": 0.0}, "optimizer.trust_coefficient=0.0"),
         ({"peak_lr": -0.1}, "optimizer.peak_lr=-0.1"),
         ({"peak_lr": math.nan}, "optimizer.peak_lr=nan"),
         ({"warmup_epochs": -1.0}, "optimizer.warmup_epochs=-1.0"),

@@ -1,4 +1,4 @@
-"""What status says of runs without Slurm: from markers, starts and heartbeats, whole files and broken ones."""
+"""What status says of runs without Slurm: from markers, attempts and heartbeats, whole files and broken ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from paws_hpc import status
-from paws_hpc.cluster.grace import grace_warnings
-from paws_hpc.cluster.inventory import Partition
+from paws_hpc.cluster.inventory import Partition, grace_warnings
 from paws_hpc.cluster.overview import RunOverview, overviews
 from paws_hpc.cluster.overview_text import plain_run
 from paws_hpc.cluster.states import span
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
-from tests.starts import write_start
+from tests.attempts import write_attempt
 
 CONFIG = """\
 stages: [prepare, pretrain, finetune, selection, report]
@@ -69,16 +68,16 @@ def test_a_run_that_was_only_begun_has_all_its_jobs_before_it(run: Path) -> None
 
 
 def test_a_beating_heart_runs_and_a_stopped_one_is_silent(run: Path) -> None:
-    folder = write_start(run, "pretrain", how=None)
+    folder = write_attempt(run, "pretrain", how=None)
     beat(folder, ago_s=12)
     assert look(run).state == "running"
     beat(folder, ago_s=300)
     job = look(run).jobs[1]
-    assert (job.state, job.reason, job.source) == ("silent", "silent for 5 min", "starts")
+    assert (job.state, job.reason, job.source) == ("silent", "silent for 5 min", "attempts")
 
 
 def test_progress_tells_total_rate_and_time_left(run: Path) -> None:
-    beat(write_start(run, "pretrain", how=None), ago_s=0)
+    beat(write_attempt(run, "pretrain", how=None), ago_s=0)
     train(run / "pretrain", steps=30, per_epoch=12)
     write_json(run / "pretrain" / "checkpoints" / "step-00000024.json", {"step": 24, "seconds": 1.5})
     progress = look(run).jobs[1].progress
@@ -96,10 +95,10 @@ def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) ->
 
 
 def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(run: Path) -> None:
-    folder = write_start(run, "pretrain", how="failed", job_id="17")
+    folder = write_attempt(run, "pretrain", how="failed", job_id="17")
     submit(run, pretrain="17")
-    record_failure(folder, "17-0", 1, ValueError("the disk is full"), definite=True)
-    record_failure(folder, "17-0", 0, RuntimeError("connection closed by peer"), definite=False)
+    record_failure(folder, "17-0", 1, ValueError("the disk is full"), permanent=True)
+    record_failure(folder, "17-0", 0, RuntimeError("connection closed by peer"), permanent=False)
     log = run / "logs" / "pretrain" / "17_1_log.out"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(100)))
@@ -121,18 +120,18 @@ def test_without_slurm_a_submitted_chain_says_so(run: Path) -> None:
     assert [job.state for job in overview.jobs[:2]] == ["submitted", "submitted"]
     assert overview.trouble is not None
     assert "squeue is not installed here" in overview.trouble
-    beat(write_start(run, "pretrain", how=None, job_id="17"), ago_s=0)
+    beat(write_attempt(run, "pretrain", how=None, job_id="17"), ago_s=0)
     assert look(run).jobs[1].state == "running"
 
 
 def test_a_start_of_an_earlier_submission_says_nothing_of_this_one(run: Path) -> None:
-    write_start(run, "pretrain", how="failed", job_id="11")
+    write_attempt(run, "pretrain", how="failed", job_id="11")
     submit(run, pretrain="17")
     assert look(run).jobs[1].state == "submitted"
 
 
 def test_markers_say_done_whatever_else_is_there(run: Path) -> None:
-    write_start(run, "pretrain", how="failed")
+    write_attempt(run, "pretrain", how="failed")
     for marker in ("prepare/DONE", "pretrain/DONE", "result.json", "report/index.html"):
         (run / marker).parent.mkdir(parents=True, exist_ok=True)
         (run / marker).write_text("{}")
@@ -154,10 +153,10 @@ def test_a_result_from_before_this_submission_is_not_its_result(run: Path) -> No
 
 def test_starts_that_get_no_further_are_told(run: Path) -> None:
     for number in (1, 2, 3):
-        folder = write_start(run, "pretrain", how="crashed", number=number, progress=24)
-    record_failure(folder, "local-2", 0, RuntimeError("NCCL"), definite=False)
-    assert "does not advance: the last 3 starts all began at step 24" in look(run).jobs[1].notes
-    write_start(run, "pretrain", how="crashed", number=4, progress=48)
+        folder = write_attempt(run, "pretrain", how="crashed", number=number, progress=24)
+    record_failure(folder, "local-2", 0, RuntimeError("NCCL"), permanent=False)
+    assert "does not advance: the last 3 attempts all began at step 24" in look(run).jobs[1].notes
+    write_attempt(run, "pretrain", how="crashed", number=4, progress=48)
     assert not any("advance" in note for note in look(run).jobs[1].notes)
 
 
@@ -188,7 +187,7 @@ def test_an_empty_folder_is_no_run_and_near_names_are_told(run: Path, capsys: py
 
 
 def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    beat(write_start(run, "pretrain", how=None), ago_s=0)
+    beat(write_attempt(run, "pretrain", how=None), ago_s=0)
     train(run / "pretrain", steps=30, per_epoch=12)
     assert status.main(["--runs", str(run.parent)]) == 0
     words = capsys.readouterr().out.splitlines()[1].split()

@@ -14,7 +14,7 @@ from paws_hpc.report.panels import pretrain_panels
 from paws_hpc.report.plots import Curve, Plot, draw, thin
 from paws_hpc.report.run_record import Metrics, TrialRecord, read_metrics, read_run
 from paws_hpc.report.tables import confused_pairs, duration, result_table, scores, sweep_grid, wilson_interval
-from tests.starts import write_start
+from tests.attempts import write_attempt
 from tests.tiny import trial_at
 
 
@@ -56,11 +56,11 @@ def test_a_result_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
 
 def test_seconds_add_up_over_starts_and_leave_the_report_out(tmp_path: Path) -> None:
     (tmp_path / "chain.json").write_text(json.dumps({"name": "x"}))
-    write_start(tmp_path, "pretrain", how="requeued", seconds=1800)
-    write_start(tmp_path, "pretrain", how="done", seconds=3600, number=2)
-    write_start(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=2)
-    write_start(tmp_path, "finetune/lr=0.2,epochs=2", how="failed", seconds=1)
-    write_start(tmp_path, "report", how=None)
+    write_attempt(tmp_path, "pretrain", how="requeued", seconds=1800)
+    write_attempt(tmp_path, "pretrain", how="done", seconds=3600, number=2)
+    write_attempt(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=2)
+    write_attempt(tmp_path, "finetune/lr=0.2,epochs=2", how="failed", seconds=1)
+    write_attempt(tmp_path, "report", how=None)
     assert result_table(tmp_path)[-5:] == [
         ("stage prepare", "\N{EN DASH}"),
         ("stage pretrain", "5,400 s (1 h 30 min)"),

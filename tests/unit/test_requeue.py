@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from paws_hpc.cluster import aftermath, requeue
-from paws_hpc.cluster.bootstrap import is_definite
+from paws_hpc.cluster import requeue
+from paws_hpc.cluster.bootstrap import is_permanent
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import read_json, write_json
-from paws_hpc.stages.attempts import LeaseHeldError, read_starts, record_failure
+from paws_hpc.stages.attempts import LeaseHeldError, read_attempts, record_failure
 from paws_hpc.stages.run_folder import RunFolder
-from tests.starts import write_start
+from tests.attempts import write_attempt
 
 
 class Controller:
@@ -124,10 +124,10 @@ def test_a_killed_rank_is_retried_until_nothing_is_gained(
     run: RunFolder, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for restart in range(4):
-        write_start(run.path, "pretrain", how=None, number=restart + 1, job_id="17")
+        write_attempt(run.path, "pretrain", how=None, number=restart + 1, job_id="17")
         restarted(monkeypatch, controller, restart)
-        aftermath.main(run.path, 3)
-        end = read_starts(run.job("pretrain"))[-1].end
+        requeue.after_crash(run.path, 3)
+        end = read_attempts(run.job("pretrain"))[-1].end
         assert end is not None
         assert end["how"] == "crashed"
     assert len(controller.requeued) == 3, "four crashes without a checkpoint are one more than three"
@@ -137,19 +137,19 @@ def test_preemptions_with_progress_are_not_held_against_a_crash_during_start_up(
     run: RunFolder, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(1, 6):
-        write_start(run.path, "pretrain", how="requeued", number=number, job_id="17", progress=10 * number)
+        write_attempt(run.path, "pretrain", how="requeued", number=number, job_id="17", progress=10 * number)
     write_json(run.checkpoints / "step-00000060.json", {})
     restarted(monkeypatch, controller, 5)  # and this one came to an end before it held the lease
-    aftermath.main(run.path, 0 + 1)
+    requeue.after_crash(run.path, 0 + 1)
     assert controller.requeued == ["17"]
 
 
 def test_what_must_fail_again_is_not_retried(
     run: RunFolder, controller: Controller, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = write_start(run.path, "pretrain", how="failed", job_id="17")
-    record_failure(folder, "17-0", 1, ValueError("data.train is not packed"), definite=True)
-    aftermath.main(run.path, 3)
+    folder = write_attempt(run.path, "pretrain", how="failed", job_id="17")
+    record_failure(folder, "17-0", 1, ValueError("data.train is not packed"), permanent=True)
+    requeue.after_crash(run.path, 3)
     assert controller.requeued == []
     assert "data.train is not packed" in caplog.text
 
@@ -157,16 +157,16 @@ def test_what_must_fail_again_is_not_retried(
 def test_a_job_that_was_refused_the_lease_fails_and_its_holder_is_not_blamed(
     run: RunFolder, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_start(run.path, "pretrain", how=None, job_id="16")  # alive, of an earlier submission
-    record_failure(folder, "17-0", 0, LeaseHeldError("in the hands of job 16"), definite=True)
-    aftermath.main(run.path, 3)
+    folder = write_attempt(run.path, "pretrain", how=None, job_id="16")  # alive, of an earlier submission
+    record_failure(folder, "17-0", 0, LeaseHeldError("in the hands of job 16"), permanent=True)
+    requeue.after_crash(run.path, 3)
     assert controller.requeued == []
-    (holder,) = read_starts(folder)
+    (holder,) = read_attempts(folder)
     assert (holder.failures, holder.end) == ([], None)
 
 
 @pytest.mark.parametrize(
-    ("error", "definite"),
+    ("error", "permanent"),
     [
         (ValueError("a setting"), True),
         (TrainingStoppedError("the loss is not finite"), True),
@@ -181,5 +181,5 @@ def test_a_job_that_was_refused_the_lease_fails_and_its_holder_is_not_blamed(
         (MemoryError(), False),
     ],
 )
-def test_only_what_may_pass_is_tried_again(error: Exception, definite: bool) -> None:
-    assert is_definite(error) is definite
+def test_only_what_may_pass_is_tried_again(error: Exception, permanent: bool) -> None:
+    assert is_permanent(error) is permanent

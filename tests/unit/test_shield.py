@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ STARTING = """
 import signal, subprocess, sys, time
 print("up", flush=True)
 sys.stdin.readline()                       # signals come now, while nothing of ours is imported
-from paws_hpc.cluster.stops import StopRequests
+from paws_hpc.cluster.signals import StopRequests
 stops = StopRequests(patience_s={patience}, overdue=lambda: (print("overdue", flush=True), __import__("os")._exit(3)))
 stops.listen()
 deadline = time.monotonic() + 20
@@ -87,3 +89,21 @@ def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pyte
     again = plan_snapshot(tmp_path)
     (package / "new.py").write_text("")
     assert plan_snapshot(tmp_path).digest != again.digest
+
+
+def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    recipes = {path.relative_to(root) for path in (root / "conf").rglob("*.yaml")}
+    snapshot = take_snapshot(tmp_path)
+    assert all((snapshot.path / "paws_hpc" / recipe).is_file() for recipe in recipes)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
+    shutil.copytree(root / "paws_hpc", tmp_path / "source" / "paws_hpc", symlinks=True)
+    shutil.copytree(root / "conf", tmp_path / "source" / "conf")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, tmp_path / "source")
+    pytest.importorskip("setuptools")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", build], cwd=tmp_path / "source", check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert {f"paws_hpc/{recipe}" for recipe in recipes} <= set(zipfile.ZipFile(wheel).namelist())

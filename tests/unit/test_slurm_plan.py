@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paws_hpc.cluster.chain import jobs_of
+from paws_hpc.cluster.chain import dependency, jobs_of, to_submit
 from paws_hpc.cluster.compose import compose_run, parameters_of, runs_of
-from paws_hpc.cluster.dependencies import dependency, to_submit
 from paws_hpc.cluster.frozen import ConfigError, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config

@@ -26,7 +26,7 @@ def prepared(
 ) -> Pretraining:
     config = tiny_config(stores.train, stores.test, stores.train)
     config.views.augment = augment or config.views.augment
-    config.model.prediction_head, config.pretrain.diagnose_every_steps = True, 3
+    config.model.prediction_head, config.pretrain.log_every_steps = True, 3
     config.pretrain.batch_size, config.objective.support_warmup_fraction = 16, 0.5
     for name, value in changes.items():
         setattr(config.pretrain, name, value)

@@ -8,11 +8,11 @@ from paws_hpc.files import create_json
 from paws_hpc.stages.attempts import record_end
 
 
-def write_start(
+def write_attempt(
     run: Path, job: str, *, how: str | None, seconds: float = 0.0, number: int = 1, job_id: str | None = None,
     progress: int = 0,
 ) -> Path:  # fmt: skip
-    """Start ``number`` of a job of the run directory ``run``; ``how`` it ended is None for one that did not."""
+    """Attempt ``number`` of a job of the run directory ``run``; ``how`` it ended is None for one that did not."""
     folder = run / "jobs" / job
     folder.mkdir(parents=True, exist_ok=True)
     holder = {
