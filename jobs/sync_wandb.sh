@@ -3,7 +3,7 @@
 # Command:  bash jobs/sync_wandb.sh [SBATCH OPTION ...]     such as --partition=transfer --account=me
 #           RUN=digits-seed0 uploads one run instead of all; `wandb login` once before, or WANDB_API_KEY in the environment.
 # Cost:     one core; moments per run, of which most is waiting for the server.
-# Expected: in runs/sync-JOB.log a line per stage that ends with "0 left"; the job fails if something is left.
+# Expected: in runs/sync-JOB.log a line per stage, "all of N rows are online"; the job fails if something is left.
 # Run again, it uploads what is left and repeats nothing. Without Slurm: python -m paws_hpc.sync --all
 set -euo pipefail
 cd "$(dirname "$0")/.."

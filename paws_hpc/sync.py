@@ -1,65 +1,59 @@
-"""Command: upload what Weights & Biases kept on disk, from wherever there is a connection.
+"""Command: replay ``metrics.jsonl`` into Weights & Biases, from wherever there is a connection.
 
-    python -m paws_hpc.sync digits-seed0        what is left of a run
+    python -m paws_hpc.sync digits-seed0        what is missing of a run
     python -m paws_hpc.sync --all               of all runs under runs/
-    python -m paws_hpc.sync --all --dry-run     only say what is left
+    python -m paws_hpc.sync --all --dry-run     only say what is missing
 
-It can be interrupted and repeated. The exit status is 1 if something is left. Before the first upload it asks the
-server whether it takes anything, so that a missing key or connection is said once and not for every file.
+Each stage is continued after the last row that the server has. So it can be interrupted and repeated, and rows that
+`wandb sync` has uploaded are not uploaded again. The exit status is 1 if something is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
+from paws_hpc.engine import wandb_run
+from paws_hpc.engine.tracking import read_rows
 from paws_hpc.files import error_text, exclusive
+from paws_hpc.stages.run_folder import is_done
 from paws_hpc.stages.runs import all_runs, find_run
-from paws_hpc.stages.wandb_asking import unusable
-from paws_hpc.stages.wandb_segments import Segment, ServerError, find_segments, rows_left, upload_next
 
-_ASKING_S = 60.0  # to wait for the server's first word
+_STILL_WRITTEN_S = 60.0  # a file of a stage that is not done and changed so recently belongs to a run that goes on
+
+
+class UnreachableError(Exception):
+    """Nothing can be uploaded from here at present; the text says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 if nothing is left to upload."""
     options = _parser().parse_args(arguments)
-    server = _Server(timeout_s=min(_ASKING_S, 60 * options.timeout_min))
+    os.environ["WANDB_MODE"] = "online"  # runs may be kept offline; this is the upload
     try:
         paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
         if not paths:
             print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
-        left = [path for path in paths if not _sync(path, options, server)]
+        left = [path for path in paths if not _sync(path, options)]
     except (ValueError, OSError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
-    finally:
-        if server.was_unusable:
-            print(f"error: nothing can be uploaded: {server.fault}", file=sys.stderr)
+    except UnreachableError as error:
+        print(f"error: nothing can be uploaded: {error}", file=sys.stderr)
+        return 1
     return 1 if left else 0
-
-
-class _Server:
-    """Weights & Biases' server, which is asked once."""
-
-    def __init__(self, *, timeout_s: float) -> None:
-        self._timeout_s, self.was_unusable = timeout_s, False
-
-    @cached_property
-    def fault(self) -> str | None:
-        """Why it takes nothing from here."""
-        fault = unusable(timeout_s=self._timeout_s)
-        self.was_unusable = fault is not None
-        return fault
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.sync", description="Upload what Weights & Biases kept on disk."
+        prog="python -m paws_hpc.sync", description="Upload metrics that Weights & Biases lacks."
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
@@ -67,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only say what is left")
     parser.add_argument(
-        "--timeout-min", type=_minutes, default=30.0, metavar="MIN", help="for one file, minutes (%(default)g)"
+        "--timeout-min", type=_minutes, default=30.0, metavar="MIN", help="for one stage, minutes (%(default)g)"
     )
     return parser
 
@@ -79,39 +73,62 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _sync(path: Path, options: argparse.Namespace, server: _Server) -> bool:
+def _sync(path: Path, options: argparse.Namespace) -> bool:
     """Upload what is left of a run and say what was done; returns whether nothing is left."""
     with exclusive(path / ".sync.lock", busy=f"Another sync of {path} is running. Wait for it, or end it."):
-        stages = find_segments(path)
+        stages = [spec.parents[1] for spec in sorted(path.glob("**/wandb/run.json"))]
         if not stages:
             print(f"{path.name}: nothing kept by Weights & Biases here")
-        clean = [_sync_stage(f"{path.name}: {stage}", found, options, server) for stage, found in stages.items()]
-    return all(clean)
+        left = [folder for folder in stages if not _sync_stage(path, folder, options)]
+    return not left
 
 
-def _pending(segments: list[Segment]) -> int:
-    """How many are not online."""
-    return sum(not segment.is_synced for segment in segments)
-
-
-def _sync_stage(name: str, segments: list[Segment], options: argparse.Namespace, server: _Server) -> bool:
-    pending = _pending(segments)
-    if pending and options.dry_run:
-        print(f"{name}: {pending} of {len(segments)} files left")
+def _sync_stage(run: Path, folder: Path, options: argparse.Namespace) -> bool:
+    metrics, name = folder / "metrics.jsonl", f"{run.name}: {folder.relative_to(run).as_posix()}"
+    rows = [wandb_run.position(row) for row in read_rows(metrics)]
+    missing = sum(position > wandb_run.online_to(folder) for position in rows)
+    if not missing:
+        print(f"{name}: nothing left of {len(rows)} rows")
+        return True
+    if options.dry_run:
+        print(f"{name}: {missing} of {len(rows)} rows left")
         return False
-    fault = None
-    try:
-        while fault is None and _pending(segments):
-            fault = upload_next(segments, timeout_s=60 * options.timeout_min, unusable=lambda: server.fault)
-    except ServerError:  # which is told once, at the end
-        print(f"{name}: {_pending(segments)} of {len(segments)} files left")
+    if not is_done(folder) and time.time() - metrics.stat().st_mtime < _STILL_WRITTEN_S:
+        print(f"{name}: {missing} of {len(rows)} rows left: {metrics} is still being written; run this again later")
         return False
-    left = _pending(segments)
-    if fault is None:
-        fault = rows_left(segments)
-    done = f"{pending - left} files uploaded, {left} left" if pending else f"nothing left of {len(segments)} files"
-    print(f"{name}: {done}{f': {fault}' if fault else ''}")
+    fault = _replay(folder, timeout_s=60 * options.timeout_min)
+    print(f"{name}: {missing} rows left: {fault}" if fault else f"{name}: all of {len(rows)} rows are online")
     return fault is None
+
+
+def _replay(folder: Path, *, timeout_s: float) -> str | None:
+    """Show a stage's rows in W&B; returns what went wrong.
+
+    Raises:
+        UnreachableError: there is no server, or it takes no key from here.
+    """
+    process = wandb_run.start_process(folder.resolve(), "online", fall_back=False, patience_s=timeout_s)
+    wandb_run.end_process(process, exit_code=int(not is_done(folder)), preempted=False, patience_s=timeout_s)
+    process.stdin = None  # which is closed already
+    try:
+        lines = process.communicate(timeout=timeout_s + 5)[0].splitlines()
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return f"no answer within {timeout_s:g} s; is there a connection?"
+    messages = [json.loads(line) for line in lines]
+    for message in messages:
+        if message["unreachable"]:
+            raise UnreachableError(message["message"])
+    if process.returncode == 0:
+        _mark_synced(folder)
+        return None
+    return messages[-1]["message"] if messages else f"no answer within {timeout_s:g} s; is there a connection?"
+
+
+def _mark_synced(folder: Path) -> None:
+    """Tell `wandb sync` that the server has all rows of the offline files, which it would upload a second time."""
+    for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
+        Path(f"{file}.synced").touch()
 
 
 if __name__ == "__main__":

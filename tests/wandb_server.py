@@ -96,6 +96,8 @@ class WandbServer:
             "Viewer": self._viewer,
             "GetDefaultEntity": self._viewer,
             "RunResumeStatus": self._resume,
+            "Run": self._run,
+            "RunHistoryKeys": self._run,
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
@@ -137,6 +139,14 @@ class WandbServer:
         run = self.runs.get(variables["name"])
         project = self._project(variables["project"])
         return {"model": project | {"bucket": None if run is None else self._bucket(run)}}
+
+    def _run(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.run_of(variables["entity"], variables["project"], variables["name"])
+        last = run.history[-1]["_step"] if run.history else -1
+        return {"project": {"run": self._bucket(run) | {
+            "projectId": "1", "state": "running", "historyKeys": {"lastStep": last}, "systemMetrics": "{}",
+            "readOnly": False, "user": {"name": ENTITY, "username": ENTITY},
+        }}}  # fmt: skip
 
     def _bucket(self, run: Run) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl`` always; paws_hpc.engine.wandb_tracker shows that file in Weights & Biases."""
+"""Where numbers go: ``metrics.jsonl`` always; paws_hpc.engine.wandb_run shows that file in Weights & Biases."""
 
 from __future__ import annotations
 

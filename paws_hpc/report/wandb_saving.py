@@ -1,13 +1,16 @@
 """Saving a report in Weights & Biases, and keeping it where that is not possible.
 
-    python -m paws_hpc.report.wandb_saving ID RUN [RUN …]    started by :func:`save_wandb_report`
+    python -m paws_hpc.report.wandb_saving ANSWER ID RUN [RUN …]    started by :func:`save_wandb_report`
 
-A process of its own talks to W&B (paws_hpc/stages/wandb_asking.py).
+Only a process of its own can be ended when a server takes a connection and never answers.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,8 @@ from paws_hpc.files import read_json, write_json
 from paws_hpc.report.comparison_page import comparison_folder
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.wandb_report import build
-from paws_hpc.stages.wandb_asking import NOT_ONLINE, answer, ask, why_not
+
+_NOT_ONLINE = ("offline", "disabled", "dryrun")
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class Saved:
     Attributes:
         spec: the file that holds it in any case.
         url: in Weights & Biases; None if it could not be saved there.
-        fault: why not; None if it was, or if nobody asked for that.
-        offline: why nobody asked W&B; None if somebody did.
+        fault: why not; None if it was, or if it was not tried.
+        offline: why it was not tried; None if it was.
     """
 
     spec: Path
@@ -56,26 +60,35 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
     path = (folder or (runs[0] / "report" if len(runs) == 1 else comparison_folder(runs))) / "wandb.json"
     kept = {"id": "", "url": None} | (read_json(path) if path.exists() else {}) | {"spec": spec}
     write_json(path, kept)  # before anything that may fail
-    if (mode := os.environ.get("WANDB_MODE")) in NOT_ONLINE:
+    if (mode := os.environ.get("WANDB_MODE")) in _NOT_ONLINE:
         return Saved(path, offline=f"WANDB_MODE={mode}")
-    try:
-        told = ask("paws_hpc.report.wandb_saving", [kept["id"], *map(str, runs)], timeout_s=timeout_s)
-    except TimeoutError as error:
-        return Saved(path, fault=f"{error}; it may have been saved all the same")
-    if "url" not in told:
-        return Saved(path, fault=told.get("fault"), offline=told.get("offline"))
-    write_json(path, kept | told)
-    return Saved(path, url=told["url"])
+    with tempfile.TemporaryDirectory() as temporary:
+        answer = Path(temporary) / "answer.json"
+        command = [sys.executable, "-m", "paws_hpc.report.wandb_saving", str(answer), kept["id"], *map(str, runs)]
+        try:
+            quiet = subprocess.DEVNULL  # wandb's service would keep a pipe open
+            status = subprocess.run(
+                command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=timeout_s, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return Saved(path, fault=f"no answer within {timeout_s:g} s; it may have been saved all the same")
+        if not answer.exists():
+            return Saved(path, fault=f"its process ended with status {status}")
+        answered = read_json(answer)
+    if "url" in answered:
+        write_json(path, kept | answered)
+    return Saved(path, **{name: value for name, value in answered.items() if name != "id"})
 
 
-def main(arguments: Sequence[str]) -> dict[str, str]:
-    """Save the report that has the id, or a new one if that is empty; returns what to tell."""
+def _save(identifier: str, runs: Sequence[str]) -> dict[str, str]:
+    """Save the report that has the id, or a new one if that is empty; returns fields of :class:`Saved`, and its id."""
     import wandb  # noqa: PLC0415 - slow to import
 
-    identifier, *runs = arguments
     records = [read_run(Path(run)) for run in runs]
-    if offline := why_not():
-        return {"offline": offline}
+    if (mode := wandb.setup().settings.mode) in _NOT_ONLINE:
+        return {"offline": f"W&B's settings say mode={mode}"}  # with which login() finds no key either
+    if not wandb.login(prompt=False, verify=False):
+        return {"offline": "nobody is logged in: run `wandb login`"}
     entity = str(records[0].settings.get("tracking.entity") or "") or str(wandb.Api().default_entity)
     report = build(records, entity=entity)
     report.id = identifier
@@ -84,4 +97,9 @@ def main(arguments: Sequence[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    answer(main)
+    try:
+        told = _save(sys.argv[2], sys.argv[3:])
+    except Exception as error:  # noqa: BLE001 - wandb raises anything, and the answer says what
+        told = {"fault": f"{type(error).__name__}: {error}".strip()}
+    write_json(Path(sys.argv[1]), told)
+    os._exit(0)  # wandb's own clean-up would wait for what has just failed

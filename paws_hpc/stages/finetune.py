@@ -16,14 +16,14 @@ from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import JobControl
-from paws_hpc.files import write_json
+from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Encoder, build_classifier
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.pretrain import load_pretrained, names
 from paws_hpc.stages.run_data import RunData, open_data, stream_options
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.start import start_identity, starting_encoder
-from paws_hpc.stages.trackers import open_trackers, pretrained_network
+from paws_hpc.stages.trackers import network, open_trackers
 from paws_hpc.trial import Trial
 
 
@@ -79,6 +79,10 @@ def _train(
         fence=control.fence,
     )
     start = checkpoints.resume(training, device)
+    used = None
+    if sweep == "finetune":
+        checkpoint = run.checkpoint(read_json(run.pretrain / "DONE")["steps"])
+        used = network(run, "pretrain", checkpoint.name, start_weights)
     job = open_trackers(
         config,
         run,
@@ -87,7 +91,7 @@ def _train(
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
-        used=pretrained_network(run, start_weights) if sweep == "finetune" else None,
+        used=used,
         made=folder / "best.pt",
     )
     with job as tracker:

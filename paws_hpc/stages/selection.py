@@ -20,7 +20,7 @@ from paws_hpc.engine.finetune import predict
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.metrics import Metric
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.context import TorchContext
@@ -249,9 +249,10 @@ def publish_scores(config: Config, run: RunFolder) -> None:
     row = {f"test/{method}_top1": scores["top1"] for method, scores in test.items() if method != "count"}
     used = None
     if (name := selected.get("trial")) is not None:
-        used = network(run, f"finetune/{name}", run.trial("finetune", Trial.parse(name)) / "best.pt")
+        best = run.trial("finetune", Trial.parse(name)) / "best.pt"
+        used = network(run, f"finetune/{name}", best.name, file_hash(best))
     metrics = _metrics(run)
-    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, metrics, job="selection", used=used):
+    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, run.selection, job="selection", used=used):
         file.log(0, row)
 
 

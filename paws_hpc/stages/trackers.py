@@ -13,8 +13,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.console import ProgressTracker
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
-from paws_hpc.engine.wandb_tracker import Network, WandbRun, WandbTracker
-from paws_hpc.files import file_hash, read_json
+from paws_hpc.engine.wandb_run import WandbTracker
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.trial import Trial
@@ -34,7 +33,7 @@ def open_trackers(
     start: int,
     total_steps: int,
     awaits_validation: bool,
-    used: Network | None = None,
+    used: dict[str, str] | None = None,
     made: Path | None = None,
 ) -> Tracker:
     """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard where asked for.
@@ -49,7 +48,7 @@ def open_trackers(
         start: steps done already.
         total_steps: of the stage.
         awaits_validation: whether those steps end with a validation that is still to be done.
-        used: the network that the stage begins with.
+        used: the network that the stage begins with, as :func:`network` describes it.
         made: the file of weights that is there when the stage has ended well.
     """
     if not distributed.is_main():
@@ -62,7 +61,7 @@ def open_trackers(
     if config.tracking.tensorboard:
         trackers.append(TensorboardTracker(folder / "tensorboard", metrics=metrics))
     if is_watched(config):
-        trackers.append(watch(config, run, metrics, job=job, used=used, made=made))
+        trackers.append(watch(config, run, folder, job=job, used=used, made=made))
     return Trackers(*trackers)
 
 
@@ -75,32 +74,35 @@ def is_watched(config: Config) -> bool:
 def watch(
     config: Config,
     run: RunFolder,
-    metrics: Path,
+    folder: Path,
     *,
     job: str,
-    used: Network | None = None,
+    used: dict[str, str] | None = None,
     made: Path | None = None,
 ) -> WandbTracker:
-    """Show a stage's ``metrics.jsonl`` in Weights & Biases, as a run of the chain's group."""
+    """Show the ``metrics.jsonl`` in a stage's folder in Weights & Biases, as a run of the chain's group."""
     stage, _, trial = job.partition("/")
     own: dict[str, Any] = {"chain": run.describe().get("id")}
     if used is not None:
-        own["lineage"] = asdict(used)
+        own["lineage"] = used
     if trial:
         own["trial"] = dict(Trial.parse(trial).values)  # else only the whole sweep is in the config
-    shown = WandbRun(
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-        id=run_id(run, job),
-        name=f"{config.name}/{job}",
-        group=config.name,
-        job_type=stage,
-        tags=[config.data.name, *(config.tracking.tags or [])],
-        config=settings(config) | own,
-    )
-    described = (lambda: None) if made is None else lambda: network(run, job, made)
-    best: dict[str, str] = {known.pattern: known.best for known in catalogue().values()}
-    return WandbTracker(metrics, shown, best=best, mode=config.tracking.wandb, used=used, made=described)
+    spec = {
+        "run": {
+            "project": config.tracking.project,
+            "entity": config.tracking.entity,
+            "id": run_id(run, job),  # stable across restarts, so that a requeued job continues its run
+            "name": f"{config.name}/{job}",
+            "group": config.name,
+            "job_type": stage,
+            "tags": [config.data.name, *(config.tracking.tags or [])],
+            "config": settings(config) | own,
+        },
+        "best": {metric.pattern: metric.best for metric in catalogue().values()},
+        "used": used,
+        "made": made and {"name": f"network-{run_id(run, job)}", "path": made.relative_to(folder).as_posix()},
+    }
+    return WandbTracker(folder, spec, mode=config.tracking.wandb)
 
 
 def run_id(run: RunFolder, job: str) -> str:
@@ -108,15 +110,9 @@ def run_id(run: RunFolder, job: str) -> str:
     return f"{run.describe().get('id')}-{job}".translate(str.maketrans("/=,.", "----"))
 
 
-def network(run: RunFolder, job: str, path: Path) -> Network:
-    """A file of weights that a job made, as the lineage names it."""
-    return Network(f"network-{run_id(run, job)}", path.name, file_hash(path))
-
-
-def pretrained_network(run: RunFolder, checksum: str) -> Network:
-    """The last checkpoint of a finished pre-training, whose checksum is known already."""
-    steps = read_json(run.pretrain / "DONE")["steps"]
-    return Network(f"network-{run_id(run, 'pretrain')}", run.checkpoint(steps).name, checksum)
+def network(run: RunFolder, job: str, file: str, checksum: str) -> dict[str, str]:
+    """A file of weights that a job made, as the lineage names it; ``checksum`` is its ``file_hash``."""
+    return {"name": f"network-{run_id(run, job)}", "file": file, "checksum": checksum}
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from paws_hpc.config import Config
-from paws_hpc.engine import wandb_tracker
+from paws_hpc.engine import wandb_run
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import read_rows
-from paws_hpc.engine.wandb_rows import position, shown
+from paws_hpc.engine.wandb_run import logged, position
 from paws_hpc.files import file_hash, write_json
 from paws_hpc.stages import finetune, pretrain, selection
 from paws_hpc.stages.context import TorchContext
@@ -52,7 +52,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("wandb")
     with pytest.MonkeyPatch.context() as patch, serving() as server:
         outside(patch, folder, server)
-        patch.setattr(wandb_tracker, "_PREEMPTED_PATIENCE_S", 60.0)  # W&B takes longer to start than these steps
+        patch.setattr(wandb_run, "_PREEMPTED_PATIENCE_S", 60.0)  # W&B takes longer to start than these steps
         config, run = tiny_run(make_store(folder / "store", alike=False), folder)
         config.tracking.wandb, config.tracking.tags = "auto", ["trial"]
         config.finetune.sweep = {"learning_rate": [0.02], "epochs": [1]}
@@ -93,7 +93,7 @@ def test_a_preempted_and_requeued_run_is_one_run_with_one_unbroken_curve(watched
     run = watched.server.runs["cafe0123-pretrain"]
     rows = read_rows(watched.run.pretrain / "metrics.jsonl")
     assert 0 < len(watched.curve_after_preemption) < len(run.history), "it was there before the run went on"
-    assert [own(row) for row in run.history] == [shown(row) for row in rows]
+    assert [own(row) for row in run.history] == [logged(row) for row in rows]
     assert [row["_step"] for row in run.history] == [position(row) for row in rows]
     assert run.preempting
     assert run.exit_codes == [1, 0], "what can be continued has not ended well"

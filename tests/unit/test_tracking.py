@@ -11,8 +11,7 @@ import pytest
 from paws_hpc.engine.config import TrackingConfig
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
-from paws_hpc.engine.wandb_file import read_contents, write_contents
-from paws_hpc.engine.wandb_rows import position, summary
+from paws_hpc.engine.wandb_run import position, summarise
 from paws_hpc.metrics import COMMON
 from paws_hpc.stages.trackers import settings
 from tests.tiny import tiny_config
@@ -95,33 +94,6 @@ def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> No
             file.log(1, {})
 
 
-@pytest.mark.parametrize("size", [0, 1, 100, 32_700, 32_754, 70_000])
-def test_a_file_of_weights_and_biases_is_written_as_it_was_read_and_a_torn_one_up_to_its_last_whole_record(
-    size: int, tmp_path: Path
-) -> None:
-    path = tmp_path / "run.wandb"
-    contents = [b"first", bytes(size), b"x" * size, b"last"]
-    write_contents(path, contents)
-    assert read_contents(path) == (contents, False)
-    whole = path.read_bytes()
-    for torn in (1, 4, 9):
-        path.write_bytes(whole[:-torn])
-        assert read_contents(path) == (contents[:3], True)
-
-
-def test_one_damaged_byte_costs_one_record_wherever_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "run.wandb"
-    contents = [bytes([number]) * size for number, size in enumerate((40, 9, 40_000, 30_000, 5, 300), start=1)]
-    write_contents(path, contents)
-    whole = path.read_bytes()
-    for place in (7, 11, 13, 27, 60, 33_000, 40_060, 70_000, len(whole) - 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
-        found, damaged = read_contents(path)
-        assert damaged
-        assert len(found) == len(contents) - 1
-        assert [content for content in contents if content in found] == found
-
-
 def test_every_row_of_a_step_has_a_step_of_its_own_in_weights_and_biases() -> None:
     rows = [{"step": 4, "train/loss": 1.0}, {"step": 4, "event": "collapse"}, {"step": 4, "val/paws_nn_top1": 0.5}]
     steps = [position(row) for row in [*rows, {"step": 5, "train/loss": 1.0}]]
@@ -130,11 +102,11 @@ def test_every_row_of_a_step_has_a_step_of_its_own_in_weights_and_biases() -> No
 
 def test_a_summary_is_of_all_rows_and_knows_what_is_not_a_number() -> None:
     rows = [{"step": n, "epoch": 1, "train/loss": loss} for n, loss in enumerate((3.0, "nan", 1.0, 2.0))]
-    assert summary(rows, BEST)["train/loss"] == {"last": 2.0, "min": 1.0, "mean": 2.0}
-    assert math.isnan(summary(rows[:2], BEST)["train/loss"]["last"])
+    assert summarise(rows, BEST)["train/loss"] == {"last": 2.0, "min": 1.0, "mean": 2.0}
+    assert math.isnan(summarise(rows[:2], BEST)["train/loss"]["last"])
     memory = [{"step": n, "gpu/node0/memory_gb": taken} for n, taken in enumerate((20.0, 40.0, 30.0))]
-    assert summary(memory, BEST)["gpu/node0/memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
-    kept = summary([{"step": 0, "val/top1": 0.5}, {"step": 1, "val/top1": 0.25}], BEST)["val/top1"]
+    assert summarise(memory, BEST)["gpu/node0/memory_gb"] == {"last": 30.0, "max": 40.0, "mean": 30.0}
+    kept = summarise([{"step": 0, "val/top1": 0.5}, {"step": 1, "val/top1": 0.25}], BEST)["val/top1"]
     assert kept == {"last": 0.25, "max": 0.5, "mean": 0.375}
 
 
