@@ -3,7 +3,7 @@
 # Command:  [KNOWN=5] bash jobs/digits_open_set.sh [FIELD=VALUE ...]
 # Cost:     15 pre-trainings of 1 to 2 minutes on two CPU cores each.
 # Expected: docs/results.md; alone: unlabelled images of the known classes only, strangers: of all ten,
-#           weighted: of all ten with objective.open_set_weighting.
+#           ropaws: of all ten with objective=ropaws.
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; any of them side by side: python -m paws_hpc.report runs/digits-open_set-*
 set -euo pipefail
@@ -24,4 +24,4 @@ launch() {
 }
 launch alone "$some/train" "$@"
 launch strangers shards/digits/train "$@"
-launch weighted shards/digits/train objective.open_set_weighting=true "$@"
+launch ropaws shards/digits/train objective=ropaws "$@"

@@ -121,7 +121,37 @@ class PawsConfig(ObjectiveConfig):
         return Paws(self, num_classes=num_classes, total_steps=total_steps)
 
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in (PawsConfig,)}
+@dataclass
+class RopawsConfig(PawsConfig):
+    """RoPAWS (arXiv:2302.14483), for unlabelled images of no known class; docs/ropaws.md derives it.
+
+    The defaults are those of its code. Labels are not smoothed there; ours are unless ``label_smoothing`` is 0.
+
+    Attributes:
+        prior_temperature: of the in-domain prior ``exp((cos - 1) / T)`` of the nearest support. Lower is stricter.
+        label_ratio: weight of all supports together in the density, relative to all unlabelled images of a step.
+        weight_power: images are weighted by this power of their in-domain probability; 0 weights all alike.
+    """
+
+    name: str = "ropaws"
+    prior_temperature: float = 3.0
+    label_ratio: float = 5.0
+    weight_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("prior_temperature", 0 < self.prior_temperature < math.inf, "above 0 (RoPAWS's is 3)")
+        self.require("label_ratio", 0 < self.label_ratio < math.inf, "above 0 (RoPAWS's is 5)")
+        self.require("weight_power", 0 <= self.weight_power < math.inf, "0 or more")
+
+    def build(self, *, num_classes: int, total_steps: int) -> Objective:
+        """:class:`paws_hpc.objective.ropaws.Ropaws`."""
+        from paws_hpc.objective.ropaws import Ropaws  # noqa: PLC0415 - loads torch
+
+        return Ropaws(self, num_classes=num_classes, total_steps=total_steps)
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {config.name: config for config in (PawsConfig, RopawsConfig)}
 """Each has a file ``conf/objective/NAME.yaml`` too."""
 
 

@@ -152,14 +152,21 @@ def view_loss(
     target_floor: float = TARGET_FLOOR,
     true_classes: TrueClasses | None = None,
     entropy_weight: float = 0.0,
+    image_weights: Tensor | None = None,
 ) -> PawsLoss:
-    """:func:`paws_loss` of predictions ((2 + m) n, K), as logarithms, and sharpened targets (2n, K)."""
+    """:func:`paws_loss` of predictions ((2 + m) n, K), as logarithms, and sharpened targets (2n, K).
+
+    ``image_weights`` (n,) multiply each image's part of the consistency.
+    """
     first, second = sharpened.chunk(2)  # a large crop's target is the other one's, a small crop's their mean
     wanted = torch.cat([second, first] + [(first + second) / 2] * num_small_crops)
     wanted = wanted.masked_fill(wanted < target_floor, 0)
     if true_classes is not None:
         wanted = _true_where_known(wanted, true_classes)
-    total = consistency = cross_entropy(wanted, log_predictions).mean()
+    distances = cross_entropy(wanted, log_predictions)
+    if image_weights is not None:
+        distances = distances * image_weights.repeat(2 + num_small_crops)
+    total = consistency = distances.mean()
     regulariser = entropy = torch.zeros_like(consistency)
     if me_max:
         mean_prediction = log_sharpen(log_predictions, temperature=sharpening).mean(0)
@@ -221,8 +228,8 @@ class Paws(Objective):
         true_classes = None
         if config.true_label_targets:
             true_classes = TrueClasses(on_device(batch.known, z.device), on_device(batch.known_classes, z.device))
-        loss = self.loss(anchors, supports, targets, target_supports, labels, true_classes=true_classes)
-        total, metrics = loss.total, {"train/loss_consistency": loss.consistency}
+        loss, metrics = self.loss(anchors, supports, targets, target_supports, labels, true_classes=true_classes)
+        total, metrics["train/loss_consistency"] = loss.total, loss.consistency
         if config.me_max:
             metrics["train/loss_me_max"] = loss.me_max
         if config.entropy_weight > 0:
@@ -248,10 +255,10 @@ class Paws(Objective):
         labels: Labels,
         *,
         true_classes: TrueClasses | None,
-    ) -> PawsLoss:
-        """Arguments and result as of :func:`paws_loss`."""
+    ) -> tuple[PawsLoss, dict[str, Tensor]]:
+        """:func:`paws_loss`, and metrics of this objective alone."""
         config = self.config
-        return paws_loss(
+        loss = paws_loss(
             anchors,
             supports,
             targets,
@@ -264,6 +271,7 @@ class Paws(Objective):
             true_classes=true_classes,
             entropy_weight=config.entropy_weight,
         )
+        return loss, {}
 
     def collapsed(self, metrics: Mapping[str, float]) -> bool:
         """Whether predictions are uniform.
