@@ -113,6 +113,7 @@ def _facts(config: Config, run: RunFolder, options: argparse.Namespace) -> list[
 def _as_json(item: Prediction) -> dict[str, Any]:
     return {
         "path": str(item.path),
+        "doubt": item.doubt or None,
         "classes": [{"name": name, "probability": probability} for name, probability in item.classes],
         "nearest": [{"key": one.key, "class": one.name, "similarity": one.similarity} for one in item.nearest],
     }
@@ -121,7 +122,7 @@ def _as_json(item: Prediction) -> dict[str, Any]:
 def _lines(item: Prediction) -> list[str]:
     classes = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in item.classes)
     nearest = ", ".join(f"{printable(one.key)} ({printable(one.name)}) {one.similarity:.2f}" for one in item.nearest)
-    return [f"{shown(item.path)}: {classes}", f"    nearest: {nearest}"]
+    return [f"{shown(item.path)}: {item.doubt or classes}", f"    nearest: {nearest}"]
 
 
 def _write_json(value: dict[str, Any], where: str) -> None:

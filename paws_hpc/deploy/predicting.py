@@ -51,12 +51,14 @@ class Prediction:
         classes: names with their probabilities, the most probable first.
         nearest: labelled images, the most similar first.
         crop: (3, s, s) uint8, what the network saw.
+        doubt: why the classes mean nothing for this image; it is shown instead of them. Empty as a rule.
     """
 
     path: Path
     classes: list[tuple[str, float]]
     nearest: list[Neighbour]
     crop: Tensor
+    doubt: str = ""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,13 @@ class Sheet:
             for one in item.nearest
         ]
         self._cards.append(
-            {"path": shown(item.path), "picture": _data_uri(item.crop), "classes": item.classes, "nearest": nearest}
+            {
+                "path": shown(item.path),
+                "picture": _data_uri(item.crop),
+                "doubt": item.doubt,
+                "classes": item.classes,
+                "nearest": nearest,
+            }
         )
 
     def write(self, path: Path) -> None:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
+from paws_hpc.exhibits import Exhibit
 from paws_hpc.files import write_text
 from paws_hpc.report.gallery import gallery
 from paws_hpc.report.nodes import gpu_panels
-from paws_hpc.report.panels import pretrain_panels
+from paws_hpc.report.panels import Panel, pretrain_panels
+from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import RunRecord, read_run
 from paws_hpc.report.sweep import SWEEP_TITLES, parallel_panel, sweep_panel
 from paws_hpc.report.tables import (
@@ -96,6 +99,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "total": duration(sum(stage.elapsed for stage in stage_times(record))),
         "panels": pretrain_panels(record) + gpu_panels(record),
         "sweeps": _sweeps(record),
+        "exhibits": [(stage, _exhibits(stage, shown)) for stage, shown in record.exhibits.items()],
         "confusion": _confusion(record, methods),
         "gallery": gallery(record),
         "crops": _crops(record),
@@ -192,6 +196,23 @@ def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
                 "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(trials, winner),
                 "panels": [parallel_panel(record, stage), sweep_panel(record, stage)],
             })  # fmt: skip
+    return shown
+
+
+def _exhibits(stage: str, exhibits: list[Exhibit]) -> list[Exhibit | Panel]:
+    """What a stage left for the report; diagrams are drawn."""
+    shown: list[Exhibit | Panel] = []
+    for number, exhibit in enumerate(exhibits, start=1):
+        if exhibit["kind"] != "lines":
+            shown.append(exhibit)
+            continue
+        curves = [
+            Curve(label, np.array(x), np.array(y), series)
+            for series, (label, (x, y)) in enumerate(exhibit["curves"].items(), start=1)
+        ]
+        name, description = f"{stage}-{number}", f"{exhibit['title']}. {exhibit['caption']}"
+        svg = draw(name, [Plot(exhibit["y"], curves)], xlabel=exhibit["x"], description=description)
+        shown.append(Panel(name, exhibit["title"], exhibit["caption"], Markup(svg)))
     return shown
 
 

@@ -141,8 +141,9 @@ def _draw_axes(ax: Axes, plot: Plot, *, rows: int) -> None:
     if plot.from_zero:
         ax.set_ylim(bottom=-0.02 * ax.get_ylim()[1])  # a line that lies on zero stays visible
         ax.spines["bottom"].set_visible(False)  # the grid line at zero is the axis
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    whole = all(np.array_equal(curve.x, np.round(curve.x)) for curve in plot.curves)  # steps and epochs
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if whole else f"{value:g}"))
     ax.tick_params(length=0)
     ax.spines["left"].set_visible(False)
     ax.grid(visible=False, axis="x")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
+from paws_hpc.exhibits import Exhibit, read_exhibits
 from paws_hpc.files import read_json
 from paws_hpc.objective.config import PawsConfig
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
@@ -87,6 +88,7 @@ class RunRecord:
     result: dict[str, Any]
     gallery: dict[str, Any]
     gallery_sheet: bytes | None
+    exhibits: dict[str, list[Exhibit]]
 
     @property
     def name(self) -> str:
@@ -174,6 +176,7 @@ def read_run(run: Path) -> RunRecord:
         result=_mapping(run / "result.json"),
         gallery=_mapping(run / "selection" / "gallery.json"),
         gallery_sheet=sheet.read_bytes() if sheet.exists() else None,
+        exhibits={stage: shown for stage in STAGES if (shown := read_exhibits(run / stage))},
     )
 
 
