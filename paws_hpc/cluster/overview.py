@@ -1,36 +1,54 @@
 """The state of runs and of their jobs, put together from the run directory and from Slurm.
 
-What is known comes from four places, and every job says from which: the markers of finished stages; Slurm's queue, and
-its accounting where there is one, for jobs of the last submission; and the attempts, heartbeats and ends that jobs
-write themselves, which is all there is for a run without Slurm or when Slurm cannot be asked. Nothing here writes, and
-a half-written or damaged file makes a note, not an error. Nothing here imports torch.
+Every job says where its state is known from: the marker of a finished job; Slurm's queue, and its accounting where
+there is one, for jobs of the last submission; or the attempts, heartbeats and ends that jobs write themselves, which is
+all there is without Slurm. Runs of other versions can be looked at too: config and ``chain.json`` are read as plain
+values, and a half-written or damaged file makes a note, not an error. Nothing here writes or imports torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.cluster import traces
-from paws_hpc.cluster.inventory import Partition, grace_warnings
-from paws_hpc.cluster.layout import JobLayout, Layout, read_layout
-from paws_hpc.cluster.states import SILENT_S, Slurm, ask_slurm, silence, span, state_of
-from paws_hpc.cluster.traces import Progress
-from paws_hpc.stages.attempts import Attempt, read_attempts
+import yaml  # type: ignore[import-untyped]
 
+from paws_hpc.cluster import scheduler, traces
+from paws_hpc.cluster.inventory import Partition, grace_warnings, partitions, settings
+from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.traces import Progress
+from paws_hpc.files import read_json
+from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
+from paws_hpc.stages.attempts import Attempt, read_attempts
+from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.trial import Trial, trials
+
+_SILENT_S = 60.0  # six heartbeats
 _STUCK_S = 900.0
 _LOG_LINES = 12
-_TIMELESS = 3  # attempts in a row from the same step
-
+_REPEATS = 3  # attempts in a row from the same step
+_FORGOTTEN = "Slurm no longer knows it"
 _HINTS = {
     "DependencyNeverSatisfied": "a job that it waits for failed",
     "JobHeldUser": "it is held, until the launcher or `scontrol release` lets it go",
     "BeginTime": "Slurm lets a job that was queued again wait for about two minutes",
 }
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
+_FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
+_ENDS = {  # how an attempt ended → state of the job, as far as its own files tell
+    "done": "ended",
+    "requeued": "waiting",
+    "failed": "failed",
+    "crashed": "failed",
+    "cancelled": "cancelled",
+    "interrupted": "interrupted",
+}
+_BY_URGENCY = ("running", "silent", "failed", "lost", "waiting", "submitted", "interrupted", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,7 @@ class RunOverview:
     @property
     def current(self) -> JobOverview | None:
         """The job to look at: one that runs, else that failed, else that waits, else the last that is done."""
-        for state in ("running", "silent", "failed", "lost", "waiting", "submitted", "interrupted", "cancelled"):
+        for state in _BY_URGENCY:
             for job in self.jobs:
                 if job.state == state:
                     return job
@@ -106,6 +124,25 @@ class RunOverview:
         return {"format": 1, "time": datetime.now(UTC).isoformat(timespec="seconds")} | value
 
 
+@dataclass(frozen=True)
+class Slurm:
+    """What Slurm said.
+
+    Attributes:
+        queue: jobs that the controller knows.
+        accounts: jobs that the data base knows.
+        trouble: why it could not be asked, or not all of it; None if it could.
+        partitions: by name.
+        settings: of the cluster.
+    """
+
+    queue: dict[str, QueuedJob] = field(default_factory=dict)
+    accounts: dict[str, AccountedJob] = field(default_factory=dict)
+    trouble: str | None = None
+    partitions: dict[str, Partition] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
 def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOverview]:
     """Look at several runs, asking Slurm once.
 
@@ -113,47 +150,148 @@ def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOvervi
         paths: of run directories.
         details: also ask for the cluster's settings, for warnings about the time that is left to save.
     """
-    layouts = [read_layout(path) for path in paths]
-    wanted = {run.path: [job for job in run.jobs if job.job_id and not job.is_done] for run in layouts}
-    ids = {job.job_id for jobs in wanted.values() for job in jobs if job.job_id}
-    owners = {run.path.stat().st_uid for run in layouts if wanted[run.path]}
-    slurm = ask_slurm(ids, owners, details=details)
-    return [_run(run, slurm) for run in layouts]
+    runs = [_RunFiles(path) for path in paths]
+    unfinished = {run.path: run.unfinished_ids() for run in runs}
+    owners = {path.stat().st_uid for path, ids in unfinished.items() if ids}
+    slurm = _ask_slurm(set().union(*unfinished.values()), owners, details=details)
+    return [_overview(run, slurm) for run in runs]
 
 
-def _run(run: Layout, slurm: Slurm) -> RunOverview:
-    jobs = [_job(run, job, slurm) for job in run.jobs]
-    warnings = [*run.warnings]
-    for asked, job in zip(run.jobs, jobs, strict=True):
+def _ask_slurm(ids: set[str], owners: Iterable[int], *, details: bool) -> Slurm:
+    """Ask the controller, and the accounting for jobs that it has forgotten; never raises."""
+    known = Slurm()
+    if not ids:
+        return known
+    try:
+        for owner in sorted(owners):
+            known = replace(known, queue=known.queue | scheduler.queue(str(owner)))
+        if details:
+            known = replace(known, partitions=partitions(), settings=settings())
+        if forgotten := ids - known.queue.keys():
+            known = replace(known, accounts=scheduler.accounting(forgotten) or {})
+    except (SchedulerUnreachableError, SchedulerError) as error:
+        return replace(known, trouble=str(error))
+    return known
+
+
+class _RunFiles:
+    """The config and ``chain.json`` of a run as plain values; whatever its folder holds, this does not raise.
+
+    Attributes:
+        names: of its jobs, in the order of the chain: those of the config, submitted ones and those ever begun.
+        submitted: name of a job → what ``chain.json`` says of its last submission, and its ``time``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.warnings = path, list[str]()
+        self.chain = self._mapping("chain.json")
+        self.config = self._mapping("config.yaml")
+        self.submitted: dict[str, dict[str, Any]] = {
+            str(job["job"]): job | {"time": submission.get("time")}
+            for submission in self.chain.get("submissions", [])
+            for job in submission.get("jobs", [])
+            if isinstance(job, dict) and "job" in job
+        }
+        stages = self.config.get("stages") or DEFAULT_STAGES
+        names = [name for stage in STAGES if stage in stages for name in self._jobs_of(stage)]
+        begun = {file.parent.relative_to(path / "jobs").as_posix() for file in (path / "jobs").glob("**/start-*.json")}
+        order = list(STAGES)
+        places = {stage: order.index(stage) for stage in order}
+        self.names = sorted(  # stable: trials keep the config's order
+            [*names, *sorted((self.submitted.keys() | begun) - set(names))],
+            key=lambda name: places.get(name.partition("/")[0], len(order)),
+        )
+
+    def _mapping(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.warnings.append(str(error) if name in str(error) else f"{path} cannot be read: {error}")
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def _jobs_of(self, stage: str) -> list[str]:
+        if stage not in SWEEPS:
+            return [stage]
+        try:
+            return [f"{stage}/{trial.name}" for trial in trials(self.config[stage]["sweep"])]
+        except (KeyError, TypeError, AttributeError, ValueError):  # a config of an older version, or a damaged one
+            return []
+
+    def id_of(self, job: str) -> str | None:
+        """Under which a job was submitted last; None without Slurm."""
+        return self.submitted.get(job, {}).get("job_id")
+
+    def marker_state(self, job: str) -> str:
+        """``done``, ``stale`` if its result is from before its last submission, or ``absent``."""
+        try:
+            made = RunFolder(self.path).marker(job).stat().st_mtime
+        except FileNotFoundError:
+            return "absent"
+        try:
+            submitted = datetime.fromisoformat(str(self.submitted.get(job, {}).get("time"))).timestamp()
+        except ValueError:
+            submitted = 0.0
+        return "done" if made >= submitted else "stale"
+
+    def unfinished_ids(self) -> set[str]:
+        """Ids of submitted jobs whose results are not there."""
+        return {job_id for job in self.names if (job_id := self.id_of(job)) and self.marker_state(job) != "done"}
+
+    def progress(self, job: str) -> Progress | None:
+        """Of a job that trains."""
+        stage = job.partition("/")[0]
+        if stage not in STAGES or not STAGES[stage].trains:
+            return None
+        section = self.config.get(stage)
+        section = section if isinstance(section, dict) else {}
+        if stage in SWEEPS:
+            with suppress(ValueError):  # a folder that somebody else made
+                section = section | dict(Trial.parse(job.partition("/")[2]).values)
+        epochs = section.get("epochs")
+        return traces.read_progress(
+            self.path / job, epochs=epochs if isinstance(epochs, int) else None, batch_size=section.get("batch_size")
+        )
+
+
+def _overview(run: _RunFiles, slurm: Slurm) -> RunOverview:
+    jobs, warnings = [_job(run, name, slurm) for name in run.names], list(run.warnings)
+    default = next((partition for partition in slurm.partitions.values() if partition.default), None)
+    for job in jobs:
         if job.progress is not None and job.state in ("running", "waiting"):
+            submitted = run.submitted.get(job.job, {})
+            name = submitted.get("partition")
             warnings += grace_warnings(
                 job.job,
                 save_s=job.progress.save_s,
                 step_s=job.progress.step_s,
-                partition=_partition(asked, slurm),
+                partition=default if name is None else slurm.partitions.get(name),
                 settings=slurm.settings,
-                signal_delay_s=asked.notice_s,
+                signal_delay_s=submitted.get("notice_s"),
             )
+    cancelled = run.chain.get("cancelled")
     return RunOverview(
-        name=run.name,
+        name=str(run.chain.get("name") or run.path.resolve().name),
         path=str(run.path),
-        state=_state_of_run(run, jobs),
-        created=run.created,
-        cancelled=run.cancelled,
+        state=_state_of_run({job.state for job in jobs}, cancelled=cancelled is not None),
+        created=run.chain.get("created"),
+        cancelled=cancelled,
         jobs=jobs,
         warnings=warnings,
-        trouble=slurm.trouble if any(job.job_id and not job.is_done for job in run.jobs) else None,
+        trouble=slurm.trouble if run.unfinished_ids() else None,
     )
 
 
-def _state_of_run(run: Layout, jobs: list[JobOverview]) -> str:
-    states = {job.state for job in jobs}
+def _state_of_run(states: set[str], *, cancelled: bool) -> str:
     if states == {"done"}:
         return "done"
     for state in ("running", "silent"):
         if state in states:
             return state
-    if run.cancelled:
+    if cancelled:
         return "cancelled"
     for state in ("waiting", "submitted", "failed", "lost", "cancelled", "interrupted"):
         if state in states:
@@ -161,56 +299,105 @@ def _state_of_run(run: Layout, jobs: list[JobOverview]) -> str:
     return "unfinished" if "done" in states else "not started"
 
 
-def _job(run: Layout, job: JobLayout, slurm: Slurm) -> JobOverview:
+def _job(run: _RunFiles, name: str, slurm: Slurm) -> JobOverview:
     notes: list[str] = []
     try:
-        attempts = read_attempts(run.path / "jobs" / job.name)
+        attempts = read_attempts(run.path / "jobs" / name)
     except (OSError, ValueError, TypeError, KeyError) as error:
         attempts = []
         notes.append(f"its attempts cannot be read: {error}")
     last = attempts[-1] if attempts else None
-    silent_s = silence(last)
-    state, reason, source = state_of(job, last, silent_s, slurm)
-    queued = slurm.queue.get(job.job_id or "")
-    progress = None
-    if job.trains:
-        progress = traces.read_progress(run.path / job.name, epochs=job.epochs, batch_size=job.batch_size)
-    failure = traces.first_failure(last) if last is not None else None
+    stage, job_id = name.partition("/")[0], run.id_of(name)
+    silent_s, progress = _silence(last), run.progress(name)
+    state, reason, source = _state(run.marker_state(name), job_id, last, silent_s, slurm)
+    queued = slurm.queue.get(job_id or "")
     unlucky = state in ("failed", "interrupted", "lost", "silent")
-    log = traces.log_of(run.path / "logs" / job.stage, job.job_id, failure["rank"] if failure else 0)
-    log = log if unlucky else None
-    notes += _notes(state, reason, attempts, silent_s, progress)
+    failure = traces.first_failure(last) if last is not None and unlucky else None
+    log = traces.log_of(run.path / "logs" / stage, job_id, failure["rank"] if failure else 0) if unlucky else None
     return JobOverview(
-        job=job.name,
-        stage=job.stage,
+        job=name,
+        stage=stage,
         state=state,
         reason=reason,
         source=source,
-        job_id=job.job_id,
+        job_id=job_id,
         restarts=max(len(attempts) - 1, (queued.restarts or 0) if queued else 0),
         nodes=queued.nodes if queued else "",
         seconds=sum(attempt.seconds for attempt in attempts),
         silent_s=silent_s,
         progress=progress,
-        failure=failure if unlucky else None,
+        failure=failure,
         log=str(log) if log else None,
         log_tail=traces.last_lines(log, _LOG_LINES) if log else [],
-        notes=notes,
+        notes=notes + _notes(state, reason, attempts, silent_s, progress),
     )
 
 
-def _partition(job: JobLayout, slurm: Slurm) -> Partition | None:
-    """To which a job was submitted."""
-    if job.partition is not None:
-        return slurm.partitions.get(job.partition)
-    return next((partition for partition in slurm.partitions.values() if partition.default), None)
+def _silence(last: Attempt | None) -> float | None:
+    """Seconds since an attempt that has not ended gave a sign of life."""
+    if last is None or last.end is not None:
+        return None
+    seen = last.beat["time"] if last.beat is not None else last.began
+    return max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
+
+
+def _state(
+    marker: str, job_id: str | None, last: Attempt | None, silent_s: float | None, slurm: Slurm
+) -> tuple[str, str, str]:
+    """State, reason and source: by the marker first, then as Slurm says, then as the job wrote itself."""
+    if marker == "done":
+        return "done", "", "marker"
+    if (queued := slurm.queue.get(job_id or "")) is not None:
+        state, reason = _of_slurm(queued.state, queued.reason)
+        source = "squeue"
+    elif (accounted := slurm.accounts.get(job_id or "")) is not None:
+        state, reason = _of_slurm(accounted.state, f"exit code {accounted.exit_code}")
+        source = "sacct"
+    else:
+        forgotten = job_id is not None and not slurm.trouble  # Slurm was asked and does not know the job
+        state, reason, source = _of_attempts(job_id, last, silent_s, forgotten=forgotten)
+    if state in ("ended", "lost") and marker == "stale":  # the last submission found nothing to do
+        return "done", "", "marker"
+    if state == "ended":
+        return "failed", "ended without finishing", source
+    return state, reason, source
+
+
+def _of_slurm(state: str, reason: str) -> tuple[str, str]:
+    if state in _WAITING:
+        return "waiting", reason
+    if state in _FAILED:
+        return "failed", state if reason in ("", "None", "NonZeroExitCode") else f"{state} ({reason})"
+    if state == "CANCELLED":
+        return "cancelled", reason if reason.startswith("Dependency") else ""
+    if state == "COMPLETED":
+        return "ended", ""
+    return "running", "" if state == "RUNNING" else state
+
+
+def _of_attempts(
+    job_id: str | None, last: Attempt | None, silent_s: float | None, *, forgotten: bool
+) -> tuple[str, str, str]:
+    if last is None or (job_id is not None and last.holder.job_id != job_id):
+        if job_id is None:
+            return "not started", "", "attempts"
+        return ("lost", _FORGOTTEN, "chain") if forgotten else ("submitted", "", "chain")
+    state, reason = "running", ""
+    if last.end is not None:
+        how = str(last.end.get("how"))
+        state, reason = _ENDS.get(how, how), str(last.end.get("message") or "")
+    elif silent_s is not None and silent_s > _SILENT_S:
+        state, reason = "silent", f"silent for {span(silent_s)}"
+    if forgotten and state in ("running", "silent", "waiting"):
+        state, reason = "lost", _FORGOTTEN
+    return state, reason, "attempts"
 
 
 def _notes(
     state: str, reason: str, attempts: list[Attempt], silent_s: float | None, progress: Progress | None
 ) -> list[str]:
     notes = [f"{reason}: {_HINTS[reason]}"] if reason in _HINTS else []
-    if state == "running" and silent_s is not None and silent_s > SILENT_S:
+    if state == "running" and silent_s is not None and silent_s > _SILENT_S:
         notes.append(f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped")
     if state == "running" and not attempts:
         notes.append("starting: Python has not begun yet")
@@ -218,15 +405,25 @@ def _notes(
         since = max(progress.changed or 0.0, datetime.fromisoformat(attempts[-1].began).timestamp())
         if time.time() - since > _STUCK_S:
             notes.append(f"no new metrics for {span(time.time() - since)}")
-    came = [attempt.holder.progress for attempt in attempts]
-    repeated = next((i for i, step in enumerate(reversed(came)) if step != came[-1]), len(came))
-    if progress is not None and state != "done" and repeated >= _TIMELESS and progress.saved_step <= came[-1]:
-        notes.append(f"does not advance: the last {repeated} attempts all began at step {came[-1]}")
+    steps = [attempt.holder.progress for attempt in attempts]
+    repeated = next((i for i, step in enumerate(reversed(steps)) if step != steps[-1]), len(steps))
+    if progress is not None and state != "done" and repeated >= _REPEATS and progress.saved_step <= steps[-1]:
+        notes.append(f"does not advance: the last {repeated} attempts all began at step {steps[-1]}")
     over = attempts[:-1] if state == "running" else attempts if state == "waiting" else []
-    if crashes := [
-        attempt for attempt in over if attempt.end is not None and attempt.end.get("how") in ("failed", "crashed")
-    ]:
+    crashes = [attempt for attempt in over if attempt.end and attempt.end.get("how") in ("failed", "crashed")]
+    if crashes:
         failure = traces.first_failure(crashes[-1]) or crashes[-1].end or {}
         kind = f"{failure['type']}: " if "type" in failure else ""
         notes.append(f"attempt {crashes[-1].number} of {len(attempts)} crashed: {kind}{failure.get('message')}")
     return notes
+
+
+def span(seconds: float) -> str:
+    """A length of time for people: ``45 s``, ``12 min``, ``3 h 05 min``, ``2 d 04 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"

@@ -9,8 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from paws_hpc.cluster.overview import JobOverview, RunOverview
-from paws_hpc.cluster.states import span
+from paws_hpc.cluster.overview import JobOverview, RunOverview, span
 
 _ALIKE = 4  # trials in the same state that are still listed one by one
 _STYLES = {

@@ -29,8 +29,8 @@ from paws_hpc.cluster.inventory import (
     seconds,
     settings,
 )  # fmt: skip
+from paws_hpc.cluster.overview import span
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, ask
-from paws_hpc.cluster.states import span
 from paws_hpc.cluster.traces import read_progress
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig

@@ -10,9 +10,8 @@ import pytest
 
 from paws_hpc import status
 from paws_hpc.cluster.inventory import Partition, grace_warnings
-from paws_hpc.cluster.overview import RunOverview, overviews
+from paws_hpc.cluster.overview import RunOverview, overviews, span
 from paws_hpc.cluster.overview_text import plain_run
-from paws_hpc.cluster.states import span
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
 from tests.attempts import write_attempt
