@@ -41,7 +41,6 @@ class Partition:
         grace_s: seconds between the first signal of a preemption and the kill.
         preempt_mode: what happens to a preempted job: ``OFF``, ``REQUEUE``, ``CANCEL`` or ``SUSPEND``, maybe with
             ``GANG``.
-        priority_tier: jobs of a higher tier may preempt.
         max_time_s: longest time limit; None if there is none.
         max_nodes: most nodes of a job; None if there is no limit.
         allowed_accounts: that may submit; None for all.
@@ -54,7 +53,6 @@ class Partition:
     default: bool
     grace_s: float
     preempt_mode: str
-    priority_tier: int
     max_time_s: float | None
     max_nodes: int | None
     allowed_accounts: tuple[str, ...] | None
@@ -65,11 +63,6 @@ class Partition:
     def nodes(self) -> int:
         """How many it has, in whatever state."""
         return sum(group.count for group in self.groups)
-
-    @property
-    def gpus_per_node(self) -> int:
-        """Of the node with the most."""
-        return max((group.gpus for group in self.groups), default=0)
 
 
 def settings() -> dict[str, str]:
@@ -111,7 +104,6 @@ def _partition(values: dict[str, str], groups: dict[str, list[NodeGroup]]) -> Pa
         default=values.get("Default") == "YES",
         grace_s=seconds(values.get("GraceTime", "0")) or 0.0,
         preempt_mode=values.get("PreemptMode", "OFF"),
-        priority_tier=int(values.get("PriorityTier", "1")),
         max_time_s=seconds(values.get("MaxTime", "UNLIMITED")),
         max_nodes=int(most) if most.isdigit() else None,
         allowed_accounts=several("AllowAccounts"),
@@ -137,30 +129,8 @@ def seconds(text: str) -> float | None:
     return float(int(days or 0) * 86400 + total)
 
 
-@dataclass(frozen=True)
-class Rights:
-    """What the accounting data base lets a user ask for.
-
-    Attributes:
-        accounts: to charge jobs to.
-        qos: that may be asked for, under any of the accounts.
-    """
-
-    accounts: frozenset[str]
-    qos: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Qos:
-    """A quality of service: what happens to its jobs when they are preempted, and after how many seconds."""
-
-    name: str
-    preempt_mode: str
-    grace_s: float
-
-
-def rights(user: str) -> Rights:
-    """The accounts and qualities of service of a user, as sacctmgr tells them.
+def rights(user: str) -> tuple[set[str], set[str]]:
+    """The accounts of a user, and the qualities of service that may be asked for under any of them.
 
     Raises:
         SchedulerError: this cluster keeps no accounts.
@@ -168,11 +138,11 @@ def rights(user: str) -> Rights:
     """
     lines = ask(["sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"]).split()
     rows = [line.split("|") for line in lines]
-    return Rights(frozenset(row[0] for row in rows), frozenset(name for row in rows for name in row[1].split(",")))
+    return {row[0] for row in rows}, {name for row in rows for name in row[1].split(",")}
 
 
-def qualities() -> dict[str, Qos]:
-    """All qualities of service, by name.
+def qualities() -> dict[str, tuple[str, float]]:
+    """All qualities of service: name → what happens to its preempted jobs, and after how many seconds.
 
     Raises:
         SchedulerError: this cluster keeps no accounts.
@@ -180,7 +150,7 @@ def qualities() -> dict[str, Qos]:
     """
     lines = ask(["sacctmgr", "-n", "-P", "show", "qos", "format=name,preemptmode,gracetime"]).split()
     rows = [line.split("|") for line in lines]
-    return {name: Qos(name, mode, seconds(grace) or 0.0) for name, mode, grace in rows}
+    return {name: (mode, seconds(grace) or 0.0) for name, mode, grace in rows}
 
 
 def grace_warnings(

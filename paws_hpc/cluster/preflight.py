@@ -242,7 +242,7 @@ def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Ch
         yield ok("accounts", "this cluster keeps none; account and qos are not checked")
         return
     try:
-        own = rights(getpass.getuser())
+        accounts, qos = rights(getpass.getuser())
     except (SchedulerError, SchedulerUnreachableError) as error:
         yield warning("accounts", f"cannot be asked for: {error}", "Account and qos are not checked.")
         return
@@ -250,8 +250,8 @@ def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Ch
     for stage, parameters in asked.items():
         partition = _partition(parameters, cluster)
         for field, granted, allowed in (
-            ("account", own.accounts, partition.allowed_accounts if partition else None),
-            ("qos", own.qos, partition.allowed_qos if partition else None),
+            ("account", accounts, partition.allowed_accounts if partition else None),
+            ("qos", qos, partition.allowed_qos if partition else None),
         ):
             name = parameters.get(field)
             usable = granted if allowed is None else granted & set(allowed)
@@ -260,7 +260,7 @@ def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Ch
     for (field, name, usable_names), stages in refused.items():
         yield problem(f"{field} of {', '.join(stages)}", f"{name} is not yours to use", f"Use one of: {usable_names}.")
     if not refused:
-        yield ok("accounts", f"yours: {', '.join(sorted(own.accounts)) or 'none'}; qos {', '.join(sorted(own.qos))}")
+        yield ok("accounts", f"yours: {', '.join(sorted(accounts)) or 'none'}; qos {', '.join(sorted(qos))}")
 
 
 def _preemption(config: Config, asked: Mapping[str, Parameters], cluster: _Cluster, run: RunFolder) -> Iterator[Check]:
@@ -290,14 +290,13 @@ def _preempted(parameters: Parameters, partition: Partition, cluster: _Cluster) 
     if kind == "preempt/qos":
         name = str(parameters.get("qos") or "normal")
         try:
-            quality = qualities()[name]
+            own_mode, grace_s = qualities()[name]
         except (KeyError, SchedulerError, SchedulerUnreachableError):
             return warning(
                 "preemption", f"by qos, but nothing is known of qos {name}", "Ask those who run the cluster."
             )
-        inherits = quality.preempt_mode.upper() == "CLUSTER"
-        mode = cluster.settings.get("PreemptMode", "OFF").upper() if inherits else quality.preempt_mode.upper()
-        grace_s, of = quality.grace_s, f"qos {name}"
+        inherits = own_mode.upper() == "CLUSTER"
+        mode, of = (cluster.settings.get("PreemptMode", "OFF") if inherits else own_mode).upper(), f"qos {name}"
     if kind == "preempt/none" or mode == "OFF":
         return ok("preemption", f"jobs of {of} are not preempted")
     if "CANCEL" in mode:

@@ -1,7 +1,7 @@
-"""Everything that asks Slurm or tells it something, through its own commands.
+"""Slurm's own commands: questions, and orders to queue, release and cancel jobs.
 
 Their text output is read, in formats that 22.05 and later versions share; the JSON output changes from version to
-version. Times are printed in the zone of this machine and become aware ones here. Two errors leave this module:
+version. Two errors leave this module:
 :class:`SchedulerUnreachableError` if Slurm could not be asked, :class:`SchedulerError` if it refused.
 """
 
@@ -14,8 +14,7 @@ import subprocess
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 TIMEOUT_S = 60.0  # a busy controller may take tens of seconds
 
@@ -32,9 +31,6 @@ _COLUMNS = {  # squeue's fields and their widths; the name comes last, as it alo
     "JobArrayID": 40,
     "State": 24,
     "RestartCnt": 12,
-    "StartTime": 24,
-    "SubmitTime": 24,
-    "Partition": 64,
     "Reason": 160,
     "NodeList": 256,
     "Name": 512,
@@ -57,7 +53,7 @@ class SchedulerUnreachableError(RuntimeError):
 
 
 class SchedulerError(RuntimeError):
-    """Slurm refused; the message holds what was asked and Slurm's own words."""
+    """Slurm refused; the message holds the command and Slurm's own words."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,6 @@ class QueuedJob:
         reason: why it waits or ended, in Slurm's word; empty if there is none.
         restarts: times it was requeued.
         nodes: as Slurm abbreviates them, ``n[1-2]``; empty while it waits.
-        partition: it is in.
-        submitted: when.
-        started: when this attempt began, or is expected to; None if unknown.
     """
 
     job_id: str
@@ -82,30 +75,13 @@ class QueuedJob:
     reason: str
     restarts: int | None
     nodes: str
-    partition: str
-    submitted: datetime | None
-    started: datetime | None
 
 
-@dataclass(frozen=True)
-class AccountedJob:
-    """A job as the accounting data base has it.
+class AccountedJob(NamedTuple):
+    """A job as the accounting data base has it: its last state, in one word, and its exit code, ``status:signal``."""
 
-    Attributes:
-        job_id: ``17``, or ``18_0`` for an array's element.
-        state: its last one, in one word: ``COMPLETED``, ``FAILED``, ``PREEMPTED``, ``CANCELLED``, …
-        exit_code: ``status:signal``.
-        nodes: it ran on, as Slurm abbreviates them.
-        started: of its last attempt.
-        ended: of its last attempt.
-    """
-
-    job_id: str
     state: str
     exit_code: str
-    nodes: str
-    started: datetime | None
-    ended: datetime | None
 
 
 def queue(user: str | None = None) -> dict[str, QueuedJob]:
@@ -134,9 +110,6 @@ def _queued(line: str) -> QueuedJob:
         reason="" if values["Reason"] == "None" else values["Reason"],
         restarts=int(values["RestartCnt"]) if values["RestartCnt"].isdigit() else None,
         nodes=values["NodeList"],
-        partition=values["Partition"],
-        submitted=moment(values["SubmitTime"]),
-        started=moment(values["StartTime"]),
     )
 
 
@@ -155,18 +128,17 @@ def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
     ids = sorted(set(job_ids))
     if not ids:
         return {}
-    fields = "JobID,State,ExitCode,Start,End,NodeList"
+    fields = "JobID,State,ExitCode"
     try:
         rows = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", "-o", fields])
     except SchedulerError as error:
         if _NO_ACCOUNTING.search(str(error)):
             return None
         raise
-    jobs = {}
+    jobs: dict[str, AccountedJob] = {}
     for row in filter(None, rows.splitlines()):
-        listed, state, code, started, ended, nodes = row.split("|")
-        for job_id in expand_array(listed):
-            jobs[job_id] = AccountedJob(job_id, state.split()[0], code, nodes, moment(started), moment(ended))
+        listed, state, code = row.split("|")
+        jobs |= dict.fromkeys(expand_array(listed), AccountedJob(state.split()[0], code))
     return jobs
 
 
@@ -245,14 +217,6 @@ def release(job_ids: Iterable[str]) -> None:
     """
     if ids := list(job_ids):
         ask(["scontrol", "release", ",".join(ids)])
-
-
-def moment(text: str) -> datetime | None:
-    """A time as Slurm prints it, with this machine's zone; None for ``N/A``, ``Unknown`` and such."""
-    try:
-        return datetime.fromisoformat(text).astimezone()
-    except ValueError:
-        return None
 
 
 def expand_array(text: str) -> list[str]:

@@ -182,7 +182,7 @@ def test_accounts_know_what_the_queue_forgets(here: Cluster) -> None:
 def test_partitions_and_settings_are_those_of_the_cluster(here: Cluster) -> None:
     found = partitions()
     assert (found["low"].preempt_mode, found["low"].grace_s, found["low"].default) == ("REQUEUE", 0, True)
-    assert (found["low"].nodes, found["low"].gpus_per_node) == (2, here.options.gpus)
+    assert (found["low"].nodes, found["low"].groups[0].gpus) == (2, here.options.gpus)
     assert found["high"].preempt_mode == "OFF"
     assert settings()["KillWait"] == "2 sec"
 

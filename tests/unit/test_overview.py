@@ -206,7 +206,7 @@ def test_many_cells_alike_are_one_line_unless_all_are_asked_for(run: Path) -> No
     assert sum(line.startswith("finetune/") for line in plain_run(look(run), everything=True)) == 8
 
 
-PARTITION = Partition("low", "UP", True, 10.0, "REQUEUE", 1, None, None, None, None, ())
+PARTITION = Partition("low", "UP", True, 10.0, "REQUEUE", None, None, None, None, ())
 SETTINGS = {"PreemptType": "preempt/partition_prio", "KillWait": "5 sec"}
 
 

@@ -40,18 +40,15 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
 def test_a_queue_tells_arrays_element_by_element(program: Program) -> None:
     widths = scheduler._COLUMNS.values()
     rows = [
-        ("18_0", "RUNNING", "2", "2026-11-22T20:07:45", "2026-11-22T20:07:40", "low", "None", "n[1-2]", "run|a b"),
-        ("18_1", "PENDING", "0", "N/A", "2026-11-22T20:07:40", "low", "JobArrayTaskLimit", "", "run|a b"),
+        ("18_0", "RUNNING", "2", "None", "n[1-2]", "run|a b"),
+        ("18_1", "PENDING", "0", "JobArrayTaskLimit", "", "run|a b"),
     ]
     program("squeue", "".join("".join(map(str.ljust, row, widths)) + "\n" for row in rows))
     jobs = scheduler.queue()
     running, pending = jobs["18_0"], jobs["18_1"]
     assert (running.state, running.restarts, running.nodes, running.reason) == ("RUNNING", 2, "n[1-2]", "")
-    assert (pending.state, pending.reason, pending.started, pending.nodes) == ("PENDING", "JobArrayTaskLimit", None, "")
+    assert (pending.state, pending.reason, pending.nodes) == ("PENDING", "JobArrayTaskLimit", "")
     assert running.name == "run|a b"
-    assert running.started is not None
-    assert running.started.strftime("%H:%M:%S") == "20:07:45"
-    assert running.started.tzinfo is not None
 
 
 def test_formats_of_the_user_change_nothing(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,16 +114,14 @@ def test_accounts_are_none_where_a_cluster_keeps_none(program: Program) -> None:
 
 def test_accounts_tell_the_state_in_one_word_and_arrays_element_by_element(program: Program) -> None:
     rows = [
-        "3|CANCELLED by 0|0:0|2026-11-22T20:26:11|2026-11-22T20:26:11|n1",
-        "1_[0-4:2%1]|PENDING|0:0|Unknown|Unknown|None assigned",
+        "3|CANCELLED by 0|0:0",
+        "1_[0-4:2%1]|PENDING|0:0",
     ]
     program("sacct", "\n".join(rows) + "\n")
     accounts = scheduler.accounting(["3", "1_0"])
     assert accounts is not None
     assert accounts["3"].state == "CANCELLED"
-    assert accounts["3"].ended is not None
     assert sorted(accounts) == ["1_0", "1_2", "1_4", "3"]
-    assert accounts["1_2"].started is None
 
 
 @pytest.mark.parametrize(
@@ -179,7 +174,7 @@ def test_partitions_have_their_limits_and_the_nodes_that_sinfo_groups(program: P
         "GraceTime=10 MaxNodes=2 MaxTime=1-00:00:00 Nodes=n[1-4] PriorityTier=1 PreemptMode=REQUEUE State=UP\n",
     )
     low = partitions()["low"]
-    assert (low.grace_s, low.max_time_s, low.max_nodes, low.nodes, low.gpus_per_node) == (10, 86400, 2, 4, 4)
+    assert (low.grace_s, low.max_time_s, low.max_nodes, low.nodes) == (10, 86400, 2, 4)
     assert (low.allowed_accounts, low.allowed_qos, low.default, low.state) == (("lab", "guest"), None, True, "UP")
     assert low.groups[0] == NodeGroup(1, 4, 8000, 2, "mixed", "n1")
 
@@ -196,4 +191,4 @@ def test_settings_read_what_is_not_set_as_empty(program: Program) -> None:
 
 def test_rights_come_from_all_accounts_of_the_user(program: Program) -> None:
     program("sacctmgr", "lab|normal,long\nguest|normal\n")
-    assert inventory.rights("me") == inventory.Rights(frozenset({"lab", "guest"}), frozenset({"normal", "long"}))
+    assert inventory.rights("me") == ({"lab", "guest"}, {"normal", "long"})

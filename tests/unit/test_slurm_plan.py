@@ -57,8 +57,7 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
 def queued(**states: str) -> dict[str, QueuedJob]:
     names = {name.replace("__", "/"): state for name, state in states.items()}
     return {
-        name: QueuedJob(f"{number}", name, state, "", 0, "", "low", None, None)
-        for number, (name, state) in enumerate(names.items(), 1)
+        name: QueuedJob(f"{number}", name, state, "", 0, "") for number, (name, state) in enumerate(names.items(), 1)
     }
 
 
@@ -79,8 +78,8 @@ def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) 
 def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare")
     active = queued(pretrain="RUNNING", selection="PENDING", report="PENDING")
-    active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "", "low", None, None) for name in CELLS}
-    active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "", "low", None, None)
+    active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "") for name in CELLS}
+    active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "")
     assert planned(config, run, active) == {}
 
 
