@@ -20,19 +20,22 @@ from paws_hpc.files import error_text
 from paws_hpc.packing import (
     SOURCES,
     PackOptions,
-    Part,
+    PackReport,
+    PackTask,
     SourceConfig,
     open_source,
     pack,
-    pack_part,
+    pack_task,
     plan_pack,
     planned_listing,
     repair,
 )
-from paws_hpc.packing.texts import copy_lines, info_lines, pack_lines, part_lines
-from paws_hpc.store.format import INDEX_NAME, read_manifest
+from paws_hpc.packing.job import CHANGES_NAME
+from paws_hpc.store.format import INDEX_NAME, Omission, read_manifest
 from paws_hpc.store.local_copy import DEFAULT_WORKERS, copy_store
 from paws_hpc.store.verify import verify
+
+_LISTED = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,6 +174,12 @@ def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) ->
         help="shrink images whose short side is longer, at some loss (default: keep all as they are)",
     )
     source.add_argument(
+        "--transcode",
+        action="store_true",
+        help="make progressive JPEGs baseline, which decode three times as fast, and turn images, both without loss "
+        "(needs pip install 'paws-hpc[transcode]'; default: progressive ones stay, turned ones are encoded anew)",
+    )
+    source.add_argument(
         "--force",
         action="store_true",
         help="replace another store that is there, once the new one is whole; discard another unfinished one",
@@ -183,7 +192,7 @@ def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) ->
     parts = source.add_mutually_exclusive_group()
     parts.add_argument(
         "--part",
-        type=_part,
+        type=_task,
         metavar="I/N",
         help="pack the I-th of N parts (1/N to N/N), for the tasks of a job array; the last to end makes the store",
     )
@@ -194,13 +203,13 @@ def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) ->
     )
 
 
-def _part(text: str) -> Part:
+def _task(text: str) -> PackTask:
     """Parse "3/8"."""
     number, slash, of = text.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/8")
     try:
-        return Part(int(number), int(of))
+        return PackTask(int(number), int(of))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -214,27 +223,121 @@ def _pack(options: argparse.Namespace) -> int:
         on_error=options.on_error,
         max_short_side=options.max_short_side,
         check=options.check,
+        transcode=options.transcode,
         force=options.force,
         workers=options.workers,
     )
-    if options.part is None:
-        source = open_source(config)
-        if options.plan_only:
-            shards, images = plan_pack(source, options.to, options=pack_options)
-            print(f"{options.to}: {images:,} images make {shards:,} shards; pack them with --part I/N")
-            return 0
-        report = pack(source, options.to, options=pack_options, show_progress=True)
-        print("\n".join(pack_lines(report)))
-        return 0
-    source = open_source(config, planned_listing(options.to, config.kind))
-    part = pack_part(source, options.to, options.part, options=pack_options, show_progress=True)
-    print("\n".join(part_lines(part, options.part)))
+    if options.plan_only:
+        shards, images = plan_pack(open_source(config), options.to, options=pack_options)
+        print(f"{options.to}: {images:,} images make {shards:,} shards; pack them with --part I/N")
+    elif options.part is None:
+        _print_pack(pack(open_source(config), options.to, options=pack_options, show_progress=True))
+    else:
+        source = open_source(config, planned_listing(options.to, config.kind))
+        report = pack_task(source, options.to, options.part, options=pack_options, show_progress=True)
+        print(
+            f"part {options.part.number}/{options.part.of} of {report.path}: {report.packed:,} shards packed, "
+            f"{report.kept:,} were done, {report.seconds:.1f} s"
+        )
+        if report.store is None:
+            print(
+                f"{report.missing:,} shards of other parts are not done; the part that packs the last makes the store"
+            )
+        else:
+            _print_pack(report.store)
     return 0
 
 
+def _print_pack(report: PackReport) -> None:
+    """Print what packing did."""
+    manifest = report.manifest
+    contents = (
+        f"{manifest.count:,} images of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards, "
+        f"{_bytes_text(sum(shard.bytes for shard in manifest.shards))}, digest {manifest.digest}"
+    )
+    if not report.packed:
+        print(f"{report.path} already holds this store: {contents}. Nothing was done.")
+        if report.newer:
+            print(
+                f"NOTE: {report.newer:,} source images were written after it, with the same names and sizes. If their "
+                "contents changed, pack again with --force."
+            )
+        return
+    print(f"packed {report.path}: {contents}, {report.seconds:.1f} s")
+    if report.kept:
+        print(f"{report.kept:,} shards were done before")
+    for what, count in manifest.rewritten.items():
+        print(f"{count:,} images: {what}, pixels unchanged")
+    _print_omissions("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded, all_in=CHANGES_NAME)
+    if report.progressive:
+        print(
+            f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "
+            "pack --transcode --force makes them baseline without loss (pip install 'paws-hpc[transcode]')"
+        )
+    if not all(manifest.statistics.std):
+        print(
+            "NOTE: a colour channel has the same value in every pixel that was counted (std 0): there is nothing to "
+            "learn from it, and training divides it by 1"
+        )
+    _print_omissions("LEFT OUT", manifest.skipped)
+
+
+def _print_omissions(what: str, omissions: Sequence[Omission], *, all_in: str | None = None) -> None:
+    """Print how many images were changed or left out, and which: the first few, if the file ``all_in`` has all."""
+    if not omissions:
+        return
+    listed = omissions if all_in is None else omissions[:_LISTED]
+    print(f"{len(omissions):,} images {what}:")
+    for omission in listed:
+        print(f"  {omission.key}: {omission.reason}")
+    if len(listed) < len(omissions):
+        print(f"  ... and {len(omissions) - len(listed):,} more, all of them in {all_in}")
+
+
+def _bytes_text(count: int) -> str:
+    """Bytes in a readable unit."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
 def _info(options: argparse.Namespace) -> int:
+    """Print a table of what is in the store."""
     manifest = read_manifest(options.store)
-    print(json.dumps(manifest.to_json(), indent=2) if options.json else "\n".join(info_lines(options.store, manifest)))
+    if options.json:
+        print(json.dumps(manifest.to_json(), indent=2))
+        return 0
+    sizes, counts, statistics = [shard.bytes for shard in manifest.shards], manifest.class_counts, manifest.statistics
+    selection = [
+        f"{name}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in manifest.origin.options.items()
+    ]
+    rows = {
+        "store": str(options.store),
+        "digest": manifest.digest,
+        "images": f"{manifest.count:,}",
+        "encoding": manifest.encoding + ("" if manifest.shape is None else " " + " x ".join(map(str, manifest.shape))),
+        "size": f"{_bytes_text(sum(sizes))} in {len(sizes):,} shards of "
+        f"{_bytes_text(min(sizes))} to {_bytes_text(max(sizes))}",
+        "source": f"{' '.join([manifest.origin.kind, *selection])}, digest {manifest.origin.digest[:16]}",
+        "packed": f"by version {manifest.packing.packer}, seed {manifest.packing.seed}",
+        "mean": " ".join(f"{value:.4f}" for value in statistics.mean),
+        "std": " ".join(f"{value:.4f}" for value in statistics.std)
+        + f" ({statistics.method}, {statistics.images:,} images)",
+        "re-encoded": ", ".join(f"{count:,} {reason}" for reason, count in manifest.reencoded.items()) or "none",
+        "rewritten": ", ".join(f"{count:,} {what}" for what, count in manifest.rewritten.items()) or "none",
+        "skipped": ", ".join(omission.key for omission in manifest.skipped) or "none",
+        "classes": f"{len(manifest.classes):,}, of {min(counts):,} to {max(counts):,} images",
+    }
+    for name, value in rows.items():
+        print(f"{name:<11} {value}")
+    for name, count in list(zip(manifest.classes, counts, strict=True))[:_LISTED]:
+        print(f"  {name:<20} {count:>9,}")
+    if len(counts) > _LISTED:
+        print(f"  ... and {len(counts) - _LISTED:,} more (--json has all)")
     return 0
 
 
@@ -278,7 +381,15 @@ def _repair(options: argparse.Namespace) -> int:
 def _copy(options: argparse.Namespace) -> int:
     for store in options.stores:
         report = copy_store(store, options.to, workers=options.workers, show_progress=True)
-        print(json.dumps(asdict(report), indent=2, default=str) if options.json else "\n".join(copy_lines(report)))
+        if options.json:
+            print(json.dumps(asdict(report), indent=2, default=str))
+            continue
+        print(
+            f"{report.path}: {report.copied:,} shards copied ({_bytes_text(report.bytes)}, {report.seconds:.1f} s), "
+            f"{report.present:,} were there"
+        )
+        for copy in report.evicted:
+            print(f"removed to make room: {copy}")
     return 0
 
 

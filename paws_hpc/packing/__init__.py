@@ -1,17 +1,10 @@
 """Images of any source → a store: plan, write, finish, repair."""
 
+from paws_hpc.packing.job import PackReport
+from paws_hpc.packing.packer import PackTask, TaskReport, pack, pack_task, plan_pack, planned_listing
+from paws_hpc.packing.plan import PackOptions
 from paws_hpc.packing.repair import RepairReport, repair
 from paws_hpc.packing.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
-from paws_hpc.packing.writer import (
-    PackOptions,
-    PackReport,
-    Part,
-    PartReport,
-    pack,
-    pack_part,
-    plan_pack,
-    planned_listing,
-)
 
 __all__ = [
     "SOURCES",
@@ -19,14 +12,14 @@ __all__ = [
     "ImageFolder",
     "PackOptions",
     "PackReport",
-    "Part",
-    "PartReport",
+    "PackTask",
     "RepairReport",
     "Source",
     "SourceConfig",
+    "TaskReport",
     "open_source",
     "pack",
-    "pack_part",
+    "pack_task",
     "plan_pack",
     "planned_listing",
     "repair",

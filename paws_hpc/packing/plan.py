@@ -1,52 +1,115 @@
-"""Which image goes into which shard: decided from the list of the source, before any image is read."""
+"""What is packed and how, and which image goes into which shard: decided before any image is read."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from paws_hpc import __version__
 from paws_hpc.files import value_digest
-from paws_hpc.packing.building import Recipe, ShardTask
 from paws_hpc.packing.sources.base import Source
-from paws_hpc.packing.underway import Identity
-from paws_hpc.store.format import Encoding, StoreError
+from paws_hpc.packing.standard import transcoder
+from paws_hpc.packing.write import ShardTask
+from paws_hpc.store.format import Encoding, Origin, Packing, StoreError
 
+_LARGEST_SHARD = 1 << 36
 _STATISTICS_IMAGES = 2_000
 
 
+@dataclass
+class PackOptions:
+    """How to pack; all but ``force`` and ``workers`` decide the store's bytes."""
+
+    shard_bytes: int = 256 << 20
+    """Bytes of the source's images that make a shard: it ends before the image that would exceed it."""
+    seed: int = 0
+    """Shuffles the images before they are divided into shards, so that reading in order is reading at random."""
+    on_error: str = "stop"
+    """stop at an image that cannot be read, or skip it and report it."""
+    max_short_side: int | None = None
+    """Shrinks images whose short side has more pixels, at some loss; None keeps all as they are."""
+    check: str = "decode"
+    """decode every JPEG, so that none is stored that training could not read; or look at its structure only, which is
+    several times as fast and leaves damage to be found later."""
+    transcode: bool = False
+    """Write progressive JPEGs as baseline ones, which decode three times as fast, and turn images upright, both without
+    loss. Needs the extra ``paws-hpc[transcode]``."""
+    force: bool = False
+    """Replace a different or damaged store at the destination, once the new one is whole."""
+    workers: int | None = None
+    """Processes that each build one shard at a time, or threads where there are fewer shards; None: one per core."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard_bytes <= _LARGEST_SHARD:
+            raise ValueError(
+                f"pack.shard_bytes={self.shard_bytes} must be positive and at most {_LARGEST_SHARD}; "
+                "268435456 (256 MiB) is usual."
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"pack.on_error={self.on_error!r} must be 'stop' or 'skip'.")
+        if self.check not in ("decode", "structure"):
+            raise ValueError(f"pack.check={self.check!r} must be 'decode' or 'structure'.")
+        if self.max_short_side is not None and self.max_short_side < 1:
+            raise ValueError(f"pack.max_short_side={self.max_short_side} must be at least 1 pixel.")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"pack.workers={self.workers} must be at least 1.")
+        if self.transcode and transcoder() is None:
+            raise ValueError(
+                "pack.transcode=true needs turbojpeg, which is not installed: pip install 'paws-hpc[transcode]' "
+                "(x86-64 only). Without this option progressive JPEGs stay as they are."
+            )
+
+
 class Plan:
-    """The division of a source into shards; a function of the source's list, the seed and the shard size only.
+    """The division of a source into shards; a function of the source's list and the options only.
 
     A shard ends before the image that would take the *source's* bytes beyond the shard size. What an image takes in the
     store may differ (a PNG becomes a JPEG, metadata goes), but that is known only after it was read: if it decided, no
     shard could be begun before the one in front of it is done.
+
+    Attributes:
+        origin, packing: what decides the bytes of the store, as the manifest has it.
+        identity: both as JSON values: packs of equal identity make equal stores.
+        order: (N,) int64 positions in the source, shuffled.
     """
 
-    def __init__(self, source: Source, identity: Identity) -> None:
+    def __init__(self, source: Source, options: PackOptions) -> None:
         """Divide the source.
 
         Raises:
             StoreError: the source has no images, or keys by which they could not be found again.
+            ValueError: an option does not apply to the source.
         """
+        if source.encoding == "raw" and options.max_short_side is not None:
+            raise ValueError(
+                f"pack.max_short_side={options.max_short_side} does not apply to the {source.kind} source, which gives "
+                "raw pixels: remove it."
+            )
         _check_keys(source)
-        self.source, self.identity = source, identity
-        packing = identity.packing
-        self.order = packing_order(source.keys, seed=packing.seed)
-        self.bounds = shard_bounds(source.sizes[self.order], packing.shard_bytes)
-        self.recipe = Recipe(
-            encoding=source.encoding,
-            packer=packing.packer,
-            source_digest=identity.origin.digest,
-            on_error=packing.on_error,
-            max_short_side=packing.max_short_side,
-            check=packing.check,
+        self.source = source
+        self.origin = Origin(kind=source.kind, digest=source.digest, options=source.options)
+        self.packing = Packing(
+            packer=__version__,
+            seed=options.seed,
+            shard_bytes=options.shard_bytes,
+            on_error="skip" if options.on_error == "skip" else "stop",
+            max_short_side=options.max_short_side,
+            check="structure" if options.check == "structure" else "decode",
+            transcoder=transcoder() if options.transcode and source.encoding == "jpeg" else None,
         )
+        self.identity: dict[str, Any] = asdict(self.origin) | asdict(self.packing)
+        self.order = packing_order(source.keys, seed=options.seed)
+        self.bounds = shard_bounds(source.sizes[self.order], options.shard_bytes)
         self.stride = statistics_stride(source.encoding, len(self.order))
 
     def __len__(self) -> int:
@@ -58,7 +121,7 @@ class Plan:
 
     @cached_property
     def _identity_digest(self) -> str:
-        return value_digest({name: value for name, value in self.identity.to_json().items() if name != "on_error"})
+        return value_digest({name: value for name, value in self.identity.items() if name != "on_error"})
 
     def fingerprint(self, number: int) -> str:
         """Of the pack and of the modification times of a shard's files: a shard with another one is built again."""
@@ -68,14 +131,28 @@ class Plan:
 
     def task(self, number: int, path: Path) -> ShardTask:
         """What a worker needs to build a shard into ``path``."""
+        members = self.members(number)
         return ShardTask(
             number=number,
             path=path,
-            images=self.source.select(self.members(number)),
+            images=self.source.select(members),
+            keys=[self.source.keys[position] for position in members.tolist()],
+            labels=self.source.labels[members],
             counted=np.arange(self.bounds[number], self.bounds[number + 1]) % self.stride == 0,
             fingerprint=self.fingerprint(number),
-            recipe=self.recipe,
+            encoding=self.source.encoding,
+            source_digest=self.origin.digest,
+            packing=self.packing,
         )
+
+
+def differences(wanted: dict[str, Any], there: dict[str, Any], *, but: str = "") -> list[str]:
+    """How the identity ``there`` differs from the wanted one, in fields other than ``but``."""
+    return [
+        f"{name}={there.get(name)!r} (wanted {value!r})"
+        for name, value in wanted.items()
+        if name != but and there.get(name) != value
+    ]
 
 
 def statistics_stride(encoding: Encoding, count: int) -> int:
@@ -110,7 +187,7 @@ def shard_bounds(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64
 
 
 def _check_keys(source: Source) -> None:
-    """Refuse what could not be found again by key."""
+    """Refuse images that could not be found again by key."""
     if not len(source.keys):
         raise StoreError(f"the {source.kind} source has no images.")
     assert len(source.labels) == len(source.keys), "a source gives one label per key"
@@ -118,13 +195,6 @@ def _check_keys(source: Source) -> None:
         key, times = Counter(source.keys).most_common(1)[0]
         raise StoreError(f"key {key!r} occurs {times} times in the {source.kind} source: keys must be distinct.")
     for key in source.keys:
-        if not key or "\0" in key or not (key.isascii() or _is_utf8(key)):
+        # File names that are not UTF-8 reach Python as lone surrogates.
+        if not key or "\0" in key or not (key.isascii() or key.encode(errors="ignore").decode() == key):
             raise StoreError(f"key {key!r} cannot be stored: it is empty, has a zero byte or is not UTF-8. Rename it.")
-
-
-def _is_utf8(key: str) -> bool:
-    try:
-        key.encode()
-    except UnicodeEncodeError:  # bytes of a file name that are not UTF-8
-        return False
-    return True

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.packing.building import Recipe, ShardTask, build_shard
 from paws_hpc.packing.plan import packing_order, packing_ranks, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.standard import transcoder
+from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
 from paws_hpc.store.index import StoreIndex, make_index, read_cached_index
@@ -34,7 +34,7 @@ class RepairReport:
         repaired: names of the shards that are again what was packed.
         refused: name of each shard that was left as it is → why.
         index_made: whether ``index.bin`` was made anew.
-        whole: nothing of what was found is left.
+        whole: no fault is left.
     """
 
     faults: list[Fault]
@@ -73,75 +73,79 @@ def repair(
     manifest = read_manifest(folder)
     faults, _ = verify(folder, level=level, workers=workers, show_progress=show_progress)
     report = RepairReport(faults)
+    index = _sound_index(folder, manifest)
     damaged = {fault.shard for fault in faults if fault.shard is not None}
     numbers = [number for number, entry in enumerate(manifest.shards) if entry.name in damaged]
     if numbers:
-        source = open_source(_source_config(manifest, root, labels))
-        rebuilder = _Rebuilder(folder, manifest, source, workers or usable_cores())
+        rebuilder = _Rebuilder(folder, manifest, _open_source(manifest, root, labels), index)
         total = sum(manifest.shards[number].count for number in numbers)
         with progress(f"repairing {folder.name}", total, show=show_progress) as advance:
             for number in numbers:
                 entry = manifest.shards[number]
-                problem = rebuilder.rebuild(number)
+                problem = rebuilder.rebuild(number, threads=workers or usable_cores())
                 if problem is None:
                     report.repaired.append(entry.name)
                 else:
                     report.refused[entry.name] = problem
                 advance(entry.count)
-    if not report.refused and _index_is_damaged(folder, manifest):
+    if not report.refused and index is None:
         make_index(folder, manifest)
         report.index_made = True
     report.whole = not report.refused and not (faults and verify(folder, level="quick")[0])
     return report
 
 
-def _source_config(manifest: Manifest, root: Path | None, labels: Path | None) -> SourceConfig:
+def _open_source(manifest: Manifest, root: Path | None, labels: Path | None) -> Source:
     """The source that the manifest names, at the place that the user names."""
-    names = {"class": "dataset"}
-    options = {names.get(name, name): value for name, value in manifest.origin.options.items()}
-    return SourceConfig(
-        kind=manifest.origin.kind,
-        root=None if root is None else str(root),
-        labels=None if labels is None else str(labels),
-        **options,
+    options = {"dataset" if name == "class" else name: value for name, value in manifest.origin.options.items()}
+    return open_source(
+        SourceConfig(
+            kind=manifest.origin.kind,
+            root=None if root is None else str(root),
+            labels=None if labels is None else str(labels),
+            **options,
+        )
     )
 
 
-def _index_is_damaged(folder: Path, manifest: Manifest) -> bool:
+def _sound_index(folder: Path, manifest: Manifest) -> StoreIndex | None:
+    """The joined index; None if it is missing or damaged."""
     index = read_cached_index(folder, manifest)
     try:
         if index is not None:
             index.check()
     except StoreError:
-        return True
-    return index is None
+        return None
+    return index
 
 
 class _Rebuilder:
     """Builds shards of one store from its source."""
 
-    def __init__(self, folder: Path, manifest: Manifest, source: Source, threads: int) -> None:
-        self._folder, self._manifest, self._source, self._threads = folder, manifest, source, threads
-        self._index = None if _index_is_damaged(folder, manifest) else read_cached_index(folder, manifest)
+    def __init__(self, folder: Path, manifest: Manifest, source: Source, index: StoreIndex | None) -> None:
+        self._folder, self._manifest, self._source, self._index = folder, manifest, source, index
         self._starts = np.cumsum([0, *(entry.count for entry in manifest.shards)])
-        packing = manifest.packing
-        self._recipe = Recipe(
-            encoding=manifest.encoding,
-            packer=packing.packer,
-            source_digest=manifest.origin.digest,
-            on_error="stop",
-            max_short_side=packing.max_short_side,
-            check=packing.check,
-        )
 
-    def rebuild(self, number: int) -> str | None:
+    def rebuild(self, number: int, *, threads: int) -> str | None:
         """Replace one shard; returns why that is not possible."""
-        entry = self._manifest.shards[number]
+        entry, manifest = self._manifest.shards[number], self._manifest
         built = self._folder / f".{entry.name}.repair.tmp"
         try:
-            images = self._source.select(self._images(number))
-            task = ShardTask(number, built, images, self._counted(number, images.keys), "", self._recipe)
-            result = build_shard(task, threads=self._threads)
+            positions = self._positions(number)
+            keys = [self._source.keys[position] for position in positions.tolist()]
+            task = ShardTask(
+                number=number,
+                path=built,
+                images=self._source.select(positions),
+                keys=keys,
+                labels=self._source.labels[positions],
+                counted=self._counted(number, keys),
+                fingerprint="",
+                encoding=manifest.encoding,
+                source_digest=manifest.origin.digest,
+                packing=replace(manifest.packing, on_error="stop"),
+            )
+            result = build_shard(task, threads=threads)
             if result.entry is None or result.entry.file_hash != entry.file_hash:
                 return self._difference(built, number)
             os.replace(built, self._folder / entry.name)
@@ -152,7 +156,7 @@ class _Rebuilder:
                 built.unlink()
         return None
 
-    def _images(self, number: int) -> NDArray[np.int64]:
+    def _positions(self, number: int) -> NDArray[np.int64]:
         """Positions (n,) in the source of a shard's images, in their order.
 
         Raises:
@@ -168,10 +172,10 @@ class _Rebuilder:
                 )
             return self._kept[first:stop]
         keys = [key.decode() for key in self._index.keys(np.arange(first, stop))]
-        missing = [key for key in keys if key not in self._places]
+        missing = [key for key in keys if key not in self._position_of]
         if missing:
             raise StoreError(f"the source has no image {missing[0]!r}, nor {len(missing) - 1:,} others of this shard")
-        return np.array([self._places[key] for key in keys], dtype=np.int64)
+        return np.array([self._position_of[key] for key in keys], dtype=np.int64)
 
     def _counted(self, number: int, keys: Sequence[str]) -> NDArray[np.bool_]:
         """Which images (n,) of a shard the statistics counted; skipped ones had their places in the packing order."""
@@ -181,42 +185,39 @@ class _Rebuilder:
         return places % statistics_stride(self._manifest.encoding, self._manifest.count + len(skipped)) == 0
 
     @cached_property
-    def _places(self) -> dict[str, int]:
+    def _position_of(self) -> dict[str, int]:
         """Key → position in the source."""
-        return {key: place for place, key in enumerate(self._source.keys)}
+        return {key: position for position, key in enumerate(self._source.keys)}
 
     @cached_property
     def _kept(self) -> NDArray[np.int64]:
         """(N,) positions in the source of the images that were packed, in packing order."""
         skipped = {omission.key for omission in self._manifest.skipped}
         order = packing_order(self._source.keys, seed=self._manifest.packing.seed)
-        return order[[self._source.keys[place] not in skipped for place in order.tolist()]]
+        return order[[self._source.keys[position] not in skipped for position in order.tolist()]]
 
     def _difference(self, built: Path, number: int) -> str:
         """Say how a shard that was built differs from the one that was packed."""
-        found, origin = self._source.digest, self._manifest.origin.digest
-        index = read_shard(built).index
+        digest, origin = self._source.digest, self._manifest.origin.digest
         lines = ["what the source gives now is not what was packed"]
-        if found != origin:
-            lines.append(f"the source's digest is {found[:16]}, the manifest says {origin[:16]}")
+        if digest != origin:
+            lines.append(f"the source's digest is {digest[:16]}, the manifest says {origin[:16]}")
         packed_with = self._manifest.packing.transcoder
         if packed_with is not None and packed_with != transcoder():
             lines.append(f"packing used {packed_with}, this environment has {transcoder()}")
-        if self._index is not None:
-            lines += _other_records(self._index, index.key_bytes, index.crc32c, int(self._starts[number]))
+        if self._index is None:
+            return "; ".join([*lines, f"{INDEX_NAME}, which could name the images, is missing or damaged"])
+        now = read_shard(built).index
+        positions = self._starts[number] + np.arange(len(now))
+        packed, rows = self._index.keys(positions), self._index.rows(positions)
+        other = [key for key, there in zip(packed, now.key_bytes, strict=True) if key != there]
+        changed = np.flatnonzero(rows["crc32c"] != now.crc32c)
+        if other:
+            lines.append(f"image {other[0].decode()!r} is another one, and {len(other) - 1:,} more")
+        elif len(changed):
+            lines.append(f"image {packed[changed[0]].decode()!r} gives other bytes, and {len(changed) - 1:,} more")
         else:
-            lines.append(f"{INDEX_NAME}, which could name the images, is missing or damaged")
+            lines.append(
+                "all records are the same, the rest of the file is not: another version of this program or of HDF5?"
+            )
         return "; ".join(lines)
-
-
-def _other_records(index: StoreIndex, keys: Sequence[bytes], checksums: NDArray[np.uint32], start: int) -> list[str]:
-    """Name the first record that differs from the store's index."""
-    positions = np.arange(start, start + len(keys))
-    wanted, rows = index.keys(positions), index.rows(positions)
-    other = [key for key, there in zip(wanted, keys, strict=True) if key != there]
-    if other:
-        return [f"image {other[0].decode()!r} is another one, and {len(other) - 1:,} more"]
-    changed = np.flatnonzero(rows["crc32c"] != checksums)
-    if len(changed):
-        return [f"image {wanted[changed[0]].decode()!r} gives other bytes, and {len(changed) - 1:,} more"]
-    return ["all records are the same, the rest of the file is not: another version of this program or of HDF5?"]

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import turbojpeg  # type: ignore[import-not-found]
-except ImportError:  # there are wheels for x86-64 only
+except ImportError:  # it comes with the extra ``transcode``
     turbojpeg = None
 
 from paws_hpc.store.decode import MAX_PIXELS, decode_jpeg
@@ -58,7 +58,7 @@ def transcoder() -> str | None:
     return None if turbojpeg is None else f"turbojpeg {version('turbojpeg')}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class StandardImage:
     """One image ready for a JPEG store.
 
@@ -79,21 +79,24 @@ class StandardImage:
 
 
 @dataclass(frozen=True)
-class Standard:
-    """What is wanted.
+class JpegPolicy:
+    """How images become JPEGs of the store.
 
     Attributes:
         max_short_side: pixels; an image whose short side is longer is reduced to it and encoded anew. None: never.
         pixels: whether :attr:`StandardImage.pixels` are wanted.
-        decode: whether to decode images whose pixels nobody wants, to see that they can be.
+        decode: whether to decode images whose pixels are not wanted, to see that they can be.
+        transcode: whether to rewrite coefficients without loss, so that progressive JPEGs become baseline and images
+            are turned upright; needs turbojpeg.
     """
 
     max_short_side: int | None = None
     pixels: bool = True
     decode: bool = True
+    transcode: bool = False
 
 
-def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardImage:
+def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> StandardImage:
     """Turn the bytes of an image file into a three-component JPEG of 8 bits.
 
     - A colour JPEG keeps its coefficients. Metadata, previews and bytes after the image are taken out. With turbojpeg
@@ -114,14 +117,14 @@ def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardIm
     flags, changed = 0, None
     if content[:2] == b"\xff\xd8":
         try:
-            image = _standard_colour_jpeg(content, standard)
+            image = _standard_colour_jpeg(content, policy)
             if isinstance(image, StandardImage):
-                side = standard.max_short_side
+                side = policy.max_short_side
                 if side is None or min(image.height, image.width) <= side:
                     return image
                 # What was done to the file without loss does not matter any more, but for the turn.
                 turned = image.flags & FLAG_TURNED
-                return encoded_anew(decode_jpeg(image.payload), "turned upright" * bool(turned), turned, standard)
+                return encoded_anew(decode_jpeg(image.payload), "turned upright" * bool(turned), turned, policy)
             changed = image
         except TooManyScansError:
             raise
@@ -130,7 +133,7 @@ def standard_jpeg(content: bytes, standard: Standard = Standard()) -> StandardIm
     pixels, container, turned = _decode_with_pil(content)
     flags |= FLAG_TURNED * turned
     reason = f"{changed or container}{', turned upright' * turned}"
-    return encoded_anew(pixels, reason, flags, standard)
+    return encoded_anew(pixels, reason, flags, policy)
 
 
 def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int | None = None) -> NDArray[np.uint8]:
@@ -147,18 +150,18 @@ def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int |
     Raises:
         ValueError: as of :func:`standard_jpeg`.
     """
-    image = standard_jpeg(content, Standard(max_short_side))
+    image = standard_jpeg(content, JpegPolicy(max_short_side))
     if encoding == "raw" and image.flags & FLAG_REENCODED:
         return _decode_with_pil(content)[0]
     assert image.pixels is not None, "they are wanted"
     return image.pixels
 
 
-def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, standard: Standard) -> StandardImage:
+def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, policy: JpegPolicy) -> StandardImage:
     """Encode pixels (H, W, 1 or 3) uint8 with quality 95 and 4:4:4, reduced in size if that is wanted."""
     height, width, _ = pixels.shape
     colour = np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3)))
-    side = standard.max_short_side
+    side = policy.max_short_side
     if side is not None and min(height, width) > side:
         scale = side / min(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -167,11 +170,11 @@ def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, standard: S
     if max(height, width) > _LONGEST_SIDE:
         raise ValueError(f"it is {width} x {height} pixels, a JPEG file has at most {_LONGEST_SIDE:,} each way")
     payload: bytes = simplejpeg.encode_jpeg(colour, quality=QUALITY, colorspace="RGB", colorsubsampling="444")
-    decoded = decode_jpeg(payload) if standard.pixels else None
+    decoded = decode_jpeg(payload) if policy.pixels else None
     return StandardImage(payload, height, width, decoded, flags | FLAG_REENCODED, reason)
 
 
-def _standard_colour_jpeg(content: bytes, standard: Standard) -> StandardImage | str:
+def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage | str:
     """Keep a colour JPEG's coefficients; for other JPEGs, name what they are.
 
     Raises:
@@ -184,18 +187,18 @@ def _standard_colour_jpeg(content: bytes, standard: Standard) -> StandardImage |
     payload, flags, done = parts.essential, 0, []
     if len(payload) != len(content):
         flags, done = FLAG_STRIPPED, ["metadata taken out"]
-    if parts.orientation == 1 and not parts.progressive and not standard.pixels:
-        _check(payload, height, width, decode=standard.decode)
+    if parts.orientation == 1 and not parts.progressive and not policy.pixels:
+        _check(payload, height, width, decode=policy.decode)
         return StandardImage(payload, height, width, None, flags, ", ".join(done) or None)
     pixels = decode_jpeg(payload)
     if parts.orientation != 1:
-        turned = _turned_without_loss(payload, parts.orientation)
+        turned = _turned_without_loss(payload, parts.orientation) if policy.transcode else None
         if turned is None:
             image = np.asarray(Image.fromarray(pixels).transpose(_TURNS[parts.orientation]))
-            return encoded_anew(image, "turned upright", FLAG_TURNED, standard)
+            return encoded_anew(image, "turned upright", FLAG_TURNED, policy)
         payload, flags, done = turned, flags | FLAG_TURNED, ["turned upright"]
         pixels = decode_jpeg(payload)
-    if parts.progressive and transcoder() is None:
+    if parts.progressive and not policy.transcode:
         flags |= FLAG_PROGRESSIVE
     elif parts.progressive:
         payload = payload if flags & FLAG_TURNED else _transcoded(payload, "NONE")
@@ -220,8 +223,6 @@ def _check(payload: bytes, height: int, width: int, *, decode: bool) -> None:
 
 def _turned_without_loss(payload: bytes, orientation: int) -> bytes | None:
     """Turn a JPEG upright by its coefficients; None if that is not possible to the last pixel."""
-    if transcoder() is None:
-        return None
     try:
         return _transcoded(payload, _LOSSLESS_TURNS[orientation])
     except ValueError:

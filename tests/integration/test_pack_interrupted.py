@@ -19,9 +19,9 @@ import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import file_hash
-from paws_hpc.packing import ImageFolder, PackOptions, Part, pack, pack_part, writer
+from paws_hpc.packing import ImageFolder, PackOptions, PackTask, pack, pack_task, packer
+from paws_hpc.packing.job import PackJob
 from paws_hpc.packing.plan import packing_order
-from paws_hpc.packing.underway import Underway
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.verify import verify
@@ -153,7 +153,7 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
     pack(ImageFolder(folder), template, options=PackOptions(shard_bytes=60_000, workers=1, seed=9))  # a former store
     forced = PackOptions(shard_bytes=30_000, workers=1, force=True)
     with pytest.MonkeyPatch.context() as stopped:
-        stopped.setattr("paws_hpc.packing.writer.finish", lambda *_: (_ for _ in ()).throw(Killed))
+        stopped.setattr("paws_hpc.packing.job.PackJob.finish", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             pack(ImageFolder(folder), template, options=forced)
     assert ImageStore.open(template).manifest.packing.seed == 9  # the old store is whole until the new one is
@@ -192,14 +192,14 @@ def test_a_slow_process_notices_that_others_finished(
     folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While one is about to move the shards, another does it; then the first finds nothing and is content."""
-    store, original = tmp_path / "store", Underway.complete
+    store, original = tmp_path / "store", PackJob._move_into_place
 
-    def slow(self: Underway, final: dict[str, str]) -> None:
-        monkeypatch.setattr(Underway, "complete", original)
+    def slow(self: PackJob, final: dict[str, str]) -> None:
+        monkeypatch.setattr(PackJob, "_move_into_place", original)
         assert pack(ImageFolder(folder), store, options=OPTIONS).packed
         original(self, final)
 
-    monkeypatch.setattr(Underway, "complete", slow)
+    monkeypatch.setattr(PackJob, "_move_into_place", slow)
     assert pack(ImageFolder(folder), store, options=OPTIONS).manifest.count == IMAGES
     assert bytes_of(store) == expected
 
@@ -211,7 +211,7 @@ def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
     changing = ("replace", "unlink", "rmdir")
     template = tmp_path / "template"
     for part in (1, 2):
-        pack_part(ImageFolder(folder), template, Part(part, 3), options=OPTIONS)
+        pack_task(ImageFolder(folder), template, PackTask(part, 3), options=OPTIONS)
     for turn in range(0, 200, 3):
         store = shutil.copytree(template, tmp_path / f"at-{turn}")
         remaining, met = iter(range(turn)), []
@@ -240,15 +240,15 @@ def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
 def test_a_plain_pack_leaves_a_forced_one_alone_that_has_just_begun(
     folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, original = tmp_path / "store", writer.build_shards
+    store, original = tmp_path / "store", packer.build_shards
     pack(ImageFolder(folder), store, options=OPTIONS)
 
     def met(*arguments: object, **named: object) -> object:
-        monkeypatch.setattr(writer, "build_shards", original)
+        monkeypatch.setattr(packer, "build_shards", original)
         assert not pack(ImageFolder(folder), store, options=OPTIONS).packed
         return original(*arguments, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(writer, "build_shards", met)
+    monkeypatch.setattr(packer, "build_shards", met)
     assert pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, workers=1, force=True)).packed
     assert bytes_of(store) == expected
 
@@ -269,15 +269,15 @@ def test_a_forced_pack_of_nothing_that_can_be_read_fails_and_the_former_store_st
 def test_a_part_that_begins_when_all_is_done_meanwhile_leaves_nothing(
     folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, original = tmp_path / "store", Underway.begin
+    store, original = tmp_path / "store", PackJob.begin
 
-    def late(self: Underway, identity: object, *, force: bool) -> None:
-        monkeypatch.setattr(Underway, "begin", original)
+    def late(self: PackJob, identity: object, *, force: bool) -> None:
+        monkeypatch.setattr(PackJob, "begin", original)
         pack(ImageFolder(folder), store, options=OPTIONS)
         original(self, identity, force=force)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Underway, "begin", late)
-    report = pack_part(ImageFolder(folder), store, Part(2, 3), options=OPTIONS)
+    monkeypatch.setattr(PackJob, "begin", late)
+    report = pack_task(ImageFolder(folder), store, PackTask(2, 3), options=OPTIONS)
     assert report.store is not None
     assert report.store.manifest.count == IMAGES
     assert bytes_of(store) == expected
@@ -294,7 +294,7 @@ def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
         raise StoreError("no space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("paws_hpc.packing.finishing.build_index", full)
+        patched.setattr("paws_hpc.packing.job.build_index", full)
         with pytest.raises(StoreError, match="no space left"):
             pack(ImageFolder(folder), store, options=forced)
     assert bytes_of_files(store) == expected
@@ -311,13 +311,13 @@ def test_finished_shards_that_were_damaged_are_packed_again(
 ) -> None:
     store = tmp_path / "store"
     for part in (1, 2):
-        pack_part(ImageFolder(folder), store, Part(part, 3), options=OPTIONS)
+        pack_task(ImageFolder(folder), store, PackTask(part, 3), options=OPTIONS)
     first, second, third, fourth = sorted(store.glob(".packing/shard-*.h5"))[:4]
     os.truncate(first, first.stat().st_size - 1)
     second.unlink()
     third.with_suffix(".json").write_text("{}")
     result = json.loads(fourth.with_suffix(".json").read_text())
-    result["sums"]["totals"][0] += 1
+    result["histogram"][0][0] += 1
     fourth.with_suffix(".json").write_text(json.dumps(result))
     report = pack(ImageFolder(folder), store, options=OPTIONS)
     of_both_parts = sum(number % 3 < 2 for number in range(len(report.manifest.shards)))
@@ -364,12 +364,12 @@ def test_a_part_alone_makes_no_store_and_says_what_is_missing(
     folder: Path, tmp_path: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    report = pack_part(ImageFolder(folder), store, Part(2, 2), options=OPTIONS)
+    report = pack_task(ImageFolder(folder), store, PackTask(2, 2), options=OPTIONS)
     shards = sum(name.endswith(".h5") for name in expected)
     assert (report.packed, report.missing, report.store) == (shards // 2, shards - shards // 2, None)
     assert not (store / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"--force"):
-        pack_part(ImageFolder(folder), store, Part(1, 2), options=PackOptions(force=True))
+        pack_task(ImageFolder(folder), store, PackTask(1, 2), options=PackOptions(force=True))
     for wrong in ("0/2", "3/2", "x", "1/0", "1"):
         with pytest.raises(SystemExit):
             main([*command(folder, store)[3:], "--part", wrong])
@@ -378,7 +378,7 @@ def test_a_part_alone_makes_no_store_and_says_what_is_missing(
 
 def test_another_source_or_option_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    pack_part(ImageFolder(folder), store, Part(1, 2), options=OPTIONS)
+    pack_task(ImageFolder(folder), store, PackTask(1, 2), options=OPTIONS)
     before = sorted(path.name for path in store.rglob("*"))
     with pytest.raises(StoreError, match=r"unfinished pack.*seed=0 \(wanted 3\).*--force"):
         pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, seed=3))
@@ -400,7 +400,7 @@ def test_a_source_that_changed_between_two_runs_is_not_mixed(folder: Path, tmp_p
     source = shutil.copytree(folder, tmp_path / "source")
     store = tmp_path / "store"
     for part in range(1, 4):
-        pack_part(ImageFolder(source), store, Part(part, 4), options=OPTIONS)
+        pack_task(ImageFolder(source), store, PackTask(part, 4), options=OPTIONS)
     first = ImageFolder(source)
     path = source / first.keys[packing_order(first.keys, seed=0)[0]]  # in the first shard, which is done
     assert (store / ".packing" / "shard-00000.json").exists()
@@ -432,11 +432,11 @@ def test_an_image_that_was_left_out_stops_a_run_that_was_not_asked_to(folder: Pa
         (source / f"c{label}" / "bad.jpg").write_bytes(b"nothing")
     skipping = PackOptions(shard_bytes=30_000, workers=1, on_error="skip")
     for part in (1, 2):
-        pack_part(ImageFolder(source), tmp_path / "store", Part(part, 3), options=skipping)
+        pack_task(ImageFolder(source), tmp_path / "store", PackTask(part, 3), options=skipping)
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("store/.packing/shard-*.json"))]
     left_out = next(result for result in results if result["skipped"])
     with pytest.raises(RecordError) as caught:
-        pack_part(ImageFolder(source), tmp_path / "store", Part(left_out["number"] % 3 + 1, 3), options=OPTIONS)
+        pack_task(ImageFolder(source), tmp_path / "store", PackTask(left_out["number"] % 3 + 1, 3), options=OPTIONS)
     assert caught.value.key == left_out["skipped"][0]["key"]
 
 
@@ -502,7 +502,7 @@ def test_workers_end_with_their_parent_in_the_middle_of_an_image(folder: Path, t
     packer = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), str(folder), str(tmp_path / "store")])
     wait_until(lambda: len(list(tmp_path.glob("store/.packing/.shard-*.tmp"))) == 2)  # both are at work
     workers = children(packer.pid)
-    assert len(workers) == 2
+    assert len(workers) >= 2
     packer.kill()
     packer.wait()
     wait_until(lambda: not any(map(alive, workers)), timeout_s=5)
@@ -520,7 +520,7 @@ def test_an_interrupt_ends_the_workers_and_leaves_no_half_shards(folder: Path, t
     if packer.returncode != 0:  # it was not done already
         assert packer.returncode == 130
         assert printed.splitlines() == ["interrupted: what is complete stays, the same command goes on or begins anew"]
-    assert not any(map(alive, workers))
+    wait_until(lambda: not any(map(alive, workers)), timeout_s=5)
     assert not list(store.rglob("*.tmp"))
 
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
-from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack, standard
-from paws_hpc.packing.standard import Standard, StandardImage, standard_jpeg, standard_pixels, transcoder
+from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing.standard import JpegPolicy, StandardImage, standard_jpeg, standard_pixels, transcoder
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import (
@@ -103,14 +103,13 @@ def test_adobes_colours_stay_what_they_are() -> None:
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 def test_progressive_jpegs_become_baseline_without_loss(subsampling: int) -> None:
     content = encoded(tile(97, 61), quality=90, subsampling=subsampling, progressive=True)
-    image = standard_jpeg(content)
+    image = standard_jpeg(content, JpegPolicy(transcode=True))
     assert (image.flags, image.changed) == (FLAG_MADE_BASELINE, "progressive made baseline")
     assert not take_apart(image.payload).progressive
     assert np.array_equal(pixels_of(image), decode_jpeg(content))
 
 
-def test_without_turbojpeg_progressive_jpegs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standard, "transcoder", lambda: None)
+def test_progressive_jpegs_stay_as_they_are_by_default() -> None:
     content = encoded(tile(), progressive=True)
     image = standard_jpeg(content)
     assert (image.payload, image.flags) == (content, FLAG_PROGRESSIVE)
@@ -118,16 +117,12 @@ def test_without_turbojpeg_progressive_jpegs_stay_as_they_are(monkeypatch: pytes
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("lossless", [False, pytest.param(True, marks=needs_turbojpeg)])
-def test_images_are_stored_as_viewers_show_them(
-    orientation: int, lossless: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not lossless:
-        monkeypatch.setattr(standard, "transcoder", lambda: None)
+def test_images_are_stored_as_viewers_show_them(orientation: int, lossless: bool) -> None:
     for width, height in ((160, 112), (61, 47)):
         content = encoded(tile(width, height), quality=95, exif=exif(orientation))
         with Image.open(io.BytesIO(content)) as opened:
             shown = np.asarray(ImageOps.exif_transpose(opened)).astype(int)
-        image = standard_jpeg(content)
+        image = standard_jpeg(content, JpegPolicy(transcode=lossless))
         assert np.abs(pixels_of(image) - shown).mean() < 2
         assert bool(image.flags & FLAG_TURNED) == (orientation != 1)
         whole_blocks = width == 160
@@ -157,25 +152,25 @@ def test_a_misnamed_animation_gives_its_first_frame() -> None:
 def test_large_images_are_shrunk_only_when_asked_to() -> None:
     content = encoded(tile(200, 150), quality=95)
     assert standard_jpeg(content).payload == content
-    assert standard_jpeg(content, Standard(max_short_side=150)).payload == content
-    image = standard_jpeg(content, Standard(max_short_side=75))
+    assert standard_jpeg(content, JpegPolicy(max_short_side=150)).payload == content
+    image = standard_jpeg(content, JpegPolicy(max_short_side=75))
     assert (image.height, image.width) == (75, 100)
     assert (image.flags, image.changed) == (FLAG_SHRUNK | FLAG_REENCODED, "shrunk to a short side of 75")
     smaller = np.asarray(tile(200, 150).resize((100, 75), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(pixels_of(image) - smaller).mean() < 5
-    thin = standard_jpeg(encoded(tile(300, 2), "PNG"), Standard(max_short_side=1))
+    thin = standard_jpeg(encoded(tile(300, 2), "PNG"), JpegPolicy(max_short_side=1))
     assert (thin.height, thin.width) == (1, 150)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_damage_is_found_whether_or_not_pixels_are_wanted(wanted: bool) -> None:
     content = encoded(tile(), quality=90)
-    assert (standard_jpeg(content, Standard(pixels=wanted)).pixels is not None) == wanted
-    image = standard_jpeg(content[:-700] + content[-2:], Standard(pixels=wanted))
+    assert (standard_jpeg(content, JpegPolicy(pixels=wanted)).pixels is not None) == wanted
+    image = standard_jpeg(content[:-700] + content[-2:], JpegPolicy(pixels=wanted))
     assert image.changed is not None
     assert image.changed.startswith("JPEG with faults")
     with pytest.raises(ValueError, match="it is not a readable image"):
-        standard_jpeg(content[:700], Standard(pixels=wanted))
+        standard_jpeg(content[:700], JpegPolicy(pixels=wanted))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -184,13 +179,13 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(wanted: bool) -> None:
     frame = content.index(b"\xff\xc0")
     huge = content[: frame + 5] + struct.pack(">HH", 65_500, 65_500) + content[frame + 9 :]
     with pytest.raises(ValueError, match=r"65500 x 65500|4290250000"):
-        standard_jpeg(huge, Standard(pixels=wanted))
+        standard_jpeg(huge, JpegPolicy(pixels=wanted))
     bomb = encoded(Image.new("1", (20_000, 10_000)), "PNG")
     assert len(bomb) < 200_000
     with pytest.raises(ValueError, match=r"200000000|20000 x 10000"):
-        standard_jpeg(bomb, Standard(pixels=wanted))
+        standard_jpeg(bomb, JpegPolicy(pixels=wanted))
     with pytest.raises(ValueError, match="70000 x 1 pixels"):
-        standard_jpeg(encoded(Image.new("RGB", (70_000, 1)), "PNG"), Standard(pixels=wanted))
+        standard_jpeg(encoded(Image.new("RGB", (70_000, 1)), "PNG"), JpegPolicy(pixels=wanted))
 
 
 def test_formats_that_no_data_set_has_are_not_even_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

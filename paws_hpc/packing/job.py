@@ -1,0 +1,375 @@
+"""A pack that is not finished: what belongs to it, which shards are done, and how it becomes a store.
+
+Everything lies in ``.packing`` inside the store's folder, so that a former store stays as it is until the new one is
+whole:
+
+    pack.json             which source and options it belongs to
+    listing.bin           the source's files, so that other tasks of the work need not list them again
+    shard-00042.h5        a finished shard
+    shard-00042.json      its result, written after it
+    complete.json         all shards are done and move into their places: it can be finished, not undone
+
+Any number of processes on any nodes may work in it at once. They write equal files, each by a rename, none takes away
+what another put in place, and every step of the end can be repeated, so none needs a lock. While ``complete.json`` is
+there no reader opens the store, whose folder may hold shards of two; the last step renames ``.packing`` away, at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paws_hpc.files import create_json, read_json, value_digest, write_json, write_text
+from paws_hpc.packing.plan import Plan, differences
+from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.packing.write import Change, ShardResult
+from paws_hpc.store.format import (
+    FLAG_PROGRESSIVE,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    MOVING_NAME,
+    UNDERWAY_NAME,
+    Manifest,
+    Omission,
+    ShardEntry,
+    ShardIndex,
+    Statistics,
+    StoreError,
+    shard_name,
+)
+from paws_hpc.store.index import StoreIndex, build_index, dataset_digest
+from paws_hpc.store.shard import read_shard
+
+CHANGES_NAME = "changes.tsv"
+_RECORD = "pack.json"
+_LISTING = "listing.bin"
+_DEAD_AFTER_S = 3600.0
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What packing did.
+
+    Attributes:
+        path: the store's folder.
+        manifest: its manifest; ``manifest.skipped`` names the images that were left out.
+        packed: False where the same complete store was there already and nothing was done.
+        changes: the images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is
+            False. Images that only lost metadata are counted in the manifest and flagged in the index.
+        kept: shards that an interrupted run, or other tasks of the work, had finished.
+        progressive: JPEGs that stayed progressive.
+        newer: images whose files were written after the store that was there; names and sizes are the same.
+        seconds: duration.
+    """
+
+    path: Path
+    manifest: Manifest
+    packed: bool
+    changes: tuple[Change, ...] = ()
+    kept: int = 0
+    progressive: int = 0
+    newer: int = 0
+    seconds: float = 0.0
+
+    @property
+    def reencoded(self) -> tuple[Omission, ...]:
+        """The images that were encoded anew, with the reason."""
+        return tuple(Omission(change.key, change.reason) for change in self.changes if not change.lossless)
+
+
+class PackJob:
+    """The unfinished pack in a store's folder.
+
+    Attributes:
+        destination: the store's folder.
+        folder: ``.packing`` in it.
+    """
+
+    def __init__(self, destination: Path) -> None:
+        """Name the folder; creates nothing."""
+        self.destination, self.folder = destination, destination / UNDERWAY_NAME
+
+    def identity(self) -> dict[str, Any] | None:
+        """The identity (see :class:`Plan`) of the unfinished pack; None if there is none.
+
+        Raises:
+            StoreError: the record is damaged.
+        """
+        try:
+            value = read_json(self.folder / _RECORD)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{error} Or begin anew with --force.") from error
+        return value if isinstance(value, dict) else {}
+
+    def begin(self, identity: dict[str, Any], *, force: bool) -> None:
+        """Continue the unfinished pack of this identity, or begin one.
+
+        Args:
+            identity: of the source and options.
+            force: discard an unfinished pack of another identity.
+
+        Raises:
+            StoreError: an unfinished pack of another source or with other options is there.
+            OSError: the folder cannot be written.
+        """
+        try:
+            there = self.identity()
+        except StoreError:
+            if not force:
+                raise
+            there = {}
+        if there is None:
+            with suppress(FileExistsError):  # another task of the same work began it, which is compared below
+                create_json(self.folder / _RECORD, identity)
+            there = self.identity() or {}
+        # Shards without a skipped image are the same whatever is done about such images; see result().
+        differing = differences(identity, there, but="on_error")
+        if differing and not force:
+            raise StoreError(
+                f"{self.destination} holds the unfinished pack of another source, or with other options: "
+                f"{', '.join(differing)}. Finish that one, choose another folder, or discard it with --force."
+            )
+        if differing:
+            if self.is_ending():  # the folder may hold shards of two stores, and must not look like one
+                (self.destination / MANIFEST_NAME).unlink(missing_ok=True)
+            self.discard()
+            self.begin(identity, force=False)
+        for path in (*self.folder.glob(".*.tmp"), *self.destination.glob(".*.tmp")):
+            with suppress(FileNotFoundError):  # of killed processes: a living one writes to its file all the time
+                if time.time() - path.stat().st_mtime > _DEAD_AFTER_S:
+                    path.unlink()
+
+    def discard(self) -> None:
+        """Remove everything that belongs to the unfinished pack; it goes in one step, its files in many."""
+        with suppress(FileNotFoundError):  # there is none, or another process renamed it
+            os.replace(self.folder, self.destination / f"{UNDERWAY_NAME}.{secrets.token_hex(8)}")
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Remove what discarding left when it was interrupted; an unfinished pack stays."""
+        for leftover in self.destination.glob(f"{UNDERWAY_NAME}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def listing(self) -> Listing | None:
+        """The list of files that was kept when the pack began; None if there is none."""
+        try:
+            return Listing.load(self.folder / _LISTING)
+        except FileNotFoundError:
+            return None
+
+    def keep_listing(self, listing: Listing) -> None:
+        """Keep the list of the source's files for the other tasks of the work."""
+        listing.save(self.folder / _LISTING)
+
+    def shard_path(self, number: int) -> Path:
+        """Where a shard is built."""
+        return self.folder / shard_name(number)
+
+    def keep(self, result: ShardResult) -> None:
+        """Note that a shard is done."""
+        value = result.to_json()
+        write_json(self.shard_path(result.number).with_suffix(".json"), value | {"checksum": value_digest(value)})
+
+    def noted(self) -> set[int]:
+        """Numbers of the shards that are noted as done, by a look at the folder only."""
+        names = os.listdir(self.folder)
+        return {int(name[6:-5]) for name in names if name.startswith("shard-") and name.endswith(".json")}
+
+    def result(self, plan: Plan, number: int) -> ShardResult | None:
+        """The result of a shard that is done; None if it must be built.
+
+        The file is there with its size, opens as HDF5, and has the index that was noted; the source's files are those
+        from which it was built; no image was skipped, unless they may be. Its records are not read: it was flushed to
+        disk before it got its name.
+        """
+        try:
+            value = read_json(self.shard_path(number).with_suffix(".json"))
+            checksum = value.pop("checksum")
+            result = ShardResult.from_json(value)
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+            return None
+        if checksum != value_digest(value) or result.fingerprint != plan.fingerprint(number):
+            return None
+        if result.skipped and plan.packing.on_error != "skip":
+            return None
+        return result if result.entry is None or self._is_whole(result.entry) else None
+
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        for path in self._paths(entry.name):
+            with suppress(OSError, StoreError):
+                if path.stat().st_size == entry.bytes and read_shard(path).index.uuid == entry.uuid:
+                    return True
+        return False
+
+    def _paths(self, name: str) -> Iterator[Path]:
+        """Where a finished shard may be: here, or in its place already."""
+        yield self.folder / name
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            yield self.destination / read_json(self.destination / MOVING_NAME)[name]
+
+    def is_ending(self) -> bool:
+        """Whether some process is making the store of the shards."""
+        return (self.destination / MOVING_NAME).exists()
+
+    def finish(self, plan: Plan) -> PackReport:
+        """Check the results, move the shards into place, and write list of changes and manifest, in this order.
+
+        Any number of processes may do so at once, or die in it.
+
+        Raises:
+            StoreError: a shard is missing or damaged, no image could be read, or the shards do not belong together.
+            OSError: a file cannot be written.
+        """
+        results = []
+        for number in range(len(plan)):
+            result = self.result(plan, number)
+            if result is None:
+                raise StoreError(f"{self.shard_path(number)} was damaged since it was packed. Pack again.")
+            results.append(result)
+        packed = [entry for result in results if (entry := result.entry) is not None]
+        if not packed:
+            skipped = [omission for result in results for omission in result.skipped]
+            self.discard()
+            raise StoreError(
+                f"none of the {len(skipped):,} images could be read; the first, {skipped[0].key!r}: "
+                f"{skipped[0].reason}. Nothing was packed."
+            )
+        # A shard all of whose images were skipped has no file: the others close the gap.
+        final = {entry.name: shard_name(number) for number, entry in enumerate(packed)}
+        joined = build_index(self.folder, _Indexes(self, list(final)))
+        entries = tuple(replace(entry, name=final[entry.name]) for entry in packed)
+        manifest = _manifest(plan, results, entries, joined)
+        progressive = int(np.count_nonzero(joined["flags"] & FLAG_PROGRESSIVE))
+        self._move_into_place(final | {INDEX_NAME: INDEX_NAME})
+        changes = tuple(change for result in results for change in result.changes)
+        if changes:
+            lines = (f"{json.dumps(change.key)}\t{change.reason}\n" for change in changes)
+            write_text(self.destination / CHANGES_NAME, "".join(lines))
+        else:
+            (self.destination / CHANGES_NAME).unlink(missing_ok=True)
+        write_json(self.destination / MANIFEST_NAME, manifest.to_json())
+        self.discard()
+        return PackReport(self.destination, manifest, packed=True, changes=changes, progressive=progressive)
+
+    def find_shard(self, name: str) -> Path:
+        """The file of a finished shard.
+
+        Raises:
+            StoreError: it is gone.
+        """
+        for path in self._paths(name):
+            if path.exists():
+                return path
+        raise StoreError(f"{self.folder / name} vanished while the store was finished. Pack again.")
+
+    def _move_into_place(self, final: dict[str, str]) -> None:
+        """Replace the files of the former store by the new ones; ``final`` has the name of each in the store.
+
+        Another process that does the same at the same time may have moved some of them already.
+
+        Raises:
+            StoreError: a shard is in neither place.
+        """
+        write_json(self.destination / MOVING_NAME, final)  # from here on a former store goes
+        for path in self.destination.glob("shard-*.h5"):
+            if path.name not in final.values():
+                path.unlink(missing_ok=True)
+        for name, place in final.items():
+            try:
+                os.replace(self.folder / name, self.destination / place)
+            except FileNotFoundError as error:
+                if not (self.destination / place).exists():
+                    raise StoreError(
+                        f"{self.folder / name} vanished while the store was finished. Pack again."
+                    ) from error
+
+
+class _Indexes:
+    """The indexes of finished shards, read again for every pass over them, so that memory holds one."""
+
+    def __init__(self, job: PackJob, names: Sequence[str]) -> None:
+        self._job, self._names = job, names
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return (read_shard(self._job.find_shard(name)).index for name in self._names)
+
+
+def _manifest(
+    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: StoreIndex
+) -> Manifest:
+    source = plan.source
+    shapes = {result.shape for result in results if result.entry is not None}
+    if len(shapes) > 1:
+        raise StoreError(
+            f"the {source.kind} source gives images of the shapes {sorted(map(str, shapes))}: raw needs one."
+        )
+    (shape,) = shapes
+    changes = [change for result in results for change in result.changes]
+    reencoded = Counter(change.reason for change in changes if not change.lossless)
+    rewritten = Counter(change.reason for change in changes if change.lossless)
+    rewritten["metadata taken out"] += sum(result.stripped for result in results)
+    return Manifest(
+        encoding=source.encoding,
+        shape=shape,
+        count=len(joined),
+        classes=source.classes,
+        class_counts=tuple(np.bincount(joined.labels, minlength=len(source.classes)).tolist()),
+        statistics=_statistics(results, exact=plan.stride == 1),
+        digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
+        index_hash=joined.hash,
+        origin=plan.origin,
+        packing=plan.packing,
+        reencoded=dict(sorted(reencoded.items())),
+        rewritten={reason: count for reason, count in sorted(rewritten.items()) if count},
+        recovered=tuple(omission for result in results for omission in result.recovered),
+        skipped=tuple(omission for result in results for omission in result.skipped),
+        shards=entries,
+    )
+
+
+def _statistics(results: Sequence[ShardResult], *, exact: bool) -> Statistics:
+    """Mean and standard deviation over all pixels that were counted; a single channel is repeated to three."""
+    histograms = [result.histogram for result in results if result.histogram is not None]
+    if not histograms:
+        raise StoreError(
+            "every image that was to be counted in the statistics was left out; repair the images, or pack with "
+            "another --seed."
+        )
+    return statistics(np.sum(histograms, axis=0), sum(result.counted for result in results), exact=exact)
+
+
+def statistics(histogram: NDArray[np.int64], images: int, *, exact: bool) -> Statistics:
+    """Statistics of a histogram (C, 256), summed in integers, so that the order of images cannot matter."""
+    mean, std = [], []
+    for counts in histogram.tolist():  # Python's integers do not overflow
+        pixels = sum(counts)
+        total = sum(value * count for value, count in enumerate(counts))
+        squares = sum(value * value * count for value, count in enumerate(counts))
+        mean.append(total / pixels / 255)
+        # n * sum(x^2) - sum(x)^2 is an exact integer: no cancellation.
+        std.append((pixels * squares - total * total) ** 0.5 / pixels / 255)
+    return Statistics(
+        mean=_three(mean),
+        std=_three(std),
+        images=images,
+        method="exact" if exact else "sample",
+    )
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values if len(values) == 3 else values * 3
+    return red, green, blue

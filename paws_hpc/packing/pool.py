@@ -1,0 +1,162 @@
+"""Shards built by worker processes, which end with their parent however it ends."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from paws_hpc.packing.write import ShardResult, ShardTask, build_shard
+from paws_hpc.store.format import StoreError
+
+_LOOK_INTERVAL_S = 0.25
+_ORPHANED = 113
+"""Exit status of a worker that ended because its parent closed the pipe between them, or is gone."""
+_DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Slurm and terminals signal all processes of a job. The parent decides; the workers end with it."""
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_PID, _DONE, _CURRENT = 0, 1, 2
+"""Columns of a worker's progress: process number, images done, then for each thread the position of its image + 1."""
+
+
+def build_shards(
+    tasks: Iterable[ShardTask], *, processes: int, threads: int, advance: Callable[[int], None]
+) -> Iterator[ShardResult]:
+    """Build shards, giving each result when it is there, in any order.
+
+    Args:
+        tasks: taken one by one as workers become free, so that few are in memory.
+        processes: workers; 1 works in this process.
+        threads: of each worker.
+        advance: called now and then with the number of images done since the last call.
+
+    Raises:
+        RecordError, SourceChangedError, StoreError, OSError: as :func:`paws_hpc.packing.write.build_shard`, of the
+            first shard if several fail at once. All workers end.
+        StoreError: a worker was killed or crashed; the images that it was looking at are named.
+    """
+    if processes == 1:
+        for task in tasks:
+            yield build_shard(task, threads=threads, advance=advance)
+        return
+    context = multiprocessing.get_context("spawn")  # a fresh interpreter, which inherits no threads and no locks
+    columns = _CURRENT + threads
+    shared = context.RawArray("q", processes * columns)
+    rows = _rows(shared, columns)
+    life, parents_end = context.Pipe(duplex=False)
+    running: dict[Future[ShardResult], tuple[ShardTask, int]] = {}
+    workers: dict[int | None, BaseProcess] = {}
+    free, remaining, seen = list(range(processes)), iter(tasks), 0
+    with _started_processes_are_deaf():
+        pool = ProcessPoolExecutor(processes, context, _begin, (shared, columns, life))
+    try:
+        while True:
+            for task in itertools.islice(remaining, len(free)):
+                slot = free.pop()
+                with _started_processes_are_deaf():
+                    running[pool.submit(_work, task, slot)] = task, slot
+                workers |= {process.pid: process for process in multiprocessing.active_children()}
+            if not running:
+                break
+            finished, _ = wait(running, timeout=_LOOK_INTERVAL_S, return_when=FIRST_COMPLETED)
+            done = sum(row[_DONE] for row in rows)
+            advance(done - seen)
+            seen = done
+            # Those that failed come last: what is finished can be kept.
+            for future in sorted(finished, key=lambda f: (f.exception() is not None, running[f][0].number)):
+                result = future.result()
+                free.append(running.pop(future)[1])
+                yield result
+        pool.shutdown()
+    except BaseException as error:
+        parents_end.close()  # ends all workers at once
+        pool.shutdown()
+        for task, slot in running.values():
+            for left in task.path.parent.glob(f".{task.path.name}.{rows[slot][_PID]}-*.tmp"):  # see files.atomic_write
+                left.unlink(missing_ok=True)
+        if isinstance(error, BrokenProcessPool):
+            raise _death(
+                [(task, rows[slot], workers.get(rows[slot][_PID])) for task, slot in running.values()]
+            ) from None
+        raise
+    finally:
+        parents_end.close()
+        life.close()
+
+
+def _rows(shared: Any, columns: int) -> list[memoryview]:
+    """One row of int64 for each worker."""
+    cells = memoryview(shared).cast("B").cast("q")
+    return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+
+
+@contextmanager
+def _started_processes_are_deaf() -> Iterator[None]:
+    """Let processes that are started within inherit blocked signals, and an OpenBLAS without a thread per core."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
+    before = {name: os.environ.get(name) for name in _ONE_THREAD}
+    os.environ.update(_ONE_THREAD)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # multiprocessing unblocks some
+
+
+def _death(running: list[tuple[ShardTask, memoryview, BaseProcess | None]]) -> StoreError:
+    """Say which worker ended first, and at which images; all have ended by now."""
+    for task, row, process in running:
+        status = None if process is None else process.exitcode
+        if status is None or status == _ORPHANED:
+            continue
+        keys = [repr(task.keys[position - 1]) for position in row[_CURRENT:] if position]
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return StoreError(
+            f"the process that packed {task.path.name} {how} while it looked at {', '.join(keys) or 'no image'}. "
+            "SIGKILL means that memory ran out: use fewer --workers. Otherwise one of these images breaks the decoder."
+        )
+    return StoreError(
+        "the worker processes ended before they began; what they printed says why. A script that packs needs "
+        "`if __name__ == '__main__':` around its calls."
+    )
+
+
+_row_of: list[memoryview] = []
+"""In a worker: the rows of all workers."""
+
+
+def _begin(shared: Any, columns: int, life: Connection[Any, Any]) -> None:
+    """Begin the work of a worker process."""
+    _row_of.extend(_rows(shared, columns))
+    threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
+
+
+def _end_with_parent(life: Connection[Any, Any]) -> None:
+    """Wait for the end of the pipe that the parent alone holds open, then end in the middle of whatever is done."""
+    life.poll(None)
+    os._exit(_ORPHANED)
+
+
+def _work(task: ShardTask, slot: int) -> ShardResult:
+    """Build a shard in a worker process."""
+    row = _row_of[slot]
+    row[_PID] = os.getpid()
+    row[_CURRENT:] = memoryview(bytes(row[_CURRENT:].nbytes)).cast("q")
+
+    def advance(images: int) -> None:
+        row[_DONE] += images
+
+    return build_shard(task, threads=len(row) - _CURRENT, advance=advance, current=row[_CURRENT:])
