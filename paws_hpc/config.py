@@ -216,8 +216,6 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "data.source_path",
     "data.threads",
     "data.copy_to",
-    "data.placement",
-    "data.prefetch_gb",
     "pretrain.log_every_steps",
     "pretrain.validate_every_epochs",
     "pretrain.checkpoint_every_steps",

@@ -17,12 +17,11 @@ import torch
 
 from paws_hpc.bench.contender import Contender
 from paws_hpc.bench.photographs import CLASSES, jpegs
-from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.multicrop import MultiCrop, make_strategy
+from paws_hpc.data.multicrop import MultiCrop
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.streams import PawsStream, StreamOptions
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore
 
@@ -114,13 +113,13 @@ def crops(store: str, threads: int) -> Work:
     """2 x 224 and 6 x 96 crops of every image, without augmentation, which runs batched on the device."""
     images = ImageStore.open(store)
     torch.set_num_threads(1)
-    cutter = MultiCrop(make_strategy(StoreImages(images), "cpu-crop", threads=threads, device=_CPU), seed=0)
+    multicrop = MultiCrop(StoreImages(images), seed=0, threads=threads, device=_CPU)
     order, epochs = batches(shuffled(len(images))), iter(range(10**6))
 
     def work() -> int:
         epoch, finish = next(epochs), None
         for records in order:  # as Prefetch does: one is begun before the last is waited for
-            begun = cutter.begin(records, KINDS, epoch=epoch, config=VIEWS.augment)
+            begun = multicrop.begin(records, KINDS, epoch=epoch, config=VIEWS.augment)
             if finish is not None:
                 finish()
             finish = begun
@@ -149,13 +148,13 @@ def supports(store: str, decoded: bool) -> Work:
     torch.set_num_threads(1)
     labelled = shuffled(len(images))[: min(600, len(images))]
     source = cached_images(images, labelled) if decoded else StoreImages(images)
-    cutter = MultiCrop(make_strategy(source, "cpu-crop", threads=1, device=_CPU), seed=0)
+    multicrop = MultiCrop(source, seed=0, threads=1, device=_CPU)
     crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
     order, steps = batches(labelled), iter(range(10**9))
 
     def work() -> int:
         for records in order:
-            cutter.begin(records, [(crop, FIRST_SUPPORT_VIEW)], epoch=next(steps), config=VIEWS.augment)()
+            multicrop.begin(records, [(crop, FIRST_SUPPORT_VIEW)], epoch=next(steps), config=VIEWS.augment)()
         return BATCH * len(order)
 
     return work

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from PIL import Image
 from paws_hpc.bench.photographs import open_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
-from paws_hpc.data.batches import MicroBatch, PawsBatch, StreamOptions
-from paws_hpc.data.multicrop import Crops
-from paws_hpc.data.pixels import CutPixels
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.multicrop import Crops, CutCrops
+from paws_hpc.data.streams import MicroBatch, PawsBatch, PawsStream
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
@@ -183,25 +180,21 @@ def use_threads(config: Config) -> int:
 
 
 @contextmanager
-def opened_stream(config: Config, *, as_training: bool = False) -> Iterator[PawsStream]:
-    """The stream of a config: crops cut on the CPU, or ``as_training`` opens it."""
-    data, device = open_data(config), torch.device(config.device)
-    options = StreamOptions(device=device)
-    if as_training:
-        with TemporaryDirectory() as folder:
-            options = stream_options(config, data, Path(folder), device)
+def opened_stream(config: Config) -> Iterator[PawsStream]:
+    """The stream of a config, as pre-training opens it."""
+    data = open_data(config)
     with data.caching() as cached:
-        yield open_stream(config, cached, options)
+        yield open_stream(config, cached, stream_options(config, data, torch.device(config.device)))
 
 
 def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:
     """The batch with its crops, uint8, on the device."""
 
     def moved(crops: Crops) -> Crops:
-        return replace(crops, pixels=CutPixels(crops.pixels.on(device)))
+        return CutCrops(crops.on(device), crops.parameters)
 
-    parts = tuple(MicroBatch(*map(moved, part.crop_groups)) for part in batch.micro_batches)
-    return replace(batch, micro_batches=parts)
+    moved_batches = tuple(MicroBatch(*map(moved, each.crop_groups)) for each in batch.micro_batches)
+    return replace(batch, micro_batches=moved_batches)
 
 
 def describe_sizes(config: Config) -> dict[str, object]:

@@ -20,7 +20,7 @@ from paws_hpc.bench.counting import graph_breaks, host_waits, peak_memory_gb
 from paws_hpc.bench.recipes import Scene, as_published, cores, on_device, opened_stream, use_threads
 from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
 from paws_hpc.config import Config
-from paws_hpc.data.batches import PawsBatch
+from paws_hpc.data.streams import PawsBatch
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.encoder import Encoder
@@ -84,7 +84,7 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
     config = Scene(**scene).config()
     use_threads(config)
-    stream = _open_for_good.enter_context(opened_stream(config, as_training=True))
+    stream = _open_for_good.enter_context(opened_stream(config))
     training = make_training(config, stream)
     cuda, numbers = training.device.type == "cuda", itertools.count()
     window = MetricsWindow(lambda _: [], remedy="")

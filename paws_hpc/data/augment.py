@@ -1,4 +1,9 @@
-"""Augmentation, batched on tensors on any device: flip, colour jitter in per-sample order, grayscale, blur, normalise.
+"""Augmentation, batched on tensors on any device: one table of operations, which every way to augment iterates over.
+
+:data:`OPERATIONS` is the order of the pipeline. A row names an operation's config fields and its columns of the random
+numbers, how its parameters are drawn, which function changes which images, and its form for PIL.
+:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.pil`` know no operation by
+name. To add one, write its fields in ``AugmentConfig``, its function here, and its row.
 
 Legend: n images, C channels (3, or 1 for grey stores), H x W pixels. Parameters are drawn on the CPU as pure functions
 of (seed, epoch, sample, view) and decide there which rows each operation touches, so a GPU is never waited for.
@@ -12,134 +17,68 @@ PAWS used, follows the standard deviation alone, as this one does (they differ b
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from paws_hpc.data.config import AugmentConfig
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.philox import Stream, uniform
+from paws_hpc.whole_graph import whole_graph
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-NO_JITTER = (1.0, 1.0, 1.0, 0.0)
-_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 _BLUR_RADIUS_SIGMAS = 3
-_UNIFORMS_PER_IMAGE = 10
+
+
+class Change(NamedTuple):
+    """A function of some images of a batch.
+
+    Attributes:
+        function: (m, C, H, W) float32 in [0, 1] and (m,) amounts → the changed images.
+        wanted: (n,) bool, the images that it changes.
+        amounts: (n,) float32.
+        strength: config field; at 0 no image is ever wanted.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    wanted: Tensor
+    amounts: Tensor
+    strength: str
 
 
 @dataclass(frozen=True)
-class AugmentParameters:
-    """What happens to each of n images, on the CPU.
+class Operation:
+    """One operation of the pipeline, for all ways to augment.
 
     Attributes:
-        flip: (n,) bool, mirrored left to right.
-        jitter: (n, 4) float32: factors of brightness, contrast and saturation (1 changes nothing), shift of hue (0).
-        order: (n, 4) int64, which of the four comes first, second, third and last.
-        grayscale: (n,) bool.
-        blur_sigma: (n,) float32, pixels; 0 means no blur.
+        fields: of ``AugmentConfig`` that belong to it; the first is the probability that an image gets it.
+        columns: of an image's uniform numbers that it draws from; the first decides whether the image gets it. They are
+            part of every run's result: a new operation takes the next free ones.
+        turns: (n,) bool who gets it and (amounts, n) → its changes, turn by turn; those of a turn are of different
+            images.
+        pil: the config → the same on one RGB image that gets it; Python's or torch's generator draws.
+        amounts: parameters of an image beside whether it gets the operation.
+        draw: (n, len(columns) - 1) uniform numbers → (n, amounts) parameters.
     """
 
-    flip: Tensor
-    jitter: Tensor
-    order: Tensor
-    grayscale: Tensor
-    blur_sigma: Tensor
+    fields: tuple[str, ...]
+    columns: tuple[int, ...]
+    turns: Callable[[Tensor, Tensor], list[list[Change]]]
+    pil: Callable[[AugmentConfig], Callable[[Image.Image], Image.Image]]
+    amounts: int = 0
+    draw: Callable[[AugmentConfig, NDArray[np.float64]], NDArray[np.floating]] = lambda _, numbers: numbers
 
-    def __len__(self) -> int:
-        return len(self.flip)
-
-    @staticmethod
-    def concatenate(parts: Sequence[AugmentParameters]) -> AugmentParameters:
-        """The parameters of the parts' images one after the other."""
-        names = [field.name for field in fields(AugmentParameters)]
-        return AugmentParameters(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
-def draw_parameters(
-    config: AugmentConfig, *, seed: int, epoch: int, samples: NDArray[np.int64], view: int | NDArray[np.int64]
-) -> AugmentParameters:
-    """Draw the parameters of n images, each a function of (seed, epoch, sample, view) alone.
-
-    Args:
-        config: strengths and probabilities.
-        seed, epoch, samples, view: as in ``philox.uniform``; samples (n,).
-
-    Returns:
-        parameters of n images.
-    """
-    numbers = uniform(
-        seed=seed, stream=Stream.AUGMENT, epoch=epoch, samples=samples, view=view, count=_UNIFORMS_PER_IMAGE
-    )
-    flip, jittered, grayscale, blurred = (numbers[:, column] for column in range(4))
-    strengths = np.array([config.brightness, config.contrast, config.saturation])
-    least = np.append(np.maximum(0, 1 - strengths), -config.hue)
-    greatest = np.append(1 + strengths, config.hue)
-    jitter = least + (greatest - least) * numbers[:, 4:8]
-    jitter[jittered >= config.jitter_probability] = NO_JITTER
-    order = _ORDERS[(numbers[:, 8] * len(_ORDERS)).astype(np.int64)]
-    least_sigma, greatest_sigma = config.blur_sigma
-    sigma = least_sigma + (greatest_sigma - least_sigma) * numbers[:, 9]
-    sigma[blurred >= config.blur_probability] = 0
-    return AugmentParameters(
-        flip=torch.from_numpy(flip < config.flip_probability),
-        jitter=torch.from_numpy(jitter.astype(np.float32)),
-        order=torch.from_numpy(order),
-        grayscale=torch.from_numpy(grayscale < config.grayscale_probability),
-        blur_sigma=torch.from_numpy(sigma.astype(np.float32)),
-    )
-
-
-def augment(
-    images: Tensor,
-    parameters: AugmentParameters,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """Flip, jitter, grayscale, blur and normalise each image by its own parameters.
-
-    Args:
-        images: (n, 3, H, W) or (n, 1, H, W) uint8 on any device.
-        parameters: of n images.
-        mean, std: three values each, of pixels in [0, 1].
-
-    Returns:
-        (n, 3, H, W) float32 on the images' device, channels-last on a GPU; a grey image has three channels of the same
-        pixels.
-
-    Raises:
-        ValueError: dtype, channels or the number of parameters do not fit.
-    """
-    require_augmentable(images, parameters, mean, std)
-    groups = _jitter_groups(parameters)
-    flipped, gray, blurred, *jittered = _rows_on_device(
-        [
-            parameters.flip.numpy().nonzero()[0],
-            parameters.grayscale.numpy().nonzero()[0],
-            parameters.blur_sigma.numpy().nonzero()[0],
-            *(rows for _, rows in groups),
-        ],
-        images.device,
-    )
-    jitter = to_device(parameters.jitter, images.device)
-    pixels = _unit_interval(images)
-    _apply(_mirror, pixels, flipped)
-    for (kind, _), rows in zip(groups, jittered, strict=True):
-        _apply(JITTER[kind], pixels, rows, jitter[:, kind])
-    _apply(to_grayscale, pixels, gray)
-    _apply(gaussian_blur, pixels, blurred, to_device(parameters.blur_sigma, images.device))
-    return _normalised(pixels, mean, std)
-
-
-def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise without augmentation, for evaluation; arguments and result as in ``augment``."""
-    _require_images(images, mean, std)
-    return _normalised(_unit_interval(images), mean, std)
+    @property
+    def probability(self) -> str:
+        """Config field: the chance that an image gets it."""
+        return self.fields[0]
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
@@ -236,45 +175,6 @@ def _blur_matrix(sigmas: Tensor, size: int) -> Tensor:
     return taps[:, (pixel[:, None] - pixel).abs()] + taps[:, near] + taps[:, far]
 
 
-JITTER: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_saturation,
-    adjust_hue,
-)
-
-
-def _jitter_groups(parameters: AugmentParameters) -> list[tuple[int, NDArray[np.int64]]]:
-    """The jitter as at most 16 (operation, rows) in the order of application.
-
-    Operations that change nothing in an image are dropped and its others move up, so that disabled ones cost no pass.
-    """
-    order = parameters.order.numpy()
-    active = np.take_along_axis(parameters.jitter.numpy() != np.array(NO_JITTER, np.float32), order, axis=1)
-    order = np.take_along_axis(order, np.argsort(~active, axis=1, kind="stable"), axis=1)
-    counts = active.sum(axis=1)
-    groups = []
-    for turn in range(len(NO_JITTER)):
-        for kind in range(len(NO_JITTER)):
-            rows = np.flatnonzero((order[:, turn] == kind) & (turn < counts))
-            if rows.size:
-                groups.append((kind, rows))
-    return groups
-
-
-def _apply(operation: Callable[..., Tensor], pixels: Tensor, rows: Tensor, amounts: Tensor | None = None) -> None:
-    """Replace the given rows of ``pixels`` by the operation's result, which gets its rows of ``amounts``, if any."""
-    if len(rows) == 0:
-        return
-    selected = pixels.index_select(0, rows)
-    changed = operation(selected) if amounts is None else operation(selected, amounts.index_select(0, rows))
-    pixels.index_copy_(0, rows, changed)
-
-
-def _mirror(images: Tensor) -> Tensor:
-    return images.flip(-1)
-
-
 def _luma(images: Tensor) -> Tensor:
     """(n, 1, H, W) grey values; a grey image is its own."""
     if images.shape[1] == 1:
@@ -289,9 +189,215 @@ def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
     return torch.addcmul(images * factors, others, 1 - factors).clamp_(0, 1)
 
 
-def _unit_interval(images: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1], channel planes contiguous, as the operations want them."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+def _once(strength: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., list[list[Change]]]:
+    """The turns of an operation that is one function, of the first amount if it has any."""
+    return lambda wanted, amounts: [[Change(function, wanted, amounts[0] if len(amounts) else wanted, strength)]]
+
+
+_JITTER_FIELDS = ("brightness", "contrast", "saturation", "hue")
+_NO_JITTER = (1.0, 1.0, 1.0, 0.0)
+_ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
+
+
+def _draw_jitter(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray[np.floating]:
+    """(n, 8): four factors or shifts, and which comes first, second, third and last.
+
+    What changes nothing in an image comes last, so that strengths of 0 cost no pass.
+    """
+    strengths = np.array([config.brightness, config.contrast, config.saturation])
+    least = np.append(np.maximum(0, 1 - strengths), -config.hue)
+    greatest = np.append(1 + strengths, config.hue)
+    factors = (least + (greatest - least) * numbers[:, :4]).astype(np.float32)
+    order = _ORDERS[(numbers[:, 4] * len(_ORDERS)).astype(np.int64)]
+    active = np.take_along_axis(factors != np.array(_NO_JITTER, np.float32), order, axis=1)
+    order = np.take_along_axis(order, np.argsort(~active, axis=1, kind="stable"), axis=1)
+    return np.concatenate((factors, order.astype(np.float32)), axis=1)
+
+
+def _jitter_turns(wanted: Tensor, amounts: Tensor) -> list[list[Change]]:
+    functions = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    active = [wanted & (factors != neutral) for factors, neutral in zip(amounts[:4], _NO_JITTER, strict=True)]
+    return [
+        [Change(functions[k], active[k] & (turn == k), amounts[k], _JITTER_FIELDS[k]) for k in range(4)]
+        for turn in amounts[4:]
+    ]
+
+
+def _pil_jitter(config: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
+    from torchvision.transforms import ColorJitter  # noqa: PLC0415 - takes a second to import, for benchmarks alone
+
+    jitter: Callable[[Image.Image], Image.Image] = ColorJitter(
+        config.brightness, config.contrast, config.saturation, config.hue
+    )
+    return jitter
+
+
+def _draw_sigma(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray[np.floating]:
+    least, greatest = config.blur_sigma
+    return least + (greatest - least) * numbers
+
+
+def _pil_blur(config: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*config.blur_sigma)))
+
+
+OPERATIONS = (
+    Operation(
+        fields=("flip_probability",),
+        columns=(0,),
+        turns=_once("flip_probability", lambda images, _: images.flip(-1)),
+        pil=lambda _: ImageOps.mirror,
+    ),
+    Operation(
+        fields=("jitter_probability", *_JITTER_FIELDS),
+        columns=(1, 4, 5, 6, 7, 8),
+        amounts=8,
+        draw=_draw_jitter,
+        turns=_jitter_turns,
+        pil=_pil_jitter,
+    ),
+    Operation(
+        fields=("grayscale_probability",),
+        columns=(2,),
+        turns=_once("grayscale_probability", lambda images, _: to_grayscale(images)),
+        pil=lambda _: lambda image: image.convert("L").convert(image.mode),
+    ),
+    Operation(
+        fields=("blur_probability", "blur_sigma"),
+        columns=(3, 9),
+        amounts=1,
+        draw=_draw_sigma,
+        turns=_once("blur_probability", gaussian_blur),
+        pil=_pil_blur,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class AugmentParameters:
+    """What happens to each of n images.
+
+    Attributes:
+        values: (n, P) float32 on the CPU: for each operation in turn, whether an image gets it (0 or 1), and amounts.
+    """
+
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def _by_operation(values: Tensor) -> list[tuple[Operation, Tensor, Tensor]]:
+    """(n, P) → each operation with (n,) bool whether and (amounts, n)."""
+    rows = values.T.split([1 + operation.amounts for operation in OPERATIONS])
+    return [(operation, each[0] > 0, each[1:]) for operation, each in zip(OPERATIONS, rows, strict=True)]
+
+
+def draw_parameters(
+    config: AugmentConfig, *, seed: int, epoch: int, samples: NDArray[np.int64], view: int | NDArray[np.int64]
+) -> AugmentParameters:
+    """Draw the parameters of n images, each a function of (seed, epoch, sample, view) alone.
+
+    Args:
+        config: strengths and probabilities.
+        seed, epoch, samples, view: as in ``philox.uniform``; samples (n,).
+    """
+    count = 1 + max(column for operation in OPERATIONS for column in operation.columns)
+    numbers = uniform(seed=seed, stream=Stream.AUGMENT, epoch=epoch, samples=samples, view=view, count=count)
+    rows = []
+    for operation in OPERATIONS:
+        whether, *others = operation.columns
+        rows.append(numbers[:, whether] < getattr(config, operation.probability))
+        rows.extend(operation.draw(config, numbers[:, others]).T)
+    return AugmentParameters(torch.from_numpy(np.stack(rows, axis=1, dtype=np.float32, casting="unsafe")))
+
+
+def augment(images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Change each image by its own parameters, and normalise it. Each operation computes the images that get it.
+
+    Args:
+        images: (n, 3, H, W) or (n, 1, H, W) uint8 on any device.
+        parameters: of n images.
+        mean, std: three values each, of pixels in [0, 1].
+
+    Returns:
+        (n, 3, H, W) float32 on the images' device, channels-last on a GPU; a grey image has three channels of the same
+        pixels.
+
+    Raises:
+        ValueError: dtype, channels or the number of parameters do not fit.
+    """
+    _require_augmentable(images, parameters, mean, std)
+    changes = [
+        change
+        for operation, wanted, amounts in _by_operation(parameters.values)
+        for turn in operation.turns(wanted, amounts)
+        for change in turn
+    ]
+    rows = [change.wanted.nonzero()[:, 0] for change in changes]
+    counts = [len(each) for each in rows]
+    amounts = [change.amounts[each].float() for change, each in zip(changes, rows, strict=True)]
+    rows_there = to_device(torch.cat(rows), images.device).split(counts)  # one copy for all
+    amounts_there = to_device(torch.cat(amounts), images.device).split(counts)
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    for change, which, of_which in zip(changes, rows_there, amounts_there, strict=True):
+        if len(which):
+            pixels.index_copy_(0, which, change.function(pixels.index_select(0, which), of_which))
+    return _normalised(pixels, mean, std)
+
+
+class CompiledAugmentation:
+    """:func:`augment` as one graph of ``torch.compile`` per size of batch, compiled at the first batch of each size.
+
+    :func:`augment` gives an operation the rows that it changes, whose number differs from batch to batch. Here every
+    operation computes all rows and ``torch.where`` takes what is wanted: one graph serves every step, and a few fused
+    kernels replace hundreds of small ones. Values in [0, 1] agree to 5e-6. A graph break is an error that says where.
+    """
+
+    def __init__(self, config: AugmentConfig, *, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Prepare; compiles nothing yet.
+
+        Args:
+            config: of all parameters to come; what it turns off is not in the graph.
+            backend: of ``torch.compile``.
+        """
+        self._config = config
+        self._graph = whole_graph(self._all_rows, backend=backend)
+
+    def __call__(
+        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """As :func:`augment`."""
+        _require_augmentable(images, parameters, mean, std)
+        values, colours = (
+            to_device(each, images.device)
+            for each in (parameters.values, torch.tensor((mean, std), dtype=torch.float32))
+        )
+        result: Tensor = self._graph(images, values, colours)
+        return result
+
+    def _all_rows(self, images: Tensor, values: Tensor, colours: Tensor) -> Tensor:
+        """(n, C, H, W) uint8, (n, P) parameters, (2, 3) mean and std → (n, 3, H, W)."""
+        pixels = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+        for operation, wanted, amounts in _by_operation(values):
+            if not getattr(self._config, operation.probability):
+                continue
+            for turn in operation.turns(wanted, amounts):
+                changed = pixels
+                for change in turn:
+                    if getattr(self._config, change.strength):
+                        everywhere = change.function(pixels, change.amounts)
+                        changed = torch.where(change.wanted[:, None, None, None], everywhere, changed)
+                pixels = changed
+        centre, scale = colours[:, :, None, None]
+        layout = torch.channels_last if images.is_cuda else torch.contiguous_format
+        return ((pixels - centre) / scale).contiguous(memory_format=layout)
+
+
+def normalise(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalise without augmentation, for evaluation; arguments and result as in ``augment``."""
+    _require_images(images, mean, std)
+    return _normalised(images.to(torch.float32, memory_format=torch.contiguous_format).div_(255), mean, std)
 
 
 def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -302,13 +408,7 @@ def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return torch.sub(pixels, centre, out=result).div_(scale)
 
 
-def _rows_on_device(groups: list[NDArray[np.int64]], device: torch.device) -> Sequence[Tensor]:
-    """Row numbers as tensors on the device, by one copy."""
-    rows = to_device(torch.from_numpy(np.concatenate(groups)), device)
-    return rows.split([len(group) for group in groups])
-
-
-def require_augmentable(
+def _require_augmentable(
     images: Tensor, parameters: AugmentParameters, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """Raise the errors of :func:`augment`."""

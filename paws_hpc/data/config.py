@@ -8,10 +8,7 @@ View numbers name the random draws of an image: large crops 0 and 1, small crops
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-Placement = Literal["cpu-crop", "cpu-decode", "nvjpeg", "resident"]
-PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 FIRST_SMALL_VIEW = 2
 FIRST_SUPPORT_VIEW = 1024
 FIRST_FINETUNE_VIEW = 2048
@@ -38,14 +35,8 @@ class DataConfig:
             them; ``$NAMES`` of the node's environment are filled in. None: no copies.
         order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
             together for a while, which a cold parallel file system rewards (``paws_hpc.data.samplers.EpochSampler``).
-        block_mb: consecutive records that ``window`` keeps together, MB.
-        window_blocks: blocks whose records ``window`` shuffles among each other.
         support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
             and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
-        placement: where images are decoded and cropped: ``cpu-crop``, ``cpu-decode``, ``nvjpeg``, ``resident``, or
-            ``auto``, which the run keeps once it has chosen (``paws_hpc.data.multicrop``, ``paws_hpc.data.placement``).
-        prefetch_gb: memory of a rank for batches made ahead, at most three, GB: of the host for their images, of the
-            device for their augmented views.
     """
 
     name: str = "digits"
@@ -58,11 +49,7 @@ class DataConfig:
     threads: int = 1
     copy_to: str | None = None
     order: str = "full"
-    block_mb: float = 8.0
-    window_blocks: int = 256
     support_order: str = "paper"
-    placement: str = "auto"
-    prefetch_gb: float = 1.0
 
     @property
     def stores(self) -> dict[str, str]:
@@ -75,20 +62,9 @@ class DataConfig:
             raise ValueError(f"data.threads={self.threads} must be at least 1.")
         if self.source is not None:
             _check_source(self.source)
-        for name, allowed in (
-            ("order", ("full", "window")),
-            ("support_order", ("paper", "balanced")),
-            ("placement", ("auto", *PLACEMENTS)),
-        ):
+        for name, allowed in (("order", ("full", "window")), ("support_order", ("paper", "balanced"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        if not self.block_mb > 0 or self.window_blocks < 1:
-            raise ValueError(
-                f"data.block_mb={self.block_mb} must be positive and data.window_blocks={self.window_blocks} at least "
-                "1."
-            )
-        if not self.prefetch_gb >= 0:
-            raise ValueError(f"data.prefetch_gb={self.prefetch_gb} must be 0 or more.")
 
 
 def _check_source(name: str) -> None:

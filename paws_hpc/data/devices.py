@@ -1,4 +1,4 @@
-"""Tensors on their way to the training device, and work that runs there ahead of its use."""
+"""Tensors on their way to the training device: copies, memory for them, and views made there ahead of their use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy without making the host wait; that takes pinned memory."""
+    """Copy without making the host wait, which takes pinned memory."""
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
     pinned = values if values.is_pinned() else values.pin_memory()
@@ -23,20 +23,19 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class BufferPool:
-    """Memory on the host for batches of about one size, used again once nothing refers to it.
+    """Host memory for batches of about one size, which is used again once nothing refers to it.
 
-    Batches of tens of megabytes come and go. Freed into the C library's heap they leave it in pieces, and memory of a
-    process goes up and down by a fifth; pages that the system makes anew for each make cutting a tenth slower
-    (docs/benchmarks.md). There are as many buffers as were ever in use at once, none larger than the largest that was
-    asked for, and they stay as long as this object does.
+    Batches of tens of megabytes come and go. Freed into the C library's heap they fragment it, and the memory of a
+    process goes up and down by a fifth; new pages for each batch make cropping a tenth slower (docs/benchmarks.md).
+    The pool keeps as many buffers as were ever in use at once, none larger than the largest that was taken.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Prepare; memory that is to go to a GPU is pinned, which torch keeps and uses again by itself."""
+        """Prepare; memory that goes to a GPU is pinned, which torch keeps and uses again by itself."""
         self._pinned = device.type == "cuda"
         self._free: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
-        self._returned: deque[NDArray[np.uint8]] = deque()  # where any thread may put memory at any time
+        self._returned: deque[NDArray[np.uint8]] = deque()  # any thread may append at any time
 
     def take(self, *shape: int) -> Tensor:
         """A uint8 tensor of any content. Its memory comes back with the last tensor or array that shares it."""
@@ -49,14 +48,14 @@ class BufferPool:
         return torch.from_numpy(lent).view(shape)
 
     def _memory(self, size: int) -> NDArray[np.uint8]:
-        """The smallest free memory that suffices; or, in place of the largest free one, new memory."""
+        """The smallest free memory that suffices; or new memory, in place of the largest free one."""
         with self._lock:
             while self._returned:
                 self._free.append(self._returned.popleft())
             self._free.sort(key=len)
-            for place, memory in enumerate(self._free):
+            for index, memory in enumerate(self._free):
                 if len(memory) >= size:
-                    return self._free.pop(place)
+                    return self._free.pop(index)
             if self._free:
                 self._free.pop()
         return np.empty(size, np.uint8)
@@ -65,7 +64,7 @@ class BufferPool:
 class PrefetchedViews:
     """Tensors that one thread makes on a device for another one to use.
 
-    On a GPU they are made on a stream of their own, beside the step that is running; see :meth:`take`.
+    On a GPU they are made on a stream of their own, beside the step that is running.
     """
 
     def __init__(self, make: Callable[[], list[Tensor]], stream: torch.cuda.Stream | None) -> None:
@@ -99,7 +98,7 @@ class PrefetchedViews:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream beside the current one, which begins when that has done what it was given; None on a CPU."""
+    """A stream beside the current one, which begins after the work that is enqueued there now; None on a CPU."""
     if device.type != "cuda":
         return None
     stream = torch.cuda.Stream(device)

@@ -1,17 +1,9 @@
-"""Random crops of records. One object cuts them; where the work runs is a strategy behind it.
+"""Random crops of records: boxes and augmentation are drawn here, and the crops are cut from each record once.
 
-| placement    | decoded      | cropped    | travels to the device            |
-|--------------|--------------|------------|----------------------------------|
-| `cpu-crop`   | on the CPU   | on the CPU | crops                            |
-| `cpu-decode` | on the CPU   | there      | decoded images                   |
-| `nvjpeg`     | on the GPU   | there      | JPEG files                       |
-| `resident`   | at the start | there      | nothing: small raw stores live there |
+Crops are cut on CPU threads. A small raw store on a GPU is copied there as a whole, and its crops are cut on the GPU.
+Boxes and augmentation parameters are the same in both cases; pixels differ by at most one of 255 levels.
 
-Boxes and augmentation parameters are the same in each. Pixels of the first, second and fourth differ by at most one of
-255 levels where a value lies between two (in no bit for raw stores on a CPU); nvJPEG also decodes in its own way, which
-moves pixels by about a level on average and more at sharp edges of colour.
-
-Legend: n records, V crops of a kind from each, C channels, s the side of a crop.
+Legend: n records, V crops of a group from each, C channels, s the side of a crop.
 """
 
 from __future__ import annotations
@@ -20,346 +12,231 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
-from typing import Protocol
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc.data.augment import AugmentParameters, draw_parameters
-from paws_hpc.data.config import AugmentConfig, CropConfig, Placement
-from paws_hpc.data.crops import (
-    RaggedImages,
-    draw_boxes,
-    equal_size_resized_crops,
-    resized_crops,
-)
-from paws_hpc.data.devices import BufferPool
+from paws_hpc.data.config import AugmentConfig, CropConfig
+from paws_hpc.data.crops import draw_boxes, equal_size_resized_crops, resized_crops
+from paws_hpc.data.devices import BufferPool, to_device
 from paws_hpc.data.images import StoreImages, as_tensor
-from paws_hpc.data.pixels import Boxes, CutPixels, Encoded, EqualSize, Pixels, Ragged, ResidentRows, Uncut, UncutPixels
 from paws_hpc.data.samplers import Positions
 from paws_hpc.data.workers import WorkerPool
 from paws_hpc.store import ImageStore
 
 _DECODED_AT_ONCE = 16  # images that a thread holds decoded, 9 MB of typical ones: few enough for the cache
-_RESIDENT_READ = 4096
+_RESIDENT_SHARE = 1 / 8  # of a GPU's memory, for each of at most two stores: the rest is for training
+_RESIDENT_READ = 4096  # records
 
-DrawBoxes = Callable[[int, slice, NDArray[np.int64], NDArray[np.int64]], Boxes]
-"""(kind, which of the n records, their heights, their widths) → (V * m, 4) boxes, view-major."""
+CropGroup: TypeAlias = tuple[CropConfig, int]
+"""Crops of one size, and the number of their first view."""
 
 
 @dataclass(frozen=True)
-class Crops:
-    """Crops, and what augmentation is to do to them.
+class CutCrops:
+    """Crops, and what augmentation does to them.
 
     Attributes:
-        pixels: of N = V * n rows, view-major.
-        parameters: of the same N rows.
+        images: (V * n, C, s, s) uint8, view-major; C is 3, or 1 for grey images.
+        parameters: of the same rows.
     """
 
-    pixels: Pixels
+    images: Tensor
     parameters: AugmentParameters
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the images."""
+        return self.images.nbytes
+
+    def on(self, device: torch.device) -> Tensor:
+        """The images on a device."""
+        return self.images.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ResidentCrops:
+    """Crops of images that live on a GPU, which are cut there at each use.
+
+    Attributes:
+        store: (N, H, W, C) uint8 on the device.
+        records: (n,) positions in it.
+        boxes: (V * n, 4), view-major.
+        size: pixels.
+        parameters: of the V * n rows.
+    """
+
+    store: Tensor
+    records: Positions
+    boxes: NDArray[np.int64]
+    size: int
+    parameters: AugmentParameters
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory."""
+        return self.boxes.nbytes
+
+    @property
     def images(self) -> Tensor:
-        """(N, C, s, s) uint8 on the CPU, C 3, or 1 from grey pixels."""
-        return self.pixels.on(torch.device("cpu"))
+        """(V * n, C, s, s) uint8 on the CPU."""
+        return self.on(torch.device("cpu"))
+
+    def on(self, device: torch.device) -> Tensor:
+        """(V * n, C, s, s) uint8 on a device."""
+        rows = to_device(torch.from_numpy(self.records), self.store.device)
+        images = self.store[rows].permute(0, 3, 1, 2)
+        views = self.boxes.reshape(-1, len(images), 4)
+        return torch.cat([equal_size_resized_crops(images, boxes, self.size) for boxes in views]).to(device)
 
 
-class Strategy(Protocol):
-    """A placement at work on one source of images; any thread may use it, and waits for what it has begun itself."""
+Crops: TypeAlias = CutCrops | ResidentCrops
 
-    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """Begin to cut. The result waits for it and gives, once, per kind its V * n crops, view-major.
 
-        Each record is decoded once.
-        """
-
-    def abandon(self) -> None:
-        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
+def is_resident(store: ImageStore, device: torch.device) -> bool:
+    """Whether a store lives on the device: raw, and small beside the memory of a GPU. Every start decides alike."""
+    if device.type != "cuda" or store.shape is None:
+        return False
+    return len(store) * int(np.prod(store.shape)) <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[1]
 
 
 class MultiCrop:
-    """Draws boxes and augmentation for records and has the crops cut."""
+    """Draws crops of records and cuts them; any thread may use it, and waits for what it has begun itself.
 
-    def __init__(self, strategy: Strategy, *, seed: int) -> None:
-        self.seed, self._strategy = seed, strategy
+    Attributes:
+        store: of the records.
+    """
 
-    def abandon(self) -> None:
-        """As of Strategy."""
-        self._strategy.abandon()
+    def __init__(self, images: StoreImages, *, seed: int, threads: int, device: torch.device) -> None:
+        """Prepare; copies a resident store to the device.
+
+        Args:
+            images: source of the records.
+            seed: of the run.
+            threads: that decode and crop.
+            device: of training.
+        """
+        self.store, self._images, self._seed = images.store, images, seed
+        self._pool = WorkerPool(threads, "crops")
+        # One pool per shape: small batches in large buffers would waste memory.
+        self._buffers: defaultdict[tuple[int, ...], BufferPool] = defaultdict(partial(BufferPool, device))
+        self._resident = _copied_to(device, self.store) if is_resident(self.store, device) else None
 
     def begin(
         self,
         records: Positions,
-        kinds: Sequence[tuple[CropConfig, int]],
+        crop_groups: Sequence[CropGroup],
         *,
         epoch: int,
         config: AugmentConfig,
         repeats: Positions | None = None,
     ) -> Callable[[], list[Crops]]:
-        """Begin to cut every kind of crop from each record, which is decoded once.
+        """Begin to cut every group of crops from each record, which is decoded once.
 
-        What is begun before the last was waited for keeps all threads busy: they end a batch at different times.
+        Begin a batch before you wait for the last one: threads end a batch at different times.
 
         Args:
             records: (n,) positions.
-            kinds: crop configurations with the number of their first view.
+            crop_groups: crop configurations, each with the number of its first view.
             epoch: of the draw.
             config: of the augmentation whose parameters travel along.
             repeats: (n,) how often the record came before in this batch, so that its crops differ; never if None.
 
         Returns:
-            what waits for it and gives, per kind, ``count * n`` rows, view-major.
+            what waits for the crops and gives, once, ``count * n`` of them per group, view-major.
         """
+        n, shape = len(records), self.store.shape
+        heights, widths = self.store.sizes(records) if shape is None else (np.full(n, shape[0]), np.full(n, shape[1]))
         again = np.zeros_like(records) if repeats is None else repeats
-
-        def views(kind: int, part: slice) -> Positions:
-            crop, first = kinds[kind]
-            of_view = np.repeat(np.arange(first, first + crop.count), len(records[part]))
-            return of_view + crop.count * np.tile(again[part], crop.count)
-
-        def boxes(kind: int, part: slice, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> Boxes:
-            crop = kinds[kind][0]
-            return draw_boxes(
+        views = [
+            np.repeat(np.arange(first, first + crop.count), n) + crop.count * np.tile(again, crop.count)
+            for crop, first in crop_groups
+        ]
+        # All at once and in this thread: numpy would have the workers wait for each other.
+        boxes = [
+            draw_boxes(
                 crop,
-                seed=self.seed,
+                seed=self._seed,
                 epoch=epoch,
-                samples=np.tile(records[part], crop.count),
-                view=views(kind, part),
+                samples=np.tile(records, crop.count),
+                view=view,
                 heights=np.tile(heights, crop.count),
                 widths=np.tile(widths, crop.count),
             )
-
-        finish = self._strategy.begin(records, [crop for crop, _ in kinds], boxes)
-        parameters = [  # while threads cut
-            draw_parameters(
-                config,
-                seed=self.seed,
-                epoch=epoch,
-                samples=np.tile(records, crop.count),
-                view=views(kind, slice(None)),
-            )
-            for kind, (crop, _) in enumerate(kinds)
+            for (crop, _), view in zip(crop_groups, views, strict=True)
         ]
-        return lambda: [Crops(*of_kind) for of_kind in zip(finish(), parameters, strict=True)]
+        wait = None if self._resident is not None else self._begin_cut(records, crop_groups, boxes)
+        parameters = [  # while workers cut
+            draw_parameters(config, seed=self._seed, epoch=epoch, samples=np.tile(records, crop.count), view=view)
+            for (crop, _), view in zip(crop_groups, views, strict=True)
+        ]
+        if wait is None:
+            assert self._resident is not None
+            resident: list[Crops] = [
+                ResidentCrops(self._resident, records, *of_group)
+                for of_group in zip(boxes, (crop.size for crop, _ in crop_groups), parameters, strict=True)
+            ]
+            return lambda: resident
+        return lambda: [CutCrops(*of_group) for of_group in zip(wait(), parameters, strict=True)]
 
+    def abandon(self) -> None:
+        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
+        self._pool.abandon()
 
-def make_strategy(images: StoreImages, placement: Placement, *, threads: int, device: torch.device) -> Strategy:
-    """A placement for one source of images.
+    def _begin_cut(
+        self, records: Positions, crop_groups: Sequence[CropGroup], boxes: Sequence[NDArray[np.int64]]
+    ) -> Callable[[], list[Tensor]]:
+        """Begin to cut (V * n, 4) boxes per group; the result gives (V * n, C, s, s) uint8 per group."""
+        n, shape = len(records), self.store.shape
+        # (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
+        shapes = [(crop.count, n, crop.size, crop.size, 3 if shape is None else shape[2]) for crop, _ in crop_groups]
+        groups = [self._buffers[shape].take(*shape).permute(0, 1, 4, 2, 3) for shape in shapes]
+        by_view = [of_group.reshape(-1, n, 4) for of_group in boxes]
 
-    Args:
-        images: the source.
-        placement: where the work runs; see :func:`paws_hpc.data.placement.choose` for what is possible.
-        threads: that decode and crop.
-        device: of training.
-    """
-    match placement:
-        case "cpu-crop":
-            return CpuCrop(images, threads, device)
-        case "cpu-decode":
-            return CpuDecode(images, threads, device)
-        case "nvjpeg":
-            return NvJpeg(images, threads)
-        case "resident":
-            return Resident(images.store, device)
+        def cut_jpeg(part: slice) -> None:
+            images = [as_tensor(pixels).permute(2, 0, 1) for pixels in self._images.pixels(records[part])]
+            for of_group, out in zip(by_view, groups, strict=True):
+                resized_crops(images, of_group[:, part].swapaxes(0, 1), out[:, part])
 
+        def cut_raw(part: slice) -> None:
+            images = torch.from_numpy(self.store.read_raw(records[part])).permute(0, 3, 1, 2)
+            for of_group, out in zip(by_view, groups, strict=True):
+                for view, of_view in zip(out, of_group, strict=True):
+                    view[part] = equal_size_resized_crops(images, of_view[part], out.shape[-1])
 
-class CpuCrop:
-    """Decodes and crops on a few threads, straight into the batch."""
+        # A raw store gets one product per thread: its cost is mostly overhead.
+        slices = max(-(-n // _DECODED_AT_ONCE) if shape is None else 1, min(self._pool.count, n))
+        wait = self._pool.begin(cut_jpeg if shape is None else cut_raw, _slices(n, slices))
 
-    def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._threads = images, WorkerPool(threads, "crops")
-        # By shape: where kinds shared them, small ones would take large memory and large ones ask for more.
-        self._buffers: defaultdict[tuple[int, ...], BufferPool] = defaultdict(partial(BufferPool, device))
-        self.abandon = self._threads.abandon
-
-    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """As of Strategy."""
-        shape = self._images.store.shape
-        channels, n = 3 if shape is None else shape[2], len(records)
-        # As (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
-        shapes = [(crop.count, n, crop.size, crop.size, channels) for crop in kinds]
-        batches = [self._buffers[shape].take(*shape) for shape in shapes]
-        views = [batch.permute(0, 1, 4, 2, 3) for batch in batches]
-        if shape is None:
-            cut_part = self._cutting_jpeg(records, kinds, draw, views)
-        else:
-            cut_part = partial(self._cut_raw, records, kinds, draw, views)
-        wait_for_parts = self._threads.begin(cut_part, self._parts(n))
-
-        def finish() -> list[Pixels]:
-            wait_for_parts()
-            return [CutPixels(view.flatten(0, 1)) for view in views]
+        def finish() -> list[Tensor]:
+            wait()
+            return [group.flatten(0, 1) for group in groups]
 
         return finish
 
-    def _parts(self, n: int) -> list[slice]:
-        if self._images.store.shape is not None:  # one product per thread: its cost is mostly overhead
-            return parts(n, min(self._threads.count, n))
-        return parts(n, max(-(-n // _DECODED_AT_ONCE), min(self._threads.count, n)))
 
-    def _cutting_jpeg(
-        self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor]
-    ) -> Callable[[slice], None]:
-        """What a thread does with its part of the records.
-
-        Boxes are drawn before, all at once: numpy would have the threads wait for each other.
-        """
-        heights, widths = self._images.store.sizes(records)
-        everywhere = _boxes_by_record(kinds, draw, slice(None), heights, widths)
-
-        def cut(part: slice) -> None:
-            images = self._images.pixels(records[part])
-            tensors = [as_tensor(pixels).permute(2, 0, 1) for pixels in images]
-            for of_kind, batch in zip(everywhere, out, strict=True):
-                resized_crops(tensors, of_kind[part], batch[:, part])
-
-        return cut
-
-    def _cut_raw(
-        self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes, out: list[Tensor], part: slice
-    ) -> None:
-        images = torch.from_numpy(self._images.store.read_raw(records[part])).permute(0, 3, 1, 2)
-        heights, widths = equal_sides(images)
-        for kind, (crop, batch) in enumerate(zip(kinds, out, strict=True)):
-            boxes = draw(kind, part, heights, widths).reshape(crop.count, len(images), 4)
-            for view in range(crop.count):
-                batch[view, part] = equal_size_resized_crops(images, boxes[view], crop.size)
+def _copied_to(device: torch.device, store: ImageStore) -> Tensor:
+    """(N, H, W, C) uint8: all images of a raw store."""
+    assert store.shape is not None
+    pixels = torch.empty((len(store), *store.shape), dtype=torch.uint8, device=device)
+    for start in range(0, len(store), _RESIDENT_READ):
+        records = np.arange(start, min(start + _RESIDENT_READ, len(store)))
+        pixels[start : start + len(records)] = torch.from_numpy(store.read_raw(records)).to(device)
+    return pixels
 
 
-def _boxes_by_record(
-    kinds: Sequence[CropConfig],
-    draw: DrawBoxes,
-    part: slice,
-    heights: NDArray[np.int64],
-    widths: NDArray[np.int64],
-) -> list[Boxes]:
-    """Per kind (m, V, 4), of every record of a part its boxes."""
-    return [
-        draw(kind, part, heights, widths).reshape(crop.count, len(heights), 4).swapaxes(0, 1)
-        for kind, crop in enumerate(kinds)
-    ]
-
-
-class CpuDecode:
-    """Decodes on a few threads; the images travel, and are cropped on the device."""
-
-    def __init__(self, images: StoreImages, threads: int, device: torch.device) -> None:
-        self._images, self._buffers, self._threads = images, BufferPool(device), WorkerPool(threads, "decode")
-        self.abandon = self._threads.abandon
-
-    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """As of Strategy."""
-        store = self._images.store
-        if store.shape is not None:
-            reading = self._threads.begin(lambda part: store.read_raw(records[part]), [slice(None)])
-            return lambda: self._equal_size(reading()[0], kinds, draw)
-        slices = parts(len(records), max(-(-len(records) // _DECODED_AT_ONCE), min(self._threads.count, len(records))))
-        decoding = self._threads.begin(lambda part: self._images.pixels(records[part]), slices)
-        return lambda: self._ragged(list(chain.from_iterable(decoding())), kinds, draw)
-
-    def _equal_size(self, pixels: NDArray[np.uint8], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return uncut(EqualSize(images), *equal_sides(images), kinds, draw)
-
-    def _ragged(self, decoded: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes) -> list[Pixels]:
-        heights, widths = sides(decoded)
-        starts = np.concatenate(([0], np.cumsum(heights * widths)))
-        buffer = self._buffers.take(int(starts[-1]), 3)
-        for image, start, stop in zip(decoded, starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-            buffer[start:stop] = as_tensor(image).view(-1, 3)
-        return uncut(Ragged(RaggedImages(buffer, starts[:-1], heights, widths)), heights, widths, kinds, draw)
-
-
-class NvJpeg:
-    """Reads JPEG files; decoding and cropping run on the GPU."""
-
-    def __init__(self, images: StoreImages, threads: int) -> None:
-        self._images, self._threads = images, WorkerPool(threads, "read")
-        self.abandon = self._threads.abandon
-
-    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """As of Strategy."""
-        reading = self._read(records)
-        return lambda: self._encoded(records, reading(), kinds, draw)
-
-    def _read(self, records: Positions) -> Callable[[], list[NDArray[np.uint8]]]:
-        slices = parts(len(records), min(self._threads.count, len(records)))
-        reading = self._threads.begin(lambda part: self._images.encoded(records[part]), slices)
-        return lambda: list(chain.from_iterable(reading()))
-
-    def _encoded(
-        self, records: Positions, files: list[NDArray[np.uint8]], kinds: Sequence[CropConfig], draw: DrawBoxes
-    ) -> list[Pixels]:
-        try:  # the files themselves, not the index: boxes must lie in what will be decoded
-            heights, widths = _sizes(files)
-        except ValueError:
-            self._images.store.images(records)  # which names the record, or learns what stands in for it
-            files = self._read(records)()
-            heights, widths = _sizes(files)
-        store = self._images.store
-
-        def name(number: int) -> str:
-            return f"record {store.keys[int(records[number])]!r} in {store.path}"
-
-        return uncut(Encoded([torch.tensor(file) for file in files], name), heights, widths, kinds, draw)
-
-
-def _sizes(files: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(n,) heights and (n,) widths of JPEG files, by their headers; ValueError where one has none."""
-    heights, widths = np.array([simplejpeg.decode_jpeg_header(file)[:2] for file in files], np.int64).T
-    return heights, widths
-
-
-class Resident:
-    """A raw store that lives on the device as a whole."""
-
-    def __init__(self, store: ImageStore, device: torch.device) -> None:
-        assert store.shape is not None, "only raw stores can be resident, which choose() has checked"
-        height, width, channels = store.shape
-        self._pixels = torch.empty((len(store), height, width, channels), dtype=torch.uint8, device=device)
-        for start in range(0, len(store), _RESIDENT_READ):
-            records = np.arange(start, min(start + _RESIDENT_READ, len(store)))
-            self._pixels[start : start + len(records)] = torch.from_numpy(store.read_raw(records)).to(device)
-
-    def begin(self, records: Positions, kinds: Sequence[CropConfig], draw: DrawBoxes) -> Callable[[], list[Pixels]]:
-        """As of Strategy."""
-        _, height, width, _ = self._pixels.shape
-        held = ResidentRows(self._pixels, torch.from_numpy(records))
-        return lambda: uncut(held, np.full(len(records), height), np.full(len(records), width), kinds, draw)
-
-    def abandon(self) -> None:
-        """As of Strategy: there is nothing to wait for."""
-
-
-def uncut(
-    held: Uncut, heights: NDArray[np.int64], widths: NDArray[np.int64], kinds: Sequence[CropConfig], draw: DrawBoxes
-) -> list[Pixels]:
-    """Every kind of crop of the same images, to be cut on the device."""
-    return [UncutPixels(held, draw(kind, slice(None), heights, widths), crop.size) for kind, crop in enumerate(kinds)]
-
-
-def sides(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(n,) heights and (n,) widths of (H, W, C) images as decoded."""
-    return np.array([len(image) for image in images], np.int64), np.array(
-        [image.shape[1] for image in images], np.int64
-    )
-
-
-def equal_sides(images: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(n,) heights and (n,) widths of (n, C, H, W) images."""
-    n, _, height, width = images.shape
-    return np.full(n, height), np.full(n, width)
-
-
-def parts(total: int, count: int) -> list[slice]:
-    """``range(total)`` in ``count`` contiguous parts that differ by one at most."""
+def _slices(total: int, count: int) -> list[slice]:
+    """``range(total)`` in ``count`` contiguous slices that differ by one at most."""
     bounds = np.linspace(0, total, count + 1).astype(int).tolist()
     return [slice(start, stop) for start, stop in pairwise(bounds)]

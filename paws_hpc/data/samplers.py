@@ -169,12 +169,12 @@ class SupportDraw(NamedTuple):
 
     Attributes:
         records: (S,) record positions.
-        places: (S,) places of their classes among the K drawn ones.
+        class_indices: (S,) their classes, as indices into the K drawn ones.
         repeats: (S,) how often the same record came before in this step; a repeated image is cropped anew.
     """
 
     records: Positions
-    places: Positions
+    class_indices: Positions
     repeats: Positions
 
 
@@ -253,8 +253,8 @@ class SupportSampler:
             inside = permute(np.arange(self.images_per_class)[None], self._counts[drawn][:, None], keys)
             repeats = np.zeros_like(inside)
         records = self._records[self._starts[drawn][:, None] + inside]
-        places = np.repeat(np.arange(self.num_classes), self.images_per_class)
-        return SupportDraw(records.reshape(-1), places, repeats.reshape(-1))
+        class_indices = np.repeat(np.arange(self.num_classes), self.images_per_class)
+        return SupportDraw(records.reshape(-1), class_indices, repeats.reshape(-1))
 
     def known_classes(self, records: Positions, draw: SupportDraw) -> tuple[NDArray[np.bool_], Positions]:
         """Which records of the labelled images' store are themselves labelled, in a class that a step has drawn.
@@ -269,7 +269,7 @@ class SupportSampler:
         place = np.zeros(len(self._classes), np.int64)
         drawn = np.zeros(len(self._classes), bool)
         groups = self._groups(self._find(draw.records))
-        place[groups], drawn[groups] = draw.places, True
+        place[groups], drawn[groups] = draw.class_indices, True
         found = self._find(records)
         group = self._groups(found)
         known = (self._records[found] == records) & drawn[group]

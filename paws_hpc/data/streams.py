@@ -3,24 +3,23 @@
 A batch is a pure function of its step. A background thread cuts crops ahead of training as uint8, and has everything
 from flip to normalisation done on the training device, batched, while the step before is running.
 
-Legend: n unlabelled images and S support rows per rank, m small crops, V views of each support image, W ranks.
+Legend: n unlabelled images and S support images per rank, m small crops, V views of each support image, W ranks, A
+micro-batches per step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import augment, normalise
-from paws_hpc.data.batches import Augmentation, LabelledBatch, MicroBatch, PawsBatch, StreamOptions, StreamState, apply
-from paws_hpc.data.compiled import CompiledAugmentation
+from paws_hpc.data.augment import AugmentParameters, CompiledAugmentation, augment, normalise
 from paws_hpc.data.config import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
@@ -34,15 +33,134 @@ from paws_hpc.data.config import (
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.devices import PrefetchedViews, side_stream
 from paws_hpc.data.images import StoreImages, as_tensor
-from paws_hpc.data.multicrop import MultiCrop, make_strategy
-from paws_hpc.data.prefetch import Prefetch
-from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
-from paws_hpc.data.workers import single_threaded
+from paws_hpc.data.multicrop import Crops, MultiCrop, is_resident
+from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler, Window
+from paws_hpc.data.workers import Prefetch, single_threaded
 from paws_hpc.store import ImageStore
 
 _EVALUATION_BATCH = 256
-_Batch = TypeVar("_Batch", PawsBatch, LabelledBatch)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The order of images and the device; the defaults are the paper's order on the CPU.
+
+    Attributes:
+        window: of the unlabelled images' order; None shuffles all of them.
+        balanced_support: supports take turns instead of being drawn anew in each step.
+        device: of training.
+        compile_augmentation: whether a PAWS stream's augmentation goes through ``torch.compile``.
+    """
+
+    window: Window | None = None
+    balanced_support: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    compile_augmentation: bool = False
+
+
 _DEFAULT = StreamOptions()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """All crops of b of a rank's n images and s of its S support images.
+
+    Attributes:
+        supports: V * s rows, view-major.
+        large: 2b rows, view-major.
+        small: m * b rows, view-major; None without small crops.
+    """
+
+    supports: Crops
+    large: Crops
+    small: Crops | None = None
+
+    @property
+    def crop_groups(self) -> list[Crops]:
+        """Supports, large crops and, if there are any, small crops."""
+        return [self.supports, self.large] + ([self.small] if self.small is not None else [])
+
+
+@dataclass(frozen=True)
+class PawsBatch:
+    """One rank's images of one pre-training step.
+
+    Attributes:
+        step: 0-based.
+        records: (n,) positions of the unlabelled images in their store.
+        micro_batches: A of equal size; number a has image a, a + A, a + 2A, ... of the step's images and of its
+            supports, whatever the number of ranks, since each rank's n and S are multiples of A.
+        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
+            view-major as if there were one micro-batch; entries are indices into the K classes drawn for this step.
+        support_images: (W * V * S,) int64, which image each of these rows is a crop of: numbers within this step.
+        known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
+            images come from another store, where nothing tells whether an image is in both.
+        known_classes: (n,) int64, their indices into the K classes; 0 where unknown.
+        prefetched: the augmented views of the only micro-batch, if they were made ahead of the step.
+    """
+
+    step: int
+    records: Positions
+    micro_batches: tuple[MicroBatch, ...]
+    support_classes: Tensor
+    support_images: Tensor
+    known: Tensor
+    known_classes: Tensor
+    prefetched: PrefetchedViews | None = None
+
+    @property
+    def num_support_rows(self) -> int:
+        """V * S, of this rank."""
+        return sum(len(micro_batch.supports) for micro_batch in self.micro_batches)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its images on the host, and of views made ahead."""
+        return _nbytes([crops for each in self.micro_batches for crops in each.crop_groups], self.prefetched)
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One rank's images of one step of classifier training.
+
+    Attributes:
+        step: 0-based.
+        records: (n,) positions in the store.
+        crops: n rows.
+        labels: (n,) int64 classes.
+        prefetched: the augmented crops, if they were made ahead of the step.
+    """
+
+    step: int
+    records: Positions
+    crops: Crops
+    labels: Tensor
+    prefetched: PrefetchedViews | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its images on the host, and of views made ahead."""
+        return _nbytes([self.crops], self.prefetched)
+
+
+def _nbytes(crop_groups: Sequence[Crops], prefetched: PrefetchedViews | None) -> int:
+    return sum(crops.nbytes for crops in crop_groups) + (0 if prefetched is None else prefetched.nbytes)
+
+
+class Augmentation(Protocol):
+    """:func:`paws_hpc.data.augment.augment`, or the same compiled."""
+
+    def __call__(
+        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
+    ) -> Tensor:
+        """(n, 3 or 1, H, W) uint8 to (n, 3, H, W) float32 on the same device; channels-last on a GPU."""
+
+
+def apply(
+    crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype, augmentation: Augmentation = augment
+) -> Tensor:
+    """Bring crops to the device, and augment and normalise them there by the statistics of ``store``."""
+    return augmentation(crops.on(device), crops.parameters, mean=store.mean, std=store.std).to(dtype)
 
 
 class PawsStream:
@@ -63,7 +181,7 @@ class PawsStream:
         supports: StoreImages | None = None,
         options: StreamOptions = _DEFAULT,
     ) -> None:
-        """Prepare; reads nothing yet, unless the placement is ``resident``.
+        """Prepare; reads nothing yet, unless a store is small enough to live on the GPU.
 
         Args:
             store: of the unlabelled images.
@@ -76,17 +194,17 @@ class PawsStream:
             threads: that decode and crop.
             accumulate_steps: micro-batches per step, A.
             supports: source of the labelled images; None means ``store``, of which they are part.
-            options: order and placement.
+            options: order and device.
 
         Raises:
             ValueError: a global size does not divide by the ranks and micro-batches, the labels do not suffice for the
                 support, or an image would be repeated more often in a step than there are numbers for its views.
         """
-        self.store, self.views, self.options, self.seed = store, views, options, seed
+        self.store, self.views, self.options = store, views, options
         images = StoreImages(store)
         supports = images if supports is None else supports
-        self._order = EpochSampler(len(store), batch_size, seed, options.window)
-        self._support = SupportSampler(
+        self._sampler = EpochSampler(len(store), batch_size, seed, options.window)
+        self._support_sampler = SupportSampler(
             labelled,
             supports.store.labels[labelled],
             num_classes=support_classes,
@@ -95,69 +213,73 @@ class PawsStream:
             balanced=options.balanced_support,
         )
         self._labels_are_here = supports.store is store
-        _check_views_suffice(self._support.most_repeats, views)
-        unlabelled = make_strategy(images, options.placement, threads=threads, device=options.device)
-        # A resident store lives on the device once; and threads are shared wherever the images are.
-        shared = supports is images or (options.placement == "resident" and supports.store is store)
-        self._cutter = MultiCrop(unlabelled, seed=seed)
-        self._support_cutter = (
-            self._cutter
-            if shared
-            else MultiCrop(
-                make_strategy(supports, options.placement, threads=threads, device=options.device), seed=seed
+        repeats = self._support_sampler.most_repeats
+        if repeats * views.support_views > MAX_SUPPORT_VIEWS:
+            raise ValueError(
+                f"pretrain.support.images_per_class needs {repeats} repeats of an image, each with views.support_views="
+                f"{views.support_views} crops. There are numbers for {MAX_SUPPORT_VIEWS} crops of an image per step: "
+                "lower pretrain.support.images_per_class."
             )
+        self._multicrop = MultiCrop(images, seed=seed, threads=threads, device=options.device)
+        # A resident store lives on the device once; and workers are shared wherever the images are.
+        shared = supports is images or (self._labels_are_here and is_resident(store, options.device))
+        self._support_multicrop = (
+            self._multicrop if shared else MultiCrop(supports, seed=seed, threads=threads, device=options.device)
         )
-        self._images = distributed.per_rank(batch_size, name="pretrain.batch_size", accumulate_steps=accumulate_steps)
-        self._supports = distributed.per_rank(
+        self._num_images = distributed.per_rank(
+            batch_size, name="pretrain.batch_size", accumulate_steps=accumulate_steps
+        )
+        self._num_supports = distributed.per_rank(
             support_classes * images_per_class,
             name="pretrain.support.classes * pretrain.support.images_per_class",
             accumulate_steps=accumulate_steps,
         )
-        self._parts = accumulate_steps
+        self._accumulate_steps = accumulate_steps
         self._augmentation: Augmentation = (
             CompiledAugmentation(views.augment) if options.compile_augmentation else augment
         )
-        self.steps_per_epoch = self._order.steps_per_epoch
+        self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
-        """This rank's part of a 0-based step."""
+        """This rank's batch of a 0-based step."""
         return self.begin(step)()
 
     def begin(self, step: int) -> Callable[[], PawsBatch]:
-        """Begin to make this rank's part of a 0-based step; the result waits for it."""
+        """Begin to make this rank's batch of a 0-based step; the result waits for it."""
         rank = distributed.rank()
-        records = self._order.records(step)[rank * self._images : (rank + 1) * self._images]
-        drawn, mine = self._support.draw(step), slice(rank * self._supports, (rank + 1) * self._supports)
+        records = self._sampler.records(step)[rank * self._num_images : (rank + 1) * self._num_images]
+        drawn = self._support_sampler.draw(step)
+        mine = slice(rank * self._num_supports, (rank + 1) * self._num_supports)
         supports, repeats = drawn.records[mine], drawn.repeats[mine]
-        every = [slice(part, None, self._parts) for part in range(self._parts)]
-        parts = [self._begin_part(step, records[rows], supports[rows], repeats[rows]) for rows in every]
+        every = [slice(number, None, self._accumulate_steps) for number in range(self._accumulate_steps)]
+        begun = [self._begin_micro_batch(step, records[rows], supports[rows], repeats[rows]) for rows in every]
         images = np.unique(drawn.records, return_inverse=True)[1]
-        known, places = self._support.known_classes(records, drawn)
+        known, classes = self._support_sampler.known_classes(records, drawn)
         known &= self._labels_are_here
         return lambda: PawsBatch(
             step,
             records,
-            tuple(finish() for finish in parts),
-            support_classes=self._as_gathered(drawn.places),
+            tuple(finish() for finish in begun),
+            support_classes=self._as_gathered(drawn.class_indices),
             support_images=self._as_gathered(images),
             known=torch.from_numpy(known),
-            known_classes=torch.from_numpy(places * known),
+            known_classes=torch.from_numpy(classes * known),
         )
 
     def _as_gathered(self, values: Positions) -> Tensor:
         """(W * S,) values of all supports to the (W * V * S,) of their rows, as gathering puts them."""
         by_rank = np.split(values, distributed.world_size())
-        return torch.from_numpy(np.concatenate([np.tile(part, self.views.support_views) for part in by_rank]))
+        return torch.from_numpy(np.concatenate([np.tile(of_rank, self.views.support_views) for of_rank in by_rank]))
 
-    def _begin_part(
+    def _begin_micro_batch(
         self, step: int, records: Positions, supports: Positions, repeats: Positions
     ) -> Callable[[], MicroBatch]:
-        views, kinds = self.views, [(self.views.large, 0)]
+        views, crop_groups = self.views, [(self.views.large, 0)]
         if views.small.count:
-            kinds.append((views.small, FIRST_SMALL_VIEW))
-        unlabelled = self._cutter.begin(records, kinds, epoch=self._order.epoch(step), config=views.augment)
+            crop_groups.append((views.small, FIRST_SMALL_VIEW))
+        unlabelled = self._multicrop.begin(records, crop_groups, epoch=self._sampler.epoch(step), config=views.augment)
         support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
-        labelled = self._support_cutter.begin(
+        labelled = self._support_multicrop.begin(
             supports, [(support_crop, FIRST_SUPPORT_VIEW)], epoch=step, config=views.augment, repeats=repeats
         )
 
@@ -167,82 +289,39 @@ class PawsStream:
 
         return finish
 
-    def state(self, step: int) -> StreamState:
-        """Where the stream stands before a 0-based step."""
-        epoch = self._order.epoch(step)
-        samples = (step - epoch * self.steps_per_epoch) * self._order.batch_size
-        return StreamState(self.seed, epoch, samples, self.store.digest)
-
-    def step_at(self, state: StreamState) -> int:
-        """The step with which to go on.
-
-        Raises:
-            ValueError: the state is of another seed or data set, or inside a batch.
-        """
-        epoch, samples = state.epoch, state.samples
-        step = epoch * self.steps_per_epoch + samples // self._order.batch_size
-        if self.state(step) != state:
-            raise ValueError(
-                f"{state} is no place in this stream, whose nearest is {self.state(step)}. Go on with the seed, the "
-                "data set and the batch size of the run that left it."
-            )
-        return step
-
     def prefetch(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Prefetch[PawsBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager.
 
         Args:
             start, stop: steps.
             dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
-                with them a step is not to hold the views of all its images at once.
+                with them a step must not hold the views of all its images at once.
         """
         device = self.options.device
-        beside = side_stream(device)
+        stream = side_stream(device)
 
-        def with_views(batch: PawsBatch) -> PawsBatch:
-            if dtype is None or self._parts > 1:
-                return batch
-            return replace(
-                batch, prefetched=PrefetchedViews(lambda: self.augment(batch.micro_batches[0], device, dtype), beside)
-            )
+        def begin(step: int) -> Callable[[], PawsBatch]:
+            finish = self.begin(step)
 
-        return _prefetch(self.begin, with_views, self._abandon, range(start, stop), self.options)
+            def with_views() -> PawsBatch:
+                batch = finish()
+                if dtype is None or self._accumulate_steps > 1:
+                    return batch
+                (only,) = batch.micro_batches
+                return replace(batch, prefetched=PrefetchedViews(lambda: self.augment(only, device, dtype), stream))
+
+            return with_views
+
+        return Prefetch(begin, start, stop, abandon=self._abandon, size=lambda batch: batch.nbytes)
 
     def _abandon(self) -> None:
-        self._cutter.abandon()
-        self._support_cutter.abandon()
+        self._multicrop.abandon()
+        self._support_multicrop.abandon()
 
-    def augment(self, part: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """Augmented, normalised views on the device, by kind."""
+    def augment(self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Augmented, normalised views on the device, by group of crops."""
         # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        views = [apply(crops, self.store, device, dtype, self._augmentation) for crops in part.crop_groups]
-        for crops in part.crop_groups:  # only now: kinds share their images
-            crops.pixels.release()
-        return views
-
-
-def _check_views_suffice(repeats: int, views: ViewsConfig) -> None:
-    if repeats * views.support_views > MAX_SUPPORT_VIEWS:
-        raise ValueError(
-            f"pretrain.support.images_per_class needs {repeats} repeats of an image, each with views.support_views="
-            f"{views.support_views} crops. There are numbers for {MAX_SUPPORT_VIEWS} crops of an image per step: lower "
-            "pretrain.support.images_per_class."
-        )
-
-
-def _prefetch(
-    begin: Callable[[int], Callable[[], _Batch]],
-    with_views: Callable[[_Batch], _Batch],
-    abandon: Callable[[], None],
-    steps: range,
-    options: StreamOptions,
-) -> Prefetch[_Batch]:
-    def begin_with_views(step: int) -> Callable[[], _Batch]:
-        finish = begin(step)
-        return lambda: with_views(finish())
-
-    size, budget = (lambda batch: batch.nbytes), options.prefetch_bytes
-    return Prefetch(begin_with_views, steps.start, steps.stop, abandon=abandon, size=size, budget_bytes=budget)
+        return [apply(crops, self.store, device, dtype, self._augmentation) for crops in micro_batch.crop_groups]
 
 
 class ClassifierStream:
@@ -279,7 +358,7 @@ class ClassifierStream:
             threads: that decode and crop.
             images: their source; None reads ``store``.
             normalised_as: store whose mean and standard deviation normalise; None means ``store``.
-            options: placement; the order has none.
+            options: device; the order has none.
 
         Raises:
             ValueError: there are more ranks than images in a step.
@@ -291,40 +370,43 @@ class ClassifierStream:
                 f"one. Use at most {self.batch_size} ranks (resources), or larger batches if there are more labels."
             )
         self._crop, self._augment, self._labelled = crop, augment, labelled
-        self._order = EpochSampler(len(labelled), self.batch_size, seed)
-        self._like, self._options = normalised_as or store, options
-        source = images or StoreImages(store)
-        self._cutter = MultiCrop(
-            make_strategy(source, options.placement, threads=threads, device=options.device), seed=seed
-        )
-        self.steps_per_epoch = self._order.steps_per_epoch
+        self._sampler = EpochSampler(len(labelled), self.batch_size, seed)
+        self._normalised_as, self._device = normalised_as or store, options.device
+        self._multicrop = MultiCrop(images or StoreImages(store), seed=seed, threads=threads, device=options.device)
+        self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> LabelledBatch:
-        """This rank's part of a 0-based step."""
+        """This rank's batch of a 0-based step."""
         return self.begin(step)()
 
     def begin(self, step: int) -> Callable[[], LabelledBatch]:
-        """Begin to make this rank's part of a 0-based step; the result waits for it."""
-        drawn = self._order.records(step)
+        """Begin to make this rank's batch of a 0-based step; the result waits for it."""
+        drawn = self._sampler.records(step)
         records = self._labelled[drawn[distributed.share(len(drawn))]]
-        cut = self._cutter.begin(
-            records, [(self._crop, FIRST_FINETUNE_VIEW)], epoch=self._order.epoch(step), config=self._augment
+        finish = self._multicrop.begin(
+            records, [(self._crop, FIRST_FINETUNE_VIEW)], epoch=self._sampler.epoch(step), config=self._augment
         )
-        return lambda: LabelledBatch(step, records, cut()[0], torch.from_numpy(self.store.labels[records]))
+        return lambda: LabelledBatch(step, records, finish()[0], torch.from_numpy(self.store.labels[records]))
 
     def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
         """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
-        device = self._options.device
-        beside = side_stream(device)
+        stream = side_stream(self._device)
 
-        def with_views(batch: LabelledBatch) -> LabelledBatch:
-            return replace(batch, prefetched=PrefetchedViews(lambda: [self.augment(batch, device, dtype)], beside))
+        def begin(step: int) -> Callable[[], LabelledBatch]:
+            finish = self.begin(step)
 
-        return _prefetch(self.begin, with_views, self._cutter.abandon, range(start, stop), self._options)
+            def with_views() -> LabelledBatch:
+                batch = finish()
+                views = PrefetchedViews(lambda: [self.augment(batch, self._device, dtype)], stream)
+                return replace(batch, prefetched=views)
+
+            return with_views
+
+        return Prefetch(begin, start, stop, abandon=self._multicrop.abandon, size=lambda batch: batch.nbytes)
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""
-        return apply(batch.crops, self._like, device, dtype)
+        return apply(batch.crops, self._normalised_as, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -364,15 +446,15 @@ class EvaluationSet:
         mine = self.records[distributed.share(len(self.records))]
         longest = -(-len(self.records) // distributed.world_size())
         like = self.training_store
-        alone = single_threaded()
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation", initializer=alone) as pool:
+        limit = single_threaded()
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="evaluation", initializer=limit) as pool:
             for start in range(0, max(longest, 1), _EVALUATION_BATCH):
                 records = mine[start : start + _EVALUATION_BATCH]
                 if not len(records):
                     yield torch.empty(0, 3, self.crop.size, self.crop.size, device=device, dtype=dtype)
                     continue
-                parts = np.array_split(records, min(self.threads, len(records)))
-                images = torch.cat(list(pool.map(self.crops, parts))).to(device)
+                slices = np.array_split(records, min(self.threads, len(records)))
+                images = torch.cat(list(pool.map(self.crops, slices))).to(device)
                 yield normalise(images, mean=like.mean, std=like.std).to(dtype)
 
     def crops(self, records: Positions) -> Tensor:

@@ -77,7 +77,7 @@ def fine_tune_with_suncet(
         control.check()
         drawn = order.draw(step)
         images = torch.cat(list(replace(labelled, records=drawn.records).batches(device, dtype)))
-        labels = class_labels(torch.from_numpy(drawn.places), len(counts), smoothing=0.0, device=device)
+        labels = class_labels(torch.from_numpy(drawn.class_indices), len(counts), smoothing=0.0, device=device)
         optimizer.param_groups[0]["lr"] = warmup_cosine(
             step,
             start=config.learning_rate,

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from paws_hpc.data.batches import apply
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.streams import PawsStream, apply
 from paws_hpc.files import atomic_write
 
 _ROWS = 8

@@ -11,8 +11,7 @@ import torch
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity, sweep_config
-from paws_hpc.data.batches import StreamOptions
-from paws_hpc.data.streams import ClassifierStream
+from paws_hpc.data.streams import ClassifierStream, StreamOptions
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import JobControl
@@ -40,7 +39,7 @@ def run(context: TorchContext) -> None:
     if is_done(folder):
         return
     data = open_data(config)
-    options = stream_options(config, data, folder, device)
+    options = stream_options(config, data, device)
     with data.caching() as cached:
         _train(config, run, cached, options, sweep=sweep, trial=trial, control=control)
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity
-from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.streams import EvaluationSet, PawsStream
+from paws_hpc.data.streams import EvaluationSet, PawsStream, StreamOptions
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.evaluate import Representation, Scores, forward_set, paws_nn, score
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
@@ -39,7 +38,7 @@ def run(context: TorchContext) -> None:
     if is_done(run.pretrain):
         return
     data = open_data(config, control=control)
-    options = stream_options(config, data, run.pretrain, device)
+    options = stream_options(config, data, device)
     with data.caching() as cached:
         _train(config, run, cached, options, control=control)
 

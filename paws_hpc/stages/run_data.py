@@ -1,4 +1,4 @@
-"""The images of a run as the stages that compute read them: with caches, copies on the node, order and placement."""
+"""The images of a run as the stages that compute read them: with caches, copies on the node, and order."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from paws_hpc import distributed
 from paws_hpc.config import Config, Identity
-from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.config import DataConfig
 from paws_hpc.data.images import StoreImages, cached_images
-from paws_hpc.data.placement import choose
 from paws_hpc.data.samplers import Positions, Window
-from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.data.streams import EvaluationSet, StreamOptions
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import Interrupted, JobControl
-from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.prepare import RunStores, open_stores
 from paws_hpc.store import ImageStore
 from paws_hpc.store.local_copy import CopyStoppedError, open_copy
+
+# data.order=window: so much of a store stays together, and so many blocks are shuffled among each other.
+_BLOCK_BYTES = 8e6
+_WINDOW_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def order_window(data: DataConfig, store: ImageStore) -> Window | None:
     if data.order == "full":
         return None
     record_bytes = sum(shard.bytes for shard in store.manifest.shards) / len(store)
-    return Window(min(max(round(data.block_mb * 1e6 / record_bytes), 1), len(store)), data.window_blocks)
+    return Window(min(max(round(_BLOCK_BYTES / record_bytes), 1), len(store)), _WINDOW_BLOCKS)
 
 
 def order_identity(config: Config, data: RunData) -> Identity:
@@ -126,39 +126,10 @@ def order_identity(config: Config, data: RunData) -> Identity:
     return fields
 
 
-def stream_options(config: Config, data: RunData, folder: Path, device: torch.device) -> StreamOptions:
-    """Order and placement of a stage's stream; all ranks call this together.
-
-    What ``data.placement=auto`` chose stays in ``folder/placement.json``, so that a start that resumes training works
-    as the one before did, to the bit on a CPU: timings, by which a GPU's placement is chosen, are never the same twice.
-    On another kind of device it is chosen anew.
-
-    Raises:
-        ValueError: the placement that is asked for cannot work.
-        OtherRankError: another rank failed.
-    """
-    kept, asked = folder / "placement.json", config.data.placement
-    with distributed.failing_together(device):  # whose end all reach before rank 0 writes the file
-        found = read_json(kept) if kept.exists() else {}
-    if asked == "auto" and found.get("device") == device.type:
-        asked = found["placement"]
-    stores = (data.train, data.labelled_store)
-    try:
-        placement = choose(asked, stores, views=config.views, threads=config.data.threads, device=device)
-    except ValueError as error:
-        if asked == config.data.placement:
-            raise
-        raise ValueError(
-            f"{error} It was data.placement=auto that chose {asked}, at an earlier start: remove {kept} to have it "
-            "choose anew."
-        ) from error
-    with distributed.failing_together(device):
-        if distributed.is_main() and found != (choice := {"placement": placement, "device": device.type}):
-            write_json(kept, choice)
+def stream_options(config: Config, data: RunData, device: torch.device) -> StreamOptions:
+    """Order and device of a stage's stream."""
     return StreamOptions(
         window=order_window(config.data, data.train),
         balanced_support=config.data.support_order == "balanced",
-        placement=placement,
         device=device,
-        prefetch_bytes=round(config.data.prefetch_gb * 1e9),
     )

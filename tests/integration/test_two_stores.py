@@ -16,7 +16,7 @@ from paws_hpc.config import Config
 from paws_hpc.data.samplers import SupportSampler
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import read_json
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.context import StageContext, TorchContext
@@ -166,25 +166,22 @@ def checkpoint(run: RunFolder) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_a_resumed_run_keeps_its_placement_and_its_bits(digits_stores: Stores, tmp_path: Path) -> None:
+def test_a_resumed_run_in_a_window_keeps_its_bits(
+    digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a run in another order is another run."""
+    monkeypatch.setattr("paws_hpc.stages.run_data._BLOCK_BYTES", 1e4)
+    monkeypatch.setattr("paws_hpc.stages.run_data._WINDOW_BLOCKS", 4)
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
-    config.data.order, config.data.block_mb, config.data.window_blocks = "window", 0.01, 4
+    config.data.order = "window"
     config.pretrain.checkpoint_every_steps = 2
     whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
     pretrain.run(TorchContext(config, whole))
-    assert read_json(whole.pretrain / "placement.json") == {"placement": "cpu-crop", "device": "cpu"}
     with pytest.raises(PreemptedError):
         pretrain.run(TorchContext(config, parts, control=stopping_after(5)))
-    write_json(parts.pretrain / "placement.json", {"placement": "resident", "device": "cpu"})  # as if chosen before
     pretrain.run(TorchContext(config, parts))
-    assert read_json(parts.pretrain / "placement.json")["placement"] == "resident"
     for name, expected in checkpoint(whole).items():
         assert torch.equal(checkpoint(parts)[name], expected), name
-    write_json(parts.pretrain / "placement.json", {"placement": "nvjpeg", "device": "cpu"})  # possible there no more
-    (parts.pretrain / "DONE").unlink()
-    with pytest.raises(ValueError, match=r"data\.placement=auto that chose nvjpeg.*remove .*placement\.json"):
-        pretrain.run(TorchContext(config, parts))
     other = RunFolder(tmp_path / "other")
     with pytest.raises(PreemptedError):
         pretrain.run(TorchContext(config, other, control=stopping_after(5)))

@@ -6,6 +6,7 @@ divisions differ, and 5e-6 for whole pipelines. One of 255 levels is 4e-3.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,17 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import ImageFilter
+from PIL import ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from paws_hpc.bench import pil
+from paws_hpc.data import augment as module
 from paws_hpc.data.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    SATURATION,
+    OPERATIONS,
     AugmentParameters,
+    Change,
+    CompiledAugmentation,
+    Operation,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
@@ -35,8 +38,7 @@ from paws_hpc.data.augment import (
     normalise,
     to_grayscale,
 )
-from paws_hpc.data.compiled import CompiledAugmentation
-from paws_hpc.data.config import AugmentConfig
+from paws_hpc.data.config import AugmentConfig, CropConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS = AugmentConfig(saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
@@ -47,7 +49,7 @@ DEVICES = [
     ),
 ]
 CONFIGS = {"imagenet": AugmentConfig(), "digits": DIGITS, "always": AugmentConfig(0.8, 0.8, 0.8, 0.2, 1, 0.5, 1)}
-OPERATIONS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, float], Tensor], list[float]]] = {
+JITTER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, float], Tensor], list[float]]] = {
     "brightness": (adjust_brightness, TF.adjust_brightness, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
     "contrast": (adjust_contrast, TF.adjust_contrast, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
     "saturation": (adjust_saturation, TF.adjust_saturation, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
@@ -89,28 +91,45 @@ def distance(first: Tensor, second: Tensor) -> float:
 def by_torchvision(image: Tensor, parameters: AugmentParameters, row: int) -> Tensor:
     """One image through torchvision's functions, one after the other, in [0, 1]."""
     pixels = TF.to_dtype(image, torch.float32, scale=True)
-    if parameters.flip[row]:
-        pixels = TF.horizontal_flip(pixels)
-    jitter = parameters.jitter[row].tolist()
-    steps = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    for kind in parameters.order[row].tolist():
-        pixels = steps[kind](pixels, jitter[kind])
-    if parameters.grayscale[row]:
-        pixels = TF.rgb_to_grayscale(pixels, num_output_channels=3)
-    sigma = float(parameters.blur_sigma[row])
-    if sigma > 0:
-        pixels = TF.gaussian_blur(pixels, [2 * int(np.ceil(np.float32(3) * np.float32(sigma))) + 1] * 2, [sigma] * 2)
+    for name, (wanted, amounts) in drawn(parameters).items():
+        if wanted[row]:
+            pixels = TORCHVISION[name](pixels, *amounts[:, row].tolist())
     return pixels
 
 
+def drawn(parameters: AugmentParameters) -> dict[str, tuple[Tensor, Tensor]]:
+    """By operation, (n,) whether an image gets it and (amounts, n)."""
+    return {operation.probability: tuple(values) for operation, *values in module._by_operation(parameters.values)}
+
+
+def jittered(pixels: Tensor, *amounts: float) -> Tensor:
+    factors, order = amounts[:4], amounts[4:]
+    steps = [theirs for _, theirs, _ in JITTER.values()]
+    for number in map(int, order):
+        pixels = steps[number](pixels, factors[number])
+    return pixels
+
+
+def blurred(pixels: Tensor, sigma: float) -> Tensor:
+    return TF.gaussian_blur(pixels, [2 * int(np.ceil(np.float32(3) * np.float32(sigma))) + 1] * 2, [sigma] * 2)
+
+
+TORCHVISION: dict[str, Callable[..., Tensor]] = {
+    "flip_probability": TF.horizontal_flip,
+    "jitter_probability": jittered,
+    "grayscale_probability": lambda pixels: TF.rgb_to_grayscale(pixels, num_output_channels=3),
+    "blur_probability": blurred,
+}
+
+
 def row(parameters: AugmentParameters, index: int) -> tuple[Any, ...]:
-    return tuple(values[index].tolist() for values in vars(parameters).values())
+    return tuple(parameters.values[:, index].tolist())
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", JITTER)
 @pytest.mark.parametrize("channels", [3, 1])
 def test_a_jitter_operation_equals_torchvision_with_a_factor_per_image(name: str, channels: int) -> None:
-    ours, theirs, factors = OPERATIONS[name]
+    ours, theirs, factors = JITTER[name]
     images = pictures()[:, :channels].float() / 255
     result = ours(images, torch.tensor(factors))
     for image, factor, changed in zip(images, factors, result, strict=True):
@@ -229,6 +248,60 @@ def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(
         assert distance(result.cpu(), expected) * min(STD) <= 5e-6
 
 
+def only(operation: Operation, config: type[AugmentConfig] = AugmentConfig) -> AugmentConfig:
+    """The operation on every image, and no other."""
+    chances = {other.probability: float(other.probability == operation.probability) for other in module.OPERATIONS}
+    return config(**chances)  # type: ignore[arg-type]
+
+
+def by_each_path(config: AugmentConfig, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(n, 3, H, W) in [0, 1]: eager, compiled, and by PIL, image by image."""
+    parameters = draw_parameters(config, seed=0, epoch=0, samples=np.arange(len(images)), view=0)
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    compiled = CompiledAugmentation(config, backend=Graphs())(images, parameters, **plain)
+    whole = CropConfig(images.shape[-1], scale=[1.0, 1.0], ratio=[1.0, 1.0])
+    view = pil.pil_view(whole, config, **plain)
+    by_pil = torch.stack([view(TF.to_pil_image(image)) for image in images])
+    return augment(images, parameters, **plain), compiled, by_pil
+
+
+def test_every_config_field_and_random_number_belongs_to_one_operation() -> None:
+    fields = [name for operation in OPERATIONS for name in operation.fields]
+    assert sorted(fields) == sorted(field.name for field in dataclasses.fields(AugmentConfig))
+    columns = [column for operation in OPERATIONS for column in operation.columns]
+    assert sorted(columns) == list(range(len(columns)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.probability)
+def test_every_operation_has_an_eager_a_compiled_and_a_pil_form(operation: Operation) -> None:
+    images = pictures(32, 32)[:4]
+    eager, compiled, by_pil = by_each_path(only(operation), images)
+    before = images.float() / 255
+    for changed in (eager, by_pil):
+        assert all(distance(one, other) > 0.02 for one, other in zip(changed, before, strict=True))
+    assert distance(compiled, eager) <= 5e-6
+
+
+@dataclasses.dataclass
+class WithInversion(AugmentConfig):
+    invert_probability: float = 0.0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_row_of_the_table_is_all_that_an_operation_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turns(wanted: Tensor, amounts: Tensor) -> list[list[Change]]:
+        return [[Change(lambda images, _: 1 - images, wanted, wanted, "invert_probability")]]
+
+    free = 1 + max(column for operation in OPERATIONS for column in operation.columns)
+    invert = Operation(fields=("invert_probability",), columns=(free,), turns=turns, pil=lambda _: ImageOps.invert)
+    for user in (module, pil):
+        monkeypatch.setattr(user, "OPERATIONS", (*OPERATIONS, invert))
+    images = pictures(32, 32)
+    for inverted in by_each_path(only(invert, WithInversion), images):
+        assert distance(inverted, 1 - images.float() / 255) <= 1e-6
+
+
 def test_augmenting_leaves_the_input_as_it_was() -> None:
     images = pictures()
     parameters = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.arange(6), view=0)
@@ -251,9 +324,6 @@ def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
     pair, triple = draw([5, 9]), draw([9, 1, 5])
     assert [row(pair, 0), row(pair, 1)] == [row(triple, 2), row(triple, 0)]
     assert row(draw([5], view=3), 0) != row(pair, 0)
-    joined = AugmentParameters.concatenate([pair, triple])
-    assert len(joined) == 5
-    assert row(joined, 4) == row(triple, 2)
     both = draw_parameters(AugmentConfig(), seed=5, epoch=9, samples=np.array([5, 5]), view=np.array([2, 3]))
     assert [row(both, 0), row(both, 1)] == [row(pair, 0), row(draw([5], view=3), 0)]
 
@@ -262,35 +332,28 @@ def test_parameters_are_distributed_as_configured() -> None:
     """Shares within 4.5 standard errors; factors uniform on torchvision's ranges; 24 orders by chi-square."""
     n = 40_000
     config = AugmentConfig(0.4, 1.5, 0.8, 0.2, 0.8, 0.2, 0.5, [0.1, 2.0], 0.3)
-    drawn = draw_parameters(config, seed=0, epoch=0, samples=np.arange(n), view=0)
-    changed = drawn.jitter != torch.tensor([1.0, 1.0, 1.0, 0.0])
-    assert torch.equal(changed.any(dim=1), changed.all(dim=1))  # all four or none, as in RandomApply([ColorJitter])
-    jittered = changed.any(dim=1)
-    for applied, probability in (
-        (drawn.flip, 0.3),
-        (jittered, 0.8),
-        (drawn.grayscale, 0.2),
-        (drawn.blur_sigma > 0, 0.5),
+    values = drawn(draw_parameters(config, seed=0, epoch=0, samples=np.arange(n), view=0))
+    whether = {name: wanted for name, (wanted, _) in values.items()}
+    for name, wanted in whether.items():
+        probability = getattr(config, name)
+        assert abs(wanted.double().mean() - probability) < 4.5 * np.sqrt(probability * (1 - probability) / n)
+    jitter, (sigma,) = values["jitter_probability"][1], values["blur_probability"][1]
+    for sample, (least, greatest) in (
+        *zip(jitter[:4], ((0.6, 1.4), (0.0, 2.5), (0.2, 1.8), (-0.2, 0.2)), strict=True),
+        (sigma, (0.1, 2.0)),
     ):
-        assert abs(applied.double().mean() - probability) < 4.5 * np.sqrt(probability * (1 - probability) / n)
-    ranges = {BRIGHTNESS: (0.6, 1.4), CONTRAST: (0.0, 2.5), SATURATION: (0.2, 1.8), HUE: (-0.2, 0.2)}
-    values = [(drawn.jitter[jittered, kind], bounds) for kind, bounds in ranges.items()]
-    values.append((drawn.blur_sigma[drawn.blur_sigma > 0], (0.1, 2.0)))
-    for sample, (least, greatest) in values:
         assert least <= sample.min() + 1e-6
         assert sample.max() <= greatest + 1e-6
         standard = (sample.double() - least) / (greatest - least)
-        assert abs(standard.mean() - 1 / 2) < 4.5 * np.sqrt(1 / 12 / len(sample))
-        assert abs(standard.square().mean() - 1 / 3) < 4.5 * np.sqrt(4 / 45 / len(sample))
-    observed = np.unique(drawn.order.numpy(), axis=0, return_counts=True)[1]
+        assert abs(standard.mean() - 1 / 2) < 4.5 * np.sqrt(1 / 12 / n)
+        assert abs(standard.square().mean() - 1 / 3) < 4.5 * np.sqrt(4 / 45 / n)
+    observed = np.unique(jitter[4:].T.numpy(), axis=0, return_counts=True)[1]
     assert len(observed) == 24
     assert ((observed - n / 24) ** 2 / (n / 24)).sum() < 53  # 23 degrees of freedom: 99.96 % lie below
-    shown = jittered & (drawn.blur_sigma > 0)
-    numbers = (drawn.flip, drawn.grayscale, *drawn.jitter.T, drawn.order[:, 0], drawn.blur_sigma)
-    correlation = np.corrcoef(np.stack([values[shown].double().numpy() for values in numbers]))
-    assert (np.abs(correlation - np.eye(len(numbers))) < 4.5 / np.sqrt(int(shown.sum()))).all()
-    applied = np.corrcoef(np.stack([jittered.numpy(), drawn.flip.numpy(), drawn.blur_sigma.numpy() > 0]))
-    assert (np.abs(applied - np.eye(3)) < 4.5 / np.sqrt(n)).all()
+    numbers = np.stack(
+        [row.double().numpy() for row in (*whether.values(), *jitter[:5], sigma) if row.unique().numel() > 1]
+    )
+    assert (np.abs(np.corrcoef(numbers) - np.eye(len(numbers))) < 4.5 / np.sqrt(n)).all()
 
 
 def test_switched_off_operations_leave_the_image_as_it_is() -> None:

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from paws_hpc.data.batches import MicroBatch, PawsBatch
 from paws_hpc.data.config import CropConfig, ViewsConfig
+from paws_hpc.data.streams import MicroBatch, PawsBatch
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.objective.config import PawsConfig

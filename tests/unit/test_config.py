@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
         "data.test",
         "data.source",
     ),
-    *("data.source_path", "data.threads", "data.labelled", "data.placement", "data.prefetch_gb"),
+    *("data.source_path", "data.threads", "data.labelled"),
     *("data.copy_to", "pretrain.log_every_steps"),
     *("pretrain.validate_every_epochs",),
     *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),

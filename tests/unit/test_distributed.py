@@ -6,19 +6,13 @@ import os
 from errno import ENAMETOOLONG
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.config import ViewsConfig
-from paws_hpc.data.placement import choose
-from paws_hpc.packing import ArraySource, pack
-from paws_hpc.store import ImageStore, RecordError
 from tests.ranks import results_of, run_on_ranks
 
 WORLD, ROWS = 3, 2
@@ -92,27 +86,11 @@ def failing(rank: int, world: int) -> list[str]:
     return [*heard, str(everyone.tolist())]
 
 
-def probing(rank: int, world: int) -> str:
-    """What a rank hears where rank 0, which alone probes, meets a damaged image."""
-    images = np.full((20, 8, 8, 1), np.arange(20, dtype=np.uint8)[:, None, None, None])
-    with TemporaryDirectory() as folder:
-        source = ArraySource("grey", images, np.zeros(20, np.int64), [str(number) for number in range(20)], ("all",))
-        path = pack(source, Path(folder) / "store").path
-        shard = path / ImageStore.open(path).manifest.shards[0].name
-        shard.write_bytes(shard.read_bytes().replace(images[3].tobytes(), bytes([99] * 64)))
-        store = ImageStore.open(path)
-        with pytest.raises((RecordError, distributed.OtherRankError)) as caught:
-            choose("auto", [store, store], views=ViewsConfig(), threads=1, device=torch.device("cpu"))
-        return f"{caught.type.__name__}: {caught.value}"
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(
-        folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, divided, failing, probing]}
-    )
+    run_on_ranks(folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, divided, failing]})
     return folder
 
 
@@ -188,15 +166,6 @@ def test_a_block_that_fails_on_one_rank_fails_on_all_and_says_why(folder: Path) 
         assert one.startswith(own if rank == 1 else other)
         assert two.startswith(own if rank in (1, 2) else other)
         assert everyone == "[0, 1, 2]"
-
-
-def test_a_probe_that_fails_on_rank_0_is_an_error_on_every_rank(folder: Path) -> None:
-    own, *others = results_of(probing, WORLD, folder)
-    assert own.startswith("RecordError: record '3' in ")
-    for other in others:
-        assert other.startswith(
-            "OtherRankError: rank 0 failed, and no rank goes on without it: RecordError: record '3'"
-        )
 
 
 def test_a_block_that_fails_alone_raises_what_it_raised() -> None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from paws_hpc.data.prefetch import Prefetch
+from paws_hpc.data.workers import Prefetch
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ def test_batches_that_nobody_makes_are_an_error_and_not_waited_for() -> None:
         iter(ahead)  # type: ignore[call-overload]
     with ahead as batches:
         assert next(batches) == 0
-    with pytest.raises(ValueError, match="the batch of step 1 was asked for outside the with block"):
+    with pytest.raises(ValueError, match="the batch of step 1 is wanted outside the with block"):
         next(batches)
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from paws_hpc.data.batches import StreamOptions
 from paws_hpc.data.config import AugmentConfig
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.streams import PawsStream, StreamOptions
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.pretrain import Pretraining

@@ -12,8 +12,7 @@ from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
 
 from paws_hpc.config import Config
-from paws_hpc.data.batches import StreamOptions
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.streams import PawsStream, StreamOptions
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.starting_weights import load_backbone

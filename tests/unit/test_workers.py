@@ -13,9 +13,8 @@ import torch
 from paws_hpc.data import streams
 from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.data.crops import center_crop
-from paws_hpc.data.prefetch import Prefetch
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.data.workers import WorkerPool
+from paws_hpc.data.workers import Prefetch, WorkerPool
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
