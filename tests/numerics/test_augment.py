@@ -123,7 +123,7 @@ TORCHVISION: dict[str, Callable[..., Tensor]] = {
 
 
 def row(parameters: AugmentParameters, index: int) -> tuple[Any, ...]:
-    return tuple(parameters.values[:, index].tolist())
+    return tuple(parameters.values[index].tolist())
 
 
 @pytest.mark.parametrize("name", JITTER)
