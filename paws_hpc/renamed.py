@@ -31,8 +31,8 @@ RENAMED_KEYS: dict[str, str] = {
     "pretrain.diagnose_every_steps": "pretrain.log_every_steps",
     "data.cache_gb": "nothing, the memory for labelled images follows from the node's",
     "data.max_substitutes": "nothing, a damaged image is an error (python -m paws_hpc.shards repair mends a store)",
-    "data.placement": "nothing; a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
-    "data.prefetch_gb": "nothing; up to three batches of 1 GB together are made ahead",
-    "data.block_mb": "nothing; data.order=window keeps 8 MB together",
-    "data.window_blocks": "nothing; data.order=window shuffles 256 blocks among each other",
+    "data.placement": "nothing, a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
+    "data.prefetch_gb": "nothing, up to three batches of 1 GB together are made ahead",
+    "data.block_mb": "nothing, data.order=window keeps 8 MB together",
+    "data.window_blocks": "nothing, data.order=window shuffles 256 blocks among each other",
 }
