@@ -97,7 +97,7 @@ class Config:
         baseline: sweep without pre-training on the same labels.
         tracking: Weights & Biases.
         resources: by stage.
-        restarts_without_progress: a crashed job is queued again as long as the starts that crashed without getting
+        restarts_without_progress: a crashed job is queued again as long as the attempts that crashed without getting
             further are no more than this (Slurm).
         dry_run: print what would be submitted, and submit and write nothing (Slurm).
         cancel: end all jobs of this run instead of starting any (Slurm).

@@ -3,7 +3,7 @@
     python -m paws_hpc.doctor experiment=NAME [FIELD=VALUE ...] [--probe]
 
 Takes the overrides of ``python -m paws_hpc.launch``, looks at what such a launch would need, and submits nothing unless
-``--probe`` asks for a look from a compute node. The exit status is 1 if a problem was found.
+``--probe`` makes it look from a compute node. The exit status is 1 if a problem was found.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def _checks(options: argparse.Namespace) -> Iterator[Check]:
 
 def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: float) -> Iterator[Check]:
     """What a job finds on a node of pre-training's partition."""
-    asked: dict[str, Any] = dict(parameters["pretrain"])
-    place = {name: asked[name] for name in ("partition", "account", "qos", "constraint", "exclude") if name in asked}
-    gpus = {"gpus_per_node": 1} if asked.get("gpus_per_node") else {}
+    wanted: dict[str, Any] = dict(parameters["pretrain"])
+    place = {name: wanted[name] for name in ("partition", "account", "qos", "constraint", "exclude") if name in wanted}
+    gpus = {"gpus_per_node": 1} if wanted.get("gpus_per_node") else {}
     stores = [Path(path).resolve() for path in config.data.stores.values() if Path(path).exists()]
     try:
         found = look_from_node(Path(config.runs), stores, sbatch_flags(place | gpus), timeout_s=timeout_s)

@@ -170,8 +170,8 @@ def main() -> None:
     try:
         _main()
     except KeyboardInterrupt as stop:
-        told = str(stop) or "what was not saved yet is done again"
-        print(f"interrupted: {told}; the same command goes on from there", file=sys.stderr)
+        saved = str(stop) or "what was not saved yet is done again"
+        print(f"interrupted: {saved}; the same command goes on from there", file=sys.stderr)
         sys.exit(_INTERRUPTED)
 
 
@@ -200,7 +200,7 @@ def _main() -> None:
                 raise
             print(stop.code, file=sys.stderr)
             failed.append(" ".join(overrides))
-        except Exception:  # whatever it was, the other runs do not depend on it; the exit status tells
+        except Exception:  # whatever it was, the other runs do not depend on it; the exit status says so
             if not several:
                 raise
             traceback.print_exc()

@@ -158,27 +158,27 @@ def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -
         active: jobs of this chain that run or wait, by name.
 
     Raises:
-        ConfigError: a stage is asked for whose needs are neither met nor about to be.
+        ConfigError: a stage is to run whose needs are neither met nor about to be.
         ValueError: selection is over, and was made among other trials than the sweep now has.
     """
     selected = "selection" in config.stages and run.result.exists()
     if selected:
         check_sweep_is_the_scored_one(config, run)
-    found: dict[str, ToSubmit] = {}
+    planned: dict[str, ToSubmit] = {}
     for stage in (stage for stage in STAGES if stage in config.stages):
         row = STAGES[stage]
         if row.sweep and selected:
             continue  # a trial that failed comes too late: the test split is scored once
-        renewed = any(parent in found for parent in (*row.needs, *row.follows))
+        renewed = any(parent in planned for parent in (*row.needs, *row.follows))
         jobs = [job for job in jobs_of(config, stage) if not job.is_done(config, run) or (row.refreshed and renewed)]
         missing = [job for job in jobs if job.name not in active]
         waiting = [job for job in jobs if job.name in active and active[job.name].state == "PENDING"]
         if not renewed:
             waiting = []
         if missing or waiting:
-            _check_needs(config, run, stage, met={*found, *active})
-            found[stage] = ToSubmit(stage, [*missing, *waiting], [active[job.name].job_id for job in waiting])
-    return list(found.values())
+            _check_needs(config, run, stage, met={*planned, *active})
+            planned[stage] = ToSubmit(stage, [*missing, *waiting], [active[job.name].job_id for job in waiting])
+    return list(planned.values())
 
 
 def _check_needs(config: Config, run: RunFolder, stage: str, *, met: set[str]) -> None:

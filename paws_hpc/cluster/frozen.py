@@ -106,8 +106,8 @@ def freeze(config: Config, path: Path) -> None:
         ConfigError: it is another experiment than the one with which the run was begun.
     """
     check_frozen(config, path)
-    asked = dataclasses.replace(config, dry_run=False, cancel=False)  # asked of the launcher, not of the run
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(asked)))
+    kept = dataclasses.replace(config, dry_run=False, cancel=False)  # orders to the launcher, not fields of the run
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))
 
 
 def check_frozen(config: Config, path: Path) -> None:
@@ -127,8 +127,8 @@ def check_frozen(config: Config, path: Path) -> None:
         if now.get(name) != then.get(name) and name not in config.accept_changes
     ]
     if differing:
-        told = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
+        changes = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
         raise ConfigError(
-            f"{path.parent} was begun with other settings: {told}. Give this run another name=…, or continue it "
+            f"{path.parent} was begun with other settings: {changes}. Give this run another name=…, or continue it "
             f"all the same with accept_changes=[{','.join(differing)}]."
         )

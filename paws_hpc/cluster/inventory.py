@@ -69,7 +69,7 @@ def settings() -> dict[str, str]:
     """The cluster's configuration, by the names of slurm.conf; ``(null)`` reads as the empty string.
 
     Raises:
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     lines = ask(["scontrol", "show", "config"]).splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
@@ -80,7 +80,7 @@ def partitions() -> dict[str, Partition]:
     """The partitions that this user may see, by name, with their nodes.
 
     Raises:
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     groups: dict[str, list[NodeGroup]] = {}
     for line in ask(["sinfo", "--noheader", "--exact", "-o", "%R|%D|%c|%m|%T|%N|%G"]).splitlines():
@@ -88,8 +88,8 @@ def partitions() -> dict[str, Partition]:
         group = NodeGroup(int(count), int(cpus), int(memory), gpus_of(gres), state, names)
         groups.setdefault(name, []).append(group)
     lines = ask(["scontrol", "show", "partition", "--oneliner"]).splitlines()
-    found = [_partition(dict(re.findall(r"(\S+?)=(\S*)", line)), groups) for line in lines if line.strip()]
-    return {partition.name: partition for partition in found}
+    read = [_partition(dict(re.findall(r"(\S+?)=(\S*)", line)), groups) for line in lines if line.strip()]
+    return {partition.name: partition for partition in read}
 
 
 def _partition(values: dict[str, str], groups: dict[str, list[NodeGroup]]) -> Partition:
@@ -134,7 +134,7 @@ def rights(user: str) -> tuple[set[str], set[str]]:
 
     Raises:
         SchedulerError: this cluster keeps no accounts.
-        SchedulerUnreachableError: the data base could not be asked.
+        SchedulerUnreachableError: the data base cannot be reached.
     """
     lines = ask(["sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"]).split()
     rows = [line.split("|") for line in lines]
@@ -146,7 +146,7 @@ def qualities() -> dict[str, tuple[str, float]]:
 
     Raises:
         SchedulerError: this cluster keeps no accounts.
-        SchedulerUnreachableError: the data base could not be asked.
+        SchedulerUnreachableError: the data base cannot be reached.
     """
     lines = ask(["sacctmgr", "-n", "-P", "show", "qos", "format=name,preemptmode,gracetime"]).split()
     rows = [line.split("|") for line in lines]
@@ -162,7 +162,7 @@ def grace_warnings(
     settings: Mapping[str, str],
     signal_delay_s: float | None,
 ) -> list[str]:
-    """What to tell a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
+    """Warnings for a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
 
     Args:
         job: its name.
@@ -188,7 +188,7 @@ def grace_warnings(
         )
     if signal_delay_s is not None and signal_delay_s < needed:
         warnings.append(
-            f"{needs}, but is told only {signal_delay_s:g} s before its time limit. Raise "
+            f"{needs}, but gets its signal only {signal_delay_s:g} s before its time limit. Raise "
             "hydra.launcher.signal_delay_s."
         )
     return warnings

@@ -19,7 +19,7 @@ Runner = Callable[[Job], None]
 
 
 def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
-    """Run the asked stages in order, leaving out jobs that are done.
+    """Run the config's stages in order, leaving out jobs that are done.
 
     Args:
         config: of the run.

@@ -131,7 +131,7 @@ class Slurm:
     Attributes:
         queue: jobs that the controller knows.
         accounts: jobs that the data base knows.
-        trouble: why it could not be asked, or not all of it; None if it could.
+        trouble: why it cannot be reached, or not all of it; None if it can.
         partitions: by name.
         settings: of the cluster.
     """

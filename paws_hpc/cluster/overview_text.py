@@ -65,7 +65,7 @@ def _run_row(run: RunOverview) -> tuple[str, ...]:
 
 def _troubles(runs: list[RunOverview]) -> list[str]:
     troubles = {run.trouble for run in runs if run.trouble}
-    return [f"Slurm could not be asked, so states are as the jobs wrote them: {trouble}" for trouble in troubles]
+    return [f"Slurm cannot be reached, so states are as the jobs wrote them: {trouble}" for trouble in troubles]
 
 
 def rich_run(run: RunOverview, *, width: int, everything: bool = False) -> RenderableType:
@@ -112,7 +112,7 @@ def plain_run(run: RunOverview, *, everything: bool = False) -> list[str]:
 
 
 def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, str, _Row]]:
-    """Stage, state and row of every line; trials of a sweep that are alike and have nothing to tell are one line."""
+    """Stage, state and row of every line; trials of a sweep that are alike and have nothing to show are one line."""
     shown: set[tuple[str, str, str]] = set()
     for job in run.jobs:
         kind = (job.stage, job.state, job.reason)

@@ -1,7 +1,7 @@
-"""Whether a cluster can run a chain: questions asked of Slurm before the first submission.
+"""Whether a cluster can run a chain: checks before the first submission.
 
 Slurm accepts many jobs that can never start (``EnforcePartLimits=NO`` is its default), so that its ``--test-only`` is
-asked but not relied on.
+used but not relied on.
 """
 
 from __future__ import annotations
@@ -106,11 +106,11 @@ def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters],
     Returns:
         one verdict per question, in the order in which to mend them.
     """
-    asked = {stage: stage_parameters[stage] for stage in config.stages}
-    return [*_slurm(config, asked, run), *check_site(config, asked, run)]
+    by_stage = {stage: stage_parameters[stage] for stage in config.stages}
+    return [*_slurm(config, by_stage, run), *check_site(config, by_stage, run)]
 
 
-def _slurm(config: Config, asked: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
+def _slurm(config: Config, by_stage: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
     missing = [name for name in _PROGRAMS if shutil.which(name) is None]
     if missing:
         yield problem(
@@ -126,17 +126,17 @@ def _slurm(config: Config, asked: Mapping[str, Parameters], run: RunFolder) -> I
         return
     version, name = cluster.settings.get("SLURM_VERSION", "?"), cluster.settings.get("ClusterName", "?")
     yield ok(CONTROLLER, f"Slurm {version}, cluster {name}, {len(cluster.partitions)} partitions")
-    for stages, parameters in _alike(asked):
+    for stages, parameters in _alike(by_stage):
         yield from _shape(stages, parameters, cluster)
-    yield from _accounts(asked, cluster)
-    yield from _preemption(config, asked, cluster, run)
+    yield from _accounts(by_stage, cluster)
+    yield from _preemption(config, by_stage, cluster, run)
     yield from _sweeps(config, cluster)
 
 
-def _alike(asked: Mapping[str, Parameters]) -> list[tuple[str, Parameters]]:
+def _alike(by_stage: Mapping[str, Parameters]) -> list[tuple[str, Parameters]]:
     """Stages that ask for the same thing as one, so that it is said once."""
     groups: list[tuple[list[str], Parameters]] = []
-    for stage, parameters in asked.items():
+    for stage, parameters in by_stage.items():
         for stages, others in groups:
             if others == parameters:
                 stages.append(stage)
@@ -236,7 +236,7 @@ def sbatch_flags(parameters: Parameters) -> list[str]:
     return flags
 
 
-def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Check]:
+def _accounts(by_stage: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Check]:
     """Account and quality of service, where the cluster keeps accounts."""
     if not cluster.settings.get("AccountingStorageType", "").endswith("slurmdbd"):
         yield ok("accounts", "this cluster keeps none; account and qos are not checked")
@@ -244,10 +244,10 @@ def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Ch
     try:
         accounts, qos = rights(getpass.getuser())
     except (SchedulerError, SchedulerUnreachableError) as error:
-        yield warning("accounts", f"cannot be asked for: {error}", "Account and qos are not checked.")
+        yield warning("accounts", f"cannot be read: {error}", "Account and qos are not checked.")
         return
     refused: dict[tuple[str, str, str], list[str]] = {}
-    for stage, parameters in asked.items():
+    for stage, parameters in by_stage.items():
         partition = _partition(parameters, cluster)
         for field, granted, allowed in (
             ("account", accounts, partition.allowed_accounts if partition else None),
@@ -263,9 +263,11 @@ def _accounts(asked: Mapping[str, Parameters], cluster: _Cluster) -> Iterator[Ch
         yield ok("accounts", f"yours: {', '.join(sorted(accounts)) or 'none'}; qos {', '.join(sorted(qos))}")
 
 
-def _preemption(config: Config, asked: Mapping[str, Parameters], cluster: _Cluster, run: RunFolder) -> Iterator[Check]:
+def _preemption(
+    config: Config, by_stage: Mapping[str, Parameters], cluster: _Cluster, run: RunFolder
+) -> Iterator[Check]:
     """What happens to jobs that must make room, and whether they have the time to save."""
-    parameters: Parameters = asked.get("pretrain", {})
+    parameters: Parameters = by_stage.get("pretrain", {})
     partition = _partition(parameters, cluster)
     if partition is not None:
         yield _preempted(parameters, partition, cluster)
@@ -316,15 +318,15 @@ def _preempted(parameters: Parameters, partition: Partition, cluster: _Cluster) 
     notice_s = grace_s + (seconds(cluster.settings.get("KillWait", "")) or 0.0)
     if kind == "preempt/partition_prio":
         notice_s = preemption_notice_s(partition, cluster.settings) or notice_s
-    told = (
+    text = (
         f"a preempted job of {of} gets {'SIGUSR2' if own else 'SIGTERM'} and has {notice_s:g} s to save (GraceTime "
         f"{grace_s:g} s, KillWait {cluster.settings.get('KillWait', '?')}), then is queued again"
     )
     if notice_s < _SHORT_NOTICE_S:
         return warning(
-            "preemption", told, "A large model may not save in time: keep pretrain.checkpoint_every_steps low."
+            "preemption", text, "A large model may not save in time: keep pretrain.checkpoint_every_steps low."
         )
-    return ok("preemption", told)
+    return ok("preemption", text)
 
 
 def _sweeps(config: Config, cluster: _Cluster) -> Iterator[Check]:
@@ -341,9 +343,9 @@ def _sweeps(config: Config, cluster: _Cluster) -> Iterator[Check]:
             yield ok(f"sweep {sweep}", f"{trials} trials; an array may have {most}")
 
 
-def check_site(config: Config, asked: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
-    """Devices asked for, folders, stores and versions."""
-    yield from _devices(config, asked)
+def check_site(config: Config, by_stage: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
+    """Devices, folders, stores and versions."""
+    yield from _devices(config, by_stage)
     yield _folder("run directory", run.path)
     for what, path in config.data.stores.items():
         yield _store(what, path, config.data)
@@ -351,12 +353,12 @@ def check_site(config: Config, asked: Mapping[str, Parameters], run: RunFolder) 
     yield _shared(Path(config.runs), *map(Path, config.data.stores.values()), Path(sys.prefix))
 
 
-def _devices(config: Config, asked: Mapping[str, Parameters]) -> Iterator[Check]:
+def _devices(config: Config, by_stage: Mapping[str, Parameters]) -> Iterator[Check]:
     """One GPU per rank, where training is to have GPUs."""
     shapes: dict[tuple[int, int, bool], list[str]] = {}
     for stage in (name for name, row in STAGES.items() if row.trains):
-        if stage in asked and config.device != "cpu":
-            parameters = asked[stage]
+        if stage in by_stage and config.device != "cpu":
+            parameters = by_stage[stage]
             otherwise = any(parameters.get(name) for name in ("gpus_per_task", "gres"))
             shape = int(parameters.get("gpus_per_node", 0)), int(parameters.get("tasks_per_node", 1)), otherwise
             shapes.setdefault(shape, []).append(stage)
@@ -386,7 +388,7 @@ def _existing(path: Path) -> Path:
 
 
 def _shared(*paths: Path) -> Check:
-    """Whether compute nodes see these folders too, as far as their mounts tell."""
+    """Whether compute nodes see these folders too, as far as their mounts show."""
     kinds = {path: file_system(_existing(path)) for path in paths}
     local = [f"{path} on {kind}" for path, kind in kinds.items() if kind in _LOCAL]
     if local:

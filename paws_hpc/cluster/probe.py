@@ -23,7 +23,7 @@ _ARRIVAL_S = 30.0  # network file systems show other machines' files late
 
 
 def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
-    """Submit the job, wait for it, and return what it found; nothing of it stays.
+    """Submit the job, wait for it, and return its answer; nothing of it stays.
 
     Args:
         folder: that both sides must see and write: the run directory, or the folder of all runs.
@@ -39,15 +39,15 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
         TimeoutError: no answer in time; the message says what Slurm said of the job.
         OSError: the folder cannot be written here.
         SchedulerError: Slurm refused the job.
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     from paws_hpc.cluster import scheduler  # noqa: PLC0415 - on the node this file must load without the package
     from paws_hpc.cluster.scheduler import ENDED  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
     nonce = secrets.token_hex(8)
-    asked, answer, log = (folder / f".probe-{nonce}{suffix}" for suffix in ("", ".json", ".out"))
-    asked.write_text(nonce)
+    nonce_file, answer, log = (folder / f".probe-{nonce}{suffix}" for suffix in ("", ".json", ".out"))
+    nonce_file.write_text(nonce)
     command = [sys.executable, str(Path(__file__).resolve()), *map(str, [folder.resolve(), nonce, *stores])]
     root = Path(__file__).resolve().parents[2]
     wrapped = f"PYTHONPATH={shlex.quote(str(root))} {shlex.join(command)}"
@@ -63,24 +63,24 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
                 said = log.read_text(errors="replace")[-1000:].strip() if log.exists() else "nothing"
                 raise TimeoutError(f"job {job_id} is {state} {reason} and left no answer in {folder}; it said: {said}")
             time.sleep(_POLL_S)
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
+        answer_value: dict[str, Any] = json.loads(answer.read_text())
+        return answer_value
     finally:
         scheduler.cancel([job_id])
-        for path in (asked, answer, log):
+        for path in (nonce_file, answer, log):
             path.unlink(missing_ok=True)
 
 
 def main(folder: Path, nonce: str, stores: Sequence[str]) -> None:
     """The job."""
-    found: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
-    asked = folder / f".probe-{nonce}"
-    found["nonce"] = asked.exists() and asked.read_text() == nonce
-    found["packages"] = {name: _version(name) for name in _PACKAGES}
-    found |= _devices()
-    found["stores"] = {path: _images(path) for path in stores}
+    answer_value: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
+    nonce_file = folder / f".probe-{nonce}"
+    answer_value["nonce"] = nonce_file.exists() and nonce_file.read_text() == nonce
+    answer_value["packages"] = {name: _version(name) for name in _PACKAGES}
+    answer_value |= _devices()
+    answer_value["stores"] = {path: _images(path) for path in stores}
     temporary = folder / f".probe-{nonce}.json.tmp"
-    temporary.write_text(json.dumps(found))
+    temporary.write_text(json.dumps(answer_value))
     os.replace(temporary, folder / f".probe-{nonce}.json")
 
 

@@ -61,9 +61,9 @@ def run_among(
         run: its directory.
         job: to run.
         place: of this process among the ranks.
-        requested: whether this rank was asked to stop; None where nobody asks.
+        requested: whether this rank must stop; None where no signal is taken.
         fence: raises if another attempt of the job has taken over.
-        restart: tells the attempts of one job id apart.
+        restart: counts the attempts of one job id.
     """
     local_ranks = -(-place.num_tasks // place.num_nodes)
     _set_threads(config, job, local_ranks=local_ranks)
@@ -130,7 +130,7 @@ def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> t
     """Of this rank.
 
     Raises:
-        ValueError: CUDA is asked for and there is none, or there are fewer devices than local ranks.
+        ValueError: ``device`` is ``cuda`` and there is none, or there are fewer devices than local ranks.
         RuntimeError: Slurm granted GPUs that cannot be seen, so that this node is broken; another one may not be.
     """
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -28,15 +28,15 @@ def resolve(config: Config, launcher: Launcher) -> Config:
     """
     stages = {}
     for stage, row in STAGES.items():
-        asked = config.resources[stage]
-        known = {name.name for name in dataclasses.fields(asked)}
+        own = config.resources[stage]
+        known = {name.name for name in dataclasses.fields(own)}
         given = {name: value for name, value in launcher.items() if name in known and name != "additional_parameters"}
         if row.one_task:
             gpus = int(row.gpu and any(launcher.get(field) for field in _GPUS))
             given |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus or None}
-        filled = {name: value for name, value in given.items() if getattr(asked, name) is None}
-        extra = {**(launcher.get("additional_parameters") or {}), **asked.additional_parameters}
-        stages[stage] = dataclasses.replace(asked, **filled, additional_parameters=extra)
+        filled = {name: value for name, value in given.items() if getattr(own, name) is None}
+        extra = {**(launcher.get("additional_parameters") or {}), **own.additional_parameters}
+        stages[stage] = dataclasses.replace(own, **filled, additional_parameters=extra)
     return dataclasses.replace(config, resources=stages)
 
 
@@ -70,7 +70,7 @@ def _check_notice(stage: str, timeout_min: int | None, signal_delay_s: float | N
     if timeout_min is not None and signal_delay_s is not None and signal_delay_s >= 60 * timeout_min:
         raise ValueError(
             f"hydra.launcher.signal_delay_s={signal_delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the "
-            "job would be told to stop before it began, again and again. Ask for more time, or for less notice."
+            "job would get its signal to stop before it began, again and again. Ask for more time, or for less notice."
         )
 
 

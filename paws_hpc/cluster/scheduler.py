@@ -2,7 +2,7 @@
 
 Their text output is read, in formats that 22.05 and later versions share; the JSON output changes from version to
 version. Two errors leave this module:
-:class:`SchedulerUnreachableError` if Slurm could not be asked, :class:`SchedulerError` if it refused.
+:class:`SchedulerUnreachableError` if Slurm cannot be reached, :class:`SchedulerError` if it refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENDED = frozenset(
 
 
 class SchedulerUnreachableError(RuntimeError):
-    """Slurm could not be asked: its commands are missing, hang, or do not reach the controller."""
+    """Slurm cannot be reached: its commands are missing, hang, or do not reach the controller."""
 
 
 class SchedulerError(RuntimeError):
@@ -90,11 +90,11 @@ def queue(user: str | None = None) -> dict[str, QueuedJob]:
     Elements of arrays are listed one by one, and jobs that ended stay for some minutes.
 
     Raises:
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     fields = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
-    asked = ["squeue", "--noheader", "--array", "--states=all", f"--user={user or os.getuid()}", "--Format", fields]
-    jobs = [_queued(line) for line in ask(asked).splitlines() if line.strip() and not line.startswith("CLUSTER:")]
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user or os.getuid()}", "--Format", fields]
+    jobs = [_queued(line) for line in ask(command).splitlines() if line.strip() and not line.startswith("CLUSTER:")]
     return {job.job_id: job for job in jobs}
 
 
@@ -123,7 +123,7 @@ def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
         None where this cluster keeps no accounts.
 
     Raises:
-        SchedulerUnreachableError: the data base could not be asked.
+        SchedulerUnreachableError: the data base cannot be reached.
     """
     ids = sorted(set(job_ids))
     if not ids:
@@ -149,7 +149,7 @@ def job_state(job_id: str) -> str | None:
         job_id: ``17``, or ``18_0`` for an array's element.
 
     Raises:
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     return _shown(job_id).get("JobState")
 
@@ -162,14 +162,14 @@ def fate(job_id: str, restart: int) -> tuple[Fate, str]:
         lost say; ``ended`` if it was cancelled or is over. And, for messages, what Slurm says of the job.
 
     Raises:
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     shown = _shown(job_id)
     state, restarts = shown.get("JobState", "forgotten"), shown.get("Restarts", "0")
-    told = f"{state} after {restarts} restarts"
+    text = f"{state} after {restarts} restarts"
     if int(restarts) > restart:
-        return "replaced", told
-    return "runs" if state == "RUNNING" else "ended", told
+        return "replaced", text
+    return "runs" if state == "RUNNING" else "ended", text
 
 
 def _shown(job_id: str) -> dict[str, str]:
@@ -188,7 +188,7 @@ def requeue(job_id: str) -> None:
 
     Raises:
         SchedulerError: Slurm refused, because the job was submitted with ``--no-requeue`` say.
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     ask(["scontrol", "requeue", job_id])
 
@@ -198,7 +198,7 @@ def cancel(job_ids: Iterable[str]) -> None:
 
     Raises:
         SchedulerError: Slurm refused: the jobs are somebody else's, say.
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     if ids := list(job_ids):
         try:
@@ -213,7 +213,7 @@ def release(job_ids: Iterable[str]) -> None:
 
     Raises:
         SchedulerError: Slurm refused: it does not know one of the jobs, say.
-        SchedulerUnreachableError: Slurm could not be asked.
+        SchedulerUnreachableError: Slurm cannot be reached.
     """
     if ids := list(job_ids):
         ask(["scontrol", "release", ",".join(ids)])
@@ -221,15 +221,15 @@ def release(job_ids: Iterable[str]) -> None:
 
 def expand_array(text: str) -> list[str]:
     """``18_[0-2,7%4]`` → ``18_0``, ``18_1``, ``18_2``, ``18_7``; any other id is itself."""
-    found = re.fullmatch(r"(\d+)_\[([^\]%]*)(?:%\d+)?\]", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+)_\[([^\]%]*)(?:%\d+)?\]", text)
+    if match is None:
         return [text]
     elements: list[int] = []
-    for part in found.group(2).split(","):
+    for part in match.group(2).split(","):
         first, _, rest = part.partition("-")
         last, _, step = rest.partition(":")
         elements += range(int(first), int(last or first) + 1, int(step or 1))
-    return [f"{found.group(1)}_{element}" for element in elements]
+    return [f"{match.group(1)}_{element}" for element in elements]
 
 
 def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
@@ -239,7 +239,7 @@ def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
         SchedulerUnreachableError: it is not installed, did not answer in time or did not reach the controller.
         SchedulerError: it failed otherwise.
     """
-    told = textwrap.shorten(shlex.join(command), 160, placeholder=" …")
+    shown = textwrap.shorten(shlex.join(command), 160, placeholder=" …")
     # A user's own taste in formats must not change what is read here.
     environment = {name: value for name, value in os.environ.items() if not _FORMATTING.match(name)}
     try:
@@ -256,10 +256,10 @@ def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
     except FileNotFoundError as error:
         raise SchedulerUnreachableError(f"{command[0]} is not installed here, or not on PATH.") from error
     except subprocess.TimeoutExpired as error:
-        raise SchedulerUnreachableError(f"`{told}` gave no answer within {timeout_s:g} s.") from error
+        raise SchedulerUnreachableError(f"`{shown}` gave no answer within {timeout_s:g} s.") from error
     if done.returncode == 0:
         return done.stdout
     said = " ".join((done.stderr.strip() or done.stdout.strip()).split()) or "nothing"
     if _UNREACHABLE.search(said):
-        raise SchedulerUnreachableError(f"`{told}` could not reach Slurm: {said}")
-    raise SchedulerError(f"`{told}` was refused (status {done.returncode}): {said}")
+        raise SchedulerUnreachableError(f"`{shown}` could not reach Slurm: {said}")
+    raise SchedulerError(f"`{shown}` was refused (status {done.returncode}): {said}")

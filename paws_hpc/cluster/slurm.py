@@ -62,7 +62,7 @@ class SlurmChain:
             ConfigError: a field or another run under this name stands against it.
             ValueError: the run was begun with other images.
             SchedulerError: Slurm refused a job; those that it had taken are cancelled.
-            SchedulerUnreachableError: Slurm could not be asked.
+            SchedulerUnreachableError: Slurm cannot be reached.
         """
         with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
             check_frozen(self.config, self.run.config)
@@ -140,7 +140,7 @@ class SlurmChain:
         shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
         after_crash = f"{shielded} -m paws_hpc.cluster.requeue {shlex.quote(str(self.run.path.resolve()))}"
         waiting = {"hold": True} | ({"dependency": after, "kill-on-invalid-dep": "yes"} if after else {})
-        asked = {
+        fields = {
             **parameters,
             "name": f"{self.config.name}.{stage}.{chain_id}",
             "additional_parameters": {**parameters["additional_parameters"], **waiting},
@@ -155,7 +155,7 @@ class SlurmChain:
             self.run.logs(stage), cluster="slurm", slurm_python=shielded, slurm_max_num_timeout=0
         )
         executor.update_parameters(
-            **{name if name in _COMMON else f"slurm_{name}": value for name, value in asked.items()}
+            **{name if name in _COMMON else f"slurm_{name}": value for name, value in fields.items()}
         )
         return executor
 

@@ -62,5 +62,5 @@ def _package() -> Path:
 
 
 def _files() -> list[Path]:
-    found = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
-    return sorted({path for path in found if path.is_file() and "__pycache__" not in path.parts})
+    paths = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
+    return sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts})

@@ -23,7 +23,7 @@ _VALIDATION = ("val/paws_nn_top1", "val/top1")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training job came. None is what its files do not tell (yet).
+    """How far a training job came. None is not in its files (yet).
 
     Attributes:
         step: training steps done, saved or not.

@@ -70,7 +70,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt as its files tell.
+    """An attempt, read from its files.
 
     Attributes:
         folder: of the job.
@@ -130,7 +130,7 @@ def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
 
 
 def stage_state(jobs: Path, stage: str) -> tuple[str, float | None]:
-    """The state of a stage, as the attempts of its jobs tell, and the seconds that they took together.
+    """The state of a stage, from the attempts of its jobs, and the seconds that they took together.
 
     Args:
         jobs: the folder of all jobs of a run.

@@ -105,11 +105,11 @@ def mark_done(folder: Path, **facts: Any) -> None:
 
 
 def without_pretraining(config: Config, run: RunFolder) -> bool:
-    """Whether the supervised baseline is all that a run has to score: pre-training is not asked for and never began."""
-    asked = {"pretrain", "finetune"} & set(config.stages)
+    """Whether the supervised baseline is all that a run has to score: pre-training is no stage of it and never began."""
+    wanted = {"pretrain", "finetune"} & set(config.stages)
     begun = run.pretrain.exists() or run.job("pretrain").exists()
     baseline = "baseline" in config.stages or (run.path / "baseline").exists()
-    return baseline and not asked and not begun
+    return baseline and not wanted and not begun
 
 
 def fine_tuned_trials(config: Config, run: RunFolder) -> list[str]:
@@ -119,10 +119,10 @@ def fine_tuned_trials(config: Config, run: RunFolder) -> list[str]:
 
 def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
     """Raise ValueError if ``result.json`` was scored after selection among other trials than the sweep now has."""
-    scored, asked = read_json(run.selected)["trials"], fine_tuned_trials(config, run)
-    if scored != asked:
+    scored, current = read_json(run.selected)["trials"], fine_tuned_trials(config, run)
+    if scored != current:
         before = f"after selection among {scored}" if scored else "without pre-training"
         raise ValueError(
-            f"{run.result} was scored {before}, but the sweep now has {asked}. To select anew, which scores the test "
+            f"{run.result} was scored {before}, but the sweep now has {current}. To select anew, which scores the test "
             f"split once more, remove {run.result} and {run.selected.name} beside it."
         )

@@ -1,4 +1,4 @@
-"""The folders of runs, found by what people call them."""
+"""The folders of runs, by name."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def all_runs(runs: Path) -> list[Path]:
     """
     if not runs.is_dir():
         raise FileNotFoundError(f"{runs} is no folder. Name the folder of all runs with --runs.")
-    found = [path for path in runs.iterdir() if _is_run(path)]
-    return sorted(found, key=lambda path: path.stat().st_mtime)
+    paths = [path for path in runs.iterdir() if _is_run(path)]
+    return sorted(paths, key=lambda path: path.stat().st_mtime)
 
 
 def _is_run(path: Path) -> bool:
