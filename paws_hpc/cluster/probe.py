@@ -63,8 +63,8 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
                 said = log.read_text(errors="replace")[-1000:].strip() if log.exists() else "nothing"
                 raise TimeoutError(f"job {job_id} is {state} {reason} and left no answer in {folder}; it said: {said}")
             time.sleep(_POLL_S)
-        answer_value: dict[str, Any] = json.loads(answer.read_text())
-        return answer_value
+        seen: dict[str, Any] = json.loads(answer.read_text())
+        return seen
     finally:
         scheduler.cancel([job_id])
         for path in (nonce_file, answer, log):
@@ -73,14 +73,14 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
 
 def main(folder: Path, nonce: str, stores: Sequence[str]) -> None:
     """The job."""
-    answer_value: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
+    seen: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
     nonce_file = folder / f".probe-{nonce}"
-    answer_value["nonce"] = nonce_file.exists() and nonce_file.read_text() == nonce
-    answer_value["packages"] = {name: _version(name) for name in _PACKAGES}
-    answer_value |= _devices()
-    answer_value["stores"] = {path: _images(path) for path in stores}
+    seen["nonce"] = nonce_file.exists() and nonce_file.read_text() == nonce
+    seen["packages"] = {name: _version(name) for name in _PACKAGES}
+    seen |= _devices()
+    seen["stores"] = {path: _images(path) for path in stores}
     temporary = folder / f".probe-{nonce}.json.tmp"
-    temporary.write_text(json.dumps(answer_value))
+    temporary.write_text(json.dumps(seen))
     os.replace(temporary, folder / f".probe-{nonce}.json")
 
 

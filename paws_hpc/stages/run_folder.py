@@ -105,7 +105,7 @@ def mark_done(folder: Path, **facts: Any) -> None:
 
 
 def without_pretraining(config: Config, run: RunFolder) -> bool:
-    """Whether the supervised baseline is all that a run has to score: pre-training is no stage of it and never began."""
+    """Whether the supervised baseline is all that a run has to score: it has no pre-training, begun or to come."""
     wanted = {"pretrain", "finetune"} & set(config.stages)
     begun = run.pretrain.exists() or run.job("pretrain").exists()
     baseline = "baseline" in config.stages or (run.path / "baseline").exists()

@@ -87,7 +87,7 @@ def test_status_follows_a_chain_through_preemption_loss_of_the_controller_and_ca
     try:
         found = job(run, "pretrain")
         assert (found["state"], found["source"]) == ("running", "starts")
-        assert "Slurm could not be asked" in status(run)
+        assert "Slurm cannot be reached" in status(run)
     finally:
         cluster.start_controller()
 
