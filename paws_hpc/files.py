@@ -93,6 +93,18 @@ def exclusive(path: Path, *, busy: str | None = None) -> Iterator[None]:
         yield
 
 
+def try_lock(file: BinaryIO | int) -> bool:
+    """Lock an open file or descriptor (flock) for this process alone, unless others have it: False, without waiting.
+
+    A shared lock that this process had is lost in either case.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def read_at(descriptor: int, count: int, offset: int) -> bytes:
     """Read ``count`` bytes from ``offset``, fewer only where the file ends; network file systems may give less at once.
 

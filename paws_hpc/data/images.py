@@ -2,8 +2,8 @@
 
 Labelled images are needed again and again, and most of their cost is decoding. So one process of a node decodes them
 into a file in ``/dev/shm``, or in the temporary folder if there is no room, and every process with the same labels maps
-that file. Its name is a digest of what it holds. M images lie one after another, then the CRC32C of each as uint32,
-then the CRC32C of those; every image is compared with its own when it is read.
+that file. Its name is a digest of what it holds: M images one after another, then the CRC32C of each as uint32, with
+which every image is compared when it is read.
 
 Whoever opens, writes or removes files holds the user's ``lock``. A file appears when it is complete. Its readers share
 its lock (flock); the last one removes it. If all of them were killed, the user's next process on the node does so.
@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paws_hpc.data.samplers import Positions
-from paws_hpc.files import atomic_write, exclusive
+from paws_hpc.files import atomic_write, exclusive, try_lock
 from paws_hpc.store import ImageStore, RecordError
 
 _LOG = logging.getLogger(__name__)
@@ -99,27 +99,24 @@ class CachedImages(StoreImages):
         self._records = records
         self._heights, self._widths = store.sizes(records)
         self._offsets = np.concatenate(([0], np.cumsum(self._heights * self._widths * 3)))
-        self.size = int(self._offsets[-1]) + _SUM.itemsize * (len(records) + 1)
+        self.size = int(self._offsets[-1]) + _SUM.itemsize * len(records)
         own = folder / f"paws-hpc-{os.geteuid()}"
         own.mkdir(mode=0o700, exist_ok=True)
         if own.lstat().st_uid != os.geteuid():
             raise PermissionError(errno.EACCES, "belongs to somebody else", str(own))
-        self.path = own / f"{self._identity()}.pixels"
+        content = f"{store.manifest.checksum} {simplejpeg.__version__} ".encode() + records.astype("<i8").tobytes()
+        self.path = own / f"{hashlib.sha256(content).hexdigest()[:32]}.pixels"
         with exclusive(own / "lock"):
             for leftover in [*own.glob("*.pixels"), *own.glob(".*.tmp")]:
                 with open(leftover, "rb") as file:
-                    if _lock_alone(file):
+                    if try_lock(file):
                         leftover.unlink()
             if not self.path.exists():
                 self._write()
             self._file: BinaryIO | None = open(self.path, "rb")  # noqa: SIM115 - held until close
             fcntl.flock(self._file, fcntl.LOCK_SH)
-        content = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
-        self._pixels, sums = content[: self._offsets[-1]], content[self._offsets[-1] :].view(_SUM)
-        self._sums = sums[:-1].copy()
-        if google_crc32c.value(self._sums.tobytes()) != sums[-1]:
-            self.close()
-            raise self._damage("the list of checksums", key="")
+        mapped = np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        self._pixels, self._sums = mapped[: self._offsets[-1]], mapped[self._offsets[-1] :].view(_SUM)
 
     def pixels(self, records: Positions) -> list[NDArray[np.uint8]]:
         """As of :class:`StoreImages`; images in memory are read-only views of it.
@@ -137,7 +134,7 @@ class CachedImages(StoreImages):
         if self._file is None:
             return
         with self._file, exclusive(self.path.parent / "lock"):
-            if _lock_alone(self._file):
+            if try_lock(self._file):
                 self.path.unlink()
         self._file = None
 
@@ -145,21 +142,12 @@ class CachedImages(StoreImages):
         pixels = self._pixels[self._offsets[row] : self._offsets[row + 1]]
         if google_crc32c.value(pixels) != self._sums[row]:
             key = self.store.keys[int(self._records[row])]
-            raise self._damage(f"image {key!r}", key=key)
+            raise RecordError(
+                f"image {key!r} of {self.store.path} is damaged in {self.path}: its CRC32C differs. Start again: the "
+                "file is made anew. If it happens again, the memory of this node is faulty.",
+                key=key,
+            )
         return pixels.reshape(self._heights[row], self._widths[row], 3)
-
-    def _damage(self, what: str, *, key: str) -> RecordError:
-        return RecordError(
-            f"{what} of {self.store.path} is damaged in {self.path}: the CRC32C differs. Start again: the file is made "
-            "anew. If it happens again, the memory of this node is faulty.",
-            key=key,
-        )
-
-    def _identity(self) -> str:
-        """Digest of all that determines the content."""
-        digest = hashlib.sha256(f"1 {self.store.manifest.checksum} {simplejpeg.__version__} ".encode())
-        digest.update(self._records.astype("<i8").tobytes())
-        return digest.hexdigest()[:32]
 
     def _write(self) -> None:
         """Decode all images into the file, on all cores: the other processes of the node wait for this one."""
@@ -171,7 +159,7 @@ class CachedImages(StoreImages):
         with atomic_write(self.path) as file:
             os.posix_fallocate(file.fileno(), 0, self.size)  # a full disk is an error here, and a signal when mapped
             content = np.memmap(file.name, np.uint8, mode="r+")
-            sums = np.empty(len(self._records), _SUM)
+            sums = content[self._offsets[-1] :].view(_SUM)
 
             def decode(row: int) -> None:
                 image = self.store.images(self._records[row : row + 1])[0]
@@ -181,8 +169,6 @@ class CachedImages(StoreImages):
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 for _ in pool.map(decode, range(len(self._records))):
                     pass
-            check = np.array([google_crc32c.value(sums.tobytes())], _SUM)
-            content[self._offsets[-1] :] = np.concatenate((sums, check)).view(np.uint8)
         _LOG.info(
             "Decoded %s labelled images into %s (%.2f GB) in %.1f s; the processes of this node share them.",
             f"{len(self._records):,}", self.path, self.size / 1e9, time.monotonic() - started,
@@ -241,12 +227,3 @@ def available_memory() -> int:
             with suppress(OSError, ValueError):  # the root has no such file, and "max" is no limit
                 amounts.append(int((folder / name).read_text()))
     return min(amounts)
-
-
-def _lock_alone(file: BinaryIO) -> bool:
-    """Try for the exclusive lock; a shared one is lost in either case."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -49,24 +49,16 @@ def size_fault(folder: Path, manifest: Manifest, number: int) -> Fault | None:
     size = status.st_size
     if size == entry.bytes:
         return None
-    problem = f"has {size:,} bytes instead of {entry.bytes:,}"
-    lost = _lost_keys(folder, manifest, number, size) if size < entry.bytes else []
-    if not lost:
-        return Fault(entry.name, None, problem)
-    problem = f"is the first of {len(lost):,} that are lost: the shard was truncated, it {problem}"
-    return Fault(entry.name, lost[0], problem)
-
-
-def _lost_keys(folder: Path, manifest: Manifest, number: int, size: int) -> list[str]:
-    """Keys of the records beyond the first ``size`` bytes of a shard, as far as ``index.bin`` can say."""
-    entry = manifest.shards[number]
-    index = read_cached_index(folder, manifest)
-    if index is None or entry.data_offset is None:
-        return []
-    positions = sum(shard.count for shard in manifest.shards[:number]) + np.arange(entry.count)
-    rows = index.rows(positions)
-    lost = entry.data_offset + rows["offset"].astype(np.int64) + rows["length"] > size
-    return [key.decode(errors="replace") for key in index.keys(positions[lost])]
+    problem, key = f"has {size:,} bytes instead of {entry.bytes:,}", None
+    index = read_cached_index(folder, manifest) if size < entry.bytes else None
+    if index is not None and entry.data_offset is not None:
+        positions = sum(shard.count for shard in manifest.shards[:number]) + np.arange(entry.count)
+        rows = index.rows(positions)
+        lost = positions[entry.data_offset + rows["offset"].astype(np.int64) + rows["length"] > size]
+        if len(lost):
+            key = index.keys(lost[:1])[0].decode(errors="replace")
+            problem = f"is the first of {len(lost):,} that are lost: the shard was truncated, it {problem}"
+    return Fault(entry.name, key, problem)
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

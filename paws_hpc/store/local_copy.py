@@ -13,7 +13,6 @@ The locks are the system's (flock): a process that dies gives up its own. A copy
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import xxhash
 
-from paws_hpc.files import atomic_write, value_digest
+from paws_hpc.files import atomic_write, try_lock, value_digest
 from paws_hpc.store.format import (
     MANIFEST_NAME,
     REMEDY,
@@ -134,7 +133,7 @@ def _leading(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
             "job may write, or train without data.copy_to."
         ) from error
     try:
-        while not _lock_alone(descriptor):
+        while not try_lock(descriptor):
             if stop():
                 raise CopyStoppedError
             time.sleep(_POLL_S)
@@ -151,12 +150,13 @@ def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop:
     (path / USERS_NAME).touch()  # also says when the copy was last used
     for temporary in path.glob(".*.tmp"):  # of a process that died
         temporary.unlink()
-    missing = [entry for entry in manifest.shards if _size(path / entry.name) != entry.bytes]
+    sizes = {shard.name: shard.stat().st_size for shard in path.glob("*.h5")}
+    missing = [entry for entry in manifest.shards if sizes.get(entry.name) != entry.bytes]
     evicted = _make_room(folder, path, sum(entry.bytes for entry in missing)) if missing else []
     if missing or not (path / MANIFEST_NAME).exists():
-        first = int(value_digest(socket.gethostname())[:8], 16) % max(1, len(missing))
-        entries = missing[first:] + missing[:first]  # nodes that start together read different shards
-        _copy_shards(store, path, entries, workers=workers, show_progress=show_progress, stop=stop)
+        # Nodes that start together read different shards first.
+        missing.sort(key=lambda entry: value_digest([socket.gethostname(), entry.name]))
+        _copy_shards(store, path, missing, workers=workers, show_progress=show_progress, stop=stop)
         load_index(path, manifest)
         with atomic_write(path / MANIFEST_NAME) as file:
             file.write((store / MANIFEST_NAME).read_bytes())
@@ -168,13 +168,6 @@ def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop:
         evicted=tuple(evicted),
         seconds=time.monotonic() - started,
     )
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 def _make_room(folder: Path, keep: Path, needed: int) -> list[Path]:
@@ -200,20 +193,11 @@ def _evict(copy: Path) -> bool:
     """Remove a copy unless somebody uses it or it is another user's."""
     try:
         with open(copy / USERS_NAME, "r+b") as users:
-            if not _lock_alone(users.fileno()):
+            if not try_lock(users):
                 return False
             (copy / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that nobody takes the rest for a store
             shutil.rmtree(copy)
     except PermissionError:
-        return False
-    return True
-
-
-def _lock_alone(descriptor: int) -> bool:
-    """Try to lock; does not wait."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return False
     return True
 
@@ -253,17 +237,16 @@ def _copy_shard(source: Path, target: Path, entry: ShardEntry, stop: Callable[[]
     except OSError as error:
         raise StoreError(f"{source} cannot be opened: {error.strerror}. {REMEDY}") from error
     with file, atomic_write(target) as copy:
-        while read := _read_some(file.fileno(), buffer, source):
+        while True:
+            try:
+                read = os.readv(file.fileno(), [buffer])
+            except OSError as error:
+                raise StoreError(f"{source} cannot be read: {error.strerror}. {REMEDY}") from error
             if stop():
                 raise CopyStoppedError
+            if not read:
+                break
             digest.update(buffer[:read])
             copy.write(buffer[:read])
         if digest.hexdigest() != entry.file_hash:
             raise StoreError(f"{source} is not the file that was packed: its hash differs. {REMEDY}")
-
-
-def _read_some(descriptor: int, buffer: memoryview, source: Path) -> int:
-    try:
-        return os.readv(descriptor, [buffer])
-    except OSError as error:
-        raise StoreError(f"{source} cannot be read: {error.strerror}. {REMEDY}") from error

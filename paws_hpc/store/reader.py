@@ -187,14 +187,6 @@ class ImageStore:
         rows = self._index.rows(self._positions(indices))
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
-    def lengths(self, indices: ArrayLike) -> NDArray[np.int64]:
-        """Bytes (n,) int64 of n records as stored.
-
-        Raises:
-            ValueError: an index is outside the store.
-        """
-        return self._index.rows(self._positions(indices))["length"].astype(np.int64)
-
     def read(self, indices: ArrayLike) -> list[bytes] | NDArray[np.uint8]:
         """Read n records as stored: :meth:`read_encoded` of a JPEG store, :meth:`read_raw` of a raw one."""
         return self.read_encoded(indices) if self.encoding == "jpeg" else self.read_raw(indices)

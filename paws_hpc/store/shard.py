@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import atomic_write, file_hash
+from paws_hpc.files import file_hash
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
@@ -97,20 +96,6 @@ class ShardWriter:
         else:
             self._file.writelines((head, *self._waiting, tail))
         return len(head), self._size
-
-
-def write_shard(path: Path, payloads: Iterable[bytes], index: ShardIndex, header: ShardHeader) -> ShardEntry:
-    """Write a shard whole: temporary file → fsync → rename.
-
-    Raises:
-        OSError: the file cannot be written, the disk is full included; nothing stays at ``path``.
-    """
-    with atomic_write(path) as file:
-        writer = ShardWriter(file)
-        for payload in payloads:
-            writer.add(payload)
-        offset, size = writer.finish(index, header)
-    return shard_entry(path, header, offset, size)
 
 
 def shard_entry(path: Path, header: ShardHeader, data_offset: int, data_bytes: int) -> ShardEntry:

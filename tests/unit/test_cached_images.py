@@ -83,7 +83,7 @@ def test_none_of_200_flipped_bits_passes_in_silence(store: ImageStore, tmp_path:
     expected = store.images(LABELLED)
     with open_cache(store, tmp_path) as cache:
         content, random = cache.path.read_bytes(), np.random.default_rng(0)
-        message = rf"is damaged in {cache.path}: the CRC32C differs. Start again"
+        message = rf"is damaged in {cache.path}: its CRC32C differs. Start again"
         places = [*random.integers(len(content), size=190), *range(-10, 0)]  # the sums too
         for number, place in enumerate(places):
             damaged = bytearray(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -11,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from paws_hpc.files import exclusive
 from paws_hpc.packing import ArraySource, PackOptions, pack
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
@@ -137,25 +138,13 @@ def test_of_two_that_copy_at_the_same_time_one_does(shared: Path, tmp_path: Path
     assert [(report.copied, report.present) for report in reports] == [(0, 8), (8, 0)]
 
 
-def test_copying_stops_when_the_job_is_to_stop_also_while_another_copies(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, looked = threading.Event(), 0
-
-    def stop() -> bool:
-        nonlocal looked
-        looked += 1
-        return looked > 3
-
+def test_copying_stops_when_the_job_is_to_stop_also_while_another_copies(shared: Path, tmp_path: Path) -> None:
+    calls = itertools.count()
     with pytest.raises(CopyStoppedError):
-        open_copy(shared, tmp_path / "local", stop=stop)
+        open_copy(shared, tmp_path / "local", stop=lambda: next(calls) >= 12)  # twice for each shard
     assert 0 < len(shards(tmp_path / "local")) < 8, "what is complete stays"
-    monkeypatch.setattr("paws_hpc.store.local_copy._copy", lambda *args, **kwargs: asked.wait(30))
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(copy_store, shared, tmp_path / "local")
-        with pytest.raises(CopyStoppedError):
-            open_copy(shared, tmp_path / "local", stop=lambda: True)
-        asked.set()
+    with exclusive(tmp_path / "local" / ".leader"), pytest.raises(CopyStoppedError):
+        open_copy(shared, tmp_path / "local", stop=lambda: True)
 
 
 def disk(monkeypatch: pytest.MonkeyPatch, local: Path, size: float) -> None:
