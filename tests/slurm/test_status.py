@@ -86,7 +86,7 @@ def test_status_follows_a_chain_through_preemption_loss_of_the_controller_and_ca
     cluster.stop_controller()
     try:
         found = job(run, "pretrain")
-        assert (found["state"], found["source"]) == ("running", "starts")
+        assert (found["state"], found["source"]) == ("running", "attempts")
         assert "Slurm cannot be reached" in status(run)
     finally:
         cluster.start_controller()
