@@ -111,6 +111,14 @@ _BEFORE_THE_REPORT = (
         refreshed=True,
         marker="result.json",
     ),
+    Stage(
+        "calibrate",
+        "calibrate probabilities, learn which images are unlike the training images",
+        "paws_hpc.stages.calibrate:run",
+        needs=("selection",),
+        one_task=True,
+        refreshed=True,
+    ),
 )
 
 STAGES: dict[str, Stage] = {

@@ -5,6 +5,7 @@ Legend: n images, M labelled images, K classes, D features, s the side of the ev
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_set, paws_nn
 from paws_hpc.models.encoder import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
+from paws_hpc.stages.calibrate import read_calibration
+from paws_hpc.stages.pretrain import load_pretrained
 from paws_hpc.stages.run_data import RunData
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.selection import load_neighbours, load_winner
 
+_LOG = logging.getLogger(__name__)
 METHODS = ("paws-nn", "fine-tuned")
 _AT_ONCE = 256  # as many as in evaluation, so that sums, too, are taken in its order
 
@@ -95,6 +99,15 @@ class Predictor:
             self._linear = classifier.linear
         else:
             self._network = Representation(load_neighbours(config, run, data, device)[0])
+        self._calibration = read_calibration(run, device)
+        if self._calibration is None:
+            _LOG.warning(
+                "%s has no calibration: probabilities are as the network gives them, and images unlike the training "
+                "images are not recognised. Launch the stage 'calibrate' of this run for both.",
+                run.path,
+            )
+        else:
+            self._backbone = load_pretrained(config, run, data, device)[0].backbone
         images = data.labelled_images(config)
         self._supports = forward_set(self._network, images, device)
         self._support_labels = images.labels
@@ -141,18 +154,31 @@ class Predictor:
             with full_precision(rows):
                 cosines = cosine_logits(rows, self._supports, temperature=1.0)
             similar = cosines.topk(min(nearest, len(self._supports)), dim=1)
+        doubts = self._doubts(batch)
         each = zip(images, *(part.cpu() for part in (*best, *similar)), strict=True)
-        for (path, crop), probabilities, classes, similarities, places in each:
+        for ((path, crop), probabilities, classes, similarities, places), doubt in zip(each, doubts, strict=True):
             named = zip(
                 (self._data.classes[number] for number in classes.tolist()), probabilities.tolist(), strict=True
             )
             neighbours = zip(places.tolist(), similarities.tolist(), strict=True)
-            yield Prediction(path, list(named), [self._neighbour(*pair) for pair in neighbours], crop)
+            yield Prediction(path, list(named), [self._neighbour(*pair) for pair in neighbours], crop, doubt)
+
+    def _doubts(self, batch: Tensor) -> list[str]:
+        """Why the classes of each image mean nothing; empty where they do, and in runs without calibration."""
+        if self._calibration is None:
+            return [""] * len(batch)
+        with evaluation_mode(self._backbone):
+            shares = self._calibration.unlike(self._backbone(batch))
+        return [
+            "" if share is None else f"unlike the training images: {100 * share:.1f} % of validation images are nearer"
+            for share in shares
+        ]
 
     def _probabilities(self, rows: Tensor) -> Tensor:
         """(n, D) → (n, K)."""
         if self._linear is not None:
-            return self._linear(rows).softmax(dim=1)
+            temperature = 1.0 if self._calibration is None else self._calibration.temperature
+            return (self._linear(rows) / temperature).softmax(dim=1)
         labels, classes = self._support_labels.to(rows.device), len(self._data.classes)
         return paws_nn(rows, self._supports, labels, num_classes=classes, temperature=self._temperature)
 

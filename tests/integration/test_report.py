@@ -271,7 +271,7 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
         "labels", "labels for validation", "test images",
         "PAWS-NN", "fine-tuned (lr 0.05, epochs 30)", "linear probe (penalty 0.01)", "k-NN (k 5)",
         "baseline (lr 0.2, epochs 30)",
-        "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection",
+        "stage prepare", "stage pretrain", "stage finetune", "stage baseline", "stage selection", "stage calibrate",
     ]  # fmt: skip
     for name, value in table:
         for part in filter(None, re.split(r"^stage | \(|\)", name) + re.split(r" \(95 % interval |\)", value)):

@@ -61,12 +61,13 @@ def test_seconds_add_up_over_starts_and_leave_the_report_out(tmp_path: Path) -> 
     write_attempt(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=2)
     write_attempt(tmp_path, "finetune/lr=0.2,epochs=2", how="failed", seconds=1)
     write_attempt(tmp_path, "report", how=None)
-    assert result_table(tmp_path)[-5:] == [
+    assert result_table(tmp_path)[-6:] == [
         ("stage prepare", "\N{EN DASH}"),
         ("stage pretrain", "5,400 s (1 h 30 min)"),
         ("stage finetune", "3.0 s"),
         ("stage baseline", "\N{EN DASH}"),
         ("stage selection", "\N{EN DASH}"),
+        ("stage calibrate", "\N{EN DASH}"),
     ]
     assert read_run(tmp_path).state("finetune") == "failed"
     assert duration(599.96) == "600.0 s"

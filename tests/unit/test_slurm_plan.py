@@ -77,7 +77,7 @@ def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) 
 
 def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare")
-    active = queued(pretrain="RUNNING", selection="PENDING", report="PENDING")
+    active = queued(pretrain="RUNNING", selection="PENDING", calibrate="PENDING", report="PENDING")
     active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "") for name in CELLS}
     active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "")
     assert planned(config, run, active) == {}
@@ -86,17 +86,18 @@ def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> Non
 def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline")
     write_json(run.path / CELLS[0] / "DONE", {})
-    active = queued(selection="PENDING", report="PENDING")
+    active = queued(selection="PENDING", calibrate="PENDING", report="PENDING")
     todo = to_submit(config, run, active)
     assert [(each.stage, [job.name for job in each.jobs], each.replaces) for each in todo] == [
         ("finetune", CELLS[1:], []),
         ("selection", ["selection"], ["1"]),
-        ("report", ["report"], ["2"]),
+        ("calibrate", ["calibrate"], ["2"]),
+        ("report", ["report"], ["3"]),
     ], "those that wait for the wrong jobs are replaced"
 
 
 def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
-    finish(config, run, "prepare", "pretrain", "baseline", "selection", "report")
+    finish(config, run, "prepare", "pretrain", "baseline", "selection", "calibrate", "report")
     assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
     config.finetune.sweep["learning_rate"] = [0.01, 0.1, 1.0]
     with pytest.raises(ValueError, match="scored after selection among"):
