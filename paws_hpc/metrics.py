@@ -84,7 +84,7 @@ COMMON = [
     Metric("val/paws_nn_top1", "PAWS-NN on the local validation split", "fraction", "Validation accuracy", "PAWS-NN",
            True, "Soft nearest neighbours with all labelled images as support; nothing is trained for it.",
            from_zero=False, on_console=True),
-    Metric("val/top1", "Accuracy on the local validation split", "fraction", "Validation accuracy", "validation", True,
+    Metric("val/top1", "Accuracy on the local validation split", "fraction", None, "validation", True,
            from_zero=False, on_console=True),
     Metric("train/lr", "Learning rate", "", "Learning rate",
            description="Linear warm-up, then a cosine, per step."),

@@ -18,7 +18,6 @@ from markupsafe import Markup
 from paws_hpc.exhibits import Exhibit
 from paws_hpc.files import write_text
 from paws_hpc.report.gallery import gallery
-from paws_hpc.report.nodes import gpu_panels
 from paws_hpc.report.panels import Panel, pretrain_panels
 from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import RunRecord, read_run
@@ -97,7 +96,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "floor": _floor(methods),
         "stages": stage_times(record),
         "total": duration(sum(stage.elapsed for stage in stage_times(record))),
-        "panels": pretrain_panels(record) + gpu_panels(record),
+        "panels": pretrain_panels(record),
         "sweeps": _sweeps(record),
         "exhibits": [(stage, _exhibits(stage, shown)) for stage, shown in record.exhibits.items()],
         "confusion": _confusion(record, methods),

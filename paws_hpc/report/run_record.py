@@ -19,7 +19,6 @@ from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.exhibits import Exhibit, read_exhibits
 from paws_hpc.files import read_json
-from paws_hpc.objective.config import PawsConfig
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
 from paws_hpc.stages.attempts import stage_state
 from paws_hpc.trial import Trial
@@ -117,17 +116,6 @@ class RunRecord:
         if stage == "finetune":
             return self.finetune, self.selected.get("trial")
         return self.baseline, self.selected.get("baseline", {}).get("trial")
-
-    @property
-    def me_max(self) -> bool:
-        """Whether its objective maximises the mean entropy."""
-        return bool(self.settings.get("objective.me_max", PawsConfig.me_max))
-
-    @property
-    def entropy_weight(self) -> float:
-        """By which its objective minimises the entropy of predictions (D.2); 0 is off."""
-        weight: float = self.settings.get("objective.entropy_weight", PawsConfig.entropy_weight)
-        return weight
 
     @property
     def digests(self) -> dict[str, str]:

@@ -9,29 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
+from paws_hpc.report.panels import drawn_metrics
 from paws_hpc.report.run_record import RunRecord, TrialRecord
 from paws_hpc.report.tables import DASH, GridCell, flatten, scores, sweep_grid, table_rows
+from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.trial import axes
 
-_CURVES = (  # title, axis, metrics, over the whole width
-    ("Loss", "trainer/global_step", ("train/loss",)),
-    ("Consistency (cross-entropy between views)", "trainer/global_step", ("train/loss_consistency",)),
-    ("Mean entropy maximisation", "trainer/global_step", ("train/loss_me_max",)),
-    ("Mean entropy of single predictions", "trainer/global_step", ("train/loss_entropy",)),
-    ("Supervised NCE of the warm-up", "trainer/global_step", ("train/loss_support_nce",)),
-    ("PAWS-NN on the validation split", "trainer/epoch", ("val/paws_nn_top1",)),
-    ("Confidence of predictions", "trainer/epoch", ("train/confidence",)),
-    ("Instance discrimination (NT-Xent)", "trainer/epoch", ("train/instance_discrimination",)),
-    ("Support classification (supervised NCE)", "trainer/epoch", ("train/support_classification",)),
-    ("Learning rate", "trainer/global_step", ("train/lr",)),
-    ("Gradient norm", "trainer/global_step", ("train/grad_norm",)),
-    ("Throughput (images/s)", "trainer/global_step", ("train/images_per_s",)),
-    ("Share of time waiting for data", "trainer/global_step", ("train/data_wait",)),
-)
-_BY_NODE = (  # title, metrics; of runs on GPUs
-    ("GPU utilisation by node (share of time)", "gpu/node[0-9]+/utilisation"),
-    ("Memory of each node's fullest GPU (GB)", "gpu/node[0-9]+/memory_gb"),
-)
 _SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (
     "PAWS (Assran et al., 2021) trains an encoder so that two views of an unlabelled image get the same soft class "
@@ -81,6 +64,7 @@ def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any
     return [
         wr.H2("Result"),
         wr.MarkdownBlock(_results(records, comparison)),
+        wr.PanelGrid(runsets=[runs_of("selection", "selection")], panels=[_test_scores()]),
         wr.H2("Pre-training"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
@@ -106,18 +90,23 @@ def _settings(comparison: Comparison) -> list[str]:
 def _curves() -> list[Any]:
     import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
 
-    def place(number: int) -> Any:
-        return wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6)
+    return [
+        wr.LinePlot(
+            title=metric.title,
+            x=f"trainer/{'epoch' if metric.axis == 'epoch' else 'global_step'}",
+            log_y=metric.log_scale,
+            layout=wr.Layout(x=8 * (number % 3), y=6 * (number // 3), w=8, h=6),
+            **({"metric_regex": metric.pattern} if "*" in metric.name else {"y": [metric.name]}),
+        )
+        for number, metric in enumerate(drawn_metrics())
+    ]
 
-    curves = [
-        wr.LinePlot(title=title, x=axis, y=list(metrics), layout=place(number))
-        for number, (title, axis, metrics) in enumerate(_CURVES)
-    ]
-    by_node = [
-        wr.LinePlot(title=title, x="trainer/global_step", metric_regex=names, layout=place(number))
-        for number, (title, names) in enumerate(_BY_NODE, start=len(curves))
-    ]
-    return curves + by_node
+
+def _test_scores() -> Any:
+    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
+
+    names = [name for name in catalogue() if name.startswith("test/")]
+    return wr.BarPlot(title="Accuracy on the test split", metrics=names, layout=wr.Layout(x=0, y=0, w=24, h=8))
 
 
 def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:

@@ -21,7 +21,7 @@ from tests.browser import CONTRAST, CUT_OFF, Page
 
 DIGITS = [str(digit) for digit in range(10)]
 PANELS = [
-    "loss", "paws-nn", "confidence", "diagnostics", "warm-up", "learning-rate", "gradient-norm", "throughput",
+    "loss", "validation-accuracy", "learning-rate", "gradient-norm", "throughput", "confidence", "diagnostics",
     "finetune-sweep", "baseline-sweep", "finetune-parallel", "baseline-parallel", "finetune-curves", "baseline-curves",
     "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
     "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
@@ -58,11 +58,13 @@ def write_run(
         "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
     )
     objective = f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
-    (run / "config.yaml").write_text(f"{config}{objective}optimizer:\n  peak_lr: 5.0\n  # <not a tag>\n")
+    (run / "config.yaml").write_text(
+        f"{config}{objective}pretrain:\n  support:\n    classes: 10\noptimizer:\n  peak_lr: 5.0\n  # <not a tag>\n"
+    )
     rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
     for row in rows:
         if "train/loss" in row and not me_max:
-            row |= {"train/loss": row["train/loss"] - row["train/loss_me_max"], "train/loss_me_max": 0.0}
+            row["train/loss"] -= row.pop("train/loss_me_max")
         if "train/loss" in row and entropy_weight:
             row["train/loss_entropy"] = 2.0 * row["train/loss_consistency"]
             row["train/loss"] += entropy_weight * row["train/loss_entropy"]
@@ -257,7 +259,7 @@ def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
     )
     ids = page.script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
-    label = page.script("return document.querySelector('#panel-paws-nn svg').getAttribute('aria-label')")
+    label = page.script("return document.querySelector('#panel-validation-accuracy svg').getAttribute('aria-label')")
     assert re.search(r"PAWS-NN goes from \d\d\.\d % to 96\.0 % at epoch 29\.", label)
 
 
@@ -410,15 +412,14 @@ def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -
     rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0]["train/loss"], rows[-1]["train/loss"]
     label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
-    assert label.startswith(f"Loss and its terms against step: total goes from {first:.4g} to {last:.4g} at step 329 ")
+    assert label.startswith(f"Loss against step: loss goes from {first:.4g} to {last:.4g} at step 329 ")
     assert "me-max" not in label
     assert page.script(
         "return [...document.querySelectorAll('#panel-loss svg text')].map(e => e.textContent)"
         ".filter(text => /[a-z]/.test(text))"
-    ) == ["step", "log K", "total", "consistency"]
+    ) == ["step", "log K", "loss", "consistency", "support NCE"]
     caption = page.text("#panel-loss figcaption")
-    assert caption.startswith("This run has no me-max: the floor is 0, and the total is consistency (plus")
-    assert caption.endswith("A collapsed run sits at consistency = log K.")
+    assert caption.endswith("A collapsed run stays at consistency = log K.")
 
 
 def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_path: Path) -> None:
@@ -427,8 +428,8 @@ def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_pat
         "return document.querySelector('#panel-loss svg').getAttribute('aria-label')"
     )
     caption = page.text("#panel-loss figcaption")
-    assert "the total is the sum of consistency, me-max + log K and 0.1 times entropy (D.2)" in caption
-    assert caption.endswith("sits at consistency = log K, me-max + log K = 0 and entropy = log K.")
+    assert "Entropy is the mean of single predictions (D.2)" in caption
+    assert caption.endswith("stays at consistency = log K and me-max = -log K and entropy = log K.")
 
 
 def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> None:
@@ -449,8 +450,8 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 18
-    assert "No values of val/paws_nn_top1 in pretrain/metrics.jsonl" in page.text("#panel-paws-nn")
+    assert page.script("return document.querySelectorAll('.panel.missing').length") == 15
+    assert "No values of val/paws_nn_top1 in pretrain/metrics.jsonl" in page.text("#panel-validation-accuracy")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -521,10 +522,10 @@ def test_a_run_on_gpus_shows_each_node(page: Page, tmp_path: Path, nodes: int) -
             row[f"gpu/node{node}/memory_gb"] = 60.0 + node
     _jsonl(path, rows)
     page.open(build_report(run))
-    assert np.ptp(page.picture("#panel-gpus")[8:-8, 8:-8]) > 100
-    label = page.script("return document.querySelector('#panel-gpus svg').getAttribute('aria-label')")
-    assert f"GPUs of {nodes} nodes against step. utilisation: from 50.0 % (node 1) to 90.0 % (node 0)" in label
-    assert f"memory (GB): from 60.0 (node 0) to {59 + nodes:.1f} (node {nodes - 1})" in label
-    legend = page.text("#panel-gpus svg").count("node 1")
+    assert np.ptp(page.picture("#panel-gpus-by-node")[8:-8, 8:-8]) > 100
+    label = page.script("return document.querySelector('#panel-gpus-by-node svg').getAttribute('aria-label')")
+    assert "GPUs by node against step: utilisation on average: from 50.0 % (node 1) to 90.0 % (node 0)" in label
+    assert f"memory (GB) on average: from 60.0 (node 0) to {59 + nodes:.1f} (node {nodes - 1})" in label
+    legend = page.text("#panel-gpus-by-node svg").count("node 1")
     assert legend == (2 if nodes == 2 else 0), "of many nodes none has a colour of its own"
     assert min(page.script(CONTRAST))[0] >= 4.5

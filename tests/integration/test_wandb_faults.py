@@ -206,7 +206,7 @@ def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
     wandb_run._INIT_TIMEOUT_S = 30.0
 
     def kill(run: RunFolder) -> None:
-        wait_for(lambda: "cafe0123-pretrain" in server.runs)
+        wait_for(lambda: "cafe0123-pretrain" in server.runs and server.runs["cafe0123-pretrain"].history)
         os.kill(service_of(run), with_what)
 
     run = train(reference.store, tmp_path, in_between=kill)

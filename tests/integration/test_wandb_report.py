@@ -85,7 +85,9 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
         assert any(f"'{stage}'" in chosen or f'"{stage}"' in chosen for chosen in read["filters"]), stage
     assert "gpu/node[0-9]+/utilisation" in read["patterns"]
     assert all("cafe0000" in chosen and "cafe0001" in chosen for chosen in read["filters"])
-    assert read["groups"] == [["config.objective.value.me_max"], [], [], []], "a curve is the mean of a setting's seeds"
+    assert read["groups"] == [[], ["config.objective.value.me_max"], [], [], []], (
+        "a curve is the mean of a setting's seeds"
+    )
     results, sweep, provenance = read["markdown"]
     assert "| true | 2 |" in results, "a row of means over seeds"
     assert f"| {runs[0].name} | {runs[1].name} |" in results

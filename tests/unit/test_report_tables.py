@@ -113,7 +113,7 @@ def test_values_that_are_not_finite_are_said_and_not_hidden(tmp_path: Path) -> N
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "metrics.jsonl").write_text("\n".join(rows))
     panel = next(panel for panel in pretrain_panels(read_run(tmp_path)) if panel.name == "gradient-norm")
-    assert panel.caption.endswith("It has values that are not finite, first at step 1.")
+    assert panel.caption.endswith("Gradient norm has values that are not finite, first at step 1.")
     assert panel.svg is not None
 
 
