@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
-from paws_hpc.engine.tracking import Row
+from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.metrics import COMMON
 
 _LINE_EVERY_S = 10.0
 
 
-class ProgressTracker:
+class ProgressTracker(Tracker):
     """Shows a stage's steps, rate, data wait and time left."""
 
     def __init__(self, title: str, *, total_steps: int, start: int) -> None:
@@ -37,6 +36,8 @@ class ProgressTracker:
                 console=Console(stderr=True),
                 expand=True,
             )
+            self._bar.start()
+            self._task = self._bar.add_task(title, total=total_steps, completed=start, shown="")
 
     def log(self, step: int, row: Row) -> None:
         """Show a row."""
@@ -62,14 +63,7 @@ class ProgressTracker:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def __enter__(self) -> ProgressTracker:
-        if self._bar is not None:
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, completed=self._start, shown="")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()

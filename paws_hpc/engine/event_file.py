@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from paws_hpc.engine.tracking import Row, read_rows
+from paws_hpc.engine.tracking import Row, Tracker, read_rows
 
 _LOG = logging.getLogger(__name__)
 
 
-class TensorboardTracker:
+class TensorboardTracker(Tracker):
     """An event file that cannot raise: its first failure is logged once and ends it, and training goes on.
 
     A run that resumes writes its event file anew from ``metrics.jsonl`` and removes the earlier one. So the curve has
@@ -38,7 +37,7 @@ class TensorboardTracker:
         earlier = list(folder.glob("events.out.tfevents.*"))
         # The time in nanoseconds, as two starts may fall into one second, and a reader follows the order of names.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 - closed by __exit__
+        self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 - closed by close()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # A TensorBoard that is looking on forgets what it read of the earlier file.
         self._write(Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)))
@@ -66,21 +65,17 @@ class TensorboardTracker:
             self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self._records.flush()  # as metrics.jsonl is written: what was logged survives a kill
 
-    def __enter__(self) -> TensorboardTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Close the file."""
         if self._records is not None:
             self._guarded("close", self._records.close)
 
     def _guarded(self, what: str, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - an optional package may raise anything; law 6
-            told = "TensorBoard is off from here on: it could not %s (%s: %s)."
-            _LOG.warning(told, what, type(error).__name__, error)
+        except Exception as error:  # noqa: BLE001 - an optional package may raise anything, and training must not suffer
+            message = "TensorBoard is off from here on: it could not %s (%s: %s)."
+            _LOG.warning(message, what, type(error).__name__, error)
             records, self._records = self._records, None
             if records is not None:
                 with suppress(OSError, ValueError):

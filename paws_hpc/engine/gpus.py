@@ -1,6 +1,6 @@
-"""How busy and how full the GPUs of each node are, so that a node that waits, or is about to run out, can be seen.
+"""How busy and how full the GPUs of each node are, so that a node that waits or is about to run out of memory shows.
 
-Every rank asks for its own GPU; rank 0 hears of all and logs them, so that other nodes need no tracker of their own.
+Every rank reads its own GPU and rank 0 logs them all, so that other nodes need no tracker.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import logging
 import math
 import socket
 import zlib
-from collections.abc import Callable
 
 import torch
 
@@ -20,58 +19,51 @@ _LOG = logging.getLogger(__name__)
 
 
 class GpuMeter:
-    """Reads this rank's GPU. What cannot be read is logged once and left out from then on; training goes on."""
+    """Reads this rank's GPU. A value that cannot be read is logged once and left out from then on."""
 
     def __init__(self, device: torch.device) -> None:
-        """Prepare to read ``device``; of a CPU there is nothing to read."""
+        """Prepare to read ``device``; a CPU has nothing to read."""
         self._device = device
-        self._readings: dict[str, Callable[[], float]] = {
-            "utilisation": lambda: torch.cuda.utilization(device) / 100,
-            "memory": lambda: _used_gb(device),
-        }
+        self._readable = {"utilisation", "memory"}
 
     def read(self) -> Row:
         """A row of :func:`by_node`, on all ranks together; empty on CPUs."""
         if self._device.type != "cuda":
             return {}
-        return by_node(socket.gethostname(), self._ask("utilisation"), self._ask("memory"), self._device)
+        return by_node(socket.gethostname(), self._value("utilisation"), self._value("memory"), self._device)
 
-    def _ask(self, what: str) -> float:
-        if (reading := self._readings.get(what)) is None:
+    def _value(self, what: str) -> float:
+        """Utilisation in [0, 1], or gigabytes in use; NaN if unknown."""
+        if what not in self._readable:
             return math.nan
         try:
-            return reading()
-        except Exception as error:  # noqa: BLE001 - drivers, and packages that wrap them, raise anything; law 6
-            del self._readings[what]
-            _LOG.warning(
-                "The GPU's %s is not logged from here on (%s: %s).", what, type(error).__name__, error
-            )  # fmt: skip
+            if what == "utilisation":
+                return torch.cuda.utilization(self._device) / 100
+            free, total = torch.cuda.mem_get_info(self._device)
+            return (total - free) / 1e9
+        except Exception as error:  # noqa: BLE001 - drivers and their wrappers raise anything, and training must not suffer
+            self._readable.remove(what)
+            _LOG.warning("The GPU's %s is not logged from here on (%s: %s).", what, type(error).__name__, error)
             return math.nan
-
-
-def _used_gb(device: torch.device) -> float:
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 1e9
 
 
 def by_node(host: str, utilisation: float, memory_gb: float, device: torch.device) -> Row:
-    """Bring together what each rank read of its GPU; a collective.
+    """Bring together what each rank read; a collective.
 
     Args:
         host: name of this rank's node. Nodes are numbered from 0 in the order of ranks.
         utilisation: share of the time in which this rank's GPU worked, in [0, 1]; NaN if unknown.
-        memory_gb: what is taken of its memory, by whomever, 1e9 bytes; NaN if unknown.
+        memory_gb: in use by all processes, 1e9 bytes; NaN if unknown.
         device: of this rank's tensors.
 
     Returns:
-        the same on every rank: ``gpu/node0/utilisation``, the mean over the node's ranks, and
-        ``gpu/node0/memory_gb``, of the fullest; without what no rank of a node knows. (Names that begin with
-        "system" are W&B's own.)
+        the same on every rank: ``gpu/node0/utilisation``, the mean over the node's ranks, and ``gpu/node0/memory_gb``,
+        of the fullest GPU; without what no rank of a node knows.
     """
     own = torch.tensor([[zlib.crc32(host.encode()), utilisation, memory_gb]], dtype=torch.float64, device=device)
     nodes: dict[float, list[list[float]]] = {}
-    for node, *figures in distributed.gather_rows(own).tolist():
-        nodes.setdefault(node, []).append(figures)
+    for node, *values in distributed.gather_rows(own).tolist():
+        nodes.setdefault(node, []).append(values)
     row: Row = {}
     for number, gpus in enumerate(nodes.values()):
         busy, taken = ([value for value in column if not math.isnan(value)] for column in zip(*gpus, strict=True))

@@ -67,7 +67,7 @@ class MetricsWindow:
         """Average over ranks, bring to the host, and forget.
 
         Args:
-            model: whose weights are looked at too: the loss of a step says nothing of the update it leads to.
+            model: its weights are checked too: the update of a step can fail although its loss is finite.
         """
         steps, self._steps = self._steps, []
         names = [(index, name) for index, (_, _, _, metrics) in enumerate(steps) for name in metrics]
@@ -120,11 +120,11 @@ class ThroughputMeter:
         """Pass batches on, counting the time until each arrives."""
         iterator = iter(batches)
         while True:
-            asked = time.monotonic()
+            began = time.monotonic()
             batch = next(iterator, None)
             if batch is None:
                 return
-            self._waited += time.monotonic() - asked
+            self._waited += time.monotonic() - began
             yield batch
 
     def read(self, steps: int) -> Row:

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Self
 
 from paws_hpc.files import atomic_write
 from paws_hpc.metrics import is_validation
@@ -14,35 +14,25 @@ from paws_hpc.metrics import is_validation
 Row = dict[str, Any]
 
 
-class Tracker(Protocol):
-    """Takes rows of metrics and events of one stage; used as a context manager."""
+class Tracker:
+    """Takes rows of metrics and events of one stage, as a context manager. This one drops them, for other ranks."""
 
     def log(self, step: int, row: Row) -> None:
         """Record ``row`` at a 0-based step."""
 
-    def __enter__(self) -> Tracker: ...
+    def close(self, error: BaseException | None) -> None:
+        """End; ``error`` is what ended the stage, None if it ended well."""
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class NullTracker:
-    """For ranks that do not write, and for runs nobody watches."""
-
-    def log(self, step: int, row: Row) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> NullTracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to close."""
+        self.close(error)
 
 
-class MetricsFile:
+class MetricsFile(Tracker):
     """``metrics.jsonl``: one JSON object per line, flushed line by line.
 
     Opening it for a run that resumes drops the rows past the checkpoint, which training is about to write again, and a
@@ -60,27 +50,19 @@ class MetricsFile:
         """
         kept = [row for row in read_rows(path) if row["step"] < resume_step] if path.exists() else []
         if awaits_validation:
-            kept = [row for row in kept if row["step"] < resume_step - 1 or not _is_validation(row)]
+            kept = [row for row in kept if row["step"] < resume_step - 1 or not any(map(is_validation, row))]
         with atomic_write(path) as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def log(self, step: int, row: Row) -> None:
         """Append one row; values that JSON cannot hold (NaN, infinity) are written as their names."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps({"step": step, **plain}) + "\n")
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Close the file."""
         self._file.close()
-
-
-def _is_validation(row: Row) -> bool:
-    return any(map(is_validation, row))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -119,7 +101,7 @@ def _parse_line(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
-class Trackers:
+class Trackers(Tracker):
     """Several trackers as one."""
 
     def __init__(self, *trackers: Tracker) -> None:
@@ -130,13 +112,7 @@ class Trackers:
         for tracker in self._trackers:
             tracker.log(step, row)
 
-    def __enter__(self) -> Trackers:
+    def close(self, error: BaseException | None) -> None:
+        """Close each."""
         for tracker in self._trackers:
-            tracker.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for tracker in self._trackers:
-            tracker.__exit__(kind, error, trace)
+            tracker.close(error)

@@ -26,11 +26,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from paws_hpc.engine.errors import PreemptedError
-from paws_hpc.engine.tracking import Row
+from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.metrics import is_validation
 
@@ -106,8 +105,8 @@ def start_process(folder: Path, mode: str | None, *, fall_back: bool, patience_s
         start_new_session=True,  # a Ctrl-C on the terminal is for the stage, which then says how it ended
     )
     limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
-    told = {"folder": str(folder), "mode": mode, "fall_back": fall_back, "patience_s": patience_s, "limits": limits}
-    _write(process, told)
+    task = {"folder": str(folder), "mode": mode, "fall_back": fall_back, "patience_s": patience_s, "limits": limits}
+    _write(process, task)
     return process
 
 
@@ -127,7 +126,7 @@ def _write(process: subprocess.Popen[str], line: dict[str, Any]) -> None:
         process.stdin.flush()
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """Shows a stage's ``metrics.jsonl`` in W&B, as a context manager. A failure is logged once and never raised."""
 
     def __init__(self, folder: Path, spec: dict[str, Any], *, mode: str) -> None:
@@ -151,21 +150,13 @@ class WandbTracker:
         self._listener = threading.Thread(target=self._listen, args=(self._process,), name="wandb", daemon=True)
         self._listener.start()
 
-    def log(self, step: int, row: Row) -> None:
-        """Do nothing: the row is in the file."""
-
-    def __enter__(self) -> WandbTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, error: BaseException | None) -> None:
         """Say how the stage ended, and give W&B a limited time to take the rest."""
         if (process := self._process) is None:
             return
-        preempted = kind is not None and issubclass(kind, PreemptedError)
+        preempted = isinstance(error, PreemptedError)
         patience_s = _PREEMPTED_PATIENCE_S if preempted else _PATIENCE_S
-        end_process(process, exit_code=0 if kind is None else 1, preempted=preempted, patience_s=patience_s)
+        end_process(process, exit_code=0 if error is None else 1, preempted=preempted, patience_s=patience_s)
         self._listener.join(patience_s + 2)
         if self._listener.is_alive():  # stopped, so that it could not end itself
             with suppress(ProcessLookupError):
@@ -190,10 +181,10 @@ class WandbTracker:
 class Follower:
     """The process: one run of W&B that shows one file."""
 
-    def __init__(self, told: dict[str, Any], messages: TextIO) -> None:
-        self._told, self._messages, self._folder = told, messages, Path(told["folder"])
+    def __init__(self, task: dict[str, Any], messages: TextIO) -> None:
+        self._task, self._messages, self._folder = task, messages, Path(task["folder"])
         self._spec: dict[str, Any] = read_json(self._folder / "wandb" / "run.json")
-        self._ending: dict[str, Any] = {"exit_code": 1, "preempted": False, "patience_s": told["patience_s"]}
+        self._ending: dict[str, Any] = {"exit_code": 1, "preempted": False, "patience_s": task["patience_s"]}
         self._over = threading.Event()
 
     def say(self, message: str, *, unreachable: bool = False) -> None:
@@ -252,11 +243,11 @@ class Follower:
         """A run: online if that is wanted and succeeds, otherwise offline."""
         import wandb  # noqa: PLC0415 - as above
 
-        mode = self._told["mode"] or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        mode = self._task["mode"] or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         try:
             run = self._init(mode)
         except (wandb.errors.Error, TimeoutError) as error:
-            if mode != "online" or not self._told["fall_back"]:
+            if mode != "online" or not self._task["fall_back"]:
                 self.say(str(error), unreachable=True)
                 raise
             message = f"Weights & Biases cannot be reached ({error}), so runs are kept offline. {_LATER}"
@@ -273,7 +264,7 @@ class Follower:
         import wandb  # noqa: PLC0415 - as above
 
         settings = wandb.Settings(
-            **self._told["limits"],
+            **self._task["limits"],
             silent=True,
             console="off",
             disable_git=True,
@@ -301,7 +292,7 @@ class Follower:
             else:
                 made = run.log_artifact(artifact, aliases=[network["checksum"]])
                 if not run.offline:
-                    made.wait(timeout=self._told["limits"]["finish_timeout"] / 4)
+                    made.wait(timeout=self._task["limits"]["finish_timeout"] / 4)
         except (wandb.errors.Error, ValueError, TimeoutError) as error:
             self.say(f"Weights & Biases does not show which network this run {'used' if used else 'made'} ({error}).")
 

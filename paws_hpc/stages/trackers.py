@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.engine.console import ProgressTracker
 from paws_hpc.engine.event_file import TensorboardTracker
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Tracker, Trackers
+from paws_hpc.engine.tracking import MetricsFile, Tracker, Trackers
 from paws_hpc.engine.wandb_run import WandbTracker
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.stages.run_folder import RunFolder
@@ -36,7 +36,7 @@ def open_trackers(
     used: dict[str, str] | None = None,
     made: Path | None = None,
 ) -> Tracker:
-    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard where asked for.
+    """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard if the config says so.
 
     On ranks other than 0 nothing is written.
 
@@ -52,7 +52,7 @@ def open_trackers(
         made: the file of weights that is there when the stage has ended well.
     """
     if not distributed.is_main():
-        return NullTracker()
+        return Tracker()
     metrics = folder / "metrics.jsonl"
     trackers: list[Tracker] = [
         MetricsFile(metrics, resume_step=start, awaits_validation=awaits_validation),
@@ -67,8 +67,8 @@ def open_trackers(
 
 def is_watched(config: Config) -> bool:
     """Whether Weights & Biases shows this run, online or offline."""
-    asked = config.tracking.wandb
-    return (os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked) != "disabled"
+    mode = config.tracking.wandb
+    return (os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode) != "disabled"
 
 
 def watch(
@@ -117,12 +117,11 @@ def network(run: RunFolder, job: str, file: str, checksum: str) -> dict[str, str
 
 def settings(config: Config) -> dict[str, Any]:
     """The config as others may see it: without secrets, accounts and the folders that paths lead through."""
-    told = asdict(replace(config, runs=""))
-    told.pop("runs")
-    shapes = {stage: {name: shape[name] for name in _MACHINE} for stage, shape in told["resources"].items()}
-    told = _without_secrets(told | {"resources": shapes})
-    assert isinstance(told, dict), "it was one"
-    return told
+    fields = asdict(config)
+    del fields["runs"]
+    shapes = {stage: {name: shape[name] for name in _MACHINE} for stage, shape in fields["resources"].items()}
+    shown: dict[str, Any] = _without_secrets(fields | {"resources": shapes})
+    return shown
 
 
 def _without_secrets(value: Any) -> Any:

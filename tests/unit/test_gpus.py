@@ -41,8 +41,8 @@ def test_on_cpus_rows_are_as_they_were() -> None:
 def test_a_gpu_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     meter = GpuMeter(torch.device("cuda", 0))
     for _ in range(3):
-        assert math.isnan(meter._ask("utilisation"))
-        assert math.isnan(meter._ask("memory"))
+        assert math.isnan(meter._value("utilisation"))
+        assert math.isnan(meter._value("memory"))
     assert [message.partition(" (")[0] for message in caplog.messages] == [
         "The GPU's utilisation is not logged from here on",
         "The GPU's memory is not logged from here on",

@@ -10,7 +10,7 @@ import pytest
 
 from paws_hpc.engine.config import TrackingConfig
 from paws_hpc.engine.event_file import TensorboardTracker
-from paws_hpc.engine.tracking import MetricsFile, NullTracker, Trackers, read_rows
+from paws_hpc.engine.tracking import MetricsFile, Tracker, Trackers, read_rows
 from paws_hpc.engine.wandb_run import position, summarise
 from paws_hpc.metrics import COMMON
 from paws_hpc.stages.trackers import settings
@@ -86,7 +86,7 @@ def test_values_that_json_has_not_are_kept_as_text(tmp_path: Path) -> None:
 def test_several_trackers_get_every_row_and_are_all_closed(tmp_path: Path) -> None:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     files = [MetricsFile(path, resume_step=0) for path in paths]
-    with Trackers(*files, NullTracker()) as trackers:
+    with Trackers(*files, Tracker()) as trackers:
         trackers.log(0, {"train/loss": 1.0})
     assert [read_rows(path) for path in paths] == [[{"step": 0, "train/loss": 1.0}]] * 2
     for file in files:
@@ -175,7 +175,7 @@ def test_tensorboard_shows_one_unbroken_curve_of_a_run_that_was_killed_and_resum
         )
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     for events in killed:
-        events.__exit__(None, None, None)
+        events.close(None)
 
 
 def test_tensorboard_that_cannot_write_is_told_once_and_never_raised(
