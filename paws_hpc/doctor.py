@@ -33,7 +33,7 @@ from paws_hpc.cluster.preflight import (
     warning,
 )  # fmt: skip
 from paws_hpc.cluster.probe import look_from_node
-from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -91,7 +91,7 @@ def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: floa
     stores = [Path(path).resolve() for path in config.data.stores.values() if Path(path).exists()]
     try:
         found = look_from_node(Path(config.runs), stores, sbatch_flags(place | gpus), timeout_s=timeout_s)
-    except (TimeoutError, OSError, SchedulerError, SchedulerUnreachableError) as error:
+    except (TimeoutError, OSError, SchedulerError) as error:
         yield problem("probe", str(error), "Is the run directory, and Python, on a file system that the nodes share?")
         return
     yield ok("probe", f"{found['host']} sees and writes {config.runs}, Python {found['python']}")

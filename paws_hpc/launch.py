@@ -27,7 +27,7 @@ from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.resources import Launcher, resolve
-from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
@@ -43,21 +43,14 @@ _INTERRUPTED = 130  # as shells say of a program that SIGINT ended
 
 
 def launch(config: Config, launcher: Launcher) -> None:
-    """Launch one chain; what a user can mend ends as one message, with a traceback if HYDRA_FULL_ERROR is set.
+    """Launch one chain. User errors exit with a one-line message, and a traceback if HYDRA_FULL_ERROR is set.
 
     Raises:
         KeyboardInterrupt: a person ended it; its text says what of it is saved.
     """
     try:
         _launch(config, launcher)
-    except (
-        ValueError,
-        OSError,
-        TrainingStoppedError,
-        LeaseHeldError,
-        SchedulerError,
-        SchedulerUnreachableError,
-    ) as error:
+    except (ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         sys.exit(f"error: {error_text(error)}")

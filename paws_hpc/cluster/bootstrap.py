@@ -23,7 +23,7 @@ from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.chain import Job
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.requeue import SlurmJob
-from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.signals import interruptible
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
@@ -227,7 +227,7 @@ def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
         return False
     try:
         state = scheduler.job_state(holder.job_id)
-    except (SchedulerError, SchedulerUnreachableError) as error:
+    except SchedulerError as error:
         _LOG.warning(
             "Slurm cannot say whether job %s still runs, so its heartbeat is watched: %s", holder.job_id, error
         )

@@ -20,7 +20,7 @@ import yaml  # type: ignore[import-untyped]
 
 from paws_hpc.cluster import scheduler, traces
 from paws_hpc.cluster.inventory import Partition, grace_warnings, partitions, settings
-from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError
 from paws_hpc.cluster.traces import Progress
 from paws_hpc.files import read_json
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
@@ -169,7 +169,7 @@ def _ask_slurm(ids: set[str], owners: Iterable[int], *, details: bool) -> Slurm:
             known = replace(known, partitions=partitions(), settings=settings())
         if forgotten := ids - known.queue.keys():
             known = replace(known, accounts=scheduler.accounting(forgotten) or {})
-    except (SchedulerUnreachableError, SchedulerError) as error:
+    except SchedulerError as error:
         return replace(known, trouble=str(error))
     return known
 

@@ -30,7 +30,7 @@ from paws_hpc.cluster.inventory import (
     settings,
 )  # fmt: skip
 from paws_hpc.cluster.overview import span
-from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, ask
+from paws_hpc.cluster.scheduler import SchedulerError, ask
 from paws_hpc.cluster.traces import read_progress
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
@@ -121,7 +121,7 @@ def _slurm(config: Config, by_stage: Mapping[str, Parameters], run: RunFolder) -
         return
     try:
         cluster = _Cluster(settings(), partitions())
-    except (SchedulerUnreachableError, SchedulerError) as error:
+    except SchedulerError as error:
         yield problem(CONTROLLER, str(error), "Ask again later; if it stays, ask those who run the cluster.")
         return
     version, name = cluster.settings.get("SLURM_VERSION", "?"), cluster.settings.get("ClusterName", "?")
@@ -188,7 +188,7 @@ def _shape(stages: str, parameters: Parameters, cluster: _Cluster) -> Iterator[C
         yield warning(title, f"only {alive} of {enough} fitting nodes of {partition.name} are in service", "")
     try:
         ask(["sbatch", "--test-only", *sbatch_flags(parameters), "--wrap", "true"])
-    except (SchedulerError, SchedulerUnreachableError) as error:
+    except SchedulerError as error:
         yield problem(title, str(error), "Change the field that Slurm names.")
         return
     limits = "no time limit" if limit is None else f"at most {span(limit)}"
@@ -243,7 +243,7 @@ def _accounts(by_stage: Mapping[str, Parameters], cluster: _Cluster) -> Iterator
         return
     try:
         accounts, qos = rights(getpass.getuser())
-    except (SchedulerError, SchedulerUnreachableError) as error:
+    except SchedulerError as error:
         yield warning("accounts", f"cannot be read: {error}", "Account and qos are not checked.")
         return
     refused: dict[tuple[str, str, str], list[str]] = {}
@@ -293,7 +293,7 @@ def _preempted(parameters: Parameters, partition: Partition, cluster: _Cluster) 
         name = str(parameters.get("qos") or "normal")
         try:
             own_mode, grace_s = qualities()[name]
-        except (KeyError, SchedulerError, SchedulerUnreachableError):
+        except (KeyError, SchedulerError):
             return warning(
                 "preemption", f"by qos, but nothing is known of qos {name}", "Ask those who run the cluster."
             )

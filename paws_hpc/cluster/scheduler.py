@@ -1,8 +1,7 @@
 """Slurm's own commands: questions, and orders to queue, release and cancel jobs.
 
 Their text output is read, in formats that 22.05 and later versions share; the JSON output changes from version to
-version. Two errors leave this module:
-:class:`SchedulerUnreachableError` if Slurm cannot be reached, :class:`SchedulerError` if it refused.
+version. Every error that leaves this module is a :class:`SchedulerError`.
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ ENDED = frozenset(
 """States in which a job neither runs nor will, unless somebody puts it back into the queue."""
 
 
-class SchedulerUnreachableError(RuntimeError):
-    """Slurm cannot be reached: its commands are missing, hang, or do not reach the controller."""
-
-
 class SchedulerError(RuntimeError):
     """Slurm refused; the message holds the command and Slurm's own words."""
+
+
+class SchedulerUnreachableError(SchedulerError):
+    """Slurm cannot be reached: its commands are missing, hang, or do not reach the controller."""
 
 
 @dataclass(frozen=True)
