@@ -1,1 +1,1 @@
-"""Benchmarks: what this program does beside what people use instead, on the same images, in one run."""
+"""Benchmarks: what users measure on their machine; :mod:`paws_hpc.bench.peers` holds other libraries' side."""

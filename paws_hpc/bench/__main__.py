@@ -1,6 +1,5 @@
 """Command: measure this program, side by side with what people use instead.
 
-python -m paws_hpc.bench store
 python -m paws_hpc.bench store --images 200 --rounds 1 --only reads
 python -m paws_hpc.bench all
 python -m paws_hpc.bench step --recipe imagenet --from-store --baseline [FIELD=VALUE ...]
@@ -13,10 +12,19 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from paws_hpc.bench.contender import ContenderError
-from paws_hpc.bench.recipes import RECIPES
+from paws_hpc.bench.rounds import CandidateError
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
+from paws_hpc.bench.workloads import RECIPES
+
+_SPEED = {
+    "step": "a training step and its parts",
+    "augment": "the multi-crop augmentation beside PIL",
+    "loss": "loss, gather and LARS as a share of the step",
+    "checkpoint": "how long training stands still for a checkpoint",
+    "collectives": "the collectives of a step on several ranks",
+    "all": "all of these, with the data path and the DataLoader baseline",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (OSError, ValueError, ContenderError) as error:
+    except (OSError, ValueError, CandidateError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -45,33 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     store.add_argument("--folder", type=Path, default=Path("bench"), help="for images and packed copies (bench)")
     store.add_argument("--json", type=Path, help="file for the figures (FOLDER/store.json)")
     store.set_defaults(run=bench_store)
-    for name, says in _SPEED.items():
-        command = commands.add_parser(name, help=says)
+    for name, help_text in _SPEED.items():
+        command = commands.add_parser(name, help=help_text)
         _add_speed_options(command)
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if name == "all" else [name])
-        if name in ("step", "all"):
-            _add_step_options(command, of_all=name == "all")
-        else:
-            command.set_defaults(from_store=False, baseline=False)
+        command.set_defaults(from_store=name == "all", baseline=name == "all", compiled=False)
+        if name == "step":
+            command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
+            command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
             command.add_argument(
-                "--compiled",
-                action="store_true",
-                help="with pretrain.compile as well; compiling takes minutes on a CPU",
+                "--compiled", action="store_true", help="and with pretrain.compile, which takes minutes on a CPU"
             )
-        else:
-            command.set_defaults(compiled=False)
     return parser
-
-
-_SPEED = {
-    "step": "a training step, its parts, and what the device can do",
-    "augment": "the multi-crop augmentation beside PIL",
-    "loss": "loss, gather and LARS as a share of the step",
-    "checkpoint": "how long training stands still for a checkpoint",
-    "collectives": "the collectives of a step on several ranks",
-    "all": "all of these, with the data path and the DataLoader baseline",
-}
 
 
 def _add_speed_options(command: argparse.ArgumentParser) -> None:
@@ -85,14 +79,6 @@ def _add_speed_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
     command.add_argument("--json", type=Path, help="file for the figures (FOLDER/RECIPE-DEVICE-COMMAND.json)")
     command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
-
-
-def _add_step_options(command: argparse.ArgumentParser, *, of_all: bool) -> None:
-    if of_all:
-        command.set_defaults(from_store=True, baseline=True)
-    else:
-        command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
-        command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -1,30 +1,58 @@
-"""Rates of several contenders, taken in turns, so that what slows the machine down slows all of them down."""
+"""Candidates measured in rounds: each in a process of its own, all in turns, so that all meet the same slow moments.
+
+A candidate that cannot be imported or fails is reported; the others go on. This module imports nothing that starts
+threads: a candidate's process loads it before it is bound to its cores.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from time import perf_counter
 from typing import Any
 
-from paws_hpc.bench.contender import Contender, ContenderError
+LIMIT_S = 1200.0
+"""A candidate that takes longer for one answer hangs, and is killed."""
+
+
+class CandidateError(RuntimeError):
+    """A candidate cannot be prepared or failed."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A contender to be.
+class Round:
+    """``done`` units of work in ``seconds``, and what else was measured meanwhile."""
+
+    done: float
+    seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+Work = Callable[[], float | Round]
+"""Works for one round. Returns how much it did, or a Round where it takes the time itself."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the programs that a measurement compares.
 
     Attributes:
-        name: in the table.
-        function: ``module:function``; see :mod:`paws_hpc.bench.contender`.
-        arguments: of it.
-        needs: module and package without which it cannot work, and which need not be installed.
+        name: in tables.
+        prepare: a module's function; called in the candidate's process, it returns the work.
+        arguments: of ``prepare``.
+        needs: module and package that need not be installed.
         unit: of its rate.
     """
 
     name: str
-    function: str
+    prepare: Callable[..., Work]
     arguments: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, str] | None = None
     unit: str = "images/s"
@@ -32,79 +60,141 @@ class Entry:
 
 @dataclass
 class Rates:
-    """What one contender did.
-
-    Attributes:
-        name: of the contender.
-        per_s: units per second of each round; empty where it failed.
-        failure: why, or None.
-        unit: of the rate.
-        seen: what else it said in each round.
-    """
+    """What one candidate did in each round, or why it failed."""
 
     name: str
-    per_s: list[float] = field(default_factory=list)
-    failure: str | None = None
     unit: str = "images/s"
-    seen: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def per_s(self) -> list[float]:
+        """Units per second of each round."""
+        return [each.done / each.seconds for each in self.rounds]
 
     @property
     def median(self) -> float | None:
-        """Of the rates; None where it failed."""
-        return statistics.median(self.per_s) if self.per_s else None
+        """The median of the rates; None where the candidate failed."""
+        return statistics.median(self.per_s) if self.rounds else None
+
+
+Worker = Callable[[], Round]
+"""Lets a candidate's process work for one round. Raises CandidateError."""
+
+
+@contextmanager
+def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = LIMIT_S) -> Iterator[Worker]:
+    """A prepared candidate in a process of its own.
+
+    Args:
+        candidate: what runs.
+        cores: all of its threads and processes are bound to them.
+        limit_s: for each answer.
+
+    Raises:
+        CandidateError: it cannot be prepared.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_bind, initargs=(cores,)) as pool:
+
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            answer = pool.submit(function, *arguments)
+            try:
+                error = answer.exception(limit_s)
+            except TimeoutError:
+                os.killpg(process, signal.SIGKILL)
+                raise CandidateError(f"{candidate.name} gave no answer within {limit_s:g} s") from None
+            if error is not None:
+                raise CandidateError(_explain(candidate, error)) from error
+            return answer.result()
+
+        process: int = call(os.getpid)
+        call(_prepare, candidate.prepare, candidate.arguments)
+        yield lambda: call(_work_once)
+
+
+def _explain(candidate: Candidate, error: BaseException) -> str:
+    if candidate.needs and isinstance(error, ModuleNotFoundError) and error.name == candidate.needs[0]:
+        return f"not installed: pip install {candidate.needs[1]}, or all of them by `make bench`"
+    return f"{type(error).__name__}: {error}"
+
+
+_prepared: list[Work] = []  # in a candidate's process: its work
+
+
+def _bind(cores: Sequence[int]) -> None:
+    os.setsid()  # so that the process can be ended together with those that it starts
+    os.sched_setaffinity(0, cores)  # before threads exist: they inherit it
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+def _prepare(prepare: Callable[..., Work], arguments: dict[str, Any]) -> None:
+    _prepared.append(prepare(**arguments))
+
+
+def _work_once() -> Round:
+    began = perf_counter()
+    done = _prepared[0]()
+    seconds = perf_counter() - began
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the next candidate may need the memory
+    return done if isinstance(done, Round) else Round(done, seconds)
 
 
 def race(
-    entries: Sequence[Entry], *, rounds: int, cores: Sequence[int], tell: Callable[[str], None]
+    candidates: Sequence[Candidate], *, rounds: int, cores: int | None = None, progress: Callable[[str], None]
 ) -> dict[str, Rates]:
-    """Let every contender work once per round, in turns; one more round before warms up and does not count.
+    """Let every candidate work once per round, in turns. One more round warms up first and does not count.
 
     Args:
-        entries: who.
+        candidates: which.
         rounds: that count.
-        cores: to which each is bound while the others wait.
-        tell: is told what is being done.
+        cores: how many cores each is bound to while the others wait; None binds to all that this process may use.
+        progress: shows a line of text.
 
     Returns:
-        by name; a contender that failed says why and takes no further part.
+        by name; a candidate that failed says why and takes no further part.
     """
-    results = {entry.name: Rates(entry.name, unit=entry.unit) for entry in entries}
+    bound = sorted(os.sched_getaffinity(0))[:cores]
+    rates = {candidate.name: Rates(candidate.name, candidate.unit) for candidate in candidates}
     with ExitStack() as running:
-        contenders: dict[str, Contender] = {}
-        for entry in entries:
-            tell(f"{entry.name}: preparing")
+        workers: dict[str, Worker] = {}
+        for candidate in candidates:
+            progress(f"{candidate.name}: preparing")
             try:
-                contenders[entry.name] = running.enter_context(
-                    closing(Contender(entry.function, entry.arguments, cores=cores))
-                )
-            except ContenderError as error:
-                results[entry.name].failure = _why(entry, error)
+                workers[candidate.name] = running.enter_context(started(candidate, cores=bound))
+            except CandidateError as error:
+                rates[candidate.name].failure = str(error)
         for number in range(rounds + 1):
-            first = number % len(entries)  # nobody always follows the same one
-            for entry in (*entries[first:], *entries[:first]):
-                if entry.name not in contenders:
+            first = number % len(candidates)  # nobody always follows the same one
+            for candidate in (*candidates[first:], *candidates[:first]):
+                if candidate.name not in workers:
                     continue
-                tell(f"{entry.name}: round {number} of {rounds}")
+                progress(f"{candidate.name}: round {number} of {rounds}")
                 try:
-                    done, seconds = contenders[entry.name].work()
-                except ContenderError as error:
-                    contenders.pop(entry.name)
-                    results[entry.name] = Rates(entry.name, failure=_why(entry, error))
+                    measured = workers[candidate.name]()
+                except CandidateError as error:
+                    workers.pop(candidate.name)
+                    rates[candidate.name] = Rates(candidate.name, candidate.unit, failure=str(error))
                     continue
                 if number:
-                    results[entry.name].per_s.append(done / seconds)
-                    results[entry.name].seen.append(contenders[entry.name].seen)
-    return results
+                    rates[candidate.name].rounds.append(measured)
+    return rates
 
 
-def _why(entry: Entry, error: ContenderError) -> str:
-    if entry.needs is not None and str(error).endswith(f"No module named '{entry.needs[0]}'"):
-        return f"not installed: pip install {entry.needs[1]}, or all of them by `make bench`"
-    return str(error)
+def run_once(prepare: Callable[..., Work], **arguments: Any) -> Round:
+    """One round in a fresh process on all cores, without a warm-up.
+
+    Raises:
+        CandidateError: it failed.
+    """
+    candidate = Candidate(prepare.__name__, prepare, arguments)
+    with started(candidate, cores=sorted(os.sched_getaffinity(0))) as work:
+        return work()
 
 
-def ratio(mine: Rates, other: Rates) -> float | None:
+def ratio(candidate: Rates, baseline: Rates) -> float | None:
     """How many times as fast: the median over rounds of the ratio within a round; None where one of them failed."""
-    if not mine.per_s or not other.per_s:
+    if not candidate.rounds or not baseline.rounds:
         return None
-    return statistics.median(a / b for a, b in zip(mine.per_s, other.per_s, strict=True))
+    return statistics.median(a / b for a, b in zip(candidate.per_s, baseline.per_s, strict=True))

@@ -1,37 +1,41 @@
 """``bench step``, ``augment``, ``loss``, ``checkpoint``, ``collectives`` and ``all``: how fast training is.
 
-Bars are ratios within one run. Where the machine or the recipe is not the bar's, the figure is there and the bar is
-said not to be measured.
+Targets are ratios within one run. Where the machine or the recipe is not the target's, the figure is printed and the
+target is called not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from paws_hpc.bench import collectives
-from paws_hpc.bench.contender import Contender
-from paws_hpc.bench.counting import NO_GPU, plain_images, training_flops
-from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups, open_console, telling
-from paws_hpc.bench.machine import describe
-from paws_hpc.bench.recipes import Scene, as_published, describe_sizes, make_images
-from paws_hpc.bench.rounds import Entry, Rates, race, ratio
-from paws_hpc.bench.timeline import LOSS_PARTS, PARTS
+from paws_hpc.bench import collectives, training
+from paws_hpc.bench.figures import (
+    Figure,
+    Measured,
+    Target,
+    describe_machine,
+    measure_groups,
+    open_console,
+    progress_line,
+)
+from paws_hpc.bench.peers import data_loader
+from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, Work, race, ratio
+from paws_hpc.bench.step_parts import LOSS_PARTS, PARTS, plain_images
+from paws_hpc.bench.workloads import Workload, describe_sizes, make_images
 from paws_hpc.config import Config
 
-_DIAGNOSTICS = "diagnostics alone"
-_OURS, _OURS_COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
+_STEP, _COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
-_PLAIN, _COMPILED, _MATMUL = "plain ResNet-50", "plain ResNet-50, compiled", "matrix product"
+_PLAIN = "plain ResNet-50"
 _BATCHED, _PER_IMAGE = "paws_hpc, a batch at once", "PIL, one image after another"
+_DIAGNOSED = "with diagnostics in every step"
 _IMAGENET_GPU, _CIFAR_GPU = "ImageNet recipe, one H100", "CIFAR recipe, one H100"
 
 
@@ -40,44 +44,39 @@ class Bench:
     """What the groups share.
 
     Attributes:
-        scene: recipe, device and images.
+        workload: recipe, device and images.
         rounds: that count.
         steps: of one round.
         ranks: of the collectives.
         from_store, baseline, compiled: whether to measure these too.
-        tell: is told what is being done.
+        progress: shows a line of text.
     """
 
-    scene: Scene
+    workload: Workload
     rounds: int
     steps: int
     ranks: int
     from_store: bool
     baseline: bool
     compiled: bool
-    tell: Callable[[str], None]
+    progress: Callable[[str], None]
 
     @property
     def cuda(self) -> bool:
         """Whether a GPU trains."""
-        return self.scene.device == "cuda"
+        return self.workload.device == "cuda"
 
-    def entry(self, name: str, function: str, unit: str = "images/s", **arguments: Any) -> Entry:
-        """A contender of this scene."""
-        return Entry(name, f"paws_hpc.bench.{function}", {"scene": asdict(self.scene)} | arguments, unit=unit)
+    def candidate(self, name: str, prepare: Callable[..., Work], *overrides: str, **arguments: Any) -> Candidate:
+        """A candidate that works on this workload, with further overrides of its config."""
+        return Candidate(name, prepare, {"workload": self.workload.with_overrides(*overrides)} | arguments)
 
-    def compiled_entry(self, name: str, function: str, **arguments: Any) -> Entry:
-        """The same with ``pretrain.compile``."""
-        scene = replace(self.scene, overrides=(*self.scene.overrides, "pretrain.compile=true"))
-        return replace(self, scene=scene).entry(name, function, **arguments)
-
-    def race(self, *entries: Entry, on: int | None = None) -> dict[str, Rates]:
+    def race(self, *candidates: Candidate, cores: int | None = None) -> dict[str, Rates]:
         """In turns, on so many cores, or on all."""
-        return race(entries, rounds=self.rounds, cores=sorted(os.sched_getaffinity(0))[:on], tell=self.tell)
+        return race(candidates, rounds=self.rounds, cores=cores, progress=self.progress)
 
-    def elsewhere(self, recipe: str, *, cuda: bool, words: str) -> str | None:
-        """What a bar is for, unless it is for this."""
-        return None if self.scene.recipe == recipe and self.cuda == cuda else words
+    def unless(self, recipe: str, machine: str) -> str | None:
+        """``machine``, unless this is the recipe on a GPU: what a target is only for."""
+        return None if self.workload.recipe == recipe and self.cuda else machine
 
 
 def bench_speed(options: argparse.Namespace) -> int:
@@ -85,10 +84,10 @@ def bench_speed(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use. Leave --device out to measure the CPU.")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scene = Scene(options.recipe, device, "", tuple(options.overrides))
-    scene = replace(scene, folder=str((options.folder / f"{options.recipe}-{scene.images}").resolve()))
-    console, machine, config = open_console(), describe(), scene.config()
-    sizes, steps = describe_sizes(config), options.steps or scene.steps
+    workload = Workload(options.recipe, device, options.folder, tuple(options.overrides))
+    workload = replace(workload, folder=(options.folder / f"{options.recipe}-{workload.images}").resolve())
+    console, machine, config = open_console(), describe_machine(), workload.config()
+    sizes, steps = describe_sizes(config), options.steps or workload.steps
     console.print(
         f"{options.recipe} on {', '.join(machine['gpus']) if device == 'cuda' else 'the CPU'}, "
         f"{machine['cores']} cores of {machine['processor']}, commit {machine['commit']}; "
@@ -98,79 +97,73 @@ def bench_speed(options: argparse.Namespace) -> int:
         "recipe": options.recipe, "device": device, "sizes": sizes, "overrides": list(options.overrides),
         "rounds": options.rounds, "steps": steps, "machine": machine,
     }  # fmt: skip
-    target = options.json or options.folder / f"{options.recipe}-{device}-{options.command}.json"
+    file = options.json or options.folder / f"{options.recipe}-{device}-{options.command}.json"
     with console.status("making images") as status:
-        make_images(scene)
+        make_images(workload)
         bench = Bench(
-            scene, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.compiled,
-            telling(status, console),
+            workload, options.rounds, steps, options.ranks, options.from_store, options.baseline, options.compiled,
+            progress_line(status, console),
         )  # fmt: skip
         groups = {name: partial(MEASURE[name], bench, config) for name in options.groups}
-        none_failed = measure_groups(console, status, groups, about=about, target=target)
-    return 0 if none_failed else 1
+        return measure_groups(console, status, groups, about=about, file=file)
 
 
 def _step(bench: Bench, config: Config) -> Measured:
-    entries = [bench.entry(_OURS, "training:on_device_steps", steps=bench.steps)]
+    candidates = [bench.candidate(_STEP, training.steps_on_device, steps=bench.steps)]
     if bench.from_store or bench.baseline:
-        entries.append(bench.entry(_FROM_STORE, "training:steps_from_store", steps=bench.steps))
+        candidates.append(bench.candidate(_FROM_STORE, training.steps_from_store, steps=bench.steps))
     if bench.baseline:
-        entries.append(bench.entry(_BASELINE, "plain_loader:data_loader_steps", steps=bench.steps))
+        candidates.append(bench.candidate(_BASELINE, data_loader.training_steps, steps=bench.steps))
     if bench.compiled:
-        entries.append(bench.compiled_entry(_OURS_COMPILED, "training:on_device_steps", steps=bench.steps))
-    rates = bench.race(*entries, *_ceilings(bench))
-    ours = rates[_OURS]
-    found = Measured(rates, _step_bars(bench, config, rates), {})
-    if ours.seen:
-        found.figures.extend(part_figures(ours.seen))
-        found.figures.extend(_device_figures(ours, rates[_MATMUL], training_flops(config)))
+        candidates.append(
+            bench.candidate(_COMPILED, training.steps_on_device, "pretrain.compile=true", steps=bench.steps)
+        )
+    if bench.workload.recipe == "imagenet":
+        size = {"batch_size": 256, "steps": 20} if bench.cuda else {"batch_size": 2, "steps": 1}
+        candidates.append(Candidate(_PLAIN, training.plain_resnet50, {"device": bench.workload.device} | size))
+    rates = bench.race(*candidates)
+    figures = []
+    if rates[_STEP].rounds:
+        last = rates[_STEP].rounds[-1].details
+        figures = [
+            *part_figures(rates[_STEP].rounds),
+            Figure("peak memory", last["peak_memory_gb"], "GB"),
+            Figure("waits of the host per step", last["host_waits"], "", absent="no GPU"),
+        ]
     if bench.compiled:
-        found.figures.extend(compiled_figures(rates[_OURS_COMPILED], ours))
-    return found
+        figures += compiled_figures(rates[_COMPILED], rates[_STEP])
+    return Measured(rates, _step_targets(bench, config, rates), figures)
 
 
-def _ceilings(bench: Bench) -> list[Entry]:
-    """What the device can do; ResNet-50 where the recipe is made of it."""
-    module, device = "paws_hpc.bench.training", {"device": bench.scene.device}
-    product = device | {"size": 8192 if bench.cuda else 1536, "steps": 50 if bench.cuda else 4}
-    entries = [Entry(_MATMUL, f"{module}:matmul", product, unit="TFLOP/s")]
-    if bench.scene.recipe == "imagenet":
-        plain = device | {"batch_size": 256 if bench.cuda else 2, "steps": 20 if bench.cuda else 1}
-        entries.append(Entry(_PLAIN, f"{module}:plain_resnet50", plain | {"compiled": False}))
-        if bench.cuda:
-            entries.append(Entry(_COMPILED, f"{module}:plain_resnet50", plain | {"compiled": True}))
-    return entries
-
-
-def _step_bars(bench: Bench, config: Config, rates: dict[str, Rates]) -> list[Bar]:
-    """What this run can say of the bars of its recipe, and of those of another: a figure, not whether it is reached."""
-    on_imagenet = bench.elsewhere("imagenet", cuda=True, words=_IMAGENET_GPU)
-    on_cifar = bench.elsewhere("cifar", cuda=True, words=_CIFAR_GPU)
-    bars = []
+def _step_targets(bench: Bench, config: Config, rates: dict[str, Rates]) -> list[Target]:
+    on_imagenet, on_cifar = bench.unless("imagenet", _IMAGENET_GPU), bench.unless("cifar", _CIFAR_GPU)
+    targets = []
     if _PLAIN in rates:
-        worth = plain_images(config)
-        bars.append(plain_bar(rates[_OURS], rates[_PLAIN], worth, elsewhere=on_imagenet))
+        targets.append(plain_target(rates[_STEP], rates[_PLAIN], plain_images(config), only_on=on_imagenet))
     if _FROM_STORE in rates:
         stored = rates[_FROM_STORE]
-        bars.append(Bar("from the store / step alone", ratio(stored, rates[_OURS]), "x", 0.95, elsewhere=on_imagenet))
-        wait = statistics.median(100 * seen["data_wait"] for seen in stored.seen) if stored.seen else None
-        bars.append(Bar("data wait, from the store", wait, "%", 2.0, at_most=True, elsewhere=on_cifar))
+        targets.append(
+            Target("from the store / step alone", ratio(stored, rates[_STEP]), "x", 0.95, only_on=on_imagenet)
+        )
+        waits = [100 * each.details["data_wait"] for each in stored.rounds]
+        wait = statistics.median(waits) if waits else None
+        targets.append(Target("data wait, from the store", wait, "%", 2.0, at_most=True, only_on=on_cifar))
     if _BASELINE in rates:
         end_to_end = ratio(rates[_FROM_STORE], rates[_BASELINE])
-        bars.append(Bar("from the store / DataLoader", end_to_end, "x", 10.0, elsewhere=on_cifar))
-    return bars
+        targets.append(Target("from the store / DataLoader", end_to_end, "x", 10.0, only_on=on_cifar))
+    return targets
 
 
-def plain_bar(ours: Rates, plain: Rates, worth: float, *, elsewhere: str | None) -> Bar:
+def plain_target(ours: Rates, plain: Rates, worth: float, *, only_on: str | None) -> Target:
     """Our unlabelled images per second beside the device's rate of plain ResNet-50 images over what one is worth."""
     times = ratio(ours, plain)
     value = None if times is None else times * worth
-    return Bar(f"step / (plain ResNet-50 / {worth:.2f})", value, "x", 0.90, elsewhere=elsewhere)
+    return Target(f"step / (plain ResNet-50 / {worth:.2f})", value, "x", 0.90, only_on=only_on)
 
 
-def part_figures(rounds: Sequence[dict[str, Any]]) -> list[Figure]:
+def part_figures(rounds: Sequence[Round]) -> list[Figure]:
     """Milliseconds of a step and of its parts, medians over rounds, with the share of each within its round."""
-    parts = [seen["parts_s"] for seen in rounds]
+    parts = [each.details["parts_s"] for each in rounds]
     figures = [Figure("step", 1000 * statistics.median(part["step"] for part in parts), "ms")]
     for name in PARTS:
         share = statistics.median(part[name] / part["step"] for part in parts)
@@ -178,132 +171,102 @@ def part_figures(rounds: Sequence[dict[str, Any]]) -> list[Figure]:
     return figures
 
 
-def _device_figures(ours: Rates, product: Rates, flops: int) -> list[Figure]:
-    last = ours.seen[-1]
-    achieved = [flops / seen["parts_s"]["step"] / 1e12 for seen in ours.seen]
-    shares = [mine / ceiling for mine, ceiling in zip(achieved, product.per_s, strict=True)] if product.per_s else []
-    waits = last["host_waits"]
-    return [
-        Figure(
-            "encoder's FLOPs / time of a step, and of the matrix product's",
-            statistics.median(achieved),
-            "TFLOP/s",
-            statistics.median(shares) if shares else None,
-        ),
-        Figure("peak memory", last["peak_memory_gb"], "GB"),
-        Figure("waits of the host per step", waits, "", absent=NO_GPU if waits is None else None),
-        _breaks("graph breaks", last["graph_breaks"]),
-    ]
-
-
-def _breaks(name: str, reasons: dict[str, int] | None) -> Figure:
-    return (
-        Figure(name, None, "", absent="nothing was compiled")
-        if reasons is None
-        else Figure(name, sum(reasons.values()), "")
-    )
-
-
-def compiled_figures(compiled: Rates, written: Rates) -> list[Figure]:
-    """What compiling gains, and whether all of it is one graph per size."""
-    times = ratio(compiled, written)
-    figures = [
-        Figure(f"{compiled.name} / as written", times, "x", absent="one of them failed" if times is None else None)
-    ]
-    if compiled.seen:
-        figures.append(_breaks("  its graph breaks", compiled.seen[-1]["graph_breaks"]))
+def compiled_figures(compiled: Rates, eager: Rates) -> list[Figure]:
+    """What compiling gains, and how often it leaves the graph."""
+    figures = [Figure(f"{compiled.name} / eager", ratio(compiled, eager), "x")]
+    if compiled.rounds:
+        breaks = compiled.rounds[-1].details["graph_breaks"]
+        figures.append(Figure("  its graph breaks", breaks, "", absent="nothing was compiled"))
     return figures
 
 
 def _augment(bench: Bench, config: Config) -> Measured:
     rates = bench.race(
-        bench.entry(_BATCHED, "augmenting:augmentation", steps=bench.steps),
-        bench.entry(_PER_IMAGE, "augmenting:per_image", least_s=3.0 if bench.cuda else 1.0),
-        on=1,
+        bench.candidate(_BATCHED, training.augmentation, steps=bench.steps),
+        bench.candidate(_PER_IMAGE, data_loader.augmentation_per_image, least_s=3.0 if bench.cuda else 1.0),
+        cores=1,
     )
-    times = ratio(rates[_BATCHED], rates[_PER_IMAGE])
-    figure = Figure(f"{_BATCHED} / PIL", times, "x", absent="one of them failed" if times is None else None)
-    return Measured(
-        rates, [], {"counted in": "unlabelled images with all their views and supports; one core"}, [figure]
-    )
+    return Measured(rates, figures=[Figure(f"{_BATCHED} / PIL", ratio(rates[_BATCHED], rates[_PER_IMAGE]), "x")])
 
 
 def _loss(bench: Bench, config: Config) -> Measured:
-    entries = [
-        bench.entry(_OURS, "training:on_device_steps", steps=bench.steps),
-        bench.entry("loss alone", "training:loss_alone", "losses/s", published=False, steps=bench.steps),
-        bench.entry(_DIAGNOSTICS, "training:diagnostics_alone", "times/s", steps=bench.steps),
-    ]
-    published = as_published(bench.scene).pretrain.support
-    if published != config.pretrain.support:
-        rows = published.classes * published.images_per_class * config.views.support_views
-        name = f"loss alone, {rows:,} supports of {published.classes} classes"
-        entries.append(bench.entry(name, "training:loss_alone", "losses/s", published=True, steps=bench.steps))
-    rates = bench.race(*entries)
-    ours = rates[_OURS]
-    shares = [sum(seen["parts_s"][part] for part in LOSS_PARTS) / seen["parts_s"]["step"] for seen in ours.seen]
-    share = 100 * statistics.median(shares) if shares else None
-    every, diagnostics = config.pretrain.log_every_steps, None
-    if ours.seen and (per_s := rates[_DIAGNOSTICS].median):
-        diagnostics = 100 / (per_s * every * statistics.median(seen["parts_s"]["step"] for seen in ours.seen))
-    bars = [
-        Bar("loss, gather and LARS, of the step", share, "%", 3.0, at_most=True),
-        Bar(f"diagnostics every {every} steps, of the step", diagnostics, "%", 2.0, at_most=True),
-    ]
-    return Measured(rates, bars, {}, part_figures(ours.seen) if ours.seen else [])
+    def steps(name: str, every: int) -> Candidate:
+        override = f"pretrain.log_every_steps={every}"
+        return bench.candidate(name, training.steps_on_device, override, steps=bench.steps)
+
+    rates = bench.race(steps(_STEP, 10**9), steps(_DIAGNOSED, 1))
+    step, diagnosed = rates[_STEP].rounds, rates[_DIAGNOSED].rounds
+    every = config.pretrain.log_every_steps
+    return Measured(
+        rates,
+        [
+            Target("loss, gather and LARS, of the step", loss_share(step), "%", 3.0, at_most=True),
+            Target(
+                f"diagnostics every {every} steps, of the step",
+                diagnostics_share(step, diagnosed, every),
+                "%",
+                2.0,
+                at_most=True,
+            ),
+        ],
+        part_figures(step) if step else [],
+    )
+
+
+def loss_share(rounds: Sequence[Round]) -> float | None:
+    """Loss, gather and LARS, percent of the step; None without rounds."""
+    parts = [each.details["parts_s"] for each in rounds]
+    shares = [100 * sum(part[name] for name in LOSS_PARTS) / part["step"] for part in parts]
+    return statistics.median(shares) if shares else None
+
+
+def diagnostics_share(step: Sequence[Round], diagnosed: Sequence[Round], every: int) -> float | None:
+    """Diagnostics in one of ``every`` steps, percent of a step without; None without rounds."""
+    if not step or not diagnosed:
+        return None
+    pairs = [(a.details["parts_s"], b.details["parts_s"]) for a, b in zip(step, diagnosed, strict=True)]
+    return statistics.median(100 * (b["loss"] - a["loss"]) / (every * a["step"]) for a, b in pairs)
 
 
 def _checkpoint(bench: Bench, config: Config) -> Measured:
-    entry = bench.entry("saving", "saving:saving", folder=str(bench.scene.store.parent), steps=max(3, bench.steps // 4))
-    bench.tell("saving")
-    with closing(Contender(entry.function, entry.arguments, cores=sorted(os.sched_getaffinity(0)))) as contender:
-        seen = []
-        for _ in range(bench.rounds + 1):
-            contender.work()
-            seen.append(contender.seen)
-    rounds = seen[1:]
-    every = rounds[0]["checkpoint_every_steps"]
-    shares = [100 * stopped_share(found) for found in rounds]
+    candidate = bench.candidate("saving", training.saving, steps=max(3, bench.steps // 4))
+    saved = bench.race(replace(candidate, unit="saves/s"))["saving"]
+    if saved.failure is not None:
+        raise CandidateError(saved.failure)
 
     def median(name: str) -> float:
-        return statistics.median(found[name] for found in rounds)
+        return statistics.median(each.details[name] for each in saved.rounds)
 
-    figures = [
-        Figure("training stands still, per save", median("stall_s"), "s"),
-        Figure("steps are slower meanwhile by, per save", median("slowed_s"), "s"),
-        Figure("writing", median("writing_s"), "s"),
-        Figure("size", median("bytes") / 1e6, "MB"),
-        Figure("step", 1000 * median("step_s"), "ms"),
-    ]
-    bar = Bar(f"of training with a save every {every} steps", statistics.median(shares), "%", 1.0, at_most=True)
-    return Measured({}, [bar], {}, figures, {"rounds": rounds})
+    every = saved.rounds[0].details["checkpoint_every_steps"]
+    share = statistics.median(100 * stopped_share(each) for each in saved.rounds)
+    return Measured(
+        {},
+        [Target(f"of training with a save every {every} steps", share, "%", 1.0, at_most=True)],
+        [
+            Figure("training stands still, per save", statistics.median(each.seconds for each in saved.rounds), "s"),
+            Figure("steps are slower meanwhile by, per save", median("slowed_s"), "s"),
+            Figure("writing", median("writing_s"), "s"),
+            Figure("size", median("bytes") / 1e6, "MB"),
+            Figure("step", 1000 * median("step_s"), "ms"),
+        ],
+    )
 
 
-def stopped_share(found: dict[str, Any]) -> float:
-    """Of the time between two checkpoints: standing still, and what steps lost while one was being written."""
-    lost = found["stall_s"] + max(0.0, found["slowed_s"])
-    return float(lost / (found["checkpoint_every_steps"] * found["step_s"]))
+def stopped_share(save: Round) -> float:
+    """Of the time between two checkpoints: standing still, and what steps lose while one is being written."""
+    lost = save.seconds + max(0.0, save.details["slowed_s"])
+    return float(lost / (save.details["checkpoint_every_steps"] * save.details["step_s"]))
 
 
 def _collectives(bench: Bench, config: Config) -> Measured:
-    if bench.cuda and torch.cuda.device_count() < bench.ranks:
-        there = torch.cuda.device_count()
-        absent = f"{bench.ranks} ranks need as many GPUs, there {'is' if there == 1 else 'are'} {there}"
-        return Measured({}, [], {}, [Figure("collectives", None, "ms", absent=absent)])
-    bench.tell(f"collectives on {bench.ranks} ranks")
-    found = collectives.measure(bench.scene, ranks=bench.ranks, repeats=max(5, bench.steps))
-    whole = sum(kind["seconds"] for kind in found["kinds"].values())
-    figures = [
-        Figure(
-            f"{name}: {kind['calls']} calls, {kind['bytes'] / 1e6:,.3f} MB",
-            1000 * kind["seconds"],
-            "ms",
-            kind["seconds"] / whole,
-        )
-        for name, kind in found["kinds"].items()
-    ]
-    seen = {"ranks": found["ranks"], "backend": found["backend"]}
-    return Measured({}, [], seen, figures, {"kinds": found["kinds"]})
+    name = f"collectives on {bench.ranks} ranks"
+    if bench.cuda and (gpus := torch.cuda.device_count()) < bench.ranks:
+        absent = f"they need as many GPUs, and this machine has {gpus}"
+        return Measured(figures=[Figure(name, None, "ms", absent=absent)])
+    bench.progress(name)
+    seconds = collectives.measure(bench.workload, ranks=bench.ranks, repeats=max(5, bench.steps))
+    whole = sum(seconds.values())
+    return Measured(figures=[Figure(each, 1000 * value, "ms", value / whole) for each, value in seconds.items()])
 
 
 MEASURE: dict[str, Callable[[Bench, Config], Measured]] = {
@@ -313,4 +276,3 @@ MEASURE: dict[str, Callable[[Bench, Config], Measured]] = {
     "checkpoint": _checkpoint,
     "collectives": _collectives,
 }
-GROUPS = tuple(MEASURE)

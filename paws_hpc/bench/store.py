@@ -1,27 +1,32 @@
-"""``bench store``: the image store and the CPU's part of the data path beside what people use instead.
+"""``bench store``: the image store and the CPU's part of the data path beside other libraries.
 
-A *group* is a set of contenders that do the same work on the same images in one race; a *bar* compares two of them, or
-one of them with a figure.
+A group is a set of candidates that do the same work on the same images; a target compares two of them, or one of them
+with a figure.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from paws_hpc.bench.figures import Bar, Measured, measure_groups, open_console, telling
-from paws_hpc.bench.machine import describe
-from paws_hpc.bench.photographs import write_photographs
-from paws_hpc.bench.rounds import Entry, Rates, race, ratio
-from paws_hpc.bench.synthetic import repeat_store
+from paws_hpc.bench import data_path
+from paws_hpc.bench.figures import (
+    Figure,
+    Measured,
+    Target,
+    describe_machine,
+    measure_groups,
+    open_console,
+    progress_line,
+)
+from paws_hpc.bench.images import repeat_store, write_photographs
+from paws_hpc.bench.peers import loaders
+from paws_hpc.bench.rounds import Candidate, Rates, race, ratio, run_once
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 
 GROUPS = ("reads", "crops", "threads", "supports", "pack", "start", "memory")
@@ -33,7 +38,6 @@ _LITDATA, _MOSAIC, _WEBDATASET = (
 )
 PEERS = tuple(package for _, package in (_LITDATA, _MOSAIC, _WEBDATASET))
 _LEAST_IMAGES = {"start": 1400, "memory": 1400}  # fewer make more shards than may be open, or classes without supports
-_OWN, _PEERS = "paws_hpc.bench.own", "paws_hpc.bench.peers"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class _Bench:
 
     folder: Path
     rounds: int
-    tell: Callable[[str], None]
+    progress: Callable[[str], None]
 
     @property
     def images(self) -> dict[str, str]:
@@ -56,8 +60,8 @@ class _Bench:
     def copies(self) -> dict[str, str]:
         return self.images | {"scratch": str(self.folder / "peers")}
 
-    def race(self, *entries: Entry, cores: int = 1) -> dict[str, Rates]:
-        return race(entries, rounds=self.rounds, cores=sorted(os.sched_getaffinity(0))[:cores], tell=self.tell)
+    def race(self, *candidates: Candidate, cores: int = 1) -> dict[str, Rates]:
+        return race(candidates, rounds=self.rounds, cores=cores, progress=self.progress)
 
 
 def bench_store(options: argparse.Namespace) -> int:
@@ -70,56 +74,54 @@ def bench_store(options: argparse.Namespace) -> int:
             )
     console = open_console()
     folder = options.folder / f"photographs-{options.images}"
-    machine = describe(PEERS)
+    machine = describe_machine(PEERS)
     console.print(
         f"{options.images:,} photographs, {options.rounds} rounds, {machine['cores']} cores of {machine['processor']}, "
         f"commit {machine['commit']}"
     )
-    target = options.json or folder / "store.json"
+    file = options.json or folder / "store.json"
     about = {"images": options.images, "rounds": options.rounds, "machine": machine}
     with console.status("making photographs") as status:
         write_photographs(folder / "images", options.images)
         pack(ImageFolder(folder / "images"), folder / "store", options=PackOptions(check="structure"))
-        bench = _Bench(folder, options.rounds, telling(status, console))
+        bench = _Bench(folder, options.rounds, progress_line(status, console))
         groups = {name: partial(_MEASURE[name], bench) for name in options.only}
-        none_failed = measure_groups(console, status, groups, about=about, target=target)
-    return 0 if none_failed else 1
+        return measure_groups(console, status, groups, about=about, file=file)
 
 
 def _reads(bench: _Bench) -> Measured:
     rates = bench.race(
-        Entry("paws_hpc", f"{_OWN}:reads", bench.store | {"check": False}),
-        Entry("paws_hpc, CRC32C checked", f"{_OWN}:reads", bench.store | {"check": True}),
-        Entry("os.preadv on one flat file", f"{_OWN}:flat_file", bench.store | {"check": False}),
-        Entry("the same with CRC32C", f"{_OWN}:flat_file", bench.store | {"check": True}),
-        Entry("plain files", f"{_OWN}:plain_files", bench.images),
-        Entry("WebDataset, sequential", f"{_PEERS}:webdataset_reads", bench.copies, _WEBDATASET),
+        Candidate("paws_hpc", data_path.reads, bench.store | {"check": False}),
+        Candidate("paws_hpc, CRC32C checked", data_path.reads, bench.store | {"check": True}),
+        Candidate("os.preadv on one flat file", data_path.flat_file, bench.store | {"check": False}),
+        Candidate("the same with CRC32C", data_path.flat_file, bench.store | {"check": True}),
+        Candidate("plain files", data_path.plain_files, bench.images),
+        Candidate("WebDataset, sequential", loaders.webdataset_reads, bench.copies, _WEBDATASET),
     )
     mine = rates["paws_hpc"]
     checked, raw_checked = rates["paws_hpc, CRC32C checked"], rates["the same with CRC32C"]
     return Measured(
         rates,
         [
-            Bar("random reads / raw preadv", ratio(mine, rates["os.preadv on one flat file"]), "x", 0.9),
-            Bar("random reads / raw preadv, both with CRC32C", ratio(checked, raw_checked), "x", 0.9),
-            Bar("random reads / plain files", ratio(mine, rates["plain files"]), "x", 2.0),
-            Bar("random reads / WebDataset's sequential", ratio(mine, rates["WebDataset, sequential"]), "x", 1.5),
+            Target("random reads / raw preadv", ratio(mine, rates["os.preadv on one flat file"]), "x", 0.9),
+            Target("random reads / raw preadv, both with CRC32C", ratio(checked, raw_checked), "x", 0.9),
+            Target("random reads / plain files", ratio(mine, rates["plain files"]), "x", 2.0),
+            Target("random reads / WebDataset's sequential", ratio(mine, rates["WebDataset, sequential"]), "x", 1.5),
         ],
-        {},
     )
 
 
 def _crops(bench: _Bench) -> Measured:
     peers = (
-        Entry("torchvision v2", f"{_PEERS}:torchvision_v2", bench.images),
-        Entry("litdata", f"{_PEERS}:litdata_crops", bench.copies, _LITDATA),
-        Entry("Mosaic Streaming", f"{_PEERS}:mosaic_crops", bench.copies, _MOSAIC),
-        Entry("WebDataset", f"{_PEERS}:webdataset_crops", bench.copies, _WEBDATASET),
+        Candidate("torchvision v2", loaders.torchvision_v2, bench.images),
+        Candidate("litdata", loaders.litdata_crops, bench.copies, _LITDATA),
+        Candidate("Mosaic Streaming", loaders.mosaic_crops, bench.copies, _MOSAIC),
+        Candidate("WebDataset", loaders.webdataset_crops, bench.copies, _WEBDATASET),
     )
     rates = bench.race(
-        Entry("paws_hpc", f"{_OWN}:crops", bench.store | {"threads": 1}),
+        Candidate("paws_hpc", data_path.crops, bench.store | {"threads": 1}),
         *peers,
-        Entry("PIL, all augmentation", f"{_PEERS}:pil_augmentation", bench.images),
+        Candidate("PIL, all augmentation", loaders.pil_augmentation, bench.images),
     )
     mine = rates["paws_hpc"]
     leads = {peer.name: lead for peer in peers if (lead := ratio(mine, rates[peer.name])) is not None}
@@ -128,95 +130,72 @@ def _crops(bench: _Bench) -> Measured:
     return Measured(
         rates,
         [
-            Bar("decode, 2x224 and 6x96 crops, one core", mine.median, "images/s", 240),
-            Bar("the same / PIL with all augmentation", ratio(mine, rates["PIL, all augmentation"]), "x", 7),
-            Bar(of_peers, leads.get(best), "x", 1.3),
+            Target("decode, 2x224 and 6x96 crops, one core", mine.median, "images/s", 240),
+            Target("the same / PIL with all augmentation", ratio(mine, rates["PIL, all augmentation"]), "x", 7),
+            Target(of_peers, leads.get(best), "x", 1.3),
         ],
-        {},
     )
 
 
 def _threads(bench: _Bench) -> Measured:
     rates = bench.race(
-        Entry("two threads", f"{_OWN}:crops", bench.store | {"threads": 2}),
-        Entry("one thread", f"{_OWN}:crops", bench.store | {"threads": 1}),
-        Entry("two processes", f"{_OWN}:crops_by_processes", bench.store | {"processes": 2}),
+        Candidate("two threads", data_path.crops, bench.store | {"threads": 2}),
+        Candidate("one thread", data_path.crops, bench.store | {"threads": 1}),
+        Candidate("two processes", data_path.crops_by_processes, bench.store | {"processes": 2}),
         cores=2,
     )
     one, two, ceiling = rates["one thread"], rates["two threads"], rates["two processes"]
     return Measured(
         rates,
-        [Bar("two threads / one", ratio(two, one), "x", 1.8)],
-        {"two processes / one thread": ratio(ceiling, one)},
+        [Target("two threads / one", ratio(two, one), "x", 1.8)],
+        [Figure("two processes / one thread", ratio(ceiling, one), "x")],
     )
 
 
 def _supports(bench: _Bench) -> Measured:
     rates = bench.race(
-        Entry("decoded in memory", f"{_OWN}:supports", bench.store | {"decoded": True}),
-        Entry("read and decoded each time", f"{_OWN}:supports", bench.store | {"decoded": False}),
-        Entry("PIL, all augmentation", f"{_PEERS}:pil_augmentation", bench.images | {"supports": True}),
+        Candidate("decoded in memory", data_path.supports, bench.store | {"decoded": True}),
+        Candidate("read and decoded each time", data_path.supports, bench.store | {"decoded": False}),
+        Candidate("PIL, all augmentation", loaders.pil_augmentation, bench.images | {"supports": True}),
     )
     cached = rates["decoded in memory"]
-    return Measured(rates, [Bar("supports from the decoded cache, one core", cached.median, "images/s", 1500)], {})
+    return Measured(rates, [Target("supports from the decoded cache, one core", cached.median, "images/s", 1500)])
 
 
 def _pack(bench: _Bench) -> Measured:
     target = {"target": str(bench.folder / "packed")}
     rates = bench.race(
-        Entry("paws_hpc", f"{_OWN}:packing", bench.images | target | {"check": "decode"}),
-        Entry("paws_hpc, --check structure", f"{_OWN}:packing", bench.images | target | {"check": "structure"}),
-        Entry("litdata", f"{_PEERS}:litdata_packing", bench.copies, _LITDATA),
+        Candidate("paws_hpc", data_path.packing, bench.images | target | {"check": "decode"}),
+        Candidate("paws_hpc, --check structure", data_path.packing, bench.images | target | {"check": "structure"}),
+        Candidate("litdata", loaders.litdata_packing, bench.copies, _LITDATA),
         cores=2,
     )
     other, structure = rates["litdata"], rates["paws_hpc, --check structure"]
     return Measured(
         rates,
         [
-            Bar("pack, every JPEG decoded / litdata, two processes", ratio(rates["paws_hpc"], other), "x", 1.5),
-            Bar("pack --check structure / litdata, two processes", ratio(structure, other), "x", 1.5),
+            Target("pack, every JPEG decoded / litdata, two processes", ratio(rates["paws_hpc"], other), "x", 1.5),
+            Target("pack --check structure / litdata, two processes", ratio(structure, other), "x", 1.5),
         ],
-        {},
     )
 
 
 def _start(bench: _Bench) -> Measured:
-    bench.tell("making an index of ImageNet's size")
+    bench.progress("making an index of ImageNet's size")
     store = repeat_store(bench.folder / "store", bench.folder / "imagenet-sized", _IMAGENET)
-    starts = [_fresh("first-batch", str(store)) for _ in range(bench.rounds)]
-    middle = sorted(starts, key=lambda start: start["first_batch_s"])[len(starts) // 2]
-    return Measured(
-        {},
-        [
-            Bar(
-                "first batch of 1.28 million records, after imports, warm",
-                middle["first_batch_s"],
-                "s",
-                2.0,
-                at_most=True,
-            )
-        ],
-        {"starts": starts},
-    )
+    seconds = [run_once(data_path.first_batch, store=str(store)).seconds for _ in range(bench.rounds)]
+    name = "first batch of 1.28 million records, after imports, warm"
+    target = Target(name, statistics.median(seconds), "s", 2.0, at_most=True)
+    return Measured(targets=[target], details={"first_batch_s": seconds})
 
 
 def _memory(bench: _Bench) -> Measured:
-    bench.tell("four epochs")
-    seen = _fresh("epochs", bench.store["store"], str(len(os.sched_getaffinity(0))))
-    share = 100 * seen["growth_mb"] / seen["resident_mb"][0]
-    return Measured({}, [Bar("growth of memory over three epochs", share, "%", 2.0, at_most=True)], seen)
-
-
-def _fresh(*arguments: str) -> dict[str, Any]:
-    """What a new process of ``paws_hpc.bench.fresh`` measured."""
-    done = subprocess.run(
-        [sys.executable, "-m", "paws_hpc.bench.fresh", *arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        raise ValueError(f"{arguments[0]} could not be measured: {said[-1]}")
-    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return seen
+    bench.progress("four epochs")
+    threads = len(os.sched_getaffinity(0))
+    details = run_once(data_path.memory_of_epochs, threads=threads, **bench.store).details
+    first, *_, last = details["memory_mb"]
+    target = Target("growth of memory over three epochs", 100 * (last - first) / first, "%", 2.0, at_most=True)
+    return Measured(targets=[target], details=details)
 
 
 _MEASURE: dict[str, Callable[[_Bench], Measured]] = {

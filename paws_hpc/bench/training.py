@@ -1,95 +1,100 @@
-"""Training as contenders: steps of this program, from data on the device or from a store, and the device's ceilings.
+"""The work of the benchmarks of training: steps from data on the device or from a store, augmentation, saving.
 
-Every function prepares and returns the work, which times itself; on a GPU it waits for the device at its ends alone.
+Every function prepares and returns the work, which takes the time itself; on a GPU it waits for the device at its ends
+alone.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from paws_hpc.bench.counting import graph_breaks, host_waits, peak_memory_gb
-from paws_hpc.bench.recipes import Scene, as_published, cores, on_device, opened_stream, use_threads
-from paws_hpc.bench.timeline import Timeline, marked, medians, synchronise
-from paws_hpc.config import Config
+from paws_hpc.bench.rounds import Round
+from paws_hpc.bench.step_parts import (
+    Timeline,
+    graph_breaks,
+    host_waits,
+    marked,
+    medians,
+    peak_memory_gb,
+    synchronise,
+)
+from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream, use_threads
 from paws_hpc.data.streams import PawsBatch
+from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.encoder import Encoder
-from paws_hpc.objective.config import PawsConfig
-from paws_hpc.objective.labels import class_labels
-from paws_hpc.objective.neighbours import Labels
-from paws_hpc.objective.paws import PawsLoss, diagnose, paws_loss
+from paws_hpc.files import read_json
 from paws_hpc.stages.pretrain import make_training
 
-Work = Callable[[], dict[str, Any]]
+TimedWork = Callable[[], Round]
 
 _BATCHES = 4  # of data on the device, used in turn
 _WARM_STEPS = 4  # one more than are made ahead, so that what was ready before does not count
-_open_for_good = ExitStack()  # what work needs until its process ends
+_SAVE_LIMIT_S = 600.0
+_until_exit = ExitStack()  # what work needs until its process ends
 
 
-def on_device_steps(scene: dict[str, Any], steps: int) -> Work:
-    """Steps on uint8 crops that are on the device, as this program takes them; the parts of each are timed."""
-    training, batches = training_with_data(Scene(**scene))
+def steps_on_device(workload: Workload, steps: int) -> TimedWork:
+    """Steps on uint8 crops that are on the device; the parts of each are timed."""
+    training, batches = training_with_data(workload)
     cuda = training.device.type == "cuda"
     for _ in range(2):  # memory is allocated, and whatever compiles is compiled
         training.step(next(batches))
     waits = host_waits(lambda: training.step(next(batches)), training.device)
 
-    def work() -> dict[str, Any]:
+    def work() -> Round:
         if cuda:
-            training.step(next(batches))  # takes the memory again that others had meanwhile
+            training.step(next(batches))  # takes the memory again that other candidates had meanwhile
         line = Timeline(training.device)
         synchronise(cuda)
         began = time.perf_counter()
         with marked(training, line):
             for _ in range(steps):
-                line.begin()
-                training.step(next(batches))
-            line.close()
+                with line.step():
+                    training.step(next(batches))
         synchronise(cuda)
-        return {
-            "done": steps * training.config.batch_size,
-            "seconds": time.perf_counter() - began,
+        seconds = time.perf_counter() - began
+        details = {
             "parts_s": medians(line.read()),
             "host_waits": waits,
             "graph_breaks": graph_breaks(),
             "peak_memory_gb": peak_memory_gb(training.device),
         }
+        return Round(steps * training.config.batch_size, seconds, details)
 
     return work
 
 
-def training_with_data(scene: Scene) -> tuple[Pretraining, Iterator[PawsBatch]]:
+def training_with_data(workload: Workload) -> tuple[Pretraining, Iterator[PawsBatch]]:
     """Training before its first step, and batches without end whose uint8 crops are on the device."""
-    config = scene.config()
+    config = workload.config()
     use_threads(config)
-    stream = _open_for_good.enter_context(opened_stream(config))
+    stream = _until_exit.enter_context(opened_stream(config))
     training = make_training(config, stream)
     held = [on_device(stream.batch(step), training.device) for step in range(_BATCHES)]
-    numbered = (replace(held[step % _BATCHES], step=step) for step in itertools.count())
-    return training, numbered
+    return training, (replace(held[step % _BATCHES], step=step) for step in itertools.count())
 
 
-def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
+def steps_from_store(workload: Workload, steps: int) -> TimedWork:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
-    config = Scene(**scene).config()
+    config = workload.config()
     use_threads(config)
-    stream = _open_for_good.enter_context(opened_stream(config))
+    stream = _until_exit.enter_context(opened_stream(config))
     training = make_training(config, stream)
     cuda, numbers = training.device.type == "cuda", itertools.count()
     window = MetricsWindow(lambda _: [], remedy="")
 
-    def work() -> dict[str, Any]:
+    def work() -> Round:
         first = next(numbers) * (steps + _WARM_STEPS)
         meter, began = ThroughputMeter(config.pretrain.batch_size, training.device), 0.0
         with stream.prefetch(first, first + _WARM_STEPS + steps, training.dtype) as batches:
@@ -104,29 +109,38 @@ def steps_from_store(scene: dict[str, Any], steps: int) -> Work:
                     window.read(training.encoder)
         synchronise(cuda)
         seconds = time.perf_counter() - began
-        return {
-            "done": steps * config.pretrain.batch_size,
-            "seconds": seconds,
-            "data_wait": meter.read(steps)["train/data_wait"],
-        }
+        data_wait = meter.read(steps)["train/data_wait"]
+        return Round(steps * config.pretrain.batch_size, seconds, {"data_wait": data_wait})
 
     return work
 
 
-def plain_resnet50(device: str, batch_size: int, steps: int, compiled: bool) -> Work:
+def augmentation(workload: Workload, steps: int) -> TimedWork:
+    """Steps' views from the store, in unlabelled images: read, decoded, cropped, and augmented as one batch."""
+    config = workload.config()
+    use_threads(config)
+    device, numbers = torch.device(config.device), itertools.count()
+    stream = _until_exit.enter_context(opened_stream(config))
+
+    def augment_next() -> None:
+        for micro_batch in stream.batch(next(numbers)).micro_batches:
+            stream.augment(micro_batch, device, torch.float32)
+
+    return _timed(augment_next, steps, images=config.pretrain.batch_size, device=device)
+
+
+def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
     """torchvision's ResNet-50 on 224-pixel images that are on the device: cross-entropy, SGD with momentum.
 
     Precision and layout are those of our step: bf16 autocast and channels-last on a GPU, fp32 and contiguous on a CPU.
     """
-    import torchvision  # noqa: PLC0415 - takes seconds, and the other contenders need none of it
+    import torchvision  # noqa: PLC0415 - takes seconds, and the other candidates need none of it
 
     there = torch.device(device)
     cuda = there.type == "cuda"
     torch.set_num_threads(cores())
     layout = torch.channels_last if cuda else torch.contiguous_format
     model = torchvision.models.resnet50().to(there, memory_format=layout)
-    if compiled:
-        model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(batch_size, 3, 224, 224, device=there).to(memory_format=layout)
     labels = torch.randint(1000, (batch_size,), device=there)
@@ -138,89 +152,66 @@ def plain_resnet50(device: str, batch_size: int, steps: int, compiled: bool) -> 
         loss.backward()
         optimizer.step()
 
-    return _timed(step, steps, done=batch_size, cuda=cuda)
+    return _timed(step, steps, images=batch_size, device=there)
 
 
-def matmul(device: str, size: int, steps: int) -> Work:
-    """Square matrix products, bf16 on a GPU and fp32 on a CPU; what is done is TFLOP."""
-    there = torch.device(device)
-    torch.set_num_threads(cores())
-    dtype = torch.bfloat16 if there.type == "cuda" else torch.float32
-    left, right = (torch.randn(size, size, device=there, dtype=dtype) for _ in range(2))
-    result = torch.empty_like(left)
-    return _timed(lambda: torch.mm(left, right, out=result), steps, done=2 * size**3 / 1e12, cuda=there.type == "cuda")
+def _timed(step: Callable[[], object], steps: int, *, images: int, device: torch.device) -> TimedWork:
+    cuda = device.type == "cuda"
 
-
-def loss_alone(scene: dict[str, Any], published: bool, steps: int) -> Work:
-    """The objective of one rank's images, forward and backward, on random representations.
-
-    Args:
-        scene: the recipe.
-        published: against the supports of all ranks of the published recipe, as after the gather.
-        steps: of work.
-    """
-    loss, (anchors, supports, _), config = _on_random_rows(Scene(**scene), published=published)
-
-    def step() -> None:
-        torch.autograd.grad(loss().total, (anchors, supports))
-
-    return _timed(step, steps, done=1, cuda=config.device == "cuda")
-
-
-def diagnostics_alone(scene: dict[str, Any], steps: int) -> Work:
-    """What is measured beside the objective (Fig. 4 of the paper), of one rank's images on random representations."""
-    _, (anchors, supports, labels), config = _on_random_rows(Scene(**scene), published=False)
-    large = anchors[: 2 * config.pretrain.batch_size]
-
-    def step() -> None:
-        diagnose(large, supports, labels, temperature=config.objective.temperature)
-
-    return _timed(step, steps, done=1, cuda=config.device == "cuda")
-
-
-def _on_random_rows(
-    place: Scene, *, published: bool
-) -> tuple[Callable[[], PawsLoss], tuple[Tensor, Tensor, Labels], Config]:
-    """The objective as a function, its anchors, supports and labels, and the config."""
-    config = place.config()
-    use_threads(config)
-    device, objective = torch.device(config.device), config.objective
-    assert isinstance(objective, PawsConfig)
-    support = (as_published(place) if published else config).pretrain.support
-    with torch.device("meta"):
-        features = Encoder(config.model).output_dim
-    rows, n = support.classes * support.images_per_class * config.views.support_views, config.pretrain.batch_size
-    small = config.views.small.count
-    anchors = torch.randn((2 + small) * n, features, device=device, requires_grad=True)
-    supports = torch.randn(rows, features, device=device, requires_grad=True)
-    places = torch.arange(rows) // (rows // support.classes)
-    labels = class_labels(places, support.classes, smoothing=objective.label_smoothing, device=device)
-
-    def loss() -> PawsLoss:
-        return paws_loss(
-            anchors,
-            supports,
-            anchors[: 2 * n].detach(),
-            supports.detach(),
-            labels,
-            temperature=objective.temperature,
-            sharpening=objective.sharpening,
-            num_small_crops=small,
-            me_max=objective.me_max,
-        )
-
-    return loss, (anchors, supports, labels), config
-
-
-def _timed(step: Callable[[], object], steps: int, *, done: float, cuda: bool) -> Work:
-    def work() -> dict[str, Any]:
+    def work() -> Round:
         if cuda:
-            step()  # takes the memory again that others had meanwhile
+            step()  # takes the memory again that other candidates had meanwhile
         synchronise(cuda)
         began = time.perf_counter()
         for _ in range(steps):
             step()
         synchronise(cuda)
-        return {"done": steps * done, "seconds": time.perf_counter() - began}
+        return Round(steps * images, time.perf_counter() - began)
+
+    return work
+
+
+def saving(workload: Workload, steps: int) -> TimedWork:
+    """A few steps, a checkpoint of the state as pre-training saves it, and steps until it is written.
+
+    The round is one save; its seconds are those for which the training loop stood still.
+
+    Args:
+        workload: the recipe; its folder is on the file system that is measured.
+        steps: whose median is the time of one.
+    """
+    training, batches = training_with_data(workload)
+    cuda = training.device.type == "cuda"
+    path = Path(_until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
+    checkpoints = CheckpointFolder(path, identity={}, keep=1)
+    numbers = itertools.count(1)
+
+    def step_s() -> float:
+        synchronise(cuda)
+        began = time.perf_counter()
+        training.step(next(batches))
+        synchronise(cuda)
+        return time.perf_counter() - began
+
+    def work() -> Round:
+        number = next(numbers)
+        usual = statistics.median(step_s() for _ in range(steps))
+        began = time.perf_counter()
+        checkpoints.save(number, training.state_dict())
+        stall = time.perf_counter() - began
+        weights = path / f"step-{number:08d}.pt"
+        record, meanwhile = weights.with_suffix(".json"), []
+        while not record.exists():
+            meanwhile.append(step_s())
+            if time.perf_counter() - began > _SAVE_LIMIT_S:
+                raise TimeoutError(f"{weights} was not written within {_SAVE_LIMIT_S:g} s")
+        details = {
+            "step_s": usual,
+            "slowed_s": sum(meanwhile) - usual * len(meanwhile),
+            "writing_s": float(read_json(record)["seconds"]),
+            "bytes": weights.stat().st_size,
+            "checkpoint_every_steps": training.config.checkpoint_every_steps,
+        }
+        return Round(1, stall, details)
 
     return work

@@ -1,12 +1,13 @@
-"""Contenders of which test_bench knows what they do."""
+"""Candidates for test_bench."""
 
 import itertools
 import os
 import subprocess
-from collections.abc import Callable
+
+from paws_hpc.bench.rounds import Work
 
 
-def count(fail_at: int | None) -> Callable[[], int]:
+def count(fail_at: int | None) -> Work:
     """Counts its calls; fails at one of them."""
     calls = itertools.count()
 
@@ -18,15 +19,18 @@ def count(fail_at: int | None) -> Callable[[], int]:
     return work
 
 
-def cores() -> Callable[[], int]:
+def usable_cores() -> Work:
     """How many cores it may use."""
     return lambda: len(os.sched_getaffinity(0))
 
 
-def hang() -> Callable[[], int]:
-    """Never comes back, nor does the process that it starts."""
+def absent_peer() -> Work:
+    """A library that is not installed."""
+    import absent_peer  # noqa: F401
 
-    def work() -> int:
-        return subprocess.run(["sleep", "3600"], check=False).returncode
+    raise AssertionError
 
-    return work
+
+def hang() -> Work:
+    """Never returns, nor does the process that it starts."""
+    return lambda: subprocess.run(["sleep", "3600"], check=False).returncode

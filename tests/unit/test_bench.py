@@ -1,10 +1,9 @@
-"""The benchmark compares like with like, leaves nobody out in silence, and a contender that fails hurts no other."""
+"""The benchmark compares like with like, leaves no candidate out in silence, and one that fails stops no other."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,15 @@ import torch
 from rich.console import Console
 
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.contender import Contender, ContenderError
-from paws_hpc.bench.figures import Bar, Figure, Measured, measure_groups
-from paws_hpc.bench.own import KINDS
-from paws_hpc.bench.peers import cut, drawn_boxes
-from paws_hpc.bench.photographs import jpegs, write_photographs
-from paws_hpc.bench.rounds import Entry, Rates, race, ratio
-from paws_hpc.bench.synthetic import repeat_store
+from paws_hpc.bench.data_path import CROP_GROUPS, reads
+from paws_hpc.bench.figures import Figure, Measured, Target, measure_groups
+from paws_hpc.bench.images import jpegs, repeat_store, write_photographs
+from paws_hpc.bench.peers.loaders import cut, drawn_boxes
+from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, race, ratio, run_once, started
 from paws_hpc.data.crops import resized_crops
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore, decode_jpeg
+from tests.unit import bench_work
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +28,27 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_photographs_are_as_large_as_imagenets_and_the_same_every_time(photographs: Path, tmp_path: Path) -> None:
-    files = jpegs(str(photographs))
+    files = jpegs(photographs)
     assert [int(path.stem) for path in files] == list(range(40))
     assert 100_000 < sum(path.stat().st_size for path in files) / 40 < 120_000
-    again = jpegs(str(write_photographs(tmp_path, 40)))
+    again = jpegs(write_photographs(tmp_path, 40))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in files]
     assert len({path.read_bytes() for path in files}) == 40
 
 
 def test_peers_make_the_crops_that_we_make(photographs: Path) -> None:
     boxes = drawn_boxes(str(photographs))
-    for number, path in enumerate(jpegs(str(photographs))[:8]):
+    for number, path in enumerate(jpegs(photographs)[:8]):
         jpeg = path.read_bytes()
         theirs = cut(jpeg, number, boxes)
         image = torch.from_numpy(decode_jpeg(jpeg)).permute(2, 0, 1)
-        for (crop, _), of_kind, crops in zip(KINDS, boxes, theirs, strict=True):
-            mine = resized_crops([image], of_kind[number][None], torch.empty_like(crops)[:, None])[:, 0]
+        for (crop, _), of_group, crops in zip(CROP_GROUPS, boxes, theirs, strict=True):
+            mine = resized_crops([image], of_group[number][None], torch.empty_like(crops)[:, None])[:, 0]
             assert crops.shape == (crop.count, 3, crop.size, crop.size)
             assert (crops.int() - mine.int()).abs().max() <= 1
 
 
-def test_every_contender_is_in_the_figures_or_the_reason_why_not(
+def test_every_candidate_is_in_the_figures_or_the_reason_why_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     groups = ["reads"]
@@ -62,35 +60,33 @@ def test_every_contender_is_in_the_figures_or_the_reason_why_not(
     assert found["machine"]["cores"] >= 1
     for group in found["groups"].values():
         for name, rates in group["rates"].items():
-            assert (rates["failure"] is None) == (len(rates["per_s"]) == 1), name
+            assert (rates["failure"] is None) == (len(rates["rounds"]) == 1), name
             assert name in printed
     webdataset = importlib.util.find_spec("webdataset") is not None
     assert ("not installed: pip install webdataset" in printed) != webdataset
     assert (found["machine"]["versions"]["webdataset"] is not None) == webdataset
     reads = found["groups"]["reads"]
-    assert {bar["unit"] for bar in reads["bars"]} == {"x"}
-    assert [bar["value"] is not None for bar in reads["bars"]] == [True, True, True, webdataset]
+    assert {target["unit"] for target in reads["targets"]} == {"x"}
+    assert [target["value"] is not None for target in reads["targets"]] == [True, True, True, webdataset]
     assert reads["rates"]["paws_hpc"]["median"] > 0
 
 
-def test_a_contender_that_cannot_start_or_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_candidate_that_cannot_start_or_fails_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    needs = ("absent_peer", "absent-package")
     (tmp_path / "store").mkdir()
-    good = Entry("good", "tests.unit.bench_work:count", {"fail_at": None})
-    entries = [
-        Entry("no such module", "absent_peer:work", {}, ("absent_peer", "absent-package")),
-        Entry("its own fault", "paws_hpc.bench.absent:work", {}, ("absent_peer", "absent-package")),
-        Entry("fails at once", "paws_hpc.bench.own:reads", {"store": str(tmp_path / "store"), "check": True}),
-        Entry("fails later", "tests.unit.bench_work:count", {"fail_at": 2}),
-        good,
+    candidates = [
+        Candidate("absent", bench_work.absent_peer, needs=needs),
+        Candidate("its own fault", bench_work.absent_peer, needs=("other", "other")),
+        Candidate("fails at once", reads, {"store": str(tmp_path / "store"), "check": True}),
+        Candidate("fails later", bench_work.count, {"fail_at": 2}),
+        Candidate("good", bench_work.count, {"fail_at": None}),
     ]
-    rates = race(entries, rounds=3, cores=[0], tell=lambda _: None)
-    assert rates["no such module"].failure == (
-        "not installed: pip install absent-package, or all of them by `make bench`"
-    )
-    assert rates["its own fault"].failure == "ModuleNotFoundError: No module named 'paws_hpc.bench.absent'"
+    rates = race(candidates, rounds=3, cores=1, progress=lambda _: None)
+    assert rates["absent"].failure == "not installed: pip install absent-package, or all of them by `make bench`"
+    assert rates["its own fault"].failure == "ModuleNotFoundError: No module named 'absent_peer'"
     assert "is not a complete image store" in str(rates["fails at once"].failure)
     assert rates["fails later"].failure == "ValueError: the disk is gone"
-    assert rates["fails later"].per_s == []
+    assert rates["fails later"].rounds == []
     assert rates["good"].failure is None
     assert len(rates["good"].per_s) == 3
     assert ratio(rates["good"], rates["fails later"]) is None
@@ -100,42 +96,57 @@ def test_a_group_that_cannot_be_measured_is_named_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> Measured:
-        raise ContenderError("out of memory")
+        raise CandidateError("out of memory")
 
     console = Console(width=120)
-    found = Measured({}, [], {}, [Figure("step", 2.0, "ms")])
+    groups = {"checkpoint": fail, "step": lambda: Measured(figures=[Figure("step", 2.0, "ms")])}
     with console.status("") as status:
-        asked = {"checkpoint": fail, "step": lambda: found}
-        assert not measure_groups(console, status, asked, about={}, target=tmp_path / "json")
-        assert measure_groups(console, status, {"step": lambda: found}, about={}, target=tmp_path / "alone")
-    groups = json.loads((tmp_path / "json").read_text())["groups"]
-    assert groups["checkpoint"]["figures"][0]["absent"] == "failed: out of memory"
-    assert groups["step"]["figures"][0]["value"] == 2.0
+        assert measure_groups(console, status, groups, about={}, file=tmp_path / "json") == 1
+        del groups["checkpoint"]
+        assert measure_groups(console, status, groups, about={}, file=tmp_path / "alone") == 0
+    written = json.loads((tmp_path / "json").read_text())["groups"]
+    assert written["checkpoint"]["figures"][0]["absent"] == "failed: out of memory"
+    assert written["step"]["figures"][0]["value"] == 2.0
     assert "not measured: failed: out of memory" in capsys.readouterr().out
 
 
-def test_a_contender_is_bound_to_its_cores() -> None:
-    with closing(Contender("tests.unit.bench_work:cores", {}, cores=[0])) as contender:
-        assert contender.work()[0] == 1
-    with pytest.raises(ContenderError, match="has no attribute"):
-        Contender("tests.unit.bench_work:absent", {}, cores=[0])
+def test_a_candidate_is_bound_to_its_cores() -> None:
+    with started(Candidate("cores", bench_work.usable_cores), cores=[0]) as work:
+        assert work().done == 1
+    assert run_once(bench_work.usable_cores).done >= 1
 
 
-def test_a_contender_that_hangs_is_ended_with_all_that_it_started_and_said_so() -> None:
+def test_a_candidate_that_hangs_is_killed_with_all_that_it_started() -> None:
     with (
-        pytest.raises(ContenderError, match="gave no answer within 2 s"),
-        closing(Contender("tests.unit.bench_work:hang", {}, cores=[0], limit_s=2)) as contender,
+        pytest.raises(CandidateError, match="gave no answer within 3 s"),
+        started(Candidate("hang", bench_work.hang), cores=[0], limit_s=3) as work,
     ):
-        contender.work()
+        work()
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:
     """The machine was three times as slow in the second round: both were."""
-    assert ratio(Rates("a", [300.0, 100.0, 330.0]), Rates("b", [150.0, 50.0, 150.0])) == 2.0
-    assert Bar("", 0.95, "x", 0.9).reached
-    assert Bar("", 0.89, "x", 0.9).reached is False
-    assert Bar("", 2.1, "s", 2.0, at_most=True).reached is False
-    assert Bar("", None, "x", 0.9).reached is None
+
+    def rates(*per_s: float) -> Rates:
+        return Rates("", rounds=[Round(each, 1.0) for each in per_s])
+
+    assert ratio(rates(300, 100, 330), rates(150, 50, 150)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "at_most", "only_on", "reached"),
+    [
+        (0.95, False, None, True),
+        (0.89, False, None, False),
+        (0.95, True, None, False),
+        (None, False, None, None),
+        (0.95, False, "one H100", None),
+    ],
+)
+def test_a_target_is_reached_missed_or_not_measured(
+    value: float | None, at_most: bool, only_on: str | None, reached: bool | None
+) -> None:
+    assert Target("", value, "x", 0.9, at_most=at_most, only_on=only_on).reached is reached
 
 
 def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path: Path) -> None:

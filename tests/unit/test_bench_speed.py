@@ -5,48 +5,29 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import nn
 
+from paws_hpc.bench import collectives
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.augmenting import augmentation, per_image
-from paws_hpc.bench.collectives import measure
-from paws_hpc.bench.counting import forward_flops, host_waits, plain_images, rows_of, training_flops
-from paws_hpc.bench.figures import Bar, Figure
-from paws_hpc.bench.photographs import write_photographs
-from paws_hpc.bench.plain_loader import (
-    PlainLARS,
-    data_loader_steps,
-    loaders,
-    open_images,
-    use_torch_norm,
-    written_out_loss,
+from paws_hpc.bench.images import write_photographs
+from paws_hpc.bench.peers.data_loader import augmentation_per_image, loaders, open_images, training_steps
+from paws_hpc.bench.rounds import CandidateError, Rates, Round, Work
+from paws_hpc.bench.speed import (
+    compiled_figures,
+    diagnostics_share,
+    loss_share,
+    part_figures,
+    plain_target,
+    stopped_share,
 )
-from paws_hpc.bench.recipes import Scene, make_images, on_device, opened_stream
-from paws_hpc.bench.rounds import Rates
-from paws_hpc.bench.saving import saving
-from paws_hpc.bench.speed import compiled_figures, part_figures, plain_bar, stopped_share
-from paws_hpc.bench.timeline import LOSS_PARTS, PARTS, Timeline, marked
-from paws_hpc.bench.training import (
-    diagnostics_alone,
-    loss_alone,
-    matmul,
-    on_device_steps,
-    plain_resnet50,
-    steps_from_store,
-)
-from paws_hpc.engine.optimizer import build_optimizer
+from paws_hpc.bench.step_parts import PARTS, Timeline, forward_flops, marked, plain_images
+from paws_hpc.bench.training import augmentation, plain_resnet50, saving, steps_from_store, steps_on_device
+from paws_hpc.bench.workloads import Workload, make_images, on_device, opened_stream, rows_by_crop_group
 from paws_hpc.models.encoder import build_encoder
-from paws_hpc.models.norm import GlobalBatchNorm2d
-from paws_hpc.objective.config import PawsConfig
-from paws_hpc.objective.labels import smooth_labels
-from paws_hpc.objective.paws import paws_loss
 from paws_hpc.stages.pretrain import make_training
 
 TINY = (
@@ -61,8 +42,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    made = Scene("digits", "cpu", str(tmp_path_factory.mktemp("bench") / "digits"), TINY)
+def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
+    made = Workload("digits", "cpu", tmp_path_factory.mktemp("bench") / "digits", TINY)
     make_images(made)
     return made
 
@@ -84,21 +65,19 @@ def test_resnet50_costs_what_it_is_known_to_cost() -> None:
 
 
 def test_the_imagenet_recipe_on_a_gpu_is_the_papers() -> None:
-    config = Scene("imagenet", "cuda", "nowhere").config()
-    assert rows_of(config) == [(105, 224), (128, 224), (384, 96)]
+    config = Workload("imagenet", "cuda", Path("nowhere")).config()
+    assert rows_by_crop_group(config) == [(105, 224), (128, 224), (384, 96)]
     assert plain_images(config) == pytest.approx(4.74, abs=0.01)
-    # Forward, and two products in backward; the heads come on top, and the first layer's images need no gradient.
-    assert training_flops(config) == pytest.approx(3 * 2 * 64 * 19.4e9, rel=0.02)
 
 
 def test_the_cifar_recipe_on_a_gpu_is_the_papers() -> None:
-    config = Scene("cifar", "cuda", "nowhere").config()
-    assert rows_of(config) == [(1280, 32), (512, 32), (1536, 18)]
+    config = Workload("cifar", "cuda", Path("nowhere")).config()
+    assert rows_by_crop_group(config) == [(1280, 32), (512, 32), (1536, 18)]
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 28, 2)
 
 
-def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(scene: Scene) -> None:
-    config, weights, backward = scene.config(), [], torch.autograd.backward
+def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(workload: Workload) -> None:
+    config, weights, backward = workload.config(), [], torch.autograd.backward
     line = Timeline(CPU)
     with opened_stream(config) as stream:
         for observed in (False, True):
@@ -112,10 +91,8 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(scene: Sc
                 if not observed:
                     training.step(batch)
                     continue
-                with marked(training, line):
-                    line.begin()
+                with marked(training, line), line.step():
                     training.step(batch)
-                    line.close()
             assert training.model is model
             weights.append(training.encoder.state_dict())
     assert torch.autograd.backward is backward
@@ -127,55 +104,48 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(scene: Sc
         assert parts["backward"] > parts["loss, backward"]
 
 
-@pytest.mark.parametrize("begin", [on_device_steps, steps_from_store, data_loader_steps])
-def test_training_says_what_it_did(begin: Callable[..., Any], scene: Scene) -> None:
-    said = begin(asdict(scene), steps=2)()
-    assert said["done"] == 2 * 16
-    assert said["seconds"] > 0
-    if begin is on_device_steps:
-        assert list(said["parts_s"]) == [*PARTS, "step"]
-        assert said["parts_s"]["step"] <= said["seconds"]
-        assert said["host_waits"] is None
-        assert said["graph_breaks"] is None
-        assert 0.01 < said["peak_memory_gb"] < 100
-    if begin is steps_from_store:
-        assert 0 <= said["data_wait"] <= 1
+@pytest.mark.parametrize("prepare", [steps_on_device, steps_from_store, training_steps, augmentation])
+def test_a_round_counts_the_images_of_its_steps(prepare: Callable[..., Work], workload: Workload) -> None:
+    done = prepare(workload, steps=2)()
+    assert isinstance(done, Round)
+    assert done.done == 2 * 16
+    assert done.seconds > 0
+    if prepare is steps_on_device:
+        assert list(done.details["parts_s"]) == [*PARTS, "step"]
+        assert done.details["parts_s"]["step"] <= done.seconds
+        assert (done.details["host_waits"], done.details["graph_breaks"]) == (None, None)
+        assert 0.01 < done.details["peak_memory_gb"] < 100
+    if prepare is steps_from_store:
+        assert 0 <= done.details["data_wait"] <= 1
 
 
-def test_other_contenders_do_what_they_are_counted_for(scene: Scene) -> None:
-    plain = asdict(scene)
-    assert augmentation(plain, steps=2)()["done"] == 32
-    assert per_image(plain, least_s=0.01)()["done"] >= 1
-    assert loss_alone(plain, published=True, steps=3)()["done"] == 3
-    assert diagnostics_alone(plain, steps=3)()["done"] == 3
-    assert matmul("cpu", 100, steps=5)()["done"] == pytest.approx(5 * 2e-6)
-    assert plain_resnet50("cpu", 1, steps=1, compiled=False)()["done"] == 1
+def test_other_candidates_do_what_they_are_counted_for(workload: Workload) -> None:
+    assert augmentation_per_image(workload, least_s=0.01)().done >= 1
+    assert plain_resnet50("cpu", 1, steps=1)().done == 1
 
 
-def test_a_save_is_timed_and_weighed(scene: Scene, tmp_path: Path) -> None:
-    work = saving(asdict(scene), str(tmp_path), steps=1)
+def test_a_save_is_timed_and_weighed(workload: Workload) -> None:
+    work = saving(workload, steps=1)
     work()
-    said = work()
-    written = max(tmp_path.rglob("step-*.pt"))  # the first save may not be swept up yet: that happens after the second
-    assert said["bytes"] == written.stat().st_size
-    assert 0 < said["stall_s"] == said["seconds"]
-    assert said["checkpoint_every_steps"] == 100
-    found = {"stall_s": 2.0, "slowed_s": 1.0, "checkpoint_every_steps": 100, "step_s": 0.5}
-    assert stopped_share(found) == pytest.approx(0.06)
-    assert stopped_share(found | {"slowed_s": -1.0}) == pytest.approx(0.04)
+    save = work()
+    written = max(workload.folder.rglob("step-*.pt"))  # the first save may not be swept up yet
+    assert save.details["bytes"] == written.stat().st_size
+    assert save.seconds > 0
+    assert save.details["checkpoint_every_steps"] == 100
+    details = {"slowed_s": 1.0, "checkpoint_every_steps": 100, "step_s": 0.5}
+    assert stopped_share(Round(1, 2.0, details)) == pytest.approx(0.06)
+    assert stopped_share(Round(1, 2.0, details | {"slowed_s": -1.0})) == pytest.approx(0.04)
 
 
 @pytest.mark.usefixtures("one_core")
-def test_collectives_of_two_ranks_move_the_bytes_that_they_must(scene: Scene) -> None:
-    found = measure(scene, ranks=2, repeats=1)
-    encoder, config = build_encoder(scene.config().model, seed=0), scene.config()
-    assert (found["ranks"], found["backend"]) == (2, "gloo")
-    kinds = {name.partition(",")[0]: kind for name, kind in found["kinds"].items()}
-    assert all(kind["seconds"] > 0 and kind["calls"] > 0 for kind in kinds.values())
-    supports = 10 * config.pretrain.support.images_per_class * config.views.support_views
-    gathered = 2 * supports * encoder.output_dim * 4  # z and h; then the gradients of all ranks with respect to z
-    assert kinds["gather of supports and their targets"]["bytes"] == gathered + gathered // 2
-    assert kinds["gradients"]["bytes"] == 4 * sum(parameter.numel() for parameter in encoder.parameters())
+def test_collectives_of_two_ranks_are_timed_and_a_failing_rank_is_an_error(workload: Workload) -> None:
+    seconds = collectives.measure(workload, ranks=2, repeats=1)
+    parameters = sum(parameter.numel() for parameter in build_encoder(workload.config().model, seed=0).parameters())
+    assert len(seconds) == 4
+    assert min(seconds.values()) > 0
+    assert f"gradients, {4 * parameters / 1e6:.3f} MB" in seconds
+    with pytest.raises(CandidateError, match="collectives on 2 ranks failed"):
+        collectives.measure(workload.with_overrides("pretrain.support.classes=0"), ranks=2, repeats=1)
 
 
 @pytest.mark.usefixtures("one_core")
@@ -190,16 +160,14 @@ def test_the_command_writes_what_it_prints_and_says_what_it_could_not_measure(
     assert {"gpus", "versions", "commit", "processor"} <= set(found["machine"])
     assert found["sizes"]["unlabelled per step"] == 16
     group = found["groups"]["step"]
-    assert [rates["failure"] for rates in group["rates"].values()] == [None] * 3
-    assert {rates["unit"] for rates in group["rates"].values()} == {"images/s", "TFLOP/s"}
-    figures = {figure["work"].strip(): figure for figure in group["figures"]}
+    assert [rates["failure"] for rates in group["rates"].values()] == [None] * 2
+    assert {rates["unit"] for rates in group["rates"].values()} == {"images/s"}
+    figures = {figure["name"].strip(): figure for figure in group["figures"]}
     assert sum(figures[part]["share"] for part in PARTS) == pytest.approx(1, abs=0.1)
     assert figures["waits of the host per step"]["value"] is None
-    assert figures["waits of the host per step"]["absent"] == "no GPU"
-    assert figures["graph breaks"]["absent"] == "nothing was compiled"
     assert "not measured: no GPU" in printed
-    assert {bar["reached"] for bar in group["bars"]} == {None}  # they are of other recipes, on a GPU
-    assert all(bar["value"] > 0 or bar["unit"] == "%" for bar in group["bars"])
+    assert {target["reached"] for target in group["targets"]} == {None}  # they are of other recipes, on a GPU
+    assert all(target["value"] > 0 or target["unit"] == "%" for target in group["targets"])
     assert "not measured here" in printed
 
 
@@ -209,12 +177,11 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert "there is no GPU" in capsys.readouterr().err
     assert main(["loss", "--device", "cpu", "model.nmae=x"]) == 1
     assert "nmae" in capsys.readouterr().err
-    assert host_waits(lambda: None, CPU) is None
 
 
-def test_the_baseline_sees_the_recipes_views(scene: Scene) -> None:
-    config = scene.config()
-    unlabelled, supports = loaders(config, scene, batches=2)
+def test_the_baseline_sees_the_recipes_views(workload: Workload) -> None:
+    config = workload.config()
+    unlabelled, supports = loaders(config, workload, batches=2)
     assert len(unlabelled) == len(supports) == 2
     views, _ = next(iter(unlabelled))
     rows, classes = next(iter(supports))
@@ -225,70 +192,39 @@ def test_the_baseline_sees_the_recipes_views(scene: Scene) -> None:
 
 def test_the_baseline_reads_the_files_that_were_packed(tmp_path: Path) -> None:
     write_photographs(tmp_path / "images", 4)
-    images = open_images(Scene("imagenet", "cpu", str(tmp_path)))
+    images = open_images(Workload("imagenet", "cpu", tmp_path))
     assert images.labels == [0, 1, 2, 3]
     assert images.load(2).mode == "RGB"
 
 
-@pytest.mark.parametrize("small", [0, 2])
-def test_the_baselines_loss_is_ours(small: int) -> None:
-    torch.manual_seed(0)
-    supports, n, classes = 12, 5, 3
-    h, z = (torch.randn(supports + (2 + small) * n, 8) for _ in range(2))
-    labels = smooth_labels(torch.arange(supports) % classes, classes, smoothing=0.1)
-    how = PawsConfig()
-    written = written_out_loss(h, z, labels, supports=supports, images=n, how=how)
-    ours = paws_loss(
-        z[supports:], z[:supports], h[supports : supports + 2 * n], h[:supports], labels, num_small_crops=small
-    )
-    torch.testing.assert_close(written, ours.total, rtol=1e-5, atol=1e-6)
-
-
-def test_the_baseline_takes_our_first_step(scene: Scene) -> None:
-    """With one learning rate its momentum is ours; only a changing one takes another path."""
-    config = Scene("cifar", "cpu", "nowhere", ("model.depth=10",)).config()
-    config.optimizer.weight_decay = 1e-2
-    stepped = []
-    for plain in (True, False):
-        model = build_encoder(config.model, seed=0)
-        if plain:
-            use_torch_norm(model)
-            kinds = {type(layer) for layer in model.modules()}
-            assert nn.BatchNorm2d in kinds
-            assert GlobalBatchNorm2d not in kinds
-        torch.manual_seed(0)
-        images = torch.randn(4, 3, 32, 32)
-        model([images])[1].square().sum().backward()
-        (PlainLARS(model, config) if plain else build_optimizer(model, config.optimizer)).step()
-        stepped.append(model.state_dict())
-    torch.testing.assert_close(stepped[0], stepped[1] | {k: v for k, v in stepped[0].items() if "tracked" in k})
-
-
 def test_ratios_and_shares_are_taken_within_rounds() -> None:
     """The machine was half as fast in the second round."""
-    bar = plain_bar(Rates("", [400.0, 200.0, 380.0]), Rates("", [2000.0, 1000.0, 2000.0]), 4.74, elsewhere=None)
-    assert bar.value == pytest.approx(0.948)
-    assert bar.reached
-    assert plain_bar(Rates("", []), Rates("", [1.0]), 4.74, elsewhere=None).value is None
-    slow = dict.fromkeys(PARTS, 2.0) | {"step": 2.0 * len(PARTS)}
-    fast = dict.fromkeys(PARTS, 1.0) | {"step": 1.0 * len(PARTS)}
-    whole, *parts = part_figures([{"parts_s": slow}, {"parts_s": fast}, {"parts_s": fast}])
+
+    def rates(*per_s: float) -> Rates:
+        return Rates("", rounds=[Round(each, 1.0) for each in per_s])
+
+    target = plain_target(rates(400, 200, 380), rates(2000, 1000, 2000), 4.74, only_on=None)
+    assert target.value == pytest.approx(0.948)
+    assert target.reached
+    assert plain_target(Rates(""), rates(1.0), 4.74, only_on=None).value is None
+
+    def rounds(*part_s: float, loss: float = 1.0) -> list[Round]:
+        parts = [dict.fromkeys(PARTS, each) | {"loss": loss * each, "step": each * len(PARTS)} for each in part_s]
+        return [Round(1, 1.0, {"parts_s": each}) for each in parts]
+
+    whole, *parts = part_figures(rounds(2.0, 1.0, 1.0))
     assert whole.value == pytest.approx(1000 * len(PARTS))
     assert [figure.share for figure in parts] == pytest.approx([1 / len(PARTS)] * len(PARTS))
-    assert set(LOSS_PARTS) < set(PARTS)
+    assert loss_share(rounds(2.0, 1.0)) == pytest.approx(100 * 3 / len(PARTS))
+    assert diagnostics_share(rounds(2.0, 1.0), rounds(2.0, 1.0, loss=1.5), 10) == pytest.approx(5 / len(PARTS))
+    assert diagnostics_share([], rounds(1.0), 10) is None
 
 
 def test_compiling_is_compared_within_rounds_and_says_how_often_it_left_the_graph() -> None:
-    written = Rates("written", [100.0, 50.0, 100.0])
-    compiled = Rates("compiled", [150.0, 75.0, 160.0], seen=[{"graph_breaks": {"a call": 2, "a branch": 1}}])
-    gain, breaks = compiled_figures(compiled, written)
+    eager = Rates("eager", rounds=[Round(each, 1.0) for each in (100.0, 50.0, 100.0)])
+    compiled = Rates("compiled", rounds=[Round(each, 1.0, {"graph_breaks": 3}) for each in (150.0, 75.0, 160.0)])
+    gain, breaks = compiled_figures(compiled, eager)
     assert gain.value == pytest.approx(1.5)
     assert breaks.value == 3
-    (failed,) = compiled_figures(Rates("compiled", []), written)
-    assert failed.absent == "one of them failed"
-
-
-def test_a_bar_of_another_machine_is_neither_reached_nor_missed() -> None:
-    assert Bar("", 0.95, "x", 0.9, elsewhere="one H100").reached is None
-    with pytest.raises(AssertionError):
-        Figure("waits", None, "")
+    (failed,) = compiled_figures(Rates("compiled"), eager)
+    assert failed.absent == "a candidate failed"

@@ -1,22 +1,23 @@
-"""The work of this program's data path, as contenders; every function prepares and returns the work.
+"""The work of ``bench store``: this program's data path, and what reading images costs at least.
 
-The work returns how many images it did.
+Every function prepares and returns the work, which returns how many images it did.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import torch
 
-from paws_hpc.bench.contender import Contender
-from paws_hpc.bench.photographs import CLASSES, jpegs
+from paws_hpc.bench.images import CLASSES, jpegs, read_again
+from paws_hpc.bench.rounds import Candidate, Round, Work, started
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop
@@ -27,34 +28,20 @@ from paws_hpc.store import ImageStore
 
 BATCH = 64
 VIEWS = ViewsConfig()
-KINDS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
+CROP_GROUPS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
 _CPU = torch.device("cpu")
-
-Work = Callable[[], int]
+_EPOCHS = 4  # whose memory is watched; the first one warms up, with what comes before it
+_SLOW_STEP_S = 2.0  # in which all batches that may be made ahead are made
 
 
 def shuffled(count: int) -> Positions:
-    """The order in which everybody who reads at random reads."""
+    """The order in which every candidate that reads at random reads."""
     return np.random.default_rng(0).permutation(count)
 
 
 def batches(records: Positions) -> list[Positions]:
-    """Parts of :data:`BATCH` records; what is left over is left out, so that all batches are alike."""
+    """Whole batches of :data:`BATCH` records."""
     return [records[start : start + BATCH] for start in range(0, len(records) - BATCH + 1, BATCH)]
-
-
-def read_again(paths: Iterable[str | Path]) -> None:
-    """Take files out of the page cache and read them into it, one after the other.
-
-    How a file came there, written or read and when, makes copies out of it faster or slower by up to a third. So
-    contenders are compared on files that came there in the same way.
-    """
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while file.read(1 << 20):
-                pass
 
 
 def reads(store: str, check: bool) -> Work:
@@ -73,7 +60,7 @@ def reads(store: str, check: bool) -> Work:
 
 
 def flat_file(store: str, check: bool) -> Work:
-    """What reading at random costs at least: ``os.preadv`` into one buffer at offsets that are known, and CRC32C."""
+    """The least that reading at random costs: ``os.preadv`` into one buffer at known offsets, and CRC32C."""
     images = ImageStore.open(store)
     path = Path(store).with_suffix(".flat")
     with open(path, "wb") as file:
@@ -84,9 +71,9 @@ def flat_file(store: str, check: bool) -> Work:
     order = np.concatenate(batches(shuffled(len(images)))).tolist()
 
     def work() -> int:
-        for place in order:
-            record = buffer[: lengths[place]]
-            os.preadv(descriptor, [record], starts[place])
+        for position in order:
+            record = buffer[: lengths[position]]
+            os.preadv(descriptor, [record], starts[position])
             if check:
                 google_crc32c.value(np.frombuffer(record, np.uint8))
         return len(order)
@@ -101,8 +88,8 @@ def plain_files(folder: str) -> Work:
     order = np.concatenate(batches(shuffled(len(paths)))).tolist()
 
     def work() -> int:
-        for place in order:
-            with open(paths[place], "rb", buffering=0) as file:
+        for position in order:
+            with open(paths[position], "rb", buffering=0) as file:
                 file.read()
         return len(order)
 
@@ -118,8 +105,8 @@ def crops(store: str, threads: int) -> Work:
 
     def work() -> int:
         epoch, finish = next(epochs), None
-        for records in order:  # as Prefetch does: one is begun before the last is waited for
-            begun = multicrop.begin(records, KINDS, epoch=epoch, config=VIEWS.augment)
+        for records in order:  # one batch is begun before the last is waited for, as in training
+            begun = multicrop.begin(records, CROP_GROUPS, epoch=epoch, config=VIEWS.augment)
             if finish is not None:
                 finish()
             finish = begun
@@ -132,14 +119,11 @@ def crops(store: str, threads: int) -> Work:
 
 def crops_by_processes(store: str, processes: int) -> Work:
     """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
-    cores = sorted(os.sched_getaffinity(0))[:processes]
-    others = [Contender(f"{__name__}:crops", {"store": store, "threads": 1}, cores=[core]) for core in cores]
-    pool = ThreadPoolExecutor(processes)
-
-    def work() -> int:
-        return round(sum(done for done, _ in pool.map(Contender.work, others)))
-
-    return work
+    cores, running = sorted(os.sched_getaffinity(0))[:processes], ExitStack()
+    one = Candidate("a process of its own", crops, {"store": store, "threads": 1})
+    workers = [running.enter_context(started(one, cores=[core])) for core in cores]
+    pool = running.enter_context(ThreadPoolExecutor(processes))
+    return lambda: sum(done.done for done in pool.map(lambda worker: worker(), workers))
 
 
 def supports(store: str, decoded: bool) -> Work:
@@ -172,10 +156,10 @@ def packing(folder: str, target: str, check: str) -> Work:
     return work
 
 
-def paws_stream(store: ImageStore, *, threads: int) -> PawsStream:
+def _stream(store: ImageStore, *, threads: int) -> PawsStream:
     """The stream of one of 64 GPUs at ImageNet's recipe: 64 unlabelled images and 105 supports a step."""
-    labels = store.labels
-    labelled = np.concatenate([np.flatnonzero(labels == label)[:12] for label in range(CLASSES)])
+    torch.set_num_threads(1)
+    labelled = np.concatenate([np.flatnonzero(store.labels == label)[:12] for label in range(CLASSES)])
     return PawsStream(
         store,
         labelled,
@@ -187,3 +171,48 @@ def paws_stream(store: ImageStore, *, threads: int) -> PawsStream:
         threads=threads,
         options=StreamOptions(),
     )
+
+
+def first_batch(store: str) -> Work:
+    """Open a store and make its first batch, after imports."""
+
+    def work() -> int:
+        with _stream(ImageStore.open(store), threads=2).prefetch(0, 1) as prefetched:
+            next(iter(prefetched))
+        return BATCH
+
+    return work
+
+
+def memory_of_epochs(store: str, threads: int) -> Work:
+    """``memory_mb`` of this process at the end of each of a few epochs; files' pages are not counted.
+
+    The warm-up has as many batches in use at once as there can ever be: those made ahead, one taken, and one still held
+    by the consumer that takes the next. No later timing of threads can need more.
+    """
+    stream = _stream(ImageStore.open(store), threads=threads)
+
+    def work() -> Round:
+        began, memory_mb = time.perf_counter(), []
+        with stream.prefetch(0, stream.steps_per_epoch) as prefetched:
+            held = []
+            for _ in range(2):
+                held.append(next(prefetched))
+                time.sleep(_SLOW_STEP_S)
+            del held
+        for epoch in range(_EPOCHS):
+            first = epoch * stream.steps_per_epoch
+            with stream.prefetch(first, first + stream.steps_per_epoch) as prefetched:
+                for batch in prefetched:
+                    del batch
+            memory_mb.append(_memory_mb())
+        images = _EPOCHS * stream.steps_per_epoch * BATCH
+        return Round(images, time.perf_counter() - began, {"memory_mb": memory_mb})
+
+    return work
+
+
+def _memory_mb() -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssShmem")) / 1000

@@ -24,8 +24,8 @@ def pil_view(
     """One random view: an RGB image to (3, s, s) float32.
 
     Args:
-        crop: size, scale and ratio; its count is the caller's business.
-        augment: operations on it. Those of probability 0 are left out, as their users would.
+        crop: size, scale and ratio.
+        augment: operations; those of probability 0 are left out.
         mean, std: of pixels in [0, 1], three values each.
     """
     chances = {operation: getattr(augment, operation.fields[0]) for operation in OPERATIONS}

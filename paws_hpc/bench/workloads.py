@@ -11,22 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from paws_hpc.bench.photographs import open_photographs, write_photographs
+from paws_hpc.bench.images import small_photographs, write_photographs
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.multicrop import Crops, CutCrops
 from paws_hpc.data.streams import MicroBatch, PawsBatch, PawsStream
-from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
+from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
 from paws_hpc.stages.run_data import open_data, stream_options
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave
-_SMALL_CLASSES = 10
-_FOLDER = "images"
 _GPU_STEPS = 50
 
 
@@ -36,84 +32,86 @@ class Recipe:
 
     Attributes:
         experiment: of ``conf/experiment``.
-        sizes: overrides of it that make the sizes of one GPU.
-        images: to make for these sizes.
-        cpu_sizes: overrides on top of ``sizes`` where there is no GPU, so that a step takes seconds.
-        cpu_images: to make for those.
+        images: to make for the sizes of one GPU.
+        cpu_images: to make for those of a CPU.
         cpu_steps: that take a few seconds there.
+        sizes: overrides that make the sizes of one GPU.
+        cpu_sizes: overrides on top of ``sizes`` where there is no GPU, so that a step takes seconds.
     """
 
     experiment: str
-    sizes: tuple[str, ...]
     images: int
-    cpu_sizes: tuple[str, ...]
     cpu_images: int
     cpu_steps: int
+    sizes: tuple[str, ...] = ()
+    cpu_sizes: tuple[str, ...] = ()
 
 
 _DRAWN_LABELS = ("labels.file=null", "labels.validation_file=null", "labels.validation_per_class=1")
 RECIPES = {
     "imagenet": Recipe(
         "imagenet_10pct",
-        ("pretrain.batch_size=64", "pretrain.support.classes=15", *_DRAWN_LABELS, "labels.per_class=12"),
-        2400,
-        ("pretrain.batch_size=2", "pretrain.support={classes: 2, images_per_class: 2}", "labels.per_class=2"),
-        300,
-        1,
+        images=2400,
+        cpu_images=300,
+        cpu_steps=1,
+        sizes=("pretrain.batch_size=64", "pretrain.support.classes=15", *_DRAWN_LABELS, "labels.per_class=12"),
+        cpu_sizes=("pretrain.batch_size=2", "pretrain.support={classes: 2, images_per_class: 2}", "labels.per_class=2"),
     ),
     "cifar": Recipe(
         "cifar10_4000",
-        (),
-        10_000,
-        (
+        images=10_000,
+        cpu_images=640,
+        cpu_steps=2,
+        cpu_sizes=(
             "pretrain.batch_size=4",
             "pretrain.support.images_per_class=2",
             "labels={per_class: 8, validation_per_class: 1}",
         ),
-        640,
-        2,
     ),
-    "digits": Recipe("digits", (), _DIGITS, (), _DIGITS, 10),
+    "digits": Recipe("digits", images=_DIGITS, cpu_images=_DIGITS, cpu_steps=10),
 }
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a contender needs to set up training, as plain values that JSON can hold.
+class Workload:
+    """A recipe on a device, with images.
 
     Attributes:
         recipe: name of one of :data:`RECIPES`.
         device: ``cpu`` or ``cuda``.
-        folder: of the images and the store, which :func:`make_images` has made.
+        folder: of the images and the store, which :func:`make_images` makes.
         overrides: of the config, on top of the recipe's.
     """
 
     recipe: str
     device: str
-    folder: str
+    folder: Path
     overrides: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
-        """That the recipe wants on this device."""
+        """How many the recipe needs on this device."""
         recipe = RECIPES[self.recipe]
         return recipe.images if self.device == "cuda" else recipe.cpu_images
 
     @property
     def steps(self) -> int:
-        """That make one round."""
+        """How many make one round."""
         return _GPU_STEPS if self.device == "cuda" else RECIPES[self.recipe].cpu_steps
 
     @property
     def store(self) -> Path:
         """Of the images, packed."""
-        return Path(self.folder) / "store"
+        return self.folder / "store"
 
     @property
     def files(self) -> Path | None:
         """The images as JPEG files in a folder per class; None for those that people hold as an array."""
-        folder = Path(self.folder) / _FOLDER
-        return folder if self.recipe == "imagenet" else None
+        return self.folder / "images" if self.recipe == "imagenet" else None
+
+    def with_overrides(self, *overrides: str) -> Workload:
+        """The same with further overrides."""
+        return replace(self, overrides=(*self.overrides, *overrides))
 
     def config(self) -> Config:
         """Composed from ``conf/``.
@@ -128,55 +126,28 @@ class Scene:
         return config
 
 
-def as_published(scene: Scene) -> Config:
-    """The recipe's experiment as it stands in ``conf/``, at its global sizes."""
-    config, _ = compose_run([f"experiment={RECIPES[scene.recipe].experiment}"])
-    return config
-
-
-def make_images(scene: Scene) -> None:
-    """Make and pack the images of a scene; what is there already stays.
+def make_images(workload: Workload) -> None:
+    """Make and pack the images of a workload; existing ones stay.
 
     ImageNet: pieces of photographs as JPEG files. CIFAR: smaller pieces, reduced to 32 pixels. Digits: themselves.
     """
-    options = PackOptions(check="decode")
-    if scene.files is not None:
-        write_photographs(scene.files, scene.images)
-        pack(ImageFolder(scene.files), scene.store, options=options)
-        return
-    source: Source = (
-        small_photographs(scene.images)
-        if scene.recipe == "cifar"
-        else open_source(SourceConfig(kind="digits", split="train"))
-    )
-    pack(source, scene.store, options=options)
-
-
-def small_photographs(count: int) -> ArraySource:
-    """``count`` pieces of photographs of 64 to 256 pixels, reduced to 32 x 32, in ten classes."""
-    photos = [photo for photo, _ in open_photographs()]
-    images = np.empty((count, 32, 32, 3), np.uint8)
-    for number in range(count):
-        draw = np.random.default_rng(number)
-        photo, side = photos[int(draw.integers(len(photos)))], int(draw.integers(64, 257))
-        top, left = int(draw.integers(photo.height - side + 1)), int(draw.integers(photo.width - side + 1))
-        piece = photo.resize((32, 32), Image.Resampling.BOX, box=(left, top, left + side, top + side))
-        images[number] = np.asarray(piece)
-    classes = tuple(f"class{label}" for label in range(_SMALL_CLASSES))
-    keys = [f"{number:06d}" for number in range(count)]
-    return ArraySource("photographs", images, np.arange(count) % _SMALL_CLASSES, keys, classes)
+    if workload.files is not None:
+        source: Source = ImageFolder(write_photographs(workload.files, workload.images))
+    elif workload.recipe == "cifar":
+        source = small_photographs(workload.images)
+    else:
+        source = open_source(SourceConfig(kind="digits", split="train"))
+    pack(source, workload.store, options=PackOptions(check="decode"))
 
 
 def cores() -> int:
-    """That this process may use."""
+    """How many this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def use_threads(config: Config) -> int:
-    """Let torch use as many threads as pre-training would on the cores that this process may use; returns them."""
-    threads = config.resources["pretrain"].threads_per_rank or cores()
-    torch.set_num_threads(threads)
-    return threads
+def use_threads(config: Config) -> None:
+    """Let torch use as many threads as pre-training would on the cores that this process may use."""
+    torch.set_num_threads(config.resources["pretrain"].threads_per_rank or cores())
 
 
 @contextmanager
@@ -193,16 +164,27 @@ def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:
     def moved(crops: Crops) -> Crops:
         return CutCrops(crops.on(device), crops.parameters)
 
-    moved_batches = tuple(MicroBatch(*map(moved, each.crop_groups)) for each in batch.micro_batches)
-    return replace(batch, micro_batches=moved_batches)
+    micro_batches = tuple(MicroBatch(*map(moved, each.crop_groups)) for each in batch.micro_batches)
+    return replace(batch, micro_batches=micro_batches)
+
+
+def rows_by_crop_group(config: Config) -> list[tuple[int, int]]:
+    """(rows, pixels of a side) of one step: supports, large crops and, if there are any, small ones."""
+    views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
+    groups = [
+        (support.classes * support.images_per_class * views.support_views, views.large.size),
+        (n * views.large.count, views.large.size),
+        (n * views.small.count, views.small.size),
+    ]
+    return [(rows, size) for rows, size in groups if rows]
 
 
 def describe_sizes(config: Config) -> dict[str, object]:
-    """Images per step, as a table tells them."""
-    views, support = config.views, config.pretrain.support
+    """Images per step and the network, by name."""
+    views = config.views
     return {
         "unlabelled per step": config.pretrain.batch_size,
-        "support rows per step": support.classes * support.images_per_class * views.support_views,
+        "support rows per step": rows_by_crop_group(config)[0][0],
         "crops": f"{views.large.count} x {views.large.size} + {views.small.count} x {views.small.size}",
         "network": config.model.name,
     }

@@ -1,8 +1,8 @@
-"""What people use instead, as contenders: the same images, and the same crops where crops are made.
+"""torchvision, LitData, Mosaic Streaming, WebDataset and PIL on the same images, with the same crops.
 
-All peers decode with torchvision's libjpeg-turbo and crop with torchvision v2 on uint8 tensors, which is the fastest
-that they offer on a CPU, from boxes that were drawn beforehand; and they run inside the process, without workers, so
-that one core does nothing else. All of that is in their favour.
+All decode with torchvision's libjpeg-turbo and crop with torchvision v2 on uint8 tensors, which is the fastest that
+they offer on a CPU, from boxes that were drawn beforehand. They run without worker processes, so that one core does
+nothing else. All of that is in their favour.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io as vision_io
 from torchvision.transforms.v2 import functional as vision
 
-from paws_hpc.bench.own import BATCH, KINDS, VIEWS, Work, read_again, shuffled
-from paws_hpc.bench.photographs import jpegs
-from paws_hpc.bench.pil import pil_view
+from paws_hpc.bench.data_path import BATCH, CROP_GROUPS, VIEWS, shuffled
+from paws_hpc.bench.images import jpegs, read_again
+from paws_hpc.bench.peers.pil import pil_view
+from paws_hpc.bench.rounds import Work
 from paws_hpc.data.crops import draw_boxes
 
 Sample = list[Tensor]
@@ -32,7 +33,7 @@ Boxes = NDArray[np.int64]
 
 
 def drawn_boxes(folder: str) -> list[Boxes]:
-    """Per kind of crop, the boxes (N, count, 4) of the N images."""
+    """Per crop group, the boxes (N, count, 4) of the N images."""
     sizes = []
     for path in jpegs(folder):
         with Image.open(path) as image:
@@ -51,21 +52,21 @@ def drawn_boxes(folder: str) -> list[Boxes]:
         )
         .reshape(crop.count, n, 4)
         .transpose(1, 0, 2)
-        for crop, first in KINDS
+        for crop, first in CROP_GROUPS
     ]
 
 
 def cut(jpeg: bytes, number: int, boxes: list[Boxes]) -> Sample:
-    """Decode and crop an image: (count, 3, s, s) uint8 per kind of crop."""
+    """Decode and crop an image: (count, 3, s, s) uint8 per crop group."""
     image = vision_io.decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), vision_io.ImageReadMode.RGB)
     return [
         torch.stack(
             [
                 vision.resized_crop(image, *box, size=[crop.size, crop.size], antialias=True)
-                for box in of_kind[number].tolist()
+                for box in of_group[number].tolist()
             ]
         )
-        for (crop, _), of_kind in zip(KINDS, boxes, strict=True)
+        for (crop, _), of_group in zip(CROP_GROUPS, boxes, strict=True)
     ]
 
 
@@ -88,11 +89,7 @@ def torchvision_v2(folder: str) -> Work:
 
 def _through(loader: Iterable[Sample]) -> Work:
     """Go through everything once."""
-
-    def work() -> int:
-        return sum(len(batch[0]) for batch in loader)
-
-    return work
+    return lambda: sum(len(batch[0]) for batch in loader)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -186,8 +183,8 @@ def _tar_shards(folder: str, scratch: str) -> list[str]:
         part.mkdir()
         paths = jpegs(folder)
         with webdataset.ShardWriter(str(part / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
-            for place in shuffled(len(paths)).tolist():
-                writer.write({"__key__": paths[place].stem, "jpg": paths[place].read_bytes()})
+            for position in shuffled(len(paths)).tolist():
+                writer.write({"__key__": paths[position].stem, "jpg": paths[position].read_bytes()})
 
     target = _made(Path(scratch) / "webdataset", write)
     return sorted(str(path) for path in target.glob("*.tar"))
@@ -200,11 +197,7 @@ def webdataset_reads(folder: str, scratch: str) -> Work:
     shards = _tar_shards(folder, scratch)
     read_again(shards)
     data = webdataset.WebDataset(shards, shardshuffle=False)
-
-    def work() -> int:
-        return sum(len(sample["jpg"]) > 0 for sample in data)
-
-    return work
+    return lambda: sum(len(sample["jpg"]) > 0 for sample in data)
 
 
 def webdataset_crops(folder: str, scratch: str) -> Work:
@@ -222,7 +215,7 @@ def webdataset_crops(folder: str, scratch: str) -> Work:
 
 
 def pil_augmentation(folder: str, supports: bool = False) -> Work:
-    """What the paper's code does per image: PIL decodes, crops, jitters and blurs; torchvision makes tensors.
+    """PIL decodes, crops, jitters and blurs image by image, as in the paper's code; torchvision makes tensors.
 
     Args:
         folder: of the images.
@@ -230,16 +223,16 @@ def pil_augmentation(folder: str, supports: bool = False) -> Work:
     """
     torch.set_num_threads(1)
     paths, augment = jpegs(folder), VIEWS.augment
-    kinds = [(1, pil_view(VIEWS.large, augment))] if supports else [
-        (crop.count, pil_view(crop, augment)) for crop, _ in KINDS
-    ]  # fmt: skip
+    groups = [(crop.count, pil_view(crop, augment)) for crop, _ in CROP_GROUPS]
+    if supports:
+        groups = [(1, pil_view(VIEWS.large, augment))]
 
     def work() -> int:
         chosen = shuffled(len(paths))[: max(BATCH, len(paths) // 8)].tolist()  # it is slow, and always the same
-        for place in chosen:
-            with Image.open(io.BytesIO(paths[place].read_bytes())) as file:
+        for position in chosen:
+            with Image.open(io.BytesIO(paths[position].read_bytes())) as file:
                 image = file.convert("RGB")
-            for count, crop in kinds:
+            for count, crop in groups:
                 torch.stack([crop(image) for _ in range(count)])
         return len(chosen)
 
