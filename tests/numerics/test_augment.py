@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from paws_hpc.bench import pil
+from paws_hpc.bench.peers import pil
 from paws_hpc.data import augment as module
 from paws_hpc.data.augment import (
     OPERATIONS,
