@@ -2,7 +2,7 @@
 
 :data:`OPERATIONS` is the order of the pipeline. A row names an operation's config fields and its columns of the random
 numbers, how its parameters are drawn, which function changes which images, and its form for PIL.
-:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.pil`` know no operation by
+:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.peers.pil`` know no operation by
 name. To add one, write its fields in ``AugmentConfig``, its function here, and its row.
 
 Legend: n images, C channels (3, or 1 for grey stores), H x W pixels. Parameters are drawn on the CPU as pure functions
