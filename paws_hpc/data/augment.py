@@ -2,8 +2,8 @@
 
 :data:`OPERATIONS` is the order of the pipeline. A row names an operation's config fields and its columns of the random
 numbers, how its parameters are drawn, which function changes which images, and its form for PIL.
-:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.peers.pil`` know no operation by
-name. To add one, write its fields in ``AugmentConfig``, its function here, and its row.
+:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.peers.pil`` know no
+operation by name. To add one, write its fields in ``AugmentConfig``, its function here, and its row.
 
 Legend: n images, C channels (3, or 1 for grey stores), H x W pixels. Parameters are drawn on the CPU as pure functions
 of (seed, epoch, sample, view) and decide there which rows each operation touches, so a GPU is never waited for.
