@@ -18,6 +18,7 @@ try:
 except ImportError:  # it comes with the extra ``transcode``
     turbojpeg = None
 
+from paws_hpc.packing.jpeg import TooManyScansError, take_apart
 from paws_hpc.store.decode import MAX_PIXELS, decode_jpeg
 from paws_hpc.store.format import (
     FLAG_MADE_BASELINE,
@@ -29,7 +30,6 @@ from paws_hpc.store.format import (
     FLAG_TURNED,
     Encoding,
 )
-from paws_hpc.store.jpeg import TooManyScansError, take_apart
 
 _LONGEST_SIDE = 65_500
 QUALITY = 95

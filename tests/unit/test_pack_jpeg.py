@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing.jpeg import exif_orientation, take_apart
 from paws_hpc.packing.standard import JpegPolicy, StandardImage, standard_jpeg, standard_pixels, transcoder
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import decode_jpeg
@@ -29,7 +30,6 @@ from paws_hpc.store.format import (
     FLAG_STRIPPED,
     FLAG_TURNED,
 )
-from paws_hpc.store.jpeg import exif_orientation, take_apart
 
 PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 needs_turbojpeg = pytest.mark.skipif(transcoder() is None, reason="turbojpeg is not installed")
