@@ -21,7 +21,7 @@ from paws_hpc.engine.config import (
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
 from paws_hpc.sizes import check_divides
-from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
+from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Config:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
 
     def _check_sweeps(self) -> None:
-        for sweep in (self.finetune, self.baseline):
+        for sweep in (sweep_config(self, name) for name in SWEEPS):
             if not sweep.sweep:
                 raise ValueError(
                     f"{sweep.section}.sweep={{}} has no field to sweep. Give one at least, such as "
@@ -182,7 +182,7 @@ class Config:
             "views.evaluation.size": self.views.evaluation.size,
             **{
                 f"{sweep.section}.crop.size": sweep.of_trial(trial).crop.size
-                for sweep in (self.finetune, self.baseline)
+                for sweep in (sweep_config(self, name) for name in SWEEPS)
                 for trial in sweep.trials()
             },
         }
@@ -193,7 +193,8 @@ class Config:
 
 def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
     """The config of a sweep by its name."""
-    return {"finetune": config.finetune, "baseline": config.baseline}[sweep]
+    section: ClassifierConfig = getattr(config, sweep)
+    return section
 
 
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run
