@@ -136,6 +136,26 @@ def to_grayscale(images: Tensor) -> Tensor:
     return _luma(images).expand_as(images)
 
 
+def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
+    """Values from each image's threshold on inverted, x to 1 - x; shapes as in ``adjust_brightness``."""
+    return torch.where(images < thresholds[:, None, None, None], images, 1 - images)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """The histogram of each channel of each image made flat: (n, C, H, W) float32 in [0, 1] to the same.
+
+    Equal to torchvision's and PIL's, which know 256 levels: a level becomes the number of darker pixels over a 255th of
+    the pixels below the brightest level, rounded. A channel with too few such pixels stays.
+    """
+    levels = (images.flatten(2) * 255.999).long()  # torchvision's way from floats to levels
+    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
+    brightest = counts.gather(2, levels.amax(dim=2, keepdim=True))
+    step = (levels.shape[2] - brightest) // 255
+    table = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(max=255)
+    changed = (table.gather(2, levels) / 255).to(images.dtype)
+    return torch.where(step == 0, images.flatten(2), changed).unflatten(2, images.shape[2:])
+
+
 def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Each image blurred by a Gaussian, reflected at the borders, cut at a radius of ceil(3 sigma) pixels.
 
@@ -261,6 +281,20 @@ OPERATIONS = (
         columns=(2,),
         turns=_once("grayscale_probability", lambda images, _: to_grayscale(images)),
         pil=lambda _: lambda image: image.convert("L").convert(image.mode),
+    ),
+    Operation(
+        fields=("solarize_probability",),
+        columns=(10, 11),
+        amounts=1,
+        draw=lambda _, numbers: numbers * (256 / 255),  # PAWS draws a threshold in [0, 256) levels
+        turns=_once("solarize_probability", solarize),
+        pil=lambda _: lambda image: ImageOps.solarize(image, int(random.uniform(0, 256))),
+    ),
+    Operation(
+        fields=("equalize_probability",),
+        columns=(12,),
+        turns=_once("equalize_probability", lambda images, _: equalize(images)),
+        pil=lambda _: ImageOps.equalize,
     ),
     Operation(
         fields=("blur_probability", "blur_sigma"),

@@ -168,6 +168,8 @@ class AugmentConfig:
         hue: the shift is uniform in [-h, h], as a share of the colour circle; at most 0.5.
         jitter_probability: chance that the four operations above are applied, in a random order.
         grayscale_probability, blur_probability, flip_probability: chance of each operation.
+        solarize_probability: chance that values above a threshold, drawn uniformly, are inverted.
+        equalize_probability: chance that each channel's histogram is made flat.
         blur_sigma: least and greatest standard deviation of the Gaussian, pixels.
     """
 
@@ -180,6 +182,8 @@ class AugmentConfig:
     blur_probability: float = 0.5
     blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
     flip_probability: float = 0.5
+    solarize_probability: float = 0.0
+    equalize_probability: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
@@ -189,7 +193,7 @@ class AugmentConfig:
                 )
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"views.augment.hue={self.hue} must be in [0, 0.5], half the colour circle; 0 is off")
-        for name in ("jitter", "grayscale", "blur", "flip"):
+        for name in ("jitter", "grayscale", "blur", "flip", "solarize", "equalize"):
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"views.augment.{name}_probability={probability} must be in [0, 1]")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from paws_hpc.cluster.compose import CONF, compose_run
 from paws_hpc.config import Config
+from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import prepare
@@ -149,3 +151,13 @@ def test_the_cifar_recipe_is_one_line_for_digits_too(digits_stores: Stores, tmp_
     assert config.pretrain.support == replace(recipe.pretrain.support, images_per_class=40)
     for part in ("views", "model", "optimizer", "objective", "finetune", "baseline", "suncet"):
         assert getattr(config, part) == getattr(recipe, part), part
+
+
+@pytest.mark.parametrize("changes", [(), ("views=cifar_reference", "views.augment.blur_probability=0.25")])
+@pytest.mark.parametrize("experiment", ["cifar10_4000", "digits_wrn", "fashion_mnist_4000"])
+def test_the_cifar_baseline_has_the_colours_of_pre_training(experiment: str, changes: tuple[str, ...]) -> None:
+    """All of them: OmegaConf cannot interpolate a whole dataclass, so the recipe lists the fields."""
+    config, _ = compose_run([f"experiment={experiment}", *changes])
+    assert config.baseline.augment == config.views.augment
+    listed = OmegaConf.load(CONF / "experiment" / "cifar10_4000.yaml").baseline.augment
+    assert set(listed) == {field.name for field in fields(AugmentConfig)}
