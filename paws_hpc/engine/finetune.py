@@ -234,7 +234,7 @@ def log_score(
         rate: throughput, empty if no step was done since the start of this process.
         control: may interrupt; nothing has changed then.
     """
-    logits = predict(training.classifier, validation, training.device, control)
+    logits = forward_set(training.classifier, validation, training.device, control)
     accuracy = score(logits.cpu(), validation.labels).top1
     row: Row = {
         "epoch": done // training.stream.steps_per_epoch,
@@ -245,10 +245,3 @@ def log_score(
     }
     training.record_score(done, accuracy)
     tracker.log(done - 1, row)
-
-
-def predict(
-    classifier: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
-) -> Tensor:
-    """(N, K) logits of an evaluation set, on every rank; ``control`` may interrupt before every batch."""
-    return forward_set(classifier, images, device, control)

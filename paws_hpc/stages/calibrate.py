@@ -23,7 +23,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors, save_tensors
-from paws_hpc.engine.finetune import predict
+from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.exhibits import Exhibit, lines, table, text, write_exhibits
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.context import TorchContext
@@ -79,8 +79,8 @@ def run(context: TorchContext) -> None:
     store = ImageStore.open(Path(config.data.test))
     validation, test = data.validation_images(config), data.images(config, store, np.arange(len(store)))
     classifier, _ = load_winner(config, run, len(data.classes), device)
-    logits = {"validation": predict(classifier, validation, device, control).double().cpu()}
-    logits["test"] = predict(classifier, test, device, control).double().cpu()
+    logits = {"validation": forward_set(classifier, validation, device, control).double().cpu()}
+    logits["test"] = forward_set(classifier, test, device, control).double().cpu()
     labels = {"validation": validation.labels.cpu(), "test": test.labels.cpu()}
     temperature = fit_temperature(logits["validation"], labels["validation"])
     errors = {

@@ -15,8 +15,7 @@ from paws_hpc import distributed
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors
-from paws_hpc.engine.evaluate import score
-from paws_hpc.engine.finetune import predict
+from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
@@ -66,10 +65,10 @@ class Choice:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``selected.json``."""
-        told: dict[str, Any] = {"missing": self.missing}
+        value: dict[str, Any] = {"missing": self.missing}
         if self.trial is not None:
-            told |= {**self.trial.values, "trial": self.trial.name, "validation_accuracy": self.validation_accuracy}
-        return told
+            value |= {**self.trial.values, "trial": self.trial.name, "validation_accuracy": self.validation_accuracy}
+        return value
 
 
 def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
@@ -139,11 +138,11 @@ class _Chosen:
 
     def as_dict(self, trials: list[str]) -> dict[str, Any]:
         """``selected.json``, where ``trials`` names those of fine-tuning that there were to choose from."""
-        told = self.sweeps["finetune"].as_dict() | {"trials": trials, "baseline": self.sweeps["baseline"].as_dict()}
+        value = self.sweeps["finetune"].as_dict() | {"trials": trials, "baseline": self.sweeps["baseline"].as_dict()}
         if self.pretrained is None:
-            return told | {"suncet": None}
-        told["suncet"] = self.pretrained.tuning
-        return told | {method: probe.as_dict() for method, probe in self.pretrained.probes.items()}
+            return value | {"suncet": None}
+        value["suncet"] = self.pretrained.tuning
+        return value | {method: probe.as_dict() for method, probe in self.pretrained.probes.items()}
 
 
 def run(context: TorchContext) -> None:
@@ -158,7 +157,8 @@ def run(context: TorchContext) -> None:
     config, run, device, control = context.config, context.run, context.device, context.control
     if run.result.exists():
         check_sweep_is_the_scored_one(config, run)
-        if distributed.is_main() and not _are_published(run):
+        published = run.selection / "metrics.jsonl"  # a job that is killed right after scoring leaves it to the next
+        if distributed.is_main() and not (published.exists() and read_rows(published)):
             publish_scores(config, run)
         return
     data = open_data(config)
@@ -217,7 +217,8 @@ def _predict(
         predictions["paws_nn"] = nearest.predictions
     for sweep, choice in chosen.sweeps.items():
         if choice.trial is not None:
-            predictions[_METHODS[sweep]] = _predict_trial(config, run, test, device, sweep=sweep, trial=choice.trial)
+            classifier, _ = _load_trial(config, run, len(data.classes), device, sweep=sweep, trial=choice.trial)
+            predictions[_METHODS[sweep]] = forward_set(classifier, test, device).cpu()
     if pretrained is not None:
         features = backbone_features(pretrained.encoder, test, device, control)
         predictions |= {method: probe.predict(features).cpu() for method, probe in pretrained.probes.items()}
@@ -251,25 +252,11 @@ def publish_scores(config: Config, run: RunFolder) -> None:
     if (name := selected.get("trial")) is not None:
         best = run.trial("finetune", Trial.parse(name)) / "best.pt"
         used = network(run, f"finetune/{name}", best.name, file_hash(best))
-    metrics = _metrics(run)
-    with MetricsFile(metrics, resume_step=0) as file, watch(config, run, run.selection, job="selection", used=used):
+    with (
+        MetricsFile(run.selection / "metrics.jsonl", resume_step=0) as file,
+        watch(config, run, run.selection, job="selection", used=used),
+    ):
         file.log(0, row)
-
-
-def _are_published(run: RunFolder) -> bool:
-    """Whether the scores were logged; a job that is killed right after scoring leaves that to its next start."""
-    return _metrics(run).exists() and bool(read_rows(_metrics(run)))
-
-
-def _metrics(run: RunFolder) -> Path:
-    return run.selection / "metrics.jsonl"
-
-
-def _predict_trial(
-    config: Config, run: RunFolder, test: EvaluationSet, device: torch.device, *, sweep: str, trial: Trial
-) -> Tensor:
-    classifier, _ = _load_trial(config, run, len(test.store.classes), device, sweep=sweep, trial=trial)
-    return predict(classifier, test, device).cpu()
 
 
 def load_neighbours(config: Config, run: RunFolder, data: RunData, device: torch.device) -> tuple[Encoder, bool]:

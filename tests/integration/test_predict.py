@@ -120,7 +120,9 @@ def test_a_file_that_is_no_image_is_named_and_the_others_go_on(made: Made, tmp_p
     assert "not a file" in failed["zero"]
     assert all(name in done.stderr for name in [*damaged, "gone.png"])
     assert "\x1b" not in done.stderr
-    assert len(done.stderr.splitlines()) == len(failed), "one line each"
+    uncalibrated, *lines = done.stderr.splitlines()
+    assert "has no calibration" in uncalibrated
+    assert len(lines) == len(failed), "one line each"
     assert "6 files could not be read" in (tmp_path / "sheet.html").read_text()
     assert done.stdout.startswith(f"{tmp_path}/e-good.png: ")
 

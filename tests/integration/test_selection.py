@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.config import ClassifierConfig, SuncetConfig
-from paws_hpc.engine.finetune import predict
+from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.report.page import build_report
@@ -200,7 +200,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     for name, folder in (("fine_tuned", f"finetune/{selected['trial']}"), ("baseline", "baseline/lr=0.1,epochs=2")):
         classifier = build_classifier(build_encoder(config.model, seed=0), 10)
         classifier.load_state_dict(torch.load(run.path / folder / "best.pt", weights_only=True))
-        predicted = predict(classifier, images, CPU).argmax(1)
+        predicted = forward_set(classifier, images, CPU).argmax(1)
         scores = result["test"][name]
         assert scores["top1"] == pytest.approx(accuracy_score(store.labels, predicted))
         assert np.array_equal(scores["confusion"], confusion_matrix(store.labels, predicted, labels=range(10)))

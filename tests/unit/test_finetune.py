@@ -19,8 +19,8 @@ from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
 from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
-from paws_hpc.engine.evaluate import score
-from paws_hpc.engine.finetune import BestScore, ClassifierTraining, predict, train_classifier
+from paws_hpc.engine.evaluate import forward_set, score
+from paws_hpc.engine.finetune import BestScore, ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models.config import ModelConfig
@@ -215,7 +215,7 @@ def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stor
     assert result == BestScore(max(accuracies), 1 + int(np.argmax(accuracies)))
     assert result.validation_accuracy > accuracies[0], "else this test would not tell best from first"
     trial.training.classifier.load_state_dict(load_tensors(tmp_path / "best.pt", CPU))
-    logits = predict(trial.training.classifier, trial.validation, CPU)
+    logits = forward_set(trial.training.classifier, trial.validation, CPU)
     assert score(logits, trial.validation.labels).top1 == result.validation_accuracy
 
 
