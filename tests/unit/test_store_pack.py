@@ -21,7 +21,7 @@ from paws_hpc.files import file_hash
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.packing.job import statistics
 from paws_hpc.packing.jpeg import take_apart
-from paws_hpc.packing.sources.digits import digits
+from paws_hpc.packing.sources.arrays import digits
 from paws_hpc.packing.standard import standard_jpeg
 from paws_hpc.packing.write import pixel_histogram
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg

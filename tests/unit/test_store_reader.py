@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import value_digest
 from paws_hpc.packing import ImageFolder, PackOptions, pack
-from paws_hpc.packing.sources.digits import digits
+from paws_hpc.packing.sources.arrays import digits
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
 from paws_hpc.store.index import StoreIndex, load_index

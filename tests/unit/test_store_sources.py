@@ -27,9 +27,7 @@ from paws_hpc.packing import (
     planned_listing,
     repair,
 )
-from paws_hpc.packing.sources.cifar import cifar, load_plain_pickle
-from paws_hpc.packing.sources.digits import digits
-from paws_hpc.packing.sources.idx import FASHION_CLASSES, idx
+from paws_hpc.packing.sources.arrays import FASHION_CLASSES, cifar, digits, idx, load_plain_pickle
 from paws_hpc.store import ImageStore, StoreError
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")

@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paws_hpc.packing.sources.base import ArraySource, Images, Source
-from paws_hpc.packing.sources.cifar import cifar
+from paws_hpc.packing.sources.arrays import FASHION_CLASSES, ArraySource, cifar, digits, idx
+from paws_hpc.packing.sources.base import Images, Source
 from paws_hpc.packing.sources.dataset import DEFAULT_MODULE, dataset
-from paws_hpc.packing.sources.digits import digits
-from paws_hpc.packing.sources.idx import FASHION_CLASSES, idx
 from paws_hpc.packing.sources.imagefolder import ImageFolder
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.sources.subset import OfClasses

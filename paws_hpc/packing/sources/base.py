@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from paws_hpc.files import value_digest
 from paws_hpc.store.format import Encoding, StoreError
 
 IMAGE_EXTENSIONS = frozenset(
@@ -30,7 +25,7 @@ class SourceChangedError(StoreError):
 
 
 class Images(Protocol):
-    """n labelled images that can be loaded one at a time, in any order, from several threads.
+    """n images that can be loaded one at a time, in any order, from several threads.
 
     What :meth:`Source.select` gives can be pickled, so that another process loads them.
     """
@@ -57,7 +52,15 @@ class Images(Protocol):
 
 
 class Source(Images, Protocol):
-    """All images of a data set, listed but not read."""
+    """All labelled images of a data set, listed but not read."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """N distinct names by which the images are known in splits and errors."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(N,) int64, positions in the source's classes."""
 
     @property
     def kind(self) -> str:
@@ -89,61 +92,6 @@ class Source(Images, Protocol):
 
     def select(self, indices: NDArray[np.int64]) -> Images:
         """Return these images, in this order, without the rest of the source."""
-
-
-@dataclass(frozen=True)
-class ArraySource:
-    """A source whose images are all in memory: small data sets that ship as arrays.
-
-    Attributes:
-        images: (N, H, W, C) uint8, C 1 or 3.
-        labels: (N,) int64.
-        keys: N names; zero-padded positions in the original files.
-    """
-
-    kind: str
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    keys: Sequence[str]
-    classes: tuple[str, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    encoding: Encoding = "raw"
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of pixels, labels, keys and class names."""
-        names = value_digest({"keys": list(self.keys), "classes": list(self.classes), "shape": self.images.shape})
-        digest = xxhash.xxh3_128(names.encode())
-        digest.update(np.ascontiguousarray(self.labels).tobytes())
-        digest.update(np.ascontiguousarray(self.images).data)
-        return digest.hexdigest()
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        """(N,) equal sizes: H * W * C."""
-        return np.full(len(self.keys), math.prod(self.images.shape[1:]), dtype=np.int64)
-
-    @property
-    def stamps(self) -> NDArray[np.int64]:
-        """(N,) zeros: the digest covers the pixels."""
-        return np.zeros(len(self.keys), dtype=np.int64)
-
-    def select(self, indices: NDArray[np.int64]) -> ArraySource:
-        """Copy these images."""
-        return replace(
-            self,
-            images=self.images[indices],
-            labels=self.labels[indices],
-            keys=[self.keys[index] for index in indices],
-        )
-
-    def load(self, index: int) -> NDArray[np.uint8]:
-        """Return the pixels (H, W, C) of image ``index``."""
-        image: NDArray[np.uint8] = self.images[index]
-        return image
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def position_keys(positions: Sequence[int] | NDArray[np.int64]) -> list[str]:

@@ -1,6 +1,6 @@
 """Any data set class with ``__len__`` and ``__getitem__`` → (PIL image, label), such as torchvision's.
 
-The user names the class, and it is imported when it is needed: the store itself knows no such library.
+The user names the class, and it is imported when it is needed: packing itself imports no such library.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from PIL import Image
 
 from paws_hpc.files import value_digest
 from paws_hpc.packing.sources.base import Source, SourceChangedError, position_keys
-from paws_hpc.packing.sources.imagefolder import ImageFolder, size_and_stamp
-from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.packing.sources.imagefolder import ImageFolder, folder_listing, size_and_stamp
 from paws_hpc.store.format import Encoding, StoreError
 
 DEFAULT_MODULE = "torchvision.datasets"
@@ -35,7 +34,7 @@ _COMPARED = 16
 _FILE_LISTS = ("samples", "imgs", "_samples", "_image_files", "_images", "images")
 _LABEL_LISTS = ("targets", "_labels", "labels", "y")
 _READING = threading.Lock()
-"""Data sets need not be safe to share between threads, so they are asked for one item at a time."""
+"""Data sets need not be safe to share between threads, so one thread at a time takes an item."""
 
 
 def dataset(name: str, root: Path, split: str | None) -> Source:
@@ -184,25 +183,15 @@ def _gives_its_files(opened: Any, files: list[tuple[Path, int]], name: str) -> b
 def _file_source(files: list[tuple[Path, int]], opened: Any, options: dict[str, Any]) -> Source:
     """The files themselves, with paths below the folder that they share as keys."""
     folder = Path(os.path.commonpath([path.parent for path, _ in files]))
-    status = [size_and_stamp(path) for path, _ in files]
     labels = np.array([label for _, label in files], dtype=np.int64)
-    nothing = np.zeros(len(files), dtype=np.int64)
-    listing = Listing(
-        classes=_class_names(opened, labels),
-        keys=[path.relative_to(folder).as_posix() for path, _ in files],
-        labels=labels,
-        sizes=np.array([size for size, _ in status], dtype=np.int64),
-        stamps=np.array([stamp for _, stamp in status], dtype=np.int64),
-        files=(),
-        file_of=nothing,
-        offsets=nothing,
-    )
+    named = [(path.relative_to(folder).as_posix(), *size_and_stamp(path)) for path, _ in files]
+    listing = folder_listing(_class_names(opened, labels), named, labels)
     return ImageFolder(folder, listing, kind="dataset", options=options)
 
 
 @dataclass(frozen=True)
 class _Items:
-    """What the first pass over n items found; ``hashes`` (n,) uint64 of their pixels."""
+    """The n items as the first pass over them saw them; ``hashes`` (n,) uint64 are of their pixels."""
 
     classes: tuple[str, ...]
     positions: NDArray[np.int64]
@@ -250,7 +239,7 @@ class DatasetSource:
     kind = "dataset"
 
     def __init__(self, name: str, root: Path, split: str | None, items: _Items) -> None:
-        """Take what :func:`dataset` found."""
+        """Take the items that :func:`dataset` listed."""
         self.name, self.root, self.split, self.items = name, root, split, items
         self.options: dict[str, Any] = {"class": _full_name(name), "split": split}
         self.encoding, self.classes = items.encoding, items.classes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
-from paws_hpc.packing.sources.listing import Listing
-from paws_hpc.store.format import Encoding, StoreError
+from paws_hpc.packing.sources.listing import ListedSource, Listing
+from paws_hpc.store.format import StoreError
 
 
-class ImageFolder:
-    """Images at ``root/<class>/**/<file>``; the key is the path below ``root`` with forward slashes.
-
-    The digest covers keys, file sizes and labels: the images themselves are not read before they are packed. A file
-    that changes while it is being packed is noticed by its size and modification time.
-    """
-
-    encoding: Encoding = "jpeg"
+class ImageFolder(ListedSource):
+    """Images at ``root/<class>/**/<file>``; the key is the path below ``root`` with forward slashes."""
 
     def __init__(
         self, root: Path, listing: Listing | None = None, *, kind: str = "folder", options: dict[str, Any] | None = None
@@ -33,16 +26,7 @@ class ImageFolder:
         Raises:
             StoreError: ``root`` is not a folder, has no class folders, or a class folder has no images.
         """
-        self.root, self.kind = root, kind
-        self.options = options or {}
-        self.listing = _list(root) if listing is None else listing
-        self.classes, self.keys, self.labels = self.listing.classes, self.listing.keys, self.listing.labels
-        self.sizes, self.stamps = self.listing.sizes, self.listing.stamps
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of all keys with their file sizes and labels."""
-        return self.listing.digest
+        super().__init__(kind, root, _list(root) if listing is None else listing, options or {})
 
     def select(self, indices: NDArray[np.int64]) -> ImageFolder:
         """Return these images only."""
@@ -74,14 +58,22 @@ def _list(root: Path) -> Listing:
     for label, name in enumerate(classes):
         found = sorted(_images_below(root, name))
         if not found:
-            raise StoreError(f"class folder {root / name} has no images ({_known()}). Fill it or remove it.")
+            known = " ".join(sorted(IMAGE_EXTENSIONS))
+            raise StoreError(
+                f"class folder {root / name} has no images (known extensions: {known}). Fill it or remove it."
+            )
         files += found
         labels += [label] * len(found)
+    return folder_listing(classes, files, np.array(labels, dtype=np.int64))
+
+
+def folder_listing(classes: tuple[str, ...], files: list[tuple[str, int, int]], labels: NDArray[np.int64]) -> Listing:
+    """The listing of files that lie in no archive, given as (key, bytes, modification time in ns)."""
     nothing = np.zeros(len(files), dtype=np.int64)
     return Listing(
         classes=classes,
         keys=[key for key, _, _ in files],
-        labels=np.array(labels, dtype=np.int64),
+        labels=labels,
         sizes=np.array([size for _, size, _ in files], dtype=np.int64),
         stamps=np.array([stamp for _, _, stamp in files], dtype=np.int64),
         files=(),
@@ -136,7 +128,3 @@ def size_and_stamp(path: Path) -> tuple[int, int]:
     if not stat.S_ISREG(status.st_mode):
         raise StoreError(f"{path} is called like an image but is not a file. Remove it.")
     return status.st_size, status.st_mtime_ns
-
-
-def _known() -> str:
-    return "known extensions: " + " ".join(sorted(IMAGE_EXTENSIONS))

@@ -6,14 +6,17 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from paws_hpc.files import atomic_write, value_digest
+from paws_hpc.store.format import Encoding
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Listing:
     file_of: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Hash of all keys with their sizes and labels; neither places nor times count."""
+        """Hash of all keys with their sizes and labels; neither paths nor times count."""
         return value_digest([list(self.keys), self.sizes.tolist(), self.labels.tolist(), self.classes])
 
     def take(self, indices: NDArray[np.int64]) -> Listing:
@@ -99,6 +102,27 @@ class Listing:
                 files=tuple(names["files"]),
                 **{name: arrays[name] for name in _COLUMNS},
             )
+
+
+class ListedSource:
+    """A source of image files, which are listed but not read before they are packed.
+
+    The digest covers keys, file sizes and labels. A file that changes while it is being packed is noticed by its size
+    and modification time.
+    """
+
+    encoding: Encoding = "jpeg"
+
+    def __init__(self, kind: str, root: Path, listing: Listing, options: dict[str, Any]) -> None:
+        """Take what was listed."""
+        self.kind, self.root, self.listing, self.options = kind, root, listing, options
+        self.classes, self.keys, self.labels = listing.classes, listing.keys, listing.labels
+        self.sizes, self.stamps = listing.sizes, listing.stamps
+
+    @property
+    def digest(self) -> str:
+        """Hash of all keys with their file sizes and labels."""
+        return self.listing.digest
 
 
 _HASH_BYTES = 16

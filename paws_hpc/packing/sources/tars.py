@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,38 +16,25 @@ from numpy.typing import NDArray
 
 from paws_hpc.files import read_at
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
-from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.packing.sources.listing import ListedSource, Listing
 from paws_hpc.packing.sources.tarwalk import Member, tar_members
-from paws_hpc.store.format import Encoding, StoreError
+from paws_hpc.store.format import StoreError
 
 _OPEN_ARCHIVES = 256
 _LONGEST_LABEL = 1 << 20
 
 
-class TarSource:
-    """Images inside the tar archives at ``root``; see :func:`list_tars` and :func:`list_webdataset`.
-
-    The digest covers keys, sizes and labels, as for a folder. An archive that changes while it is being packed is
-    noticed by its modification time.
-    """
-
-    encoding: Encoding = "jpeg"
+class TarSource(ListedSource):
+    """Images inside the tar archives at ``root``; see :func:`list_tars` and :func:`list_webdataset`."""
 
     def __init__(self, kind: str, root: Path, listing: Listing, options: dict[str, Any]) -> None:
         """Take what was listed."""
-        self.kind, self.root, self.listing, self.options = kind, root, listing, options
-        self.classes, self.keys, self.labels = listing.classes, listing.keys, listing.labels
-        self.sizes, self.stamps = listing.sizes, listing.stamps
+        super().__init__(kind, root, listing, options)
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[object, ...]:
         return TarSource, (self.kind, self.root, self.listing, self.options)
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of all keys with their sizes and labels."""
-        return self.listing.digest
 
     def select(self, indices: NDArray[np.int64]) -> TarSource:
         """Return these images only."""
@@ -64,18 +50,14 @@ class TarSource:
         name = self.listing.files[self.listing.file_of[index]]
         size, offset = int(self.sizes[index]), int(self.listing.offsets[index])
         with self._lock:
-            descriptor = self._open.get(name)
-            if descriptor is None:
-                descriptor = self._open_archive(name, int(self.stamps[index]))
-                keep = len(self._open) < _OPEN_ARCHIVES
-                if keep:
-                    self._open[name] = descriptor
-            else:
-                keep = True
+            kept = self._open.get(name)
+            descriptor = self._open_archive(name, int(self.stamps[index])) if kept is None else kept
+            if kept is None and len(self._open) < _OPEN_ARCHIVES:
+                kept = self._open[name] = descriptor
         try:
             content = read_at(descriptor, size, offset)
         finally:
-            if not keep:
+            if kept is None:
                 os.close(descriptor)
         if len(content) < size:
             raise SourceChangedError(
