@@ -66,37 +66,29 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("store", type=Path, help="folder of the store")
     info.add_argument("--json", action="store_true", help="print the manifest, which has everything")
     info.set_defaults(run=_info)
-    check = commands.add_parser("verify", help="look for damage; exit status 1 if there is any")
-    check.add_argument("store", type=Path, help="folder of the store")
-    _add_levels(check)
-    check.add_argument("--workers", type=int, help="threads (default: one per usable core)")
-    check.add_argument("--json", action="store_true", help="print the faults as JSON")
-    check.set_defaults(run=_verify, level="full")
-    _add_repair(commands.add_parser("repair", help="build the damaged shards again from the source"))
+    for name, run, meaning in (
+        ("verify", _verify, "look for damage; exit status 1 if there is any"),
+        ("repair", _repair, "build the damaged shards again from the source"),
+    ):
+        command = commands.add_parser(name, help=meaning)
+        command.add_argument("store", type=Path, help="folder of the store")
+        levels = command.add_mutually_exclusive_group()
+        for level, depth in (
+            ("quick", "sizes, headers and indexes against the manifest"),
+            ("full", "also every record's CRC32C and every file's hash (default)"),
+            ("deep", "also decode every image"),
+        ):
+            levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=depth)
+        command.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+        command.add_argument("--json", action="store_true", help="print the report as JSON")
+        command.set_defaults(run=run, level="full")
+        if name == "repair":
+            command.add_argument(
+                "--root", type=Path, help="where the source is now, as for pack; if its kind needs one"
+            )
+            command.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
     _add_copy(commands.add_parser("copy", help="copy a store to this node's own disk, for data.copy_to"))
     return parser
-
-
-def _add_levels(parser: argparse.ArgumentParser) -> None:
-    """Add the depths of verification."""
-    levels = parser.add_mutually_exclusive_group()
-    for level, meaning in (
-        ("quick", "sizes, headers and indexes against the manifest"),
-        ("full", "also every record's CRC32C and every file's hash (default)"),
-        ("deep", "also decode every image"),
-    ):
-        levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=meaning)
-
-
-def _add_repair(mend: argparse.ArgumentParser) -> None:
-    """Add the options of ``repair``."""
-    mend.add_argument("store", type=Path, help="folder of the store")
-    mend.add_argument("--root", type=Path, help="where the source is now, as for pack; not needed by all kinds")
-    mend.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
-    _add_levels(mend)
-    mend.add_argument("--workers", type=int, help="threads (default: one per usable core)")
-    mend.add_argument("--json", action="store_true", help="print the report as JSON")
-    mend.set_defaults(run=_repair, level="full")
 
 
 def _add_copy(copy: argparse.ArgumentParser) -> None:
@@ -217,15 +209,9 @@ def _task(text: str) -> PackTask:
 def _pack(options: argparse.Namespace) -> int:
     fields = ("kind", "root", "split", "size", "labels", "label_field", "dataset", "classes")
     config = SourceConfig(**{name: getattr(options, name) for name in fields if hasattr(options, name)})
+    names = ("seed", "on_error", "max_short_side", "check", "transcode", "force", "workers")
     pack_options = PackOptions(
-        shard_bytes=round(options.shard_mib * (1 << 20)),
-        seed=options.seed,
-        on_error=options.on_error,
-        max_short_side=options.max_short_side,
-        check=options.check,
-        transcode=options.transcode,
-        force=options.force,
-        workers=options.workers,
+        shard_bytes=round(options.shard_mib * (1 << 20)), **{name: getattr(options, name) for name in names}
     )
     if options.plan_only:
         shards, images = plan_pack(open_source(config), options.to, options=pack_options)

@@ -57,7 +57,7 @@ def build_shards(
     workers: dict[int | None, BaseProcess] = {}
     free, remaining, seen = list(range(processes)), iter(tasks), 0
     with _started_processes_are_deaf():
-        pool = ProcessPoolExecutor(processes, context, _begin, (shared, columns, life))
+        pool = ProcessPoolExecutor(processes, context, _begin, (shared, columns, life, os.getcwd()))
     try:
         while True:
             for task in itertools.islice(remaining, len(free)):
@@ -138,8 +138,9 @@ _row_of: list[memoryview] = []
 """In a worker: the rows of all workers."""
 
 
-def _begin(shared: Any, columns: int, life: Connection[Any, Any]) -> None:
-    """Begin the work of a worker process."""
+def _begin(shared: Any, columns: int, life: Connection[Any, Any], folder: str) -> None:
+    """Begin the work of a worker process, in the folder in which the parent works now."""
+    os.chdir(folder)
     _row_of.extend(_rows(shared, columns))
     threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
 

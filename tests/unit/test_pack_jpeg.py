@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
-from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.packing.jpeg import exif_orientation, take_apart
 from paws_hpc.packing.standard import JpegPolicy, StandardImage, standard_jpeg, standard_pixels, transcoder
-from paws_hpc.store import ImageStore
+from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import (
     FLAG_MADE_BASELINE,
     FLAG_PROGRESSIVE,
+    FLAG_RECOVERED,
     FLAG_REENCODED,
     FLAG_SHRUNK,
     FLAG_STRIPPED,
@@ -115,6 +116,26 @@ def test_progressive_jpegs_stay_as_they_are_by_default() -> None:
     assert (image.payload, image.flags) == (content, FLAG_PROGRESSIVE)
 
 
+def test_transcoding_is_a_choice_that_the_manifest_names_and_needs_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "x.jpg").write_bytes(encoded(tile(), progressive=True))
+    report = pack(ImageFolder(tmp_path / "images"), tmp_path / "store")
+    assert (report.progressive, report.manifest.packing.transcoder) == (1, None)
+    if transcoder() is not None:
+        with pytest.raises(StoreError, match=r"transcoder=None \(wanted 'turbojpeg"):
+            pack(ImageFolder(tmp_path / "images"), tmp_path / "store", options=PackOptions(transcode=True))
+        forced = pack(
+            ImageFolder(tmp_path / "images"), tmp_path / "store", options=PackOptions(transcode=True, force=True)
+        )
+        assert (forced.progressive, forced.manifest.packing.transcoder) == (0, transcoder())
+        assert not pack(ImageFolder(tmp_path / "images"), tmp_path / "store").packed  # holds the same images
+    monkeypatch.setattr("paws_hpc.packing.plan.transcoder", lambda: None)
+    with pytest.raises(ValueError, match=r"pack.transcode=true needs turbojpeg.*paws-hpc\[transcode\]"):
+        PackOptions(transcode=True)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("lossless", [False, pytest.param(True, marks=needs_turbojpeg)])
 def test_images_are_stored_as_viewers_show_them(orientation: int, lossless: bool) -> None:
@@ -169,6 +190,8 @@ def test_damage_is_found_whether_or_not_pixels_are_wanted(wanted: bool) -> None:
     image = standard_jpeg(content[:-700] + content[-2:], JpegPolicy(pixels=wanted))
     assert image.changed is not None
     assert image.changed.startswith("JPEG with faults")
+    assert image.flags == FLAG_RECOVERED | FLAG_REENCODED
+    assert np.abs(pixels_of(image)[:32].astype(int) - decode_jpeg(content)[:32]).mean() < 2.5
     with pytest.raises(ValueError, match="it is not a readable image"):
         standard_jpeg(content[:700], JpegPolicy(pixels=wanted))
 
