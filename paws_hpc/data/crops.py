@@ -2,17 +2,15 @@
 
 Legend: n boxes, C channels (3, or 1 for grey stores), H x W the image, box = (top, left, height, width) in pixels.
 
-Three exact paths. JPEG stores hold images of many sizes: on the CPU ``resized_crops`` resizes each crop by torch's
-uint8 antialiased bilinear kernel. Raw stores hold small images of one size, where that costs mostly overhead (30 µs for
-32 x 32): ``equal_size_resized_crops`` resizes the whole batch by two matrix products, on any device. And
-``ragged_resized_crops`` does the same for images of many sizes, for a GPU. All equal PIL's crop followed by
-``resize(BILINEAR)`` to 1 of 255 levels.
+Two exact paths. JPEG stores hold images of many sizes: ``resized_crops`` resizes each crop by torch's uint8 antialiased
+bilinear kernel. Raw stores hold small images of one size, where that costs mostly overhead (30 µs for 32 x 32):
+``equal_size_resized_crops`` resizes the whole batch by two matrix products, on any device. Both equal PIL's crop
+followed by ``resize(BILINEAR)`` to 1 of 255 levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,12 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from paws_hpc.data.config import CropConfig
-from paws_hpc.data.devices import to_device
 from paws_hpc.data.philox import Stream, uniform
 
 ATTEMPTS = 10
 UNIFORMS_PER_BOX = 2 * ATTEMPTS + 2
-_PIXELS_AT_ONCE = 1 << 22  # of padded boxes: 50 MB as float32 in three channels, 34 MB of indices
 _LOOPS = torch.jit.CompilationUnit(
     """
 def resized_crops(images: List[Tensor], boxes: Tensor, out: Tensor) -> None:
@@ -35,15 +31,15 @@ def resized_crops(images: List[Tensor], boxes: Tensor, out: Tensor) -> None:
     crops: List[List[Tensor]] = []
     for view in out.unbind(0):
         crops.append(view.split(1))
-    place = 0
+    at = 0
     for number, image in enumerate(images):
         channel, row, column = image.stride()
         for of_view in crops:
-            top, left, rows, columns = numbers[place], numbers[place + 1], numbers[place + 2], numbers[place + 3]
+            top, left, rows, columns = numbers[at], numbers[at + 1], numbers[at + 2], numbers[at + 3]
             corner = image.storage_offset() + top * row + left * column
             box = image.as_strided([1, image.size(0), rows, columns], [0, channel, row, column], corner)
             torch.ops.aten._upsample_bilinear2d_aa(box, size, False, None, None, out=of_view[number])
-            place += 4
+            at += 4
 """
 )
 """A loop that torch's interpreter runs, not Python's, which its calls would hold for longer than a small crop takes.
@@ -201,83 +197,8 @@ def equal_size_resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int
     top, left, box_height, box_width = torch.from_numpy(boxes).T.to(images.device, torch.float32, non_blocking=True)
     rows = resample_weights(top, box_height, height, size)[:, None]
     columns = resample_weights(left, box_width, width, size)[:, None]
-    return _resample(images.float(), rows, columns)
-
-
-def _resample(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(n, C, H, W) float32 by (n, 1, s, H) and (n, 1, s, W) weights → (n, C, s, s) uint8, rounded."""
-    return (rows @ pixels @ columns.mT).add_(0.5 + _TIE).clamp_(0, 255).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class RaggedImages:
-    """Images of any sizes, one after the other in one buffer.
-
-    Attributes:
-        pixels: (P, C) uint8, on any device; each image row by row.
-        starts: (n,) int64, where each begins, pixels.
-        heights: (n,) int64.
-        widths: (n,) int64.
-    """
-
-    pixels: Tensor
-    starts: NDArray[np.int64]
-    heights: NDArray[np.int64]
-    widths: NDArray[np.int64]
-
-
-def ragged_resized_crops(images: RaggedImages, which: NDArray[np.int64], boxes: NDArray[np.int64], size: int) -> Tensor:
-    """n crops of images of any sizes, by matrix products as in ``equal_size_resized_crops``.
-
-    Boxes of similar size are resized together, padded to the largest of them; the padding has no weight.
-
-    Args:
-        images: m of them, on any device.
-        which: (n,) image of each crop.
-        boxes: (n, 4), inside their images.
-        size: pixels.
-
-    Returns:
-        (n, C, size, size) uint8 on the images' device.
-
-    Raises:
-        ValueError: a box does not lie inside its image, or there are not as many boxes as images named.
-    """
-    ends = boxes[:, :2] + boxes[:, 2:]
-    sides = np.stack((images.heights[which], images.widths[which]), axis=1)
-    if boxes.shape != (len(which), 4) or (boxes[:, :2] < 0).any() or (boxes[:, 2:] < 1).any() or (ends > sides).any():
-        raise ValueError(f"need (n, 4) boxes inside their images for n={len(which)} crops")
-    device, channels = images.pixels.device, images.pixels.shape[1]
-    result = torch.empty((len(which), channels, size, size), dtype=torch.uint8, device=device)
-    corners = images.starts[which] + boxes[:, 0] * images.widths[which] + boxes[:, 1]
-    table = to_device(torch.from_numpy(np.column_stack((corners, images.widths[which], boxes[:, 2:]))), device)
-    groups = _of_similar_size(boxes)
-    ordered = to_device(torch.from_numpy(np.concatenate(groups)), device).split([len(group) for group in groups])
-    for group, members in zip(groups, ordered, strict=True):
-        height, width = boxes[group, 2:].max(axis=0).tolist()
-        corner, stride, box_height, box_width = table[members].unbind(dim=1)
-        down = torch.arange(height, device=device).minimum(box_height[:, None] - 1)
-        right = torch.arange(width, device=device).minimum(box_width[:, None] - 1)
-        index = (corner[:, None] + down * stride[:, None])[:, :, None] + right[:, None]
-        pixels = images.pixels[index].permute(0, 3, 1, 2).float()
-        start = torch.zeros_like(box_height, dtype=torch.float32)
-        rows = resample_weights(start, box_height.float(), height, size)[:, None]
-        columns = resample_weights(start, box_width.float(), width, size)[:, None]
-        result[members] = _resample(pixels, rows, columns)
-    return result
-
-
-def _of_similar_size(boxes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Divide boxes into groups that pad to bounded numbers of pixels, by height and within it by width."""
-    order = np.lexsort((boxes[:, 3], boxes[:, 2]))
-    groups: list[NDArray[np.int64]] = []
-    first, widest = 0, 0
-    for place, (height, width) in enumerate(boxes[order, 2:].tolist()):
-        widest = max(widest, width)
-        if place > first and (place - first + 1) * height * widest > _PIXELS_AT_ONCE:
-            groups.append(order[first:place])
-            first, widest = place, width
-    return [*groups, order[first:]]
+    pixels = rows @ images.float() @ columns.mT
+    return pixels.add_(0.5 + _TIE).clamp_(0, 255).to(torch.uint8)
 
 
 def resample_weights(start: Tensor, length: Tensor, in_size: int, out_size: int) -> Tensor:
