@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from dataclasses import dataclass, field
 
-NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit")
+NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit", "timm")
 
 
 @dataclass
@@ -43,9 +44,10 @@ class ModelConfig:
     """Which network to train.
 
     Attributes:
-        name: resnet50, resnet18, wide_resnet, small_resnet or vit.
+        name: resnet50, resnet18, wide_resnet, small_resnet, vit or timm.
+        timm: name of an image network of timm, such as ``resnet18d``; timm only (paws_hpc/models/timm_backbone.py).
         vit: sizes; vit only.
-        width: not of vit; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
+        width: not of vit and timm; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
         depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
         channels, blocks: per layer, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
             half of 32-64-128.
@@ -65,6 +67,7 @@ class ModelConfig:
     """
 
     name: str = "resnet50"
+    timm: str | None = None
     vit: VitConfig = field(default_factory=VitConfig)
     width: int = 1
     depth: int = 28
@@ -88,6 +91,19 @@ class ModelConfig:
                 raise ValueError(f"model.{key}={value} must be at least 1.")
         if self.name == "vit" and self.width != 1:
             raise ValueError(f"model.width={self.width} does not apply to vit: choose model.vit.dim instead.")
+        if (self.name == "timm") != (self.timm is not None):
+            raise ValueError(
+                f"model.name={self.name} and model.timm={self.timm}: model=timm model.timm=resnet18d, say, takes a "
+                "network of timm, and only there is model.timm not null."
+            )
+        if self.name == "timm":
+            if importlib.util.find_spec("timm") is None:
+                raise ValueError("model=timm needs the package timm: pip install 'paws-hpc[timm]'.")
+            if self.width != 1 or self.checkpoint_activations:
+                raise ValueError(
+                    f"model.width={self.width} and model.checkpoint_activations={self.checkpoint_activations} do not "
+                    "apply to model=timm: leave them at 1 and false."
+                )
         if self.name == "wide_resnet" and (self.depth < 10 or (self.depth - 4) % 6):
             near_depth = max(10, 4 + 6 * round((self.depth - 4) / 6))
             raise ValueError(f"model.depth={self.depth} is not 6n + 4, as WRN-d-k needs; the nearest is {near_depth}.")

@@ -86,8 +86,12 @@ def build_encoder(config: ModelConfig, *, seed: int) -> Encoder:
     """
     with torch.device("meta"):
         encoder = Encoder(config)
+    if config.name == "timm":
+        encoder.backbone = nn.Identity()  # timm initialises its networks itself
     encoder.to_empty(device="cpu")
     initialise(encoder, seed=seed)
+    if config.name == "timm":
+        encoder.backbone = _timm(config, seed)
     return encoder
 
 
@@ -131,6 +135,13 @@ def build_classifier(encoder: Encoder, num_classes: int) -> Classifier:
     return classifier.train(encoder.training)
 
 
+def _timm(config: ModelConfig, seed: int = 0) -> nn.Module:
+    from paws_hpc.models.timm_backbone import timm_backbone  # noqa: PLC0415 - an extra
+
+    assert config.timm is not None
+    return timm_backbone(config.timm, seed=seed)
+
+
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet50": lambda config: resnet50(width=config.width),
     "resnet18": lambda config: resnet18(width=config.width),
@@ -138,5 +149,6 @@ _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "small_resnet": lambda config: SmallResNet(
         channels=[config.width * channels for channels in config.channels], blocks=config.blocks
     ),
+    "timm": _timm,
     "vit": lambda config: VisionTransformer(config.vit),
 }
