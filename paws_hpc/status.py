@@ -17,30 +17,44 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 
-from paws_hpc.cluster.overview import RunOverview, overviews
-from paws_hpc.cluster.overview_text import plain_run, plain_runs, rich_run, rich_runs
+from paws_hpc.cluster.overview import overviews
+from paws_hpc.cluster.overview_text import run_text, runs_text
 from paws_hpc.files import error_text
 from paws_hpc.stages.runs import all_runs, find_run
+
+_UNCUT = 10_000  # columns, where no terminal folds the lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if there is no such run."""
     options = _parser().parse_args(arguments)
+    terminal = sys.stdout.isatty() and not options.json
     try:
         paths = [find_run(options.run, options.runs)] if options.run else all_runs(options.runs)
-        if options.watch:
-            _watch(paths, options)
-        else:
-            _print(_look(paths, options), options)
+        if options.watch and terminal:
+            with Live(auto_refresh=False, screen=True) as live:
+                while True:
+                    live.update(_text(paths, options, live.console.width), refresh=True)
+                    time.sleep(options.every)
+        while True:
+            if options.json:
+                values = [run.to_json() for run in overviews(paths, details=bool(options.run))]
+                indent = None if options.watch else 2
+                print(json.dumps(values[0] if options.run else values, indent=indent), flush=True)
+            else:
+                console = Console(width=None if terminal else _UNCUT)
+                console.print(_text(paths, options, console.width))
+            if not options.watch:
+                return 0
+            time.sleep(options.every)
     except FileNotFoundError as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,36 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _look(paths: Sequence[Path], options: argparse.Namespace) -> list[RunOverview]:
-    return overviews(paths, details=options.run is not None)
-
-
-def _print(runs: list[RunOverview], options: argparse.Namespace) -> None:
-    if options.json:
-        values = [run.to_json() for run in runs]
-        print(json.dumps(values[0] if options.run else values, indent=None if options.watch else 2), flush=True)
-    elif sys.stdout.isatty():
-        console = Console()
-        console.print(_drawn(runs, options, console.width))
-    else:
-        print("\n".join(plain_run(runs[0], everything=options.all) if options.run else plain_runs(runs)), flush=True)
-
-
-def _drawn(runs: list[RunOverview], options: argparse.Namespace, width: int) -> RenderableType:
-    return rich_run(runs[0], width=width, everything=options.all) if options.run else rich_runs(runs)
-
-
-def _watch(paths: Sequence[Path], options: argparse.Namespace) -> None:
-    """Look again and again; on a terminal in place, otherwise one block or line after another."""
-    if options.json or not sys.stdout.isatty():
-        while True:
-            _print(_look(paths, options), options)
-            time.sleep(options.every)
-    with Live(auto_refresh=False, screen=True) as live:
-        while True:
-            runs = _look(paths, options)
-            live.update(_drawn(runs, options, live.console.width), refresh=True)
-            time.sleep(options.every)
+def _text(paths: Sequence[Path], options: argparse.Namespace, width: int) -> Group:
+    runs = overviews(paths, details=bool(options.run))
+    return run_text(runs[0], width=width, everything=options.all) if options.run else runs_text(runs)
 
 
 if __name__ == "__main__":

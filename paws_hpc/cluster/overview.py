@@ -1,9 +1,7 @@
 """The state of runs and of their jobs, put together from the run directory and from Slurm.
 
-Every job says where its state is known from: the marker of a finished job; Slurm's queue, and its accounting where
-there is one, for jobs of the last submission; or the attempts, heartbeats and ends that jobs write themselves, which is
-all there is without Slurm. Runs of other versions can be looked at too: config and ``chain.json`` are read as plain
-values, and a half-written or damaged file makes a note, not an error. Nothing here writes or imports torch.
+Config and ``chain.json`` are read as plain values, so that runs of other versions can be shown too, and a half-written
+or damaged file makes a note, not an error. Nothing here writes or imports torch.
 """
 
 from __future__ import annotations
@@ -48,7 +46,6 @@ _ENDS = {  # how an attempt ended → state of the job, as far as its own files 
     "cancelled": "cancelled",
     "interrupted": "interrupted",
 }
-_BY_URGENCY = ("running", "silent", "failed", "lost", "waiting", "submitted", "interrupted", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -108,12 +105,11 @@ class RunOverview:
 
     @property
     def current(self) -> JobOverview | None:
-        """The job to look at: one that runs, else that failed, else that waits, else the last that is done."""
-        for state in _BY_URGENCY:
-            for job in self.jobs:
-                if job.state == state:
-                    return job
-        return next((job for job in reversed(self.jobs) if job.state == "done"), None)
+        """The first job of the run's own state, else the last that is done; None if the run is over, or not begun."""
+        if self.state in ("done", "not started"):
+            return None
+        done = (job for job in reversed(self.jobs) if job.state == "done")
+        return next((job for job in self.jobs if job.state == self.state), next(done, None))
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``status --json`` prints: all fields, with ``seconds_left`` in each progress."""
@@ -126,15 +122,7 @@ class RunOverview:
 
 @dataclass(frozen=True)
 class Slurm:
-    """What Slurm said.
-
-    Attributes:
-        queue: jobs that the controller knows.
-        accounts: jobs that the data base knows.
-        trouble: why it cannot be reached, or not all of it; None if it can.
-        partitions: by name.
-        settings: of the cluster.
-    """
+    """What Slurm says: jobs that the controller and the accounting know, and why one of them cannot be reached."""
 
     queue: dict[str, QueuedJob] = field(default_factory=dict)
     accounts: dict[str, AccountedJob] = field(default_factory=dict)
@@ -144,12 +132,7 @@ class Slurm:
 
 
 def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOverview]:
-    """Look at several runs, asking Slurm once.
-
-    Args:
-        paths: of run directories.
-        details: also ask for the cluster's settings, for warnings about the time that is left to save.
-    """
+    """Look at several run directories, querying Slurm once; ``details`` adds warnings about the time to save."""
     runs = [_RunFiles(path) for path in paths]
     unfinished = {run.path: run.unfinished_ids() for run in runs}
     owners = {path.stat().st_uid for path, ids in unfinished.items() if ids}
@@ -158,7 +141,7 @@ def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOvervi
 
 
 def _ask_slurm(ids: set[str], owners: Iterable[int], *, details: bool) -> Slurm:
-    """Ask the controller, and the accounting for jobs that it has forgotten; never raises."""
+    """Query the controller, and the accounting for jobs that it has forgotten; never raises."""
     known = Slurm()
     if not ids:
         return known
@@ -175,18 +158,13 @@ def _ask_slurm(ids: set[str], owners: Iterable[int], *, details: bool) -> Slurm:
 
 
 class _RunFiles:
-    """The config and ``chain.json`` of a run as plain values; whatever its folder holds, this does not raise.
-
-    Attributes:
-        names: of its jobs, in the order of the chain: those of the config, submitted ones and those ever begun.
-        submitted: name of a job → what ``chain.json`` says of its last submission, and its ``time``.
-    """
+    """The config and ``chain.json`` of a run as plain values; whatever its folder holds, this does not raise."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.warnings = path, list[str]()
         self.chain = self._mapping("chain.json")
         self.config = self._mapping("config.yaml")
-        self.submitted: dict[str, dict[str, Any]] = {
+        self.submitted: dict[str, dict[str, Any]] = {  # job → what its last submission says
             str(job["job"]): job | {"time": submission.get("time")}
             for submission in self.chain.get("submissions", [])
             for job in submission.get("jobs", [])
@@ -195,11 +173,10 @@ class _RunFiles:
         stages = self.config.get("stages") or DEFAULT_STAGES
         names = [name for stage in STAGES if stage in stages for name in self._jobs_of(stage)]
         begun = {file.parent.relative_to(path / "jobs").as_posix() for file in (path / "jobs").glob("**/start-*.json")}
-        order = list(STAGES)
-        places = {stage: order.index(stage) for stage in order}
+        order = {stage: number for number, stage in enumerate(STAGES)}
         self.names = sorted(  # stable: trials keep the config's order
             [*names, *sorted((self.submitted.keys() | begun) - set(names))],
-            key=lambda name: places.get(name.partition("/")[0], len(order)),
+            key=lambda name: order.get(name.partition("/")[0], len(order)),
         )
 
     def _mapping(self, name: str) -> dict[str, Any]:
@@ -222,7 +199,7 @@ class _RunFiles:
             return []
 
     def id_of(self, job: str) -> str | None:
-        """Under which a job was submitted last; None without Slurm."""
+        """The id of a job's last submission; None without Slurm."""
         return self.submitted.get(job, {}).get("job_id")
 
     def marker_state(self, job: str) -> str:
@@ -249,12 +226,12 @@ class _RunFiles:
         section = self.config.get(stage)
         section = section if isinstance(section, dict) else {}
         if stage in SWEEPS:
-            with suppress(ValueError):  # a folder that somebody else made
+            with suppress(ValueError):  # a folder that is no trial's
                 section = section | dict(Trial.parse(job.partition("/")[2]).values)
-        epochs = section.get("epochs")
-        return traces.read_progress(
-            self.path / job, epochs=epochs if isinstance(epochs, int) else None, batch_size=section.get("batch_size")
+        epochs, batch_size = (
+            value if isinstance(value := section.get(name), int) else None for name in ("epochs", "batch_size")
         )
+        return traces.read_progress(self.path / job, epochs=epochs, batch_size=batch_size)
 
 
 def _overview(run: _RunFiles, slurm: Slurm) -> RunOverview:
@@ -288,15 +265,10 @@ def _overview(run: _RunFiles, slurm: Slurm) -> RunOverview:
 def _state_of_run(states: set[str], *, cancelled: bool) -> str:
     if states == {"done"}:
         return "done"
-    for state in ("running", "silent"):
-        if state in states:
-            return state
-    if cancelled:
+    if cancelled and not states & {"running", "silent"}:
         return "cancelled"
-    for state in ("waiting", "submitted", "failed", "lost", "cancelled", "interrupted"):
-        if state in states:
-            return state
-    return "unfinished" if "done" in states else "not started"
+    order = ("running", "silent", "waiting", "submitted", "failed", "lost", "cancelled", "interrupted")
+    return next((state for state in order if state in states), "unfinished" if "done" in states else "not started")
 
 
 def _job(run: _RunFiles, name: str, slurm: Slurm) -> JobOverview:

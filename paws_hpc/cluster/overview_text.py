@@ -1,11 +1,10 @@
-"""Overviews as text: tables on a terminal, plain lines elsewhere."""
+"""Overviews as text; a console without a terminal leaves out the colours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -30,104 +29,75 @@ _SOURCES = {
     "attempts": "the jobs' own files",
     "chain": "chain.json",
 }
-_Row = tuple[str, str, str, str, str, str, str, str, str]
-_HEADINGS = ("job", "state", "restarts", "id", "step", "epoch", "img/s", "left", "val")
-_WIDE = 100  # columns of a terminal from which on epochs are shown beside steps
+_JOB_COLUMNS = ("job", "state", "restarts", "id", "step", "epoch", "img/s", "left", "val")
+_NARROW = 100  # a terminal with fewer columns does without epochs, which the steps say too
 
 
-def rich_runs(runs: list[RunOverview]) -> RenderableType:
+def runs_text(runs: list[RunOverview]) -> Group:
     """One line per run."""
-    table = Table(box=box.SIMPLE_HEAD, expand=False, pad_edge=False)
-    for heading in ("run", "state", "at", "step", "img/s", "left"):
-        table.add_column(heading, justify="right" if heading in ("step", "img/s", "left") else "left", overflow="fold")
+    rows = []
     for run in runs:
-        name, state, *rest = _run_row(run)
-        table.add_row(name, Text(state, _STYLES.get(run.state, "")), *rest)
-    return Group(table, *(Text(line, "yellow") for line in _troubles(runs)))
+        failed, current = sum(job.state in ("failed", "lost") for job in run.jobs), run.current
+        state = f"{run.state}, {failed} failed" if failed and run.state != "failed" else run.state
+        job, _, _, _, step, _, rate, left, _ = [""] * 9 if current is None else _job_row(current)
+        rows.append((run.state, (run.name, state, job, step, rate, left)))
+    return Group(
+        _table(("run", "state", "at", "step", "img/s", "left"), rows),
+        *(Text(line, "yellow") for line in _troubles(runs)),
+    )
 
 
-def plain_runs(runs: list[RunOverview]) -> list[str]:
-    """One line per run, in columns."""
-    rows = [("run", "state", "at", "step", "img/s", "left"), *(_run_row(run) for run in runs)]
-    return [*_columns(rows), *_troubles(runs)]
-
-
-def _run_row(run: RunOverview) -> tuple[str, ...]:
-    current, state = run.current, run.state
-    failed = sum(job.state in ("failed", "lost") for job in run.jobs)
-    if failed and state != "failed":
-        state += f", {failed} failed"
-    if current is None or run.state in ("done", "not started"):
-        return run.name, state, "", "", "", ""
-    _, _, _, _, step, _, rate, left, _ = _job_row(current)
-    return run.name, state, current.job, step, rate, left
-
-
-def _troubles(runs: list[RunOverview]) -> list[str]:
-    troubles = {run.trouble for run in runs if run.trouble}
-    return [f"Slurm cannot be reached, so states are as the jobs wrote them: {trouble}" for trouble in troubles]
-
-
-def rich_run(run: RunOverview, *, width: int, everything: bool = False) -> RenderableType:
-    """A run's jobs as a table, with what failed and what to know below it.
+def run_text(run: RunOverview, *, width: int, everything: bool) -> Group:
+    """A run's jobs as a table, then warnings and failures.
 
     Args:
         run: to show.
         width: of the terminal.
         everything: list every trial of a sweep, also where many are alike.
     """
-    head = Text.assemble((run.name, "bold"), "  ", (run.state, _STYLES.get(run.state, "")), f"  {run.path}")
     rows = list(_rows(run, everything=everything))
-    hidden = () if width >= _WIDE else ("epoch",)
     used = [
-        column
-        for column, heading in enumerate(_HEADINGS)
-        if heading not in hidden and any(row[column] for _, _, row in rows)
+        number
+        for number, column in enumerate(_JOB_COLUMNS)
+        if any(row[number] for _, row in rows) and not (column == "epoch" and width < _NARROW)
     ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in used:
-        right = _HEADINGS[column] not in ("job", "state", "id")
-        table.add_column(_HEADINGS[column], justify="right" if right else "left", no_wrap=_HEADINGS[column] != "state")
-    sweep = ""
-    for stage, state, row in rows:
-        name = row[0].removeprefix(f"{stage}/")
-        if name != row[0]:
-            if stage != sweep:
-                table.add_row(stage)
-            name = f"  {name}"
-        sweep = stage
-        texts = (name, Text(row[1], _STYLES.get(state, "")), *row[2:])
-        table.add_row(*(texts[column] for column in used))
-    lines: list[RenderableType] = [Text(line, "yellow") for line in _remarks(run)]
-    for job in run.jobs:
-        lines += [Text(line, "red" if number == 0 else "dim") for number, line in enumerate(_failure(job))]
-    return Group(head, table, *lines)
+    columns = [_JOB_COLUMNS[number] for number in used]
+    return Group(
+        Text.assemble((run.name, "bold"), ": ", (run.state, _STYLES.get(run.state, "")), f" ({run.path})"),
+        _table(columns, [(state, [row[number] for number in used]) for state, row in rows]),
+        *(Text(line, "yellow") for line in _remarks(run)),
+        *(text for job in run.jobs for text in _failure(job)),
+    )
 
 
-def plain_run(run: RunOverview, *, everything: bool = False) -> list[str]:
-    """The same as lines of plain text, nothing of them cut."""
-    rows = [_HEADINGS, *(row for _, _, row in _rows(run, everything=everything))]
-    failures = [line for job in run.jobs for line in _failure(job)]
-    return [f"{run.name}: {run.state} ({run.path})", *_columns(rows), *_remarks(run), *failures]
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    """Rows with the state that colours them."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column in ("restarts", "step", "epoch", "img/s", "left", "val")
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for state, row in rows:
+        styles = (_STYLES.get(state, "") if column == "state" else "" for column in columns)
+        table.add_row(*map(Text, row, styles))
+    return table
 
 
-def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, str, _Row]]:
-    """Stage, state and row of every line; trials of a sweep that are alike and have nothing to show are one line."""
+def _rows(run: RunOverview, *, everything: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """State and row of every line; trials of a sweep that are alike and have nothing to show are one line."""
     shown: set[tuple[str, str, str]] = set()
     for job in run.jobs:
         kind = (job.stage, job.state, job.reason)
         alike = [other for other in run.jobs if (other.stage, other.state, other.reason) == kind]
         if everything or len(alike) <= _ALIKE or job.state not in ("done", "waiting", "submitted", "not started"):
-            yield job.stage, job.state, _job_row(job)
+            yield job.state, _job_row(job)
         elif kind not in shown:
             shown.add(kind)
             scores = [other.progress.validation_accuracy for other in alike if other.progress is not None]
             best = max((score for score in scores if score is not None), default=None)
-            row = (f"{job.stage}: {len(alike)} trials", _state(job), "", "", "", "", "", "", _percent(best))
-            yield job.stage, job.state, row
+            yield job.state, (f"{job.stage}: {len(alike)} trials", _state(job), *[""] * 6, _percent(best))
 
 
-def _job_row(job: JobOverview) -> _Row:
+def _job_row(job: JobOverview) -> tuple[str, ...]:
     step = epoch = rate = left = score = ""
     if (progress := job.progress) is not None:
         total = "?" if progress.total_steps is None else f"{progress.total_steps:,}"
@@ -150,8 +120,13 @@ def _percent(score: float | None) -> str:
     return "" if score is None else f"{score:.1%}"
 
 
+def _troubles(runs: list[RunOverview]) -> list[str]:
+    troubles = {run.trouble for run in runs if run.trouble}
+    return [f"Slurm cannot be reached, so states are as the jobs wrote them: {trouble}" for trouble in troubles]
+
+
 def _remarks(run: RunOverview) -> list[str]:
-    """Notes and warnings, and from where the states are known if not from the run directory alone."""
+    """Notes and warnings, and the sources of the states if other than the run directory."""
     lines = [f"{job.job}: {note}" for job in run.jobs for note in job.notes]
     lines += [f"warning: {warning}" for warning in run.warnings]
     if run.cancelled:
@@ -163,19 +138,13 @@ def _remarks(run: RunOverview) -> list[str]:
     return lines
 
 
-def _failure(job: JobOverview) -> list[str]:
+def _failure(job: JobOverview) -> Iterator[Text]:
     """Why a job failed: the message of the rank that failed first, then the end of its log."""
-    lines = []
     if job.failure is not None:
         where = f"rank {job.failure.get('rank')} on {job.failure.get('host')}"
-        lines.append(f"{job.job} failed ({where}): {job.failure.get('type')}: {job.failure.get('message')}")
+        yield Text(f"{job.job} failed ({where}): {job.failure.get('type')}: {job.failure.get('message')}", "red")
     elif job.log_tail:
-        lines.append(f"{job.job}: {job.state}{f', {job.reason}' if job.reason else ''}")
+        yield Text(f"{job.job}: {job.state}{f', {job.reason}' if job.reason else ''}", "red")
     if job.log is not None:
-        lines += [f"  last lines of {job.log}:", *(f"    {line}" for line in job.log_tail)]
-    return lines
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        yield Text(f"  last lines of {job.log}:", "dim")
+        yield from (Text(f"    {line}", "dim") for line in job.log_tail)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,17 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
 
     Args:
         folder: with ``metrics.jsonl``, ``checkpoints/`` and, when it is done, ``DONE``.
-        epochs: that the config asks for.
+        epochs: of the whole job.
         batch_size: images per step, over all ranks; a trial may make do with fewer labels than that, and then has a
             single step per epoch.
     """
     metrics = folder / "metrics.jsonl"
-    rows = [row for row in tail_rows(metrics) if isinstance(row.get("step"), int)]
+    rows = []
+    for line in _tail(metrics, _TAIL_BYTES):
+        with suppress(ValueError):  # the line being written, or one torn by a kill: training drops it when it resumes
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     saved_step, save_s = _newest_save(folder / "checkpoints")
     step = max(max((row["step"] + 1 for row in rows), default=0), saved_step)
     epoch = _last(rows, "epoch")
@@ -91,32 +97,13 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
     )
 
 
-def tail_rows(path: Path) -> list[dict[str, Any]]:
-    """The last rows of a ``metrics.jsonl``, whole ones only; none where there is no file."""
-    rows = []
-    for line in _tail(path, _TAIL_BYTES):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line being written, or one torn by a kill: training drops it when it resumes
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
 def first_failure(attempt: Attempt) -> dict[str, Any] | None:
-    """Of the ranks that failed in an attempt, the one that failed first: the others often fail of its absence."""
+    """The failure of the rank that failed first: the others often fail of its absence."""
     return min(attempt.failures, key=lambda failure: str(failure.get("time")), default=None)
 
 
 def log_of(logs: Path, job_id: str | None, rank: int) -> Path | None:
-    """The log of a rank.
-
-    Args:
-        logs: ``logs/<stage>`` of the run.
-        job_id: ``17`` or ``18_0``; None for the newest job there.
-        rank: of the process.
-    """
+    """The log of a rank in ``logs/<stage>`` of a run; without a job's id, of the newest job there."""
     if job_id is not None:
         path = logs / f"{job_id}_{rank}_log.out"
         return path if path.exists() else None
@@ -129,7 +116,7 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def _tail(path: Path, size: int) -> list[str]:
-    """The lines in the last ``size`` bytes, without the part of a line with which they begin."""
+    """The lines in the last ``size`` bytes, without the cut one with which they may begin."""
     try:
         with open(path, "rb") as file:
             cut = max(file.seek(0, os.SEEK_END) - size, 0)
@@ -142,8 +129,7 @@ def _tail(path: Path, size: int) -> list[str]:
 
 def _newest_save(checkpoints: Path) -> tuple[int, float | None]:
     """Step of the newest checkpoint and the seconds that writing it took; (0, None) without one."""
-    records = sorted(checkpoints.glob("step-*.json"), reverse=True)
-    for path in records:
+    for path in sorted(checkpoints.glob("step-*.json"), reverse=True):
         step, record = path.stem.removeprefix("step-"), _mapping(path)
         if step.isdigit() and record:  # it may have been removed for a newer one since
             return int(step), record.get("seconds")

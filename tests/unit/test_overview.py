@@ -11,7 +11,6 @@ import pytest
 from paws_hpc import status
 from paws_hpc.cluster.inventory import Partition, grace_warnings
 from paws_hpc.cluster.overview import RunOverview, overviews, span
-from paws_hpc.cluster.overview_text import plain_run
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
 from tests.attempts import write_attempt
@@ -39,6 +38,13 @@ def look(run: Path) -> RunOverview:
 
 def states(run: Path) -> dict[str, str]:
     return {job.job: job.state for job in look(run).jobs}
+
+
+def lines(run: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """What the command prints of a run where there is no terminal."""
+    capsys.readouterr()
+    assert status.main([str(run), *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
 def submit(run: Path, **ids: str) -> None:
@@ -93,7 +99,9 @@ def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) ->
     assert (progress.total_steps, progress.seconds_left) == (2, None)
 
 
-def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(run: Path) -> None:
+def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_attempt(run, "pretrain", how="failed", job_id="17")
     submit(run, pretrain="17")
     record_failure(folder, "17-0", 1, ValueError("the disk is full"), permanent=True)
@@ -101,13 +109,12 @@ def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(run: Path) ->
     log = run / "logs" / "pretrain" / "17_1_log.out"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(100)))
-    overview = look(run)
-    job = overview.jobs[1]
-    assert (overview.state, job.state) == ("failed", "failed")
+    job = look(run).jobs[1]
+    assert (look(run).state, job.state) == ("failed", "failed")
     assert job.failure is not None
     assert (job.failure["rank"], job.failure["message"]) == (1, "the disk is full")
     assert job.log_tail[-1] == "line 99"
-    text = "\n".join(plain_run(overview))
+    text = "\n".join(lines(run, capsys))
     assert "pretrain failed (rank 1" in text
     assert "ValueError: the disk is full" in text
     assert "line 99" in text
@@ -199,11 +206,11 @@ def test_json_is_one_object_of_a_known_format(run: Path, capsys: pytest.CaptureF
     assert (value["format"], value["name"], value["jobs"][0]["job"]) == (1, "first", "prepare")
 
 
-def test_many_cells_alike_are_one_line_unless_all_are_asked_for(run: Path) -> None:
+def test_many_trials_alike_are_one_line_unless_all_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rates = ", ".join(str(0.1 * number) for number in range(1, 9))
     (run / "config.yaml").write_text(CONFIG.replace("0.1, 1.0e-05", rates))
-    assert any(line.startswith("finetune: 8 trials") for line in plain_run(look(run)))
-    assert sum(line.startswith("finetune/") for line in plain_run(look(run), everything=True)) == 8
+    assert any(line.startswith("finetune: 8 trials") for line in lines(run, capsys))
+    assert sum(line.startswith("finetune/") for line in lines(run, capsys, "--all")) == 8
 
 
 PARTITION = Partition("low", "UP", True, 10.0, "REQUEUE", None, None, None, None, ())
