@@ -18,8 +18,7 @@ from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
 from paws_hpc.files import error_text
 from paws_hpc.stages.run_data import open_data
-from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.runs import find_run
+from paws_hpc.stages.run_folder import RunFolder, find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--format", required=True, choices=FORMATS, help=formats)
     parser.add_argument("--head", default="none", choices=HEADS, help=f"what comes out ({heads}; default %(default)s)")
-    parser.add_argument(
-        "--to", type=Path, metavar="FILE", help="default: RUN/export/NAME-OUTPUT and the format's suffix"
-    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="default: RUN/export/NAME-OUTPUT and a suffix")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     return parser
 
@@ -56,7 +53,7 @@ def _export(options: argparse.Namespace) -> None:
     check_packages(options.format)
     run = RunFolder(find_run(options.run, options.runs))
     config = read_config(run.config)
-    network = load_network(config, run, open_data(config), options.head)
+    network = load_network(run, open_data(config), options.head)
     name = f"{config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
     for path in write_export(network, options.format, options.to or run.path / "export" / name):
         print(path)

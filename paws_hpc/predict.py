@@ -20,14 +20,12 @@ from typing import Any
 import torch
 
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.config import Config
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
 from paws_hpc.files import error_text, write_json
 from paws_hpc.stages.run_data import open_data
-from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.runs import find_run
+from paws_hpc.stages.run_folder import RunFolder, find_run
 
 SOME_FAILED = 3
 
@@ -68,12 +66,18 @@ def _positive(text: str) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
+    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
     run = RunFolder(find_run(options.run, options.runs))
-    config, device = read_config(run.config), _device(options.device)
+    config, commit = read_config(run.config), run.describe().get("commit")
     paths = list(image_files(options.images))
-    predictor = Predictor(config, run, open_data(config), method=options.method, device=device)
-    sheet = None if options.html is None else Sheet(predictor, config.name, _facts(config, run, options))
-    told: list[dict[str, Any]] = []
+    predictor = Predictor(run, open_data(config), method=options.method, device=device)
+    sheet = None
+    if options.html is not None:
+        method = {"paws-nn": "PAWS-NN", "fine-tuned": "fine-tuned network"}[options.method]
+        sheet = Sheet(predictor, config.name, [f"by {method}", f"commit {commit or 'unknown'}", f"seed {config.seed}"])
+    images: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     for item in predictor.predict(paths, top=options.top, nearest=options.nearest):
         if sheet is not None:
@@ -83,31 +87,19 @@ def _predict(options: argparse.Namespace) -> int:
             print(f"error: {shown(item.path)}: {printable(item.reason)}", file=sys.stderr)
             continue
         if options.json is not None:
-            told.append(_as_json(item))
+            images.append(_as_json(item))
         if options.json != "-":
-            print("\n".join(_lines(item)))
+            print(_as_text(item))
     if sheet is not None:
         sheet.write(options.html)
     if options.json is not None:
-        _write_json({**_answered_by(config, run, options), "images": told, "failed": failed}, options.json)
+        answer = {"run": config.name, "commit": commit, "seed": config.seed, "method": options.method}
+        answer |= {"images": images, "failed": failed}
+        if options.json == "-":
+            print(json.dumps(answer, indent=2, allow_nan=False))
+        else:
+            write_json(Path(options.json), answer)
     return SOME_FAILED if failed else 0
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _answered_by(config: Config, run: RunFolder, options: argparse.Namespace) -> dict[str, Any]:
-    return {"run": config.name, "commit": run.describe().get("commit"), "seed": config.seed, "method": options.method}
-
-
-def _facts(config: Config, run: RunFolder, options: argparse.Namespace) -> list[str]:
-    """Of the sheet's head."""
-    answered_by = _answered_by(config, run, options)
-    method = {"paws-nn": "PAWS-NN", "fine-tuned": "fine-tuned network"}[options.method]
-    return [f"by {method}", f"commit {answered_by['commit'] or 'unknown'}", f"seed {config.seed}"]
 
 
 def _as_json(item: Prediction) -> dict[str, Any]:
@@ -119,17 +111,10 @@ def _as_json(item: Prediction) -> dict[str, Any]:
     }
 
 
-def _lines(item: Prediction) -> list[str]:
+def _as_text(item: Prediction) -> str:
     classes = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in item.classes)
     nearest = ", ".join(f"{printable(one.key)} ({printable(one.name)}) {one.similarity:.2f}" for one in item.nearest)
-    return [f"{shown(item.path)}: {item.doubt or classes}", f"    nearest: {nearest}"]
-
-
-def _write_json(value: dict[str, Any], where: str) -> None:
-    if where == "-":
-        print(json.dumps(value, indent=2, allow_nan=False))
-    else:
-        write_json(Path(where), value)
+    return f"{shown(item.path)}: {item.doubt or classes}\n    nearest: {nearest}"
 
 
 if __name__ == "__main__":

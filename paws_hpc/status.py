@@ -23,7 +23,7 @@ from rich.live import Live
 from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.overview_text import run_text, runs_text
 from paws_hpc.files import error_text
-from paws_hpc.stages.runs import all_runs, find_run
+from paws_hpc.stages.run_folder import all_runs, find_run
 
 _UNCUT = 10_000  # columns, where no terminal folds the lines
 

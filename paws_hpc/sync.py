@@ -23,8 +23,7 @@ from pathlib import Path
 from paws_hpc.engine import wandb_run
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.files import error_text, exclusive
-from paws_hpc.stages.run_folder import is_done
-from paws_hpc.stages.runs import all_runs, find_run
+from paws_hpc.stages.run_folder import all_runs, find_run, is_done
 
 _STILL_WRITTEN_S = 60.0  # a file of a stage that is not done and changed so recently belongs to a run that goes on
 

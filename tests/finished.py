@@ -16,6 +16,7 @@ from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.context import StageContext, TorchContext
+from paws_hpc.stages.networks import checkpoint_folder
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from tests.conftest import Stores
@@ -53,7 +54,7 @@ def made_up_run(stores: Stores, runs: Path, model: ModelConfig) -> tuple[Config,
     run, data = begin(config), open_data(config)
     encoder = build_encoder(model, seed=1)
     disturb(encoder, seed=2)
-    with pretrain.checkpoint_folder(config, run, data) as checkpoints:
+    with checkpoint_folder(run, data) as checkpoints:
         checkpoints.save(7, {"encoder": encoder.state_dict()})
         checkpoints.wait()
     mark_done(run.pretrain, steps=7)

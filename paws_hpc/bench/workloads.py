@@ -155,7 +155,7 @@ def opened_stream(config: Config) -> Iterator[PawsStream]:
     """The stream of a config, as pre-training opens it."""
     data = open_data(config)
     with data.caching() as cached:
-        yield open_stream(config, cached, stream_options(config, data, torch.device(config.device)))
+        yield open_stream(cached, stream_options(data, torch.device(config.device)))
 
 
 def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:

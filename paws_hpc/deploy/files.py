@@ -27,15 +27,14 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = False
+        images = []
         for folder, folders, files in os.walk(path, onerror=_refuse):
             folders.sort()
-            for file in sorted(files):
-                if Path(file).suffix.lower() in IMAGE_EXTENSIONS and not file.startswith("."):
-                    found = True
-                    yield Path(folder, file)
-        if not found:
+            visible = [file for file in sorted(files) if not file.startswith(".")]
+            images += [Path(folder, file) for file in visible if Path(file).suffix.lower() in IMAGE_EXTENSIONS]
+        if not images:
             raise ValueError(f"folder {path} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
+        yield from images
 
 
 def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[np.uint8]:
@@ -61,8 +60,7 @@ def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[
 
 def shown(path: Path) -> str:
     """A path as text for people: one line, without what a terminal would take for a command."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return printable(text)
+    return printable(os.fsencode(path).decode("utf-8", "replace"))
 
 
 def printable(text: str) -> str:

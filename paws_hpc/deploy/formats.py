@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from paws_hpc.deploy.networks import HEADS, Network, rebuild, weights_of
+from paws_hpc.deploy.networks import HEADS, Network, head_layers, rebuild, weights_of
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.files import atomic_write, file_hash, write_json
 from paws_hpc.models.config import ModelConfig, VitConfig
@@ -21,6 +21,7 @@ from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.names import to_torchvision
 
 _PROTOBUF_BYTES = 2**31 - 2**20  # what one protobuf message holds, less what is not weights
+_TEXTS = ("format", "head", "output")  # of a card; its other values become JSON where metadata are texts
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Format:
         suffix: of the file's name.
         write: writes a network; the path need not have the suffix.
         packages: that are needed beside the project's own.
-        of_library: only networks that the library itself has.
+        of_library: only networks that the library itself has; a ``<path>.json`` beside the file holds the card.
     """
 
     help: str
@@ -45,24 +46,22 @@ class Format:
 def write_export(network: Network, format: str, path: Path) -> list[Path]:
     """Write a network, each file atomically; files that are there are replaced.
 
-    Args:
-        network: of a run.
-        format: one of :data:`FORMATS`.
-        path: of the file with the weights; formats for torch get ``<path>.json`` beside it.
-
     Returns:
         the files.
 
     Raises:
-        ValueError: the library of that format has no such network, or a package is missing.
+        ValueError: the library of that format has no such network.
         OSError: the file cannot be written.
     """
-    kind = FORMATS[format]
-    if kind.of_library:
-        _check_library_has_it(network, format)
-    check_packages(format)
+    kind, model = FORMATS[format], network.card["model"]
+    if kind.of_library and (model["name"] not in ("resnet50", "resnet18") or model["width"] != 1):
+        fitting = " or ".join(name for name, other in FORMATS.items() if not other.of_library)
+        raise ValueError(
+            f"{format} has no {model['name']} of width {model['width']}, as this run trained: it has resnet50 and "
+            f"resnet18 of width 1. Use --format {fitting}."
+        )
     kind.write(network, path)
-    return [path, sidecar(path)] if kind.of_library else [path]
+    return [path, _card_path(path)] if kind.of_library else [path]
 
 
 def check_packages(format: str) -> None:
@@ -72,11 +71,6 @@ def check_packages(format: str) -> None:
             f"--format {format} needs {' and '.join(missing)}, which this Python does not have: "
             f"pip install {' '.join(missing)}"
         )
-
-
-def sidecar(path: Path) -> Path:
-    """Where the card of a torch file is."""
-    return path.with_name(f"{path.name}.json")
 
 
 def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
@@ -93,40 +87,27 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            told = file.metadata() or {}
+            texts = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a damaged one: {error}.") from error
-    if not {"model", "head", "classes"} <= told.keys() or told["head"] not in HEADS:
+    if not {"model", "head", "classes"} <= texts.keys() or texts["head"] not in HEADS:
         raise ValueError(f"{path} is not an export of paws_hpc: its metadata has no model, head and classes.")
-    card = {name: value if name in _TEXTS else json.loads(value) for name, value in told.items()}
+    card = {name: value if name in _TEXTS else json.loads(value) for name, value in texts.items()}
     model = ModelConfig(**card["model"] | {"vit": VitConfig(**card["model"]["vit"])})
     module = rebuild(build_encoder(model, seed=0), card["head"], len(card["classes"]))
     module.load_state_dict(weights)
     return module, card
 
 
-def _check_library_has_it(network: Network, format: str) -> None:
-    model = network.card["model"]
-    if model["name"] not in ("resnet50", "resnet18") or model["width"] != 1:
-        fitting = " or ".join(name for name, kind in FORMATS.items() if not kind.of_library)
-        raise ValueError(
-            f"{format} has no {model['name']} of width {model['width']}, as this run trained: it has resnet50 and "
-            f"resnet18 of width 1. Use --format {fitting}."
-        )
+def _card_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
-def _torch_weights(network: Network) -> dict[str, Tensor]:
-    """Under the names of torchvision and timm: the backbone's own, and ``fc.0``, ``fc.1``, … for what follows it."""
-    weights = to_torchvision(weights_of(network.module))
-    for number, layer in enumerate(network.head_layers.values()):
+def _write_torch(network: Network, path: Path, format: str, build: list[str], facts: dict[str, Any]) -> None:
+    """Write weights under the names of torchvision and timm: ``fc.0``, ``fc.1``, … for what follows the backbone."""
+    weights, layers = to_torchvision(weights_of(network.module)), []
+    for number, layer in enumerate(head_layers(network.module).values()):
         weights |= {f"fc.{number}.{name}": value for name, value in weights_of(layer).items()}
-    return weights
-
-
-def _fc(network: Network) -> str:
-    """The Python expression that makes what follows the backbone."""
-    layers = []
-    for layer in network.head_layers.values():
         match layer:
             case nn.Linear():
                 layers.append(f"torch.nn.Linear({layer.in_features}, {layer.out_features})")
@@ -134,18 +115,15 @@ def _fc(network: Network) -> str:
                 layers.append(f"torch.nn.BatchNorm1d({layer.num_features})")
             case _:
                 layers.append("torch.nn.ReLU()")
-    return f"torch.nn.Sequential({', '.join(layers)})" if layers else "torch.nn.Identity()"
-
-
-def _write_torch(network: Network, path: Path, format: str, build: list[str], facts: dict[str, Any]) -> None:
-    save_tensors(path, _torch_weights(network))
+    save_tensors(path, weights)
     usage = [
         *build,
-        f"model.fc = {_fc(network)}",
+        f"model.fc = torch.nn.Sequential({', '.join(layers)})" if layers else "model.fc = torch.nn.Identity()",
         f"model.load_state_dict(torch.load({path.name!r}, weights_only=True), strict=True)",
         "model.eval()",
     ]
-    write_json(sidecar(path), _labelled(network, format) | facts | {"usage": usage, "file_xxh3_128": file_hash(path)})
+    card = {"format": format, **network.card, **facts, "usage": usage, "file_xxh3_128": file_hash(path)}
+    write_json(_card_path(path), card)
 
 
 def _write_torchvision(network: Network, path: Path) -> None:
@@ -176,34 +154,24 @@ def _write_timm(network: Network, path: Path) -> None:
 def _write_safetensors(network: Network, path: Path) -> None:
     from safetensors.torch import save  # noqa: PLC0415 - of the extra "export"
 
-    content = save(weights_of(network.module), _as_texts(_labelled(network, "safetensors")))
+    content = save(weights_of(network.module), _metadata(network, "safetensors"))
     with atomic_write(path) as file:
         file.write(content)
 
 
 def _write_onnx(network: Network, path: Path) -> None:
+    """Write a network for any number of images."""
     if (size := sum(value.nbytes for value in network.module.state_dict().values())) > _PROTOBUF_BYTES:
         raise ValueError(
             f"an ONNX file holds 2 GB, but these weights are {size / 1e9:.2f} GB: use --format safetensors, or "
             "--head none if that is what is wanted."
         )
-    model = _traced(network)
-    for part in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
-        del part.metadata_props[:]  # of every node the lines of source that made it, with the paths of this machine
-    for name, value in _as_texts(_labelled(network, "onnx")).items():
-        model.metadata_props.add(key=name, value=value)
-    with atomic_write(path) as file:
-        file.write(model.SerializeToString(deterministic=True))
-
-
-def _traced(network: Network) -> Any:
-    """The ONNX model of a network, for any number of images."""
-    images = torch.zeros(2, *network.image_shape)
+    side = network.card["image"]["size"]
     with warnings.catch_warnings():  # about torch's own use of itself
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         program = torch.onnx.export(
             network.module,
-            (images,),
+            (torch.zeros(2, 3, side, side),),
             dynamo=True,
             input_names=["images"],
             output_names=[HEADS[network.head]],
@@ -214,18 +182,17 @@ def _traced(network: Network) -> Any:
     model = program.model_proto
     batch = model.graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param, "a backbone that takes the number of images for a constant, by len() say, needs mending"
-    return model
+    for node in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info):
+        del node.metadata_props[:]  # of every node the lines of source that made it, with the paths of this machine
+    for name, value in _metadata(network, "onnx").items():
+        model.metadata_props.add(key=name, value=value)
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString(deterministic=True))
 
 
-def _labelled(network: Network, format: str) -> dict[str, Any]:
-    return {"format": format, **network.card}
-
-
-_TEXTS = ("format", "head", "output")
-
-
-def _as_texts(card: dict[str, Any]) -> dict[str, str]:
-    """For libraries whose metadata are texts: what is none becomes JSON."""
+def _metadata(network: Network, format: str) -> dict[str, str]:
+    """The card for libraries whose metadata are texts."""
+    card = {"format": format, **network.card}
     return {name: value if name in _TEXTS else json.dumps(value) for name, value in card.items()}
 
 

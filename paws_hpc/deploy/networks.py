@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import __version__
-from paws_hpc.config import Config
 from paws_hpc.files import file_hash, read_json
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier
 from paws_hpc.models.heads import ProjectionHead
-from paws_hpc.stages.pretrain import load_pretrained
+from paws_hpc.stages.networks import load_neighbours, load_pretrained, load_winner
 from paws_hpc.stages.run_data import RunData
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.selection import load_neighbours, load_winner
 
 HEADS = {"none": "features", "projection": "representation", "classifier": "logits"}
 """What follows the backbone → what comes out: its features; h, which PAWS-NN compares; a score per class."""
@@ -41,19 +39,8 @@ class Network:
     head: str
     card: dict[str, Any]
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(3, S, S)."""
-        side: int = self.card["image"]["size"]
-        return 3, side, side
 
-    @property
-    def head_layers(self) -> dict[str, nn.Module]:
-        """What follows the backbone, in order, by names in :attr:`module`; activations have made-up ones."""
-        return head_layers(self.module)
-
-
-def load_network(config: Config, run: RunFolder, data: RunData, head: str) -> Network:
+def load_network(run: RunFolder, data: RunData, head: str) -> Network:
     """A network of a finished run.
 
     With ``head="classifier"`` it is the fine-tuned one that selection chose, with ``head="projection"`` the one by
@@ -65,15 +52,12 @@ def load_network(config: Config, run: RunFolder, data: RunData, head: str) -> Ne
     """
     cpu = torch.device("cpu")
     if head == "classifier":
-        classifier, weights = load_winner(config, run, len(data.classes), cpu)
+        classifier, weights = load_winner(run, data, cpu)
         module: nn.Module = classifier.eval()
-    elif head == "projection":
-        encoder, tuned = load_neighbours(config, run, data, cpu)
-        module, weights = _cut(encoder, head), run.tuned if tuned else _pretrained_weights(run)
     else:
-        module = _cut(load_pretrained(config, run, data, cpu)[0], head)
-        weights = _pretrained_weights(run)
-    return Network(module, head, _card(config, run, data, module, head=head, weights=weights))
+        encoder, weights = (load_neighbours if head == "projection" else load_pretrained)(run, data, cpu)
+        module = _cut(encoder, head)
+    return Network(module, head, _card(run, data, module, head=head, weights=weights))
 
 
 def rebuild(encoder: Encoder, head: str, num_classes: int) -> nn.Module:
@@ -82,7 +66,7 @@ def rebuild(encoder: Encoder, head: str, num_classes: int) -> nn.Module:
 
 
 def head_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """As of :class:`Network`, of its module.
+    """What follows the backbone in the module of a :class:`Network`, in order; activations have made-up names.
 
     Linear layers have biases, and what :class:`~paws_hpc.models.heads.ProjectionHead` and
     :class:`~paws_hpc.models.encoder.Classifier` do in their ``forward`` is these layers one after the other.
@@ -98,28 +82,22 @@ def head_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {f"projection.{name}": layer for name, layer in layers.items()}
 
 
-def _pretrained_weights(run: RunFolder) -> Path:
-    """The checkpoint that :func:`~paws_hpc.stages.pretrain.load_pretrained` reads."""
-    return run.checkpoints / f"step-{read_json(run.pretrain / 'DONE')['steps']:08d}.pt"
-
-
 def _cut(encoder: Encoder, head: str) -> nn.Module:
-    parts: OrderedDict[str, nn.Module] = OrderedDict(backbone=encoder.backbone)
+    children: OrderedDict[str, nn.Module] = OrderedDict(backbone=encoder.backbone)
     if head == "projection":
-        parts["projection"] = encoder.projection
-    return nn.Sequential(parts).eval()
+        children["projection"] = encoder.projection
+    return nn.Sequential(children).eval()
 
 
-def _card(
-    config: Config, run: RunFolder, data: RunData, module: nn.Module, *, head: str, weights: Path
-) -> dict[str, Any]:
-    chain, crop = run.describe(), config.views.evaluation
-    result = read_json(run.result) if run.result.exists() else {}
+def _card(run: RunFolder, data: RunData, module: nn.Module, *, head: str, weights: Path) -> dict[str, Any]:
+    config, chain, crop = data.config, run.describe(), data.config.views.evaluation
+    scores = read_json(run.result)["test"] if run.result.exists() else {}
+    dims = [layer.out_features for layer in head_layers(module).values() if isinstance(layer, nn.Linear)]
     return {
         "model": asdict(config.model) | {"init": None},  # a path of this machine, and these weights replace it
         "head": head,
         "output": HEADS[head],
-        "output_dim": _output_dim(module),
+        "output_dim": dims[-1] if dims else module.get_submodule("backbone").feature_dim,
         "classes": list(data.classes),
         "image": {
             "resize": crop.resize,
@@ -139,19 +117,10 @@ def _card(
             "weights": weights.relative_to(run.path).as_posix(),
             "xxh3_128": file_hash(weights),
             "digests": data.digests,
-            "test_top1": {
-                name: scores["top1"] for name, scores in result.get("test", {}).items() if isinstance(scores, dict)
-            },
+            "test_top1": {method: value["top1"] for method, value in scores.items() if method != "count"},
             "paws_hpc": __version__,
         },
     }
-
-
-def _output_dim(module: nn.Module) -> int:
-    dims = [layer.out_features for layer in head_layers(module).values() if isinstance(layer, nn.Linear)]
-    dim = dims[-1] if dims else module.get_submodule("backbone").feature_dim
-    assert isinstance(dim, int)
-    return dim
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

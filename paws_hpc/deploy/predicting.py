@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from paws_hpc.config import Config
 from paws_hpc.data.augment import normalise
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.images import as_tensor
@@ -26,10 +25,9 @@ from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_se
 from paws_hpc.models.encoder import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
 from paws_hpc.stages.calibrate import read_calibration
-from paws_hpc.stages.pretrain import load_pretrained
+from paws_hpc.stages.networks import load_neighbours, load_pretrained, load_winner
 from paws_hpc.stages.run_data import RunData
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.selection import load_neighbours, load_winner
 
 _LOG = logging.getLogger(__name__)
 METHODS = ("paws-nn", "fine-tuned")
@@ -38,7 +36,7 @@ _AT_ONCE = 256  # as many as in evaluation, so that sums, too, are taken in its 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A labelled image that resembles another; ``similarity`` is the cosine of what the network makes of both."""
+    """A labelled image that resembles another; ``similarity`` is the cosine of their representations."""
 
     record: int
     key: str
@@ -48,13 +46,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said of one image file.
+    """The classes of one image file.
 
     Attributes:
         path: of the file.
         classes: names with their probabilities, the most probable first.
         nearest: labelled images, the most similar first.
-        crop: (3, s, s) uint8, what the network saw.
+        crop: (3, s, s) uint8, the input of the network.
         doubt: why the classes mean nothing for this image; it is shown instead of them. Empty as a rule.
     """
 
@@ -76,12 +74,11 @@ class Failure:
 class Predictor:
     """A network of a finished run that classifies image files as the run's own evaluation classifies packed images."""
 
-    def __init__(self, config: Config, run: RunFolder, data: RunData, *, method: str, device: torch.device) -> None:
-        """Load the network and look at all labelled images with it.
+    def __init__(self, run: RunFolder, data: RunData, *, method: str, device: torch.device) -> None:
+        """Load the network and compute the representations of all labelled images.
 
         Args:
-            config: of the run.
-            run: its folder.
+            run: folder of the run.
             data: its stores and splits.
             method: ``paws-nn``, by the network that this was scored with; ``fine-tuned``, by the one selection chose.
             device: to compute on.
@@ -90,15 +87,14 @@ class Predictor:
             FileNotFoundError: the stage that makes the network has not finished.
             ValueError: its weights are damaged or of another experiment, or there is no fine-tuned network.
         """
-        self._data, self._crop, self._threads, self._device = data, config.views.evaluation, config.data.threads, device
-        self._temperature = config.objective.temperature
+        self._data, self._crop, self._device = data, data.config.views.evaluation, device
         self._linear: nn.Linear | None = None
         if method == "fine-tuned":
-            classifier, _ = load_winner(config, run, len(data.classes), device)
+            classifier, _ = load_winner(run, data, device)
             self._network: nn.Module = _ClassifierFeatures(classifier)
             self._linear = classifier.linear
         else:
-            self._network = Representation(load_neighbours(config, run, data, device)[0])
+            self._network = Representation(load_neighbours(run, data, device)[0])
         self._calibration = read_calibration(run, device)
         if self._calibration is None:
             _LOG.warning(
@@ -107,8 +103,8 @@ class Predictor:
                 run.path,
             )
         else:
-            self._backbone = load_pretrained(config, run, data, device)[0].backbone
-        images = data.labelled_images(config)
+            self._backbone = load_pretrained(run, data, device)[0].backbone
+        images = data.labelled_images()
         self._supports = forward_set(self._network, images, device)
         self._support_labels = images.labels
 
@@ -120,14 +116,14 @@ class Predictor:
             top: classes to name, as far as there are.
             nearest: labelled images to name, as far as there are.
         """
-        alone = single_threaded()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="predict", initializer=alone) as pool:
+        threads, limit = self._data.config.data.threads, single_threaded()
+        with ThreadPoolExecutor(threads, thread_name_prefix="predict", initializer=limit) as pool:
             for start in range(0, len(paths), _AT_ONCE):
                 read = list(pool.map(self._read, paths[start : start + _AT_ONCE]))
-                whole = [item for item in read if not isinstance(item, Failure)]
-                told = iter(self._told(whole, top=top, nearest=nearest) if whole else [])
+                images = [item for item in read if not isinstance(item, Failure)]
+                predictions = iter(self._classify(images, top=top, nearest=nearest) if images else [])
                 for item in read:
-                    yield item if isinstance(item, Failure) else next(told)
+                    yield item if isinstance(item, Failure) else next(predictions)
 
     def support_crop(self, record: int) -> Tensor:
         """(3, s, s) uint8, the evaluation crop of a labelled image."""
@@ -144,24 +140,25 @@ class Predictor:
     def _cropped(self, pixels: NDArray[np.uint8]) -> Tensor:
         return center_crop(as_tensor(pixels).permute(2, 0, 1), resize=self._crop.resize, size=self._crop.size)
 
-    def _told(self, images: list[tuple[Path, Tensor]], *, top: int, nearest: int) -> Iterator[Prediction]:
-        like = self._data.train
+    def _classify(self, images: list[tuple[Path, Tensor]], *, top: int, nearest: int) -> Iterator[Prediction]:
+        data = self._data
         crops = torch.stack([crop for _, crop in images])
-        batch = normalise(crops.to(self._device), mean=like.mean, std=like.std)
+        batch = normalise(crops.to(self._device), mean=data.train.mean, std=data.train.std)
         with evaluation_mode(self._network):
             rows = self._network(batch)
-            best = self._probabilities(rows).topk(min(top, len(self._data.classes)), dim=1)
+            probability, label = self._probabilities(rows).topk(min(top, len(data.classes)), dim=1)
             with full_precision(rows):
                 cosines = cosine_logits(rows, self._supports, temperature=1.0)
-            similar = cosines.topk(min(nearest, len(self._supports)), dim=1)
-        doubts = self._doubts(batch)
-        each = zip(images, *(part.cpu() for part in (*best, *similar)), strict=True)
-        for ((path, crop), probabilities, classes, similarities, places), doubt in zip(each, doubts, strict=True):
-            named = zip(
-                (self._data.classes[number] for number in classes.tolist()), probabilities.tolist(), strict=True
-            )
-            neighbours = zip(places.tolist(), similarities.tolist(), strict=True)
-            yield Prediction(path, list(named), [self._neighbour(*pair) for pair in neighbours], crop, doubt)
+            similarity, support = cosines.topk(min(nearest, len(self._supports)), dim=1)
+        columns = (values.tolist() for values in (probability, label, similarity, support))
+        for (path, crop), doubt, *row in zip(images, self._doubts(batch), *columns, strict=True):
+            probabilities, labels, similarities, supports = row
+            classes = [(data.classes[number], value) for number, value in zip(labels, probabilities, strict=True)]
+            neighbours = []
+            for position, value in zip(supports, similarities, strict=True):
+                record, name = int(data.labelled[position]), data.classes[int(self._support_labels[position])]
+                neighbours.append(Neighbour(record, data.labelled_store.keys[record], name, value))
+            yield Prediction(path, classes, neighbours, crop, doubt)
 
     def _doubts(self, batch: Tensor) -> list[str]:
         """Why the classes of each image mean nothing; empty where they do, and in runs without calibration."""
@@ -179,22 +176,16 @@ class Predictor:
         if self._linear is not None:
             temperature = 1.0 if self._calibration is None else self._calibration.temperature
             return (self._linear(rows) / temperature).softmax(dim=1)
-        labels, classes = self._support_labels.to(rows.device), len(self._data.classes)
-        return paws_nn(rows, self._supports, labels, num_classes=classes, temperature=self._temperature)
-
-    def _neighbour(self, place: int, similarity: float) -> Neighbour:
-        record = int(self._data.labelled[place])
-        key = self._data.labelled_store.keys[record]
-        return Neighbour(record, key, self._data.classes[int(self._support_labels[place])], similarity)
+        labels, temperature = self._support_labels.to(rows.device), self._data.config.objective.temperature
+        return paws_nn(rows, self._supports, labels, num_classes=len(self._data.classes), temperature=temperature)
 
 
 class _ClassifierFeatures(nn.Module):
-    """Images to what a classifier's last layer sees."""
+    """Images (n, 3, s, s) to the input of a classifier's last layer, (n, D)."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, s, s) → (n, D)."""
         return self.classifier.features(images)

@@ -29,10 +29,10 @@ _QUALITY = 80
 
 @dataclass
 class Sheet:
-    """A page in the making; what is added is encoded at once, so that no pixels are held.
+    """A page about predictions; pictures are encoded at once, so that no pixels are held.
 
     Attributes:
-        predictor: knows the labelled images.
+        predictor: has the labelled images.
         title: the run's name.
         facts: shown below the title.
     """
@@ -49,26 +49,16 @@ class Sheet:
         if isinstance(item, Failure):
             self._failures.append((shown(item.path), item.reason))
             return
-        nearest = [
-            {"picture": self._support(one.record), "key": one.key, "name": one.name, "similarity": one.similarity}
-            for one in item.nearest
-        ]
-        self._cards.append(
-            {
-                "path": shown(item.path),
-                "picture": _data_uri(item.crop),
-                "doubt": item.doubt,
-                "classes": item.classes,
-                "nearest": nearest,
-            }
-        )
+        for one in item.nearest:
+            if one.record not in self._supports:
+                self._supports[one.record] = _data_uri(self.predictor.support_crop(one.record))
+        nearest = [vars(one) | {"picture": self._supports[one.record]} for one in item.nearest]
+        picture = _data_uri(item.crop)
+        card = {"path": shown(item.path), "picture": picture, "doubt": item.doubt}
+        self._cards.append(card | {"classes": item.classes, "nearest": nearest})
 
     def write(self, path: Path) -> None:
-        """Write the page, atomically.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the page, atomically."""
         context = {
             "sheet_style": Markup((_HERE / "sheet.css").read_text(encoding="utf-8")),
             "title": self.title,
@@ -77,11 +67,6 @@ class Sheet:
             "failures": self._failures,
         }
         write_text(path, render(_HERE / "sheet.html.j2", context))
-
-    def _support(self, record: int) -> str:
-        if record not in self._supports:
-            self._supports[record] = _data_uri(self.predictor.support_crop(record))
-        return self._supports[record]
 
 
 def _data_uri(crop: Tensor) -> str:

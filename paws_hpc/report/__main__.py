@@ -22,7 +22,7 @@ from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.page import build_report
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.wandb_saving import save_wandb_report
-from paws_hpc.stages.runs import find_run
+from paws_hpc.stages.run_folder import find_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -44,7 +44,7 @@ class Holder:
         job: its name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
         job_id: the scheduler's; None without a scheduler.
         restart: how often the scheduler has started this id before.
-        key: known to all ranks of this attempt and to no other attempt, so that they can name their failures.
+        key: shared by the ranks of this attempt alone; their failures are named by it.
         host: of rank 0.
         pid: of rank 0.
         ranks: processes that run it together.
@@ -64,7 +64,7 @@ class Holder:
     def this_process(
         cls, job: str, *, ranks: int, progress: int, key: str, job_id: str | None = None, restart: int = 0
     ) -> Holder:
-        """Rank 0 is the calling process."""
+        """The calling process as rank 0."""
         return cls(job, job_id, restart, key, socket.gethostname(), os.getpid(), ranks, progress)
 
 
@@ -75,11 +75,11 @@ class Attempt:
     Attributes:
         folder: of the job.
         number: counts from 1.
-        holder: who.
+        holder: who runs it.
         began: ISO time, UTC.
         beat: the last heartbeat (``beat``, ``time``), None before the first.
         end: how it ended (``how``, ``step``, ``seconds``, ``message``), None while it runs or if it was killed.
-        failures: what ranks said when they failed (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).
+        failures: why ranks failed (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).
     """
 
     folder: Path
@@ -92,7 +92,7 @@ class Attempt:
 
     @property
     def seconds(self) -> float:
-        """How long it ran, as far as is known: to its end, or to the last sign of life."""
+        """How long it ran: to its end, or to the last sign of life."""
         if self.end is not None:
             return float(self.end["seconds"])
         if self.beat is None:
@@ -122,7 +122,7 @@ def _read(path: Path) -> Attempt:
 
 
 def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
-    """What the ranks of an attempt said when they failed (``rank``, ``type``, ``message``, ``permanent``, …)."""
+    """The failures of an attempt's ranks, as in :class:`Attempt`."""
     return [
         read_json(path) | {"rank": int(path.stem.rpartition("rank")[2])}
         for path in sorted(folder.glob(f"failure-{key}-rank*.json"))
@@ -130,11 +130,7 @@ def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
 
 
 def stage_state(jobs: Path, stage: str) -> tuple[str, float | None]:
-    """The state of a stage, from the attempts of its jobs, and the seconds that they took together.
-
-    Args:
-        jobs: the folder of all jobs of a run.
-        stage: its name.
+    """The state of a stage, from the attempts of its jobs in the folder ``jobs``, and the seconds that they took.
 
     Returns:
         ``pending``, ``running`` (or killed, which nobody could write down), ``failed``, or else how the last attempt of
@@ -144,11 +140,10 @@ def stage_state(jobs: Path, stage: str) -> tuple[str, float | None]:
     attempts = [read_attempts(folder) for folder in folders]
     if not attempts:
         return "pending", None
-    ends = [several[-1].end["how"] if several[-1].end else "running" for several in attempts]
+    ends = [of_job[-1].end["how"] if of_job[-1].end else "running" for of_job in attempts]
     state = next((how for how in ("failed", "crashed", "running") if how in ends), ends[-1])
-    return state.replace("crashed", "failed"), round(
-        sum(attempt.seconds for several in attempts for attempt in several), 2
-    )
+    seconds = sum(attempt.seconds for of_job in attempts for attempt in of_job)
+    return state.replace("crashed", "failed"), round(seconds, 2)
 
 
 def read_beat(folder: Path, number: int) -> dict[str, Any] | None:
@@ -158,10 +153,12 @@ def read_beat(folder: Path, number: int) -> dict[str, Any] | None:
 
 
 class Lease:
-    """The right to write a job's files, held by rank 0 of one attempt; a context manager that writes heartbeats."""
+    """The right to write a job's files, held by rank 0 of one attempt; a context manager that writes heartbeats.
+
+    :func:`acquire` makes one.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
-        """Of the attempt ``number``, which exists; :func:`acquire` makes one."""
         self.folder, self.number = folder, number
         self.ended = False
         self._began = time.monotonic()
@@ -177,13 +174,7 @@ class Lease:
             )
 
     def end(self, how: str, *, step: int | None = None, message: str | None = None) -> None:
-        """Record how this attempt ended.
-
-        Args:
-            how: ``done``, ``requeued``, ``cancelled``, ``failed`` or ``interrupted``.
-            step: training steps that are saved, where that is known.
-            message: for people.
-        """
+        """Record how this attempt ended: ``done``, ``requeued``, ``cancelled``, ``failed`` or ``interrupted``."""
         seconds = round(time.monotonic() - self._began, 2)
         self.ended = True
         record_end(self.folder, self.number, how, seconds=seconds, step=step, message=message)
@@ -194,7 +185,7 @@ class Lease:
             count += 1
             try:
                 write_json(self.folder / f"beat-{self.number:04d}.json", {"beat": count, "time": now()})
-            except OSError as error:  # a full disk, say: what matters will say so too, and louder
+            except OSError as error:  # a full disk, say, which will stop the job itself
                 _LOG.warning("No heartbeat: %s", error)
 
     def __enter__(self) -> Lease:
@@ -245,20 +236,21 @@ def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Attempt], bool]
 def record_end(
     folder: Path, number: int, how: str, *, seconds: float, step: int | None = None, message: str | None = None
 ) -> None:
-    """Write how attempt ``number`` ended; see :meth:`Lease.end`."""
+    """Write how attempt ``number`` ended.
+
+    Args:
+        folder: of the job.
+        number: of the attempt.
+        how: as in :meth:`Lease.end`, or ``crashed``.
+        seconds: how long it ran.
+        step: training steps that are saved, where that is known.
+        message: for people.
+    """
     write_json(folder / f"end-{number:04d}.json", {"how": how, "step": step, "seconds": seconds, "message": message})
 
 
 def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, permanent: bool) -> None:
-    """Say why a rank failed, for those who decide whether to try again and for ``status``.
-
-    Args:
-        folder: of the job.
-        key: of the attempt, which it may have failed to begin.
-        rank: that failed.
-        error: why.
-        permanent: whether trying again must fail in the same way.
-    """
+    """Write why a rank of the attempt with this key failed; ``permanent`` if it must fail again in the same way."""
     write_json(
         folder / f"failure-{key}-rank{rank}.json",
         {
@@ -266,7 +258,7 @@ def record_failure(folder: Path, key: str, rank: int, error: BaseException, *, p
             "message": str(error),
             "permanent": permanent,
             "host": socket.gethostname(),
-            "time": datetime.now(UTC).isoformat(),  # to the microsecond: who failed first is what people ask
+            "time": datetime.now(UTC).isoformat(),  # to the microsecond: it shows who failed first
         },
     )
 

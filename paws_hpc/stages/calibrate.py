@@ -8,7 +8,6 @@ Legend: N images, R reference images, K classes, D features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from paws_hpc import distributed
-from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors, save_tensors
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.exhibits import Exhibit, lines, table, text, write_exhibits
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.context import TorchContext
-from paws_hpc.stages.pretrain import load_pretrained
-from paws_hpc.stages.probing import backbone_features
+from paws_hpc.stages.networks import load_pretrained, load_winner
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
-from paws_hpc.stages.selection import load_winner
-from paws_hpc.store import ImageStore
 
 BINS = 15
 _MOST_REFERENCES = 20_000  # training images that an image is compared with
@@ -61,58 +56,52 @@ class Calibration:
         Returns:
             None where an image is like the training images.
         """
-        found = nearest_distances(features, self.references.to(features.device))
-        ranks = np.searchsorted(self.distances, found) / len(self.distances)
-        return [float(rank) if far > self.threshold else None for far, rank in zip(found, ranks, strict=True)]
+        distances = nearest_distances(features, self.references.to(features.device))
+        shares = np.searchsorted(self.distances, distances) / len(self.distances)
+        return [float(share) if far > self.threshold else None for far, share in zip(distances, shares, strict=True)]
 
 
 def run(context: TorchContext) -> None:
     """Write ``calibrate/calibration.json``, ``references.pt`` and what the report shows."""
-    config, run, device, control = context.config, context.run, context.device, context.control
+    run, device, control = context.run, context.device, context.control
     folder = run.path / context.stage
     if "trial" not in read_json(run.selected):
         if distributed.is_main():
             write_exhibits(folder, [text("Calibration", "This run has no fine-tuned network to calibrate.")])
             mark_done(folder)
         return
-    data = open_data(config)
-    store = ImageStore.open(Path(config.data.test))
-    validation, test = data.validation_images(config), data.images(config, store, np.arange(len(store)))
-    classifier, _ = load_winner(config, run, len(data.classes), device)
-    logits = {"validation": forward_set(classifier, validation, device, control).double().cpu()}
-    logits["test"] = forward_set(classifier, test, device, control).double().cpu()
-    labels = {"validation": validation.labels.cpu(), "test": test.labels.cpu()}
+    data = open_data(context.config)
+    images = {"validation": data.validation_images(), "test": data.test_images()}
+    labels = {split: own.labels for split, own in images.items()}
+    classifier, _ = load_winner(run, data, device)
+    logits = {split: forward_set(classifier, own, device, control).double().cpu() for split, own in images.items()}
     temperature = fit_temperature(logits["validation"], labels["validation"])
     errors = {
         split: {
-            "before": calibration_error(logits[split], labels[split]),
-            "after": calibration_error(logits[split] / temperature, labels[split]),
+            "before": calibration_error(own, labels[split]),
+            "after": calibration_error(own / temperature, labels[split]),
         }
-        for split in logits
+        for split, own in logits.items()
     }
-    encoder, _ = load_pretrained(config, run, data, device)
-    references = normalize(backbone_features(encoder, _reference_images(config, data), device, control).cpu())
-    near = np.sort(nearest_distances(backbone_features(encoder, validation, device, control).cpu(), references))
-    threshold = float(np.quantile(near, _USUAL, method="higher"))
-    far = nearest_distances(backbone_features(encoder, test, device, control).cpu(), references) > threshold
+    backbone = load_pretrained(run, data, device)[0].backbone
+    references = normalize(forward_set(backbone, _reference_images(data), device, control).cpu())
+    distances = {
+        split: nearest_distances(forward_set(backbone, own, device, control).cpu(), references)
+        for split, own in images.items()
+    }
+    threshold = float(np.quantile(distances["validation"], _USUAL, method="higher"))
+    result = {
+        "temperature": temperature,
+        "calibration_error": errors,
+        "distances": np.sort(distances["validation"]).tolist(),
+        "threshold": threshold,
+        "test_unlike": float((distances["test"] > threshold).mean()),
+    }
     control.fence()
     if distributed.is_main():
         save_tensors(folder / "references.pt", {"references": references})
-        write_json(
-            folder / "calibration.json",
-            {
-                "temperature": temperature,
-                "calibration_error": errors,
-                "distances": near.tolist(),
-                "threshold": threshold,
-                "test_unlike": float(far.mean()),
-            },
-        )
-        shown = {"before": logits["test"], f"temperature {temperature:.3g}": logits["test"] / temperature}
-        write_exhibits(
-            folder,
-            _exhibits(data.classes, shown, labels["test"], errors, temperature=temperature, unlike=float(far.mean())),
-        )
+        write_json(folder / "calibration.json", result)
+        write_exhibits(folder, _exhibits(data.classes, logits["test"], labels["test"], result))
         mark_done(folder)
 
 
@@ -121,9 +110,9 @@ def read_calibration(run: RunFolder, device: torch.device) -> Calibration | None
     folder = run.path / "calibrate"
     if not (folder / "calibration.json").exists():
         return None
-    found = read_json(folder / "calibration.json")
+    value = read_json(folder / "calibration.json")
     references = load_tensors(folder / "references.pt", device)["references"]
-    return Calibration(found["temperature"], np.array(found["distances"]), found["threshold"], references)
+    return Calibration(value["temperature"], np.array(value["distances"]), value["threshold"], references)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -137,26 +126,26 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(logits.double() / np.exp(log_temperature), labels).item()
 
-    found = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(found.x))
+    best = minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded", options={"xatol": 1e-4})
+    return float(np.exp(best.x))
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[tuple[float, float, int]]:
-    """Mean confidence, accuracy and images of each of the equally wide bins of confidence that is not empty."""
+    """Mean confidence, accuracy and number of images of each equally wide bin of confidence that is not empty."""
     confidence, guess = logits.softmax(dim=1).max(dim=1)
-    place = (confidence * BINS).ceil().long().clamp(1, BINS)
-    found = []
-    for number in range(1, BINS + 1):
-        inside = place == number
-        if count := int(inside.sum()):
-            right = (guess[inside] == labels[inside]).double().mean().item()
-            found.append((confidence[inside].mean().item(), right, count))
-    return found
+    numbers = (confidence * BINS).ceil().long().clamp(1, BINS)
+    bins = []
+    for number in numbers.unique():
+        members = numbers == number
+        accuracy = (guess[members] == labels[members]).double().mean().item()
+        bins.append((confidence[members].mean().item(), accuracy, int(members.sum())))
+    return bins
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
     """The expected calibration error: mean distance of confidence and accuracy over the images, by 15 bins."""
-    return sum(abs(sure - right) * count for sure, right, count in reliability(logits, labels)) / len(labels)
+    bins = reliability(logits, labels)
+    return sum(abs(confidence - accuracy) * count for confidence, accuracy, count in bins) / len(labels)
 
 
 def nearest_distances(features: Tensor, references: Tensor) -> NDArray[np.float64]:
@@ -167,31 +156,25 @@ def nearest_distances(features: Tensor, references: Tensor) -> NDArray[np.float6
     return 1 - np.concatenate(similarities)
 
 
-def _reference_images(config: Config, data: RunData) -> EvaluationSet:
+def _reference_images(data: RunData) -> EvaluationSet:
     """Training images without those for validation, evenly spread over the store where it has more than needed."""
-    own = np.arange(len(data.train))
-    if data.labelled_store is data.train or config.data.labelled is None:
-        own = np.setdiff1d(own, data.validation_split.records(data.labelled_store))
-    chosen = own[np.unique(np.linspace(0, len(own) - 1, min(len(own), _MOST_REFERENCES)).round().astype(int))]
-    return data.images(config, data.train, chosen)
+    records = np.arange(len(data.train))
+    if data.labelled_store is data.train:
+        records = np.setdiff1d(records, data.validation_split.records(data.train))
+    count = min(len(records), _MOST_REFERENCES)
+    spread = np.unique(np.linspace(0, len(records) - 1, count).round().astype(int))
+    return data.images(data.train, records[spread])
 
 
-def _exhibits(
-    classes: tuple[str, ...],
-    logits: dict[str, Tensor],
-    labels: Tensor,
-    errors: dict[str, dict[str, float]],
-    *,
-    temperature: float,
-    unlike: float,
-) -> list[Exhibit]:
+def _exhibits(classes: tuple[str, ...], logits: Tensor, labels: Tensor, result: dict[str, Any]) -> list[Exhibit]:
+    """What the report shows; logits and labels are those of the test split."""
+    temperature = result["temperature"]
     curves: dict[str, Any] = {"perfect": ([0.0, 1.0], [0.0, 1.0])}
-    for name, values in logits.items():
-        points = reliability(values, labels)
-        curves[name] = ([sure for sure, _, _ in points], [right for _, right, _ in points])
-    guess = next(iter(logits.values())).argmax(dim=1)
-    precision, recall, f1, count = precision_recall_fscore_support(
-        labels.numpy(), guess.numpy(), labels=range(len(classes)), zero_division=0.0
+    for name, values in (("before", logits), (f"temperature {temperature:.3g}", logits / temperature)):
+        confidence, accuracy, _ = zip(*reliability(values, labels), strict=True)
+        curves[name] = confidence, accuracy
+    scores = precision_recall_fscore_support(
+        labels.numpy(), logits.argmax(dim=1).numpy(), labels=range(len(classes)), zero_division=0.0
     )
     return [
         lines(
@@ -201,17 +184,20 @@ def _exhibits(
         table(
             "Expected calibration error",
             ["split", "before", "after"],
-            [[split, f"{100 * own['before']:.2f} %", f"{100 * own['after']:.2f} %"] for split, own in errors.items()],
+            [
+                [split, f"{100 * own['before']:.2f} %", f"{100 * own['after']:.2f} %"]
+                for split, own in result["calibration_error"].items()
+            ],
             caption=f"Logits are divided by {temperature:.3g}, which was chosen on the validation split. "
-            f"{100 * unlike:.1f} % of the test images are farther from the training images than "
+            f"{100 * result['test_unlike']:.1f} % of the test images are farther from the training images than "
             f"{100 * _USUAL:.0f} % of the validation images: predict calls such images unlike the training images.",
         ),
         table(
             "Fine-tuned network by class, test split",
             ["class", "precision", "recall", "F1", "images"],
             [
-                [name, f"{p:.3f}", f"{r:.3f}", f"{f:.3f}", int(n)]
-                for name, p, r, f, n in zip(classes, precision, recall, f1, count, strict=True)
+                [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", int(count)]
+                for name, precision, recall, f1, count in zip(classes, *scores, strict=True)
             ],
         ),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from paws_hpc.config import Config
@@ -35,26 +36,16 @@ class StageContext:
     fence: Callable[[], None] = lambda: None
 
 
-def _cpu() -> torch.device:
-    import torch  # noqa: PLC0415 - stages without torch import this module too
-
-    return torch.device("cpu")
-
-
-def _unattended() -> JobControl:
-    from paws_hpc.engine.preemption import UNATTENDED  # noqa: PLC0415 - torch
-
-    return UNATTENDED
-
-
 @dataclass(frozen=True)
 class TorchContext(StageContext):
     """Of a stage that loads torch; by then the ranks have joined (``paws_hpc.distributed`` has rank and world size).
+
+    The defaults import torch only when they are needed: stages without it import this module too.
 
     Attributes:
         device: of this rank.
         control: says whether to stop, and whether this attempt may still write (its ``fence`` counts on rank 0 only).
     """
 
-    device: torch.device = field(default_factory=_cpu)
-    control: JobControl = field(default_factory=_unattended)
+    device: torch.device = field(default_factory=lambda: resolve_name("torch:device")("cpu"))
+    control: JobControl = field(default_factory=lambda: resolve_name("paws_hpc.engine.preemption:UNATTENDED"))

@@ -7,8 +7,6 @@ Legend: N test images, M labelled images (supports), K classes, D features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.files import atomic_write, write_json
-from paws_hpc.stages.pretrain import NearestNeighbours
+from paws_hpc.files import write_json
+from paws_hpc.stages.crop_grid import write_png
+from paws_hpc.stages.probing import NearestNeighbours
 
 _MAP_IMAGES, _MAP_SUPPORTS = 1000, 300
 _PAIRS, _IMAGES_OF_A_PAIR = 5, 6
@@ -34,59 +33,52 @@ _UNTRAINED = "There was no pre-training, whose representations it would show."
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The test images as they were scored.
-
-    Attributes:
-        images: the N test images.
-        supports: the M labelled images.
-        nearest: their representations, and what PAWS-NN predicted; None without pre-training.
-        predictions: (N, K) probabilities or logits by method, as in ``result.json``.
-    """
-
-    images: EvaluationSet
-    supports: EvaluationSet
-    nearest: NearestNeighbours | None
-    predictions: Mapping[str, Tensor]
-
-
 class _Tiles:
     """Pictures side by side in one PNG, each once."""
 
-    def __init__(self, scored: Scored) -> None:
-        self._sets = {"test": scored.images, "support": scored.supports}
-        self._places: dict[tuple[str, int], int] = {}
-        self.pixels = min(scored.images.crop.size, _TILE_PIXELS)
+    def __init__(self, images: EvaluationSet, supports: EvaluationSet) -> None:
+        self._sets = {"test": images, "support": supports}
+        self._indices: dict[tuple[str, int], int] = {}
+        self.pixels = min(images.crop.size, _TILE_PIXELS)
 
-    def add(self, kind: str, number: int) -> int:
-        """The place of the picture of an image, by its position in its set."""
-        return self._places.setdefault((kind, number), len(self._places))
+    def add(self, kind: str, position: int) -> int:
+        """The index of the tile that shows an image, by its position in its set."""
+        return self._indices.setdefault((kind, position), len(self._indices))
 
     def write(self, path: Path) -> None:
-        """Write the sheet, sixteen pictures in a row."""
-        rows = -(-max(len(self._places), 1) // _COLUMNS)
+        """Write the PNG, sixteen pictures in a row."""
+        rows = -(-max(len(self._indices), 1) // _COLUMNS)
         sheet = Image.new("RGB", (_COLUMNS * self.pixels, rows * self.pixels))
-        for (kind, number), place in self._places.items():
+        for (kind, position), index in self._indices.items():
             images = self._sets[kind]
-            crop = images.crops(images.records[number : number + 1])[0].permute(1, 2, 0).numpy()
+            crop = images.crops(images.records[position : position + 1])[0].permute(1, 2, 0).numpy()
             picture = Image.fromarray(crop).resize((self.pixels, self.pixels), Image.Resampling.LANCZOS)
-            y, x = divmod(place, _COLUMNS)
+            y, x = divmod(index, _COLUMNS)
             sheet.paste(picture, (x * self.pixels, y * self.pixels))
-        encoded = BytesIO()
-        sheet.save(encoded, "PNG", optimize=True)
-        with atomic_write(path) as file:
-            file.write(encoded.getvalue())
+        write_png(path, sheet)
 
 
-def write_gallery(folder: Path, scored: Scored) -> None:
-    """Write ``gallery.png`` and then ``gallery.json``, which refers to it, into ``folder``: some 100 KB in all."""
-    tiles = _Tiles(scored)
-    truth = scored.images.labels
+def write_gallery(
+    folder: Path,
+    images: EvaluationSet,
+    supports: EvaluationSet,
+    nearest: NearestNeighbours | None,
+    predictions: Mapping[str, Tensor],
+) -> None:
+    """Write ``gallery.png`` and then ``gallery.json``, which refers to it, into ``folder``: some 100 KB in all.
+
+    Args:
+        folder: of selection.
+        images: the N test images.
+        supports: the M labelled images.
+        nearest: PAWS-NN of the test images; None without pre-training.
+        predictions: (N, K) probabilities or logits by method.
+    """
+    tiles, truth, classes = _Tiles(images, supports), images.labels, supports.labels
     gallery = {
-        "map": {"missing": _UNTRAINED} if scored.nearest is None else _map(scored.nearest, scored),
-        "pairs": {method: _pairs(tiles, values, truth) for method, values in scored.predictions.items()},
-        "mistakes": None if scored.nearest is None else _mistakes(tiles, scored.nearest, scored),
+        "map": {"missing": _UNTRAINED} if nearest is None else representation_map(nearest, truth, classes),
+        "pairs": {method: _pairs(tiles, values, truth) for method, values in predictions.items()},
+        "mistakes": None if nearest is None else _mistakes(tiles, nearest, truth, classes),
         "tile_pixels": tiles.pixels,
         "columns": _COLUMNS,
     }
@@ -100,42 +92,46 @@ def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
     confusion = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).numpy()
     mistakes = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-mistakes, axis=None, kind="stable")[:_PAIRS]
-    found = []
+    pairs = []
     for true, wrong in (divmod(int(pair), classes) for pair in order if mistakes.flat[pair] > 0):
         members = torch.nonzero((truth == true) & (guess == wrong))[:, 0]
         margin = predictions[members, wrong] - predictions[members, true]
         surest = members[margin.argsort(descending=True, stable=True)][:_IMAGES_OF_A_PAIR]
-        shown = [tiles.add("test", number) for number in surest.tolist()]
-        found.append({"true": true, "predicted": wrong, "images": int(mistakes[true, wrong]), "tiles": shown})
-    return found
+        shown = [tiles.add("test", position) for position in surest.tolist()]
+        pairs.append({"true": true, "predicted": wrong, "images": int(mistakes[true, wrong]), "tiles": shown})
+    return pairs
 
 
-def _mistakes(tiles: _Tiles, nearest: NearestNeighbours, scored: Scored) -> list[Json]:
-    """The mistakes of PAWS-NN of which it was surest, with the labelled images that it found nearest."""
-    predictions, truth = nearest.predictions, scored.images.labels
-    probability, guess = predictions.max(1)
+def _mistakes(tiles: _Tiles, nearest: NearestNeighbours, truth: Tensor, classes: Tensor) -> list[Json]:
+    """The mistakes of PAWS-NN of which it was surest, with the nearest labelled images; ``classes`` are theirs."""
+    probability, guess = nearest.predictions.max(1)
     wrong = torch.nonzero(guess != truth)[:, 0]
     wrong = wrong[probability[wrong].argsort(descending=True, stable=True)][:_MISTAKES]
     queries, supports = normalize(nearest.queries[wrong]), normalize(nearest.supports)
-    similarity, places = (queries @ supports.T).topk(min(_NEAREST, len(supports)), dim=1)
-    labels = scored.supports.labels
+    similarity, positions = (queries @ supports.T).topk(min(_NEAREST, len(supports)), dim=1)
     return [
         {
-            "tile": tiles.add("test", number),
-            "true": int(truth[number]),
-            "predicted": int(guess[number]),
-            "probability": round(float(probability[number]), 4),
+            "tile": tiles.add("test", position),
+            "true": int(truth[position]),
+            "predicted": int(guess[position]),
+            "probability": round(float(probability[position]), 4),
             "supports": [
-                {"tile": tiles.add("support", other), "class": int(labels[other]), "similarity": round(cosine, 4)}
-                for other, cosine in zip(places[row].tolist(), similarity[row].tolist(), strict=True)
+                {"tile": tiles.add("support", other), "class": int(classes[other]), "similarity": round(cosine, 4)}
+                for other, cosine in zip(positions[row].tolist(), similarity[row].tolist(), strict=True)
             ],
         }
-        for row, number in enumerate(wrong.tolist())
+        for row, position in enumerate(wrong.tolist())
     ]
 
 
-def _map(nearest: NearestNeighbours, scored: Scored) -> Json:
-    """The representations in the plane, in [0, 1] to three digits; or why there is no such map."""
+def representation_map(nearest: NearestNeighbours, truth: Tensor, classes: Tensor) -> Json:
+    """The representations in the plane, in [0, 1] to three digits; or why there is no such map.
+
+    Args:
+        nearest: PAWS-NN of the test images.
+        truth: (N,) classes of the test images.
+        classes: (M,) classes of the labelled images.
+    """
     queries, supports = nearest.queries, nearest.supports
     images, labelled = _evenly(len(queries), _MAP_IMAGES), _evenly(len(supports), _MAP_SUPPORTS)
     vectors = normalize(torch.cat([queries[images], supports[labelled]]).double()).numpy()
@@ -150,10 +146,10 @@ def _map(nearest: NearestNeighbours, scored: Scored) -> Json:
     return {
         "images": len(queries),
         "shown": points[:count].tolist(),
-        "true": scored.images.labels[images].tolist(),
+        "true": truth[images].tolist(),
         "predicted": nearest.predictions[images].argmax(1).tolist(),
         "labelled": points[count:].tolist(),
-        "labelled_classes": scored.supports.labels[labelled].tolist(),
+        "labelled_classes": classes[labelled].tolist(),
     }
 
 

@@ -33,12 +33,14 @@ class RunStores:
     """The stores and the two splits of a run.
 
     Attributes:
+        config: of the run.
         train: store of the unlabelled images.
         labelled_store: of the labelled images and those for validation; the same object as ``train`` unless the config
             names another.
         labelled_split, validation_split: drawn from ``labelled_store``.
     """
 
+    config: Config
     train: ImageStore
     labelled_store: ImageStore
     labelled_split: Split
@@ -80,7 +82,7 @@ def run(context: StageContext) -> None:
     config, run = context.config, context.run
     if config.model.init is not None:
         import_torch()
-        from paws_hpc.stages.start import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
+        from paws_hpc.stages.networks import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
 
         starting_encoder(config)
     labelled = config.data.labelled
@@ -155,7 +157,7 @@ def open_stores(config: Config, *, open_store: Callable[[Path], ImageStore] = Im
     train = open_store(Path(config.data.train))
     labelled_store = train if config.data.labelled is None else open_store(Path(config.data.labelled))
     labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
-    return RunStores(train, labelled_store, labelled, validation)
+    return RunStores(config, train, labelled_store, labelled, validation)
 
 
 def _check_support(config: Config, data: RunStores) -> None:

@@ -1,7 +1,11 @@
-"""What selection asks of the pre-trained encoder beside PAWS-NN: its frozen features' worth, and its tuning."""
+"""What a pre-trained encoder is worth without a new classifier on it: PAWS-NN, probes of its features, SuNCEt.
+
+Legend: N images, M labelled images (supports), K classes, D features.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,59 +13,85 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.engine import probes
 from paws_hpc.engine.checkpoint import save_tensors
-from paws_hpc.engine.evaluate import forward_set
-from paws_hpc.engine.preemption import JobControl
-from paws_hpc.engine.probes import Probe, linear_probe, nearest_neighbours
+from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn, score
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.suncet import fine_tune_with_suncet
 from paws_hpc.models.encoder import Encoder
-from paws_hpc.stages.pretrain import score_nearest_neighbours
 from paws_hpc.stages.run_data import RunData
 
 
-def backbone_features(encoder: Encoder, images: EvaluationSet, device: torch.device, control: JobControl) -> Tensor:
-    """(N, ``feature_dim``) of a set's images, before the projection head; the same on every rank."""
-    return forward_set(encoder.backbone, images, device, control)
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """PAWS-NN of N images with all labelled images as support, in the CPU's memory.
+
+    Attributes:
+        predictions: (N, K) probabilities.
+        queries: (N, D) representations of the images.
+        supports: (M, D) of the labelled images.
+    """
+
+    predictions: Tensor
+    queries: Tensor
+    supports: Tensor
 
 
-def fit_probes(
-    encoder: Encoder, data: RunData, config: Config, device: torch.device, control: JobControl
-) -> dict[str, Probe]:
+def nearest_neighbours(
+    encoder: Encoder, data: RunData, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
+) -> NearestNeighbours:
+    """PAWS-NN on ``images``; ``control`` may interrupt."""
+    network, labelled = Representation(encoder), data.labelled_images()
+    queries = forward_set(network, images, device, control)
+    supports = forward_set(network, labelled, device, control)
+    temperature = data.config.objective.temperature
+    labels = labelled.labels.to(device)
+    predictions = paws_nn(queries, supports, labels, num_classes=len(data.classes), temperature=temperature)
+    return NearestNeighbours(predictions.cpu(), queries.cpu(), supports.cpu())
+
+
+def validation_accuracy(
+    encoder: Encoder, data: RunData, device: torch.device, control: JobControl = UNATTENDED
+) -> float:
+    """PAWS-NN's accuracy on the local validation split, a fraction; ``control`` may interrupt."""
+    images = data.validation_images()
+    return score(nearest_neighbours(encoder, data, images, device, control).predictions, images.labels).top1
+
+
+def fit_probes(encoder: Encoder, data: RunData, device: torch.device, control: JobControl) -> dict[str, probes.Probe]:
     """Linear probe and k nearest neighbours on the labelled images, chosen by the local validation split."""
-    labelled, validation = data.labelled_images(config), data.validation_images(config)
-    features = backbone_features(encoder, labelled, device, control), labelled.labels.to(device)
-    held_out = backbone_features(encoder, validation, device, control), validation.labels.to(device)
-    fits = {"linear_probe": linear_probe, "k_nn": nearest_neighbours}
+    labelled, validation = data.labelled_images(), data.validation_images()
+    features = forward_set(encoder.backbone, labelled, device, control), labelled.labels.to(device)
+    held_out = forward_set(encoder.backbone, validation, device, control), validation.labels.to(device)
+    fits = {"linear_probe": probes.linear_probe, "k_nn": probes.nearest_neighbours}
     return {name: fit(*features, *held_out, num_classes=len(data.classes)) for name, fit in fits.items()}
 
 
 def tune(
-    encoder: Encoder, data: RunData, config: Config, device: torch.device, *, control: JobControl, weights: Path
+    encoder: Encoder, data: RunData, device: torch.device, control: JobControl, *, weights: Path
 ) -> dict[str, Any]:
-    """Fine-tune the encoder in place with SuNCEt (``config.suncet``) and write its weights to the file ``weights``.
+    """Fine-tune the encoder in place with SuNCEt (``suncet``) and write its weights to the file ``weights``.
 
     Returns:
         Steps, first and last loss, and PAWS-NN on the local validation split before and after.
     """
-    validation = data.validation_images(config)
-    before = score_nearest_neighbours(encoder, data, validation, config, device, control=control)
+    before = validation_accuracy(encoder, data, device, control)
     losses = fine_tune_with_suncet(
         encoder,
-        data.labelled_images(config),
-        config.suncet,
-        temperature=config.objective.temperature,
-        seed=config.seed,
+        data.labelled_images(),
+        data.config.suncet,
+        temperature=data.config.objective.temperature,
+        seed=data.config.seed,
         device=device,
         control=control,
     )
-    after = score_nearest_neighbours(encoder, data, validation, config, device, control=control)
+    after = validation_accuracy(encoder, data, device, control)
     control.fence()
     if distributed.is_main():
         save_tensors(weights, encoder.state_dict())
     return {
         "steps": len(losses),
         "loss": [losses[0], losses[-1]],
-        "validation_accuracy": {"before": before.top1, "after": after.top1},
+        "validation_accuracy": {"before": before, "after": after},
     }

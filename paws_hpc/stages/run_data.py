@@ -1,4 +1,4 @@
-"""The images of a run as the stages that compute read them: with caches, copies on the node, and order."""
+"""The images of a run as training and scoring read them: with caches, local copies, and order."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from paws_hpc.config import Config, Identity
-from paws_hpc.data.config import DataConfig
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.samplers import Positions, Window
 from paws_hpc.data.streams import EvaluationSet, StreamOptions
@@ -38,18 +38,22 @@ class RunData(RunStores):
 
     supports: StoreImages
 
-    def labelled_images(self, config: Config) -> EvaluationSet:
+    def labelled_images(self) -> EvaluationSet:
         """The labelled images, one centre crop each."""
-        crop, threads = config.views.evaluation, config.data.threads
-        return EvaluationSet(self.labelled_store, self.labelled, crop, self.train, threads, self.supports)
+        return replace(self.images(self.labelled_store, self.labelled), source=self.supports)
 
-    def validation_images(self, config: Config) -> EvaluationSet:
+    def validation_images(self) -> EvaluationSet:
         """The local validation split, one centre crop each."""
-        return self.images(config, self.labelled_store, self.validation_split.records(self.labelled_store))
+        return self.images(self.labelled_store, self.validation_split.records(self.labelled_store))
 
-    def images(self, config: Config, store: ImageStore, records: Positions) -> EvaluationSet:
+    def test_images(self) -> EvaluationSet:
+        """The test split, which is opened now, one centre crop each."""
+        store = ImageStore.open(Path(self.config.data.test))
+        return self.images(store, np.arange(len(store)))
+
+    def images(self, store: ImageStore, records: Positions) -> EvaluationSet:
         """Images of any store to score, one centre crop each, normalised as in training."""
-        return EvaluationSet(store, records, config.views.evaluation, self.train, config.data.threads)
+        return EvaluationSet(store, records, self.config.views.evaluation, self.train, self.config.data.threads)
 
     @contextmanager
     def caching(self) -> Iterator[RunData]:
@@ -59,7 +63,7 @@ class RunData(RunStores):
 
 
 def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
-    """Open the stores and splits of a run, with the means to read images.
+    """Open the stores and splits of a run.
 
     Args:
         config: of the run.
@@ -73,22 +77,16 @@ def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
     """
     folder = None if control is None else copy_folder(config)
     if control is None or folder is None:
-        opened = open_stores(config)
+        stores = open_stores(config)
     else:
         try:
             with suppress(CopyStoppedError):
-                opened = open_stores(config, open_store=partial(open_copy, folder=folder, stop=control.requested))
+                stores = open_stores(config, open_store=partial(open_copy, folder=folder, stop=control.requested))
             control.check()
-            control.check()  # gives what all ranks answered to the first: all of them stop, or none
+            control.check()  # the answer of all ranks to the first check: all of them stop, or none
         except Interrupted:
             raise PreemptedError(0) from None
-    return RunData(
-        opened.train,
-        opened.labelled_store,
-        opened.labelled_split,
-        opened.validation_split,
-        StoreImages(opened.labelled_store),
-    )
+    return RunData(**vars(stores), supports=StoreImages(stores.labelled_store))
 
 
 def copy_folder(config: Config) -> Path | None:
@@ -108,28 +106,26 @@ def copy_folder(config: Config) -> Path | None:
     return Path(folder)
 
 
-def order_window(data: DataConfig, store: ImageStore) -> Window | None:
+def _order_window(data: RunData) -> Window | None:
     """The window of the unlabelled images' order, its blocks counted in records of mean size; None for ``full``."""
-    if data.order == "full":
+    if data.config.data.order == "full":
         return None
+    store = data.train
     record_bytes = sum(shard.bytes for shard in store.manifest.shards) / len(store)
     return Window(min(max(round(_BLOCK_BYTES / record_bytes), 1), len(store)), _WINDOW_BLOCKS)
 
 
-def order_identity(config: Config, data: RunData) -> Identity:
-    """What determines the order of images beside the seed; the defaults are left out, as runs had no choice once."""
+def order_identity(data: RunData) -> Identity:
+    """What determines the order of images beside the seed, without defaults: old runs could not choose."""
     fields: Identity = {}
-    if (window := order_window(config.data, data.train)) is not None:
+    if (window := _order_window(data)) is not None:
         fields["data.order"] = f"window of {window.blocks} blocks of {window.block_records} records"
-    if config.data.support_order != "paper":
-        fields["data.support_order"] = config.data.support_order
+    if data.config.data.support_order != "paper":
+        fields["data.support_order"] = data.config.data.support_order
     return fields
 
 
-def stream_options(config: Config, data: RunData, device: torch.device) -> StreamOptions:
+def stream_options(data: RunData, device: torch.device) -> StreamOptions:
     """Order and device of a stage's stream."""
-    return StreamOptions(
-        window=order_window(config.data, data.train),
-        balanced_support=config.data.support_order == "balanced",
-        device=device,
-    )
+    balanced = data.config.data.support_order == "balanced"
+    return StreamOptions(window=_order_window(data), balanced_support=balanced, device=device)

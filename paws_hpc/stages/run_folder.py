@@ -1,8 +1,8 @@
-"""The run directory: where every stage reads and writes, and how a stage says that it is done."""
+"""The run directory: where every stage reads and writes, how a stage says that it is done, and how a run is found."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -12,65 +12,39 @@ from paws_hpc.stage_table import STAGES
 from paws_hpc.trial import Trial
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run; nothing here creates them."""
+    """Paths of one run; nothing here creates them.
 
-    path: Path
+    Attributes:
+        path: of the run directory.
+        chain: state of the chain's jobs.
+        config: the frozen config.
+        prepare: folder of the first stage, which leaves only its ``DONE`` there.
+        pretrain: folder of pre-training.
+        checkpoints: of pre-training; the last one is the pre-trained network.
+        tuned: weights of the encoder after SuNCEt fine-tuning, where there was any.
+        selected: the winners of the sweeps.
+        selection: folder of what selection leaves for the report.
+        result: test scores.
+        report: the page.
+    """
 
-    @property
-    def chain(self) -> Path:
-        """State of the chain's stages."""
-        return self.path / "chain.json"
-
-    @property
-    def config(self) -> Path:
-        """The frozen config."""
-        return self.path / "config.yaml"
-
-    @property
-    def prepare(self) -> Path:
-        """Of the first stage, which leaves only its ``DONE`` here."""
-        return self.path / "prepare"
-
-    @property
-    def pretrain(self) -> Path:
-        """Folder of pre-training."""
-        return self.path / "pretrain"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoints of pre-training; the last one is the pre-trained network."""
-        return self.pretrain / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chain = path / "chain.json"
+        self.config = path / "config.yaml"
+        self.prepare = path / "prepare"
+        self.pretrain = path / "pretrain"
+        self.checkpoints = self.pretrain / "checkpoints"
+        self.tuned = path / "tuned.pt"
+        self.selected = path / "selected.json"
+        self.selection = path / "selection"
+        self.result = path / "result.json"
+        self.report = path / "report" / "index.html"
 
     def checkpoint(self, steps: int) -> Path:
         """The checkpoint of pre-training after a number of steps."""
         return self.checkpoints / f"step-{steps:08d}.pt"
-
-    @property
-    def tuned(self) -> Path:
-        """Weights of the encoder after SuNCEt fine-tuning, where there was any."""
-        return self.path / "tuned.pt"
-
-    @property
-    def selected(self) -> Path:
-        """The winner of the sweep."""
-        return self.path / "selected.json"
-
-    @property
-    def selection(self) -> Path:
-        """What selection leaves for the report, beside the two files named by other properties."""
-        return self.path / "selection"
-
-    @property
-    def result(self) -> Path:
-        """Test scores."""
-        return self.path / "result.json"
-
-    @property
-    def report(self) -> Path:
-        """The page."""
-        return self.path / "report" / "index.html"
 
     def marker(self, job: str) -> Path:
         """The file that says that a job, ``pretrain`` or ``finetune/lr=0.05,epochs=30``, is done."""
@@ -126,3 +100,37 @@ def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
             f"{run.result} was scored {before}, but the sweep now has {current}. To select anew, which scores the test "
             f"split once more, remove {run.result} and {run.selected.name} beside it."
         )
+
+
+def find_run(name: str, runs: Path) -> Path:
+    """The folder of a run.
+
+    Args:
+        name: of the run, or its folder.
+        runs: folder of all runs.
+
+    Raises:
+        FileNotFoundError: there is none; names that are spelled alike are in the message.
+    """
+    for path in (runs / name, Path(name)):
+        if _is_run(path):
+            return path
+    known = [path.name for path in all_runs(runs)] if runs.is_dir() else []
+    near = difflib.get_close_matches(Path(name).name, known, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known[:10]) or 'none'}."
+    raise FileNotFoundError(f"There is no run {name}, neither as a folder nor under {runs}. {hint}")
+
+
+def all_runs(runs: Path) -> list[Path]:
+    """The folders of all runs, the newest last.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not runs.is_dir():
+        raise FileNotFoundError(f"{runs} is no folder. Name the folder of all runs with --runs.")
+    return sorted(filter(_is_run, runs.iterdir()), key=lambda path: path.stat().st_mtime)
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and any((path / name).exists() for name in ("chain.json", "config.yaml", "jobs"))

@@ -1,4 +1,4 @@
-"""The trackers of one stage, as its config asks."""
+"""The trackers of one stage, as its config says, and what of the config leaves this machine."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def open_trackers(
 
     Args:
         config: of the run.
-        run: whose ``chain.json`` holds the id that makes W&B run ids stable across restarts.
+        run: its folder.
         folder: of the stage.
         job: name of the stage or trial.
         start: steps done already.
         total_steps: of the stage.
-        awaits_validation: whether those steps end with a validation that is still to be done.
+        awaits_validation: whether the steps done already end with a validation that is still to be done.
         used: the network that the stage begins with, as :func:`network` describes it.
         made: the file of weights that is there when the stage has ended well.
     """
@@ -120,20 +120,16 @@ def settings(config: Config) -> dict[str, Any]:
     fields = asdict(config)
     del fields["runs"]
     shapes = {stage: {name: shape[name] for name in _MACHINE} for stage, shape in fields["resources"].items()}
-    shown: dict[str, Any] = _without_secrets(fields | {"resources": shapes})
+    shown: dict[str, Any] = _public(fields | {"resources": shapes})
     return shown
 
 
-def _without_secrets(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _without_secrets(item) for key, item in value.items() if not _SECRET.search(str(key))}
-        case list():
-            return [_without_secrets(item) for item in value]
-        case str():
-            return _without_folders(value)
-        case _:
-            return value
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items() if not _SECRET.search(str(key))}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return _without_folders(value) if isinstance(value, str) else value
 
 
 def _without_folders(text: str) -> str:
@@ -147,6 +143,6 @@ def _without_folders(text: str) -> str:
 
 
 def _last_name(path: str) -> str:
-    """``…/name`` of what leads out of the folder where a run was started; anything else as it is."""
+    """``…/name`` of a path that leads out of the folder where a run was started; anything else as it is."""
     leads_out = path.startswith(("/", "~", "$")) or ".." in Path(path).parts
     return f"…/{Path(path).name}" if leads_out and path.strip("/") else path

@@ -102,7 +102,7 @@ def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
     config = small(recipe, stores, tmp_path)
     prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
     data = open_data(config)
-    stream = open_stream(config, data, stream_options(config, data, tmp_path, CPU))
+    stream = open_stream(data, stream_options(data, CPU))
     training = make_training(config, stream)
     if "model=resnet50_4x" in recipe:
         freeze_the_widest(training)

@@ -76,9 +76,9 @@ def test_probabilities_and_neighbours_are_those_of_the_evaluation(
     data = open_data(made.config)
     encoder = build_encoder(made.config.model, seed=0)
     encoder.load_state_dict(torch.load(made.run.tuned, weights_only=True))
-    network, supports = Representation(encoder), data.labelled_images(made.config)
+    network, supports = Representation(encoder), data.labelled_images()
     store = ImageStore.open(made.config.data.test)
-    test = data.images(made.config, store, np.arange(len(store)))
+    test = data.images(store, np.arange(len(store)))
     h, h_supports = (
         forward_all(network, images.batches(CPU, torch.float32), len(images)) for images in (test, supports)
     )

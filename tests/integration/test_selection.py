@@ -23,6 +23,8 @@ from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.report.page import build_report
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.context import StageContext, TorchContext
+from paws_hpc.stages.networks import load_pretrained
+from paws_hpc.stages.probing import validation_accuracy
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store import ImageStore
@@ -143,7 +145,7 @@ def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationS
             h = torch.cat([encoder.eval()([batch])[0] for batch in images.batches(CPU, torch.float32)]).double()
         return torch.nn.functional.normalize(h).numpy()
 
-    supports = data.labelled_images(config)
+    supports = data.labelled_images()
     weights = np.exp(embed(test) @ embed(supports).T / config.objective.temperature)
     votes = weights @ np.eye(10)[supports.labels]
     return float(accuracy_score(test.labels, votes.argmax(1)))
@@ -164,7 +166,7 @@ def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: 
         sheet, pixels = file.convert("RGB"), told["tile_pixels"]
     pictures = {test.crops(test.records[number : number + 1])[0].permute(1, 2, 0).numpy().tobytes(): number
                 for number in range(len(test))}  # fmt: skip
-    supports = open_data(config).labelled_images(config)
+    supports = open_data(config).labelled_images()
     for mistake in told["mistakes"]:
         y, x = divmod(mistake["tile"], told["columns"])
         tile = sheet.crop((x * pixels, y * pixels, (x + 1) * pixels, (y + 1) * pixels))
@@ -218,13 +220,13 @@ def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tup
     config, run = chain
     data = open_data(config)
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
-    encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
+    encoder, _ = load_pretrained(run, data, CPU)
 
     def features(images: EvaluationSet) -> np.ndarray:
         with torch.no_grad():
             return torch.cat([encoder.eval().backbone(batch) for batch in images.batches(CPU, torch.float32)]).numpy()
 
-    labelled, validation = data.labelled_images(config), data.validation_images(config)
+    labelled, validation = data.labelled_images(), data.validation_images()
     by_k = {
         k: KNeighborsClassifier(
             k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
@@ -265,9 +267,7 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     }
     encoder = build_encoder(config.model, seed=0)
     encoder.load_state_dict(torch.load(run.tuned, weights_only=True))
-    data = open_data(config)
-    validation = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
-    assert tuning["validation_accuracy"]["after"] == validation.top1
+    assert tuning["validation_accuracy"]["after"] == validation_accuracy(encoder, open_data(config), CPU)
 
 
 def test_scores_are_kept_before_they_are_published_and_published_if_that_was_cut_short(

@@ -18,6 +18,7 @@ from paws_hpc.report.tables import DASH, result_table
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages import finetune, selection
 from paws_hpc.stages.context import TorchContext
+from paws_hpc.stages.networks import load_neighbours
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 from tests.conftest import Stores
@@ -101,7 +102,7 @@ def test_what_needs_pretraining_says_so(
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
         finetune.run(TorchContext(config, run, "finetune", config.finetune.trials()[0]))
     with pytest.raises(FileNotFoundError, match="pretrain is not done: run the stage 'pretrain'"):
-        selection.load_neighbours(config, run, open_data(config), CPU)
+        load_neighbours(run, open_data(config), CPU)
     for path in (run.result, run.selected):
         path.unlink()
     config.finetune.min_trials = 0

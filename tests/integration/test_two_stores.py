@@ -84,7 +84,7 @@ def test_labels_come_from_one_store_and_images_from_another(
     assert not (divided.train / "splits").exists(), "splits are drawn from the labelled store alone"
     assert len(list((divided.test / "splits").glob("*.json"))) == 2
     data = open_data(config)
-    batch = next(data.labelled_images(config).batches(CPU, torch.float32))
+    batch = next(data.labelled_images().batches(CPU, torch.float32))
     pixels = torch.from_numpy(labelled.read_raw(data.labelled)[..., 0]) / 255
     expected = (pixels - unlabelled.mean[0]) / unlabelled.std[0]
     torch.testing.assert_close(batch[:, 0], expected, msg="normalised as the unlabelled images are")
@@ -138,7 +138,7 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     assert result["labels"] == len(listed) == 55
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
     data = open_data(config)
-    stream = pretrain.open_stream(config, data, stream_options(config, data, tmp_path, CPU))
+    stream = pretrain.open_stream(data, stream_options(data, CPU))
     order = SupportSampler(
         data.labelled, store.labels[data.labelled], num_classes=10, images_per_class=4, seed=config.seed, balanced=True
     )

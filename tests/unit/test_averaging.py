@@ -16,6 +16,8 @@ from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages import prepare, pretrain
 from paws_hpc.stages.context import StageContext, TorchContext
+from paws_hpc.stages.networks import load_pretrained
+from paws_hpc.stages.probing import validation_accuracy
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
@@ -77,14 +79,13 @@ def test_validation_and_all_stages_after_pre_training_use_the_average(digits_sto
     prepare.run(StageContext(config, run))
     pretrain.run(TorchContext(config, run))
     data = open_data(config)
-    encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
+    encoder, _ = load_pretrained(run, data, CPU)
     newest = max(run.checkpoints.glob("*.pt"))
     state = torch.load(newest, weights_only=True)
     assert all(torch.equal(value, state["average"][name]) for name, value in encoder.state_dict().items())
     assert not torch.equal(state["encoder"]["backbone.stem.weight"], state["average"]["backbone.stem.weight"])
     (logged,) = [row for row in read_rows(run.pretrain / "metrics.jsonl") if "val/paws_nn_top1" in row]
-    scores = pretrain.score_nearest_neighbours(encoder, data, data.validation_images(config), config, CPU)
-    assert logged["val/paws_nn_top1"] == scores.top1
+    assert logged["val/paws_nn_top1"] == validation_accuracy(encoder, data, CPU)
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from paws_hpc.stages.gallery import Scored, _map, plane
-from paws_hpc.stages.pretrain import NearestNeighbours
+from paws_hpc.stages.gallery import plane, representation_map
+from paws_hpc.stages.probing import NearestNeighbours
 
 
 def test_groups_of_unit_vectors_stay_groups_in_the_plane() -> None:
@@ -33,6 +30,6 @@ def test_groups_of_unit_vectors_stay_groups_in_the_plane() -> None:
     ],
 )
 def test_without_a_map_a_reason(vectors: torch.Tensor, reason: str) -> None:
-    images: Any = SimpleNamespace(labels=torch.zeros(len(vectors), dtype=torch.int64))
+    labels = torch.zeros(len(vectors), dtype=torch.int64)
     nearest = NearestNeighbours(torch.ones(len(vectors), 2), vectors, vectors[:2])
-    assert reason in _map(nearest, Scored(images, images, nearest, {}))["missing"]
+    assert reason in representation_map(nearest, labels, labels)["missing"]

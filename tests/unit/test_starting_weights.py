@@ -18,9 +18,9 @@ from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain
 from paws_hpc.stages.context import StageContext, TorchContext
+from paws_hpc.stages.networks import load_pretrained, start_identity, starting_encoder
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
-from paws_hpc.stages.start import start_identity, starting_encoder
 from tests.conftest import Stores
 from tests.tiny import tiny_config, trial_at
 
@@ -137,7 +137,7 @@ def test_a_run_starts_there_and_its_baseline_too(config: Config, tmp_path: Path)
     pretrain.run(TorchContext(config, run))
     finetune.run(TorchContext(config, run, "baseline", trial))
     data = open_data(config)
-    encoder, _ = pretrain.load_pretrained(config, run, data, CPU)
+    encoder, _ = load_pretrained(run, data, CPU)
     expected = build_encoder(config.model, seed=77).backbone.get_parameter("stem.weight")
     torch.testing.assert_close(encoder.backbone.get_parameter("stem.weight"), expected, rtol=1e-4, atol=1e-6)
     best = torch.load(run.trial("baseline", trial) / "best.pt", weights_only=True)
@@ -150,7 +150,7 @@ def test_another_file_under_the_same_name_is_another_run(config: Config, tmp_pat
     pretrain.run(TorchContext(config, run))
     torch.save(build_encoder(config.model, seed=78).state_dict(), tmp_path / "start.pt")
     with pytest.raises(ValueError, match=r"model\.init\.xxh3_128"):
-        pretrain.load_pretrained(config, run, open_data(config), CPU)
+        load_pretrained(run, open_data(config), CPU)
 
 
 def test_a_file_that_is_missing_or_does_not_fit_ends_the_chain_at_its_first_stage(
