@@ -20,18 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from paws_hpc.cluster.compose import parameters_of
-from paws_hpc.cluster.preflight import (
-    COMMANDS,
-    CONTROLLER,
-    SHARED,
-    Check,
-    Parameters,
-    ok,
-    preflight_checks,
-    problem,
-    sbatch_flags,
-    warning,
-)  # fmt: skip
+from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, SHARED, Check, Parameters, preflight_checks, sbatch_flags
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.config import Config
@@ -70,11 +59,11 @@ def _checks(options: argparse.Namespace) -> Iterator[Check]:
     try:
         config, parameters = parameters_of(overrides)
     except ValueError as error:  # a ConfigError, or a size that does not divide by the launcher's ranks
-        yield problem("config", str(error), "")
+        yield Check("config", "problem", str(error))
         return
     run = RunFolder(Path(config.runs) / config.name)
-    yield ok("config", f"{config.name}: {', '.join(config.stages)}")
-    found = preflight_checks(config, parameters, run)
+    yield Check("config", "ok", f"{config.name}: {', '.join(config.stages)}")
+    found = list(preflight_checks(config, parameters, run))
     probed: list[Check] = []
     if options.probe and not any(check.name in (COMMANDS, CONTROLLER) for check in found if check.verdict == "problem"):
         probed = list(_probe(config, parameters, options.probe_timeout))
@@ -92,28 +81,29 @@ def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: floa
     try:
         found = look_from_node(Path(config.runs), stores, sbatch_flags(place | gpus), timeout_s=timeout_s)
     except (TimeoutError, OSError, SchedulerError) as error:
-        yield problem("probe", str(error), "Is the run directory, and Python, on a file system that the nodes share?")
+        remedy = "Is the run directory, and Python, on a file system that the nodes share?"
+        yield Check("probe", "problem", str(error), remedy)
         return
-    yield ok("probe", f"{found['host']} sees and writes {config.runs}, Python {found['python']}")
-    broken = {name: version for name, version in found["packages"].items() if version.startswith("cannot")}
+    yield Check("probe", "ok", f"{found['host']} sees and writes {config.runs}, Python {found['python']}")
+    packages = found["packages"]
+    broken = {name: version for name, version in packages.items() if version.startswith("cannot")}
     for name, why in broken.items():
-        yield problem("probe: packages", f"{name} {why}", "Install the environment where the nodes see it.")
+        yield Check("probe: packages", "problem", f"{name} {why}", "Install the environment where the nodes see it.")
     if not broken:
-        yield ok(
-            "probe: packages",
-            f"torch {found['packages']['torch']}, CUDA {found['cuda'] or 'none'}, NCCL {found['nccl'] or 'none'}",
-        )
+        versions = f"torch {packages['torch']}, CUDA {found['cuda'] or 'none'}, NCCL {found['nccl'] or 'none'}"
+        yield Check("probe: packages", "ok", versions)
     if gpus and not found["devices"]:
-        yield problem("probe: devices", "torch finds no GPU in a job that has one", "Does the driver fit torch's CUDA?")
+        text = "torch finds no GPU in a job that has one"
+        yield Check("probe: devices", "problem", text, "Does the driver fit torch's CUDA?")
     elif gpus:
-        yield ok("probe: devices", ", ".join(found["devices"]))
+        yield Check("probe: devices", "ok", ", ".join(found["devices"]))
     elif config.device == "cuda":
-        yield warning("probe: devices", "the job asked for no GPU", "Set hydra.launcher.gpus_per_node.")
+        yield Check("probe: devices", "warning", "the job asked for no GPU", "Set hydra.launcher.gpus_per_node.")
     for path, images in found["stores"].items():
         if isinstance(images, int):
-            yield ok("probe: store", f"{path}: {images:,} images")
+            yield Check("probe: store", "ok", f"{path}: {images:,} images")
         else:
-            yield problem("probe: store", f"{path}: {images}", "Put it where the nodes see it.")
+            yield Check("probe: store", "problem", f"{path}: {images}", "Put it where the nodes see it.")
 
 
 def _print(checks: Sequence[Check]) -> None:
