@@ -230,12 +230,7 @@ Identity = dict[str, Any]
 
 
 def identity(config: Config, *sections: str) -> Identity:
-    """The fields that determine a result, flat: ``{"optimizer.peak_lr": 6.4, …}``.
-
-    Args:
-        config: of the run.
-        sections: top-level fields to take; all of them if none are given.
-    """
+    """The fields that determine a result, flat: ``{"optimizer.peak_lr": 6.4, …}``; of all sections or of some."""
     flat = flatten(asdict(config))
     return {
         name: value for name, value in flat.items() if has_effect(name) and (not sections or _covered(name, sections))

@@ -15,6 +15,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,9 +23,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
-from paws_hpc.cluster.local import Runner, in_process, run_chain, submitit_local
+from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError
@@ -84,7 +86,9 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
         finished = run.result.exists()
         if finished and "selection" in config.stages:
             check_sweep_is_the_scored_one(config, run)  # which selection would find after all the training before it
-        worked = run_chain(config, run, _runner(config, run, kind))
+        several = any(config.resources[stage].ranks > 1 for stage in config.stages)
+        on_ranks = several or kind == "LocalLauncher"
+        worked = run_chain(config, run, submitit_local(config, run) if on_ranks else partial(run_job, run.path))
     if not any(STAGES[job.partition("/")[0]].trains for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
@@ -95,15 +99,13 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
     console.print(f"Report: {run.report}")
 
 
-def _runner(config: Config, run: RunFolder, kind: str) -> Runner:
-    several = any(config.resources[stage].ranks > 1 for stage in config.stages)
-    return submitit_local(config, run) if several or kind == "LocalLauncher" else in_process(run)
-
-
 def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
     """Submit the chain, or show or end it, and print the jobs."""
     if config.cancel:
-        _cancel(run)
+        if not run.chain.exists():
+            raise ConfigError(f"{run.path} has no chain to cancel.")
+        ended = cancel_chain(run)
+        print(f"{run.path}: cancelled {', '.join(ended)}." if ended else f"{run.path}: no job of it was in the queue.")
         return
     chain = SlurmChain(config, run, launcher)
     if config.dry_run:
@@ -123,13 +125,6 @@ def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
     for warning in overviews([run.path], details=True)[0].warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"Watch it: python -m paws_hpc.status {run.path}")
-
-
-def _cancel(run: RunFolder) -> None:
-    if not run.chain.exists():
-        raise ConfigError(f"{run.path} has no chain to cancel.")
-    ended = cancel_chain(run)
-    print(f"{run.path}: cancelled {', '.join(ended)}." if ended else f"{run.path}: no job of it was in the queue.")
 
 
 def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
@@ -159,7 +154,7 @@ def _composed_by_hydra(composed: DictConfig) -> None:
 
 
 def main() -> None:
-    """Entry point: every run that the arguments ask for, one after another; a run that fails does not keep others."""
+    """Launch every run of the arguments, one after another; one that fails does not keep the others from running."""
     try:
         _main()
     except KeyboardInterrupt as stop:

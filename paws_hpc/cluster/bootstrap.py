@@ -88,7 +88,7 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
 
     Args:
         path: the run directory.
-        frozen: the config as it was when the job was submitted.
+        frozen: the config at submission.
         job: to run.
         notice_s: between Slurm's signal and the end of the job.
     """
@@ -185,7 +185,7 @@ def _run_as_rank(
     lease: Lease | None,
     restart: int,
 ) -> None:
-    """Run the stage, with the other ranks if it needs torch; arguments as of ``rank.run_among``.
+    """Run the stage, with the other ranks if it needs torch.
 
     Raises:
         ValueError: the job has another number of tasks than the config has ranks for it.
@@ -195,7 +195,7 @@ def _run_as_rank(
     if place.num_tasks != ranks:
         raise ValueError(
             f"resources.{job.stage} asks for {ranks} ranks, but job {place.job_id} has {place.num_tasks} tasks. "
-            "Training with another number of ranks than was asked for would not be the same run."
+            "Training with another number of ranks would not be the same run."
         )
     fence = lease.fence if lease is not None else lambda: None
     if not stage.torch:
@@ -220,8 +220,13 @@ def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
     """
     holder = attempt.holder
     if holder.job_id is None:
-        if holder.host == socket.gethostname() and not _exists(holder.pid):
+        try:
+            if holder.host == socket.gethostname():
+                os.kill(holder.pid, 0)
+        except ProcessLookupError:
             return False
+        except PermissionError:  # it exists, and is somebody else's
+            pass
         return _beats(attempt)
     if holder.job_id == own_job_id:
         return False
@@ -234,16 +239,6 @@ def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
         return _beats(attempt)
     # A job that waits in the queue again has left; it will take its own next attempt.
     return state is not None and state != "PENDING" and state not in scheduler.ENDED
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _beats(attempt: Attempt) -> bool:

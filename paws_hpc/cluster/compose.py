@@ -12,7 +12,6 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
@@ -55,27 +54,25 @@ def runs_of(arguments: Sequence[str]) -> list[list[str]]:
         overrides = OverridesParser.create().parse_overrides(list(arguments))
     except HydraException as error:
         raise ConfigError(explain(error)) from error
-    runs = [list(run) for run in itertools.product(*(_values(override) for override in overrides))]
+    values = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in overrides
+    ]
+    runs = [list(run) for run in itertools.product(*values)]
     swept = [number for number, override in enumerate(overrides) if override.is_sweep_override()]
     telling = [number for number in swept if overrides[number].key_or_group not in _IN_EVERY_NAME]
     if telling and not any(override.key_or_group == "name" for override in overrides):
         default = OmegaConf.to_container(cast(DictConfig, OmegaConf.load(CONF / "config.yaml")), resolve=False)
         assert isinstance(default, dict), "conf/config.yaml is a mapping"
         for run in runs:
-            run.append(f"name='{'-'.join([default['name'], *(_in_a_name(run[number]) for number in telling)])}'")
+            name = default["name"]
+            for number in telling:  # objective.me_max=True adds -me_max=True
+                key, _, value = run[number].partition("=")
+                name += f"-{key.rpartition('.')[2]}={_UNFIT.sub('-', value).strip('-')}"
+            run.append(f"name='{name}'")
     return runs
-
-
-def _in_a_name(override: str) -> str:
-    """``objective.me_max=True`` as ``me_max=True``; what a folder should not be named with becomes a hyphen."""
-    key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}={_UNFIT.sub('-', value).strip('-')}"
-
-
-def _values(override: Override) -> list[str]:
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:

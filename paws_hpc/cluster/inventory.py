@@ -1,4 +1,7 @@
-"""What a Slurm cluster has and how it is set: its configuration, its partitions and their nodes."""
+"""What a Slurm cluster has and how it is set: its configuration, its partitions and their nodes.
+
+Every function that queries it raises the errors of :mod:`paws_hpc.cluster.scheduler`.
+"""
 
 from __future__ import annotations
 
@@ -66,22 +69,14 @@ class Partition:
 
 
 def settings() -> dict[str, str]:
-    """The cluster's configuration, by the names of slurm.conf; ``(null)`` reads as the empty string.
-
-    Raises:
-        SchedulerUnreachableError: Slurm cannot be reached.
-    """
+    """The cluster's configuration, by the names of slurm.conf; ``(null)`` reads as the empty string."""
     lines = ask(["scontrol", "show", "config"]).splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
     return {name.strip(): "" if value.strip() == "(null)" else value.strip() for name, _, value in pairs}
 
 
 def partitions() -> dict[str, Partition]:
-    """The partitions that this user may see, by name, with their nodes.
-
-    Raises:
-        SchedulerUnreachableError: Slurm cannot be reached.
-    """
+    """The partitions that this user may see, by name, with their nodes."""
     groups: dict[str, list[NodeGroup]] = {}
     for line in ask(["sinfo", "--noheader", "--exact", "-o", "%R|%D|%c|%m|%T|%N|%G"]).splitlines():
         name, count, cpus, memory, state, names, gres = line.strip().split("|", 6)
@@ -124,30 +119,20 @@ def seconds(text: str) -> float | None:
         return None
     days, _, clock = text.removesuffix(" sec").rpartition("-")
     total = 0
-    for part in clock.split(":"):
-        total = total * 60 + int(part)
+    for number in clock.split(":"):
+        total = total * 60 + int(number)
     return float(int(days or 0) * 86400 + total)
 
 
 def rights(user: str) -> tuple[set[str], set[str]]:
-    """The accounts of a user, and the qualities of service that may be asked for under any of them.
-
-    Raises:
-        SchedulerError: this cluster keeps no accounts.
-        SchedulerUnreachableError: the data base cannot be reached.
-    """
+    """The accounts of a user, and the qualities of service that may be asked for under any of them."""
     lines = ask(["sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"]).split()
     rows = [line.split("|") for line in lines]
     return {row[0] for row in rows}, {name for row in rows for name in row[1].split(",")}
 
 
 def qualities() -> dict[str, tuple[str, float]]:
-    """All qualities of service: name → what happens to its preempted jobs, and after how many seconds.
-
-    Raises:
-        SchedulerError: this cluster keeps no accounts.
-        SchedulerUnreachableError: the data base cannot be reached.
-    """
+    """All qualities of service: name → what happens to its preempted jobs, and after how many seconds."""
     lines = ask(["sacctmgr", "-n", "-P", "show", "qos", "format=name,preemptmode,gracetime"]).split()
     rows = [line.split("|") for line in lines]
     return {name: (mode, seconds(grace) or 0.0) for name, mode, grace in rows}

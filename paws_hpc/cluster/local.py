@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import submitit
 
-from paws_hpc.cluster.bootstrap import run_job, run_job_as_local_rank
+from paws_hpc.cluster.bootstrap import run_job_as_local_rank
 from paws_hpc.cluster.chain import Chain, Job, jobs_of
 from paws_hpc.config import Config
 from paws_hpc.stage_table import STAGES
@@ -37,11 +36,6 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
             runner(job)
             worked.append(job.name)
     return worked
-
-
-def in_process(run: RunFolder) -> Runner:
-    """Run jobs here: one rank, progress on this terminal."""
-    return partial(run_job, run.path)
 
 
 def submitit_local(config: Config, run: RunFolder) -> Runner:

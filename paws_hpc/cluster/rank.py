@@ -6,8 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -80,28 +79,19 @@ def run_among(
             device=device,
         )
     control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
-    with _together():
+    try:
         try:
             _run(config, run, job, device, control)
         finally:
             control.close()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Ranks leave together, once rank 0 has closed its logs and marked the stage as done.
-
-    After an error they do not: some may be gone, and NCCL would wait for them.
-    """
-    try:
-        yield
     except PreemptedError:
-        _part()
+        _leave_together()
         raise
-    _part()
+    _leave_together()  # after an error they do not: some ranks may be gone, and NCCL would wait for them
 
 
-def _part() -> None:
+def _leave_together() -> None:
+    """Wait for the other ranks: rank 0 may still be closing its logs and marking the stage as done."""
     if dist.is_initialized():
         distributed.barrier()
         dist.destroy_process_group()

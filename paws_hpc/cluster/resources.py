@@ -50,33 +50,27 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
     parameters = {}
     for stage, row in STAGES.items():
         resources = config.resources[stage]
-        _check_notice(stage, resources.timeout_min, launcher.get("signal_delay_s"))
+        timeout_min, delay_s = resources.timeout_min, launcher.get("signal_delay_s")
+        if timeout_min is not None and delay_s is not None and delay_s >= 60 * timeout_min:
+            raise ValueError(
+                f"hydra.launcher.signal_delay_s={delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the job "
+                "would get its signal to stop before it began, again and again. Ask for more time, or for less notice."
+            )
         shape = () if row.one_task else _SHAPE
         fields = {name: launcher.get(name) for name in (*_PLACE, *shape)} | {
             name.name: getattr(resources, name.name) for name in dataclasses.fields(resources)
         }
         del fields["threads_per_rank"]
+        # Since 22.05 srun does not take this from the job, and would give each task one core.
+        cpus = [] if fields["cpus_per_task"] is None else [f"--cpus-per-task={fields['cpus_per_task']}"]
         parameters[stage] = {name: value for name, value in fields.items() if value is not None} | {
             "stderr_to_stdout": True,
             "additional_parameters": {"requeue": True, **resources.additional_parameters},
             # No --wait: ranks that are through must not have rank 0 ended while it still talks to Slurm.
-            "srun_args": ["--kill-on-bad-exit=1", "--wait=0", *_cpus(fields["cpus_per_task"])],
+            "srun_args": ["--kill-on-bad-exit=1", "--wait=0", *cpus],
             "setup": [*(launcher.get("setup") or []), *_SETUP],
         }
     return parameters
-
-
-def _check_notice(stage: str, timeout_min: int | None, signal_delay_s: float | None) -> None:
-    if timeout_min is not None and signal_delay_s is not None and signal_delay_s >= 60 * timeout_min:
-        raise ValueError(
-            f"hydra.launcher.signal_delay_s={signal_delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the "
-            "job would get its signal to stop before it began, again and again. Ask for more time, or for less notice."
-        )
-
-
-def _cpus(per_task: int | None) -> list[str]:
-    """Since 22.05 srun does not take this from the job, and would give each task one core."""
-    return [] if per_task is None else [f"--cpus-per-task={per_task}"]
 
 
 _SETUP = ["# Signals to the job reach this shell too; it must outlive srun to look after a crash.", "trap : TERM USR2"]

@@ -1,7 +1,8 @@
-"""Slurm's own commands: questions, and orders to queue, release and cancel jobs.
+"""Slurm's own commands: questions about jobs, and orders to queue, release and cancel them.
 
 Their text output is read, in formats that 22.05 and later versions share; the JSON output changes from version to
-version. Every error that leaves this module is a :class:`SchedulerError`.
+version. Every function raises :class:`SchedulerUnreachableError` if Slurm does not answer; every other error that
+leaves this module is a :class:`SchedulerError`.
 """
 
 from __future__ import annotations
@@ -87,9 +88,6 @@ def queue(user: str | None = None) -> dict[str, QueuedJob]:
     """The jobs of ``user`` (name or number; of this user if None) that the controller knows, by their ids.
 
     Elements of arrays are listed one by one, and jobs that ended stay for some minutes.
-
-    Raises:
-        SchedulerUnreachableError: Slurm cannot be reached.
     """
     fields = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user or os.getuid()}", "--Format", fields]
@@ -115,14 +113,7 @@ def _queued(line: str) -> QueuedJob:
 def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
     """What the accounting data base says of jobs, by their ids; those it does not know are left out.
 
-    Args:
-        job_ids: ``17`` or ``18_0``; ``18`` asks for all elements of an array.
-
-    Returns:
-        None where this cluster keeps no accounts.
-
-    Raises:
-        SchedulerUnreachableError: the data base cannot be reached.
+    An id is ``17``, ``18_0``, or ``18`` for all elements of an array. None where this cluster keeps no accounts.
     """
     ids = sorted(set(job_ids))
     if not ids:
@@ -142,26 +133,15 @@ def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
 
 
 def job_state(job_id: str) -> str | None:
-    """The state of a job now, ``RUNNING`` or ``CANCELLED`` say; None if the controller knows no such job.
-
-    Args:
-        job_id: ``17``, or ``18_0`` for an array's element.
-
-    Raises:
-        SchedulerUnreachableError: Slurm cannot be reached.
-    """
+    """The state of a job now, ``RUNNING`` or ``CANCELLED`` say; None if the controller knows no such job."""
     return _shown(job_id).get("JobState")
 
 
 def fate(job_id: str, restart: int) -> tuple[Fate, str]:
-    """What has become of the attempt of a job that counts ``restart`` attempts before it.
+    """What has become of the attempt of a job that counts ``restart`` attempts before it, and Slurm's words for it.
 
-    Returns:
-        ``runs``; ``replaced`` if Slurm has put the job back into the queue or started it elsewhere, after a node was
-        lost say; ``ended`` if it was cancelled or is over. And, for messages, what Slurm says of the job.
-
-    Raises:
-        SchedulerUnreachableError: Slurm cannot be reached.
+    ``replaced`` if Slurm has put the job back into the queue or started it elsewhere, after a node was lost say;
+    ``ended`` if it was cancelled or is over.
     """
     shown = _shown(job_id)
     state, restarts = shown.get("JobState", "forgotten"), shown.get("Restarts", "0")
@@ -187,18 +167,12 @@ def requeue(job_id: str) -> None:
 
     Raises:
         SchedulerError: Slurm refused, because the job was submitted with ``--no-requeue`` say.
-        SchedulerUnreachableError: Slurm cannot be reached.
     """
     ask(["scontrol", "requeue", job_id])
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancel jobs; those that ended already, or that the controller has forgotten, are no error.
-
-    Raises:
-        SchedulerError: Slurm refused: the jobs are somebody else's, say.
-        SchedulerUnreachableError: Slurm cannot be reached.
-    """
+    """Cancel jobs; those that ended already, or that the controller has forgotten, are no error."""
     if ids := list(job_ids):
         try:
             ask(["scancel", *ids])
@@ -208,12 +182,7 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 
 def release(job_ids: Iterable[str]) -> None:
-    """Let jobs start that were submitted with ``--hold``.
-
-    Raises:
-        SchedulerError: Slurm refused: it does not know one of the jobs, say.
-        SchedulerUnreachableError: Slurm cannot be reached.
-    """
+    """Let jobs start that were submitted with ``--hold``."""
     if ids := list(job_ids):
         ask(["scontrol", "release", ",".join(ids)])
 
@@ -224,8 +193,8 @@ def expand_array(text: str) -> list[str]:
     if match is None:
         return [text]
     elements: list[int] = []
-    for part in match.group(2).split(","):
-        first, _, rest = part.partition("-")
+    for indices in match.group(2).split(","):
+        first, _, rest = indices.partition("-")
         last, _, step = rest.partition(":")
         elements += range(int(first), int(last or first) + 1, int(step or 1))
     return [f"{match.group(1)}_{element}" for element in elements]

@@ -25,7 +25,7 @@ from paws_hpc.cluster.chain import Chain, ToSubmit, dependency, to_submit
 from paws_hpc.cluster.frozen import check_frozen, freeze
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.cluster.scheduler import ENDED, QueuedJob, SchedulerError, SchedulerUnreachableError
-from paws_hpc.cluster.snapshot import Snapshot, plan_snapshot, take_snapshot
+from paws_hpc.cluster.snapshot import plan_snapshot, shield, take_snapshot
 from paws_hpc.config import Config
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import now
@@ -45,9 +45,9 @@ class SlurmChain:
         """Prepare; nothing is written or submitted.
 
         Args:
-            config: of the run; what ``resources`` leaves open is filled from the launcher.
+            config: of the run.
             run: its directory.
-            launcher: the fields of ``hydra/launcher=submitit_slurm``.
+            launcher: the fields of ``hydra/launcher=submitit_slurm``, which fill what ``resources`` leaves open.
         """
         self.config, self.run = resolve(config, launcher), run
         self.parameters = stage_parameters(self.config, launcher)
@@ -88,13 +88,13 @@ class SlurmChain:
                     raise SchedulerError(f"Slurm refused a job, so none was submitted. It said: {error}") from error
                 raise
             freeze(self.config, self.run.config)
-            chain.add_submission({"time": now(), "launcher": "slurm", "code": snapshot.digest, "jobs": jobs})
+            chain.add_submission({"time": now(), "launcher": "slurm", "code": snapshot.name, "jobs": jobs})
             scheduler.cancel(job_id for each in planned for job_id in each.replaces)
             scheduler.release(sorted({_base(job["job_id"]) for job in jobs}))
             return jobs
 
     def _submit(
-        self, planned: list[ToSubmit], active: Mapping[str, QueuedJob], frozen: Path, snapshot: Snapshot, chain_id: str
+        self, planned: list[ToSubmit], active: Mapping[str, QueuedJob], frozen: Path, snapshot: Path, chain_id: str
     ) -> list[dict[str, Any]]:
         """Submit stage by stage, held, each with its dependencies on those before."""
         replaced = {job_id for each in planned for job_id in each.replaces}
@@ -132,12 +132,12 @@ class SlurmChain:
             ids[each.stage] = {f"<{each.stage}>"}
             yield each.stage, _script(executor, jobs=len(each.jobs))
 
-    def _executor(self, stage: str, after: str | None, snapshot: Snapshot, chain_id: str) -> submitit.AutoExecutor:
+    def _executor(self, stage: str, after: str | None, snapshot: Path, chain_id: str) -> submitit.AutoExecutor:
         """Of a stage's jobs: held, and run by the frozen code behind the shield."""
         if shutil.which("srun") is None:
             raise SchedulerUnreachableError("srun is not installed here. Launch on a login node of the cluster.")
         python, parameters = shlex.quote(sys.executable), self.parameters[stage]
-        shielded = f"{python} -I -S {shlex.quote(str(snapshot.shield))} {python}"
+        shielded = f"{python} -I -S {shlex.quote(str(shield(snapshot)))} {python}"
         after_crash = f"{shielded} -m paws_hpc.cluster.requeue {shlex.quote(str(self.run.path.resolve()))}"
         waiting = {"hold": True} | ({"dependency": after, "kill-on-invalid-dep": "yes"} if after else {})
         fields = {

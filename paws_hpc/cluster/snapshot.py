@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import paws_hpc
@@ -13,48 +12,34 @@ import paws_hpc
 _DIGITS = 12
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of the package, named by its contents.
-
-    Attributes:
-        digest: of all its files, 12 hexadecimal digits.
-        path: the folder to import from, ``code/<digest>`` in the run directory.
-    """
-
-    digest: str
-    path: Path
-
-    @property
-    def shield(self) -> Path:
-        """The script through which ranks start."""
-        return self.path / "paws_hpc" / "cluster" / "shield.py"
-
-
-def plan_snapshot(run: Path) -> Snapshot:
-    """What :func:`take_snapshot` would make; writes nothing."""
+def plan_snapshot(run: Path) -> Path:
+    """The folder that :func:`take_snapshot` would make, ``code/<digest of all files>``; writes nothing."""
     digest = hashlib.sha256()
     for path in _files():
         digest.update(f"{path.relative_to(_package())}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    name = digest.hexdigest()[:_DIGITS]
-    return Snapshot(name, run.resolve() / "code" / name)
+    return run.resolve() / "code" / digest.hexdigest()[:_DIGITS]
 
 
-def take_snapshot(run: Path) -> Snapshot:
+def take_snapshot(run: Path) -> Path:
     """Copy the package that runs now into the run directory, unless the same code is there already."""
     snapshot = plan_snapshot(run)
-    if snapshot.path.exists():
+    if snapshot.exists():
         return snapshot
-    snapshot.path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".code-", dir=snapshot.path.parent) as folder:
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".code-", dir=snapshot.parent) as folder:
         copy = Path(folder) / "copy"
         for path in _files():
             target = copy / "paws_hpc" / path.relative_to(_package())
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        copy.rename(snapshot.path)  # whole or absent
+        copy.rename(snapshot)  # whole or absent
     return snapshot
+
+
+def shield(snapshot: Path) -> Path:
+    """The script of a snapshot through which ranks start."""
+    return snapshot / "paws_hpc" / "cluster" / "shield.py"
 
 
 def _package() -> Path:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.frozen import freeze
-from paws_hpc.cluster.local import in_process, run_chain
+from paws_hpc.cluster.local import run_chain
 from paws_hpc.config import Config
 from paws_hpc.report.comparison import as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
@@ -36,7 +38,7 @@ def supervised(stores: Stores, runs: Path, name: str) -> tuple[Config, RunFolder
 
 def run_here(config: Config, run: RunFolder) -> None:
     freeze(config, run.config)
-    run_chain(config, run, in_process(run))
+    run_chain(config, run, partial(run_job, run.path))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import paws_hpc
-from paws_hpc.cluster.snapshot import plan_snapshot, take_snapshot
+from paws_hpc.cluster.snapshot import plan_snapshot, shield, take_snapshot
 from tests.ranks import ROOT
 
 STARTING = """
@@ -33,8 +33,8 @@ else: time.sleep(30)
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    shield = Path(paws_hpc.__file__).parent / "cluster" / "shield.py"
-    command = [sys.executable, "-I", "-S", str(shield), sys.executable, "-c", code]
+    script = shield(Path(paws_hpc.__file__).parents[1])
+    command = [sys.executable, "-I", "-S", str(script), sys.executable, "-c", code]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -63,10 +63,10 @@ def test_a_job_that_reaches_no_place_to_stop_goes_back_on_its_own() -> None:
 def test_jobs_run_the_copy_whatever_is_edited_or_lies_in_their_folder(tmp_path: Path) -> None:
     snapshot = take_snapshot(tmp_path)
     assert take_snapshot(tmp_path) == snapshot == plan_snapshot(tmp_path)
-    (snapshot.path / "paws_hpc" / "__init__.py").write_text("WHICH = 'the copy'\n")
+    (snapshot / "paws_hpc" / "__init__.py").write_text("WHICH = 'the copy'\n")
     ask = "import paws_hpc; print(getattr(paws_hpc, 'WHICH', 'the checkout'))"
     told = subprocess.run(
-        [sys.executable, "-I", "-S", str(snapshot.shield), sys.executable, "-c", ask],
+        [sys.executable, "-I", "-S", str(shield(snapshot)), sys.executable, "-c", ask],
         cwd=ROOT,  # where `import paws_hpc` would find the checkout
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
@@ -83,19 +83,19 @@ def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(paws_hpc, "__file__", str(package / "__init__.py"))
     before = plan_snapshot(tmp_path)
     (package / "__init__.py").write_text("x = 1\n")
-    assert plan_snapshot(tmp_path).digest != before.digest
+    assert plan_snapshot(tmp_path) != before
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "x.pyc").write_bytes(b"")
     again = plan_snapshot(tmp_path)
     (package / "new.py").write_text("")
-    assert plan_snapshot(tmp_path).digest != again.digest
+    assert plan_snapshot(tmp_path) != again
 
 
 def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     recipes = {path.relative_to(root) for path in (root / "conf").rglob("*.yaml")}
     snapshot = take_snapshot(tmp_path)
-    assert all((snapshot.path / "paws_hpc" / recipe).is_file() for recipe in recipes)
+    assert all((snapshot / "paws_hpc" / recipe).is_file() for recipe in recipes)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     shutil.copytree(root / "paws_hpc", tmp_path / "source" / "paws_hpc", symlinks=True)
     shutil.copytree(root / "conf", tmp_path / "source" / "conf")
