@@ -44,41 +44,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paws_hpc.bench", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
-    store = commands.add_parser("store", help="the image store and the CPU's part of the data path")
+    store = commands.add_parser("store", help="the image store and the CPU's share of the data path")
     store.add_argument("--images", type=_at_least(64), default=2400, help="photographs of 110 KB to make (2400)")
     store.add_argument("--rounds", type=_at_least(1), default=5, help="that count, after one that warms up (5)")
     store.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
     )
-    store.add_argument("--folder", type=Path, default=Path("bench"), help="for images and packed copies (bench)")
     store.add_argument("--json", type=Path, help="file for the figures (FOLDER/store.json)")
     store.set_defaults(run=bench_store)
     for name, help_text in _SPEED.items():
-        command = commands.add_parser(name, help=help_text)
-        _add_speed_options(command)
-        command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if name == "all" else [name])
-        command.set_defaults(from_store=name == "all", baseline=name == "all", compiled=False)
+        command, whole = commands.add_parser(name, help=help_text), name == "all"
+        command.add_argument(
+            "--recipe", choices=RECIPES, default="digits", help="whose training; smaller without a GPU (digits)"
+        )
+        command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
+        command.add_argument("--rounds", type=_at_least(1), default=3, help="that count, after one that warms up (3)")
+        command.add_argument("--steps", type=_at_least(1), help="of a round (by recipe and device)")
+        command.add_argument("--ranks", type=_at_least(2), default=2, help="of the collectives (2)")
+        command.add_argument("--json", type=Path, help="file for the figures (FOLDER/RECIPE-DEVICE-COMMAND.json)")
+        command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
+        command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
+        command.set_defaults(from_store=whole, baseline=whole, compiled=False)
         if name == "step":
             command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
             command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
-            command.add_argument(
-                "--compiled", action="store_true", help="and with pretrain.compile, which takes minutes on a CPU"
-            )
+            command.add_argument("--compiled", action="store_true", help="with pretrain.compile too: minutes on a CPU")
+    for command in commands.choices.values():
+        command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
     return parser
-
-
-def _add_speed_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--recipe", choices=list(RECIPES), default="digits", help="whose training; smaller without a GPU (digits)"
-    )
-    command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
-    command.add_argument("--rounds", type=_at_least(1), default=3, help="that count, after one that warms up (3)")
-    command.add_argument("--steps", type=_at_least(1), help="of a round (by recipe and device)")
-    command.add_argument("--ranks", type=_at_least(2), default=2, help="of the collectives (2)")
-    command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
-    command.add_argument("--json", type=Path, help="file for the figures (FOLDER/RECIPE-DEVICE-COMMAND.json)")
-    command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -32,6 +32,7 @@ CROP_GROUPS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
 _CPU = torch.device("cpu")
 _EPOCHS = 4  # whose memory is watched; the first one warms up, with what comes before it
 _SLOW_STEP_S = 2.0  # in which all batches that may be made ahead are made
+_until_exit = ExitStack()  # what work needs until its process ends
 
 
 def shuffled(count: int) -> Positions:
@@ -119,10 +120,10 @@ def crops(store: str, threads: int) -> Work:
 
 def crops_by_processes(store: str, processes: int) -> Work:
     """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
-    cores, running = sorted(os.sched_getaffinity(0))[:processes], ExitStack()
+    cores = sorted(os.sched_getaffinity(0))[:processes]
     one = Candidate("a process of its own", crops, {"store": store, "threads": 1})
-    workers = [running.enter_context(started(one, cores=[core])) for core in cores]
-    pool = running.enter_context(ThreadPoolExecutor(processes))
+    workers = [_until_exit.enter_context(started(one, cores=[core])) for core in cores]
+    pool = _until_exit.enter_context(ThreadPoolExecutor(processes))
     return lambda: sum(done.done for done in pool.map(lambda worker: worker(), workers))
 
 

@@ -1,7 +1,6 @@
 """Candidates measured in rounds: each in a process of its own, all in turns, so that all meet the same slow moments.
 
-A candidate that cannot be imported or fails is reported; the others go on. This module imports nothing that starts
-threads: a candidate's process loads it before it is bound to its cores.
+This module imports nothing that starts threads: a candidate's process loads it before it is bound to its cores.
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from time import perf_counter
 from typing import Any
-
-LIMIT_S = 1200.0
-"""A candidate that takes longer for one answer hangs, and is killed."""
 
 
 class CandidateError(RuntimeError):
@@ -84,16 +80,11 @@ Worker = Callable[[], Round]
 
 
 @contextmanager
-def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = LIMIT_S) -> Iterator[Worker]:
-    """A prepared candidate in a process of its own.
-
-    Args:
-        candidate: what runs.
-        cores: all of its threads and processes are bound to them.
-        limit_s: for each answer.
+def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200.0) -> Iterator[Worker]:
+    """A prepared candidate in a process of its own, bound to ``cores`` with all that it starts.
 
     Raises:
-        CandidateError: it cannot be prepared.
+        CandidateError: it cannot be prepared, or gives no answer within ``limit_s``; then it is killed.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_bind, initargs=(cores,)) as pool:
 
@@ -104,19 +95,17 @@ def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = LIMI
             except TimeoutError:
                 os.killpg(process, signal.SIGKILL)
                 raise CandidateError(f"{candidate.name} gave no answer within {limit_s:g} s") from None
+            if candidate.needs and isinstance(error, ModuleNotFoundError) and error.name == candidate.needs[0]:
+                raise CandidateError(
+                    f"not installed: pip install {candidate.needs[1]}, or all of them by `make bench`"
+                ) from error
             if error is not None:
-                raise CandidateError(_explain(candidate, error)) from error
+                raise CandidateError(f"{type(error).__name__}: {error}") from error
             return answer.result()
 
         process: int = call(os.getpid)
         call(_prepare, candidate.prepare, candidate.arguments)
         yield lambda: call(_work_once)
-
-
-def _explain(candidate: Candidate, error: BaseException) -> str:
-    if candidate.needs and isinstance(error, ModuleNotFoundError) and error.name == candidate.needs[0]:
-        return f"not installed: pip install {candidate.needs[1]}, or all of them by `make bench`"
-    return f"{type(error).__name__}: {error}"
 
 
 _prepared: list[Work] = []  # in a candidate's process: its work
@@ -152,9 +141,9 @@ def _work_once() -> Round:
 
 
 def race(
-    candidates: Sequence[Candidate], *, rounds: int, cores: int | None = None, progress: Callable[[str], None]
+    *candidates: Candidate, rounds: int, cores: int | None = None, progress: Callable[[str], object]
 ) -> dict[str, Rates]:
-    """Let every candidate work once per round, in turns. One more round warms up first and does not count.
+    """Let every candidate work once per round, in turns; one more round warms up first and does not count.
 
     Args:
         candidates: which.
@@ -163,7 +152,7 @@ def race(
         progress: shows a line of text.
 
     Returns:
-        by name; a candidate that failed says why and takes no further part.
+        by name; a candidate that failed says why and takes no further turn.
     """
     bound = sorted(os.sched_getaffinity(0))[:cores]
     rates = {candidate.name: Rates(candidate.name, candidate.unit) for candidate in candidates}
@@ -177,27 +166,23 @@ def race(
                 rates[candidate.name].failure = str(error)
         for number in range(rounds + 1):
             first = number % len(candidates)  # nobody always follows the same one
-            for candidate in (*candidates[first:], *candidates[:first]):
-                if candidate.name not in workers:
+            for name in list(rates)[first:] + list(rates)[:first]:
+                if name not in workers:
                     continue
-                progress(f"{candidate.name}: round {number} of {rounds}")
+                progress(f"{name}: round {number} of {rounds}")
                 try:
-                    measured = workers[candidate.name]()
+                    measured = workers[name]()
                 except CandidateError as error:
-                    workers.pop(candidate.name)
-                    rates[candidate.name] = Rates(candidate.name, candidate.unit, failure=str(error))
+                    del workers[name]
+                    rates[name] = Rates(name, rates[name].unit, failure=str(error))
                     continue
                 if number:
-                    rates[candidate.name].rounds.append(measured)
+                    rates[name].rounds.append(measured)
     return rates
 
 
 def run_once(prepare: Callable[..., Work], **arguments: Any) -> Round:
-    """One round in a fresh process on all cores, without a warm-up.
-
-    Raises:
-        CandidateError: it failed.
-    """
+    """One round in a fresh process on all cores, without a warm-up; raises CandidateError."""
     candidate = Candidate(prepare.__name__, prepare, arguments)
     with started(candidate, cores=sorted(os.sched_getaffinity(0))) as work:
         return work()

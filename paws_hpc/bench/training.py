@@ -1,7 +1,6 @@
 """The work of the benchmarks of training: steps from data on the device or from a store, augmentation, saving.
 
-Every function prepares and returns the work, which takes the time itself; on a GPU it waits for the device at its ends
-alone.
+Every function prepares and returns the work, which takes the time itself and waits for a GPU at its ends alone.
 """
 
 from __future__ import annotations
@@ -19,15 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from paws_hpc.bench.rounds import Round
-from paws_hpc.bench.step_parts import (
-    Timeline,
-    graph_breaks,
-    host_waits,
-    marked,
-    medians,
-    peak_memory_gb,
-    synchronise,
-)
+from paws_hpc.bench.step_parts import Timeline, marked, medians, synchronise
 from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream, use_threads
 from paws_hpc.data.streams import PawsBatch
 from paws_hpc.engine.checkpoint import CheckpointFolder
@@ -45,32 +36,21 @@ _until_exit = ExitStack()  # what work needs until its process ends
 
 
 def steps_on_device(workload: Workload, steps: int) -> TimedWork:
-    """Steps on uint8 crops that are on the device; the parts of each are timed."""
+    """Steps on uint8 crops that are on the device; ``parts_s`` of the round are medians over its steps."""
     training, batches = training_with_data(workload)
-    cuda = training.device.type == "cuda"
     for _ in range(2):  # memory is allocated, and whatever compiles is compiled
         training.step(next(batches))
-    waits = host_waits(lambda: training.step(next(batches)), training.device)
 
     def work() -> Round:
-        if cuda:
-            training.step(next(batches))  # takes the memory again that other candidates had meanwhile
         line = Timeline(training.device)
-        synchronise(cuda)
-        began = time.perf_counter()
+
+        def step() -> None:
+            with line.step():
+                training.step(next(batches))
+
         with marked(training, line):
-            for _ in range(steps):
-                with line.step():
-                    training.step(next(batches))
-        synchronise(cuda)
-        seconds = time.perf_counter() - began
-        details = {
-            "parts_s": medians(line.read()),
-            "host_waits": waits,
-            "graph_breaks": graph_breaks(),
-            "peak_memory_gb": peak_memory_gb(training.device),
-        }
-        return Round(steps * training.config.batch_size, seconds, details)
+            timed = _timed(step, steps, images=training.config.batch_size, device=training.device)
+        return replace(timed, details={"parts_s": medians(line.read())})
 
     return work
 
@@ -126,7 +106,7 @@ def augmentation(workload: Workload, steps: int) -> TimedWork:
         for micro_batch in stream.batch(next(numbers)).micro_batches:
             stream.augment(micro_batch, device, torch.float32)
 
-    return _timed(augment_next, steps, images=config.pretrain.batch_size, device=device)
+    return lambda: _timed(augment_next, steps, images=config.pretrain.batch_size, device=device)
 
 
 def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
@@ -152,39 +132,32 @@ def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
         loss.backward()
         optimizer.step()
 
-    return _timed(step, steps, images=batch_size, device=there)
+    return lambda: _timed(step, steps, images=batch_size, device=there)
 
 
-def _timed(step: Callable[[], object], steps: int, *, images: int, device: torch.device) -> TimedWork:
+def _timed(step: Callable[[], object], steps: int, *, images: int, device: torch.device) -> Round:
     cuda = device.type == "cuda"
-
-    def work() -> Round:
-        if cuda:
-            step()  # takes the memory again that other candidates had meanwhile
-        synchronise(cuda)
-        began = time.perf_counter()
-        for _ in range(steps):
-            step()
-        synchronise(cuda)
-        return Round(steps * images, time.perf_counter() - began)
-
-    return work
+    if cuda:
+        step()  # takes the memory again that other candidates had meanwhile
+    synchronise(cuda)
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(cuda)
+    return Round(steps * images, time.perf_counter() - began)
 
 
 def saving(workload: Workload, steps: int) -> TimedWork:
-    """A few steps, a checkpoint of the state as pre-training saves it, and steps until it is written.
+    """``steps`` steps, a checkpoint in the workload's folder as pre-training saves it, and steps until it is written.
 
     The round is one save; its seconds are those for which the training loop stood still.
-
-    Args:
-        workload: the recipe; its folder is on the file system that is measured.
-        steps: whose median is the time of one.
     """
     training, batches = training_with_data(workload)
-    cuda = training.device.type == "cuda"
     path = Path(_until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
     checkpoints = CheckpointFolder(path, identity={}, keep=1)
     numbers = itertools.count(1)
+
+    cuda = training.device.type == "cuda"
 
     def step_s() -> float:
         synchronise(cuda)

@@ -28,15 +28,15 @@ _GPU_STEPS = 50
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment at the sizes of one GPU of the paper, or smaller, for a CPU.
+    """An experiment of ``conf/`` at the sizes of one GPU of the paper.
 
     Attributes:
         experiment: of ``conf/experiment``.
-        images: to make for the sizes of one GPU.
-        cpu_images: to make for those of a CPU.
-        cpu_steps: that take a few seconds there.
+        images: how many are made.
+        cpu_images: and on a CPU.
+        cpu_steps: of a round on a CPU: a few seconds.
         sizes: overrides that make the sizes of one GPU.
-        cpu_sizes: overrides on top of ``sizes`` where there is no GPU, so that a step takes seconds.
+        cpu_sizes: further ones on a CPU, where a step then takes seconds.
     """
 
     experiment: str
@@ -114,11 +114,7 @@ class Workload:
         return replace(self, overrides=(*self.overrides, *overrides))
 
     def config(self) -> Config:
-        """Composed from ``conf/``.
-
-        Raises:
-            ConfigError: the overrides do not compose.
-        """
+        """Composed from ``conf/``; raises ConfigError where the overrides do not compose."""
         recipe = RECIPES[self.recipe]
         own = [f"experiment={recipe.experiment}", *recipe.sizes, f"data.train={self.store}", "data.source=null"]
         own += [f"data.threads={cores()}"] if self.device == "cuda" else recipe.cpu_sizes
@@ -127,10 +123,7 @@ class Workload:
 
 
 def make_images(workload: Workload) -> None:
-    """Make and pack the images of a workload; existing ones stay.
-
-    ImageNet: pieces of photographs as JPEG files. CIFAR: smaller pieces, reduced to 32 pixels. Digits: themselves.
-    """
+    """Make and pack the images of a workload; existing ones stay."""
     if workload.files is not None:
         source: Source = ImageFolder(write_photographs(workload.files, workload.images))
     elif workload.recipe == "cifar":

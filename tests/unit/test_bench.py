@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.data_path import CROP_GROUPS, reads
-from paws_hpc.bench.figures import Figure, Measured, Target, measure_groups
+from paws_hpc.bench.data_path import CROP_GROUPS, crops_by_processes, reads
+from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.images import jpegs, repeat_store, write_photographs
 from paws_hpc.bench.peers.loaders import cut, drawn_boxes
 from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, race, ratio, run_once, started
@@ -66,8 +66,8 @@ def test_every_candidate_is_in_the_figures_or_the_reason_why_not(
     assert ("not installed: pip install webdataset" in printed) != webdataset
     assert (found["machine"]["versions"]["webdataset"] is not None) == webdataset
     reads = found["groups"]["reads"]
-    assert {target["unit"] for target in reads["targets"]} == {"x"}
-    assert [target["value"] is not None for target in reads["targets"]] == [True, True, True, webdataset]
+    assert {figure["unit"] for figure in reads["figures"]} == {"x"}
+    assert [figure["value"] is not None for figure in reads["figures"]] == [True, True, True, webdataset]
     assert reads["rates"]["paws_hpc"]["median"] > 0
 
 
@@ -81,7 +81,7 @@ def test_a_candidate_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
         Candidate("fails later", bench_work.count, {"fail_at": 2}),
         Candidate("good", bench_work.count, {"fail_at": None}),
     ]
-    rates = race(candidates, rounds=3, cores=1, progress=lambda _: None)
+    rates = race(*candidates, rounds=3, cores=1, progress=lambda _: None)
     assert rates["absent"].failure == "not installed: pip install absent-package, or all of them by `make bench`"
     assert rates["its own fault"].failure == "ModuleNotFoundError: No module named 'absent_peer'"
     assert "is not a complete image store" in str(rates["fails at once"].failure)
@@ -95,15 +95,17 @@ def test_a_candidate_that_cannot_start_or_fails_is_named_and_the_others_go_on(tm
 def test_a_group_that_cannot_be_measured_is_named_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> Measured:
+    def fail(race: Race) -> Measured:
         raise CandidateError("out of memory")
 
-    console = Console(width=120)
-    groups = {"checkpoint": fail, "step": lambda: Measured(figures=[Figure("step", 2.0, "ms")])}
-    with console.status("") as status:
-        assert measure_groups(console, status, groups, about={}, file=tmp_path / "json") == 1
-        del groups["checkpoint"]
-        assert measure_groups(console, status, groups, about={}, file=tmp_path / "alone") == 0
+    def measure(file: str, **groups: Callable[[Race], Measured]) -> int:
+        return measure_groups("title", groups, prepare=lambda: None, rounds=1, about={}, file=tmp_path / file)
+
+    def good(race: Race) -> Measured:
+        return {}, [Figure("step", 2.0, "ms")]
+
+    assert measure("json", checkpoint=fail, step=good) == 1
+    assert measure("alone", step=good) == 0
     written = json.loads((tmp_path / "json").read_text())["groups"]
     assert written["checkpoint"]["figures"][0]["absent"] == "failed: out of memory"
     assert written["step"]["figures"][0]["value"] == 2.0
@@ -146,7 +148,12 @@ def test_a_ratio_is_taken_within_rounds() -> None:
 def test_a_target_is_reached_missed_or_not_measured(
     value: float | None, at_most: bool, only_on: str | None, reached: bool | None
 ) -> None:
-    assert Target("", value, "x", 0.9, at_most=at_most, only_on=only_on).reached is reached
+    assert Figure("", value, "x", 0.9, at_most=at_most, only_on=only_on).reached is reached
+
+
+def test_processes_of_a_candidate_work_together(photographs: Path, tmp_path: Path) -> None:
+    pack(ImageFolder(photographs), tmp_path / "store", options=PackOptions(check="structure"))
+    assert run_once(crops_by_processes, store=str(tmp_path / "store"), processes=2).done == 0  # of less than a batch
 
 
 def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path: Path) -> None:

@@ -17,11 +17,10 @@ from paws_hpc.bench.images import write_photographs
 from paws_hpc.bench.peers.data_loader import augmentation_per_image, loaders, open_images, training_steps
 from paws_hpc.bench.rounds import CandidateError, Rates, Round, Work
 from paws_hpc.bench.speed import (
-    compiled_figures,
     diagnostics_share,
     loss_share,
     part_figures,
-    plain_target,
+    plain_figure,
     stopped_share,
 )
 from paws_hpc.bench.step_parts import PARTS, Timeline, forward_flops, marked, plain_images
@@ -113,8 +112,6 @@ def test_a_round_counts_the_images_of_its_steps(prepare: Callable[..., Work], wo
     if prepare is steps_on_device:
         assert list(done.details["parts_s"]) == [*PARTS, "step"]
         assert done.details["parts_s"]["step"] <= done.seconds
-        assert (done.details["host_waits"], done.details["graph_breaks"]) == (None, None)
-        assert 0.01 < done.details["peak_memory_gb"] < 100
     if prepare is steps_from_store:
         assert 0 <= done.details["data_wait"] <= 1
 
@@ -164,10 +161,9 @@ def test_the_command_writes_what_it_prints_and_says_what_it_could_not_measure(
     assert {rates["unit"] for rates in group["rates"].values()} == {"images/s"}
     figures = {figure["name"].strip(): figure for figure in group["figures"]}
     assert sum(figures[part]["share"] for part in PARTS) == pytest.approx(1, abs=0.1)
-    assert figures["waits of the host per step"]["value"] is None
-    assert "not measured: no GPU" in printed
-    assert {target["reached"] for target in group["targets"]} == {None}  # they are of other recipes, on a GPU
-    assert all(target["value"] > 0 or target["unit"] == "%" for target in group["targets"])
+    targets = [figure for figure in group["figures"] if figure["target"] is not None]
+    assert {figure["reached"] for figure in targets} == {None}  # they are of other recipes, on a GPU
+    assert all(figure["value"] > 0 or figure["unit"] == "%" for figure in targets)
     assert "not measured here" in printed
 
 
@@ -203,10 +199,10 @@ def test_ratios_and_shares_are_taken_within_rounds() -> None:
     def rates(*per_s: float) -> Rates:
         return Rates("", rounds=[Round(each, 1.0) for each in per_s])
 
-    target = plain_target(rates(400, 200, 380), rates(2000, 1000, 2000), 4.74, only_on=None)
+    target = plain_figure(rates(400, 200, 380), rates(2000, 1000, 2000), 4.74, only_on=None)
     assert target.value == pytest.approx(0.948)
     assert target.reached
-    assert plain_target(Rates(""), rates(1.0), 4.74, only_on=None).value is None
+    assert plain_figure(Rates(""), rates(1.0), 4.74, only_on=None).value is None
 
     def rounds(*part_s: float, loss: float = 1.0) -> list[Round]:
         parts = [dict.fromkeys(PARTS, each) | {"loss": loss * each, "step": each * len(PARTS)} for each in part_s]
@@ -218,13 +214,3 @@ def test_ratios_and_shares_are_taken_within_rounds() -> None:
     assert loss_share(rounds(2.0, 1.0)) == pytest.approx(100 * 3 / len(PARTS))
     assert diagnostics_share(rounds(2.0, 1.0), rounds(2.0, 1.0, loss=1.5), 10) == pytest.approx(5 / len(PARTS))
     assert diagnostics_share([], rounds(1.0), 10) is None
-
-
-def test_compiling_is_compared_within_rounds_and_says_how_often_it_left_the_graph() -> None:
-    eager = Rates("eager", rounds=[Round(each, 1.0) for each in (100.0, 50.0, 100.0)])
-    compiled = Rates("compiled", rounds=[Round(each, 1.0, {"graph_breaks": 3}) for each in (150.0, 75.0, 160.0)])
-    gain, breaks = compiled_figures(compiled, eager)
-    assert gain.value == pytest.approx(1.5)
-    assert breaks.value == 3
-    (failed,) = compiled_figures(Rates("compiled"), eager)
-    assert failed.absent == "a candidate failed"

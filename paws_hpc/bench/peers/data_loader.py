@@ -7,16 +7,17 @@ unlabelled images and one for supports, share as many workers as there are cores
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import default_loader
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from paws_hpc.bench.images import jpegs
 from paws_hpc.bench.peers.pil import pil_view
@@ -34,28 +35,37 @@ from paws_hpc.store import ImageStore
 Views = list[Tensor]
 
 
-@dataclass(frozen=True)
-class Images:
-    """What a user of PyTorch holds: paths of JPEG files, or pixels in memory; and a label of each."""
+class Images(ABC):
+    """What a user of PyTorch holds: paths of JPEG files, or pixels in memory; and ``labels``."""
 
-    load: Callable[[int], Image.Image]
-    labels: Sequence[int]
+    labels: list[int]
+
+    @abstractmethod
+    def load(self, number: int) -> Image.Image:
+        """One image, RGB."""
+
+
+class _Files(Images):
+    def __init__(self, folder: Path) -> None:
+        self._paths = jpegs(folder)
+        names = sorted({path.parent.name for path in self._paths})
+        self.labels = [names.index(path.parent.name) for path in self._paths]
+
+    def load(self, number: int) -> Image.Image:
+        return Image.open(self._paths[number]).convert("RGB")
+
+
+class _Pixels(Images):
+    def __init__(self, store: ImageStore) -> None:
+        self._pixels, self.labels = store.read_raw(np.arange(len(store))), store.labels.tolist()
+
+    def load(self, number: int) -> Image.Image:
+        return Image.fromarray(self._pixels[number].squeeze()).convert("RGB")
 
 
 def open_images(workload: Workload) -> Images:
     """The images of a workload, without the store's reader where they are files."""
-    if workload.files is not None:
-        paths = jpegs(workload.files)
-        names = sorted({path.parent.name for path in paths})
-        return Images(lambda number: default_loader(str(paths[number])), [names.index(p.parent.name) for p in paths])
-    store = ImageStore.open(workload.store)
-    pixels = store.read_raw(np.arange(len(store)))
-
-    def load(number: int) -> Image.Image:
-        image = pixels[number]
-        return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).convert("RGB")
-
-    return Images(load, store.labels.tolist())
+    return _Pixels(ImageStore.open(workload.store)) if workload.files is None else _Files(workload.files)
 
 
 class _Views(Dataset[tuple[Views, int]]):
@@ -72,57 +82,46 @@ class _Views(Dataset[tuple[Views, int]]):
         return [view(image) for count, view in self._views for _ in range(count)], self._images.labels[number]
 
 
-class _SupportSampler(Sampler[list[int]]):
-    """Batches of equally many labelled images of some classes, drawn anew each time."""
-
-    def __init__(self, by_class: Sequence[Sequence[int]], classes: int, each: int, batches: int) -> None:
-        self._by_class, self._classes, self._each, self._batches = by_class, classes, each, batches
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        draw = np.random.default_rng()
-        for _ in range(self._batches):
-            chosen = draw.permutation(len(self._by_class))[: self._classes]
-            yield [int(number) for label in chosen for number in draw.permutation(self._by_class[label])[: self._each]]
+def _views(workload: Workload, config: Config) -> tuple[_Views, _Views, int]:
+    """Views of every unlabelled image and of every support, and how many supports come with a step."""
+    images, views, store = open_images(workload), config.views, ImageStore.open(workload.store)
+    large, small = (
+        pil_view(crop, views.augment, mean=store.mean, std=store.std) for crop in (views.large, views.small)
+    )
+    unlabelled = _Views(images, [(views.large.count, large), (views.small.count, small)])
+    support = config.pretrain.support
+    return unlabelled, _Views(images, [(views.support_views, large)]), support.classes * support.images_per_class
 
 
 def loaders(config: Config, workload: Workload, batches: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of unlabelled images and of supports; both give per view a tensor (B, 3, s, s), and labels (B,)."""
-    images, views, support = open_images(workload), config.views, config.pretrain.support
-    n, store = config.pretrain.batch_size, ImageStore.open(workload.store)
-    assert config.labels.per_class is not None, "the recipes draw their labels"
-    of_class = [
-        np.flatnonzero(np.array(images.labels) == label).tolist()[: config.labels.per_class]
-        for label in sorted(set(images.labels))
+    unlabelled, supports, supports_per_step = _views(workload, config)
+    views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
+    labels, draw = np.array(open_images(workload).labels), np.random.default_rng()
+    by_class = [np.flatnonzero(labels == label)[: config.labels.per_class] for label in np.unique(labels)]
+    drawn = [
+        [
+            int(number)
+            for chosen in draw.permutation(len(by_class))[: support.classes]
+            for number in draw.permutation(by_class[chosen])[: support.images_per_class]
+        ]
+        for _ in range(batches)
     ]
-    large, small = (
-        pil_view(crop, views.augment, mean=store.mean, std=store.std) for crop in (views.large, views.small)
-    )
     unlabelled_views = n * (views.large.count + views.small.count)
-    support_views = support.classes * support.images_per_class * views.support_views
+    support_views = supports_per_step * views.support_views
     for_supports = max(1, round(cores() * support_views / (unlabelled_views + support_views)))
     options: dict[str, Any] = {
         "persistent_workers": True,
         "pin_memory": config.device == "cuda",
         "worker_init_fn": lambda _: torch.set_num_threads(1),
+        "multiprocessing_context": "fork",  # as users have it on Linux; a candidate's own default is to spawn
     }
-    shuffled = torch.utils.data.RandomSampler(range(len(images.labels)), num_samples=n * batches)
-    unlabelled = DataLoader(
-        _Views(images, [(views.large.count, large), (views.small.count, small)]),
-        sampler=shuffled,
-        batch_size=n,
-        num_workers=max(1, cores() - for_supports),
-        **options,
+    shuffled = RandomSampler(unlabelled, num_samples=n * batches)
+    for_unlabelled = max(1, cores() - for_supports)
+    return (
+        DataLoader(unlabelled, sampler=shuffled, batch_size=n, num_workers=for_unlabelled, **options),
+        DataLoader(supports, batch_sampler=drawn, num_workers=for_supports, **options),
     )
-    supports = DataLoader(
-        _Views(images, [(views.support_views, large)]),
-        batch_sampler=_SupportSampler(of_class, support.classes, support.images_per_class, batches),
-        num_workers=for_supports,
-        **options,
-    )
-    return unlabelled, supports
 
 
 def training_steps(workload: Workload, steps: int) -> TimedWork:
@@ -181,23 +180,17 @@ def augmentation_per_image(workload: Workload, least_s: float) -> TimedWork:
     """PIL and torchvision, image by image on one core, decoding and crops included, for at least ``least_s``."""
     config = workload.config()
     torch.set_num_threads(1)
-    views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
-    images = open_images(workload)
-    large, small = (pil_view(crop, views.augment) for crop in (views.large, views.small))
-    supports_each = support.classes * support.images_per_class * views.support_views / n
+    unlabelled, supports, supports_per_step = _views(workload, config)
 
     def work() -> Round:
-        done = supports = 0
+        done = of_supports = 0
         began = time.perf_counter()
         while done == 0 or time.perf_counter() - began < least_s:
-            image = images.load(done % len(images.labels))
-            for view, count in ((large, views.large.count), (small, views.small.count)):
-                for _ in range(count):
-                    view(image)
+            unlabelled[done % len(unlabelled)]
             done += 1
-            while supports < round(done * supports_each):  # as many as come with so many unlabelled images
-                large(images.load(supports % len(images.labels)))
-                supports += 1
+            while of_supports < done * supports_per_step // config.pretrain.batch_size:
+                supports[of_supports % len(supports)]
+                of_supports += 1
         return Round(done, time.perf_counter() - began)
 
     return work

@@ -7,7 +7,6 @@ nothing else. All of that is in their favour.
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,34 +39,25 @@ def drawn_boxes(folder: str) -> list[Boxes]:
             sizes.append((image.height, image.width))
     heights, widths = np.array(sizes, np.int64).T
     n = len(sizes)
-    return [
-        draw_boxes(
-            crop,
-            seed=0,
-            epoch=0,
-            samples=np.tile(np.arange(n), crop.count),
-            view=np.repeat(np.arange(first, first + crop.count), n),
-            heights=np.tile(heights, crop.count),
-            widths=np.tile(widths, crop.count),
+    drawn = []
+    for crop, first in CROP_GROUPS:
+        samples, view = np.tile(np.arange(n), crop.count), np.repeat(np.arange(first, first + crop.count), n)
+        boxes = draw_boxes(
+            crop, seed=0, epoch=0, samples=samples, view=view, heights=heights[samples], widths=widths[samples]
         )
-        .reshape(crop.count, n, 4)
-        .transpose(1, 0, 2)
-        for crop, first in CROP_GROUPS
-    ]
+        drawn.append(boxes.reshape(crop.count, n, 4).transpose(1, 0, 2))
+    return drawn
 
 
 def cut(jpeg: bytes, number: int, boxes: list[Boxes]) -> Sample:
     """Decode and crop an image: (count, 3, s, s) uint8 per crop group."""
     image = vision_io.decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), vision_io.ImageReadMode.RGB)
-    return [
-        torch.stack(
-            [
-                vision.resized_crop(image, *box, size=[crop.size, crop.size], antialias=True)
-                for box in of_group[number].tolist()
-            ]
-        )
-        for (crop, _), of_group in zip(CROP_GROUPS, boxes, strict=True)
-    ]
+    crops = []
+    for (crop, _), of_group in zip(CROP_GROUPS, boxes, strict=True):
+        size = [crop.size, crop.size]
+        each = [vision.resized_crop(image, *box, size=size, antialias=True) for box in of_group[number].tolist()]
+        crops.append(torch.stack(each))
+    return crops
 
 
 class _Files(Dataset[Sample]):
@@ -88,7 +78,6 @@ def torchvision_v2(folder: str) -> Work:
 
 
 def _through(loader: Iterable[Sample]) -> Work:
-    """Go through everything once."""
     return lambda: sum(len(batch[0]) for batch in loader)
 
 
@@ -99,25 +88,19 @@ def _record(path: Path) -> dict[str, Any]:
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
     """A folder that is made once; one that was left half made is made anew."""
     if not target.exists():
-        part = target.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        make(part)
-        part.rename(target)
+        unfinished = target.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        make(unfinished)
+        unfinished.rename(target)
     return target
 
 
 def _optimize(folder: str, target: Path, *, workers: int) -> None:
     import litdata  # noqa: PLC0415 - a peer, which need not be installed
 
-    litdata.optimize(
-        fn=_record,
-        inputs=jpegs(folder),
-        output_dir=str(target),
-        chunk_bytes="64MB",
-        num_workers=workers,
-        verbose=False,
-    )
+    options = {"chunk_bytes": "64MB", "num_workers": workers, "verbose": False}
+    litdata.optimize(fn=_record, inputs=jpegs(folder), output_dir=str(target), **options)
 
 
 def litdata_crops(folder: str, scratch: str) -> Work:
@@ -125,7 +108,7 @@ def litdata_crops(folder: str, scratch: str) -> Work:
     import litdata  # noqa: PLC0415
 
     boxes = drawn_boxes(folder)
-    target = _made(Path(scratch) / "litdata", lambda part: _optimize(folder, part, workers=1))
+    target = _made(Path(scratch) / "litdata", lambda new: _optimize(folder, new, workers=1))
     torch.set_num_threads(1)
 
     class Cropped(litdata.StreamingDataset):
@@ -158,8 +141,8 @@ def mosaic_crops(folder: str, scratch: str) -> Work:
 
     boxes = drawn_boxes(folder)
 
-    def write(part: Path) -> None:
-        with MDSWriter(out=str(part), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
+    def write(new: Path) -> None:
+        with MDSWriter(out=str(new), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
             for path in jpegs(folder):
                 writer.write(_record(path))
 
@@ -179,10 +162,10 @@ def mosaic_crops(folder: str, scratch: str) -> Work:
 def _tar_shards(folder: str, scratch: str) -> list[str]:
     import webdataset  # noqa: PLC0415
 
-    def write(part: Path) -> None:
-        part.mkdir()
+    def write(new: Path) -> None:
+        new.mkdir()
         paths = jpegs(folder)
-        with webdataset.ShardWriter(str(part / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
+        with webdataset.ShardWriter(str(new / "%05d.tar"), maxsize=64 << 20, verbose=0) as writer:
             for position in shuffled(len(paths)).tolist():
                 writer.write({"__key__": paths[position].stem, "jpg": paths[position].read_bytes()})
 
@@ -215,25 +198,19 @@ def webdataset_crops(folder: str, scratch: str) -> Work:
 
 
 def pil_augmentation(folder: str, supports: bool = False) -> Work:
-    """PIL decodes, crops, jitters and blurs image by image, as in the paper's code; torchvision makes tensors.
-
-    Args:
-        folder: of the images.
-        supports: one 224 crop of each, as of a support image, in place of 2 x 224 and 6 x 96.
-    """
+    """PIL's crops and augmentation, image by image, as in the paper's code; with ``supports`` one 224 crop of each."""
     torch.set_num_threads(1)
-    paths, augment = jpegs(folder), VIEWS.augment
-    groups = [(crop.count, pil_view(crop, augment)) for crop, _ in CROP_GROUPS]
-    if supports:
-        groups = [(1, pil_view(VIEWS.large, augment))]
+    paths = jpegs(folder)
+    chosen = [(1, VIEWS.large)] if supports else [(crop.count, crop) for crop, _ in CROP_GROUPS]
+    groups = [(count, pil_view(crop, VIEWS.augment)) for count, crop in chosen]
 
     def work() -> int:
-        chosen = shuffled(len(paths))[: max(BATCH, len(paths) // 8)].tolist()  # it is slow, and always the same
-        for position in chosen:
-            with Image.open(io.BytesIO(paths[position].read_bytes())) as file:
+        some = shuffled(len(paths))[: max(BATCH, len(paths) // 8)].tolist()  # it is slow, and always the same
+        for position in some:
+            with Image.open(paths[position]) as file:
                 image = file.convert("RGB")
-            for count, crop in groups:
-                torch.stack([crop(image) for _ in range(count)])
-        return len(chosen)
+            for count, view in groups:
+                torch.stack([view(image) for _ in range(count)])
+        return len(some)
 
     return work
