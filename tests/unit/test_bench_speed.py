@@ -96,11 +96,12 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(workload:
             weights.append(training.encoder.state_dict())
     assert torch.autograd.backward is backward
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    for parts in line.read():
-        assert set(parts) == set(PARTS)
-        assert min(parts.values()) > 0
-        assert parts["forward"] > parts["metrics"]
-        assert parts["backward"] > parts["loss, backward"]
+    steps = line.read()
+    assert len(steps) == 2
+    least = {name: min(step[name] for step in steps) for name in PARTS}  # other programs delay one step, not all
+    assert min(least.values()) > 0
+    assert least["forward"] > least["metrics"]
+    assert least["backward"] > least["loss, backward"]
 
 
 @pytest.mark.parametrize("prepare", [steps_on_device, steps_from_store, training_steps, augmentation])
