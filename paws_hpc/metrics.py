@@ -1,8 +1,7 @@
 """The catalogue of metrics: what each name in ``metrics.jsonl`` means and how it is shown.
 
-The console, TensorBoard, Weights & Biases, the reports and comparisons all read it. Metrics that several stages share
-stand here. An objective and a stage declare their own in their own file, as a list ``METRICS``;
-:func:`paws_hpc.stages.catalogue.catalogue` joins them all.
+The console, TensorBoard, Weights & Biases, the reports and comparisons all read it. An objective's config declares its
+own as ``METRICS``, the others stand here; :func:`paws_hpc.stages.catalogue.catalogue` joins them.
 """
 
 from __future__ import annotations
@@ -99,8 +98,13 @@ COMMON = [
            "below the others keeps them waiting."),
     Metric("gpu/node*/memory_gb", "Memory of each node's fullest GPU", "GB", "GPUs by node", "memory (GB)",
            description="Memory is that of the node's fullest GPU, in units of 10⁹ bytes."),
+    *(Metric(f"test/{method}_top1", f"{name} on the test split", "fraction", label=name, higher_is_better=True)
+      for method, name in {
+          "paws_nn": "PAWS-NN", "linear_probe": "Linear probe", "k_nn": "k nearest neighbours",
+          "fine_tuned": "Fine-tuned", "baseline": "Baseline",
+      }.items()),
 ]  # fmt: skip
-"""Metrics of more than one stage or objective."""
+"""Metrics of stages; those of one objective stand in its config's ``METRICS``."""
 
 
 def is_validation(name: str) -> bool:

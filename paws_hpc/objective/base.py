@@ -40,8 +40,8 @@ class Step(Protocol):
 class Objective(ABC):
     """Turns the representations of a step's crops into a loss.
 
-    The module of each, ``paws_hpc/objective/NAME.py``, declares its metrics as ``METRICS``. Rows of h and z are this
-    rank's: supports, then both large crops and m small crops of n images, view-major.
+    Rows of h and z are this rank's: supports, then both large crops and m small crops of n images, view-major. The
+    config declares the metrics.
     """
 
     @abstractmethod

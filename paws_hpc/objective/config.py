@@ -1,13 +1,16 @@
 """What pre-training can minimise: the config of each objective, by name.
 
-Without torch, so that a run can be described and submitted before torch is loaded. The objects stand in a module each.
+Without torch, so that a run can be described, submitted and reported without it. The objects stand in a module each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from paws_hpc.metrics import Metric
 
 if TYPE_CHECKING:
     from paws_hpc.objective.base import Objective
@@ -24,6 +27,9 @@ class ObjectiveConfig:
         name: of the objective; a key of :data:`OBJECTIVES`. ``objective=NAME`` chooses it.
         temperature: tau of the similarity classifier, also where PAWS-NN scores.
     """
+
+    METRICS: ClassVar[Sequence[Metric]] = ()
+    """Those of this objective alone."""
 
     name: str = ""
     temperature: float = 0.1
@@ -74,6 +80,28 @@ class PawsConfig(ObjectiveConfig):
         entropy_weight: of the mean entropy of predictions, which is minimised (D.2).
         support_warmup_fraction: the share of all steps that the support warm-up lasts, in [0, 1]; 0 is off.
     """
+
+    METRICS: ClassVar[Sequence[Metric]] = [
+        Metric("train/loss_consistency", "Consistency", "nats", "Loss", higher_is_better=False, when_uniform=1,
+               description="Consistency is the cross-entropy between targets and predictions of other views."),
+        Metric("train/loss_me_max", "Mean-entropy maximisation", "nats", "Loss", "me-max", False, when_uniform=-1,
+               description="Me-max is minus the entropy of the mean prediction: at -log K all classes are predicted "
+               "equally often.", from_zero=False),
+        Metric("train/loss_entropy", "Entropy of predictions", "nats", "Loss", "entropy", False, when_uniform=1,
+               description="Entropy is the mean of single predictions (D.2), before its weight."),
+        Metric("train/loss_support_nce", "Support warm-up loss", "nats", "Loss", "support NCE", False,
+               "Support NCE is added with a weight that falls to 0; it keeps runs with few labels from collapsing and "
+               "is not in the paper."),
+        Metric("train/confidence", "Confidence of the targets", "fraction", "Confidence", "confidence",
+               description="Mean probability of a target's most likely class (Fig. 4 of the paper)."),
+        Metric("train/instance_discrimination", "Instance discrimination", "nats", "Diagnostics",
+               "instance discrimination",
+               description="NT-Xent on the unlabelled rows (instance discrimination), never trained on (Fig. 4 of the "
+               "paper)."),
+        Metric("train/support_classification", "Support classification", "nats", "Diagnostics",
+               "support classification",
+               description="Supervised NCE on the supports (support classification), a diagnostic."),
+    ]  # fmt: skip
 
     name: str = "paws"
     sharpening: float = 0.25
@@ -132,6 +160,11 @@ class RopawsConfig(PawsConfig):
         label_ratio: weight of all supports together in the density, relative to all unlabelled images of a step.
         weight_power: images are weighted by this power of their in-domain probability; 0 weights all alike.
     """
+
+    METRICS: ClassVar[Sequence[Metric]] = [
+        Metric("train/in_domain", "In-domain probability", "fraction",
+               description="Mean probability that an unlabelled image is of a known class."),
+    ]  # fmt: skip
 
     name: str = "ropaws"
     prior_temperature: float = 3.0

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.metrics import Metric
 from paws_hpc.objective.base import Objective, Step
 from paws_hpc.objective.config import TARGET_FLOOR, PawsConfig
 from paws_hpc.objective.labels import class_labels, on_device, smooth_labels
@@ -27,26 +26,6 @@ from paws_hpc.objective.neighbours import (
     log_sharpen,
     log_soft_nearest_neighbours,
 )
-
-METRICS = [
-    Metric("train/loss_consistency", "Consistency", "nats", "Loss", higher_is_better=False, when_uniform=1,
-           description="Consistency is the cross-entropy between targets and predictions of other views."),
-    Metric("train/loss_me_max", "Mean-entropy maximisation", "nats", "Loss", "me-max", False, when_uniform=-1,
-           description="Me-max is minus the entropy of the mean prediction: at -log K all classes are predicted "
-           "equally often.", from_zero=False),
-    Metric("train/loss_entropy", "Entropy of predictions", "nats", "Loss", "entropy", False, when_uniform=1,
-           description="Entropy is the mean of single predictions (D.2), before its weight."),
-    Metric("train/loss_support_nce", "Support warm-up loss", "nats", "Loss", "support NCE", False,
-           "Support NCE is added with a weight that falls to 0; it keeps runs with few labels from collapsing and is "
-           "no part of the paper."),
-    Metric("train/confidence", "Confidence of the targets", "fraction", "Confidence", "confidence",
-           description="Mean probability of a target's most likely class (Fig. 4 of the paper)."),
-    Metric("train/instance_discrimination", "Instance discrimination", "nats", "Diagnostics", "instance discrimination",
-           description="NT-Xent on the unlabelled rows (instance discrimination), never trained on (Fig. 4 of the "
-           "paper)."),
-    Metric("train/support_classification", "Support classification", "nats", "Diagnostics", "support classification",
-           description="Supervised NCE on the supports (support classification), as a diagnostic never trained on."),
-]  # fmt: skip
 
 
 class TrueClasses(NamedTuple):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.metrics import Metric
 from paws_hpc.objective.config import RopawsConfig
 from paws_hpc.objective.labels import ClassLabels, smooth_labels
 from paws_hpc.objective.neighbours import (
@@ -27,11 +26,6 @@ from paws_hpc.objective.neighbours import (
     sharpen,
 )
 from paws_hpc.objective.paws import Paws, PawsLoss, TrueClasses, view_loss
-
-METRICS = [
-    Metric("train/in_domain", "In-domain probability", "fraction",
-           description="Mean probability that an unlabelled image is of a known class."),
-]  # fmt: skip
 
 
 @torch.no_grad()

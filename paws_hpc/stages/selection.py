@@ -17,7 +17,6 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
 from paws_hpc.files import file_hash, read_json, write_json
-from paws_hpc.metrics import Metric
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import write_gallery
@@ -35,13 +34,6 @@ from paws_hpc.stages.trackers import is_watched, network, watch
 from paws_hpc.trial import Trial
 
 _METHODS = {"finetune": "fine_tuned", "baseline": "baseline"}
-METRICS = [
-    Metric(f"test/{method}_top1", f"{name} on the test split", "fraction", label=name, higher_is_better=True)
-    for method, name in {
-        "paws_nn": "PAWS-NN", "linear_probe": "Linear probe", "k_nn": "k nearest neighbours",
-        "fine_tuned": "Fine-tuned", "baseline": "Baseline",
-    }.items()
-]  # fmt: skip
 _SHOWN = ("paws_nn", *_METHODS.values())  # in pictures, by the report
 
 
