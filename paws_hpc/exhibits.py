@@ -1,4 +1,4 @@
-"""Exhibits: tables, diagrams and texts that a stage leaves in its folder; the report shows whatever it finds there.
+"""Exhibits: tables, diagrams and texts that a stage leaves in its folder, and the report shows.
 
 A stage calls :func:`write_exhibits` with what :func:`table`, :func:`lines` and :func:`text` return.
 """
@@ -39,7 +39,7 @@ def text(title: str, words: str) -> Exhibit:
 
 
 def write_exhibits(folder: Path, exhibits: Sequence[Exhibit]) -> None:
-    """Write what the report shows of the stage that writes to ``folder``, atomically; it replaces what was there."""
+    """Write the exhibits of the stage whose folder this is, atomically, in place of earlier ones."""
     write_json(folder / EXHIBITS, [_checked(exhibit) for exhibit in exhibits])
 
 
@@ -52,11 +52,11 @@ def read_exhibits(folder: Path) -> list[Exhibit]:
     path = folder / EXHIBITS
     if not path.exists():
         return []
-    found = read_json(path)
-    if not isinstance(found, list):
+    value = read_json(path)
+    if not isinstance(value, list):
         raise ValueError(f"{path} is no list of exhibits. Remove it, or run its stage again.")  # noqa: TRY004
     try:
-        return [_checked(exhibit) for exhibit in found]
+        return [_checked(exhibit) for exhibit in value]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no list of exhibits: {error}. Remove it, or run its stage again.") from error
 

@@ -15,8 +15,6 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-_READ_BYTES = 8 << 20
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -43,7 +41,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}", str(path)) from error
         raise
-    _sync_folder(path.parent)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # makes the rename survive a power cut; some network file systems refuse
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _REMEDIES = {
@@ -55,22 +58,12 @@ _REMEDIES = {
 
 
 def error_text(error: BaseException) -> str:
-    """An error for people: of a file its path once, and what to do about a full disk or one that cannot be written."""
+    """An error as text: a file's path once, and what to do about a full disk or one that cannot be written."""
     if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
         return str(error)
     named = error.filename is None or str(error.filename) in error.strerror
     text = error.strerror if named else f"{error.filename}: {error.strerror}"
     return f"{text}. {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else text
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut; some network file systems refuse, which is theirs to decide."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -165,7 +158,7 @@ def file_hash(path: Path) -> str:
     """128-bit xxh3 of a file's bytes, as 32 hexadecimal digits: detects damage, not malice."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
+        while block := file.read(8 << 20):
             digest.update(block)
     return digest.hexdigest()
 

@@ -51,8 +51,8 @@ class Trial:
             ValueError: no trial is called so.
         """
         values: dict[str, float] = {}
-        for part in name.split(","):
-            field, _, text = part.partition("=")
+        for assignment in name.split(","):
+            field, _, text = assignment.partition("=")
             try:
                 value = float(text)
             except ValueError:
@@ -92,14 +92,14 @@ def axes(points: Sequence[Trial]) -> dict[str, list[float]]:
 
 def number_fields(config: Any, prefix: str = "") -> dict[str, type]:
     """The fields of a dataclass that hold a number, nested ones as ``crop.size``, each with ``int`` or ``float``."""
-    found: dict[str, type] = {}
+    fields: dict[str, type] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            found |= number_fields(value, f"{prefix}{field.name}.")
+            fields |= number_fields(value, f"{prefix}{field.name}.")
         elif type(value) in (int, float):
-            found[prefix + field.name] = type(value)
-    return found
+            fields[prefix + field.name] = type(value)
+    return fields
 
 
 def _replaced(config: Any, field: str, value: float) -> Any:

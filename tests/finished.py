@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -64,6 +66,14 @@ def made_up_run(stores: Stores, runs: Path, model: ModelConfig) -> tuple[Config,
     save_tensors(run.trial("finetune", trial) / "best.pt", classifier.state_dict())
     write_json(run.selected, {"trial": trial.name, **trial.values})
     return config, run
+
+
+def refusal(main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a command refuses its arguments."""
+    assert main(arguments) == 1
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1, message
+    return message
 
 
 def disturb(network: nn.Module, *, seed: int) -> None:

@@ -56,7 +56,7 @@ def run_job(path: Path, job: Job) -> None:
     """
     run = RunFolder(path)
     config, stage = read_config(run.config), STAGES[job.stage]
-    holder = Holder.this_process(job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
+    holder = Holder(job=job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
     with _attempt(run, job, holder) as lease:
         if not stage.torch:
             stage.load(StageContext(config, run, job.stage, job.trial, lease.fence))
@@ -119,8 +119,8 @@ def _attempt_as_rank(
         with _failures_recorded(run, job, key, place.global_rank):
             yield None
         return
-    holder = Holder.this_process(
-        job.name,
+    holder = Holder(
+        job=job.name,
         ranks=place.num_tasks,
         progress=job.progress(run),
         key=key,

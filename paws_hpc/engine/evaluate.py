@@ -1,11 +1,10 @@
-"""Scores: embeddings in evaluation mode, PAWS-NN, and accuracy with its confusion matrix."""
+"""Networks in evaluation mode, PAWS-NN, and accuracy with its confusion matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +32,9 @@ class Scores:
     top5: float | None
     confusion: list[list[int]]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For ``result.json``."""
-        return {"top1": self.top1, "top5": self.top5, "confusion": self.confusion}
-
 
 def score(predictions: Tensor, labels: Tensor) -> Scores:
-    """Compare predictions with the truth.
-
-    Args:
-        predictions: (N, K) probabilities or logits.
-        labels: (N,) integer classes.
-    """
+    """Compare (N, K) probabilities or logits with (N,) classes."""
     classes = predictions.shape[1]
     ranked = predictions.topk(min(_TOP, classes), dim=1).indices
     hits = ranked == labels[:, None]
@@ -69,14 +59,16 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int, control: JobControl = UNATTENDED) -> Tensor:
-    """Run a network over an evaluation set, each rank over its share.
+def forward_set(
+    module: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
+) -> Tensor:
+    """Run a network, (n, 3, H, W) → (n, D), over N images in evaluation mode, each rank over its share.
 
     Args:
-        module: (n, 3, H, W) → (n, D).
-        batches: this rank's images, in order; equally many batches on every rank and at least one; they may be empty.
-        total: images over all ranks, N.
-        control: asked before every batch.
+        module: its parameters are on ``device``; images come in their dtype.
+        images: the evaluation set.
+        device: to compute on.
+        control: may interrupt before every batch.
 
     Returns:
         (N, D) on every rank, in the order of the set.
@@ -84,20 +76,12 @@ def forward_all(module: nn.Module, batches: Iterable[Tensor], total: int, contro
     Raises:
         Interrupted: by ``control``; the module is as it was before.
     """
-    parts = []
+    rows = []
     with evaluation_mode(module):
-        for batch in batches:
+        for batch in images.batches(device, next(module.parameters()).dtype):
             control.check()
-            parts.append(module(batch))
-    return distributed.concatenate_rows(torch.cat(parts), total)
-
-
-def forward_set(
-    module: nn.Module, images: EvaluationSet, device: torch.device, control: JobControl = UNATTENDED
-) -> Tensor:
-    """:func:`forward_all` over an evaluation set, in the dtype of the module's parameters, which are on ``device``."""
-    dtype = next(module.parameters()).dtype
-    return forward_all(module, images.batches(device, dtype), len(images), control)
+            rows.append(module(batch))
+    return distributed.concatenate_rows(torch.cat(rows), len(images))
 
 
 class Representation(nn.Module):
@@ -131,7 +115,7 @@ def paws_nn(
     one_hot = nn.functional.one_hot(support_labels, num_classes).to(supports.dtype)
     return torch.cat(
         [
-            soft_nearest_neighbours(part, supports, one_hot, temperature=temperature)
-            for part in queries.split(_QUERIES_AT_ONCE)
+            soft_nearest_neighbours(rows, supports, one_hot, temperature=temperature)
+            for rows in queries.split(_QUERIES_AT_ONCE)
         ]
     )

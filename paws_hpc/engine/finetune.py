@@ -36,19 +36,15 @@ class ClassifierTraining:
 
     Attributes:
         best: the result so far; None before the first score.
-        best_weights: of that moment, on the host. They travel in the checkpoint: as a file of their own they could be
-            newer or older than what the checkpoint says of them.
+        best_weights: of that moment, on the host. They are in the checkpoint: a file of their own could be newer or
+            older than the checkpoint.
         validated: steps done when the classifier was last scored.
         loss_sum: of the steps since then, in nats.
         loss_steps: their number.
     """
 
     def __init__(
-        self,
-        classifier: nn.Module,
-        config: ClassifierConfig,
-        stream: ClassifierStream,
-        device: torch.device,
+        self, classifier: nn.Module, config: ClassifierConfig, stream: ClassifierStream, device: torch.device
     ) -> None:
         self.config, self.stream, self.device = config, stream, device
         self.classifier = move(classifier, device, torch.float32)
@@ -93,22 +89,11 @@ class ClassifierTraining:
 
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step: cosine to 0."""
-        warmup = round(self.config.warmup_epochs * self.stream.steps_per_epoch)
-        return warmup_cosine(
-            step,
-            start=0.0,
-            peak=self.config.learning_rate,
-            final=0.0,
-            warmup_steps=warmup,
-            total_steps=self.total_steps,
-        )
+        warmup, peak = round(self.config.warmup_epochs * self.stream.steps_per_epoch), self.config.learning_rate
+        return warmup_cosine(step, start=0.0, peak=peak, final=0.0, warmup_steps=warmup, total_steps=self.total_steps)
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
-        """One step of cross-entropy; nothing is read back from the device.
-
-        Returns:
-            0-dimensional tensors by name, of this rank.
-        """
+        """One step of cross-entropy; returns this rank's loss, which stays on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(batch.step)
         images = (
@@ -124,10 +109,6 @@ class ClassifierTraining:
         loss.backward()
         self.optimizer.step()
         return {"train/loss": loss.detach()}
-
-    def record_loss(self, loss: float) -> None:
-        """Add one step's loss, the mean over ranks, to those since the last score."""
-        self.loss_sum, self.loss_steps = self.loss_sum + loss, self.loss_steps + 1
 
     def record_score(self, done: int, accuracy: float) -> None:
         """Take the validation accuracy after ``done`` steps; keep the weights if it is the best so far."""
@@ -158,23 +139,23 @@ def train_classifier(
     Args:
         training: holds the state, already restored if ``start`` is not 0.
         validation: labelled images that are not trained on.
-        checkpoints: written at the end of every scored epoch, and when the job is asked to stop.
+        checkpoints: written at the end of every scored epoch, and when the job must stop.
         tracker: takes rows of metrics.
         start: steps already done.
         best_path: where the best weights go, at the end.
         describe: record positions → keys, for error messages.
-        control: asked before every step and every batch of an evaluation.
+        control: may interrupt before every step and every batch of an evaluation.
 
     Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
+        PreemptedError: the job must stop, and the state is saved.
         TrainingStoppedError: loss or weights are not finite.
     """
     window = MetricsWindow(describe, remedy="Take this learning rate out of the sweep.")
     meter = ThroughputMeter(training.stream.batch_size, training.device)
     done = saved = start
     try:
-        if training.awaits_validation(start):  # the job was asked to stop before it had finished
-            log_score(training, start, validation, tracker, rate={}, control=control)
+        if training.awaits_validation(start):  # the job had to stop before the score was complete
+            _log_score(training, start, validation, tracker, rate={}, control=control)
             meter.restart()
         with checkpoints, training.stream.prefetch(start, training.total_steps, torch.float32) as batches:
             for batch in meter.waiting_for(batches):
@@ -184,13 +165,13 @@ def train_classifier(
                 done = batch.step + 1
                 if training.awaits_validation(done):
                     synchronise_buffers(training.classifier)
-                    rate = meter.read(read_losses(training, window))
-                    log_score(training, done, validation, tracker, rate=rate, control=control)
+                    rate = meter.read(_read_losses(training, window))
+                    _log_score(training, done, validation, tracker, rate=rate, control=control)
                     checkpoints.save(done, training.state_dict())
                     saved = done
                     meter.restart()
     except Interrupted:
-        read_losses(training, window)
+        _read_losses(training, window)
         if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
             checkpoints.save(done, training.state_dict())
         checkpoints.wait()
@@ -202,20 +183,17 @@ def train_classifier(
     return training.best
 
 
-def read_losses(training: ClassifierTraining, window: MetricsWindow) -> int:
-    """Add the steps of the window to the running mean, and stop if one of them was the last that made sense.
-
-    Returns:
-        their number.
-    """
+def _read_losses(training: ClassifierTraining, window: MetricsWindow) -> int:
+    """Add the steps of the window to the running mean; returns their number. Raise if a loss is not finite."""
     steps = window.read(training.classifier)
     for step in steps:
         step.require_finite()
-        training.record_loss(step.metrics["train/loss"])
+        training.loss_sum += step.metrics["train/loss"]
+        training.loss_steps += 1
     return len(steps)
 
 
-def log_score(
+def _log_score(
     training: ClassifierTraining,
     done: int,
     validation: EvaluationSet,
@@ -224,15 +202,9 @@ def log_score(
     rate: Row,
     control: JobControl,
 ) -> None:
-    """Score the classifier as it is after ``done`` steps, with synchronised buffers, and log the epochs since the last.
+    """Score the classifier after ``done`` steps, with synchronised buffers, and log the epochs since the last score.
 
-    Args:
-        training: whose state takes the score.
-        done: steps.
-        validation: images to score.
-        tracker: takes the row.
-        rate: throughput, empty if no step was done since the start of this process.
-        control: may interrupt; nothing has changed then.
+    Nothing has changed if ``control`` interrupts. ``rate`` is the throughput, empty before this process's first step.
     """
     logits = forward_set(training.classifier, validation, training.device, control)
     accuracy = score(logits.cpu(), validation.labels).top1

@@ -1,4 +1,4 @@
-"""What frozen features are worth: a linear probe and k nearest neighbours, each chosen on the local validation split.
+"""Classifiers of frozen features: a linear probe and k nearest neighbours, each chosen on the local validation split.
 
 Legend: M labelled images, N others, D features, K classes.
 """
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-"""Of the linear probe: tried in this order, each from where the one before it ended."""
+"""Of the linear probe, in the order of the fits; each fit starts from the weights of the one before."""
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
-"""How many may vote; those that are more than there are labelled images are left out."""
+"""Numbers of voters to try, as far as there are labelled images."""
 _VOTE_TEMPERATURE = 0.07  # of a vote's weight exp(cos / T), as in instance discrimination (arXiv:1805.01978)
 _ITERATIONS = 200
 _AT_ONCE = 1024
@@ -96,19 +96,19 @@ def nearest_neighbours(
     supports = F.normalize(features, dim=1)
 
     def votes(rows: Tensor, *, k: int) -> Tensor:
-        parts = []
-        for part in F.normalize(rows, dim=1).split(_AT_ONCE):
-            similarity, nearest = (part @ supports.T).topk(k, dim=1)
-            empty = similarity.new_zeros(len(part), num_classes)
-            parts.append(empty.scatter_add_(1, labels[nearest], torch.exp(similarity / _VOTE_TEMPERATURE)))
-        return torch.cat(parts)
+        scores = []
+        for queries in F.normalize(rows, dim=1).split(_AT_ONCE):
+            similarity, nearest = (queries @ supports.T).topk(k, dim=1)
+            zeros = similarity.new_zeros(len(queries), num_classes)
+            scores.append(zeros.scatter_add_(1, labels[nearest], torch.exp(similarity / _VOTE_TEMPERATURE)))
+        return torch.cat(scores)
 
     counts = [k for k in NEIGHBOURS if k <= len(features)]
     return _best([({"k": k}, partial(votes, k=k)) for k in counts], validation, validation_labels)
 
 
 def _best(candidates: Sequence[tuple[dict[str, float], Predict]], validation: Tensor, labels: Tensor) -> Probe:
-    """The candidate that validation likes best; of equals the first."""
+    """The candidate with the best validation accuracy; of equals the first."""
     probes = [
         Probe(predict, setting, (predict(validation).argmax(1) == labels).double().mean().item())
         for setting, predict in candidates

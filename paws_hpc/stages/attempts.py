@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +36,7 @@ class LeaseLostError(RuntimeError):
     """Another attempt of the job has taken over."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Holder:
     """Who runs an attempt of a job.
 
@@ -45,27 +45,20 @@ class Holder:
         job_id: the scheduler's; None without a scheduler.
         restart: how often the scheduler has started this id before.
         key: shared by the ranks of this attempt alone; their failures are named by it.
-        host: of rank 0.
+        host: of rank 0, which is the calling process by default.
         pid: of rank 0.
         ranks: processes that run it together.
         progress: training steps of the newest checkpoint when the attempt began, 0 where there is none.
     """
 
     job: str
-    job_id: str | None
-    restart: int
+    job_id: str | None = None
+    restart: int = 0
     key: str
-    host: str
-    pid: int
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
     ranks: int
     progress: int
-
-    @classmethod
-    def this_process(
-        cls, job: str, *, ranks: int, progress: int, key: str, job_id: str | None = None, restart: int = 0
-    ) -> Holder:
-        """The calling process as rank 0."""
-        return cls(job, job_id, restart, key, socket.gethostname(), os.getpid(), ranks, progress)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def run(context: TorchContext) -> None:
     """Train one trial, or continue it, or return at once if it is done.
 
     Raises:
-        PreemptedError: it was asked to stop, and the state is saved.
+        PreemptedError: the job must stop, and the state is saved.
     """
     run, sweep, trial = context.run, context.stage, context.trial
     assert trial is not None, "the jobs of a sweep are its trials"

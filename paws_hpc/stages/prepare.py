@@ -1,6 +1,6 @@
-"""The first stage: packed images and splits are there, or are made, or their absence is an error with its remedy.
+"""The first stage: it packs missing stores, draws missing splits, and says what is missing and how to get it.
 
-It computes nothing, and so does not load torch unless there are weights to start from.
+It does not load torch unless there are weights to start from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from paws_hpc.config import Config
-from paws_hpc.data.config import DataConfig
 from paws_hpc.data.samplers import Positions, SupportSampler
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
@@ -72,7 +71,7 @@ class RunStores:
 def run(context: StageContext) -> None:
     """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
 
-    Weights to start from are tried, so that a file that does not fit ends the chain here and not on many nodes.
+    Weights to start from are loaded, so that a file that does not fit ends the chain here and not on many nodes.
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.
@@ -91,7 +90,10 @@ def run(context: StageContext) -> None:
     for subset, path in (("train", config.data.train), ("test", config.data.test)):
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
-                _pack(config.data, subset, Path(path))
+                if config.data.source is None:
+                    raise _not_packed(subset, Path(path))
+                source = SourceConfig(kind=config.data.source, root=config.data.source_path, split=subset)
+                pack(open_source(source), Path(path), options=PackOptions(), show_progress=True)
     data = open_stores(config)
     if config.data.classes not in (None, len(data.classes)):
         raise ValueError(
@@ -144,11 +146,7 @@ def check_images(config: Config, run: RunFolder) -> None:
 
 
 def open_stores(config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore.open) -> RunStores:
-    """Open the stores with the splits of a run.
-
-    Args:
-        config: of the run.
-        open_store: opens the store at a path, or a copy of it.
+    """Open the stores with the splits of a run; ``open_store`` opens the store at a path, or a local copy of it.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
@@ -179,13 +177,6 @@ def _check_support(config: Config, data: RunStores) -> None:
             "A class has one labelled image: there optimizer.name=lars with the support warm-up was 8 points better "
             "than sgd on digits (docs/results.md). experiment=digits_one_label has it, optimizer=lars_small its rates."
         )
-
-
-def _pack(data: DataConfig, subset: str, destination: Path) -> None:
-    if data.source is None:
-        raise _not_packed(subset, destination)
-    source = open_source(SourceConfig(kind=data.source, root=data.source_path, split=subset))
-    pack(source, destination, options=PackOptions(), show_progress=True)
 
 
 def _not_packed(field: str, path: Path) -> FileNotFoundError:

@@ -24,7 +24,7 @@ def run(context: TorchContext) -> None:
     """Pre-train, or continue from the newest valid checkpoint, or return at once if it is done.
 
     Raises:
-        PreemptedError: it was asked to stop, and the state is saved.
+        PreemptedError: the job must stop, and the state is saved.
     """
     run, control = context.run, context.control
     if is_done(run.pretrain):

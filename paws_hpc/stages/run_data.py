@@ -73,7 +73,7 @@ def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
         ValueError: store or split is damaged or does not fit the config, or the stores cannot be copied.
-        PreemptedError: ``control`` asked to stop while stores were copied.
+        PreemptedError: the job must stop while stores are copied.
     """
     folder = None if control is None else copy_folder(config)
     if control is None or folder is None:

@@ -60,7 +60,7 @@ class RunFolder:
         return self.path / "jobs" / name
 
     def logs(self, stage: str) -> Path:
-        """Folder of what the ranks of a stage's jobs print."""
+        """Folder of the ranks' output, of all jobs of a stage."""
         return self.path / "logs" / stage
 
     def describe(self) -> dict[str, Any]:

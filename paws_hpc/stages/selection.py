@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ def _result(
     predictions: dict[str, Tensor],
 ) -> dict[str, Any]:
     """``result.json``: of each method its scores and the setting that validation chose."""
-    scores = {method: score(values, test.labels).as_dict() for method, values in predictions.items()}
+    scores = {method: asdict(score(values, test.labels)) for method, values in predictions.items()}
     for sweep, choice in choices.items():
         if choice.trial is not None:
             scores[_METHODS[sweep]] |= choice.trial.values

@@ -1,4 +1,4 @@
-"""The trackers of one stage, as its config says, and what of the config leaves this machine."""
+"""The trackers of one stage, and the config without secrets, accounts and folders, as trackers publish it."""
 
 from __future__ import annotations
 

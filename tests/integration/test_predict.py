@@ -20,14 +20,14 @@ from paws_hpc import predict
 from paws_hpc.config import Config
 from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.deploy.files import read_image
-from paws_hpc.engine.evaluate import Representation, forward_all, paws_nn
+from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.browser import CONTRAST, Page
 from tests.conftest import Stores
-from tests.finished import CPU, begin, trained_run
+from tests.finished import CPU, begin, refusal, trained_run
 from tests.integration.launching import environment
 from tests.tiny import tiny_config
 
@@ -79,9 +79,7 @@ def test_probabilities_and_neighbours_are_those_of_the_evaluation(
     network, supports = Representation(encoder), data.labelled_images()
     store = ImageStore.open(made.config.data.test)
     test = data.images(store, np.arange(len(store)))
-    h, h_supports = (
-        forward_all(network, images.batches(CPU, torch.float32), len(images)) for images in (test, supports)
-    )
+    h, h_supports = (forward_set(network, images, CPU) for images in (test, supports))
     expected = paws_nn(h, h_supports, supports.labels, num_classes=10, temperature=made.config.objective.temperature)
     cosines = torch.nn.functional.normalize(h.double()) @ torch.nn.functional.normalize(h_supports.double()).T
     told = made.told(capsys, str(made.files[0].parent), "--top", "10", "--nearest", "3")["images"]
@@ -139,10 +137,7 @@ def test_wrong_inputs_are_one_line(
     made: Made, digits_stores: Stores, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
-        assert predict.main([*arguments, "--device", "cpu"]) == 1
-        told = capsys.readouterr().err
-        assert len(told.splitlines()) == 1, told
-        return told
+        return refusal(predict.main, capsys, *arguments, "--device", "cpu")
 
     begin(tiny_config(digits_stores.train, digits_stores.test, tmp_path))
     image = str(made.files[0])

@@ -36,14 +36,15 @@ def divided(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> 
     records = np.random.default_rng(0).permutation(len(whole))
     mine, others = np.sort(records[:300]), np.sort(records[300:])
 
-    def part(records: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], name: str) -> Path:
-        pixels = whole.read_raw(records) if name == "labelled" else whole.read_raw(records) // 2
+    def packed(
+        name: str, records: np.ndarray, pixels: np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+    ) -> Path:
         keys = [whole.keys[int(record)] for record in records]
         return pack(ArraySource("digits", pixels, labels, keys, classes), folder / name).path
 
-    part(mine, whole.labels[mine], whole.classes, "labelled")
-    part(others, np.zeros(len(others), np.int64), ("anything",), "unlabelled")
-    return Stores(folder / "unlabelled", folder / "labelled")
+    labelled = packed("labelled", mine, whole.read_raw(mine), whole.labels[mine], whole.classes)
+    darker = whole.read_raw(others) // 2
+    return Stores(packed("others", others, darker, np.zeros(len(others), np.int64), ("anything",)), labelled)
 
 
 def run_of(divided: Stores, digits_stores: Stores, folder: Path) -> tuple[Config, RunFolder]:
@@ -110,10 +111,9 @@ def test_one_label_per_class_trains_with_the_support_warm_up(digits_stores: Stor
     run = RunFolder(tmp_path / "run")
     prepare.run(StageContext(config, run))
     pretrain.run(TorchContext(config, run))
-    rows = [
-        line for line in (run.pretrain / "metrics.jsonl").read_text().splitlines() if "train/loss_support_nce" in line
-    ]
-    assert rows, "the warm-up classifies each support row by the others of its class, which are crops of one image"
+    assert "train/loss_support_nce" in (run.pretrain / "metrics.jsonl").read_text(), (
+        "the warm-up classifies each support row by the others of its class, which are crops of one image"
+    )
 
 
 def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_each(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from tests.attempts import write_attempt
 
 
 def begin(folder: Path, *, alive: bool = False, job_id: str | None = "17") -> Lease:
-    holder = Holder.this_process("pretrain", ranks=2, progress=0, key=f"{job_id}-0", job_id=job_id)
+    holder = Holder(job="pretrain", ranks=2, progress=0, key=f"{job_id}-0", job_id=job_id)
     return acquire(folder, holder, is_alive=lambda _: alive, wait_s=0.0)
 
 
@@ -73,9 +74,8 @@ def test_of_many_that_start_at_once_exactly_one_holds_the_job(tmp_path: Path) ->
 def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
     with begin(tmp_path) as lease:
         deadline = time.monotonic() + 10
-        while read_beat(tmp_path, lease.number) is None and time.monotonic() < deadline:
+        while (beat := read_beat(tmp_path, lease.number)) is None and time.monotonic() < deadline:
             time.sleep(0.01)
-    beat = read_beat(tmp_path, lease.number)
     assert beat is not None
     assert beat["beat"] == 1
 
@@ -83,11 +83,11 @@ def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
 def test_a_process_that_is_gone_is_dead_and_what_ran_under_the_own_job_id_too(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    here = Holder.this_process("pretrain", ranks=1, progress=0, key="local1")
-    gone = Holder(here.job, None, 0, "local1", here.host, process.pid, 1, 0)
+    here = Holder(job="pretrain", ranks=1, progress=0, key="local1")
+    gone = replace(here, pid=process.pid)
     attempt = Attempt(tmp_path, 1, gone, "2026-01-02T03:04:05+00:00", None, None, [])
     assert not bootstrap.is_alive(attempt, own_job_id=None)
-    requeued = Attempt(tmp_path, 1, Holder(here.job, "17", 0, "17-0", "n1", 1, 1, 0), attempt.began, None, None, [])
+    requeued = replace(attempt, holder=replace(here, job_id="17", key="17-0", host="n1", pid=1))
     assert not bootstrap.is_alive(requeued, own_job_id="17")
 
 
@@ -97,7 +97,7 @@ def test_where_nobody_can_be_asked_a_changing_heartbeat_is_life(
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
     monkeypatch.setattr(bootstrap, "BEAT_EVERY_S", 0.3)
     monkeypatch.setattr("paws_hpc.stages.attempts.BEAT_EVERY_S", 0.1)
-    elsewhere = Holder("pretrain", "17", 0, "17-0", "another-node", 1, 1, 0)
+    elsewhere = Holder(job="pretrain", job_id="17", key="17-0", host="another-node", pid=1, ranks=1, progress=0)
     with begin(tmp_path) as lease:
         attempt = Attempt(tmp_path, lease.number, elsewhere, "2026-01-02T03:04:05+00:00", None, None, [])
         assert bootstrap.is_alive(attempt, own_job_id="18")
