@@ -98,7 +98,7 @@ def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: floa
     elif gpus:
         yield Check("probe: devices", "ok", ", ".join(found["devices"]))
     elif config.device == "cuda":
-        yield Check("probe: devices", "warning", "the job asked for no GPU", "Set hydra.launcher.gpus_per_node.")
+        yield Check("probe: devices", "warning", "the job has no GPU", "Set hydra.launcher.gpus_per_node.")
     for path, images in found["stores"].items():
         if isinstance(images, int):
             yield Check("probe: store", "ok", f"{path}: {images:,} images")

@@ -187,8 +187,8 @@ def _check_needs(config: Config, run: RunFolder, stage: str, *, met: set[str]) -
             continue
         if need not in met and not Job(need).is_done(config, run):
             raise ConfigError(
-                f"stages={config.stages}: {stage} needs {need}, which has not been done in {run.path} and is not asked "
-                f"for. Add {need} to stages."
+                f"stages={config.stages}: {stage} needs {need}, which has not been done in {run.path}. Add "
+                f"{need} to stages."
             )
 
 
@@ -200,8 +200,8 @@ def dependency(stage: str, ids: Mapping[str, set[str]]) -> str | None:
         ids: by stage, the ids of jobs and arrays that run or wait; finished ones are left out, for Slurm forgets them
             and then refuses.
     """
-    parts = []
+    conditions = []
     for kind, parents in (("afterok", STAGES[stage].needs), ("afterany", STAGES[stage].follows)):
         if known := sorted({job_id for parent in parents for job_id in ids.get(parent, ())}):
-            parts.append(":".join([kind, *known]))
-    return ",".join(parts) or None
+            conditions.append(":".join([kind, *known]))
+    return ",".join(conditions) or None

@@ -47,7 +47,7 @@ class Partition:
         max_time_s: longest time limit; None if there is none.
         max_nodes: most nodes of a job; None if there is no limit.
         allowed_accounts: that may submit; None for all.
-        allowed_qos: that may be asked for; None for all.
+        allowed_qos: that jobs may name; None for all.
         groups: its nodes.
     """
 
@@ -125,7 +125,7 @@ def seconds(text: str) -> float | None:
 
 
 def rights(user: str) -> tuple[set[str], set[str]]:
-    """The accounts of a user, and the qualities of service that may be asked for under any of them."""
+    """The accounts of a user, and the qualities of service that any of them allows."""
     lines = ask(["sacctmgr", "-n", "-P", "show", "assoc", f"user={user}", "format=account,qos"]).split()
     rows = [line.split("|") for line in lines]
     return {row[0] for row in rows}, {name for row in rows for name in row[1].split(",")}

@@ -326,7 +326,7 @@ def _state(
         state, reason = _of_slurm(accounted.state, f"exit code {accounted.exit_code}")
         source = "sacct"
     else:
-        forgotten = job_id is not None and not slurm.trouble  # Slurm was asked and does not know the job
+        forgotten = job_id is not None and not slurm.trouble  # by a Slurm that answers
         state, reason, source = _of_attempts(job_id, last, silent_s, forgotten=forgotten)
     if state in ("ended", "lost") and marker == "stale":  # the last submission found nothing to do
         return "done", "", "marker"

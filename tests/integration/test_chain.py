@@ -95,7 +95,7 @@ def test_the_same_images_may_move_and_other_images_are_refused(finished: Path) -
         assert f"accept_changes=[{names}]" in swapped.stderr
 
 
-def test_a_wider_sweep_runs_only_its_new_cells(finished: Path) -> None:
+def test_a_wider_sweep_runs_only_its_new_trials(finished: Path) -> None:
     run = finished / "runs/run"
     before = {path.parent.name: path.stat().st_mtime_ns for path in (run / "finetune").glob("lr=*/best.pt")}
     wider = launch(

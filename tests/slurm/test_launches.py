@@ -110,7 +110,7 @@ def killing_at_the_third_job(folder: Path) -> Path:
     return folder
 
 
-def test_another_number_of_tasks_than_was_asked_for_fails_loudly(cluster: Cluster, folder: Path) -> None:
+def test_another_number_of_tasks_than_the_config_has_fails_loudly(cluster: Cluster, folder: Path) -> None:
     several = "hydra.launcher.setup=['export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_OVERCOMMIT=1']"
     run = Run(cluster, folder, "stages=[prepare]", several, name="crowd")
     run.launch()

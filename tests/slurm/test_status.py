@@ -146,7 +146,7 @@ def _on_terminal(run: Run, width: int) -> list[str]:
     return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "").split("\n")
 
 
-def test_the_scheduler_is_told_and_asked_about_jobs_and_arrays(here: Cluster) -> None:
+def test_jobs_and_elements_of_arrays_are_listed_released_requeued_and_cancelled(here: Cluster) -> None:
     held = here.submit("-H", "-p", "low", "--array=0-2", "-o", "/dev/null", "--wrap", "exec sleep 100")
     names = [f"{held}_{index}" for index in range(3)]
     known = scheduler.queue()

@@ -157,7 +157,7 @@ def test_a_result_from_before_this_submission_is_not_its_result(run: Path) -> No
     assert next(job.state for job in look(run).jobs if job.job == "selection") == "submitted"
 
 
-def test_starts_that_get_no_further_are_told(run: Path) -> None:
+def test_attempts_that_get_no_further_make_a_note(run: Path) -> None:
     for number in (1, 2, 3):
         folder = write_attempt(run, "pretrain", how="crashed", number=number, progress=24)
     record_failure(folder, "local-2", 0, RuntimeError("NCCL"), permanent=False)
@@ -187,7 +187,7 @@ def test_a_broken_file_makes_no_traceback(run: Path, name: str, text: str, capsy
     assert "first" in capsys.readouterr().out
 
 
-def test_an_empty_folder_is_no_run_and_near_names_are_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_is_no_run_and_near_names_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main(["frist", "--runs", str(run.parent)]) == 1
     assert "Did you mean first?" in capsys.readouterr().err
 
@@ -217,7 +217,7 @@ PARTITION = Partition("low", "UP", True, 10.0, "REQUEUE", None, None, None, None
 SETTINGS = {"PreemptType": "preempt/partition_prio", "KillWait": "5 sec"}
 
 
-def test_too_little_time_to_save_is_told_with_the_measured_figures() -> None:
+def test_too_little_time_to_save_makes_a_warning_with_the_measured_figures() -> None:
     def warn(save_s: float | None, signal_delay_s: float) -> list[str]:
         return grace_warnings(
             "pretrain",

@@ -83,7 +83,7 @@ def test_a_command_that_hangs_is_given_up(program: Program) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_a_machine_without_slurm_is_told_from_one_whose_slurm_is_down(program: Program) -> None:
+def test_a_machine_without_slurm_is_named_as_such(program: Program) -> None:
     with pytest.raises(SchedulerUnreachableError, match="scontrol is not installed here"):
         scheduler.job_state("17")
 
@@ -98,7 +98,7 @@ def test_a_job_that_the_controller_forgot_has_no_state(program: Program) -> None
         scheduler.job_state("17")
 
 
-def test_a_refusal_holds_what_was_asked_and_what_slurm_said(program: Program) -> None:
+def test_a_refusal_holds_the_command_and_what_slurm_said(program: Program) -> None:
     program("scontrol", err="2_0-2: Job is pending execution", status=1)
     with pytest.raises(SchedulerError, match=r"`scontrol requeue 2_1` was refused .*: Job is pending execution"):
         scheduler.requeue("2_1")

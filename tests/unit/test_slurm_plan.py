@@ -20,7 +20,7 @@ from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store.format import read_manifest
 
-CELLS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
+TRIALS = ["finetune/lr=0.01,epochs=3", "finetune/lr=0.1,epochs=3"]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def planned(config: Config, run: RunFolder, active: dict[str, QueuedJob]) -> dic
 
 def test_a_new_chain_is_submitted_whole(config: Config, run: RunFolder) -> None:
     assert list(planned(config, run, {})) == list(STAGES)
-    assert planned(config, run, {})["finetune"] == CELLS
+    assert planned(config, run, {})["finetune"] == TRIALS
 
 
 def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) -> None:
@@ -78,39 +78,39 @@ def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) 
 def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare")
     active = queued(pretrain="RUNNING", selection="PENDING", calibrate="PENDING", report="PENDING")
-    active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "") for name in CELLS}
+    active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "") for name in TRIALS}
     active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "")
     assert planned(config, run, active) == {}
 
 
-def test_a_failed_cell_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
+def test_a_failed_trial_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline")
-    write_json(run.path / CELLS[0] / "DONE", {})
+    write_json(run.path / TRIALS[0] / "DONE", {})
     active = queued(selection="PENDING", calibrate="PENDING", report="PENDING")
     todo = to_submit(config, run, active)
     assert [(each.stage, [job.name for job in each.jobs], each.replaces) for each in todo] == [
-        ("finetune", CELLS[1:], []),
+        ("finetune", TRIALS[1:], []),
         ("selection", ["selection"], ["1"]),
         ("calibrate", ["calibrate"], ["2"]),
         ("report", ["report"], ["3"]),
     ], "those that wait for the wrong jobs are replaced"
 
 
-def test_after_selection_no_cell_is_trained_again(config: Config, run: RunFolder) -> None:
+def test_after_selection_no_trial_is_trained_again(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline", "selection", "calibrate", "report")
     assert planned(config, run, {}) == {}, "its result could not be used: the test split is scored once"
     config.finetune.sweep["learning_rate"] = [0.01, 0.1, 1.0]
     with pytest.raises(ValueError, match="scored after selection among"):
         planned(config, run, {})
     config.stages = ["finetune"]
-    assert planned(config, run, {}) == {"finetune": [*CELLS, "finetune/lr=1,epochs=3"]}, "if they are asked for"
+    assert planned(config, run, {}) == {"finetune": [*TRIALS, "finetune/lr=1,epochs=3"]}, "if they are asked for"
 
 
 def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder) -> None:
     config.stages = ["finetune"]
     with pytest.raises(ConfigError, match="finetune needs pretrain, which has not been done"):
         to_submit(config, run, {})
-    assert planned(config, run, queued(pretrain="RUNNING")) == {"finetune": CELLS}
+    assert planned(config, run, queued(pretrain="RUNNING")) == {"finetune": TRIALS}
 
 
 def test_the_baseline_alone_is_submitted_without_pretraining_unless_that_has_begun(
