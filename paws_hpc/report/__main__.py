@@ -29,40 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if a run is not there or cannot be read, or W&B failed."""
     options = _parser().parse_args(arguments)
     try:
-        _write([find_run(name, options.runs) for name in options.run], options)
+        runs = [find_run(name, options.runs) for name in options.run]
+        if options.json:
+            print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
+        elif options.markdown:
+            print(as_markdown(compare([read_run(run) for run in runs])), end="")
+        elif options.wandb:
+            print(save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min))
+        elif len(runs) == 1:
+            print(f"Report: {build_report(runs[0], options.to)}")
+        else:
+            print(f"Comparison: {build_comparison(runs, options.to)}")
     except (OSError, ValueError) as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _write(runs: list[Path], options: argparse.Namespace) -> None:
-    if options.json:
-        print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
-    elif options.markdown:
-        print(as_markdown(compare([read_run(run) for run in runs])), end="")
-    elif options.wandb:
-        _save_in_wandb(runs, options)
-    elif len(runs) == 1:
-        print(f"Report: {build_report(runs[0], options.to)}")
-    else:
-        print(f"Comparison: {build_comparison(runs, options.to)}")
-
-
-def _save_in_wandb(runs: list[Path], options: argparse.Namespace) -> None:
-    """Say where the report is.
-
-    Raises:
-        OSError: W&B was asked to save it, and did not.
-    """
-    saved = save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min)
-    kept = f"Its spec is in {saved.spec}; the same command saves it where there is a connection."
-    if saved.fault is not None:
-        raise OSError(f"Report not saved in Weights & Biases ({saved.fault}). {kept}")
-    if saved.offline is not None:
-        print(f"Report not saved in Weights & Biases ({saved.offline}). {kept}")
-    else:
-        print(f"Report: {saved.url}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from typing import Any
 
 from paws_hpc.config import Config, flatten, has_effect
 from paws_hpc.report.run_record import RunRecord
-from paws_hpc.report.tables import DASH, METHODS, Notice, scores
+from paws_hpc.report.tables import DASH, METHODS, Notice, markdown, scores
 
 VALIDATION = "validation"
 COLUMNS = METHODS | {VALIDATION: "PAWS-NN, validation"}
@@ -29,7 +29,7 @@ _NAMED_STORES = {"train": "training images", "labelled_store": "store of labelle
 
 @dataclass(frozen=True)
 class Compared:
-    """One run of a comparison: what determines its results, and what they are (fractions, by key of ``COLUMNS``)."""
+    """One run of a comparison: its setting, and its results (fractions, by key of ``COLUMNS``)."""
 
     record: RunRecord
     setting: dict[str, str]
@@ -40,19 +40,10 @@ class Compared:
         """Of the run."""
         return self.record.name
 
-    @property
-    def collapsed(self) -> bool:
-        """Whether pre-training ended, or was stopped, with uniform predictions."""
-        stopped = any(event.name == "collapse" for event in self.record.pretrain.events)
-        return stopped or bool(self.record.summary.get("collapsed"))
-
 
 @dataclass(frozen=True)
 class Summary:
-    """One value over the runs of a row; ``deviation`` is the sample standard deviation, None of a single run.
-
-    ``values`` are by the run's name, in the order of the runs, without those that have none.
-    """
+    """A value of the runs of a row, by the run's name, in their order; runs without one are left out."""
 
     values: dict[str, float]
 
@@ -63,13 +54,12 @@ class Summary:
 
     @property
     def deviation(self) -> float | None:
-        """With n - 1 in the denominator."""
+        """The standard deviation of a sample (n - 1 in the denominator); None of a single run."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     def __str__(self) -> str:
-        if self.deviation is None:
-            return f"{100 * self.mean:.1f} %"
-        return f"{100 * self.mean:.1f} ± {100 * self.deviation:.1f} %"
+        deviation = "" if self.deviation is None else f" ± {100 * self.deviation:.1f}"
+        return f"{100 * self.mean:.1f}{deviation} %"
 
 
 @dataclass(frozen=True)
@@ -132,39 +122,46 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
         if count > 1:
             folders = ", ".join(str(run.record.folder) for run in runs if run.name == name)
             raise ValueError(f"{count} runs are called {name}: {folders}. Name each run once.")
-    known = list(dict.fromkeys(field for run in runs for field in run.setting))
-    texts = {field: {run.name: run.setting.get(field, DASH) for run in runs} for field in known}
-    differing = {field: values for field, values in texts.items() if len(set(values.values())) > 1}
+    differing = differences({run.name: run.setting for run in runs})
     groups: dict[tuple[str, ...], list[Compared]] = {}
     for run in runs:
         groups.setdefault(tuple(values[run.name] for values in differing.values()), []).append(run)
     fields = [dict(zip(differing, key, strict=True)) for key in groups]
     labels = _labels(fields, list(groups.values()))
-    rows = [Row(*parts) for parts in zip(labels, fields, groups.values(), strict=True)]
-    return Comparison(rows, differing)
+    return Comparison([Row(*row) for row in zip(labels, fields, groups.values(), strict=True)], differing)
+
+
+def differences(settings: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """From each run's fields (text by name): field → run → text, of the fields that are not the same in all runs."""
+    fields = dict.fromkeys(field for own in settings.values() for field in own)
+    texts = {field: {run: own.get(field, DASH) for run, own in settings.items()} for field in fields}
+    return {field: values for field, values in texts.items() if len(set(values.values())) > 1}
 
 
 def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
-    """Field → text, of what determines results beside the seed; stores by their contents, not by where they lie.
+    """Each run's setting, field → text; stores by their contents, not by where they lie.
 
     A field that is younger than a run has the value that it would have if the run went on: its default.
     """
     defaults = flatten(asdict(Config()))
-    known = [defaults | record.settings if record.settings else {} for record in records]
     fields = [
-        {name: value_text(value) for name, value in settings.items() if has_effect(name) and name != "seed"}
-        for settings in known
+        {
+            name: value_text(value)
+            for name, value in ((defaults | record.settings) if record.settings else {}).items()
+            if has_effect(name) and name != "seed"
+        }
+        for record in records
     ]
     stores = [
         {name: record.digests[key][:8] for key, name in _NAMED_STORES.items() if key in record.digests}
         for record in records
     ]
-    # A run that has not begun has told of no store; it belongs to those with its fields.
-    whole = [number for number, told in enumerate(stores) if _NAMED_STORES["test"] in told]
+    # A run that has not begun knows no store's digest; it belongs to those with its fields.
+    begun = [number for number, own in enumerate(stores) if _NAMED_STORES["test"] in own]
     for number, own in enumerate(fields):
-        if number not in whole:
-            stores[number] = next((stores[other] for other in whole if fields[other] == own), {})
-    return [own | told for own, told in zip(fields, stores, strict=True)]
+        if number not in begun:
+            stores[number] = next((stores[other] for other in begun if fields[other] == own), {})
+    return [own | store for own, store in zip(fields, stores, strict=True)]
 
 
 def _values(record: RunRecord) -> dict[str, float]:
@@ -183,7 +180,7 @@ def value_text(value: Any) -> str:
 
 
 def _labels(fields: Sequence[dict[str, str]], groups: Sequence[Sequence[Compared]]) -> list[str]:
-    """A name for each setting: the fields that differ where they are few, otherwise what its runs are called."""
+    """A name for each setting: the fields that differ where they are few, otherwise the names of its runs."""
     if fields[0] and len(fields[0]) <= 3:
         short = short_names(fields[0])
         return [", ".join(f"{short[field]}={value}" for field, value in row.items()) for row in fields]
@@ -197,57 +194,58 @@ def without_seed(name: str) -> str:
 
 
 def short_names(fields: Iterable[str]) -> dict[str, str]:
-    """Dotted field → its last part, or the whole where that would be ambiguous."""
-    fields = list(fields)
-    last = Counter(field.rpartition(".")[2] for field in fields)
-    return {field: end if last[end := field.rpartition(".")[2]] == 1 else field for field in fields}
+    """Dotted field → its last name, or the whole where that would be ambiguous."""
+    last = {field: field.rpartition(".")[2] for field in fields}
+    counts = Counter(last.values())
+    return {field: end if counts[end] == 1 else field for field, end in last.items()}
 
 
 def warnings(comparison: Comparison) -> list[Notice]:
     """What a reader must know before comparing any two numbers."""
-    runs, found = comparison.runs, []
+    runs, notices = comparison.runs, []
     tested: dict[str, list[str]] = {}
     for run in runs:
         if "test" in run.record.digests:
             tested.setdefault(run.record.digests["test"][:8], []).append(run.name)
     if len(tested) > 1:
-        told = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in tested.items())
-        text = f"Accuracies on different test images say nothing about each other. By digest: {told}."
-        found.append(Notice("alarm", "These runs have different test sets", text))
-    if collapsed := [run.name for run in runs if run.collapsed]:
+        digests = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in tested.items())
+        text = f"Accuracies on different test images say nothing about each other. By digest: {digests}."
+        notices.append(Notice("alarm", "These runs have different test sets", text))
+    if collapsed := [run.name for run in runs if run.record.collapsed]:
         text = f"{', '.join(collapsed)}. Their values are part of the means."
-        found.append(Notice("alarm", f"{len(collapsed)} of {len(runs)} runs collapsed", text))
+        notices.append(Notice("alarm", f"{len(collapsed)} of {len(runs)} runs collapsed", text))
     if unfinished := [run.name for run in runs if not run.record.result]:
         text = f"{', '.join(unfinished)}. Their values are missing from the means."
-        found.append(Notice("note", f"{len(unfinished)} of {len(runs)} runs have no test scores", text))
+        notices.append(Notice("note", f"{len(unfinished)} of {len(runs)} runs have no test scores", text))
     for row in comparison.rows:
         for seed, count in Counter(row.seeds).items():
             if count > 1 and seed is not None:
                 names = ", ".join(run.name for run in row.runs if run.record.seed == seed)
-                found.append(Notice("note", f"{count} runs of one setting have the seed {seed}", f"{names}."))
+                notices.append(Notice("note", f"{count} runs of one setting have the seed {seed}", f"{names}."))
     commits = Counter(str(run.record.chain.get("commit") or "unknown") for run in runs)
     if len(commits) > 1:
         text = "; ".join(f"{commit[:20]}: {count}" for commit, count in commits.most_common())
-        found.append(Notice("note", "These runs were begun with different code", f"Runs by commit: {text}."))
-    return found
+        notices.append(Notice("note", "These runs were begun with different code", f"Runs by commit: {text}."))
+    return notices
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
     """The table and where it comes from, for programs; accuracies are fractions."""
-    rows = []
-    for row in comparison.rows:
-        summaries = {column: row.summary(column) for column in comparison.columns}
-        rows.append({
+    rows = [
+        {
             "label": row.label,
             "settings": row.fields,
             "runs": [run.name for run in row.runs],
             "seeds": row.seeds,
-            "collapsed": [run.name for run in row.runs if run.collapsed],
+            "collapsed": [run.name for run in row.runs if run.record.collapsed],
             "scores": {
                 column: {"mean": summary.mean, "deviation": summary.deviation, "values": summary.values}
-                for column, summary in summaries.items() if summary is not None
+                for column in comparison.columns
+                if (summary := row.summary(column))
             },
-        })  # fmt: skip
+        }
+        for row in comparison.rows
+    ]
     runs = [
         {
             "name": run.name,
@@ -258,22 +256,17 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         }
         for run in comparison.runs
     ]
-    told = [{"level": notice.level, "title": notice.title, "text": notice.text} for notice in warnings(comparison)]
-    return {"rows": rows, "runs": runs, "warnings": told}
+    return {"rows": rows, "runs": runs, "warnings": [asdict(notice) for notice in warnings(comparison)]}
 
 
 def as_markdown(comparison: Comparison) -> str:
     """The table as GitHub's Markdown, for docs/results.md and papers; alarms and the runs of each row stand below."""
-    heads = [*(comparison.fields or ["setting"]), "runs", *comparison.columns.values()]
-    lines = [_line(heads), _line("---" for _ in heads)]
+    rows = []
     for row in comparison.rows:
-        cells = [row.fields[field] for field in comparison.fields] or [row.label]
-        values = [row.summary(column) for column in comparison.columns]
-        lines.append(_line([*cells, str(len(row.runs)), *(DASH if value is None else str(value) for value in values)]))
-    lines += ["", "Mean ± standard deviation (of a sample) over runs that differ in the seed."]
+        settings = [row.fields[field] for field in comparison.fields] or [row.label]
+        values = [str(row.summary(column) or DASH) for column in comparison.columns]
+        rows.append([*settings, str(len(row.runs)), *values])
+    table = markdown([*(comparison.fields or ["setting"]), "runs", *comparison.columns.values()], rows)
+    lines = [table, "", "Mean ± standard deviation (of a sample) over runs that differ in the seed."]
     lines += [f"**{notice.title}**: {notice.text}" for notice in warnings(comparison)]
     return "\n".join(lines) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,4 +1,4 @@
-"""The HTML report: a run directory told as one self-contained page.
+"""The HTML report: a run directory as one self-contained page.
 
 It reads nothing but the run directory, needs no network and no script, and works on a run that is unfinished or was
 killed: a panel without data says what is missing and which stage writes it. The same files give the same bytes.
@@ -12,28 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
-from paws_hpc.exhibits import Exhibit
 from paws_hpc.files import write_text
 from paws_hpc.report.gallery import gallery
-from paws_hpc.report.panels import Panel, pretrain_panels
-from paws_hpc.report.plots import Curve, Plot, draw
+from paws_hpc.report.panels import SWEEP_TITLES, exhibit_panel, pretrain_panels, sweep_panel, trials_panel
 from paws_hpc.report.run_record import RunRecord, read_run
-from paws_hpc.report.sweep import SWEEP_TITLES, parallel_panel, sweep_panel
 from paws_hpc.report.tables import (
     DASH,
     Notice,
     Score,
     confused_pairs,
     duration,
-    flatten,
     percent,
     scores,
-    stage_times,
     sweep_grid,
     table_rows,
+    text_rows,
+    timed_stages,
 )
 from paws_hpc.stages.context import StageContext
 
@@ -50,9 +46,7 @@ def run(context: StageContext) -> None:
 def build_report(run: Path, folder: Path | None = None) -> Path:
     """Write the report of the run directory ``run``, atomically, and return its path.
 
-    Args:
-        run: to tell of.
-        folder: to write ``index.html`` to; ``report/`` in ``run`` if none.
+    It is ``index.html`` in ``folder``, or in ``report/`` of the run if none is given.
 
     Raises:
         FileNotFoundError: ``run`` is no folder.
@@ -65,12 +59,7 @@ def build_report(run: Path, folder: Path | None = None) -> Path:
 
 
 def render(template: Path, context: dict[str, Any]) -> str:
-    """A page of the project's looks: whatever the context holds is text there, never markup.
-
-    Args:
-        template: of the page; it puts ``style`` into its head.
-        context: everything that it shows.
-    """
+    """A page in the project's style: a string of the context is text there, never markup; the head needs ``style``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
@@ -84,7 +73,6 @@ def render(template: Path, context: dict[str, Any]) -> str:
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
-    """Everything the template shows; it computes nothing itself."""
     methods = scores(record)
     return {
         "record": record,
@@ -93,59 +81,75 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "facts": dict(table_rows(record)),
         "methods": methods,
         "gains": _gains(methods),
-        "floor": _floor(methods),
-        "stages": stage_times(record),
-        "total": duration(sum(stage.elapsed for stage in stage_times(record))),
+        "floor": min((int(10 * score.low) * 10 for score in methods), default=0),  # percent: the ten below the lowest
+        "stages": timed_stages(record),
+        "total": sum(seconds or 0.0 for _, seconds in timed_stages(record).values()),
+        "duration": duration,
         "panels": pretrain_panels(record),
-        "sweeps": _sweeps(record),
-        "exhibits": [(stage, _exhibits(stage, shown)) for stage, shown in record.exhibits.items()],
+        "sweeps": [
+            {
+                "stage": stage,
+                "title": f"{title}: sweep",
+                "grid": sweep_grid(*record.sweep(stage)),
+                "panels": [trials_panel(record, stage), sweep_panel(record, stage)],
+            }
+            for stage, title in SWEEP_TITLES.items()
+            if record.pretrained or stage == "baseline"
+        ],
+        "exhibits": {
+            stage: [
+                exhibit_panel(stage, number, exhibit) if exhibit["kind"] == "lines" else exhibit
+                for number, exhibit in enumerate(exhibits, start=1)
+            ]
+            for stage, exhibits in record.exhibits.items()
+        },
         "confusion": _confusion(record, methods),
         "gallery": gallery(record),
-        "crops": _crops(record),
+        "crops": _crops(record.folder / "pretrain" / "crops.png"),
         "provenance": _provenance(record),
     }
 
 
 def notices(record: RunRecord) -> list[Notice]:
     """What stands at the top of the page: collapse, failed stages, lost trials, torn files, an unfinished run."""
-    found = [
+    listed = [
         # The message may begin with the event's name, as it does on the terminal; the title says it already.
         Notice("alarm", f"{name} at step {event.step:,}", event.message.removeprefix(f"{name}: "))
         for event in record.pretrain.events
         if (name := event.name.capitalize())
     ]
-    if record.summary.get("collapsed") and not found:
+    if record.summary.get("collapsed") and not listed:
         text = "Pretraining ended with uniform predictions; no accuracy below means anything."
-        found.append(Notice("alarm", "Collapse", text))
-    for stage in record.stages:
-        if stage["state"] == "failed":
-            found.append(Notice("alarm", f"Stage {stage['name']} failed", "Its log in the run directory says why."))
+        listed.append(Notice("alarm", "Collapse", text))
+    for stage, (state, _) in record.stages.items():
+        if state == "failed":
+            listed.append(Notice("alarm", f"Stage {stage} failed", "Its log in the run directory says why."))
     if not record.pretrained:
-        text = "The supervised baseline alone was asked for; PAWS-NN, the probes and fine-tuning need pre-training."
-        found.append(Notice("note", "This run has no pre-training", text))
+        text = "Only the supervised baseline was launched; PAWS-NN, the probes and fine-tuning need pre-training."
+        listed.append(Notice("note", "This run has no pre-training", text))
     if record.result:
         for sweep, title in SWEEP_TITLES.items():
-            found += _missing_trials(record, sweep, title)
+            listed += _missing_trials(record, sweep, title)
     else:
-        states = ", ".join(f"{stage['name']} {stage['state']}" for stage in record.stages if stage["name"] != "report")
+        states = ", ".join(f"{stage} {state}" for stage, (state, _) in timed_stages(record).items())
         text = f"result.json is not there yet: the test split has not been scored. Stages: {states or 'unknown'}."
-        found.append(Notice("note", "This run is unfinished", text))
-    files = [("pretrain", record.pretrain)]
-    files += [(f"finetune/{trial.name}", trial.metrics) for trial in record.finetune]
-    files += [(f"baseline/{trial.name}", trial.metrics) for trial in record.baseline]
-    for folder, metrics in files:
+        listed.append(Notice("note", "This run is unfinished", text))
+    files = {"pretrain": record.pretrain}
+    for sweep in SWEEP_TITLES:
+        files |= {f"{sweep}/{trial.trial.name}": trial.metrics for trial in record.sweep(sweep)[0]}
+    for folder, metrics in files.items():
         if metrics.torn:
             text = "The process was killed while writing it; everything before that line is shown."
-            found.append(Notice("note", f"The last line of {folder}/metrics.jsonl is incomplete", text))
-    return found
+            listed.append(Notice("note", f"The last line of {folder}/metrics.jsonl is incomplete", text))
+    return listed
 
 
 def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
-    """What a sweep that was asked for lacks; of one that nobody asked for nothing is missing."""
+    """The trials of a sweep that have no result; none of a sweep that was never launched."""
     trials, winner = record.sweep(stage)
-    missing = [trial.name for trial in trials if trial.validation_accuracy is None]
+    missing = [trial.trial.name for trial in trials if trial.validation_accuracy is None]
     begun = any(trial.metrics.rows for trial in trials)
-    if not missing or (winner is None and not begun and stage not in record.asked):
+    if not missing or (winner is None and not begun and stage not in record.launched_stages):
         return []
     count = "1 trial has" if len(missing) == 1 else f"{len(missing)} trials have"
     choice = "The winner was chosen among the others."
@@ -155,16 +159,16 @@ def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
 
 
 def _byline(record: RunRecord) -> list[str]:
-    """When, by which version, from which commit, with which seed: as far as it is known."""
+    """When, by which version, from which commit and with which seed the run was made: as far as it is known."""
     commit, seed = record.chain.get("commit"), record.seed
     version = record.chain.get("versions", {}).get("paws_hpc")
-    parts = [
+    facts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
         version and f"paws_hpc {version}",
         f"commit {commit if len(commit) <= 20 else commit[:12]}" if commit else "commit unknown",
         None if seed is None else f"seed {seed}",
     ]
-    return [str(part) for part in parts if part]
+    return [str(fact) for fact in facts if fact]
 
 
 def _gains(methods: list[Score]) -> dict[str, str]:
@@ -180,51 +184,17 @@ def _gains(methods: list[Score]) -> dict[str, str]:
     }
 
 
-def _floor(methods: list[Score]) -> int:
-    """Where the strips of the result table begin, in percent: the ten below the lowest bound."""
-    return min((int(10 * score.low) * 10 for score in methods), default=0)
-
-
-def _sweeps(record: RunRecord) -> list[dict[str, Any]]:
-    """Both sweeps, the fine-tuned network's and the baseline's, as grid and curves."""
-    shown = []
-    for stage, title in SWEEP_TITLES.items():
-        if record.pretrained or stage == "baseline":
-            trials, winner = record.sweep(stage)
-            shown.append({
-                "stage": stage, "title": f"{title}: sweep", "grid": sweep_grid(trials, winner),
-                "panels": [parallel_panel(record, stage), sweep_panel(record, stage)],
-            })  # fmt: skip
-    return shown
-
-
-def _exhibits(stage: str, exhibits: list[Exhibit]) -> list[Exhibit | Panel]:
-    """What a stage left for the report; diagrams are drawn."""
-    shown: list[Exhibit | Panel] = []
-    for number, exhibit in enumerate(exhibits, start=1):
-        if exhibit["kind"] != "lines":
-            shown.append(exhibit)
-            continue
-        curves = [
-            Curve(label, np.array(x), np.array(y), series)
-            for series, (label, (x, y)) in enumerate(exhibit["curves"].items(), start=1)
-        ]
-        name, description = f"{stage}-{number}", f"{exhibit['title']}. {exhibit['caption']}"
-        svg = draw(name, [Plot(exhibit["y"], curves)], xlabel=exhibit["x"], description=description)
-        shown.append(Panel(name, exhibit["title"], exhibit["caption"], Markup(svg)))
-    return shown
-
-
-def _crops(record: RunRecord) -> dict[str, Any] | None:
+def _crops(path: Path) -> dict[str, Any] | None:
     """The grid of crops as base64, with its size in pixels and the whole factor by which a small one is enlarged."""
-    if record.crops is None:
+    if not path.exists():
         return None
-    if record.crops[:8] != b"\x89PNG\r\n\x1a\n" or len(record.crops) < 24:
-        raise ValueError(f"{record.folder / 'pretrain' / 'crops.png'} is not a PNG file. Remove it and report again.")
-    width, height = struct.unpack(">II", record.crops[16:24])
+    png = path.read_bytes()
+    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
+        raise ValueError(f"{path} is not a PNG file. Remove it and report again.")
+    width, height = struct.unpack(">II", png[16:24])
     factor = max(1, _CROPS_PIXELS // width)
-    return {"data": base64.b64encode(record.crops).decode("ascii"), "width": width * factor, "height": height * factor,
-            "enlarged": factor > 1}  # fmt: skip
+    data = base64.b64encode(png).decode("ascii")
+    return {"data": data, "width": width * factor, "height": height * factor, "enlarged": factor > 1}
 
 
 def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
@@ -267,8 +237,8 @@ def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     tables = [
         ("Run", run),
-        ("Versions", flatten(record.chain.get("versions", {}))),
+        ("Versions", text_rows(record.chain.get("versions", {}))),
         ("Digests of data and splits", list(record.digests.items())),
-        ("Pretraining", flatten({key: value for key, value in record.summary.items() if key != "digests"})),
+        ("Pretraining", text_rows({key: value for key, value in record.summary.items() if key != "digests"})),
     ]
     return [(caption, rows) for caption, rows in tables if rows]

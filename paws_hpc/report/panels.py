@@ -1,20 +1,27 @@
-"""The curves of pre-training in a run's report, one figure for each panel of the catalogue of metrics."""
+"""The figures of reports: curves of pre-training, by the catalogue of metrics, and sweeps."""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from paws_hpc.engine.config import SupportConfig
+from paws_hpc.exhibits import Exhibit
 from paws_hpc.metrics import COMMON, Metric
+from paws_hpc.report.comparison import Comparison
+from paws_hpc.report.parallel import TrialLine, draw_parallel
 from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import RunRecord
+from paws_hpc.report.tables import percent
 from paws_hpc.stages.catalogue import catalogue
+
+SWEEP_TITLES = {"finetune": "Fine-tuning", "baseline": "Baseline"}
+"""Stage → title of its sweep."""
 
 _MOST_NAMED = 4  # nodes with a colour each; if there are more, every one is a pale line
 
@@ -25,13 +32,12 @@ class Panel:
 
     name: str
     title: str
-    caption: str
+    caption: str = ""
     svg: Markup | None = None
     missing: str = ""
 
 
-def slug(title: str) -> str:
-    """A title as a name in HTML."""
+def _slug(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower())
 
 
@@ -50,12 +56,12 @@ def pretrain_panels(record: RunRecord) -> list[Panel]:
 
 def _panel(record: RunRecord, title: str, metrics: Sequence[Metric]) -> Panel | None:
     axis = metrics[0].axis
-    curves = {metric: found for metric in metrics if (found := _curves(record, metric, axis))}
+    curves = {metric: drawn for metric in metrics if (drawn := _curves(record, metric, axis))}
     expected = [metric for metric in metrics if metric in COMMON and "*" not in metric.name]
     if not curves:
-        missing = missing_text(record, [metric.name for metric in expected], "pretrain")
-        return Panel(slug(title), title, "", missing=missing) if expected else None
-    facts = [_in_words(metric, found, axis) for metric, found in curves.items()]
+        missing = _missing_text(record, [metric.name for metric in expected], "pretrain")
+        return Panel(_slug(title), title, missing=missing) if expected else None
+    facts = [_in_words(metric, drawn, axis) for metric, drawn in curves.items()]
     sentences = [metric.description for metric in curves if metric.description]
     if levels := [f"{metric.short} = {_level(metric)}" for metric in curves if metric.when_uniform]:
         sentences.append(f"A collapsed run stays at {' and '.join(levels)}.")
@@ -65,8 +71,8 @@ def _panel(record: RunRecord, title: str, metrics: Sequence[Metric]) -> Panel | 
     if absent := [metric.name for metric in expected if metric not in curves]:
         sentences.append(f"Not logged: {', '.join(absent)}.")
     description = f"{title} against {axis}: {'; '.join(facts)}."
-    svg = draw(slug(title), _plots(record, curves), xlabel=axis, description=description)
-    return Panel(slug(title), title, " ".join(sentences), Markup(svg))
+    svg = draw(_slug(title), _plots(record, curves), xlabel=axis, description=description)
+    return Panel(_slug(title), title, " ".join(sentences), svg)
 
 
 def _curves(record: RunRecord, metric: Metric, axis: str) -> list[Curve]:
@@ -93,7 +99,7 @@ def _plots(record: RunRecord, curves: dict[Metric, list[Curve]]) -> list[Plot]:
         drawn = [curve for metric in metrics for curve in curves[metric]]
         if not any("*" in metric.name for metric in metrics):
             drawn = [Curve(curve.label, curve.x, curve.y, series) for series, curve in enumerate(drawn, start=1)]
-        levels = levels_of(record, metrics)
+        levels = _levels(record, metrics)
         plots.append(Plot(
             "" if len(groups) == 1 else " and ".join(metric.short for metric in metrics),
             drawn,
@@ -106,8 +112,8 @@ def _plots(record: RunRecord, curves: dict[Metric, list[Curve]]) -> list[Plot]:
     return plots
 
 
-def levels_of(record: RunRecord, metrics: Iterable[Metric]) -> list[tuple[float, str]]:
-    """The values that metrics have while predictions are uniform, and what to call them."""
+def _levels(record: RunRecord, metrics: Sequence[Metric]) -> list[tuple[float, str]]:
+    """The values that metrics have while predictions are uniform, and their labels."""
     log_k = float(np.log(record.settings.get("pretrain.support.classes", SupportConfig.classes)))
     return sorted({(log_k * metric.when_uniform, _level(metric)) for metric in metrics if metric.when_uniform})
 
@@ -134,18 +140,104 @@ def _in_words(metric: Metric, curves: Sequence[Curve], axis: str) -> str:
     )
 
 
-def mean_curve(
-    points: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The mean of curves where all of them have a point, so that it never jumps because one ends."""
-    common = points[0][0]
-    for x, _ in points[1:]:
-        common = np.intersect1d(common, x)
-    return common, np.mean([y[np.isin(x, common)] for x, y in points], axis=0)
-
-
-def missing_text(record: RunRecord, keys: Sequence[str], stage: str) -> str:
-    """What a panel without data shows: what is missing, where it would be, and who writes it."""
+def _missing_text(record: RunRecord, keys: Sequence[str], stage: str) -> str:
     where = "pretrain/metrics.jsonl" if stage == "pretrain" else f"{stage}/*/metrics.jsonl"
+    return f"No values of {', '.join(keys)} in {where}. Stage {stage} writes them; its state is: {record.state(stage)}."
+
+
+def curve_panels(comparison: Comparison) -> list[Panel]:
+    """The curves of pre-training of several runs: a thin line for each run, a strong one for the mean of a setting.
+
+    A figure for each metric that has a panel and values, and for the common ones in any case.
+    """
+    panels = [_compared_curves(comparison, metric) for metric in drawn_metrics() if "*" not in metric.name]
+    return [panel for panel in panels if panel is not None]
+
+
+def _compared_curves(comparison: Comparison, metric: Metric) -> Panel | None:
+    name, faint, strong, facts = _slug(metric.title), [], [], []
+    for series, row in enumerate(comparison.rows, start=1):
+        points = [run.record.pretrain.series(metric.name, axis="epoch") for run in row.runs]
+        points = [(x, y) for x, y in points if len(x)]
+        if not points:
+            continue
+        if len(points) > 1:
+            faint += [Curve("", *run, series, faint=True) for run in points]
+        # The mean goes as far as all runs do, so it never jumps because one ends.
+        common = functools.reduce(np.intersect1d, [x for x, _ in points])
+        if len(common):
+            mean = np.mean([y[np.isin(x, common)] for x, y in points], axis=0)
+            strong.append(Curve("", common, mean, series))
+            facts.append(f"{row.label} ends at {metric.show(mean[-1])} at epoch {common[-1]:,.6g}")
+    if not faint and not strong:
+        missing = f"No run has values of {metric.name}."
+        return Panel(name, metric.title, missing=missing) if metric in COMMON else None
+    levels = {level for run in comparison.runs for level in _levels(run.record, [metric])}
+    plot = Plot(
+        "", faint + strong, metric.unit == "fraction", metric.log_scale, metric.from_zero and not metric.log_scale,
+        levels=sorted(levels),
+    )  # fmt: skip
+    description = f"{metric.title} of each setting against epoch: {'; '.join(facts)}."
+    svg = draw(f"compare-{name}", [plot], xlabel="epoch", description=description)
+    return Panel(name, metric.title, metric.description, svg)
+
+
+def sweep_panel(record: RunRecord, stage: str) -> Panel:
+    """Validation accuracy of every trial of ``finetune`` or ``baseline`` against its epoch; the winner stands out."""
+    name, title = f"{stage}-curves", f"{SWEEP_TITLES[stage]}: accuracy by epoch"
+    trials, chosen = record.sweep(stage)
+    curves, winner = [], ""
+    for trial in sorted(trials, key=lambda trial: trial.trial.name == chosen):  # the winner last, on top
+        x, y = trial.metrics.series("val/top1", axis="epoch")
+        if not len(x):
+            continue
+        if trial.trial.name != chosen:
+            curves.append(Curve("", x, y, series=0))
+            continue
+        curves.append(Curve("winner", x, y))
+        best = trial.validation_accuracy
+        reached = "" if best is None else f", {percent(best)} at its best"
+        winner = f" The strong line is the winner: {trial.trial.text}{reached}."
+    if not curves:
+        return Panel(name, title, missing=_missing_text(record, ["val/top1"], stage))
+    count = f"{len(curves)} trials, one line each" if len(curves) > 1 else "One trial"
+    caption = f"On the local validation split. {count}.{winner}"
+    svg = draw(name, [Plot("", curves, percent=True)], xlabel="epoch", description=f"{title}. {caption}")
+    return Panel(name, title, caption, svg)
+
+
+def trials_panel(record: RunRecord, stage: str) -> Panel:
+    """The trials of a run's sweep as parallel coordinates; the winner stands out."""
+    trials, chosen = record.sweep(stage)
+    lines = []
+    for trial in trials:
+        if trial.validation_accuracy is not None:
+            won = trial.trial.name == chosen
+            lines.append(TrialLine("winner" if won else "", trial.trial, trial.validation_accuracy, int(won)))
+    count = f"{len(lines)} trials with a result, one line each" if len(lines) > 1 else "One trial with a result"
+    caption = f"{count}; accuracy is the best on the local validation split."
+    if any(line.series for line in lines):
+        caption += " The strong line is the winner."
     state = record.state(stage)
-    return f"No values of {', '.join(keys)} in {where}. Stage {stage} writes them; its state is: {state}."
+    missing = f"No trial in {stage}/ has a result.json. Stage {stage} writes them; its state is: {state}."
+    return parallel_panel(stage, lines, caption, missing)
+
+
+def parallel_panel(stage: str, lines: Sequence[TrialLine], caption: str, missing: str) -> Panel:
+    """Trials as parallel coordinates, or what is ``missing`` where there is no line."""
+    name, title = f"{stage}-parallel", f"{SWEEP_TITLES[stage]}: parallel coordinates"
+    if not lines:
+        return Panel(name, title, missing=missing)
+    best = max(lines, key=lambda line: line.accuracy)
+    return Panel(name, title, caption, draw_parallel(lines, description=f"{title}. {caption} Highest: {best.text}."))
+
+
+def exhibit_panel(stage: str, number: int, exhibit: Exhibit) -> Panel:
+    """The line diagram that a stage left for the report as its ``number``-th exhibit."""
+    curves = [
+        Curve(label, np.array(x), np.array(y), series)
+        for series, (label, (x, y)) in enumerate(exhibit["curves"].items(), start=1)
+    ]
+    name, description = f"{stage}-{number}", f"{exhibit['title']}. {exhibit['caption']}"
+    svg = draw(name, [Plot(exhibit["y"], curves)], xlabel=exhibit["x"], description=description)
+    return Panel(name, exhibit["title"], exhibit["caption"], svg)

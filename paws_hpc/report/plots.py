@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -86,7 +87,7 @@ class Plot:
     alarms: Sequence[tuple[float, str]] = field(default_factory=list)
 
 
-def draw(name: str, plots: Sequence[Plot], *, xlabel: str, description: str) -> str:
+def draw(name: str, plots: Sequence[Plot], *, xlabel: str, description: str) -> Markup:
     """Draw plots below each other, with a common x axis, as one ``<svg>`` element of 400 by 225 units.
 
     Args:
@@ -95,8 +96,7 @@ def draw(name: str, plots: Sequence[Plot], *, xlabel: str, description: str) -> 
         xlabel: the name of the common x axis.
         description: the alternative text.
 
-    Returns:
-        The element as text, the same for the same input: no date, no random id.
+    The same input gives the same text: no date, no random id.
     """
     style: Any = {**_STYLE, "svg.hashsalt": name}  # its type hints list every key there is
     with matplotlib.rc_context(style):
@@ -196,7 +196,7 @@ def thin(
     return mean_x, mean_y, low, high
 
 
-def _inline(document: bytes, *, name: str, description: str) -> str:
+def _inline(document: bytes, *, name: str, description: str) -> Markup:
     """Turn matplotlib's SVG file into an element for an HTML page: no prologue, own ids, colours from the page."""
     root = ElementTree.fromstring(document)
     # Its style sheet would apply to the whole page, and metadata is no part of a picture.
@@ -223,7 +223,7 @@ def _inline(document: bytes, *, name: str, description: str) -> str:
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.attrib.update({"role": "img", "aria-label": description, "class": "plot"})
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def _page_style(style: str) -> str:

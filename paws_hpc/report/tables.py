@@ -1,4 +1,4 @@
-"""The numbers of a run, formatted once: the terminal's final table and the HTML report both take them from here.
+"""The numbers of a run, formatted once: the terminal's final table and all reports take them from here.
 
 Legend: N test images, K classes, C a confusion matrix (K, K) with C[true, predicted] in images.
 """
@@ -6,19 +6,17 @@ Legend: N test images, K classes, C a confusion matrix (K, K) with C[true, predi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.config import flatten
 from paws_hpc.report.run_record import RunRecord, TrialRecord, read_run
 from paws_hpc.trial import Trial, axes, number, short
-
-Class = TypeVar("Class")
-"""What classes are called."""
 
 _SCORES = ("top1", "top5", "confusion")  # whatever else an entry of result.json holds was chosen by validation
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
@@ -32,7 +30,7 @@ METHODS = {
     "k_nn": "k-NN",
     "baseline": "baseline",
 }
-"""The keys of result.json's ``test`` and what they are called in tables."""
+"""The keys of result.json's ``test`` and their names in tables."""
 
 
 @dataclass(frozen=True)
@@ -60,51 +58,9 @@ class Score:
     confusion: NDArray[np.int64] | None
 
     @property
-    def accuracy(self) -> str:
-        """Top-1 accuracy, such as ``96.1 %``."""
-        return percent(self.top1)
-
-    @property
     def interval(self) -> str:
         """The 95 % interval, such as ``93.6–97.7 %``."""
         return f"{100 * self.low:.1f}{DASH}{percent(self.high)}"
-
-
-@dataclass(frozen=True)
-class StageTime:
-    """One stage as the tables show it; ``elapsed`` in seconds, ``share`` is its part of the seconds of all stages."""
-
-    name: str
-    state: str
-    seconds: str
-    elapsed: float
-    share: float
-
-
-@dataclass(frozen=True)
-class GridCell:
-    """One place in the sweep's grid; ``strength`` in [0, 1] runs from the lowest to the highest accuracy."""
-
-    accuracy: str
-    strength: float
-    state: str  # "done" | "chosen" | "missing" | "absent"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A sweep as a table: a column for each value of its first field, a row for each combination of the others.
-
-    Attributes:
-        field: of the columns, as tables call it.
-        columns: its values.
-        corner: the other fields.
-        rows: their values, and a cell for each column.
-    """
-
-    field: str
-    columns: list[str]
-    corner: str
-    rows: list[tuple[str, list[GridCell]]]
 
 
 def percent(fraction: float) -> str:
@@ -145,42 +101,37 @@ def scores(record: RunRecord) -> list[Score]:
     Raises:
         ValueError: a confusion matrix contradicts the accuracy or the number of images beside it; it is named.
     """
-    test = record.result.get("test", {})
-    return [_score(record, key, name, test) for key, name in METHODS.items() if test.get(key) is not None]
-
-
-def _score(record: RunRecord, key: str, name: str, test: dict[str, Any]) -> Score:
-    entry, count = test[key], int(test["count"])
-    top1 = float(entry["top1"])
-    correct = round(top1 * count)
-    confusion = None if entry.get("confusion") is None else np.array(entry["confusion"], dtype=np.int64)
-    if confusion is not None and (confusion.sum() != count or confusion.trace() != correct):
-        raise ValueError(
-            f"{record.folder / 'result.json'}: test.{key}.confusion has {confusion.trace()} of {confusion.sum()} "
-            f"images right, but test.{key}.top1={top1} of test.count={count} means {correct}. "
-            "Score the test split again."
+    test, scored = record.result.get("test", {}), []
+    for key, name in METHODS.items():
+        entry = test.get(key)
+        if entry is None:
+            continue
+        count, top1 = int(test["count"]), float(entry["top1"])
+        correct = round(top1 * count)
+        confusion = None if entry.get("confusion") is None else np.array(entry["confusion"], dtype=np.int64)
+        if confusion is not None and (confusion.sum() != count or confusion.trace() != correct):
+            raise ValueError(
+                f"{record.folder / 'result.json'}: test.{key}.confusion has {confusion.trace()} of {confusion.sum()} "
+                f"images right, but test.{key}.top1={top1} of test.count={count} means {correct}. "
+                "Score the test split again."
+            )
+        setting = Trial({field: value for field, value in entry.items() if field not in _SCORES}).text
+        top5 = None if entry.get("top5") is None else float(entry["top5"])
+        scored.append(
+            Score(key, name, setting, top1, top5, correct, count, *wilson_interval(correct, count), confusion)
         )
-    setting = Trial({name: value for name, value in entry.items() if name not in _SCORES}).text
-    low, high = wilson_interval(correct, count)
-    top5 = None if entry.get("top5") is None else float(entry["top5"])
-    return Score(key, name, setting, top1, top5, correct, count, low, high, confusion)
+    return scored
 
 
-def stage_times(record: RunRecord) -> list[StageTime]:
+def timed_stages(record: RunRecord) -> dict[str, tuple[str, float | None]]:
     """State and seconds of each stage but the report, which cannot time itself while it is being written."""
-    stages = [stage for stage in record.stages if stage["name"] != "report"]
-    total = sum(stage["seconds"] or 0.0 for stage in stages) or 1.0
-    return [
-        StageTime(stage["name"], stage["state"], duration(seconds), seconds or 0.0, (seconds or 0.0) / total)
-        for stage, seconds in ((stage, stage["seconds"]) for stage in stages)
-    ]
+    return {stage: entry for stage, entry in record.stages.items() if stage != "report"}
 
 
 def result_table(run: Path) -> list[tuple[str, str]]:
     """The final table of a run as (row, value): labels, test images, each method's accuracy, seconds per stage.
 
-    Values that do not exist yet are a dash. The terminal prints exactly this, and the HTML report shows the same
-    strings.
+    Values that do not exist yet are a dash. The terminal prints exactly this, and reports show the same strings.
 
     Raises:
         FileNotFoundError: ``run`` is no folder.
@@ -191,38 +142,49 @@ def result_table(run: Path) -> list[tuple[str, str]]:
 
 def table_rows(record: RunRecord) -> list[tuple[str, str]]:
     """``result_table`` of a run that has been read already."""
-    labels, count = record.result.get("labels"), record.result.get("test", {}).get("count")
-    validation = record.result.get("validation_labels")
-    rows = [
-        ("labels", DASH if labels is None else f"{labels:,}"),
-        ("labels for validation", DASH if validation is None else f"{validation:,}"),
-        ("test images", DASH if count is None else f"{count:,}"),
-    ]
+    result = record.result
+    counts = {
+        "labels": result.get("labels"),
+        "labels for validation": result.get("validation_labels"),
+        "test images": result.get("test", {}).get("count"),
+    }
+    rows = [(name, DASH if count is None else f"{count:,}") for name, count in counts.items()]
     scored = {score.key: score for score in scores(record)}
     for key, name in METHODS.items():
-        score = scored.get(key)
-        if score is None:
-            rows.append((name, DASH))
-        else:
+        if score := scored.get(key):
             label = f"{name} ({score.setting})" if score.setting else name
-            rows.append((label, f"{score.accuracy} (95 % interval {score.interval})"))
-    return rows + [(f"stage {stage.name}", stage.seconds) for stage in stage_times(record)]
+            rows.append((label, f"{percent(score.top1)} (95 % interval {score.interval})"))
+        else:
+            rows.append((name, DASH))
+    return rows + [(f"stage {stage}", duration(seconds)) for stage, (_, seconds) in timed_stages(record).items()]
 
 
-def sweep_grid(trials: Sequence[TrialRecord], chosen: str | None) -> Grid:
-    """Lay a sweep out as a table; ``chosen`` is the winner's name, or None before selection."""
+def sweep_grid(trials: Sequence[TrialRecord], chosen: str | None) -> dict[str, Any]:
+    """A sweep as a table: a column for each value of its first field, a row for each combination of the others.
+
+    Args:
+        trials: of the sweep.
+        chosen: the winner's name; None before selection.
+
+    Returns:
+        ``field`` and ``columns``: the first field and its values; ``corner``: the other fields; ``rows``: (their
+        values, a cell for each column). A cell has the ``accuracy`` as text, its ``strength`` in [0, 1] from the
+        lowest to the highest, and its ``state``: done, chosen, missing (no result) or absent (no trial).
+    """
     fields = axes([record.trial for record in trials])
     first, *others = fields or [""]
     values = [record.validation_accuracy for record in trials if record.validation_accuracy is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
 
-    def cell(record: TrialRecord | None) -> GridCell:
+    def cell(record: TrialRecord | None) -> dict[str, Any]:
         if record is None:
-            return GridCell("", 0.0, "absent")
-        if record.validation_accuracy is None:
-            return GridCell("no result", 0.0, "missing")
-        strength = (record.validation_accuracy - low) / (high - low) if high > low else 0.5
-        return GridCell(percent(record.validation_accuracy), strength, "chosen" if record.name == chosen else "done")
+            return {"accuracy": "", "strength": 0.0, "state": "absent"}
+        accuracy = record.validation_accuracy
+        if accuracy is None:
+            return {"accuracy": "no result", "strength": 0.0, "state": "missing"}
+        strength = (accuracy - low) / (high - low) if high > low else 0.5
+        state = "chosen" if record.trial.name == chosen else "done"
+        return {"accuracy": percent(accuracy), "strength": strength, "state": state}
 
     rows: dict[str, dict[float | None, TrialRecord]] = {}
     for record in trials:
@@ -230,36 +192,38 @@ def sweep_grid(trials: Sequence[TrialRecord], chosen: str | None) -> Grid:
         head = ", ".join(number(point[field]) if field in point else DASH for field in others)
         rows.setdefault(head, {})[point.get(first)] = record
     columns = fields.get(first, [])
-    return Grid(
-        short(first),
-        [number(value) for value in columns],
-        ", ".join(map(short, others)),
-        [(head, [cell(row.get(value)) for value in columns]) for head, row in rows.items()],
-    )
+    return {
+        "field": short(first),
+        "columns": [number(value) for value in columns],
+        "corner": ", ".join(map(short, others)),
+        "rows": [(head, [cell(row.get(value)) for value in columns]) for head, row in rows.items()],
+    }
 
 
 def confused_pairs(
-    confusion: NDArray[np.int64], classes: Sequence[Class], *, limit: int = 15
-) -> list[tuple[Class, Class, int, float]]:
+    confusion: NDArray[np.int64], classes: Sequence[str], *, limit: int = 15
+) -> list[tuple[str, str, int, float]]:
     """The most frequent mistakes: true class, predicted class, images, and their share of the true class's images."""
     mistakes = confusion - np.diag(np.diag(confusion))
     totals = confusion.sum(axis=1)
     order = np.argsort(-mistakes, axis=None, kind="stable")[:limit]
-    pairs = [divmod(int(flat), len(classes)) for flat in order]
     return [
         (classes[true], classes[guess], int(mistakes[true, guess]), float(mistakes[true, guess] / totals[true]))
-        for true, guess in pairs
+        for true, guess in (divmod(int(flat), len(classes)) for flat in order)
         if mistakes[true, guess] > 0
     ]
 
 
-def flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (dotted key, text) in its own order."""
-    rows: list[tuple[str, str]] = []
-    for key, entry in value.items():
-        if isinstance(entry, dict):
-            rows += flatten(entry, f"{prefix}{key}.")
-        else:
-            text = f"{entry:.6g}" if isinstance(entry, float) else str(entry)
-            rows.append((f"{prefix}{key}", DASH if entry is None else text))
-    return rows
+def text_rows(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, text)."""
+    return [
+        (key, DASH if entry is None else f"{entry:.6g}" if isinstance(entry, float) else str(entry))
+        for key, entry in flatten(value).items()
+    ]
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table as GitHub's Markdown, without a newline at its end."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,17 +1,19 @@
-"""A Weights & Biases report of one or several chains: curves, the sweep, results, method and provenance.
+"""The content of a Weights & Biases report of one or several chains: curves, sweeps, results, method and provenance.
 
-It needs wandb-workspaces; paws_hpc.report.wandb_saving saves it.
+Importing it needs wandb-workspaces, an extra that is slow to import; paws_hpc.report.wandb_saving saves the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import wandb_workspaces.reports.v2 as wr
 
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
 from paws_hpc.report.panels import drawn_metrics
 from paws_hpc.report.run_record import RunRecord, TrialRecord
-from paws_hpc.report.tables import DASH, GridCell, flatten, scores, sweep_grid, table_rows
+from paws_hpc.report.tables import DASH, markdown, scores, sweep_grid, table_rows, text_rows
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.trial import axes
 
@@ -33,27 +35,9 @@ def build(records: Sequence[RunRecord], *, entity: str = "") -> Any:
         entity: user or team that holds it; its spec without one can be written where nobody is logged in.
 
     Raises:
-        ValueError: wandb-workspaces is not installed, or two chains have one name.
+        ValueError: two chains have one name.
     """
-    try:
-        import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise ValueError(
-            "A Weights & Biases report needs the package wandb-workspaces: pip install 'paws-hpc[report]', or "
-            "pip install wandb-workspaces."
-        ) from error
     project = str(records[0].settings.get("tracking.project") or "paws")
-    return wr.Report(project=project, entity=entity, title=_title(records), blocks=_blocks(records, project, entity))
-
-
-def _title(records: Sequence[RunRecord]) -> str:
-    names = ", ".join(record.name for record in records)
-    return f"PAWS: {names}"[:128]
-
-
-def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
-
     chains = [str(record.chain.get("id")) for record in records]
     comparison = compare(records)
 
@@ -61,14 +45,21 @@ def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any
         chosen = f"Config('chain') in {chains} and JobType = '{stage}'"
         return wr.Runset(entity=entity, project=project, name=name, filters=chosen, groupby=list(groupby))
 
-    return [
+    tested = [name for name in catalogue() if name.startswith("test/")]
+    bars = wr.BarPlot(title="Accuracy on the test split", metrics=tested, layout=wr.Layout(x=0, y=0, w=24, h=8))
+    sweeps = {}
+    for record in records:
+        sweeps[record.name] = record.finetune
+        if record.baseline:
+            sweeps[f"{record.name}, baseline"] = record.baseline
+    blocks = [
         wr.H2("Result"),
         wr.MarkdownBlock(_results(records, comparison)),
-        wr.PanelGrid(runsets=[runs_of("selection", "selection")], panels=[_test_scores()]),
+        wr.PanelGrid(runsets=[runs_of("selection", "selection")], panels=[bars]),
         wr.H2("Pre-training"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
-        wr.MarkdownBlock("\n\n".join(_heat_maps(records))),
+        wr.MarkdownBlock("\n\n".join(_heat_map(name, trials) for name, trials in sweeps.items())),
         wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep(records, "finetune")),
         wr.H2("Baseline's sweep"),
         wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep(records, "baseline")),
@@ -77,6 +68,8 @@ def _blocks(records: Sequence[RunRecord], project: str, entity: str) -> list[Any
         wr.H2("Method and provenance"),
         wr.MarkdownBlock("\n\n".join([_METHOD, *map(_provenance, records)])),
     ]
+    title = f"PAWS: {', '.join(record.name for record in records)}"[:128]
+    return wr.Report(project=project, entity=entity, title=title, blocks=blocks)
 
 
 def _settings(comparison: Comparison) -> list[str]:
@@ -88,8 +81,6 @@ def _settings(comparison: Comparison) -> list[str]:
 
 
 def _curves() -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
-
     return [
         wr.LinePlot(
             title=metric.title,
@@ -102,16 +93,7 @@ def _curves() -> list[Any]:
     ]
 
 
-def _test_scores() -> Any:
-    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
-
-    names = [name for name in catalogue() if name.startswith("test/")]
-    return wr.BarPlot(title="Accuracy on the test split", metrics=names, layout=wr.Layout(x=0, y=0, w=24, h=8))
-
-
 def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr  # noqa: PLC0415 - as above
-
     planned = [field for record in records for field in record.settings if field.startswith(f"{stage}.sweep.")]
     begun = axes([trial.trial for record in records for trial in record.sweep(stage)[0]])
     fields = list(dict.fromkeys([*(field.removeprefix(f"{stage}.sweep.") for field in planned), *begun]))
@@ -150,18 +132,18 @@ def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:
 
 
 def _results(records: Sequence[RunRecord], comparison: Comparison) -> str:
-    """Of several chains means and deviations over seeds, with what a reader must know; of few all that each says."""
-    parts = [as_markdown(comparison)] if len(records) > 1 else []
+    """The comparison of several chains; of few chains also the result table of each."""
+    tables = [as_markdown(comparison)] if len(records) > 1 else []
     if len(records) <= _SIDE_BY_SIDE:
         columns = [_column(record) for record in records]
         names = list(dict.fromkeys(name for column in columns for name in column))
         rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
-        parts.append(_table(["", *(record.name for record in records)], rows))
-    return "\n\n".join(parts)
+        tables.append(markdown(["", *(record.name for record in records)], rows))
+    return "\n\n".join(tables)
 
 
 def _column(record: RunRecord) -> dict[str, str]:
-    """A chain's result table, whose rows are called the same whatever each chain has chosen."""
+    """A chain's result table; the chosen setting stands beside the value, so that rows of all chains have one name."""
     chosen = {f"{score.name} ({score.setting})": score for score in scores(record) if score.setting}
     return {
         chosen[name].name if name in chosen else name: f"{value}, {chosen[name].setting}" if name in chosen else value
@@ -169,38 +151,26 @@ def _column(record: RunRecord) -> dict[str, str]:
     }
 
 
-def _heat_maps(records: Sequence[RunRecord]) -> Iterator[str]:
-    for record in records:
-        yield _heat_map(record.name, record.finetune)
-        if record.baseline:
-            yield _heat_map(f"{record.name}, baseline", record.baseline)
-
-
 def _heat_map(name: str, trials: Sequence[TrialRecord]) -> str:
     """The sweep as a table, shaded by accuracy as far as Markdown can."""
     if all(trial.validation_accuracy is None for trial in trials):
         return f"**{name}**: no trial of the sweep has a result yet."
     grid = sweep_grid(trials, None)
-
-    def shown(cell: GridCell) -> str:
-        return f"{' ░▒▓█'[round(4 * cell.strength)]} {cell.accuracy}" if cell.state == "done" else DASH
-
-    rows = [[head, *map(shown, row)] for head, row in grid.rows]
-    return f"**{name}**\n\n" + _table([grid.corner, *(f"{grid.field} {value}" for value in grid.columns)], rows)
+    rows = [
+        [head, *(f"{' ░▒▓█'[round(4 * cell['strength'])]} {cell['accuracy']}" if cell["state"] == "done" else DASH
+                 for cell in row)]
+        for head, row in grid["rows"]
+    ]  # fmt: skip
+    columns = [f"{grid['field']} {value}" for value in grid["columns"]]
+    return f"**{name}**\n\n" + markdown([grid["corner"], *columns], rows)
 
 
 def _provenance(record: RunRecord) -> str:
-    chain = record.chain
-    told = [
-        ("created", str(chain.get("created", "unknown"))),
-        ("commit", str(chain.get("commit") or "unknown")),
+    facts = [
+        ("created", str(record.chain.get("created", "unknown"))),
+        ("commit", str(record.chain.get("commit") or "unknown")),
         ("seed", "unknown" if record.seed is None else str(record.seed)),
-        *flatten(chain.get("versions", {})),
+        *text_rows(record.chain.get("versions", {})),
         *record.digests.items(),
     ]
-    return _table([record.name, ""], [[name, f"`{value}`"] for name, value in told])
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return markdown([record.name, ""], [[name, f"`{value}`"] for name, value in facts])

@@ -24,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chain")
     first = launch(folder, "stages=[prepare,pretrain]")
     assert first.returncode == 0, first.stderr
-    states = {stage["name"]: stage["state"] for stage in read_run(folder / "runs/run").stages}
+    states = {stage: state for stage, (state, _) in read_run(folder / "runs/run").stages.items()}
     assert states["pretrain"] == "done"
     assert states["finetune"] == "pending"
     rest = launch(folder)
@@ -38,7 +38,7 @@ def read(path: Path) -> dict:
 
 def test_one_command_leads_from_images_to_a_report(finished: Path) -> None:
     run = finished / "runs/run"
-    assert {stage["state"] for stage in read_run(run).stages} == {"done"}
+    assert {state for state, _ in read_run(run).stages.values()} == {"done"}
     assert len(list((run / "finetune").glob("lr=*/best.pt"))) == 4
     result = read(run / "result.json")
     assert result["labels"] == 40

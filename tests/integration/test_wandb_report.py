@@ -135,5 +135,6 @@ def test_without_the_package_the_error_says_how_to_get_it(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    monkeypatch.delitem(sys.modules, "paws_hpc.report.wandb_report", raising=False)
     assert report.main([str(runs[0]), "--wandb"]) == 1
     assert "pip install wandb-workspaces" in capsys.readouterr().err

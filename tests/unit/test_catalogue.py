@@ -9,9 +9,8 @@ import pytest
 
 from paws_hpc.files import write_json
 from paws_hpc.metrics import COMMON, Metric
-from paws_hpc.report import panels, wandb_report
+from paws_hpc.report import panels
 from paws_hpc.report.comparison import compare
-from paws_hpc.report.comparison_curves import curve_panels
 from paws_hpc.report.run_record import read_run
 from paws_hpc.stages.catalogue import catalogue, metric
 
@@ -20,6 +19,8 @@ NEW = Metric("train/novelty", "Novelty of images", "fraction", "Novelty", descri
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb-workspaces
 def test_a_metric_that_is_declared_is_drawn_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paws_hpc.report import wandb_report
+
     monkeypatch.setattr(panels, "catalogue", lambda: catalogue() | {NEW.name: NEW})
     write_json(tmp_path / "chain.json", {"name": "run", "id": "cafe"})
     rows = [json.dumps({"step": step, "epoch": step / 2, NEW.name: 0.25 * step}) + "\n" for step in range(3)]
@@ -29,7 +30,8 @@ def test_a_metric_that_is_declared_is_drawn_everywhere(tmp_path: Path, monkeypat
     (own,) = [panel for panel in panels.pretrain_panels(record) if panel.name == "novelty"]
     assert own.caption == "How new images are. Novelty of images goes from 0.0 % to 50.0 % at step 2 (lowest 0.0 %, " \
         "highest 50.0 %)."  # fmt: skip
-    assert [panel.svg is not None for panel in curve_panels(compare([record])) if panel.title == NEW.title] == [True]
+    (compared,) = [panel for panel in panels.curve_panels(compare([record])) if panel.title == NEW.title]
+    assert compared.svg is not None
     assert NEW.title in [curve.title for curve in wandb_report._curves()]
 
 

@@ -124,17 +124,17 @@ def test_the_grid_has_a_place_for_every_combination() -> None:
         TrialRecord(trial_at(0.1, 50), None, Metrics()),
     ]
     grid = sweep_grid(trials, "lr=0.01,epochs=30")
-    assert (grid.field, grid.columns, grid.corner) == ("lr", ["0.01", "0.1"], "epochs")
-    assert [head for head, _ in grid.rows] == ["30", "50"]
-    assert [[cell.state for cell in row] for _, row in grid.rows] == [["chosen", "done"], ["absent", "missing"]]
-    assert [cell.strength for cell in grid.rows[0][1]] == [1.0, 0.0]
-    assert sweep_grid([], None).rows == []
+    assert (grid["field"], grid["columns"], grid["corner"]) == ("lr", ["0.01", "0.1"], "epochs")
+    assert [head for head, _ in grid["rows"]] == ["30", "50"]
+    assert [[cell["state"] for cell in row] for _, row in grid["rows"]] == [["chosen", "done"], ["absent", "missing"]]
+    assert [cell["strength"] for cell in grid["rows"][0][1]] == [1.0, 0.0]
+    assert sweep_grid([], None)["rows"] == []
 
 
 def test_only_folders_that_are_named_as_trials_are_trials(tmp_path: Path) -> None:
     for name in ("lr=0.05,epochs=30", "logs", "lr=x,epochs=3"):
         (tmp_path / "finetune" / name).mkdir(parents=True)
-    assert [trial.name for trial in read_run(tmp_path).finetune] == ["lr=0.05,epochs=30"]
+    assert [record.trial.name for record in read_run(tmp_path).finetune] == ["lr=0.05,epochs=30"]
 
 
 def test_pairs_are_ordered_by_images_and_leave_right_answers_out() -> None:
