@@ -53,7 +53,7 @@ PAPER = 717  # of A4 between the margins, in CSS pixels
 
 
 class Page:
-    """A page in headless Chromium, with what it asked the network for and what it complained about."""
+    """A page in headless Chromium, with its requests to the network and its complaints."""
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
@@ -74,10 +74,10 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
     def requests(self) -> list[str]:
-        """What the page asked for; not what the browser's own start page did, if that was still loading."""
+        """The addresses that the page requested, without those of the browser's own start page."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [asked["request"]["url"] for asked in sent if not asked["documentURL"].startswith("chrome://")]
+        return [params["request"]["url"] for params in sent if not params["documentURL"].startswith("chrome://")]
 
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -87,6 +87,16 @@ class Page:
 
     def text(self, selector: str) -> str:
         return " ".join(self.script(f"return document.querySelector({selector!r}).textContent").split())
+
+    def texts(self, selector: str) -> list[str]:
+        texts: list[str] = self.script(f"return [...document.querySelectorAll({selector!r})].map(e => e.textContent)")
+        return texts
+
+    def count(self, selector: str) -> int:
+        return int(self.script(f"return document.querySelectorAll({selector!r}).length"))
+
+    def label(self, selector: str) -> str:
+        return str(self.script(f"return document.querySelector({selector!r}).getAttribute('aria-label')"))
 
     def picture(self, selector: str) -> np.ndarray:
         element = self.driver.find_element(By.CSS_SELECTOR, selector)

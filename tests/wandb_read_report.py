@@ -16,7 +16,7 @@ def main(url: str) -> None:
 
     report = wr.Report.from_url(url)
     panels: list[Any] = [panel for block in report.blocks for panel in getattr(block, "panels", [])]
-    told = {
+    content = {
         "title": report.title,
         "panels": [type(panel).__name__ for panel in panels],
         "curves": [getattr(y, "name", y) for panel in panels if isinstance(panel, wr.LinePlot) for y in panel.y],
@@ -25,7 +25,7 @@ def main(url: str) -> None:
         "markdown": [block.text for block in report.blocks if isinstance(block, wr.MarkdownBlock)],
         "filters": [runset.filters for block in report.blocks for runset in getattr(block, "runsets", [])],
     }
-    print(json.dumps(told))
+    print(json.dumps(content))
 
 
 if __name__ == "__main__":

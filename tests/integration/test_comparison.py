@@ -67,7 +67,7 @@ def test_every_panel_is_drawn_and_readable(page: Page, comparison: Path, scheme:
         picture = page.picture(f"#panel-{name}")
         assert picture.shape[1] > 250, name
         assert np.ptp(picture[8:-8, 8:-8]) > 100, name
-    assert page.script("return document.querySelectorAll('.panel').length") == len(PANELS)
+    assert page.count(".panel") == len(PANELS)
     assert page.script("return document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
     contrasts = page.script(CONTRAST)
     assert len(contrasts) > 150
@@ -124,10 +124,8 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     )
     assert [row[1:3] for row in rows] == [["true", "3"], ["false", "3"]]
     assert rows[0][3].split("\n") == ["94.2 ± 1.9 %", "96.1 · 94.2 · 92.2"]
-    assert page.script("return document.querySelectorAll('#panel-loss path').length") > 8
-    label = page.script(
-        "return document.querySelector('#panel-paws-nn-on-the-local-validation-split svg').getAttribute('aria-label')"
-    )
+    assert page.count("#panel-loss path") > 8
+    label = page.label("#panel-paws-nn-on-the-local-validation-split svg")
     assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
@@ -138,15 +136,13 @@ def test_a_healthy_run_without_me_max_does_not_look_collapsed(
 ) -> None:
     """Where predictions are uniform is drawn with each term, and not with the loss, whose terms differ by run."""
     page.open(comparison)
-    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    label = page.label("#panel-loss svg")
     ends = [float(value) for value in re.findall(r"ends at (\S+) at epoch", label)]
     assert len(ends) == 2
     assert max(ends) < 0.5, "far from log 10 = 2.3"
     assert "log K" not in page.text("#panel-loss")
     assert "log K" in page.text("#panel-consistency svg")
-    assert "me_max=false" not in page.script(
-        "return document.querySelector('#panel-mean-entropy-maximisation svg').getAttribute('aria-label')"
-    )
+    assert "me_max=false" not in page.label("#panel-mean-entropy-maximisation svg")
     page.open(build_comparison(runs[3:], tmp_path))
     assert page.script("return document.querySelector('#panel-mean-entropy-maximisation')") is None
 
@@ -154,18 +150,18 @@ def test_a_healthy_run_without_me_max_does_not_look_collapsed(
 def test_what_differs_names_each_run_with_its_own_value(page: Page, runs: list[Path], tmp_path: Path) -> None:
     """In whatever order the runs are named: here the settings alternate, and rows of the table put them together."""
     page.open(build_comparison([runs[place] for place in (0, 3, 1, 4, 2, 5)], tmp_path))
-    told = page.script(
+    shown = page.script(
         "return [...document.querySelectorAll('#panel-fields tbody tr')]"
         ".map(row => [...row.cells].slice(-2).map(cell => cell.innerText))"
     )
-    assert [value for value, _ in told] == ["true", "false"]
-    for value, names in told:
+    assert [value for value, _ in shown] == ["true", "false"]
+    for value, names in shown:
         assert [f"me_max={value.capitalize()}" in name for name in names.split(", ")] == [True] * 3
 
 
 def test_on_paper_nothing_is_cut_off_and_colours_are_light(page: Page, runs: list[Path], tmp_path: Path) -> None:
     page.open_as_printed(build_comparison([*runs, write_seed(tmp_path, 7, test="77dd")], tmp_path / "page"))
-    assert page.script("return document.querySelectorAll('#panel-table th').length") > 8
+    assert page.count("#panel-table th") > 8
     assert page.script(CUT_OFF) == []
     assert page.script("return getComputedStyle(document.documentElement).getPropertyValue('--card')") == "#ffffff"
     assert min(page.script(CONTRAST))[0] >= 4.5
@@ -204,9 +200,9 @@ def test_the_command_writes_what_it_is_asked_for(
     assert main([*names, *there]) == 0
     assert "comparisons/digits-me_max/index.html" in capsys.readouterr().out.replace("digits-me_max=", "digits-me_max")
     assert main([*names, *there, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [row["settings"] for row in told["rows"]] == [{"objective.me_max": "true"}, {"objective.me_max": "false"}]
-    assert told["rows"][0]["seeds"] == [0, 1, 2]
+    shown = json.loads(capsys.readouterr().out)
+    assert [row["settings"] for row in shown["rows"]] == [{"objective.me_max": "true"}, {"objective.me_max": "false"}]
+    assert shown["rows"][0]["seeds"] == [0, 1, 2]
     assert main([*names, *there, "--markdown"]) == 0
     assert "| true | 3 | 94.2 ± 1.9 % |" in capsys.readouterr().out
     assert main(["digits-sed0", *there]) == 1

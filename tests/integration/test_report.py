@@ -73,9 +73,9 @@ def write_run(
     _crops(random).save(run / "pretrain" / "crops.png")
     _gallery(run / "selection", random)
     for rate in (0.01, 0.05, 0.2):
-        for cell_epochs in (10, 30):
-            _cell(run / "finetune", random, rate, cell_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / cell_epochs)
-            _cell(run / "baseline", random, rate, cell_epochs, 0.80 - 0.7 * abs(rate - 0.2))
+        for trial_epochs in (10, 30):
+            _trial(run / "finetune", random, rate, trial_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / trial_epochs)
+            _trial(run / "baseline", random, rate, trial_epochs, 0.80 - 0.7 * abs(rate - 0.2))
     (run / "finetune" / "lr=0.2,epochs=30" / "result.json").unlink()
     trial = "lr=0.05,epochs=30"
     accuracy = json.loads((run / "finetune" / trial / "result.json").read_text())["validation_accuracy"]
@@ -129,7 +129,7 @@ def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, coll
     return rows
 
 
-def _cell(folder: Path, random: np.random.Generator, rate: float, epochs: int, best: float) -> None:
+def _trial(folder: Path, random: np.random.Generator, rate: float, epochs: int, best: float) -> None:
     curve = best - 0.5 * np.exp(-np.arange(1, epochs + 1) / 3) - 0.01 * random.random(epochs)
     rows = [
         {"epoch": epoch, "train/loss": 2.3 * math.exp(-epoch / 4), "train/lr": rate, "val/top1": float(value)}
@@ -230,20 +230,15 @@ def test_every_panel_is_drawn_and_readable(page: Page, report: Path, scheme: str
         assert picture.shape[1] > 250, name
         # An empty frame has hardly any contrast inside; strokes and letters do.
         assert np.ptp(picture[8:-8, 8:-8]) > 100, name
-    assert page.script("return document.querySelectorAll('.panel').length") == len(PANELS)
-    assert page.script("return document.querySelectorAll('.absent').length") == 0
+    assert page.count(".panel") == len(PANELS)
+    assert page.count(".absent") == 0
     assert page.script("return document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
     contrasts = page.script(CONTRAST)
     assert len(contrasts) > 300
     assert min(contrasts)[0] >= 4.5, f"WCAG AA: {min(contrasts)}"
-    assert page.complaints() == []
-
-
-def test_asks_the_network_for_nothing(page: Page, report: Path) -> None:
-    page.open(report)
-    requests = page.requests()
-    assert requests[0] == report.as_uri()
-    assert all(url.startswith("data:image/png;base64,") for url in requests[1:]), requests[1:]
+    own, *others = page.requests()
+    assert own == report.as_uri()
+    assert all(url.startswith("data:image/png;base64,") for url in others), others
     assert page.complaints() == []
 
 
@@ -259,7 +254,7 @@ def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
     )
     ids = page.script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
-    label = page.script("return document.querySelector('#panel-validation-accuracy svg').getAttribute('aria-label')")
+    label = page.label("#panel-validation-accuracy svg")
     assert re.search(r"PAWS-NN goes from \d\d\.\d % to 96\.0 % at epoch 29\.", label)
 
 
@@ -280,7 +275,7 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
             assert part in shown, (name, part)
 
 
-def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report: Path) -> None:
+def test_the_sweep_marks_the_winner_and_the_trial_that_failed(page: Page, report: Path) -> None:
     page.open(report)
     assert page.text("#panel-finetune-sweep td.chosen") == "96.6 %chosen"
     assert page.text("#panel-finetune-sweep td.missing") == "no result"
@@ -288,13 +283,11 @@ def test_the_sweep_marks_the_winner_and_the_cell_that_failed(page: Page, report:
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
 
 
-def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, report: Path) -> None:
+def test_the_sweep_is_drawn_as_a_line_per_trial_that_has_a_result(page: Page, report: Path) -> None:
     page.open(report)
-    told = page.script(
-        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')].map(line => line.textContent)"
-    )
-    assert len(told) == 5, "the sixth has no result"
-    assert told[-1] == "winner: lr 0.05, epochs 30, 96.6 %", "on top"
+    lines = page.texts("#panel-finetune-parallel polyline")
+    assert len(lines) == 5, "the sixth has no result"
+    assert lines[-1] == "winner: lr 0.05, epochs 30, 96.6 %", "on top"
     heights = page.script(
         "return [...document.querySelectorAll('#panel-finetune-parallel polyline')]"
         ".map(line => [...line.points].map(point => point.y))"
@@ -305,7 +298,7 @@ def test_the_sweep_is_drawn_as_a_line_per_cell_that_has_a_result(page: Page, rep
     assert rate[-1] == sorted(set(rate))[1], "the second of three rates"
     assert epochs[-1] == min(epochs)
     assert accuracy[-1] == min(accuracy)
-    label = page.script("return document.querySelector('#panel-finetune-parallel svg').getAttribute('aria-label')")
+    label = page.label("#panel-finetune-parallel svg")
     assert label.endswith("Highest: winner: lr 0.05, epochs 30, 96.6 %.")
 
 
@@ -320,12 +313,9 @@ def without_winner(run: Path, *, stages: list[str]) -> Path:
     return run
 
 
-def test_a_sweep_that_nobody_asked_for_lacks_nothing(tmp_path: Path) -> None:
-    run = without_winner(write_run(tmp_path), stages=["prepare", "pretrain", "baseline", "selection", "report"])
-    assert notices(read_run(run)) == []
-
-
-def test_a_sweep_of_which_nothing_is_left_has_no_winner_to_speak_of(tmp_path: Path) -> None:
+def test_a_sweep_without_any_result_has_no_winner_and_one_that_was_not_launched_lacks_nothing(tmp_path: Path) -> None:
+    other = ["prepare", "pretrain", "baseline", "selection", "report"]
+    assert notices(read_run(without_winner(write_run(tmp_path / "other"), stages=other))) == []
     (notice,) = notices(read_run(without_winner(write_run(tmp_path), stages=["finetune", "selection"])))
     assert (notice.level, notice.title) == ("alarm", "Fine-tuning: 2 trials have no result")
     assert notice.text == (
@@ -339,9 +329,9 @@ def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page,
     assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
     assert page.text("#panel-mistakes li") == "0, taken for 3probability 97.0 % 3 0.93 0 0.50"
     assert page.text("#panel-mistakes .same") == "0", "of the true class"
-    assert page.script("return document.querySelectorAll('#panel-map .wrong').length") == 9
-    assert page.script("return document.querySelectorAll('#panel-map .labelled').length") == 40
-    label = page.script("return document.querySelector('#panel-map svg').getAttribute('aria-label')")
+    assert page.count("#panel-map .wrong") == 9
+    assert page.count("#panel-map .labelled") == 40
+    label = page.label("#panel-map svg")
     assert label == "Map of the test images: 200 images of 10 classes, 9 of them mistaken."
 
 
@@ -349,7 +339,7 @@ def test_every_class_of_the_map_has_a_colour_and_every_mark_its_names(page: Page
     page.open(report)
     fills = page.script("return [...document.querySelectorAll('#panel-map .right')].map(e => getComputedStyle(e).fill)")
     assert len(set(fills)) == 10
-    titles = page.script("return [...document.querySelectorAll('#panel-map .wrong title')].map(e => e.textContent)")
+    titles = page.texts("#panel-map .wrong title")
     assert titles[0] == "0, taken for 1"
     assert page.text("#panel-map .right title") == "9"
     assert "Colours are true classes. Circles" in page.text("#panel-map figcaption")
@@ -357,18 +347,15 @@ def test_every_class_of_the_map_has_a_colour_and_every_mark_its_names(page: Page
     assert "they repeat after 10" in page.text("#panel-map figcaption")
 
 
-def test_a_run_scored_before_there_were_pictures_still_has_a_report_that_says_so(page: Page, tmp_path: Path) -> None:
-    run = write_run(tmp_path)
+def test_a_report_without_pictures_or_before_the_result_says_so(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "before")
     shutil.rmtree(run / "selection")
     page.open(build_report(run))
     for panel in ("#panel-mistakes", "#panel-map"):
         assert "the test split was scored before selection wrote one" in page.text(panel)
     assert page.text("#result .big") == "96.1 %"
-
-
-def test_a_report_between_pictures_and_result_waits_for_the_result(page: Page, tmp_path: Path) -> None:
-    """Selection writes the pictures first; nothing is wrong with them, and nobody must remove them."""
-    run = write_run(tmp_path)
+    # Selection writes the pictures first; nothing is wrong with them, and nobody must remove them.
+    run = write_run(tmp_path / "between")
     (run / "result.json").unlink()
     page.open(build_report(run))
     for panel in ("#panel-mistakes", "#panel-map"):
@@ -376,17 +363,15 @@ def test_a_report_between_pictures_and_result_waits_for_the_result(page: Page, t
     assert "This run is unfinished" in page.text("#warnings")
 
 
-def test_pictures_that_do_not_fit_the_result_are_refused(tmp_path: Path) -> None:
+def test_pictures_that_do_not_fit_the_result_are_refused_and_a_torn_sheet_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    told = json.loads((run / "selection" / "gallery.json").read_text())
-    told["mistakes"][0]["tile"] = 99
-    _json(run / "selection" / "gallery.json", told)
-    with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
-        build_report(run)
-
-
-def test_a_torn_sheet_of_pictures_is_named(tmp_path: Path) -> None:
-    run = write_run(tmp_path)
+    index = run / "selection" / "gallery.json"
+    fitting = json.loads(index.read_text())
+    mistakes = [{**fitting["mistakes"][0], "tile": 99}]
+    for wrong in ({**fitting, "mistakes": mistakes}, {}, []):
+        _json(index, wrong)
+        with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
+            build_report(run)
     sheet = run / "selection" / "gallery.png"
     whole = sheet.read_bytes()
     for torn in (whole[: len(whole) // 2], b"no picture"):
@@ -411,7 +396,7 @@ def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -
     page.open(build_report(write_run(tmp_path, me_max=False)))
     rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0]["train/loss"], rows[-1]["train/loss"]
-    label = page.script("return document.querySelector('#panel-loss svg').getAttribute('aria-label')")
+    label = page.label("#panel-loss svg")
     assert label.startswith(f"Loss against step: loss goes from {first:.4g} to {last:.4g} at step 329 ")
     assert "me-max" not in label
     assert page.script(
@@ -424,15 +409,13 @@ def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -
 
 def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, entropy_weight=0.1)))
-    assert "entropy goes from" in page.script(
-        "return document.querySelector('#panel-loss svg').getAttribute('aria-label')"
-    )
+    assert "entropy goes from" in page.label("#panel-loss svg")
     caption = page.text("#panel-loss figcaption")
     assert "Entropy is the mean of single predictions (D.2)" in caption
     assert caption.endswith("stays at consistency = log K and me-max = -log K and entropy = log K.")
 
 
-def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> None:
+def test_a_killed_run_is_shown_as_far_as_it_got(page: Page, tmp_path: Path) -> None:
     page.open(build_report(kill(write_run(tmp_path))))
     warnings = page.text("#warnings")
     assert "This run is unfinished" in warnings
@@ -450,7 +433,7 @@ def test_a_killed_run_is_told_as_far_as_it_got(page: Page, tmp_path: Path) -> No
 
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.script("return document.querySelectorAll('.panel.missing').length") == 15
+    assert page.count(".panel.missing") == 15
     assert "No values of val/paws_nn_top1 in pretrain/metrics.jsonl" in page.text("#panel-validation-accuracy")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -466,9 +449,7 @@ def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
     alts = page.script("return [...document.querySelectorAll('#panel-pairs-paws-nn img')].map(image => image.alt)")
     assert alts[0] == f"Test image of class {classes[0]}, taken for {classes[3]}"
     assert page.text("h1") == "<b>run</b> & more"
-    names = page.script(
-        "return [...document.querySelectorAll('#panel-confusion-baseline tbody th')].map(e => e.textContent)"
-    )
+    names = page.texts("#panel-confusion-baseline tbody th")
     assert names == classes
     assert "# <not a tag>" in page.text("#config pre")
     assert page.complaints() == []
@@ -523,7 +504,7 @@ def test_a_run_on_gpus_shows_each_node(page: Page, tmp_path: Path, nodes: int) -
     _jsonl(path, rows)
     page.open(build_report(run))
     assert np.ptp(page.picture("#panel-gpus-by-node")[8:-8, 8:-8]) > 100
-    label = page.script("return document.querySelector('#panel-gpus-by-node svg').getAttribute('aria-label')")
+    label = page.label("#panel-gpus-by-node svg")
     assert "GPUs by node against step: utilisation on average: from 50.0 % (node 1) to 90.0 % (node 0)" in label
     assert f"memory (GB) on average: from 60.0 (node 0) to {59 + nodes:.1f} (node {nodes - 1})" in label
     legend = page.text("#panel-gpus-by-node svg").count("node 1")
