@@ -21,7 +21,6 @@ from paws_hpc.packing import (
     SOURCES,
     PackOptions,
     PackReport,
-    PackTask,
     SourceConfig,
     open_source,
     pack,
@@ -195,15 +194,14 @@ def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) ->
     )
 
 
-def _task(text: str) -> PackTask:
+def _task(text: str) -> tuple[int, int]:
     """Parse "3/8"."""
     number, slash, of = text.partition("/")
     if not (slash and number.isdecimal() and of.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 3/8")
-    try:
-        return PackTask(int(number), int(of))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    if not 1 <= int(number) <= int(of):
+        raise argparse.ArgumentTypeError(f"part {text}: parts are numbered from 1/{of} to {of}/{of}.")
+    return int(number), int(of)
 
 
 def _pack(options: argparse.Namespace) -> int:
@@ -222,7 +220,7 @@ def _pack(options: argparse.Namespace) -> int:
         source = open_source(config, planned_listing(options.to, config.kind))
         report = pack_task(source, options.to, options.part, options=pack_options, show_progress=True)
         print(
-            f"part {options.part.number}/{options.part.of} of {report.path}: {report.packed:,} shards packed, "
+            f"part {'{}/{}'.format(*options.part)} of {options.to}: {report.packed:,} shards packed, "
             f"{report.kept:,} were done, {report.seconds:.1f} s"
         )
         if report.store is None:

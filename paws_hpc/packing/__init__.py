@@ -1,7 +1,7 @@
 """Images of any source → a store: plan, write, finish, repair."""
 
 from paws_hpc.packing.job import PackReport
-from paws_hpc.packing.packer import PackTask, TaskReport, pack, pack_task, plan_pack, planned_listing
+from paws_hpc.packing.packer import TaskReport, pack, pack_task, plan_pack, planned_listing
 from paws_hpc.packing.plan import PackOptions
 from paws_hpc.packing.repair import RepairReport, repair
 from paws_hpc.packing.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
@@ -12,7 +12,6 @@ __all__ = [
     "ImageFolder",
     "PackOptions",
     "PackReport",
-    "PackTask",
     "RepairReport",
     "Source",
     "SourceConfig",

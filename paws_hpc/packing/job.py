@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.files import create_json, read_json, value_digest, write_json, write_text
 from paws_hpc.packing.plan import Plan, differences
+from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.write import Change, ShardResult
 from paws_hpc.store.format import (
@@ -60,27 +61,24 @@ _DEAD_AFTER_S = 3600.0
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did.
-
-    Attributes:
-        path: the store's folder.
-        manifest: its manifest; ``manifest.skipped`` names the images that were left out.
-        packed: False where the same complete store was there already and nothing was done.
-        changes: the images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is
-            False. Images that only lost metadata are counted in the manifest and flagged in the index.
-        kept: shards that an interrupted run, or other tasks of the work, had finished.
-        progressive: JPEGs that stayed progressive.
-        newer: images whose files were written after the store that was there; names and sizes are the same.
-        seconds: duration.
-    """
+    """What packing did."""
 
     path: Path
     manifest: Manifest
+    """``manifest.skipped`` names the images that were left out."""
     packed: bool
+    """False where the same complete store was there already and nothing was done."""
     changes: tuple[Change, ...] = ()
+    """Images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is False.
+
+    Images that only lost metadata are counted in the manifest and flagged in the index.
+    """
     kept: int = 0
+    """Shards that an interrupted run, or other tasks of the work, had finished."""
     progressive: int = 0
+    """JPEGs that stayed progressive."""
     newer: int = 0
+    """Images whose files were written after the store that was there; names and sizes are the same."""
     seconds: float = 0.0
 
     @property
@@ -90,15 +88,9 @@ class PackReport:
 
 
 class PackJob:
-    """The unfinished pack in a store's folder.
-
-    Attributes:
-        destination: the store's folder.
-        folder: ``.packing`` in it.
-    """
+    """The unfinished pack in ``folder``, the ``.packing`` of a store's folder ``destination``."""
 
     def __init__(self, destination: Path) -> None:
-        """Name the folder; creates nothing."""
         self.destination, self.folder = destination, destination / UNDERWAY_NAME
 
     def identity(self) -> dict[str, Any] | None:
@@ -116,11 +108,7 @@ class PackJob:
         return value if isinstance(value, dict) else {}
 
     def begin(self, identity: dict[str, Any], *, force: bool) -> None:
-        """Continue the unfinished pack of this identity, or begin one.
-
-        Args:
-            identity: of the source and options.
-            force: discard an unfinished pack of another identity.
+        """Continue the unfinished pack of this identity, or begin one; ``force`` discards one of another identity.
 
         Raises:
             StoreError: an unfinished pack of another source or with other options is there.
@@ -171,9 +159,11 @@ class PackJob:
         except FileNotFoundError:
             return None
 
-    def keep_listing(self, listing: Listing) -> None:
-        """Keep the list of the source's files for the other tasks of the work."""
-        listing.save(self.folder / _LISTING)
+    def keep_listing(self, source: Source, *, anew: bool = False) -> None:
+        """Keep the list of the source's files, if it has one, for the other tasks of the work."""
+        listing = getattr(source, "listing", None)
+        if isinstance(listing, Listing) and (anew or self.listing() is None):
+            listing.save(self.folder / _LISTING)
 
     def shard_path(self, number: int) -> Path:
         """Where a shard is built."""
@@ -181,7 +171,7 @@ class PackJob:
 
     def keep(self, result: ShardResult) -> None:
         """Note that a shard is done."""
-        value = result.to_json()
+        value = asdict(result)
         write_json(self.shard_path(result.number).with_suffix(".json"), value | {"checksum": value_digest(value)})
 
     def noted(self) -> set[int]:
@@ -206,16 +196,16 @@ class PackJob:
             return None
         if result.skipped and plan.packing.on_error != "skip":
             return None
-        return result if result.entry is None or self._is_whole(result.entry) else None
-
-    def _is_whole(self, entry: ShardEntry) -> bool:
-        for path in self._paths(entry.name):
+        entry = result.entry
+        if entry is None:
+            return result
+        for path in self.paths(entry.name):
             with suppress(OSError, StoreError):
                 if path.stat().st_size == entry.bytes and read_shard(path).index.uuid == entry.uuid:
-                    return True
-        return False
+                    return result
+        return None
 
-    def _paths(self, name: str) -> Iterator[Path]:
+    def paths(self, name: str) -> Iterator[Path]:
         """Where a finished shard may be: here, or in its place already."""
         yield self.folder / name
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -265,17 +255,6 @@ class PackJob:
         self.discard()
         return PackReport(self.destination, manifest, packed=True, changes=changes, progressive=progressive)
 
-    def find_shard(self, name: str) -> Path:
-        """The file of a finished shard.
-
-        Raises:
-            StoreError: it is gone.
-        """
-        for path in self._paths(name):
-            if path.exists():
-                return path
-        raise StoreError(f"{self.folder / name} vanished while the store was finished. Pack again.")
-
     def _move_into_place(self, final: dict[str, str]) -> None:
         """Replace the files of the former store by the new ones; ``final`` has the name of each in the store.
 
@@ -293,9 +272,7 @@ class PackJob:
                 os.replace(self.folder / name, self.destination / place)
             except FileNotFoundError as error:
                 if not (self.destination / place).exists():
-                    raise StoreError(
-                        f"{self.folder / name} vanished while the store was finished. Pack again."
-                    ) from error
+                    raise _vanished(self.folder / name) from error
 
 
 class _Indexes:
@@ -305,7 +282,15 @@ class _Indexes:
         self._job, self._names = job, names
 
     def __iter__(self) -> Iterator[ShardIndex]:
-        return (read_shard(self._job.find_shard(name)).index for name in self._names)
+        for name in self._names:
+            path = next((path for path in self._job.paths(name) if path.exists()), None)
+            if path is None:
+                raise _vanished(self._job.folder / name)
+            yield read_shard(path).index
+
+
+def _vanished(path: Path) -> StoreError:
+    return StoreError(f"{path} vanished while the store was finished. Pack again.")
 
 
 def _manifest(
@@ -322,13 +307,20 @@ def _manifest(
     reencoded = Counter(change.reason for change in changes if not change.lossless)
     rewritten = Counter(change.reason for change in changes if change.lossless)
     rewritten["metadata taken out"] += sum(result.stripped for result in results)
+    histograms = [result.histogram for result in results if result.histogram is not None]
+    if not histograms:
+        raise StoreError(
+            "every image that was to be counted in the statistics was left out; repair the images, or pack with "
+            "another --seed."
+        )
+    counted = sum(result.counted for result in results)
     return Manifest(
         encoding=source.encoding,
         shape=shape,
         count=len(joined),
         classes=source.classes,
         class_counts=tuple(np.bincount(joined.labels, minlength=len(source.classes)).tolist()),
-        statistics=_statistics(results, exact=plan.stride == 1),
+        statistics=statistics(np.sum(histograms, axis=0), counted, exact=plan.stride == 1),
         digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
         index_hash=joined.hash,
         origin=plan.origin,
@@ -341,17 +333,6 @@ def _manifest(
     )
 
 
-def _statistics(results: Sequence[ShardResult], *, exact: bool) -> Statistics:
-    """Mean and standard deviation over all pixels that were counted; a single channel is repeated to three."""
-    histograms = [result.histogram for result in results if result.histogram is not None]
-    if not histograms:
-        raise StoreError(
-            "every image that was to be counted in the statistics was left out; repair the images, or pack with "
-            "another --seed."
-        )
-    return statistics(np.sum(histograms, axis=0), sum(result.counted for result in results), exact=exact)
-
-
 def statistics(histogram: NDArray[np.int64], images: int, *, exact: bool) -> Statistics:
     """Statistics of a histogram (C, 256), summed in integers, so that the order of images cannot matter."""
     mean, std = [], []
@@ -362,14 +343,11 @@ def statistics(histogram: NDArray[np.int64], images: int, *, exact: bool) -> Sta
         mean.append(total / pixels / 255)
         # n * sum(x^2) - sum(x)^2 is an exact integer: no cancellation.
         std.append((pixels * squares - total * total) ** 0.5 / pixels / 255)
+    if len(mean) == 1:
+        mean, std = mean * 3, std * 3
     return Statistics(
-        mean=_three(mean),
-        std=_three(std),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
         images=images,
         method="exact" if exact else "sample",
     )
-
-
-def _three(values: list[float]) -> tuple[float, float, float]:
-    red, green, blue = values if len(values) == 3 else values * 3
-    return red, green, blue

@@ -22,37 +22,17 @@ _OTHERS_FINISH_S = 10.0
 
 
 @dataclass(frozen=True)
-class PackTask:
-    """A share of the work: every ``of``-th shard, beginning with shard ``number`` - 1."""
-
-    number: int
-    of: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.number <= self.of:
-            raise ValueError(
-                f"part {self.number}/{self.of}: parts are numbered from 1/{self.of} to {self.of}/{self.of}."
-            )
-
-
-@dataclass(frozen=True)
 class TaskReport:
-    """What packing a task did.
+    """What packing a task did."""
 
-    Attributes:
-        path: the store's folder.
-        packed: shards that were built.
-        kept: shards of this task that were done before.
-        missing: shards of other tasks that are not done.
-        store: the whole store, where this task was the last; else None.
-        seconds: duration.
-    """
-
-    path: Path
     packed: int
+    """Shards that were built."""
     kept: int
+    """Shards of this task that were done before."""
     missing: int
+    """Shards of other tasks that are not done."""
     store: PackReport | None
+    """The whole store, where this task was the last; else None."""
     seconds: float
 
 
@@ -72,7 +52,7 @@ def pack(
             ``destination``.
         OSError: the disk is full or the folder cannot be written; finished shards stay, temporary files go.
     """
-    report = _pack(source, destination, None, options or PackOptions(), show_progress)
+    report = _pack(source, destination, (1, 1), options or PackOptions(), show_progress)
     assert report.store is not None, "a pack of all shards ends with the store"
     return replace(report.store, kept=report.kept, seconds=report.seconds)
 
@@ -80,15 +60,16 @@ def pack(
 def pack_task(
     source: Source,
     destination: Path,
-    task: PackTask,
+    task: tuple[int, int],
     *,
     options: PackOptions | None = None,
     show_progress: bool = False,
 ) -> TaskReport:
-    """Pack a task's shards; the process that finishes the last shard makes the store of all.
+    """Pack the shards of task (i, n): every n-th one from the i-th on, 1 <= i <= n.
 
-    Any number of tasks may be packed at once by processes on any nodes that share the folder, in any order, again
-    after being killed, and twice at the same time: their files are equal.
+    The process that finishes the last shard of all makes the store. Any number of tasks may be packed at once by
+    processes on any nodes that share the folder, in any order, again after being killed, and twice at the same time:
+    their files are equal.
 
     Raises:
         ValueError: ``options.force`` is set: a task that starts late would begin a finished store anew.
@@ -116,7 +97,7 @@ def plan_pack(source: Source, destination: Path, *, options: PackOptions | None 
     plan, job = Plan(source, options), PackJob(destination)
     if _same_store(job, plan) is None:
         job.begin(plan.identity, force=options.force)
-        _keep_listing(job, source, anew=True)
+        job.keep_listing(source, anew=True)
     return len(plan), len(plan.order)
 
 
@@ -131,39 +112,33 @@ def planned_listing(destination: Path, kind: str) -> Listing | None:
     return job.listing() if identity is not None and identity.get("kind") == kind else None
 
 
-def _keep_listing(job: PackJob, source: Source, *, anew: bool = False) -> None:
-    listing = getattr(source, "listing", None)
-    if isinstance(listing, Listing) and (anew or job.listing() is None):
-        job.keep_listing(listing)
-
-
 def _pack(
-    source: Source, destination: Path, task: PackTask | None, options: PackOptions, show_progress: bool
+    source: Source, destination: Path, task: tuple[int, int], options: PackOptions, show_progress: bool
 ) -> TaskReport:
-    """Pack a task, or all shards if it is None."""
     started = time.monotonic()
     plan, job = Plan(source, options), PackJob(destination)
     former = _stamp(destination)
     if not options.force and (manifest := _same_store(job, plan)) is not None:
         newer = int(np.count_nonzero(source.stamps > (destination / MANIFEST_NAME).stat().st_mtime_ns))
         store: PackReport | None = PackReport(destination, manifest, packed=False, newer=newer)
-        return TaskReport(destination, 0, 0, 0, store, time.monotonic() - started)
+        return TaskReport(0, 0, 0, store, time.monotonic() - started)
     job.begin(plan.identity, force=options.force)
-    numbers = range(len(plan))
-    if task is not None:
-        _keep_listing(job, source)
-        numbers = numbers[task.number - 1 :: task.of]
+    number, of = task
+    assert 1 <= number <= of, "tasks are numbered from 1"
+    if of > 1:
+        job.keep_listing(source)
+    numbers = range(len(plan))[number - 1 :: of]
     kept = missing = 0
     try:
         kept = _build(plan, job, numbers, options, show_progress)
         missing = len(set(range(len(plan))) - job.noted())
         # Others may have finished all of it between this task's first look and its beginning.
-        store = _finished_by_others(plan, job, former) if missing and task is not None else job.finish(plan)
+        store = _finished_by_others(plan, job, former) if missing and of > 1 else job.finish(plan)
     except (FileNotFoundError, StoreError):
         store = _finished_by_others(plan, job, former)
         if store is None:
             raise
-    return TaskReport(destination, len(numbers) - kept, kept, missing, store, time.monotonic() - started)
+    return TaskReport(len(numbers) - kept, kept, missing, store, time.monotonic() - started)
 
 
 def _build(plan: Plan, job: PackJob, numbers: range, options: PackOptions, show_progress: bool) -> int:
@@ -212,10 +187,7 @@ def _stamp(destination: Path) -> tuple[int, int] | None:
 def _finished_by_others(plan: Plan, job: PackJob, former: tuple[int, int] | None) -> PackReport | None:
     """The store, if another process has finished it meanwhile, so that there is nothing left to do; else None.
 
-    Args:
-        plan: of the pack.
-        job: its files, which are removed then.
-        former: stamp of the store that was there in the beginning, such as one that is to be replaced.
+    ``former`` is the stamp of the store that was there in the beginning, such as one that is to be replaced.
     """
     deadline = time.monotonic() + _OTHERS_FINISH_S
     while job.is_ending() and time.monotonic() < deadline:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +40,20 @@ _LARGEST_RECORD = (1 << 32) - 1
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard to build. All but ``number``, ``path`` and ``fingerprint`` decides its bytes.
-
-    Attributes:
-        number: position among the planned shards.
-        path: the file to write.
-        images: the n images, in order.
-        keys: n names.
-        labels: (n,) int64.
-        counted: (n,) bool, which images are counted in the statistics. These are decoded whatever ``packing.check``, so
-            faults are found in them, and repaired, which others may keep.
-        fingerprint: of the source files at the time; kept with the result.
-        encoding: of the records.
-        source_digest: of the whole source.
-        packing: the options.
-    """
+    """A shard of n images to build. All but ``number``, ``path`` and ``fingerprint`` decides its bytes."""
 
     number: int
+    """Position among the planned shards."""
     path: Path
+    """The file to write."""
     images: Images
     keys: Sequence[str]
     labels: NDArray[np.int64]
     counted: NDArray[np.bool_]
+    """(n,) which images are counted in the statistics. These are decoded whatever ``packing.check``, so faults are
+    found in them, and repaired, which others may keep."""
     fingerprint: str
+    """Of the source files at the time; kept with the result."""
     encoding: Encoding
     source_digest: str
     packing: Packing
@@ -70,49 +61,34 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Change:
-    """An image whose stored file is not the source's.
-
-    Attributes:
-        key: of the image.
-        reason: what was done, for people.
-        lossless: its pixels are those of the source.
-    """
+    """An image whose stored file is not the source's, and what was done, for people."""
 
     key: str
     reason: str
     lossless: bool
+    """Its pixels are those of the source."""
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What building a shard gave, apart from the file.
-
-    Attributes:
-        number: position among the planned shards.
-        fingerprint: of the source files from which it was built.
-        entry: for the manifest; None if every image was skipped, so that there is no file.
-        shape: (H, W, C) of the records of a raw shard.
-        counted: number of images that were counted in the statistics.
-        histogram: for each channel (3, or 1 if grey) how many of their pixels have each value 0..255; None without any.
-        changes: images whose file is not the source's, but for metadata taken out.
-        stripped: number of images from which only metadata was taken out.
-        recovered, skipped: as in the manifest.
-    """
+    """What building a shard gave, apart from the file."""
 
     number: int
     fingerprint: str
     entry: ShardEntry | None
+    """For the manifest; None if every image was skipped, so that there is no file."""
     shape: tuple[int, int, int] | None
+    """(H, W, C) of the records of a raw shard."""
     counted: int
+    """Images that were counted in the statistics."""
     histogram: list[list[int]] | None
+    """For each channel (3, or 1 if grey) how many of their pixels have each value 0..255; None without any."""
     changes: tuple[Change, ...]
+    """Images whose file is not the source's, but for metadata taken out."""
     stripped: int
+    """Images from which only metadata was taken out."""
     recovered: tuple[Omission, ...]
     skipped: tuple[Omission, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON values."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ShardResult:
@@ -150,11 +126,8 @@ def build_shard(
 ) -> ShardResult:
     """Load, check and store the images of one shard; its file appears when it is whole.
 
-    Args:
-        task: the shard.
-        threads: that load and decode images.
-        advance: called with the number of images done since the last call.
-        current: one number per thread, kept at the position of its image + 1, or 0 where it has none.
+    ``advance`` is called with the number of images done since the last call. ``current`` has one number per thread,
+    kept at the position of its image + 1, or 0 where it has none.
 
     Raises:
         RecordError: an image cannot be read and ``packing.on_error`` is ``stop``; its key is named.
@@ -172,7 +145,15 @@ def build_shard(
                 if isinstance(record, Omission):
                     skipped.append(record)
                     continue
-                shape = _common_shape(record, shape, task.encoding)
+                if task.encoding == "raw":
+                    assert record.image.pixels is not None, "a raw source gives pixels"
+                    shape = shape or record.image.pixels.shape
+                    if record.image.pixels.shape != shape:
+                        raise StoreError(
+                            f"image {record.key!r} is {record.image.pixels.shape}, the others {shape}: raw needs one "
+                            "shape."
+                        )
+                    record.image.pixels = None
                 writer.add(record.image.payload)
                 record.image.payload = b""
                 if record.histogram is not None:
@@ -213,22 +194,6 @@ def build_shard(
         recovered=tuple(Omission(change.key, change.reason) for change, flags in listed if flags & FLAG_RECOVERED),
         skipped=tuple(skipped),
     )
-
-
-def _common_shape(
-    record: _Record, shape: tuple[int, int, int] | None, encoding: Encoding
-) -> tuple[int, int, int] | None:
-    """The shape (H, W, C) of the raw records, of which this is one; None for JPEG."""
-    if encoding != "raw":
-        return None
-    assert record.image.pixels is not None, "a raw source gives pixels"
-    height, width, channels = record.image.pixels.shape
-    record.image.pixels = None
-    if shape is not None and shape != (height, width, channels):
-        raise StoreError(
-            f"image {record.key!r} is {(height, width, channels)}, the others {shape}: raw needs one shape."
-        )
-    return height, width, channels
 
 
 def _index(records: Sequence[_Record]) -> ShardIndex:

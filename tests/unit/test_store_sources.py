@@ -18,7 +18,6 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from paws_hpc.packing import (
     ImageFolder,
-    PackTask,
     SourceConfig,
     open_source,
     pack,
@@ -288,7 +287,7 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     listing = planned_listing(tmp_path / "by_part", options["kind"])
     assert (listing is not None) == ("root" in options)
     again = open_source(SourceConfig(**options, classes=chosen), listing)
-    pack_task(again, tmp_path / "by_part", PackTask(1, 1))
+    pack_task(again, tmp_path / "by_part", (1, 1))
     assert ImageStore.open(tmp_path / "by_part").digest == part.digest
     (shard,) = (tmp_path / "by_part").glob("*.h5")
     intact = shard.read_bytes()
