@@ -1,9 +1,9 @@
 """Images of any source → a store: plan, write, finish, repair."""
 
 from paws_hpc.packing.job import PackReport
-from paws_hpc.packing.packer import TaskReport, pack, pack_task, plan_pack, planned_listing
+from paws_hpc.packing.packer import pack, pack_task, plan_pack, planned_listing
 from paws_hpc.packing.plan import PackOptions
-from paws_hpc.packing.repair import RepairReport, repair
+from paws_hpc.packing.repair import repair
 from paws_hpc.packing.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
 
 __all__ = [
@@ -12,10 +12,8 @@ __all__ = [
     "ImageFolder",
     "PackOptions",
     "PackReport",
-    "RepairReport",
     "Source",
     "SourceConfig",
-    "TaskReport",
     "open_source",
     "pack",
     "pack_task",

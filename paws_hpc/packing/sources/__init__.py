@@ -8,26 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paws_hpc.packing.sources.arrays import FASHION_CLASSES, ArraySource, cifar, digits, idx
-from paws_hpc.packing.sources.base import Images, Source
+from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.dataset import DEFAULT_MODULE, dataset
 from paws_hpc.packing.sources.imagefolder import ImageFolder
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.sources.subset import OfClasses
 from paws_hpc.packing.sources.tars import TarSource, list_tars, list_webdataset
 
-__all__ = [
-    "SOURCES",
-    "ArraySource",
-    "ImageFolder",
-    "Images",
-    "Listing",
-    "OfClasses",
-    "Source",
-    "SourceConfig",
-    "SourceKind",
-    "TarSource",
-    "open_source",
-]
+__all__ = ["SOURCES", "ArraySource", "ImageFolder", "Source", "SourceConfig", "open_source"]
 
 DEBIAN_FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where Debian's package ``dataset-fashion-mnist`` installs the files."""
@@ -98,17 +86,14 @@ class SourceKind:
 def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
     """List the images that ``config`` describes.
 
-    Args:
-        config: kind of source and where it is.
-        listing: what an earlier call listed, so that a million files need not be looked at again; kinds that have
-            nothing to list ignore it.
+    ``listing`` is what an earlier call listed, so that a million files need not be looked at again; kinds that have
+    nothing to list ignore it.
 
     Raises:
         StoreError: files are missing or are not what their kind says, or a class is none of theirs.
     """
     kind = SOURCES[config.kind]
-    relist = kind.relist
-    whole = kind.open(config) if listing is None or relist is None else relist(config, listing)
+    whole = kind.open(config) if listing is None or kind.relist is None else kind.relist(config, listing)
     return whole if config.classes is None else OfClasses(whole, tuple(config.classes))
 
 
@@ -122,27 +107,12 @@ def _split(config: SourceConfig) -> str:
     return config.split
 
 
-def _fashion_mnist(config: SourceConfig) -> Source:
-    root = Path(config.root or DEBIAN_FASHION_MNIST)
-    return idx(root, split=_split(config), kind="fashion_mnist", classes=FASHION_CLASSES)
-
-
-def _list_tars(config: SourceConfig) -> Source:
-    labels = None if config.labels is None else Path(config.labels)
-    return _tar(config, list_tars(_root(config), labels))
-
-
 def _tar(config: SourceConfig, listing: Listing) -> Source:
     return TarSource("tar", _root(config), listing, {})
 
 
 def _webdataset(config: SourceConfig, listing: Listing) -> Source:
     return TarSource("webdataset", _root(config), listing, {"label_field": config.label_field})
-
-
-def _dataset(config: SourceConfig) -> Source:
-    assert config.dataset is not None, "SourceConfig checks this"
-    return dataset(config.dataset, _root(config), config.split)
 
 
 SOURCES: dict[str, SourceKind] = {
@@ -157,7 +127,7 @@ SOURCES: dict[str, SourceKind] = {
     "tar": SourceKind(
         help="tar archives, read without unpacking: ImageNet's archive of class archives, class archives beside each "
         "other, or archives of class folders",
-        open=_list_tars,
+        open=lambda config: _tar(config, list_tars(_root(config), Path(config.labels) if config.labels else None)),
         relist=_tar,
         root_help="the archive, or the folder with *.tar",
         needs_root=True,
@@ -175,7 +145,7 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "dataset": SourceKind(
         help=f"a data set class, such as those of {DEFAULT_MODULE}, on files that are there (nothing is downloaded)",
-        open=_dataset,
+        open=lambda config: dataset(config.dataset or "", _root(config), config.split),
         root_help="the folder that the class is given",
         needs_root=True,
         has_splits=False,
@@ -202,7 +172,12 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "fashion_mnist": SourceKind(
         help="Fashion-MNIST's idx files, with its class names",
-        open=_fashion_mnist,
+        open=lambda config: idx(
+            Path(config.root or DEBIAN_FASHION_MNIST),
+            split=_split(config),
+            kind="fashion_mnist",
+            classes=FASHION_CLASSES,
+        ),
         root_help=f"default: Debian's package dataset-fashion-mnist, {DEBIAN_FASHION_MNIST}",
     ),
     "digits": SourceKind(

@@ -21,27 +21,21 @@ from paws_hpc.store.format import Encoding
 
 @dataclass(frozen=True)
 class Listing:
-    """N image files, on their own or inside archives.
-
-    Attributes:
-        classes: names in label order.
-        keys: N names in the order in which the source lists them.
-        labels: (N,) int64, positions in ``classes``.
-        sizes: (N,) int64 bytes; 0 for a file that cannot be reached, which packing reports.
-        stamps: (N,) int64 modification times in ns, of the file or its archive.
-        files: names of the archives below the root; empty for a folder of files.
-        file_of: (N,) int64 positions in ``files``; all 0 for a folder.
-        offsets: (N,) int64 bytes, where the image begins in its archive; all 0 for a folder.
-    """
+    """N image files, on their own or inside archives, as columns of N entries."""
 
     classes: tuple[str, ...]
     keys: Sequence[str]
     labels: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    """Bytes; 0 for a file that cannot be reached, which packing reports."""
     stamps: NDArray[np.int64]
+    """Modification times in ns, of the file or its archive."""
     files: tuple[str, ...]
+    """Names of the archives below the root; empty for a folder of files."""
     file_of: NDArray[np.int64]
+    """Positions in ``files``; all 0 for a folder."""
     offsets: NDArray[np.int64]
+    """Where the image begins in its archive, in bytes; all 0 for a folder."""
 
     @cached_property
     def digest(self) -> str:
@@ -72,8 +66,8 @@ class Listing:
         content = io.BytesIO()
         np.savez(
             content,
-            names=_bytes(json.dumps({"classes": self.classes, "files": self.files}).encode()),
-            key_blob=_bytes(b"".join(encoded)),
+            names=np.frombuffer(json.dumps({"classes": self.classes, "files": self.files}).encode(), dtype=np.uint8),
+            key_blob=np.frombuffer(b"".join(encoded), dtype=np.uint8),
             key_bounds=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
             **{name: getattr(self, name) for name in _COLUMNS},
         )
@@ -114,7 +108,6 @@ class ListedSource:
     encoding: Encoding = "jpeg"
 
     def __init__(self, kind: str, root: Path, listing: Listing, options: dict[str, Any]) -> None:
-        """Take what was listed."""
         self.kind, self.root, self.listing, self.options = kind, root, listing, options
         self.classes, self.keys, self.labels = listing.classes, listing.keys, listing.labels
         self.sizes, self.stamps = listing.sizes, listing.stamps
@@ -127,7 +120,3 @@ class ListedSource:
 
 _HASH_BYTES = 16
 _COLUMNS = ("labels", "sizes", "stamps", "file_of", "offsets")
-
-
-def _bytes(text: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(text, dtype=np.uint8)

@@ -28,7 +28,6 @@ class TarSource(ListedSource):
     """Images inside the tar archives at ``root``; see :func:`list_tars` and :func:`list_webdataset`."""
 
     def __init__(self, kind: str, root: Path, listing: Listing, options: dict[str, Any]) -> None:
-        """Take what was listed."""
         super().__init__(kind, root, listing, options)
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -111,12 +110,11 @@ def list_tars(root: Path, labels: Path | None) -> Listing:
     if not found:
         raise StoreError(f"{root} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
     if labels is not None:
-        of_image = _classes_from(labels)
+        class_of = list(map(_classes_from(labels), found))
     else:
         found = _in_class_folders(root, names, found)
-        of_image = _first_folder
-    class_of = [of_image(image) for image in found]
-    return _listing(names, [_stamp(root, name) for name in names], found, class_of, tuple(sorted(set(class_of))))
+        class_of = [image.path.split("/")[0] for image in found]
+    return _listing(root, names, found, class_of, tuple(sorted(set(class_of))))
 
 
 def _archives(root: Path) -> tuple[str, ...]:
@@ -127,10 +125,6 @@ def _archives(root: Path) -> tuple[str, ...]:
     if not names:
         raise StoreError(f"{root} is neither a tar archive nor a folder with *.tar files.")
     return names
-
-
-def _stamp(root: Path, name: str) -> int:
-    return archive_path(root, name).stat().st_mtime_ns
 
 
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
@@ -151,13 +145,11 @@ def _members(path: Path) -> Iterator[tuple[str, Member]]:
         os.close(descriptor)
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
-
-
-def _images(path: Path, number: int) -> list[_Found]:
-    return [_Found(name, number, member.offset, member.size) for name, member in _members(path) if _is_image(name)]
+def _images(archive: Path, number: int) -> Iterator[_Found]:
+    for name, member in _members(archive):
+        path = PurePosixPath(name)
+        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith("."):
+            yield _Found(name, number, member.offset, member.size)
 
 
 def _in_class_folders(root: Path, names: tuple[str, ...], found: list[_Found]) -> list[_Found]:
@@ -183,10 +175,6 @@ def _below_common_folder(found: list[_Found]) -> list[_Found]:
     return [replace(image, path="/".join(part[shared:])) for part, image in zip(parts, found, strict=True)]
 
 
-def _first_folder(image: _Found) -> str:
-    return image.path.split("/")[0]
-
-
 def _classes_from(labels: Path) -> Callable[[_Found], str]:
     """Read "<image>,<class>" lines; the result maps an image to its class."""
     try:
@@ -209,7 +197,7 @@ def _classes_from(labels: Path) -> Callable[[_Found], str]:
 
 
 def _listing(
-    names: tuple[str, ...], stamps: list[int], found: list[_Found], class_of: list[str], classes: tuple[str, ...]
+    root: Path, names: tuple[str, ...], found: list[_Found], class_of: list[str], classes: tuple[str, ...]
 ) -> Listing:
     """Put what was found into columns, sorted by key as a folder would be."""
     order = sorted(range(len(found)), key=lambda place: (class_of[place], found[place].path))
@@ -220,6 +208,7 @@ def _listing(
             where = " and ".join(dict.fromkeys((names[first.file], names[second.file])))
             raise StoreError(f"image {first.path!r} occurs twice in {where}: names must be distinct. Remove one.")
     files = np.array([found[place].file for place in order], dtype=np.int64)
+    stamps = [archive_path(root, name).stat().st_mtime_ns for name in names]
     return Listing(
         classes=classes,
         keys=[found[place].path for place in order],
@@ -249,7 +238,12 @@ def list_webdataset(root: Path, label_field: str) -> Listing:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for sample, parts in _samples(descriptor, path).items():
-                image = _only_image(parts, sample, path)
+                images = [part for name, part in parts.items() if f".{name.rpartition('.')[2]}" in IMAGE_EXTENSIONS]
+                if len(images) != 1:
+                    raise StoreError(
+                        f"{path}: sample {sample!r} has {len(images)} images ({', '.join(parts)}), it needs one."
+                    )
+                image = images[0]
                 found.append(_Found(str(PurePosixPath(image.name)), number, image.offset, image.size))
                 labels.append(_label(descriptor, parts, label_field, sample, path))
         finally:
@@ -264,7 +258,7 @@ def list_webdataset(root: Path, label_field: str) -> Listing:
             f"{root} has labels from {min(numbers)} to {max(numbers)} on {len(labels):,} images: they count from 0."
         )
     classes = tuple(map(str, range(max(numbers) + 1))) if numbers else tuple(sorted({str(label) for label in labels}))
-    return _listing(names, [_stamp(root, name) for name in names], found, [str(label) for label in labels], classes)
+    return _listing(root, names, found, [str(label) for label in labels], classes)
 
 
 def _samples(descriptor: int, path: Path) -> dict[str, dict[str, Member]]:
@@ -280,13 +274,6 @@ def _samples(descriptor: int, path: Path) -> dict[str, dict[str, Member]]:
             raise StoreError(f"{path}: {member.name!r} occurs twice: names must be distinct. Remove one.")
         parts[extension.lower()] = member
     return samples
-
-
-def _only_image(parts: dict[str, Member], sample: str, path: Path) -> Member:
-    images = [part for extension, part in parts.items() if f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS]
-    if len(images) != 1:
-        raise StoreError(f"{path}: sample {sample!r} has {len(images)} images ({', '.join(parts)}), it needs one.")
-    return images[0]
 
 
 def _label(descriptor: int, parts: dict[str, Member], field: str, sample: str, path: Path) -> int | str:
