@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from paws_hpc.files import error_text
 from paws_hpc.packing import (
@@ -60,16 +61,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, repair, copy."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_pack(commands.add_parser("pack", help="pack a data set into shards"))
+    _add_sources(commands.add_parser("pack", help="pack a data set into shards"))
     info = commands.add_parser("info", help="describe a store")
     info.add_argument("store", type=Path, help="folder of the store")
     info.add_argument("--json", action="store_true", help="print the manifest, which has everything")
     info.set_defaults(run=_info)
-    for name, run, meaning in (
-        ("verify", _verify, "look for damage; exit status 1 if there is any"),
-        ("repair", _repair, "build the damaged shards again from the source"),
-    ):
-        command = commands.add_parser(name, help=meaning)
+    check = commands.add_parser("verify", help="look for damage; exit status 1 if there is any")
+    check.set_defaults(run=_verify)
+    mend = commands.add_parser("repair", help="build the damaged shards again from the source")
+    mend.set_defaults(run=_repair)
+    for command in (check, mend):
         command.add_argument("store", type=Path, help="folder of the store")
         levels = command.add_mutually_exclusive_group()
         for level, depth in (
@@ -77,21 +78,14 @@ def _parser() -> argparse.ArgumentParser:
             ("full", "also every record's CRC32C and every file's hash (default)"),
             ("deep", "also decode every image"),
         ):
-            levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=depth)
+            levels.add_argument(
+                f"--{level}", dest="level", action="store_const", const=level, default="full", help=depth
+            )
         command.add_argument("--workers", type=int, help="threads (default: one per usable core)")
         command.add_argument("--json", action="store_true", help="print the report as JSON")
-        command.set_defaults(run=run, level="full")
-        if name == "repair":
-            command.add_argument(
-                "--root", type=Path, help="where the source is now, as for pack; if its kind needs one"
-            )
-            command.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
-    _add_copy(commands.add_parser("copy", help="copy a store to this node's own disk, for data.copy_to"))
-    return parser
-
-
-def _add_copy(copy: argparse.ArgumentParser) -> None:
-    """Add the options of ``copy``."""
+    mend.add_argument("--root", type=Path, help="where the source is now, as for pack; if its kind needs one")
+    mend.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
+    copy = commands.add_parser("copy", help="copy a store to this node's own disk, for data.copy_to")
     copy.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folder of a store; several in turn")
     copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
     copy.add_argument(
@@ -99,29 +93,23 @@ def _add_copy(copy: argparse.ArgumentParser) -> None:
     )
     copy.add_argument("--json", action="store_true", help="print the report as JSON")
     copy.set_defaults(run=_copy)
+    return parser
 
 
-def _add_pack(parser: argparse.ArgumentParser) -> None:
+def _add_sources(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per kind of source, each with the options that apply to it."""
     sources = parser.add_subparsers(required=True, metavar="SOURCE", dest="kind")
     for name, kind in SOURCES.items():
         source = sources.add_parser(name, help=kind.help, description=f"{kind.help}. {_PACKING}")
-        if "dataset" in kind.extra:
-            source.add_argument("dataset", metavar="CLASS", help="package.module:Class, or a torchvision.datasets name")
         if kind.root_help:
             source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
         if kind.has_splits:
             source.add_argument("--split", required=True, choices=("train", "test"))
         if kind.names_splits:
             source.add_argument("--split", help="as the class calls it, or train or test")
-        if "size" in kind.extra:
-            source.add_argument("--size", type=int, default=SourceConfig.size, help="side in pixels (%(default)s)")
-        if "labels" in kind.extra:
-            source.add_argument("--labels", help="lines '<image>,<class>', for archives without class folders")
-        if "label_field" in kind.extra:
-            source.add_argument(
-                "--label-field", default=SourceConfig.label_field, help="of .json files (%(default)s)", metavar="FIELD"
-            )
+        for field in kind.extra:
+            option, settings = _EXTRA_OPTIONS[field]
+            source.add_argument(option, **settings)
         source.add_argument(
             "--classes", nargs="+", metavar="NAME", help="the only classes to take, in the order of their labels"
         )
@@ -129,6 +117,17 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         _add_pack_options(source, PackOptions())
         source.set_defaults(run=_pack)
 
+
+_EXTRA_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dataset": ("dataset", {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"}),
+    "size": ("--size", {"type": int, "default": SourceConfig.size, "help": "side in pixels (%(default)s)"}),
+    "labels": ("--labels", {"help": "lines '<image>,<class>', for archives without class folders"}),
+    "label_field": (
+        "--label-field",
+        {"default": SourceConfig.label_field, "help": "of .json files (%(default)s)", "metavar": "FIELD"},
+    ),
+}
+"""Field of :class:`SourceConfig` → its option."""
 
 _PACKING = (
     "The same command goes on after an interruption, without packing finished shards again. Images become baseline "
@@ -280,12 +279,10 @@ def _print_omissions(what: str, omissions: Sequence[Omission], *, all_in: str | 
 
 def _bytes_text(count: int) -> str:
     """Bytes in a readable unit."""
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+    if count < 1024:
+        return f"{count:,} B"
+    power = min((count.bit_length() - 1) // 10, 4)
+    return f"{count / 1024**power:,.1f} {'KMGT'[power - 1]}iB"
 
 
 def _info(options: argparse.Namespace) -> int:

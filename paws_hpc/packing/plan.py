@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 
 from paws_hpc import __version__
 from paws_hpc.files import value_digest
+from paws_hpc.packing.jpeg_policy import transcoder
 from paws_hpc.packing.sources.base import Source
-from paws_hpc.packing.standard import transcoder
 from paws_hpc.packing.write import ShardTask
 from paws_hpc.store.format import Encoding, Origin, Packing, StoreError
 
@@ -95,7 +94,18 @@ class Plan:
                 f"pack.max_short_side={options.max_short_side} does not apply to the {source.kind} source, which gives "
                 "raw pixels: remove it."
             )
-        _check_keys(source)
+        if not len(source.keys):
+            raise StoreError(f"the {source.kind} source has no images.")
+        assert len(source.labels) == len(source.keys), "a source gives one label per key"
+        if len(set(source.keys)) < len(source.keys):
+            key, times = Counter(source.keys).most_common(1)[0]
+            raise StoreError(f"key {key!r} occurs {times} times in the {source.kind} source: keys must be distinct.")
+        for key in source.keys:
+            # File names that are not UTF-8 reach Python as lone surrogates.
+            if not key or "\0" in key or not (key.isascii() or key.encode(errors="ignore").decode() == key):
+                raise StoreError(
+                    f"key {key!r} cannot be stored: it is empty, has a zero byte or is not UTF-8. Rename it."
+                )
         self.source = source
         self.origin = Origin(kind=source.kind, digest=source.digest, options=source.options)
         self.packing = Packing(
@@ -108,6 +118,9 @@ class Plan:
             transcoder=transcoder() if options.transcode and source.encoding == "jpeg" else None,
         )
         self.identity: dict[str, Any] = asdict(self.origin) | asdict(self.packing)
+        self._identity_digest = value_digest(
+            {name: value for name, value in self.identity.items() if name != "on_error"}
+        )
         self.order = packing_order(source.keys, seed=options.seed)
         self.bounds = shard_bounds(source.sizes[self.order], options.shard_bytes)
         self.stride = statistics_stride(source.encoding, len(self.order))
@@ -118,10 +131,6 @@ class Plan:
     def members(self, number: int) -> NDArray[np.int64]:
         """Positions (n,) in the source of the images of a shard, in order."""
         return self.order[self.bounds[number] : self.bounds[number + 1]]
-
-    @cached_property
-    def _identity_digest(self) -> str:
-        return value_digest({name: value for name, value in self.identity.items() if name != "on_error"})
 
     def fingerprint(self, number: int) -> str:
         """Of the pack and of the modification times of a shard's files: a shard with another one is built again."""
@@ -171,12 +180,7 @@ def packing_ranks(keys: Sequence[str], *, seed: int) -> NDArray[np.uint64]:
 
 
 def shard_bounds(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:
-    """Where shards begin and end (shards + 1,): each as many images as fit, at least one.
-
-    Args:
-        sizes: (N,) int64 bytes in packing order.
-        shard_bytes: that fit into a shard.
-    """
+    """Where shards begin and end (shards + 1,): each as many images of ``sizes`` (N,) bytes as fit, at least one."""
     ends = np.cumsum(sizes)
     bounds = [0]
     while bounds[-1] < len(sizes):
@@ -184,17 +188,3 @@ def shard_bounds(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64
         fitting = int(np.searchsorted(ends, before + shard_bytes, side="right"))
         bounds.append(max(fitting, bounds[-1] + 1))
     return np.array(bounds, dtype=np.int64)
-
-
-def _check_keys(source: Source) -> None:
-    """Refuse images that could not be found again by key."""
-    if not len(source.keys):
-        raise StoreError(f"the {source.kind} source has no images.")
-    assert len(source.labels) == len(source.keys), "a source gives one label per key"
-    if len(set(source.keys)) < len(source.keys):
-        key, times = Counter(source.keys).most_common(1)[0]
-        raise StoreError(f"key {key!r} occurs {times} times in the {source.kind} source: keys must be distinct.")
-    for key in source.keys:
-        # File names that are not UTF-8 reach Python as lone surrogates.
-        if not key or "\0" in key or not (key.isascii() or key.encode(errors="ignore").decode() == key):
-            raise StoreError(f"key {key!r} cannot be stored: it is empty, has a zero byte or is not UTF-8. Rename it.")

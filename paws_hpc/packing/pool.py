@@ -33,11 +33,9 @@ def build_shards(
 ) -> Iterator[ShardResult]:
     """Build shards, giving each result when it is there, in any order.
 
-    Args:
-        tasks: taken one by one as workers become free, so that few are in memory.
-        processes: workers; 1 works in this process.
-        threads: of each worker.
-        advance: called now and then with the number of images done since the last call.
+    Tasks are taken one by one as workers become free, so that few are in memory. One process means this one.
+    ``threads`` are those of each worker. ``advance`` is called now and then with the number of images done since the
+    last call.
 
     Raises:
         RecordError, SourceChangedError, StoreError, OSError: as :func:`paws_hpc.packing.write.build_shard`, of the

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.packing.jpeg_policy import transcoder
 from paws_hpc.packing.plan import packing_order, packing_ranks, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
-from paws_hpc.packing.standard import transcoder
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
@@ -27,21 +27,18 @@ from paws_hpc.store.workers import usable_cores
 
 @dataclass
 class RepairReport:
-    """What repairing did.
-
-    Attributes:
-        faults: what verification had found.
-        repaired: names of the shards that are again what was packed.
-        refused: name of each shard that was left as it is → why.
-        index_made: whether ``index.bin`` was made anew.
-        whole: no fault is left.
-    """
+    """What repairing did."""
 
     faults: list[Fault]
+    """What verification had found."""
     repaired: list[str] = field(default_factory=list)
+    """Names of the shards that are again what was packed."""
     refused: dict[str, str] = field(default_factory=dict)
+    """Name of each shard that was left as it is → why."""
     index_made: bool = False
+    """Whether ``index.bin`` was made anew."""
     whole: bool = True
+    """No fault is left."""
 
 
 def repair(
@@ -58,13 +55,8 @@ def repair(
     A shard is replaced, in one step, only by a file that has the manifest's hash. So nothing that can still be read is
     lost, and programs that are reading the store go on.
 
-    Args:
-        folder: the store.
-        root: where its source is now; None for kinds that need none.
-        labels: the file of labels, if packing was given one.
-        level: how deeply to verify.
-        workers: threads; None: one per core this process may use.
-        show_progress: report progress on standard error.
+    ``root`` is where its source is now, None for kinds that need none; ``labels`` is the file of labels, if packing
+    was given one. ``level`` and ``workers`` are those of :func:`paws_hpc.store.verify.verify`.
 
     Raises:
         StoreError: the manifest is damaged, or the source cannot be opened.

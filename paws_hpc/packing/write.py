@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paws_hpc.files import atomic_write
+from paws_hpc.packing.jpeg_policy import JpegPolicy, StandardImage, encoded_anew, standard_jpeg, transcoder
 from paws_hpc.packing.sources.base import Images
-from paws_hpc.packing.standard import JpegPolicy, StandardImage, encoded_anew, standard_jpeg, transcoder
 from paws_hpc.store.format import (
     FLAG_RECOVERED,
     FLAG_REENCODED,

@@ -36,12 +36,9 @@ def verify(
 ) -> tuple[list[Fault], int]:
     """Look for faults.
 
-    Args:
-        folder: the store.
-        level: ``quick`` reads sizes, headers and indexes and compares them with the manifest; ``full`` also reads every
-            record (CRC32C) and every file (hash); ``deep`` also decodes every image and compares its size.
-        workers: threads; None: one per core this process may use.
-        show_progress: report progress on standard error.
+    ``quick`` reads sizes, headers and indexes and compares them with the manifest; ``full`` also reads every record
+    (CRC32C) and every file (hash); ``deep`` also decodes every image and compares its size. ``workers`` are threads;
+    None: one per core this process may use.
 
     Returns:
         The faults, and the number of records that were looked at: all whose shard could be opened, 0 at ``quick``.

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.packing.jpeg import exif_orientation, take_apart
-from paws_hpc.packing.standard import JpegPolicy, StandardImage, standard_jpeg, standard_pixels, transcoder
+from paws_hpc.packing.jpeg_policy import JpegPolicy, StandardImage, standard_jpeg, standard_pixels, transcoder
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import (

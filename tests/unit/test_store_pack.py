@@ -20,8 +20,8 @@ from PIL import Image
 from paws_hpc.files import file_hash
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.packing.job import statistics
+from paws_hpc.packing.jpeg_policy import standard_jpeg
 from paws_hpc.packing.sources.arrays import digits
-from paws_hpc.packing.standard import standard_jpeg
 from paws_hpc.packing.write import pixel_histogram
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.format import FLAG_PROGRESSIVE, FLAG_REENCODED

@@ -56,11 +56,14 @@ def dataset(name: str, root: Path, split: str | None) -> Source:
     opened = open_dataset(name, root, split)
     if not len(opened):
         raise StoreError(f"data set {name} at {root} has no items.")
-    options = {"class": _full_name(name), "split": split}
     files = _listed_files(opened, name)
     if files is not None:
-        return _file_source(files, opened, options)
-    return DatasetSource(name, root, split, _look(opened, name))
+        folder = Path(os.path.commonpath([path.parent for path, _ in files]))
+        labels = np.array([label for _, label in files], dtype=np.int64)
+        named = [(path.relative_to(folder).as_posix(), *size_and_stamp(path)) for path, _ in files]
+        listing = folder_listing(_class_names(opened, labels), named, labels)
+        return ImageFolder(folder, listing, kind="dataset", options={"class": _full_name(name), "split": split})
+    return _read_all(opened, name, root, split)
 
 
 def _full_name(name: str) -> str:
@@ -180,38 +183,7 @@ def _gives_its_files(opened: Any, files: list[tuple[Path, int]], name: str) -> b
     return True
 
 
-def _file_source(files: list[tuple[Path, int]], opened: Any, options: dict[str, Any]) -> Source:
-    """The files themselves, with paths below the folder that they share as keys."""
-    folder = Path(os.path.commonpath([path.parent for path, _ in files]))
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    named = [(path.relative_to(folder).as_posix(), *size_and_stamp(path)) for path, _ in files]
-    listing = folder_listing(_class_names(opened, labels), named, labels)
-    return ImageFolder(folder, listing, kind="dataset", options=options)
-
-
-@dataclass(frozen=True)
-class _Items:
-    """The n items as the first pass over them saw them; ``hashes`` (n,) uint64 are of their pixels."""
-
-    classes: tuple[str, ...]
-    positions: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    hashes: NDArray[np.uint64]
-    encoding: Encoding
-
-    def take(self, indices: NDArray[np.int64]) -> _Items:
-        """These items, in this order."""
-        return replace(
-            self,
-            positions=self.positions[indices],
-            labels=self.labels[indices],
-            sizes=self.sizes[indices],
-            hashes=self.hashes[indices],
-        )
-
-
-def _look(opened: Any, name: str) -> _Items:
+def _read_all(opened: Any, name: str, root: Path, split: str | None) -> DatasetSource:
     """Read every item once."""
     shapes: set[tuple[int, ...]] = set()
     labels, sizes = np.empty(len(opened), dtype=np.int64), np.empty(len(opened), dtype=np.int64)
@@ -222,39 +194,63 @@ def _look(opened: Any, name: str) -> _Items:
         sizes[index], hashes[index] = pixels.size, xxhash.xxh3_64_intdigest(pixels.data)
         shapes.add(pixels.shape)
     raw = len(shapes) == 1 and int(sizes[0]) <= _LARGEST_RAW
-    # A JPEG takes about an eighth of its pixels, which is near enough to decide where shards end.
-    sizes = sizes if raw else -(-sizes // _JPEG_SHARE)
-    classes = _class_names(opened, labels)
-    return _Items(classes, np.arange(len(opened)), labels, sizes, hashes, "raw" if raw else "jpeg")
+    return DatasetSource(
+        name=name,
+        root=root,
+        split=split,
+        encoding="raw" if raw else "jpeg",
+        classes=_class_names(opened, labels),
+        positions=np.arange(len(opened)),
+        labels=labels,
+        # A JPEG takes about an eighth of its pixels, which is near enough to decide where shards end.
+        sizes=sizes if raw else -(-sizes // _JPEG_SHARE),
+        hashes=hashes,
+    )
 
 
-@cache
-def _opened_once(name: str, root: Path, split: str | None) -> Any:
-    return open_dataset(name, root, split)
+_opened_once = cache(open_dataset)
 
 
+@dataclass(frozen=True)
 class DatasetSource:
     """Items of a data set as its class gives them; another process opens the data set again."""
 
-    kind = "dataset"
+    name: str
+    root: Path
+    split: str | None
+    encoding: Encoding
+    classes: tuple[str, ...]
+    positions: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    """(n,) of the items' pixels, as the first pass over them saw them."""
+    kind: str = "dataset"
 
-    def __init__(self, name: str, root: Path, split: str | None, items: _Items) -> None:
-        """Take the items that :func:`dataset` listed."""
-        self.name, self.root, self.split, self.items = name, root, split, items
-        self.options: dict[str, Any] = {"class": _full_name(name), "split": split}
-        self.encoding, self.classes = items.encoding, items.classes
-        self.keys, self.labels, self.sizes = position_keys(items.positions), items.labels, items.sizes
-        self.stamps = np.zeros(len(self.keys), dtype=np.int64)  # the digest covers the pixels
+    @cached_property
+    def keys(self) -> Sequence[str]:
+        """Positions in the data set."""
+        return position_keys(self.positions)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Class and split."""
+        return {"class": _full_name(self.name), "split": self.split}
+
+    @property
+    def stamps(self) -> NDArray[np.int64]:
+        """(n,) zeros: the digest covers the pixels."""
+        return np.zeros(len(self.positions), dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
         """Hash of pixels, labels, keys and class names."""
-        items = self.items
-        return value_digest([items.hashes.tolist(), items.labels.tolist(), self.keys, self.classes])
+        return value_digest([self.hashes.tolist(), self.labels.tolist(), self.keys, self.classes])
 
     def select(self, indices: NDArray[np.int64]) -> DatasetSource:
         """Return these items only."""
-        return DatasetSource(self.name, self.root, self.split, self.items.take(indices))
+        columns = {name: getattr(self, name)[indices] for name in ("positions", "labels", "sizes", "hashes")}
+        return replace(self, **columns)
 
     def load(self, index: int) -> NDArray[np.uint8]:
         """Return the pixels (H, W, 1 or 3) of image ``index``.
@@ -262,12 +258,13 @@ class DatasetSource:
         Raises:
             SourceChangedError: they are not those of the first pass.
         """
-        place = int(self.items.positions[index])
-        image, _ = _item(_opened_once(self.name, self.root, self.split), place, self.name)
-        pixels = _pixels(image, place, self.name)
-        if xxhash.xxh3_64_intdigest(pixels.data) != self.items.hashes[index]:
+        position = int(self.positions[index])
+        image, _ = _item(_opened_once(self.name, self.root, self.split), position, self.name)
+        pixels = _pixels(image, position, self.name)
+        if xxhash.xxh3_64_intdigest(pixels.data) != self.hashes[index]:
             raise SourceChangedError(
-                f"data set {self.name} gives other pixels for item {place} than before: it is random, or was changed."
+                f"data set {self.name} gives other pixels for item {position} than before: it is random, or was "
+                "changed."
             )
         return pixels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -60,40 +61,33 @@ def transcoder() -> str | None:
 
 @dataclass
 class StandardImage:
-    """One image ready for a JPEG store.
-
-    Attributes:
-        payload: the JPEG file's bytes.
-        height, width: in pixels.
-        pixels: (H, W, 3) uint8, as ``payload`` decodes; None where nobody wants them.
-        flags: bits ``FLAG_*``; without ``FLAG_REENCODED`` the pixels are those of the source, if turned.
-        changed: what was done, for people; None where the payload is the source's bytes.
-    """
+    """One image ready for a JPEG store."""
 
     payload: bytes
+    """The JPEG file."""
     height: int
     width: int
     pixels: NDArray[np.uint8] | None
+    """(H, W, 3) uint8, as ``payload`` decodes; None where nobody wants them."""
     flags: int
+    """Bits ``FLAG_*``; without ``FLAG_REENCODED`` the pixels are those of the source, if turned."""
     changed: str | None
+    """What was done, for people; None where the payload is the source's bytes."""
 
 
 @dataclass(frozen=True)
 class JpegPolicy:
-    """How images become JPEGs of the store.
-
-    Attributes:
-        max_short_side: pixels; an image whose short side is longer is reduced to it and encoded anew. None: never.
-        pixels: whether :attr:`StandardImage.pixels` are wanted.
-        decode: whether to decode images whose pixels are not wanted, to see that they can be.
-        transcode: whether to rewrite coefficients without loss, so that progressive JPEGs become baseline and images
-            are turned upright; needs turbojpeg.
-    """
+    """How images become JPEGs of the store."""
 
     max_short_side: int | None = None
+    """An image whose short side is longer, in pixels, is reduced to it and encoded anew. None: never."""
     pixels: bool = True
+    """Whether :attr:`StandardImage.pixels` are wanted."""
     decode: bool = True
+    """Whether to decode images whose pixels are not wanted, to see that they can be."""
     transcode: bool = False
+    """Whether to rewrite coefficients without loss, so that progressive JPEGs become baseline and images are turned
+    upright; needs turbojpeg."""
 
 
 def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> StandardImage:
@@ -137,15 +131,9 @@ def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> Standard
 
 
 def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int | None = None) -> NDArray[np.uint8]:
-    """The pixels that training would see of an image file, had it been packed.
+    """The pixels (H, W, 3) uint8, RGB, upright, that training would see of an image file, had it been packed.
 
-    Args:
-        content: the file's bytes.
-        encoding: of the store. A JPEG store would encode a PNG file anew, at some loss; a raw one would not.
-        max_short_side: of the store's packing.
-
-    Returns:
-        (H, W, 3) uint8, RGB, upright.
+    A JPEG store would encode a PNG file anew, at some loss; a raw one would not.
 
     Raises:
         ValueError: as of :func:`standard_jpeg`.
@@ -188,11 +176,18 @@ def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage |
     if len(payload) != len(content):
         flags, done = FLAG_STRIPPED, ["metadata taken out"]
     if parts.orientation == 1 and not parts.progressive and not policy.pixels:
-        _check(payload, height, width, decode=policy.decode)
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"it claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        if policy.decode:
+            # At an eighth of its size and without colour all its data is read, in two thirds of the time.
+            simplejpeg.decode_jpeg(payload, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
         return StandardImage(payload, height, width, None, flags, ", ".join(done) or None)
     pixels = decode_jpeg(payload)
     if parts.orientation != 1:
-        turned = _turned_without_loss(payload, parts.orientation) if policy.transcode else None
+        turned = None
+        if policy.transcode:
+            with suppress(ValueError):  # it is not possible to the last pixel
+                turned = _transcoded(payload, _LOSSLESS_TURNS[parts.orientation])
         if turned is None:
             image = np.asarray(Image.fromarray(pixels).transpose(_TURNS[parts.orientation]))
             return encoded_anew(image, "turned upright", FLAG_TURNED, policy)
@@ -207,26 +202,6 @@ def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage |
             raise ValueError("as a baseline JPEG it would have other pixels")
     height, width, _ = pixels.shape
     return StandardImage(payload, height, width, pixels, flags, ", ".join(done) or None)
-
-
-def _check(payload: bytes, height: int, width: int, *, decode: bool) -> None:
-    """Decode a JPEG at an eighth of its size and without colour: all its data is read, in two thirds of the time.
-
-    Raises:
-        ValueError: it decodes only with a warning, or not at all, or claims absurdly many pixels.
-    """
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"it claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    if decode:
-        simplejpeg.decode_jpeg(payload, colorspace="GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
-
-
-def _turned_without_loss(payload: bytes, orientation: int) -> bytes | None:
-    """Turn a JPEG upright by its coefficients; None if that is not possible to the last pixel."""
-    try:
-        return _transcoded(payload, _LOSSLESS_TURNS[orientation])
-    except ValueError:
-        return None
 
 
 def _transcoded(payload: bytes, operation: str) -> bytes:
