@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sklearn.datasets
 from PIL import Image
 
 from paws_hpc.files import file_hash
@@ -25,8 +23,8 @@ from paws_hpc.packing.plan import packing_order
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.verify import verify
+from tests.pictures import PHOTOS, encoded, write_tiles
 
-PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 IMAGES = 120
 OPTIONS = PackOptions(shard_bytes=30_000, workers=1)
 
@@ -34,14 +32,7 @@ OPTIONS = PackOptions(shard_bytes=30_000, workers=1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageFolder of parts of photographs, two of them PNG."""
-    root = tmp_path_factory.mktemp("images")
-    for number in range(IMAGES):
-        with Image.open(PHOTOS[number % 2]) as photo:
-            tile = photo.crop((3 * number, 2 * number, 3 * number + 100, 2 * number + 80))
-        path = root / f"c{number % 5}" / f"{number:03d}{'.png' if number in (7, 70) else '.jpg'}"
-        path.parent.mkdir(exist_ok=True)
-        tile.save(path, quality=85)
-    return root
+    return write_tiles(tmp_path_factory.mktemp("images"), IMAGES, classes=("c0", "c1", "c2", "c3", "c4"), png=(7, 70))
 
 
 @pytest.fixture(scope="module")
@@ -506,12 +497,11 @@ def test_an_interrupt_ends_the_workers_and_leaves_no_half_shards(folder: Path, t
 
 def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     """A shard of 120 MB in a process that may have 80 MiB more than it needs to start."""
-    file = io.BytesIO()
     with Image.open(PHOTOS[0]) as photo:
-        photo.resize((1600, 1200)).save(file, "JPEG", quality=97)
+        content = encoded(photo.resize((1600, 1200)), quality=97)
     (tmp_path / "images" / "a").mkdir(parents=True)
-    for number in range(120 * 10**6 // len(file.getvalue())):
-        (tmp_path / "images" / "a" / f"{number}.jpg").write_bytes(file.getvalue())
+    for number in range(120 * 10**6 // len(content)):
+        (tmp_path / "images" / "a" / f"{number}.jpg").write_bytes(content)
     script = (
         "import sys; from pathlib import Path\n"
         "from paws_hpc.packing import ImageFolder, PackOptions, pack\n"

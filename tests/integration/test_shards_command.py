@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import sklearn.datasets
-from PIL import Image
 
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore
 from paws_hpc.store.format import read_manifest
-
-PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+from tests.pictures import write_tiles
 
 
 def run_python(script: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -29,14 +26,7 @@ def run_python(script: str, *arguments: object, prefix: tuple[str, ...] = ()) ->
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """An ImageFolder of 40 parts of photographs: JPEG, and one PNG."""
-    root = tmp_path / "photographs"
-    for number in range(40):
-        with Image.open(PHOTOS[number % 2]) as photo:
-            tile = photo.crop((8 * number, 4 * number, 8 * number + 120, 4 * number + 90))
-        path = root / ("china", "flower")[number % 2] / f"{number:02d}{'.png' if number == 7 else '.jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tile.save(path, quality=90)
-    return root
+    return write_tiles(tmp_path / "photographs", 40, classes=("china", "flower"), png=(7,), step=8)
 
 
 def test_pack_info_and_verify_a_folder(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +35,7 @@ def test_pack_info_and_verify_a_folder(photographs: Path, tmp_path: Path, capsys
     assert main(pack) == 0
     printed = capsys.readouterr().out
     assert "40 images of 2 classes" in printed
-    assert "1 images encoded anew as JPEG (quality 95, 4:4:4):\n  flower/07.png: PNG" in printed
+    assert "1 images encoded anew as JPEG (quality 95, 4:4:4):\n  flower/007.png: PNG" in printed
     assert main(pack) == 0
     assert "Nothing was done" in capsys.readouterr().out
     assert main(["info", str(store)]) == 0

@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import os
 import struct
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-import sklearn.datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -31,20 +29,14 @@ from paws_hpc.store.format import (
     FLAG_STRIPPED,
     FLAG_TURNED,
 )
+from tests import pictures
+from tests.pictures import encoded
 
-PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
 needs_turbojpeg = pytest.mark.skipif(transcoder() is None, reason="turbojpeg is not installed")
 
 
 def tile(width: int = 160, height: int = 112) -> Image.Image:
-    with Image.open(PHOTO) as photo:
-        return photo.crop((100, 80, 100 + width, 80 + height))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
+    return pictures.tile(100, 80, width, height)
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -220,15 +212,6 @@ def test_formats_that_no_data_set_has_are_not_even_tried(tmp_path: Path, monkeyp
         with pytest.raises(ValueError, match="it is not a readable image"):
             standard_jpeg(encoded(tile(16, 16), kind))
     assert not (tmp_path / "started").exists()
-
-
-@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), kind=st.sampled_from(["PNG", "GIF", "TIFF"]))
-@settings(max_examples=150, deadline=None)
-def test_a_damaged_file_of_any_format_is_decoded_or_refused_by_a_value_error(place: float, bit: int, kind: str) -> None:
-    content = bytearray(encoded(tile(16, 16), kind))
-    content[int(place * len(content))] ^= 1 << bit
-    with suppress(ValueError):
-        standard_jpeg(bytes(content))
 
 
 def test_a_file_made_to_keep_decoders_busy_is_refused() -> None:

@@ -26,6 +26,7 @@ from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import FLAG_REENCODED
 from paws_hpc.store.verify import verify
+from tests.pictures import encoded
 
 CHINA, FLOWER = load_sample_images().images
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
@@ -60,13 +61,12 @@ def pictures(draw: st.DrawFn) -> tuple[str, bytes, NDArray[np.uint8]]:
     )
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    file = io.BytesIO()
-    (image if image.mode == mode else image.convert(mode)).save(file, kind, **options)
-    with Image.open(file) as opened:
+    content = encoded(image if image.mode == mode else image.convert(mode), kind, **options)
+    with Image.open(io.BytesIO(content)) as opened:
         shown = np.asarray(opened) >> 8 if mode == "I;16" else np.asarray(opened.convert("RGBA").convert("RGB"))
     shown = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, axis=-1)
     extension = draw(st.sampled_from([".jpg", ".JPEG", ".png", ".webp"]))  # of any other format, as often as not
-    return extension, file.getvalue(), shown.astype(np.uint8)
+    return extension, content, shown.astype(np.uint8)
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,7 +141,7 @@ def test_statistics_of_a_sample_do_not_depend_on_the_shards(tmp_path: Path) -> N
         path = tmp_path / "source" / "a" / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         colour = tuple(random.integers(0, 256, 3).tolist())
-        path.write_bytes(encoded_png(colour))
+        path.write_bytes(encoded(Image.new("RGB", (2, 2), colour), "PNG"))
     many, one = (
         pack(ImageFolder(tmp_path / "source"), tmp_path / name, options=PackOptions(shard_bytes=size, workers=1))
         for name, size in (("many", 5_000), ("one", 1 << 28))
@@ -153,12 +153,6 @@ def test_statistics_of_a_sample_do_not_depend_on_the_shards(tmp_path: Path) -> N
     counted = np.stack(store.images(np.arange(0, 2_101, 2))) / 255
     np.testing.assert_allclose(store.mean, counted.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(store.std, counted.std(axis=(0, 1, 2)), rtol=1e-12)
-
-
-def encoded_png(colour: tuple[int, ...]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (2, 2), colour).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_a_channel_that_never_changes_is_centred_and_not_divided(tmp_path: Path) -> None:

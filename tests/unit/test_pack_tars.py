@@ -11,23 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
-from PIL import Image
 
 from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.packing.sources.base import SourceChangedError
 from paws_hpc.store import ImageStore, StoreError
-
-PHOTO = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"
+from tests.pictures import encoded, tile
 
 
 def jpeg(number: int) -> bytes:
     """A JPEG of a part of a photograph, no two alike."""
-    with Image.open(PHOTO) as photo:
-        tile = photo.crop((7 * number, 5 * number, 7 * number + 50, 5 * number + 40))
-    file = io.BytesIO()
-    tile.save(file, "JPEG")
-    return file.getvalue()
+    return encoded(tile(7 * number, 5 * number, 50, 40))
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -36,20 +29,18 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=kind) as archive:
-        for name, content in files.items():
-            add(archive, name, content)
-    return path
-
-
-def tar_bytes(files: dict[str, bytes]) -> bytes:
+def tar_bytes(files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> bytes:
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
+    with tarfile.open(fileobj=file, mode="w", format=kind) as archive:
         for name, content in files.items():
             add(archive, name, content)
     return file.getvalue()
+
+
+def tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tar_bytes(files, kind))
+    return path
 
 
 @pytest.fixture

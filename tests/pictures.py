@@ -1,0 +1,33 @@
+"""Image files of tests: parts of scikit-learn's photographs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import sklearn.datasets
+from PIL import Image
+
+PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
+
+
+def tile(left: int, top: int, width: int, height: int, *, photo: int = 0) -> Image.Image:
+    """Cut a part out of a photograph."""
+    with Image.open(PHOTOS[photo]) as whole:
+        return whole.crop((left, top, left + width, top + height))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    """The file of an image."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tiles(root: Path, count: int, *, classes: tuple[str, ...], png: tuple[int, ...] = (), step: int = 3) -> Path:
+    """A folder of ``count`` overlapping parts of photographs, 100 x 80, by class; those of ``png`` are PNG."""
+    for number in range(count):
+        path = root / classes[number % len(classes)] / f"{number:03d}{'.png' if number in png else '.jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tile(step * number, 2 * number, 100, 80, photo=number % 2).save(path, quality=85)
+    return root
