@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.data.config import CenterCropConfig
-from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
 from paws_hpc.packing.jpeg_policy import standard_pixels
+from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import MAX_PIXELS
 

@@ -18,10 +18,10 @@ from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.index import StoreIndex, make_index, read_cached_index
+from paws_hpc.store.index import StoreIndex, make_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
-from paws_hpc.store.verify import Level, verify
+from paws_hpc.store.verify import Level, sound_index, verify
 from paws_hpc.store.workers import usable_cores
 
 
@@ -65,7 +65,7 @@ def repair(
     manifest = read_manifest(folder)
     faults, _ = verify(folder, level=level, workers=workers, show_progress=show_progress)
     report = RepairReport(faults)
-    index = _sound_index(folder, manifest)
+    index = sound_index(folder, manifest)
     damaged = {fault.shard for fault in faults if fault.shard is not None}
     numbers = [number for number, entry in enumerate(manifest.shards) if entry.name in damaged]
     if numbers:
@@ -98,17 +98,6 @@ def _open_source(manifest: Manifest, root: Path | None, labels: Path | None) -> 
             **options,
         )
     )
-
-
-def _sound_index(folder: Path, manifest: Manifest) -> StoreIndex | None:
-    """The joined index; None if it is missing or damaged."""
-    index = read_cached_index(folder, manifest)
-    try:
-        if index is not None:
-            index.check()
-    except StoreError:
-        return None
-    return index
 
 
 class _Rebuilder:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from paws_hpc.files import atomic_write
+from paws_hpc.files import atomic_write, file_hash
 from paws_hpc.packing.jpeg_policy import JpegPolicy, StandardImage, encoded_anew, standard_jpeg, transcoder
 from paws_hpc.packing.sources.base import Images
 from paws_hpc.store.format import (
@@ -31,7 +31,7 @@ from paws_hpc.store.format import (
     ShardIndex,
     StoreError,
 )
-from paws_hpc.store.shard import ShardHeader, ShardWriter, shard_entry
+from paws_hpc.store.shard import ShardHeader, ShardWriter
 from paws_hpc.store.workers import in_order, slices
 
 _IMAGES_PER_SLICE = 8
@@ -172,7 +172,15 @@ def build_shard(
             )
             offset, size = writer.finish(index, header)
     if records:
-        entry = shard_entry(task.path, header, offset, size)
+        entry = ShardEntry(
+            name=task.path.name,
+            count=header.count,
+            bytes=task.path.stat().st_size,
+            data_offset=offset,
+            data_bytes=size,
+            file_hash=file_hash(task.path),
+            uuid=header.uuid,
+        )
     else:
         task.path.unlink()
     changed = [

@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import file_hash
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
@@ -22,7 +21,6 @@ from paws_hpc.store.format import (
     SHARD_VERSION,
     SMALL_ALIGNMENT,
     Encoding,
-    ShardEntry,
     ShardIndex,
     StoreError,
 )
@@ -98,19 +96,6 @@ class ShardWriter:
         return len(head), self._size
 
 
-def shard_entry(path: Path, header: ShardHeader, data_offset: int, data_bytes: int) -> ShardEntry:
-    """What the manifest says about a shard that was just written; reads the file once, for its hash."""
-    return ShardEntry(
-        name=path.name,
-        count=header.count,
-        bytes=path.stat().st_size,
-        data_offset=data_offset,
-        data_bytes=data_bytes,
-        file_hash=file_hash(path),
-        uuid=header.uuid,
-    )
-
-
 def _lay_out(size: int, index: ShardIndex, header: ShardHeader) -> tuple[bytes, bytes]:
     """Make the HDF5 file and return what lies before and after the ``size`` bytes of its ``/data``."""
     image = _SparseFile()
@@ -149,16 +134,13 @@ class _SparseFile:
         self.size = 0
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move, as files do."""
         self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
         return self._place
 
     def tell(self) -> int:
-        """The place that is read or written next."""
         return self._place
 
     def write(self, content: bytes | memoryview) -> int:
-        """Keep a copy."""
         piece = bytes(content)
         self._pieces.append((self._place, piece))
         self._place += len(piece)
@@ -172,20 +154,17 @@ class _SparseFile:
         return content
 
     def readinto(self, buffer: memoryview) -> int:
-        """Read into a buffer."""
         content = self.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
 
     def truncate(self, size: int) -> None:
-        """Set the length."""
         self.size = size
 
     def flush(self) -> None:
-        """Everything is where it belongs."""
+        pass
 
     def part(self, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop - 1``."""
         content = bytearray(max(stop - start, 0))
         for place, piece in self._pieces:
             first, last = max(place, start), min(place + len(piece), stop)
@@ -264,13 +243,9 @@ def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
 class ShardFile:
     """The records of one shard, open for reading from any thread or forked process.
 
-    ``preadv`` at an offset needs no shared file position. Without an offset of ``/data`` (a file that other tools wrote
-    anew), h5py reads instead: it opens the file for every record, which is slow but works for any layout.
-
-    Attributes:
-        path: of the file.
-        data_offset: of ``/data`` in the file, bytes; None where it is unknown.
-        descriptor: of the open file; None where h5py reads, and after closing.
+    ``preadv`` at an offset needs no shared file position. Where ``data_offset``, of ``/data`` in the file, is None (a
+    file that other tools wrote anew), h5py reads instead: it opens the file for every record, which is slow but works
+    for any layout. ``descriptor`` is None there, and after closing.
     """
 
     def __init__(self, path: Path, data_offset: int | None) -> None:

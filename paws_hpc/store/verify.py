@@ -22,7 +22,7 @@ from paws_hpc.store.format import (
     StoreError,
     read_manifest,
 )
-from paws_hpc.store.index import dataset_digest, join_indexes, read_cached_index
+from paws_hpc.store.index import StoreIndex, dataset_digest, join_indexes, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores
@@ -56,7 +56,9 @@ def verify(
     whole = [index for index in indexes if index is not None]
     if len(whole) == len(indexes):
         faults += _check_join(manifest, whole)
-    faults += _check_cached_index(folder, manifest, all_of_it=level != "quick")
+    # Its absence is no fault.
+    if (folder / INDEX_NAME).exists() and sound_index(folder, manifest, read_all=level != "quick") is None:
+        faults.append(Fault(None, None, f"has a damaged {INDEX_NAME}; remove it, it is made anew from the shards"))
     if level == "quick":
         return faults, 0
     with (
@@ -131,16 +133,15 @@ def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault
             yield Fault(None, None, f"has {name} {wanted} in its manifest, its shards give {found}")
 
 
-def _check_cached_index(folder: Path, manifest: Manifest, *, all_of_it: bool) -> Iterator[Fault]:
-    """Compare ``index.bin`` with the manifest; its absence is no fault."""
+def sound_index(folder: Path, manifest: Manifest, *, read_all: bool = True) -> StoreIndex | None:
+    """The store's ``index.bin``; None if it is missing or damaged, which only ``read_all`` finds out for certain."""
     index = read_cached_index(folder, manifest)
     try:
-        if index is not None and all_of_it:
+        if index is not None and read_all:
             index.check()
     except StoreError:
-        index = None
-    if index is None and (folder / INDEX_NAME).exists():
-        yield Fault(None, None, f"has a damaged {INDEX_NAME}; remove it, it is made anew from the shards")
+        return None
+    return index
 
 
 def _check_records(

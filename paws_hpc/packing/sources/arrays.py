@@ -39,18 +39,13 @@ TEST_DIGITS_PER_CLASS = 40
 
 @dataclass(frozen=True)
 class ArraySource:
-    """A source whose images are all in memory.
-
-    Attributes:
-        images: (N, H, W, C) uint8, C 1 or 3.
-        labels: (N,) int64.
-        keys: N names; zero-padded positions in the original files.
-    """
+    """A source whose images (N, H, W, 1 or 3) are all in memory."""
 
     kind: str
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     keys: Sequence[str]
+    """Zero-padded positions in the original files."""
     classes: tuple[str, ...]
     options: dict[str, Any] = field(default_factory=dict)
     encoding: Encoding = "raw"
@@ -126,12 +121,7 @@ def idx(root: Path, *, split: str, kind: str = "idx", classes: tuple[str, ...] |
     """Load ``<train|t10k>-images-idx3-ubyte[.gz]`` and its labels from ``root`` as (N, H, W, 1) uint8.
 
     Read here and not by torchvision, which wants them unpacked in folders of its own.
-
-    Args:
-        root: the folder with the files.
-        split: ``train`` or ``test`` (the files named t10k).
-        kind: name of the source in the manifest.
-        classes: class names; by default the labels' numbers.
+    ``split`` is ``train`` or ``test`` (the files named t10k). Classes are by default named by the labels' numbers.
 
     Raises:
         StoreError: a file is missing, is not idx, or images and labels do not belong together.
@@ -189,11 +179,8 @@ def cifar(root: Path, *, kind: str, split: str) -> ArraySource:
     """Load a split of CIFAR in torchvision's layout as (N, 32, 32, 3) uint8, in file order.
 
     Read here and not by torchvision, which unpickles the files: what they name would be executed.
-
-    Args:
-        root: the folder with ``cifar-10-batches-py`` (``cifar-100-python``), or that folder itself.
-        kind: ``cifar10`` or ``cifar100`` (fine labels).
-        split: ``train`` or ``test``.
+    ``root`` is the folder with ``cifar-10-batches-py`` (``cifar-100-python``), or that folder itself; the labels of
+    ``cifar100`` are the fine ones.
 
     Raises:
         StoreError: a file is missing, is no CIFAR batch, or holds anything but plain data; it is named.

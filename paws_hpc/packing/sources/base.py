@@ -30,14 +30,6 @@ class Images(Protocol):
     What :meth:`Source.select` gives can be pickled, so that another process loads them.
     """
 
-    @property
-    def keys(self) -> Sequence[str]:
-        """N distinct names by which the images are known in splits and errors."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """(n,) int64, positions in the source's classes."""
-
     def load(self, index: int) -> bytes | NDArray[np.uint8]:
         """Return image ``index``: the bytes of its file, or its pixels (H, W, C) uint8.
 
