@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import struct
 from pathlib import Path
 
+import numpy as np
 import sklearn.datasets
+from numpy.typing import NDArray
 from PIL import Image
 
 PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
@@ -31,3 +35,11 @@ def write_tiles(root: Path, count: int, *, classes: tuple[str, ...], png: tuple[
         path.parent.mkdir(parents=True, exist_ok=True)
         tile(step * number, 2 * number, 100, 80, photo=number % 2).save(path, quality=85)
     return root
+
+
+def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
+    """Write an idx file; gzipped if the name says so."""
+    content = (
+        struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    )
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)

@@ -26,7 +26,7 @@ from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import FLAG_REENCODED
 from paws_hpc.store.verify import verify
-from tests.pictures import encoded
+from tests.pictures import encoded, write_idx
 
 CHINA, FLOWER = load_sample_images().images
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
@@ -260,12 +260,8 @@ def write_mnist(root: Path) -> NDArray[np.uint8]:
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix in ("train", "t10k"):
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
-            bytes((0, 0, 8, 3)) + b"".join(n.to_bytes(4, "big") for n in images.shape) + images.tobytes()
-        )
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            bytes((0, 0, 8, 1)) + (30).to_bytes(4, "big") + bytes(number % 10 for number in range(30))
-        )
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(30) % 10).astype(np.uint8))
     return images
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import pickle
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from paws_hpc.packing import (
 )
 from paws_hpc.packing.sources.arrays import FASHION_CLASSES, cifar, digits, idx, load_plain_pickle
 from paws_hpc.store import ImageStore, StoreError
+from tests.pictures import write_idx
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
@@ -163,14 +162,6 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     batch.unlink()
     with pytest.raises(StoreError, match="data_batch_2 is missing"):
         cifar(tmp_path, kind="cifar10", split="train")
-
-
-def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
-    """Write an idx file; gzipped if the name says so."""
-    content = (
-        struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
-    )
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 @pytest.mark.parametrize(
