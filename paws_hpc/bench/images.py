@@ -78,11 +78,7 @@ def jpegs(folder: str | Path) -> list[Path]:
 
 
 def read_again(paths: Iterable[str | Path]) -> None:
-    """Take files out of the page cache and read them into it, one after the other.
-
-    How a file came there, written or read and when, makes copies out of it faster or slower by up to a third. So
-    candidates are compared on files that came there in the same way.
-    """
+    """Read files into the page cache anew: how they came there makes copies faster or slower by up to a third."""
     for path in paths:
         with open(path, "rb", buffering=0) as file:
             os.fsync(file.fileno())
