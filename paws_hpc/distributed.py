@@ -48,17 +48,17 @@ def barrier() -> None:
 
 @contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
-    """A block that all ranks enter and that does different work on them, or the same with different luck.
+    """A block that all ranks enter, and that may fail on some of them only.
 
-    The ranks meet at its end. Without it those where the work went well would wait for the others in the next
-    collective, until that runs out of time.
+    The ranks meet at its end. Without it those that succeed would wait for the others in the next collective, until
+    that runs out of time.
 
     Args:
         device: of this rank's tensors.
 
     Raises:
         Exception: what this rank's block raised.
-        OtherRankError: it went well here and not on another rank, whose error is quoted.
+        OtherRankError: it succeeded here and failed on another rank, whose error is quoted.
     """
     own: Exception | None = None
     try:
@@ -66,12 +66,12 @@ def failing_together(device: torch.device) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - raised again once the others know
         own = error
     if world_size() > 1:
-        said = b"" if own is None else f"{type(own).__name__}: {own}".encode()[:_MESSAGE_BYTES]
-        row = torch.tensor([list(said.ljust(_MESSAGE_BYTES, b"\0"))], dtype=torch.uint8, device=device)
-        heard = [bytes(text).rstrip(b"\0").decode(errors="replace") for text in _all_gather(row).tolist()]
-        failed = [number for number, text in enumerate(heard) if text]
+        text = b"" if own is None else f"{type(own).__name__}: {own}".encode()[:_MESSAGE_BYTES]
+        row = torch.tensor([list(text.ljust(_MESSAGE_BYTES, b"\0"))], dtype=torch.uint8, device=device)
+        errors = [bytes(text).rstrip(b"\0").decode(errors="replace") for text in _all_gather(row).tolist()]
+        failed = [number for number, text in enumerate(errors) if text]
         if failed and own is None:
-            raise OtherRankError(f"rank {failed[0]} failed, and no rank goes on without it: {heard[failed[0]]}")
+            raise OtherRankError(f"rank {failed[0]} failed, and no rank goes on without it: {errors[failed[0]]}")
     if own is not None:
         raise own
 

@@ -85,7 +85,7 @@ def _sync(path: Path, options: argparse.Namespace) -> bool:
 def _sync_stage(run: Path, folder: Path, options: argparse.Namespace) -> bool:
     metrics, name = folder / "metrics.jsonl", f"{run.name}: {folder.relative_to(run).as_posix()}"
     rows = [wandb_run.position(row) for row in read_rows(metrics)]
-    missing = sum(position > wandb_run.online_to(folder) for position in rows)
+    missing = sum(position > wandb_run.reached(folder)["online"] for position in rows)
     if not missing:
         print(f"{name}: nothing left of {len(rows)} rows")
         return True
@@ -119,15 +119,11 @@ def _replay(folder: Path, *, timeout_s: float) -> str | None:
         if message["unreachable"]:
             raise UnreachableError(message["message"])
     if process.returncode == 0:
-        _mark_synced(folder)
+        # `wandb sync` would upload the rows of the offline files a second time.
+        for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
+            Path(f"{file}.synced").touch()
         return None
     return messages[-1]["message"] if messages else f"no answer within {timeout_s:g} s; is there a connection?"
-
-
-def _mark_synced(folder: Path) -> None:
-    """Tell `wandb sync` that the server has all rows of the offline files, which it would upload a second time."""
-    for file in folder.glob("wandb/offline-run-*/run-*.wandb"):
-        Path(f"{file}.synced").touch()
 
 
 if __name__ == "__main__":

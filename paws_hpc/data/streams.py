@@ -92,7 +92,6 @@ class PawsBatch:
             supports, whatever the number of ranks, since each rank's n and S are multiples of A.
         support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
             view-major as if there were one micro-batch; entries are indices into the K classes drawn for this step.
-        support_images: (W * V * S,) int64, which image each of these rows is a crop of: numbers within this step.
         known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
             images come from another store, where nothing tells whether an image is in both.
         known_classes: (n,) int64, their indices into the K classes; 0 where unknown.
@@ -103,7 +102,6 @@ class PawsBatch:
     records: Positions
     micro_batches: tuple[MicroBatch, ...]
     support_classes: Tensor
-    support_images: Tensor
     known: Tensor
     known_classes: Tensor
     prefetched: PrefetchedViews | None = None
@@ -253,7 +251,6 @@ class PawsStream:
         supports, repeats = drawn.records[mine], drawn.repeats[mine]
         every = [slice(number, None, self._accumulate_steps) for number in range(self._accumulate_steps)]
         begun = [self._begin_micro_batch(step, records[rows], supports[rows], repeats[rows]) for rows in every]
-        images = np.unique(drawn.records, return_inverse=True)[1]
         known, classes = self._support_sampler.known_classes(records, drawn)
         known &= self._labels_are_here
         return lambda: PawsBatch(
@@ -261,7 +258,6 @@ class PawsStream:
             records,
             tuple(finish() for finish in begun),
             support_classes=self._as_gathered(drawn.class_indices),
-            support_images=self._as_gathered(images),
             known=torch.from_numpy(known),
             known_classes=torch.from_numpy(classes * known),
         )

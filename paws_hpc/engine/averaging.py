@@ -27,12 +27,7 @@ class WeightAverage(Generic[ModuleT]):
     """
 
     def __init__(self, network: ModuleT, decay: float) -> None:
-        """Copy ``network``, which is not compiled or wrapped yet, to where it is; the copy has no share in the average.
-
-        Args:
-            network: in training.
-            decay: d in (0, 1).
-        """
+        """Copy ``network``, which is not compiled or wrapped yet; the copy has no share in the average."""
         self.decay = decay
         self.module: ModuleT = copy.deepcopy(network).requires_grad_(False)
 

@@ -33,22 +33,17 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A valid checkpoint that was read.
-
-    Attributes:
-        step: training steps completed when it was written.
-        state: what was saved.
-    """
+    """A valid checkpoint: training steps completed when it was written, and the state."""
 
     step: int
     state: dict[str, Any]
 
 
 class Resumable(Protocol):
-    """Training that goes on from what was saved of it."""
+    """Training whose state was saved."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was saved."""
+        """Restore the state."""
 
 
 class CheckpointFolder:
@@ -56,7 +51,7 @@ class CheckpointFolder:
 
     One checkpoint at most is being written, and it takes as much host memory as the state. An error in writing is
     raised by the next call of :meth:`save`, :meth:`check` or :meth:`wait`. As a context manager the folder waits for
-    the writing when an error ends the block, and logs why it failed if it did.
+    the writing when an error ends the block, and logs the writing's own error.
 
     Attributes:
         lost: whether the last checkpoint could not be written, as was logged when the block ended.
@@ -79,7 +74,7 @@ class CheckpointFolder:
             keep: how many checkpoints to keep; more than one, since the newest can be damaged.
             accept_changes: identity fields that may differ from the checkpoint's.
             fence: called, on the writing thread, before a written file becomes visible and before old ones are removed;
-                raises if another start of the job has taken over.
+                raises if another attempt of the job has taken over.
         """
         self.path, self.identity, self.keep, self.accept_changes = path, identity, keep, accept_changes
         self._fence = fence
@@ -106,17 +101,15 @@ class CheckpointFolder:
         """Copy the state on rank 0 and begin to write it; the other ranks return at once.
 
         Waits for the checkpoint before it, if that is still being written. When this one is whole, older ones past
-        ``keep`` are removed, and so are those of later steps: training continues from the newest valid one, so they
-        were found damaged. The record says how many seconds writing took: a job that is asked to stop needs that long,
-        and as long again if the checkpoint before is still being written.
+        ``keep`` are removed, and so are damaged ones of later steps. The record has the seconds that writing took: a
+        job that must stop needs that long, and as long again if the checkpoint before is still being written.
 
         Args:
             step: training steps completed.
             state: tensors, numbers, strings, and lists and dicts of them; it may change as soon as this returns.
 
         Raises:
-            OSError: the checkpoint before it could not be written, for a full disk say; older ones stay and no
-                temporary file does.
+            OSError: the checkpoint before it could not be written; older ones stay and no temporary file does.
             TypeError: the state holds something else.
         """
         if distributed.is_main():
@@ -165,16 +158,15 @@ class CheckpointFolder:
     def newest(self, device: torch.device) -> Checkpoint | None:
         """Read the newest valid checkpoint, or None where there is none; all ranks call this together.
 
-        Damaged ones are passed over with a warning that names them. What is read lies in host memory: taking it over
-        moves it to where it belongs, which for the counts of AdamW's steps is not the device. For that moment
-        every rank of a node holds one.
+        Damaged ones are passed over with a warning that names them. The state lies in host memory, once per rank:
+        loading it moves each tensor to where it belongs, which for the counts of AdamW's steps is not the device.
 
         Args:
             device: of this rank's tensors, over which the ranks agree.
 
         Raises:
             OSError: the folder cannot be read.
-            OtherRankError: it went well on this rank and not on another.
+            OtherRankError: reading failed on another rank only.
             ValueError: the newest valid checkpoint belongs to another experiment, whose differing fields are named, or
                 holds objects that could execute code.
         """
@@ -195,11 +187,7 @@ class CheckpointFolder:
         return checkpoint
 
     def resume(self, training: Resumable, device: torch.device) -> int:
-        """Let training go on from the newest valid checkpoint; arguments and errors as of :meth:`newest`.
-
-        Returns:
-            Steps done, 0 where there is no checkpoint.
-        """
+        """Restore the newest valid checkpoint and return its steps, 0 if there is none; errors as of :meth:`newest`."""
         checkpoint = self.newest(device)
         if checkpoint is None:
             return 0
@@ -257,7 +245,7 @@ def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTEND
 
     Args:
         path: of the file.
-        value: what to write.
+        value: to write.
         fence: called when all is on disk but nothing is visible yet; if it raises, ``path`` stays as it was.
 
     Raises:

@@ -145,33 +145,16 @@ class PretrainConfig:
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"pretrain.ema={self.ema} must be in (0, 1), such as 0.999, or null to turn it off.")
-        for name in (
-            "batch_size",
-            "accumulate_steps",
-            "epochs",
-            "log_every_steps",
-            "validate_every_epochs",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"pretrain.{name}={getattr(self, name)} must be at least 1.")
-
-
-def _crop() -> CropConfig:
-    return CropConfig(size=224, count=1, scale=[0.08, 1.0])
+        for name, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"pretrain.{name}={value} must be at least 1.")
 
 
 def _flip_only() -> AugmentConfig:
     return AugmentConfig(
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        jitter_probability=0.0,
-        grayscale_probability=0.0,
-        blur_probability=0.0,
-    )
+        brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0,
+        jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0,
+    )  # fmt: skip
 
 
 @dataclass
@@ -207,7 +190,7 @@ class ClassifierConfig:
     momentum: float = 0.9
     weight_decay: float = 0.0
     warmup_epochs: float = 0.0
-    crop: CropConfig = field(default_factory=_crop)
+    crop: CropConfig = field(default_factory=lambda: CropConfig(size=224, count=1, scale=[0.08, 1.0]))
     augment: AugmentConfig = field(default_factory=_flip_only)
     validate_every_epochs: int = 1
     min_trials: int = 1
@@ -330,7 +313,7 @@ class TrackingConfig:
             raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
 
     def check_installed(self) -> None:
-        """Raise ValueError if TensorBoard is asked for and not installed; a launch asks before anything starts."""
+        """Raise ValueError if TensorBoard is wanted and not installed."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
                 "tracking.tensorboard=true needs the package tensorboard, which is not installed. Install it with pip "

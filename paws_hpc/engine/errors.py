@@ -8,7 +8,7 @@ class TrainingStoppedError(RuntimeError):
 
 
 class PreemptedError(Exception):
-    """Training stopped before its end because it was asked to, and its state is saved.
+    """Training stopped before its end on request, and its state is saved.
 
     Attributes:
         step: steps done, which are those of the newest checkpoint; 0 without one.

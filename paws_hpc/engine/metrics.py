@@ -50,12 +50,7 @@ class MetricsWindow:
     """
 
     def __init__(self, describe: Describe, *, remedy: str) -> None:
-        """Begin an empty window.
-
-        Args:
-            describe: record positions → keys, for error messages.
-            remedy: what a user can do about a loss that is not finite.
-        """
+        """Begin an empty window; ``remedy`` is what a user can do about a loss that is not finite."""
         self._describe, self._remedy = describe, remedy
         self._steps: list[tuple[int, Positions, float, dict[str, Tensor]]] = []
 
@@ -66,8 +61,7 @@ class MetricsWindow:
     def read(self, model: nn.Module) -> list[StepMetrics]:
         """Average over ranks, bring to the host, and forget.
 
-        Args:
-            model: its weights are checked too: the update of a step can fail although its loss is finite.
+        The weights of ``model`` are checked too: the update of a step can fail although its loss is finite.
         """
         steps, self._steps = self._steps, []
         names = [(index, name) for index, (_, _, _, metrics) in enumerate(steps) for name in metrics]

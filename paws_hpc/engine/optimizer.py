@@ -43,16 +43,7 @@ class LARS(torch.optim.Optimizer):
         nesterov: bool = False,
         eps: float = 1e-8,
     ) -> None:
-        """See the class.
-
-        Args:
-            params: tensors, or groups as dictionaries. Tensors of one group share a device.
-            lr: learning rate, of a group if it names its own; a plain float that a schedule may overwrite.
-            momentum: in [0, 1).
-            weight_decay: wd.
-            trust_coefficient: eta.
-            nesterov: look ahead.
-            eps: keeps the quotient finite.
+        """See the class; ``trust_coefficient`` is eta, and tensors of one group share a device.
 
         Raises:
             ValueError: a value is out of its range.
@@ -64,15 +55,10 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"LARS: momentum={momentum} is not in [0, 1).")
         if nesterov and momentum == 0:
             raise ValueError("LARS: nesterov=True needs a momentum above 0.")
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "nesterov": nesterov,
-            "eps": eps,
-            "adapt": True,
-        }
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient,
+            "nesterov": nesterov, "eps": eps, "adapt": True,
+        }  # fmt: skip
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -83,14 +69,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply one update to every parameter that has a gradient.
-
-        Args:
-            closure: computes the loss again, as in every torch optimiser.
-
-        Returns:
-            What the closure returned, or None.
-        """
+        """Apply one update to every parameter that has a gradient; returns what ``closure``, if any, returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,24 +129,18 @@ def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS
     )
 
 
-def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, 0.999))
-
-
 _KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
     "lars": partial(_heavy_ball, adapt=True),
     "sgd": partial(_heavy_ball, adapt=False),
-    "adamw": _adamw,
+    "adamw": lambda groups, config: torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, 0.999)),
 }
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Make the optimiser of ``model``: weights are adapted and decayed, biases and normalisation parameters are not.
 
-    A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer (wherever it sits,
-    the shortcut included) is excluded. Frozen parameters are left out. The learning rate starts at
-    ``config.start_lr``; the training loop calls :func:`set_rates` at every step. A group's ``decayed`` tells which of
-    the two it is.
+    A parameter of fewer than two dimensions, one called ``bias`` and any of a normalisation layer is excluded. Frozen
+    parameters are left out. The training loop calls :func:`set_rates` at every step.
 
     Raises:
         ValueError: the model has no parameter that trains.
@@ -190,6 +163,9 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
             group["weight_decay"] = weight_decay
 
 
+_NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trained parameters of ``model`` in its order: (weights, biases and normalisation parameters)."""
     weights: dict[nn.Parameter, None] = {}
@@ -197,11 +173,6 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                small = parameter.ndim < 2 or name == "bias" or _is_normalisation(module)
+                small = parameter.ndim < 2 or name == "bias" or isinstance(module, _NORMALISATIONS)
                 (excluded if small else weights)[parameter] = None
     return list(weights), list(excluded)
-
-
-def _is_normalisation(module: nn.Module) -> bool:
-    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    return isinstance(module, kinds)

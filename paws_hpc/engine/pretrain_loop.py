@@ -39,16 +39,16 @@ def pretrain(
 
     Args:
         training: holds the state, already restored if ``start`` is not 0.
-        checkpoints: written every so many steps, at the end, and when the job is asked to stop.
+        checkpoints: written every so many steps, at the end, and when the job must stop.
         tracker: takes rows of metrics.
         start: steps already done.
         validate: scores the encoder on the local validation split, as a row of metrics whose names begin with
             ``val/``; may raise Interrupted.
         describe: record positions → keys, for error messages.
-        control: asked before every step.
+        control: checked before every step.
 
     Raises:
-        PreemptedError: ``control`` asked to stop, and the state is saved.
+        PreemptedError: by ``control``; the state is saved.
         TrainingStoppedError: loss or weights are not finite, or predictions collapsed and ``collapse.action`` is
             ``stop``.
         ValueError: the run ends before ``start``.
@@ -63,7 +63,7 @@ def pretrain(
     meter = ThroughputMeter(config.batch_size, training.device)
     done = saved = start
     try:
-        if training.awaits_validation(start):  # the job was asked to stop before it had finished
+        if training.awaits_validation(start):  # the job had to stop before it had finished
             log_validation(training, start, validate, tracker)
             meter.restart()
         with checkpoints, training.stream.prefetch(start, training.total_steps, training.dtype) as batches:

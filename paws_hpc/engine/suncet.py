@@ -1,5 +1,4 @@
-"""Tuning a pre-trained encoder for nearest neighbours: supervised NCE on the labelled images, as the paper does it for
-CIFAR10 (Appendix C).
+"""SuNCEt fine-tuning of a pre-trained encoder for nearest neighbours, as the paper does it for CIFAR10 (Appendix C).
 
 Legend: K classes, c images of each per step.
 """
@@ -37,7 +36,7 @@ def fine_tune_with_suncet(
     """Train backbone and projection head, in place, so that labelled images are neighbours of their class.
 
     Batch normalisation keeps its statistics; its gains and biases train. Nothing is random but the draw of images,
-    which is a function of seed and step, so an interrupted tuning is repeated from the pre-trained weights.
+    which is a function of seed and step, so an interrupted one is repeated from the pre-trained weights.
 
     Args:
         encoder: on ``device``; left in evaluation mode.
@@ -46,7 +45,7 @@ def fine_tune_with_suncet(
         temperature: tau of the loss.
         seed: of the run.
         device: to train on.
-        control: asked before every step.
+        control: checked before every step.
 
     Returns:
         The loss before each step, in nats.
@@ -78,14 +77,8 @@ def fine_tune_with_suncet(
         drawn = order.draw(step)
         images = torch.cat(list(replace(labelled, records=drawn.records).batches(device, dtype)))
         labels = class_labels(torch.from_numpy(drawn.class_indices), len(counts), smoothing=0.0, device=device)
-        optimizer.param_groups[0]["lr"] = warmup_cosine(
-            step,
-            start=config.learning_rate,
-            peak=config.learning_rate,
-            final=0.0,
-            warmup_steps=0,
-            total_steps=config.steps,
-        )
+        rates = {"start": config.learning_rate, "peak": config.learning_rate, "final": 0.0}
+        optimizer.param_groups[0]["lr"] = warmup_cosine(step, **rates, warmup_steps=0, total_steps=config.steps)
         optimizer.zero_grad(set_to_none=True)
         loss = supervised_nce(distributed.gather_rows(replica(images)), labels, temperature=temperature)
         loss.backward()

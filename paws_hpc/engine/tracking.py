@@ -66,39 +66,35 @@ class MetricsFile(Tracker):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``; a last line torn by a kill is left out.
-
-    Raises:
-        ValueError: any other line is not a JSON object; file and line are named.
-    """
+    """:func:`parse_rows` without saying whether the last line was torn."""
     return parse_rows(path)[0]
 
 
 def parse_rows(path: Path) -> tuple[list[Row], bool]:
-    """The rows of a ``metrics.jsonl``, the first of line 1, and whether a torn last line was left out.
+    """The rows of a ``metrics.jsonl``, the first of line 1, and whether a last line torn by a kill was left out.
 
     Raises:
         ValueError: any other line is not a JSON object; file and line are named.
     """
-    *lines, last = path.read_bytes().split(b"\n")  # a whole line ends in a newline, so only a torn one is last here
-    rows = [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
-    if not last:
-        return rows, False
-    try:
-        return [*rows, _parse_line(path, len(lines) + 1, last)], False
-    except ValueError:
-        return rows, True
-
-
-def _parse_line(path: Path, number: int, line: bytes) -> Row:
-    remedy = "Only the last line may be torn. Restore the file or remove it."
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number} is not JSON ({error}). {remedy}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number} is not a JSON object but {line.decode()}. {remedy}")  # noqa: TRY004
-    return row
+    rows: list[Row] = []
+    lines = path.read_bytes().split(b"\n")  # a whole line ends in a newline, so only a torn one is last here
+    for number, line in enumerate(lines, 1):
+        last = number == len(lines)
+        if last and not line:
+            break
+        remedy = "Only the last line may be torn. Restore the file or remove it."
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if last:
+                return rows, True
+            raise ValueError(f"{path}, line {number} is not JSON ({error}). {remedy}") from error
+        if not isinstance(row, dict):
+            if last:
+                return rows, True
+            raise ValueError(f"{path}, line {number} is not a JSON object but {line.decode()}. {remedy}")
+        rows.append(row)
+    return rows, False
 
 
 class Trackers(Tracker):

@@ -1,10 +1,10 @@
 """Weights & Biases beside training: a process of its own shows the ``metrics.jsonl`` of a stage as a run.
 
-    python -m paws_hpc.engine.wandb_run     started by WandbTracker, one per stage, and by paws_hpc.sync
+    python -m paws_hpc.engine.wandb_run TASK    started by WandbTracker, one per stage, and by paws_hpc.sync
 
 Training never calls W&B, so whatever hangs, fails or dies in it costs the run nothing. This module imports no torch.
-The process reads two lines of JSON: what to show, and how the stage ended; the end of the input instead of the second
-line means that training was killed. What people should know it prints, one JSON object per line.
+Its argument is JSON: what to show. A line of JSON on its input says how the stage ended; the end of the input without
+it means that training was killed. It prints messages for the user, one JSON object per line.
 
 Every row has a step in W&B that :func:`position` derives from the row alone, and W&B drops rows whose step is not
 larger than its last one. So a start continues after the last step that the server has, and no row is there twice.
@@ -77,12 +77,8 @@ def summarise(rows: list[Row], best: Mapping[str, str]) -> Row:
     return summary
 
 
-def online_to(folder: Path) -> int:
-    """The position up to which the server is known to have the rows of a stage; -1 if it has none."""
-    return _reached(folder)["online"]
-
-
-def _reached(folder: Path) -> dict[str, int]:
+def reached(folder: Path) -> dict[str, int]:
+    """The positions up to which the server (``online``) and offline files (``offline``) have a stage's rows, or -1."""
     path = folder / "wandb" / "sent.json"
     return {"online": -1, "offline": -1} | (read_json(path) if path.exists() else {})
 
@@ -96,34 +92,26 @@ def start_process(folder: Path, mode: str | None, *, fall_back: bool, patience_s
         fall_back: whether a run that cannot be online is kept offline.
         patience_s: after which the process ends itself if the stage is killed; seconds.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "paws_hpc.engine.wandb_run"],
+    limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
+    task = {"folder": str(folder), "mode": mode, "fall_back": fall_back, "patience_s": patience_s, "limits": limits}
+    return subprocess.Popen(
+        [sys.executable, "-m", "paws_hpc.engine.wandb_run", json.dumps(task)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,  # a Ctrl-C on the terminal is for the stage, which then says how it ended
     )
-    limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
-    task = {"folder": str(folder), "mode": mode, "fall_back": fall_back, "patience_s": patience_s, "limits": limits}
-    _write(process, task)
-    return process
 
 
 def end_process(process: subprocess.Popen[str], *, exit_code: int, preempted: bool, patience_s: float) -> None:
     """Say how the stage ended: from then on the process has ``patience_s`` seconds."""
-    _write(process, {"exit_code": exit_code, "preempted": preempted, "patience_s": patience_s})
-    assert process.stdin is not None, "it is a pipe"
-    with suppress(BrokenPipeError):
-        process.stdin.close()
-
-
-def _write(process: subprocess.Popen[str], line: dict[str, Any]) -> None:
-    """Send a line; it is short and the pipe empty, so this cannot block."""
     assert process.stdin is not None, "it is a pipe"
     with suppress(BrokenPipeError):  # the process has ended; its last message said why
-        process.stdin.write(json.dumps(line) + "\n")
-        process.stdin.flush()
+        print(
+            json.dumps({"exit_code": exit_code, "preempted": preempted, "patience_s": patience_s}), file=process.stdin
+        )
+        process.stdin.close()
 
 
 class WandbTracker(Tracker):
@@ -134,9 +122,9 @@ class WandbTracker(Tracker):
 
         Args:
             folder: of the stage; ``metrics.jsonl`` is there already.
-            spec: kept as ``wandb/run.json``, for this and for ``paws_hpc.sync``. ``run``: arguments of ``wandb.init``;
-                ``best``: as in :func:`summarise`; ``used``: name, file and checksum of the network that the stage
-                begins with, or None; ``made``: name and path below ``folder`` of the one that it makes, or None.
+            spec: kept as ``wandb/run.json``, for ``paws_hpc.sync`` too. ``run``: arguments of ``wandb.init``; ``best``:
+                as in :func:`summarise`; ``used``: name, file and checksum of the network that the stage begins with, or
+                None; ``made``: name and path below ``folder`` of the one that it makes, or None.
             mode: as ``TrackingConfig.wandb``.
         """
         self._process: subprocess.Popen[str] | None = None
@@ -188,12 +176,12 @@ class Follower:
         self._over = threading.Event()
 
     def say(self, message: str, *, unreachable: bool = False) -> None:
-        """Say something to whoever started this process."""
+        """Send a message to the process that started this one."""
         with suppress(BrokenPipeError):  # it was killed
             print(json.dumps({"message": message, "unreachable": unreachable}), file=self._messages, flush=True)
 
     def await_ending(self, lines: TextIO) -> None:
-        """Read the second line of the input, on a thread of its own; from then on time is limited."""
+        """Read the input, on a thread of its own; from then on time is limited."""
         self._ending = json.loads(lines.readline() or "null") or self._ending
         guard = threading.Timer(self._ending["patience_s"], _give_up)
         guard.daemon = True
@@ -216,8 +204,8 @@ class Follower:
 
     def _show(self) -> None:
         run = self._start()
-        reached = _reached(self._folder)
-        sent = max(reached.values()) if run.offline else _server_step(run)
+        before = reached(self._folder)
+        sent = max(before.values()) if run.offline else _server_step(run)
         for row in self._rows():
             if position(row) > sent:
                 sent = position(row)
@@ -236,7 +224,7 @@ class Follower:
                 time.sleep(_POLL_S)
             if arrived < sent:
                 raise OSError(f"rows after step {max(arrived, 0) // 3} did not arrive")
-        write_json(self._folder / "wandb" / "sent.json", reached | {"offline" if run.offline else "online": sent})
+        write_json(self._folder / "wandb" / "sent.json", before | {"offline" if run.offline else "online": sent})
         _end_service()
 
     def _start(self) -> Any:
@@ -318,7 +306,7 @@ def _server_step(run: Any) -> int:
 
 
 def _logged_in() -> bool:
-    """Whether W&B finds a key, good or not: a bad one is reported when the server refuses it."""
+    """Whether W&B finds a key; a bad one is reported when the server refuses it."""
     import wandb  # noqa: PLC0415 - as above
 
     try:
@@ -345,12 +333,12 @@ def _give_up() -> None:
 
 
 def main() -> None:
-    """Show what the input names; a failure is reported, and ends this process alone."""
+    """Show what the argument names; a failure is reported, and ends this process alone."""
     for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(caught, signal.SIG_IGN)  # the stage says when to end
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where wandb prints
-    follower = Follower(json.loads(sys.stdin.readline()), messages)
+    follower = Follower(json.loads(sys.argv[1]), messages)
     threading.Thread(target=follower.await_ending, args=(sys.stdin,), daemon=True).start()
     try:
         follower.follow()

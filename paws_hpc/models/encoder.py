@@ -18,10 +18,8 @@ from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.heads import PredictionHead, ProjectionHead
 from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.models.resnet import resnet18, resnet50
-from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.resnet import SmallResNet, WideResNet, resnet18, resnet50
 from paws_hpc.models.vit import VisionTransformer
-from paws_hpc.models.wide_resnet import WideResNet
 
 
 class Encoder(nn.Module):

@@ -7,13 +7,12 @@ module when it was saved (``module.`` of DistributedDataParallel, ``_orig_mod.``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
 _OWN_PREFIXES = ("backbone.", "trunk.")  # the second in files of earlier versions
-_WRAPPERS = ("module.", "_orig_mod.")
-_CLASSIFIERS = ("fc.", "head.")
 
 
 def to_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -41,13 +40,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Classification layers (``fc``, ``head``) and, of our own files, both heads are left out. Nothing else is, so that a
     strict load says what does not fit.
     """
-    bare = {_unwrapped(name): value for name, value in state.items()}
+    bare = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
     if any(name.startswith(_OWN_PREFIXES) for name in bare):
         return to_torchvision(bare)
-    return {name: value for name, value in bare.items() if not name.startswith(_CLASSIFIERS)}
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
+    return {name: value for name, value in bare.items() if not name.startswith(("fc.", "head."))}

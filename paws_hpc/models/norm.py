@@ -31,15 +31,12 @@ class _Moments(NamedTuple):
 class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with parameters and buffers named as in :class:`torch.nn.BatchNorm2d`.
 
-    ``statistics`` says where the training-mode mean and variance come from: the rows of all ranks ("global"), this
-    rank's rows ("local"), or the running statistics, which then stay as they are while weight and bias train
-    ("frozen"). Evaluation mode always takes the running statistics and communicates nothing.
+    ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's, but never counted up.
 
-    ``tracked`` says whether a training-mode pass moves the running statistics; :func:`untracked_statistics` turns it
-    off for a while. ``tape`` holds the statistics of a pass that will run again, see :func:`recomputation`.
-
-    ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's and torchvision's, but never
-    counted up: only ``momentum=None`` would read it.
+    Attributes:
+        statistics: see :func:`set_statistics`. Evaluation mode takes the running ones and communicates nothing.
+        tracked: whether a training-mode pass moves the running statistics; see :func:`untracked_statistics`.
+        tape: statistics of a pass that will run again; see :func:`recomputation`.
     """
 
     statistics: Statistics = "global"
@@ -91,9 +88,6 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, statistics={self.statistics}"
-
 
 class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` over the rows (B, C) of all ranks."""
@@ -106,8 +100,8 @@ class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
 def set_statistics(module: nn.Module, statistics: Statistics) -> None:
     """Choose where every normalisation layer in ``module`` takes its training-mode statistics from.
 
-    "global": all ranks (pre-training). "local": this rank alone (fine-tuning). "frozen": the running statistics, which
-    stay fixed while weight and bias still train.
+    "global": the rows of all ranks (pre-training). "local": this rank's (fine-tuning). "frozen": the running
+    statistics, which stay fixed while weight and bias train.
     """
     for layer in _layers(module):
         layer.statistics = statistics
@@ -132,11 +126,9 @@ class _Setting(AbstractContextManager[None]):
 
 
 def untracked_statistics(module: nn.Module) -> AbstractContextManager[None]:
-    """Let training-mode passes through ``module`` normalise as always and leave every running statistic as it is.
+    """Let training-mode passes through ``module`` leave every running statistic as it is; contexts may be nested.
 
-    For a pass over rows that another pass of the same step has been over already: the statistics of a step are to be
-    tracked once. Outputs and gradients are those of a tracked pass. Contexts may be nested; leaving one restores what
-    it found.
+    For a second pass over the rows of a step, whose statistics are tracked once.
     """
     return _Setting(module, tracked=False)
 
@@ -158,14 +150,21 @@ def _layers(module: nn.Module) -> list[_GlobalBatchNorm]:
 
 @torch.no_grad()
 def _moments_over_ranks(input: Tensor) -> _Moments:
-    """Of the rows of all ranks, by one collective; nothing is read back by the host."""
+    """Of the rows of all ranks, by one collective; nothing is read back by the host.
+
+    Chan's combination, var = sum n_r (var_r + (mean_r - mean)^2) / N, adds non-negative terms; a difference of mean
+    squares would lose every digit where the mean is much larger than the deviation.
+    """
     mean, variance = _moments(input)
     count = mean.new_full((1,), input.numel() // input.shape[1])
     own = torch.cat([mean, variance, count])
     every = own.new_empty(world_size() * own.numel())
     dist.all_gather_into_tensor(every, own)
     means, variances, counts = every.view(world_size(), -1).split([mean.numel(), mean.numel(), 1], dim=1)
-    return _Moments(*_combine(means, variances, counts), counts)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    variance = ((variances + (means - mean) ** 2) * counts).sum(0) / total
+    return _Moments(mean, variance, counts)
 
 
 class _Channels(NamedTuple):
@@ -179,9 +178,8 @@ class _Channels(NamedTuple):
 class _NormaliseOverRanks(torch.autograd.Function):
     """Normalise with the mean and 1 / deviation of all ranks' rows; one collective in the backward pass.
 
-    Mean and deviation arrive computed (:func:`_moments_over_ranks`); the gradient with respect to the input includes
-    the part that flows through them, on every rank. The gradients of weight and bias stay this rank's own: the
-    data-parallel wrapper averages them like all others. torch.compile traces all of it.
+    The gradient of the input includes what flows through mean and deviation, on every rank. The gradients of weight and
+    bias stay this rank's own: the data-parallel wrapper averages them like all others.
     """
 
     @staticmethod
@@ -206,18 +204,6 @@ class _NormaliseOverRanks(torch.autograd.Function):
             dist.all_reduce(sums)
             grad_input = _input_gradient(gradient, input, channels, sums, counts)
         return grad_input, grad_weight, grad_bias, None, None, None
-
-
-def _combine(means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (C,) each, of all rows from those of the ranks, (R, C), and their counts, (R, 1).
-
-    Chan's combination, var = sum n_r (var_r + (mean_r - mean)^2) / N, adds non-negative terms; a difference of mean
-    squares would lose every digit where the mean is much larger than the deviation.
-    """
-    total = counts.sum()
-    mean = (means * counts).sum(0) / total
-    variance = ((variances + (means - mean) ** 2) * counts).sum(0) / total
-    return mean, variance
 
 
 # The four passes over the activations. Where it can they are the kernels that PyTorch's own layer consists of: those

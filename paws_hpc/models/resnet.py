@@ -1,6 +1,7 @@
-"""ResNet-18 and ResNet-50 backbones, at any width.
+"""Residual backbones: ResNet-18 and ResNet-50, wide ResNets for small images, and a small one for CPUs.
 
-State-dict names are torchvision's without ``fc``, so that its weights load into a backbone of width 1 with ``strict``.
+State-dict names of the first two are torchvision's without ``fc``, so that its weights load into a backbone of width 1
+with ``strict``.
 """
 
 from __future__ import annotations
@@ -111,3 +112,108 @@ def resnet18(*, width: int = 1) -> ResNet:
 def resnet50(*, width: int = 1) -> ResNet:
     """ResNet-50; ``feature_dim`` is 2048 times ``width``."""
     return ResNet(Bottleneck, [3, 4, 6, 3], width=width)
+
+
+class _PreActivationBlock(ResidualBlock):
+    """bn-relu-conv-bn-relu-conv around a shortcut from the raw input."""
+
+    bn1: nn.Module
+    conv1: nn.Module
+    bn2: nn.Module
+    conv2: nn.Module
+    shortcut: nn.Module
+
+    def transform(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, channels, H/stride, W/stride)."""
+        out = self.conv1(F.relu(self.bn1(x), inplace=True))
+        out = self.conv2(F.relu(self.bn2(out), inplace=True))
+        return out + self.shortcut(x)
+
+
+class SmallBlock(_PreActivationBlock):
+    """The first convolution has the stride."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = GlobalBatchNorm2d(inputs)
+        self.conv1 = _conv(inputs, channels, 3, stride)
+        self.bn2 = GlobalBatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, 3)
+        changes = stride != 1 or inputs != channels
+        self.shortcut = _conv(inputs, channels, 1, stride) if changes else nn.Identity()
+
+
+class WideBlock(_PreActivationBlock):
+    """As the CIFAR recipe has it, unlike the WRN paper: convolutions have biases, the second one has the stride."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = GlobalBatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.bn2 = GlobalBatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        changes = stride != 1 or inputs != channels
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride=stride)) if changes else nn.Sequential()
+
+
+class SmallResNet(nn.Module):
+    """The demo's network: a 3x3 stem of stride 2, a layer of blocks per entry of ``channels``, normalisation, pooling.
+
+    Args:
+        channels: of each layer; the stem has the first layer's. All but the first layer halve the size.
+        blocks: of each layer; as many as ``channels``.
+    """
+
+    def __init__(self, *, channels: Sequence[int], blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.stem = _conv(3, channels[0], 3, 2)
+        inputs = channels[0]
+        layers: list[nn.Module] = []
+        for layer, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
+            for position in range(count):
+                layers.append(SmallBlock(inputs, outputs, 2 if layer > 0 and position == 0 else 1))
+                inputs = outputs
+        self.blocks = nn.Sequential(*layers)
+        self.norm = GlobalBatchNorm2d(inputs)
+        self.feature_dim = inputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to features (B, ``feature_dim``)."""
+        x = F.relu(self.norm(self.blocks(self.stem(images))), inplace=True)
+        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+
+
+class WideResNet(nn.Module):
+    """WRN-d-k (Zagoruyko and Komodakis 2016) without dropout; ``feature_dim`` is 64 times ``width``.
+
+    The reference gives the last normalisation a momentum of 0.99: its running statistics are then those of the last
+    pass alone, which during pre-training is one batch of *small* crops, and large crops are evaluated with them. Taken
+    for a slip (0.99 where other libraries' convention means 0.01), it is not followed: all layers have 0.1.
+
+    Args:
+        depth: d = 6n + 4, for n blocks in each of three layers.
+        width: k; multiplies the channels 16, 32, 64 of the layers; the stem keeps its 16.
+    """
+
+    def __init__(self, *, depth: int, width: int) -> None:
+        super().__init__()
+        blocks = (depth - 4) // 6
+        assert depth == 6 * blocks + 4
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        inputs = 16
+        for layer in range(3):
+            channels = 16 * width * 2**layer
+            members: list[nn.Module] = []
+            for position in range(blocks):
+                members.append(WideBlock(inputs, channels, 2 if layer > 0 and position == 0 else 1))
+                inputs = channels
+            self.add_module(f"layer{layer + 1}", nn.Sequential(*members))
+        self.bn1 = GlobalBatchNorm2d(inputs)
+        self.feature_dim = inputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to features (B, ``feature_dim``)."""
+        x = self.conv1(images)
+        for layer in range(3):
+            x = self.get_submodule(f"layer{layer + 1}")(x)
+        return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.bn1(x), inplace=True), 1), 1)

@@ -6,6 +6,8 @@ Legend: B images, N tokens (patches and one more that gathers the image), D feat
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,18 +61,6 @@ class TransformerBlock(ResidualBlock):
         return x + self.mlp(self.norm2(x))
 
 
-class PatchEmbedding(nn.Module):
-    """Patches as vectors."""
-
-    def __init__(self, config: VitConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, D, H/patch, W/patch)."""
-        return self.proj(images)
-
-
 class VisionTransformer(nn.Module):
     """Vision transformer backbone without dropout, so that it draws nothing; features are the extra token's."""
 
@@ -80,7 +70,8 @@ class VisionTransformer(nn.Module):
         self.grid = config.image_size // config.patch_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, config.dim))
-        self.patch_embed = PatchEmbedding(config)
+        patches = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=patches))  # (B, D, H/patch, W/patch)
         self.blocks = nn.Sequential(*(TransformerBlock(config) for _ in range(config.blocks)))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
 

@@ -16,21 +16,14 @@ from torch.autograd.function import once_differentiable
 
 
 def smooth_labels(classes: Tensor, num_classes: int, *, smoothing: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Label rows of supports: ``1 - s + s/K`` at the class and ``s/K`` elsewhere.
+    """Label rows (S, K) of supports: ``1 - s + s/K`` at the class and ``s/K`` elsewhere.
 
     Args:
-        classes: (S,) integer class of each support in 0..K-1, numbered within the sampled support set.
-        num_classes: K, the number of classes in the sampled support set (not in the data set).
+        classes: (S,) integers in 0..K-1, numbered within the sampled support set (not in the data set).
+        num_classes: K.
         smoothing: s in [0, 1); 0 gives one-hot rows.
         dtype: of the result.
-
-    Returns:
-        (S, K) on the device of ``classes``; rows sum to 1.
-
-    Raises:
-        ValueError: ``smoothing`` is outside [0, 1) or ``num_classes`` is below 1.
     """
-    _check(num_classes, smoothing)
     off = smoothing / num_classes
     labels = torch.full((classes.shape[0], num_classes), off, dtype=dtype, device=classes.device)
     return labels.scatter_(1, classes.long().unsqueeze(1), 1 - smoothing + off)
@@ -38,7 +31,7 @@ def smooth_labels(classes: Tensor, num_classes: int, *, smoothing: float, dtype:
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """What :func:`smooth_labels` says, without its matrix: made by :func:`class_labels`.
+    """The labels of :func:`smooth_labels` without their matrix; :func:`class_labels` makes them.
 
     The product of weights and such labels is a sum over the supports of each class, ``(1 - s) sum + s/K``.
 
@@ -59,22 +52,20 @@ class ClassLabels:
 
 
 def class_labels(classes: Tensor, num_classes: int, *, smoothing: float, device: torch.device) -> ClassLabels:
-    """Sort supports by class, once and on the host, and bring the result to the device without waiting for it.
+    """Sort supports by class on the host, and bring the result to the device without waiting for it.
 
     Args:
-        classes: (S,) integers in 0..K-1 in host memory, as in :func:`smooth_labels`. Classes of equal size, as a step's
-            supports have, need no padding.
+        classes: (S,) integers in 0..K-1 in host memory, as in :func:`smooth_labels`.
         num_classes: K.
         smoothing: s in [0, 1).
         device: of the result.
 
     Raises:
-        ValueError: ``classes`` is on another device or has an entry outside 0..K-1, ``smoothing`` is outside [0, 1) or
-            ``num_classes`` is below 1.
+        ValueError: ``classes`` has an entry outside 0..K-1, or ``smoothing`` is outside [0, 1).
     """
-    _check(num_classes, smoothing)
-    if classes.device.type != "cpu":
-        raise ValueError(f"classes is on {classes.device}: to sort it here, the host would wait for the device.")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing} is not in [0, 1). The paper uses 0.1; 0 gives one-hot labels.")
+    assert classes.device.type == "cpu", "the host would wait for the device"
     classes = classes.long()
     wrong = classes[(classes < 0) | (classes >= num_classes)]
     if len(wrong):
@@ -114,14 +105,6 @@ def log_mixture(logits: Tensor, labels: ClassLabels) -> Tensor:
     return torch.logaddexp(log_shares + math.log1p(-labels.smoothing), floor)
 
 
-def log_loss(labels: ClassLabels, log_probabilities: Tensor) -> Tensor:
-    """(S,) cross-entropy between the labels and the log-probabilities (S, K) of their own rows."""
-    own = -log_probabilities.gather(1, labels.classes.unsqueeze(1)).squeeze(1)
-    if labels.smoothing == 0:
-        return own
-    return (1 - labels.smoothing) * own - labels.smoothing / labels.shape[1] * log_probabilities.sum(1)
-
-
 class _LogSums(torch.autograd.Function):
     """(Q, S) logits to the (Q, K) logarithms of each class's sum of exponentials."""
 
@@ -139,10 +122,3 @@ class _LogSums(torch.autograd.Function):
         finite = sums.masked_fill(sums == -math.inf, 0)  # -inf - -inf would be nan; such a class has no gradient
         weights = finite.index_select(1, classes).neg_().add_(logits).exp_()
         return weights.mul_(gradients[0].index_select(1, classes)), None, None
-
-
-def _check(num_classes: int, smoothing: float) -> None:
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"smoothing={smoothing} is not in [0, 1). The paper uses 0.1; 0 gives one-hot labels.")
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: there must be at least one class.")

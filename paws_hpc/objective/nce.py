@@ -11,28 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paws_hpc.objective.neighbours import (
-    Labels,
-    cosine_logits,
-    full_precision,
-    label_cross_entropy,
-    log_class_probabilities,
-)
+from paws_hpc.objective.labels import ClassLabels, log_mixture
+from paws_hpc.objective.neighbours import cosine_logits, full_precision
 
 
-def supervised_nce(z: Tensor, labels: Labels, *, temperature: float) -> Tensor:
+def supervised_nce(z: Tensor, labels: ClassLabels, *, temperature: float) -> Tensor:
     """Classify each labelled row by all the others, and take the mean cross-entropy (SuNCEt, arXiv:2006.10803).
 
     ``p_i = sum_{j != i} exp(cos_ij / tau) y_j / sum_{j != i} exp(cos_ij / tau)``; the loss is ``mean_i H(y_i, p_i)``.
-    With several ranks, gather rows and labels with :func:`paws_hpc.distributed.gather_rows` first. Every rank then
-    computes the same loss on all rows; the backward pass of the gathering adds these W equal gradients and the
-    averaging over ranks divides by W, so that the gradient equals that of one process and needs no further factor.
+    With several ranks, gather the rows first: every rank then computes the same loss, and the gradient that
+    DistributedDataParallel averages equals that of one process.
 
     Args:
         z: (R, D) features of any norm, R >= 2.
-        labels: (R, K), rows that sum to 1, or :func:`paws_hpc.objective.class_labels`. With one-hot labels every class
-            needs two rows at least (for instance two views of an image): a class's only row has nothing to be
-            classified by, and the loss is infinite.
+        labels: of the R rows. Without smoothing every class needs two rows at least (for instance two views of an
+            image): a class's only row has nothing to be classified by, and the loss is infinite.
         temperature: tau > 0.
 
     Returns:
@@ -41,14 +34,17 @@ def supervised_nce(z: Tensor, labels: Labels, *, temperature: float) -> Tensor:
     Raises:
         ValueError: there are fewer than two rows, or rows and labels differ in number.
     """
-    if z.ndim != 2 or z.shape[0] < 2 or len(labels.shape) != 2 or labels.shape[0] != z.shape[0]:
+    if z.ndim != 2 or z.shape[0] < 2 or labels.shape[0] != z.shape[0]:
         raise ValueError(
-            f"z {tuple(z.shape)} and labels {tuple(labels.shape)} must be (R, D) and (R, K) with one R of 2 or more."
+            f"z {tuple(z.shape)} and labels {labels.shape} must be (R, D) and (R, K) with one R of 2 or more."
         )
     with full_precision(z):
-        logits = _without_self(cosine_logits(z, z, temperature=temperature))
-        log_predictions = log_class_probabilities(logits, labels, temperature=temperature)
-        return label_cross_entropy(labels, log_predictions).mean()
+        logits = cosine_logits(z, z, temperature=temperature).fill_diagonal_(-math.inf)
+        log_predictions = log_mixture(logits, labels)
+        own = F.nll_loss(log_predictions, labels.classes)
+        if labels.smoothing == 0:
+            return own
+        return (1 - labels.smoothing) * own - labels.smoothing * log_predictions.mean()
 
 
 def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
@@ -67,11 +63,6 @@ def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
     if z.ndim != 2 or z.shape[0] % 2 or z.shape[0] == 0:
         raise ValueError(f"z {tuple(z.shape)} must be (2n, D): n first views, then their n second views.")
     with full_precision(z):
-        logits = _without_self(cosine_logits(z, z, temperature=temperature))
+        logits = cosine_logits(z, z, temperature=temperature).fill_diagonal_(-math.inf)
         other_view = torch.arange(z.shape[0], device=z.device).roll(z.shape[0] // 2)
         return F.cross_entropy(logits, other_view)
-
-
-def _without_self(logits: Tensor) -> Tensor:
-    """(R, R) logits with the diagonal at -inf, in place."""
-    return logits.fill_diagonal_(-math.inf)

@@ -3,8 +3,8 @@
 Paper, section 3: ``p = softmax(cos(z, z_S) / tau) @ y_S``.
 
 Legend: Q queries, S supports, K classes, D features. Everything here is computed in float32, also under autocast
-(float64 stays float64): bfloat16 cosines divided by a small temperature err by about 1 %. Inside the package
-probabilities are carried as logarithms, so that no loss overflows at small temperatures.
+(float64 stays float64): bfloat16 cosines divided by a small temperature err by about 1 %. Losses carry probabilities as
+logarithms, so that none overflows at small temperatures.
 """
 
 from __future__ import annotations
@@ -19,45 +19,42 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from paws_hpc.objective.labels import ClassLabels, log_loss, log_mixture
-
-Labels = Tensor | ClassLabels
-
-# Stands for log 0 while bands are added up: finite, so that no gradient is inf - inf on the way.
-_LOG_ZERO = -1e30
+from paws_hpc.objective.labels import ClassLabels, log_mixture
 
 
-def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Labels, *, temperature: float) -> Tensor:
+def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
     """Class probabilities of each query: its supports' labels, weighted by a softmax over cosine similarities.
 
     Args:
         queries: (Q, D), of any norm.
         supports: (S, D), of any norm.
-        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels. Or class numbers
-            with smoothing, :func:`paws_hpc.objective.class_labels`, which cost less.
+        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels.
         temperature: divides the cosines; > 0.
 
     Returns:
-        (Q, K) probabilities, float32 (float64 if the features are). With gradients to queries and supports.
+        (Q, K) probabilities, float32 (float64 if the features are).
 
     Raises:
         ValueError: the shapes do not go together or the temperature is not positive.
     """
-    return log_soft_nearest_neighbours(queries, supports, support_labels, temperature=temperature).exp()
+    _check_supports(queries, supports, support_labels.shape)
+    with full_precision(queries):
+        logits = cosine_logits(queries, supports, temperature=temperature)
+        return F.softmax(logits, dim=-1) @ support_labels.to(logits.dtype)
 
 
 def log_soft_nearest_neighbours(
-    queries: Tensor, supports: Tensor, support_labels: Labels, *, temperature: float
+    queries: Tensor, supports: Tensor, support_labels: ClassLabels, *, temperature: float
 ) -> Tensor:
     """The logarithm of :func:`soft_nearest_neighbours`, exact also where the probability itself underflows.
 
     Returns:
-        (Q, K) log-probabilities; ``-inf`` (with zero gradient) for a class that no support bears.
+        (Q, K) log-probabilities with gradients to queries and supports; ``-inf`` (with zero gradient) for a class that
+        no support bears.
     """
-    _check_supports(queries, supports, support_labels)
+    _check_supports(queries, supports, support_labels.shape)
     with full_precision(queries):
-        logits = cosine_logits(queries, supports, temperature=temperature)
-        return log_class_probabilities(logits, support_labels, temperature=temperature)
+        return log_mixture(cosine_logits(queries, supports, temperature=temperature), support_labels)
 
 
 def sharpen(probabilities: Tensor, *, temperature: float) -> Tensor:
@@ -99,13 +96,6 @@ def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
     return -(targets * log_probabilities.masked_fill(targets == 0, 0)).sum(-1)
 
 
-def label_cross_entropy(labels: Labels, log_probabilities: Tensor) -> Tensor:
-    """:func:`cross_entropy` (S,) of rows (S, K) with the labels that they bear themselves."""
-    if isinstance(labels, ClassLabels):
-        return log_loss(labels, log_probabilities)
-    return cross_entropy(labels.to(log_probabilities.dtype), log_probabilities)
-
-
 class _Directions(torch.autograd.Function):
     """Rows of unit length, as ``F.normalize`` gives; the backward pass keeps them and not the rows they came from."""
 
@@ -130,48 +120,6 @@ def cosine_logits(queries: Tensor, supports: Tensor, *, temperature: float) -> T
     directions = _Directions.apply(at_least_float32(queries))
     support_directions = _Directions.apply(at_least_float32(supports))
     return (directions / temperature) @ support_directions.T
-
-
-def log_class_probabilities(logits: Tensor, support_labels: Labels, *, temperature: float) -> Tensor:
-    """``log(softmax(logits) @ labels)``; no probability is lost to underflow.
-
-    Args:
-        logits: (Q, S) :func:`cosine_logits`; entries may be masked with ``-inf``, though not a whole row.
-        support_labels: (S, K), or class numbers.
-        temperature: what the cosines were divided by.
-
-    Returns:
-        (Q, K); ``-inf`` (with zero gradient) for a class that no unmasked support bears.
-    """
-    if isinstance(support_labels, ClassLabels):
-        return log_mixture(logits, support_labels)
-    return _log_product(logits, support_labels.to(logits.dtype), temperature)
-
-
-def _log_product(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """``log(softmax(logits) @ labels)`` for any labels, by sums of exponentials that cannot all underflow.
-
-    A softmax over cosines spans a factor of up to ``S exp(2 / temperature)``, which float32 holds down to a
-    temperature of about 0.04. Below that the weights are cut into bands of equal width on the logarithmic scale, each
-    band is scaled up and multiplied with the labels by itself, and the bands are added as logarithms. The number of
-    bands follows from the temperature alone; at the paper's 0.1 it is one, the plain product.
-    """
-    log_weights = F.log_softmax(logits, dim=-1)
-    width = 512.0 if logits.dtype == torch.float64 else 64.0
-    span = 2 / temperature + math.log(logits.shape[1])
-    bands = max(1, math.ceil(span / width))
-    sums = []
-    for band in range(bands):
-        scaled = log_weights + band * width
-        if band > 0:
-            scaled = scaled.masked_fill(scaled > 0, -math.inf)
-        if band < bands - 1:
-            scaled = scaled.masked_fill(scaled <= -width, -math.inf)
-        mixture = scaled.exp() @ labels
-        empty = mixture == 0
-        sums.append((mixture.masked_fill(empty, 1).log() - band * width).masked_fill(empty, _LOG_ZERO))
-    total = sums[0] if bands == 1 else torch.stack(sums).logsumexp(0)
-    return total.masked_fill(total <= _LOG_ZERO / 2, -math.inf)
 
 
 @contextmanager
@@ -203,12 +151,11 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} is not a positive number.")
 
 
-def _check_supports(queries: Tensor, supports: Tensor, support_labels: Labels) -> None:
+def _check_supports(queries: Tensor, supports: Tensor, shape: tuple[int, ...]) -> None:
     if queries.ndim != 2 or supports.ndim != 2 or queries.shape[1] != supports.shape[1]:
         raise ValueError(
             f"queries {tuple(queries.shape)} and supports {tuple(supports.shape)} must be (Q, D) and (S, D) of one D."
         )
-    shape = support_labels.shape
     if len(shape) != 2 or shape[0] != supports.shape[0] or supports.shape[0] == 0:
         raise ValueError(
             f"support_labels {tuple(shape)} must be (S, K) with one row for each of the {supports.shape[0]} supports, "

@@ -18,14 +18,8 @@ from torch import Tensor
 from paws_hpc import distributed
 from paws_hpc.objective.config import RopawsConfig
 from paws_hpc.objective.labels import ClassLabels, smooth_labels
-from paws_hpc.objective.neighbours import (
-    Labels,
-    cosine_logits,
-    full_precision,
-    log_soft_nearest_neighbours,
-    sharpen,
-)
-from paws_hpc.objective.paws import Paws, PawsLoss, TrueClasses, view_loss
+from paws_hpc.objective.neighbours import cosine_logits, full_precision, sharpen
+from paws_hpc.objective.paws import Paws
 
 
 @torch.no_grad()
@@ -73,47 +67,26 @@ class Ropaws(Paws):
 
     config: RopawsConfig
 
-    def loss(
-        self,
-        anchors: Tensor,
-        supports: Tensor,
-        targets: Tensor,
-        target_supports: Tensor,
-        labels: Labels,
-        *,
-        true_classes: TrueClasses | None,
-    ) -> tuple[PawsLoss, dict[str, Tensor]]:
-        """As of :class:`Paws`."""
+    def targets(
+        self, h: Tensor, supports: Tensor, labels: ClassLabels
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Each view is calibrated together with the same view of all ranks' images."""
         config = self.config
-        posteriors = self.posteriors(targets, target_supports, labels)
-        in_domain = posteriors.sum(1).clamp_max(1)
-        uniform = (1 - in_domain).unsqueeze(1) / self.num_classes  # what is of no known class is each of them alike
-        with full_precision(anchors):
-            loss = view_loss(
-                log_soft_nearest_neighbours(anchors, supports, labels, temperature=config.temperature),
-                sharpen(posteriors + uniform, temperature=config.sharpening),
-                sharpening=config.sharpening,
-                num_small_crops=2 * len(anchors) // len(targets) - 2,
-                me_max=config.me_max,
-                true_classes=true_classes,
-                entropy_weight=config.entropy_weight,
-                image_weights=in_domain.view(2, -1).mean(0) ** config.weight_power,
-            )
-        return loss, {"train/in_domain": in_domain.mean()}
-
-    def posteriors(self, targets: Tensor, supports: Tensor, labels: Labels) -> Tensor:
-        """(2n, K) of this rank's large crops; each view with the same view of all ranks' images."""
-        if isinstance(labels, ClassLabels):
-            labels = smooth_labels(labels.classes, self.num_classes, smoothing=labels.smoothing, dtype=targets.dtype)
+        matrix = smooth_labels(labels.classes, self.num_classes, smoothing=labels.smoothing, dtype=h.dtype)
         views = []
-        for own in targets.chunk(2):
+        for own in h.chunk(2):
             every = calibrated_posteriors(
                 distributed.gather_rows(own),
                 supports,
-                labels,
-                temperature=self.config.temperature,
-                prior_temperature=self.config.prior_temperature,
-                label_ratio=self.config.label_ratio,
+                matrix,
+                temperature=config.temperature,
+                prior_temperature=config.prior_temperature,
+                label_ratio=config.label_ratio,
             )
             views.append(every[distributed.rank() * len(own) :][: len(own)])
-        return torch.cat(views)
+        posteriors = torch.cat(views)
+        in_domain = posteriors.sum(1).clamp_max(1)
+        uniform = (1 - in_domain).unsqueeze(1) / self.num_classes  # what is of no known class is each of them alike
+        weights = in_domain.view(2, -1).mean(0) ** config.weight_power
+        sharpened = sharpen(posteriors + uniform, temperature=config.sharpening)
+        return sharpened, weights, {"train/in_domain": in_domain.mean()}

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from paws_hpc.distributed import gather_rows, gather_rows_and_constants
-from paws_hpc.objective.labels import class_labels
 from paws_hpc.objective.nce import supervised_nce
-from paws_hpc.objective.paws import paws_loss
+from tests.objective import labels_for, step_loss
 from tests.ranks import results_of, run_on_ranks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -35,16 +34,9 @@ def losses(weight: Tensor, inputs: Tensor, classes: Tensor, num_classes: int, sm
     z = inputs @ weight
     z.retain_grad()
     supports, large = len(classes), 2 * (len(inputs) - len(classes)) // (2 + small)
-    labels = class_labels(gather_rows(classes), num_classes, smoothing=0.1, device=z.device)
+    labels = labels_for(gather_rows(classes), num_classes, smoothing=0.1)
     gathered, targets = gather_rows_and_constants(z[:supports], z[:supports], dtype=z.dtype)
-    loss = paws_loss(
-        z[supports:],
-        gathered,
-        z[supports : supports + large].detach(),
-        targets,
-        labels,
-        num_small_crops=small,
-    )
+    loss = step_loss(z[supports:], gathered, z[supports : supports + large].detach(), targets, labels)
     results = {"consistency": loss.consistency, "me_max": loss.me_max, "total": loss.total}
     results["nce"] = supervised_nce(gathered, labels, temperature=0.1)
     gradients = {}

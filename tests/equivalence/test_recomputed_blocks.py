@@ -18,10 +18,8 @@ from paws_hpc.models.blocks import set_recomputed
 from paws_hpc.models.config import VitConfig
 from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet
-from paws_hpc.models.small_resnet import SmallResNet
+from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet, SmallResNet, WideResNet
 from paws_hpc.models.vit import VisionTransformer
-from paws_hpc.models.wide_resnet import WideResNet
 from tests.ranks import Collectives, results_of, run_on_ranks
 
 TRUNKS: dict[str, Callable[[], nn.Module]] = {
@@ -31,7 +29,7 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "transformer": lambda: VisionTransformer(
         VitConfig(image_size=24, patch_size=8, dim=8, blocks=2, attention_heads=2)
     ),
-    "small": lambda: SmallResNet(channels=[4, 6], blocks=[1, 2], stem_stride=1),
+    "small": lambda: SmallResNet(channels=[4, 6], blocks=[1, 2]),
 }
 STATISTICS = ("global", "local")
 
@@ -90,7 +88,7 @@ def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, 
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
-    eager = SmallResNet(channels=[4], blocks=[1], stem_stride=1)
+    eager = SmallResNet(channels=[4], blocks=[1])
     initialise(eager, seed=2)
     eager.double()  # normalisation rounds otherwise in one graph
     set_recomputed(eager, True)

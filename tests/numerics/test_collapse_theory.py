@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.objective.labels import class_labels, smooth_labels
-from paws_hpc.objective.paws import PawsLoss, TrueClasses, paws_loss
+from paws_hpc.objective.paws import PawsLoss, TrueClasses
+from tests.objective import labels_for, step_loss
 
 K, PER_CLASS, N, D, SMALL = 4, 3, 5, 6, 2
 S, TAU, T = K * PER_CLASS, 0.1, 0.25
@@ -34,9 +34,8 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def loss_of(z: Tensor, h: Tensor, *, smoothing: float = 0.1, small: int = SMALL, **options: object) -> PawsLoss:
     """Of rows [supports; large 1; large 2; small ...]."""
-    labels = smooth_labels(CLASSES, K, smoothing=smoothing, dtype=torch.float64)
-    anchors, targets = z[S:], h[S : S + 2 * N]
-    return paws_loss(anchors, z[:S], targets, h[:S], labels, num_small_crops=small, target_floor=0.0, **options)  # type: ignore[arg-type]
+    anchors, targets = z[S : S + (2 + small) * N], h[S : S + 2 * N]
+    return step_loss(anchors, z[:S], targets, h[:S], labels_for(CLASSES, K, smoothing), target_floor=0.0, **options)
 
 
 # --- D.1 and D.2 against NumPy ----------------------------------------------------------------------------------------
@@ -76,16 +75,12 @@ def test_targets_of_labelled_images_are_their_labels_and_entropy_is_of_predictio
     np.testing.assert_allclose(loss.total, expected[0] + expected[1] + 0.7 * expected[2], rtol=1e-12)
 
 
-def test_both_are_off_unless_asked_for_and_take_labels_in_either_form() -> None:
+def test_both_are_off_by_default() -> None:
     z, h = draw(S + (2 + SMALL) * N, D), draw(S + 2 * N, D, seed=1)
     plain = loss_of(z, h)
     assert plain.entropy == 0
     assert torch.equal(plain.total, plain.consistency + plain.me_max)
     assert torch.equal(loss_of(z, h, true_classes=NONE).total, plain.total)
-    numbers = class_labels(CLASSES, K, smoothing=0.1, device=torch.device("cpu"))
-    options = {"num_small_crops": SMALL, "true_classes": KNOWN, "entropy_weight": 0.7, "target_floor": 0.0}
-    found = paws_loss(z[S:], z[:S], h[S:], h[:S], numbers, **options)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, loss_of(z, h, true_classes=KNOWN, entropy_weight=0.7), rtol=1e-12, atol=1e-12)
 
 
 def test_their_gradients_are_those_of_their_values() -> None:
@@ -97,9 +92,8 @@ def test_their_gradients_are_those_of_their_values() -> None:
 
     assert torch.autograd.gradcheck(total, draw(S + (2 + SMALL) * N, D).requires_grad_())
     far = torch.eye(6, dtype=torch.float64)[[0, 1, 2, 3] * PER_CLASS + [0, 1, 2, 3, 0] * (2 + SMALL)].requires_grad_()
-    labels = smooth_labels(CLASSES, K, smoothing=0.0)
-    options = {"temperature": 0.001, "num_small_crops": SMALL, "entropy_weight": 0.7}
-    loss = paws_loss(far[S:], far[:S], h[S:], h[:S], labels, **options)  # type: ignore[arg-type]
+    labels = labels_for(CLASSES, K, 0.0)
+    loss = step_loss(far[S:], far[:S], h[S:], h[:S], labels, temperature=0.001, entropy_weight=0.7)
     (gradient,) = torch.autograd.grad(loss.entropy, far)
     assert loss.entropy == 0
     assert torch.isfinite(gradient).all()

@@ -12,7 +12,8 @@ from torch import Tensor
 from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
-from paws_hpc.objective.paws import paws_loss
+from paws_hpc.objective.paws import paws_targets
+from tests.objective import as_class_labels, step_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PAWS_FILES = sorted(path.stem for path in GOLDEN.glob("paws_mc*.npz"))
@@ -33,13 +34,13 @@ def golden_loss(golden: dict[str, Tensor], z: Tensor, **changes: float):
     arguments = {
         "temperature": golden["tau"].item(),
         "sharpening": golden["T"].item(),
-        "num_small_crops": int(golden["multicrop"]),
         "me_max": bool(golden["me_max"]),
         **changes,
     }
     h = golden["h"]
     targets = h[supports : supports + 2 * images]
-    return paws_loss(z[supports:], z[:supports], targets, h[:supports], golden["labels"], **arguments)
+    labels = as_class_labels(golden["labels"])
+    return step_loss(z[supports:], z[:supports], targets, h[:supports], labels, **arguments)
 
 
 def test_there_are_golden_files() -> None:
@@ -85,7 +86,9 @@ def test_predictions_and_sharpened_targets(name: str) -> None:
     assert_equal(swapped, golden["target_probs"])
     sharpened = sharpen(swapped, temperature=golden["T"].item())
     assert_equal(sharpened, golden["targets_sharp"])
-    assert_equal(golden_loss(golden, z).confidence, golden["targets_sharp"].amax(1).mean())
+    rates = {"temperature": tau, "sharpening": golden["T"].item()}
+    found = paws_targets(h[supports : supports + 2 * images], h[:supports], as_class_labels(golden["labels"]), **rates)
+    assert_equal(found.roll(images, 0), golden["targets_sharp"])
 
 
 @pytest.mark.parametrize("name", PAWS_FILES)
@@ -114,9 +117,8 @@ def test_label_matrices(tag: str) -> None:
 def test_exact_collapse_is_stationary() -> None:
     golden = load("paws_collapse_is_stationary")
     z, supports = golden["z"].requires_grad_(), len(golden["labels"])
-    loss = paws_loss(
-        z[supports:], z[:supports], z[supports:].detach(), z[:supports].detach(), golden["labels"], num_small_crops=0
-    )
+    labels = as_class_labels(golden["labels"])
+    loss = step_loss(z[supports:], z[:supports], z[supports:].detach(), z[:supports].detach(), labels)
     assert_equal(loss.consistency, golden["log_K"])
     assert_equal(loss.me_max, -golden["log_K"])
     for term in (loss.consistency, loss.me_max):
@@ -128,7 +130,7 @@ def test_exact_collapse_is_stationary() -> None:
 def test_supervised_nce(name: str) -> None:
     golden = load(name)
     z = golden["z"].requires_grad_()
-    loss = supervised_nce(z, golden["labels"], temperature=golden["temperature"].item())
+    loss = supervised_nce(z, as_class_labels(golden["labels"]), temperature=golden["temperature"].item())
     assert_equal(loss, golden["loss"])
     assert_equal(torch.autograd.grad(loss, z)[0], golden["grad_z"])
 

@@ -1,19 +1,20 @@
-"""Labels, configuration, the support warm-up, diagnostics and the collapse monitor; what bad input is told."""
+"""Labels, configuration, the support warm-up, diagnostics and the collapse monitor; errors for bad input."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from paws_hpc.cluster.compose import CONF
 from paws_hpc.objective.config import OBJECTIVES, PawsConfig
-from paws_hpc.objective.labels import class_labels, smooth_labels
+from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
-from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
-from paws_hpc.objective.paws import Paws, diagnose, paws_loss, support_warmup_weight
+from paws_hpc.objective.neighbours import log_soft_nearest_neighbours, sharpen, soft_nearest_neighbours
+from paws_hpc.objective.paws import Paws, diagnose, paws_loss, paws_targets, support_warmup_weight
+from tests.objective import labels_for
 
 # --- labels ---------------------------------------------------------------------------------------------------------
 
@@ -25,9 +26,8 @@ def test_smoothed_labels_of_two_classes() -> None:
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
 def test_smoothing_out_of_range_is_an_error(smoothing: float) -> None:
-    for labels in (smooth_labels, partial(class_labels, device=torch.device("cpu"))):
-        with pytest.raises(ValueError, match="smoothing"):
-            labels(torch.tensor([0]), 2, smoothing=smoothing)
+    with pytest.raises(ValueError, match="smoothing"):
+        labels_for(torch.tensor([0]), 2, smoothing)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
@@ -36,7 +36,7 @@ def test_a_class_outside_the_support_set_is_an_error(wrong: int) -> None:
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         smooth_labels(torch.tensor([0, wrong]), 3, smoothing=0.1)
     with pytest.raises(ValueError, match=f"entry {wrong}, out of bounds for num_classes=3"):
-        class_labels(torch.tensor([0, wrong]), 3, smoothing=0.1, device=torch.device("cpu"))
+        labels_for(torch.tensor([0, wrong]), 3, 0.1)
 
 
 # --- bad shapes -----------------------------------------------------------------------------------------------------
@@ -46,58 +46,47 @@ def rows(count: int, features: int = 4) -> torch.Tensor:
     return torch.randn(count, features, generator=torch.Generator().manual_seed(count))
 
 
-LABELS = smooth_labels(torch.arange(3).repeat(2), 3, smoothing=0.1)
+LABELS = labels_for(torch.arange(3).repeat(2), 3, 0.1)
+MATRIX = smooth_labels(LABELS.classes, 3, smoothing=0.1)
 
 
-@pytest.mark.parametrize(
-    ("anchors", "targets", "small", "message"),
-    [
-        (rows(9), rows(4), 2, "9 anchor rows are not 2 large and num_small_crops=2"),
-        (rows(0), rows(0), 2, "0 anchor rows"),
-        (rows(8), rows(8), 2, "8 target rows: 8 anchor rows with num_small_crops=2 need 4"),
-        (rows(8), rows(4), -1, "num_small_crops=-1 is negative"),
-    ],
-)
-def test_rows_that_are_not_views_of_images(
-    anchors: torch.Tensor, targets: torch.Tensor, small: int, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        paws_loss(anchors, rows(6), targets, rows(6), LABELS, num_small_crops=small)
+@pytest.mark.parametrize(("anchors", "targets"), [(9, 4), (0, 0), (8, 16), (8, 3)])
+def test_rows_that_are_not_views_of_images(anchors: int, targets: int) -> None:
+    with pytest.raises(ValueError, match=f"{anchors} anchor rows and {targets} target rows"):
+        paws_loss(rows(anchors), rows(6), rows(targets, 3), LABELS, temperature=0.1, sharpening=0.25)
 
 
-def test_supports_and_labels_must_go_together() -> None:
-    with pytest.raises(ValueError, match="one row for each of the 5 supports"):
-        soft_nearest_neighbours(rows(2), rows(5), LABELS, temperature=0.1)
-    classes = class_labels(torch.arange(3).repeat(2), 3, smoothing=0.1, device=torch.device("cpu"))
+@pytest.mark.parametrize("classify", [
+    lambda queries, supports: soft_nearest_neighbours(queries, supports, MATRIX, temperature=0.1),
+    lambda queries, supports: log_soft_nearest_neighbours(queries, supports, LABELS, temperature=0.1),
+])  # fmt: skip
+def test_supports_and_labels_must_go_together(classify: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(ValueError, match=r"support_labels \(6, 3\) must be .* one row for each of the 5 supports"):
-        soft_nearest_neighbours(rows(2), rows(5), classes, temperature=0.1)
+        classify(rows(2), rows(5))
     with pytest.raises(ValueError, match="of one D"):
-        soft_nearest_neighbours(rows(2, 3), rows(6), LABELS, temperature=0.1)
-    with pytest.raises(ValueError, match="at least"):
-        soft_nearest_neighbours(rows(2), rows(0), LABELS[:0], temperature=0.1)
+        classify(rows(2, 3), rows(6))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.1, math.nan, math.inf])
 def test_temperatures_are_positive(temperature: float) -> None:
-    with pytest.raises(ValueError, match=r"temperature=.* is not a positive number"):
-        soft_nearest_neighbours(rows(2), rows(6), LABELS, temperature=temperature)
-    with pytest.raises(ValueError, match=r"temperature=.* is not a positive number"):
-        sharpen(LABELS, temperature=temperature)
-    with pytest.raises(ValueError, match=r"temperature=.* is not a positive number"):
-        nt_xent(rows(4), temperature=temperature)
+    for function, arguments in (
+        (soft_nearest_neighbours, (rows(2), rows(6), MATRIX)), (sharpen, (MATRIX,)), (nt_xent, (rows(4),))
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"temperature=.* is not a positive number"):
+            function(*arguments, temperature=temperature)
 
 
 def test_contrastive_losses_need_something_to_contrast_with() -> None:
     with pytest.raises(ValueError, match="2 or more"):
-        supervised_nce(rows(1), LABELS[:1], temperature=0.1)
+        supervised_nce(rows(1), labels_for(torch.tensor([0]), 1, 0.0), temperature=0.1)
     with pytest.raises(ValueError, match="2n"):
         nt_xent(rows(5), temperature=0.1)
 
 
 def test_a_class_with_a_single_row_has_an_infinite_nce_rather_than_a_wrong_one() -> None:
     classes = torch.tensor([0, 0, 1, 1, 2])
-    assert supervised_nce(rows(5), smooth_labels(classes, 3, smoothing=0.0), temperature=0.1) == math.inf
-    assert supervised_nce(rows(5), smooth_labels(classes, 3, smoothing=0.1), temperature=0.1).isfinite()
+    assert supervised_nce(rows(5), labels_for(classes, 3, 0.0), temperature=0.1) == math.inf
+    assert supervised_nce(rows(5), labels_for(classes, 3, 0.1), temperature=0.1).isfinite()
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -148,11 +137,9 @@ def test_diagnostics_are_the_named_losses_and_train_nothing() -> None:
     assert measured["train/support_classification"] == supervised_nce(z[:6], LABELS, temperature=0.2).detach()
 
 
-def test_confidence_is_that_of_sharpened_targets() -> None:
-    z = torch.eye(4).repeat(2, 1)[:6]
-    labels = smooth_labels(torch.tensor([0, 1, 0, 1, 0, 1]), 2, smoothing=0.1)
-    loss = paws_loss(rows(4), z, torch.zeros(4, 4), z, labels, num_small_crops=0)
-    assert loss.confidence == pytest.approx(0.5)  # a zero vector resembles every support alike
+def test_targets_of_an_image_that_resembles_all_supports_alike_are_uniform() -> None:
+    targets = paws_targets(torch.zeros(4, 4), rows(6), LABELS, temperature=0.1, sharpening=0.25)
+    torch.testing.assert_close(targets, torch.full((4, 3), 1 / 3))
 
 
 LOG_K = math.log(10)
