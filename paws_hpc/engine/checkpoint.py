@@ -209,12 +209,12 @@ class CheckpointFolder:
                 return step
         return None
 
-    def _check_identity(self, weights: Path, found: dict[str, Any]) -> None:
-        fields = sorted(found.keys() | self.identity.keys())
+    def _check_identity(self, weights: Path, saved: dict[str, Any]) -> None:
+        fields = sorted(saved.keys() | self.identity.keys())
         differing = [
-            f"{field}: {found.get(field)!r} there, {self.identity.get(field)!r} now"
+            f"{field}: {saved.get(field)!r} there, {self.identity.get(field)!r} now"
             for field in fields
-            if found.get(field) != self.identity.get(field) and field not in self.accept_changes
+            if saved.get(field) != self.identity.get(field) and field not in self.accept_changes
         ]
         if differing:
             names = ",".join(line.partition(":")[0] for line in differing)

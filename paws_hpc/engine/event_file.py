@@ -35,7 +35,7 @@ class TensorboardTracker(Tracker):
 
         folder.mkdir(parents=True, exist_ok=True)
         earlier = list(folder.glob("events.out.tfevents.*"))
-        # The time in nanoseconds, as two starts may fall into one second, and a reader follows the order of names.
+        # The time in nanoseconds, as two attempts may fall into one second, and a reader follows the order of names.
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter(open(folder / name, "wb"))  # noqa: SIM115 - closed by close()
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))

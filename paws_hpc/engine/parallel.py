@@ -30,7 +30,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     Buffers are not broadcast: batch statistics are either global, and so equal already, or meant to be local.
 
     After its first step DistributedDataParallel would sort gradients into other buckets, by the order in which they
-    came. From three ranks on sums then round differently in the first step of every start, and a resumed run would
+    came. From three ranks on sums then round differently in the first step of every attempt, and a resumed run would
     differ from one that was not interrupted. Looking for unused parameters keeps the first buckets. That walk over the
     graph costs a per cent or so of a step on CPUs; on GPUs, where kernels do not promise equal bits anyway, speed wins.
     """

@@ -33,14 +33,14 @@ def load_backbone(encoder: Encoder, path: Path) -> None:
         ValueError: the file is damaged, holds no weights or could execute code; or it does not fit, and then all that
             is missing, unexpected or of another shape is listed.
     """
-    found = from_torchvision(read_weights(path))
+    given = from_torchvision(read_weights(path))
     wanted = encoder.backbone.state_dict()
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in found if name not in wanted]
+    missing = [name for name in wanted if name not in given and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in given if name not in wanted]
     misshapen = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        if name in given and given[name].shape != wanted[name].shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     faults = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
@@ -49,7 +49,7 @@ def load_backbone(encoder: Encoder, path: Path) -> None:
             f"model.init={path} does not fit the backbone of this run ({type(encoder.backbone).__name__}): "
             f"{'; '.join(faults)}. Choose the model.name and model.width that the file was made with, or another file."
         )
-    encoder.backbone.load_state_dict({**wanted, **found})
+    encoder.backbone.load_state_dict({**wanted, **given})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

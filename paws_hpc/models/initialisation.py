@@ -1,6 +1,6 @@
 """Initial weights as a function of the run's seed and each tensor's name, and of nothing else.
 
-Because the name takes part, a backbone starts from the same weights with and without a prediction head, and adding a
+Because the name counts, a backbone starts from the same weights with and without a prediction head, and adding a
 layer changes no other layer. Values are drawn on the CPU in float32, so every device and rank starts the same.
 """
 
@@ -30,10 +30,10 @@ def initialise(module: nn.Module, *, seed: int) -> None:
         if isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
             layer.reset_parameters()
         elif layer in of_transformers:
-            for part, tensor in layer.named_parameters(recurse=False):
+            for kind, tensor in layer.named_parameters(recurse=False):
                 values = torch.zeros(tensor.shape, dtype=torch.float32)
                 if tensor.dim() > 1:
-                    generator = _generator(seed, f"{name}.{part}")
+                    generator = _generator(seed, f"{name}.{kind}")
                     nn.init.trunc_normal_(values, std=0.02, a=-0.04, b=0.04, generator=generator)
                 _set(tensor, values)
         elif isinstance(layer, nn.Conv2d):
@@ -44,10 +44,10 @@ def initialise(module: nn.Module, *, seed: int) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.Linear):
-            for part, tensor in layer.named_parameters(recurse=False):
+            for kind, tensor in layer.named_parameters(recurse=False):
                 values = torch.empty(tensor.shape, dtype=torch.float32)
                 bound = layer.in_features**-0.5
-                _set(tensor, values.uniform_(-bound, bound, generator=_generator(seed, f"{name}.{part}")))
+                _set(tensor, values.uniform_(-bound, bound, generator=_generator(seed, f"{name}.{kind}")))
         elif any(True for _ in layer.parameters(recurse=False)) or any(True for _ in layer.buffers(recurse=False)):
             raise TypeError(f"{name}: no initialisation is known for {type(layer).__name__}; add it to initialise().")
 

@@ -26,13 +26,26 @@ def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(_conv(inputs, outputs, 1, stride), GlobalBatchNorm2d(outputs))
 
 
-class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions around a shortcut (ResNet-18)."""
+def _layer(block: type[_Block], number: int, count: int, inputs: int, channels: int) -> list[nn.Module]:
+    """Blocks of one size; the first one halves it, but not in layer 0."""
+    first = block(inputs, channels, 1 if number == 0 else 2)
+    return [first, *(block(channels * block.expansion, channels, 1) for _ in range(count - 1))]
+
+
+class _Block(ResidualBlock):
+    """(B, inputs, H, W) to (B, channels * expansion, H/stride, W/stride)."""
 
     expansion = 1
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__()
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions around a shortcut (ResNet-18)."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__(inputs, channels, stride)
         self.conv1 = _conv(inputs, channels, 3, stride)
         self.bn1 = GlobalBatchNorm2d(channels)
         self.conv2 = _conv(channels, channels, 3)
@@ -46,13 +59,13 @@ class BasicBlock(ResidualBlock):
         return F.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
 
 
-class Bottleneck(ResidualBlock):
+class Bottleneck(_Block):
     """1x1, 3x3 and 1x1 convolutions around a shortcut (ResNet-50); the 3x3 convolution has the stride."""
 
     expansion = 4
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(inputs, channels, stride)
         outputs = channels * self.expansion
         self.conv1 = _conv(inputs, channels, 1)
         self.bn1 = GlobalBatchNorm2d(channels)
@@ -88,11 +101,9 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = channels
         for layer, count in enumerate(blocks):
-            members: list[nn.Module] = []
-            for position in range(count):
-                members.append(block(inputs, channels * 2**layer, 2 if layer > 0 and position == 0 else 1))
-                inputs = channels * 2**layer * block.expansion
+            members = _layer(block, layer, count, inputs, channels * 2**layer)
             self.add_module(f"layer{layer + 1}", nn.Sequential(*members))
+            inputs = channels * 2**layer * block.expansion
         self.layers = len(blocks)
         self.feature_dim = inputs
 
@@ -114,7 +125,7 @@ def resnet50(*, width: int = 1) -> ResNet:
     return ResNet(Bottleneck, [3, 4, 6, 3], width=width)
 
 
-class _PreActivationBlock(ResidualBlock):
+class _PreActivationBlock(_Block):
     """bn-relu-conv-bn-relu-conv around a shortcut from the raw input."""
 
     bn1: nn.Module
@@ -134,7 +145,7 @@ class SmallBlock(_PreActivationBlock):
     """The first convolution has the stride."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(inputs, channels, stride)
         self.bn1 = GlobalBatchNorm2d(inputs)
         self.conv1 = _conv(inputs, channels, 3, stride)
         self.bn2 = GlobalBatchNorm2d(channels)
@@ -147,7 +158,7 @@ class WideBlock(_PreActivationBlock):
     """As the CIFAR recipe has it, unlike the WRN paper: convolutions have biases, the second one has the stride."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
-        super().__init__()
+        super().__init__(inputs, channels, stride)
         self.bn1 = GlobalBatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
         self.bn2 = GlobalBatchNorm2d(channels)
@@ -170,9 +181,8 @@ class SmallResNet(nn.Module):
         inputs = channels[0]
         layers: list[nn.Module] = []
         for layer, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
-            for position in range(count):
-                layers.append(SmallBlock(inputs, outputs, 2 if layer > 0 and position == 0 else 1))
-                inputs = outputs
+            layers += _layer(SmallBlock, layer, count, inputs, outputs)
+            inputs = outputs
         self.blocks = nn.Sequential(*layers)
         self.norm = GlobalBatchNorm2d(inputs)
         self.feature_dim = inputs
@@ -203,11 +213,9 @@ class WideResNet(nn.Module):
         inputs = 16
         for layer in range(3):
             channels = 16 * width * 2**layer
-            members: list[nn.Module] = []
-            for position in range(blocks):
-                members.append(WideBlock(inputs, channels, 2 if layer > 0 and position == 0 else 1))
-                inputs = channels
+            members = _layer(WideBlock, layer, blocks, inputs, channels)
             self.add_module(f"layer{layer + 1}", nn.Sequential(*members))
+            inputs = channels
         self.bn1 = GlobalBatchNorm2d(inputs)
         self.feature_dim = inputs
 
