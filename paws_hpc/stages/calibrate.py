@@ -23,11 +23,11 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors, save_tensors
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.exhibits import Exhibit, lines, table, text, write_exhibits
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.networks import load_pretrained, load_winner
 from paws_hpc.stages.run_data import RunData, open_data
-from paws_hpc.stages.run_folder import RunFolder, mark_done
+from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 
 BINS = 15
 _MOST_REFERENCES = 20_000  # training images that an image is compared with
@@ -62,7 +62,7 @@ class Calibration:
 
 
 def run(context: TorchContext) -> None:
-    """Write ``calibrate/calibration.json``, ``references.pt`` and what the report shows."""
+    """Write ``calibrate/calibration.json``, ``references.pt`` and what the report shows, once for the same networks."""
     run, device, control = context.run, context.device, context.control
     folder = run.path / context.stage
     if "trial" not in read_json(run.selected):
@@ -71,9 +71,14 @@ def run(context: TorchContext) -> None:
             mark_done(folder)
         return
     data = open_data(context.config)
+    classifier, winner = load_winner(run, data, device)
+    encoder, pretrained = load_pretrained(run, data, device)
+    of = {"fine_tuned": file_hash(winner), "pretrained": file_hash(pretrained)}
+    written = folder / "calibration.json"
+    if is_done(folder) and written.exists() and read_json(written).get("of") == of:
+        return
     images = {"validation": data.validation_images(), "test": data.test_images()}
     labels = {split: own.labels for split, own in images.items()}
-    classifier, _ = load_winner(run, data, device)
     logits = {split: forward_set(classifier, own, device, control).double().cpu() for split, own in images.items()}
     temperature = fit_temperature(logits["validation"], labels["validation"])
     errors = {
@@ -83,14 +88,14 @@ def run(context: TorchContext) -> None:
         }
         for split, own in logits.items()
     }
-    backbone = load_pretrained(run, data, device)[0].backbone
-    references = normalize(forward_set(backbone, _reference_images(data), device, control).cpu())
+    references = normalize(forward_set(encoder.backbone, _reference_images(data), device, control).cpu())
     distances = {
-        split: nearest_distances(forward_set(backbone, own, device, control).cpu(), references)
+        split: nearest_distances(forward_set(encoder.backbone, own, device, control).cpu(), references)
         for split, own in images.items()
     }
     threshold = float(np.quantile(distances["validation"], _USUAL, method="higher"))
     result = {
+        "of": of,
         "temperature": temperature,
         "calibration_error": errors,
         "distances": np.sort(distances["validation"]).tolist(),
@@ -100,7 +105,7 @@ def run(context: TorchContext) -> None:
     control.fence()
     if distributed.is_main():
         save_tensors(folder / "references.pt", {"references": references})
-        write_json(folder / "calibration.json", result)
+        write_json(written, result)
         write_exhibits(folder, _exhibits(data.classes, logits["test"], labels["test"], result))
         mark_done(folder)
 
