@@ -63,7 +63,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         write_json(run.chain, {"id": "cafe0123"})
         asked = itertools.count()
         with pytest.raises(PreemptedError):
-            pretrain.run(TorchContext(config, run, control=JobControl(lambda: next(asked) >= 4)))
+            pretrain.run(TorchContext(config, run, control=JobControl(lambda: next(asked) >= 8)))
         curve = list(server.runs["cafe0123-pretrain"].history)
         pretrain.run(TorchContext(config, run))
         finetune.run(TorchContext(config, run, "finetune", config.finetune.trials()[0]))
