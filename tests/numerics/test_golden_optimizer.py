@@ -50,11 +50,11 @@ def golden_model(golden: dict[str, Tensor]) -> nn.Module:
 
 
 def golden_optimizer(golden: dict[str, Tensor], model: nn.Module) -> LARS:
+    assert golden["trust_coefficient"].item() == 1e-3  # LARS's default, the only value that a run can have
     config = OptimizerConfig(
         name="lars" if golden["lars"] else "sgd",
         momentum=golden["momentum"].item(),
         weight_decay=golden["weight_decay"].item(),
-        trust_coefficient=golden["trust_coefficient"].item(),
         nesterov=bool(golden["nesterov"]),
     )
     return build_optimizer(model, config)
