@@ -9,9 +9,8 @@ Legend: n images, C channels (3, or 1 for grey stores), H x W pixels. Parameters
 of (seed, epoch, sample, view) and decide there which rows each operation touches, so a GPU is never waited for.
 
 On values in [0, 1] the operations are torchvision's for float tensors (C = 1 included, where saturation and hue change
-nothing). The blur is a true Gaussian cut at three standard deviations. torchvision leaves the kernel's size to its
-user; SimCLR's tenth of the image's side would cut a 32-pixel image's kernel to three pixels, while PIL's blur, which
-PAWS used, follows the standard deviation alone, as this one does (they differ by about 1 of 255 levels r.m.s.).
+nothing). The blur is a Gaussian cut at three standard deviations, whatever the image's size, as PIL's is, which PAWS
+used (they differ by about 1 of 255 levels r.m.s.).
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ class Operation:
     """One operation of the pipeline, for all ways to augment.
 
     Attributes:
-        fields: of ``AugmentConfig`` that belong to it; the first is the probability that an image gets it.
-        columns: of an image's uniform numbers that it draws from; the first decides whether the image gets it. They are
-            part of every run's result: a new operation takes the next free ones.
-        turns: (n,) bool who gets it and (amounts, n) → its changes, turn by turn; those of a turn are of different
-            images.
+        fields: its fields of ``AugmentConfig``; the first is the probability that an image gets it.
+        columns: the uniform numbers of an image that it uses; the first decides whether the image gets it. Every run's
+            result depends on them: a new operation takes the next free ones.
+        turns: (n,) bool, which images get it, and (amounts, n) → its changes, turn by turn; those of a turn concern
+            different images.
         pil: the config → the same on one RGB image that gets it; Python's or torch's generator draws.
         amounts: parameters of an image beside whether it gets the operation.
         draw: (n, len(columns) - 1) uniform numbers → (n, amounts) parameters.
@@ -82,15 +81,7 @@ class Operation:
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Each image times its factor, clamped to [0, 1].
-
-    Args:
-        images: (n, C, H, W) float32 in [0, 1].
-        factors: (n,) float32, not negative.
-
-    Returns:
-        (n, C, H, W) float32.
-    """
+    """Each image (n, C, H, W) float32 in [0, 1] times its factor (n,), clamped to [0, 1]."""
     return (images * factors[:, None, None, None]).clamp_(0, 1)
 
 
@@ -105,17 +96,10 @@ def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shifts: Tensor) -> Tensor:
-    """Each image's hue turned by its share of the colour circle; shapes as in ``adjust_brightness``, grey images stay.
+    """Each image's hue turned by its share (n,) of the colour circle, in [-0.5, 0.5]; grey images stay.
 
     With value v = max(r, g, b), chroma c = v - min(r, g, b) and hue h in sixths of the circle, a channel is
     ``v - c * clamp(min(k, 4 - k), 0, 1)`` where ``k = (h + 5, 3 or 1) mod 6`` for red, green and blue.
-
-    Args:
-        images: (n, C, H, W) float32 in [0, 1].
-        shifts: (n,) float32 in [-0.5, 0.5].
-
-    Returns:
-        (n, C, H, W) float32.
     """
     if images.shape[1] == 1:
         return images
@@ -159,16 +143,9 @@ def equalize(images: Tensor) -> Tensor:
 def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
     """Each image blurred by a Gaussian, reflected at the borders, cut at a radius of ceil(3 sigma) pixels.
 
-    Equal to torchvision's ``gaussian_blur`` with ``kernel_size = 2 ceil(3 sigma) + 1`` per image, computed as two
-    batched products with (H, H) and (W, W) matrices, which is as fast as a convolution with a kernel per image on the
-    CPU and faster on small images. The radius is at most the image's side minus 1.
-
-    Args:
-        images: (n, C, H, W) float32.
-        sigmas: (n,) float32 standard deviations, pixels, positive.
-
-    Returns:
-        (n, C, H, W) float32.
+    Equal to torchvision's ``gaussian_blur`` with ``kernel_size = 2 ceil(3 sigma) + 1`` per image, as two batched
+    products with (H, H) and (W, W) matrices, which are at least as fast as a convolution with a kernel per image. The
+    radius is at most the image's side minus 1. ``sigmas`` (n,) are positive, in pixels.
     """
     height, width = images.shape[-2:]
     rows = _blur_matrix(sigmas, height)
@@ -177,7 +154,7 @@ def gaussian_blur(images: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def _blur_matrix(sigmas: Tensor, size: int) -> Tensor:
-    """(n, size, size): what each pixel of a line takes from each; rows sum to 1.
+    """(n, size, size) weights of the pixels of a line in each blurred pixel; rows sum to 1.
 
     A pixel j adds to pixel i at its own distance |i - j| and, seen through the mirrors at both ends, at i + j and at
     2 (size - 1) - i - j; the outermost pixels are the mirrors themselves and count once.
@@ -210,7 +187,7 @@ def _blend(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
 
 
 def _once(strength: str, function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., list[list[Change]]]:
-    """The turns of an operation that is one function, of the first amount if it has any."""
+    """The turns of an operation that is one function, which takes the first amount if there is one."""
     return lambda wanted, amounts: [[Change(function, wanted, amounts[0] if len(amounts) else wanted, strength)]]
 
 
@@ -222,7 +199,7 @@ _ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 def _draw_jitter(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray[np.floating]:
     """(n, 8): four factors or shifts, and which comes first, second, third and last.
 
-    What changes nothing in an image comes last, so that strengths of 0 cost no pass.
+    Functions that change nothing in an image come last, so that strengths of 0 cost no pass.
     """
     strengths = np.array([config.brightness, config.contrast, config.saturation])
     least = np.append(np.maximum(0, 1 - strengths), -config.hue)
@@ -246,19 +223,12 @@ def _jitter_turns(wanted: Tensor, amounts: Tensor) -> list[list[Change]]:
 def _pil_jitter(config: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
     from torchvision.transforms import ColorJitter  # noqa: PLC0415 - takes a second to import, for benchmarks alone
 
-    jitter: Callable[[Image.Image], Image.Image] = ColorJitter(
-        config.brightness, config.contrast, config.saturation, config.hue
-    )
-    return jitter
+    return ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
 
 
 def _draw_sigma(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray[np.floating]:
     least, greatest = config.blur_sigma
     return least + (greatest - least) * numbers
-
-
-def _pil_blur(config: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
-    return lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*config.blur_sigma)))
 
 
 OPERATIONS = (
@@ -302,7 +272,7 @@ OPERATIONS = (
         amounts=1,
         draw=_draw_sigma,
         turns=_once("blur_probability", gaussian_blur),
-        pil=_pil_blur,
+        pil=lambda config: lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*config.blur_sigma))),
     ),
 )
 
@@ -330,12 +300,7 @@ def _by_operation(values: Tensor) -> list[tuple[Operation, Tensor, Tensor]]:
 def draw_parameters(
     config: AugmentConfig, *, seed: int, epoch: int, samples: NDArray[np.int64], view: int | NDArray[np.int64]
 ) -> AugmentParameters:
-    """Draw the parameters of n images, each a function of (seed, epoch, sample, view) alone.
-
-    Args:
-        config: strengths and probabilities.
-        seed, epoch, samples, view: as in ``philox.uniform``; samples (n,).
-    """
+    """Draw the parameters of (n,) samples, each a function of (seed, epoch, sample, view) alone, as in ``uniform``."""
     count = 1 + max(column for operation in OPERATIONS for column in operation.columns)
     numbers = uniform(seed=seed, stream=Stream.AUGMENT, epoch=epoch, samples=samples, view=view, count=count)
     rows = []
@@ -355,13 +320,12 @@ def augment(images: Tensor, parameters: AugmentParameters, *, mean: Sequence[flo
         mean, std: three values each, of pixels in [0, 1].
 
     Returns:
-        (n, 3, H, W) float32 on the images' device, channels-last on a GPU; a grey image has three channels of the same
-        pixels.
+        (n, 3, H, W) float32 on the images' device, channels-last on a GPU; a grey image is repeated to three channels.
 
     Raises:
         ValueError: dtype, channels or the number of parameters do not fit.
     """
-    _require_augmentable(images, parameters, mean, std)
+    _require_images(images, mean, std, parameters)
     changes = [
         change
         for operation, wanted, amounts in _by_operation(parameters.values)
@@ -383,18 +347,13 @@ def augment(images: Tensor, parameters: AugmentParameters, *, mean: Sequence[flo
 class CompiledAugmentation:
     """:func:`augment` as one graph of ``torch.compile`` per size of batch, compiled at the first batch of each size.
 
-    :func:`augment` gives an operation the rows that it changes, whose number differs from batch to batch. Here every
-    operation computes all rows and ``torch.where`` takes what is wanted: one graph serves every step, and a few fused
-    kernels replace hundreds of small ones. Values in [0, 1] agree to 5e-6. A graph break is an error that says where.
+    :func:`augment` gives an operation only the rows that it changes; their number differs from batch to batch. Here
+    every operation computes all rows and ``torch.where`` picks: one graph serves every step, and a few fused kernels
+    replace hundreds of small ones. Values in [0, 1] agree to 5e-6. A graph break is an error that says where.
     """
 
     def __init__(self, config: AugmentConfig, *, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Prepare; compiles nothing yet.
-
-        Args:
-            config: of all parameters to come; what it turns off is not in the graph.
-            backend: of ``torch.compile``.
-        """
+        """Prepare; operations that the config of all batches turns off are not in the graph."""
         self._config = config
         self._graph = whole_graph(self._all_rows, backend=backend)
 
@@ -402,7 +361,7 @@ class CompiledAugmentation:
         self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
     ) -> Tensor:
         """As :func:`augment`."""
-        _require_augmentable(images, parameters, mean, std)
+        _require_images(images, mean, std, parameters)
         values, colours = (
             to_device(each, images.device)
             for each in (parameters.values, torch.tensor((mean, std), dtype=torch.float32))
@@ -442,17 +401,13 @@ def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return torch.sub(pixels, centre, out=result).div_(scale)
 
 
-def _require_augmentable(
-    images: Tensor, parameters: AugmentParameters, mean: Sequence[float], std: Sequence[float]
+def _require_images(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], parameters: AugmentParameters | None = None
 ) -> None:
     """Raise the errors of :func:`augment`."""
-    _require_images(images, mean, std)
-    if len(parameters) != len(images):
-        raise ValueError(f"{len(images)} images need as many parameters, not {len(parameters)}")
-
-
-def _require_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"mean={mean} and std={std} need three values each, std positive")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"need uint8 images (n, 3 or 1, H, W), not {images.dtype} {tuple(images.shape)}")
+    if parameters is not None and len(parameters) != len(images):
+        raise ValueError(f"{len(images)} images need as many parameters, not {len(parameters)}")

@@ -17,24 +17,23 @@ MAX_SUPPORT_VIEWS = FIRST_FINETUNE_VIEW - FIRST_SUPPORT_VIEW
 
 @dataclass
 class DataConfig:
-    """Where the packed images are, how to pack them if they are not, in which order they come and where work runs.
+    """Stores of images, how to pack them, and the order of images.
 
     Attributes:
         name: of the data set, for people.
-        classes: how many it has, for recipes whose sizes follow from it; checked against the store. None: unknown.
+        classes: their number, for recipes whose sizes follow from it; checked against the store. None: unknown.
         train: store of the training images; without ``labelled`` the labelled ones are among them.
-        labelled: store of labelled images and of those for validation, where they are not part of ``train``. Classes
-            are this store's then, and labels of ``train`` are never read. All images are normalised by the statistics
-            of ``train``: one network sees both, and most of what it sees is unlabelled.
+        labelled: a store of its own for labelled and validation images. Classes are this store's then, and labels of
+            ``train`` are never read. All images are normalised by the statistics of ``train``.
         test: store of the test images, read once, after selection.
-        source: kind of source, one that comes divided into train and test, to pack from when a store is missing; none:
-            a missing store is an error.
-        source_path: its folder; none for a source that a package ships.
+        source: kind of source with a train and a test split, from which missing stores are packed. None: a missing
+            store is an error.
+        source_path: its folder; None for a source that a package ships.
         threads: that decode and crop, per rank.
-        copy_to: folder on each node's own disk, to which pre-training first copies its stores and from which it reads
-            them; ``$NAMES`` of the node's environment are filled in. None: no copies.
-        order: of unlabelled images in an epoch: ``full`` shuffles all of them; ``window`` keeps neighbours on disk
-            together for a while, which a cold parallel file system rewards (``paws_hpc.data.samplers.EpochSampler``).
+        copy_to: folder on each node's own disk; pre-training first copies its stores there. ``$NAMES`` of the node's
+            environment are filled in. None: no copies.
+        order: of unlabelled images in an epoch: ``full`` shuffles all; ``window`` keeps neighbours on disk together for
+            a while, which a cold parallel file system rewards (``paws_hpc.data.samplers.EpochSampler``).
         support_order: ``paper`` draws supports anew in each step; ``balanced`` lets the images of a class take turns,
             and repeats those of classes with fewer than ``pretrain.support.images_per_class``, as other crops.
     """
@@ -53,7 +52,7 @@ class DataConfig:
 
     @property
     def stores(self) -> dict[str, str]:
-        """Paths of the stores that a run reads, by what they hold."""
+        """Paths of the stores that a run reads, by content."""
         stores = {"training images": self.train, "test images": self.test}
         return stores if self.labelled is None else stores | {"labelled images": self.labelled}
 
@@ -77,11 +76,10 @@ def _check_source(name: str) -> None:
 
 @dataclass
 class LabelsConfig:
-    """Whose labels may be used.
+    """Which images are labelled.
 
     Give each set either a number per class, drawn from the run's seed, or a file with one image per line: a key of the
-    store, ImageNet's ``nXXXXXXXX_id.JPEG``, or an index (CIFAR). In a file's name ``{seed}`` stands for the run's seed,
-    so that several lists are several seeds of one setting.
+    store, ImageNet's ``nXXXXXXXX_id.JPEG``, or an index (CIFAR). In a file's name ``{seed}`` stands for the run's seed.
 
     Attributes:
         per_class: labelled images of each class.
@@ -187,10 +185,8 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"views.augment.{name}={getattr(self, name)} must be finite and not negative; 0 is off"
-                )
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"views.augment.{name}={value} must be finite and not negative; 0 is off")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"views.augment.hue={self.hue} must be in [0, 0.5], half the colour circle; 0 is off")
         for name in ("jitter", "grayscale", "blur", "flip", "solarize", "equalize"):

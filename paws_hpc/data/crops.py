@@ -42,13 +42,12 @@ def resized_crops(images: List[Tensor], boxes: Tensor, out: Tensor) -> None:
             at += 4
 """
 )
-"""A loop that torch's interpreter runs, not Python's, which its calls would hold for longer than a small crop takes.
+"""A loop that torch's interpreter runs; Python's would hold its lock for longer than a small crop takes.
 
-The operator is what ``F.interpolate(mode="bilinear", antialias=True)`` calls; its form with ``out`` spares a copy. Of
-30 µs for a crop of 96 pixels, 10 pass before the first pixel; one view per box instead of three saves two of them.
+The operator is that of ``F.interpolate(mode="bilinear", antialias=True)``; its form with ``out`` spares a copy.
 """
 
-_TIE = 2.0**-10  # halves, 1 % of the pixels of small images, go up on every device however the weights were rounded
+_TIE = 2.0**-10  # rounds halves (1 % of the pixels of small images) up on every device, whatever the weights' rounding
 
 
 def draw_boxes(
@@ -61,15 +60,9 @@ def draw_boxes(
     heights: NDArray[np.int64],
     widths: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Boxes of random-resized crops, each a function of (seed, epoch, sample, view) and its image's size alone.
+    """(n, 4) boxes of random-resized crops, each a function of (seed, epoch, sample, view) and its image's size alone.
 
-    Args:
-        crop: scale and ratio are used.
-        seed, epoch, samples, view: as in ``philox.uniform``; samples (n,).
-        heights, widths: (n,) pixels.
-
-    Returns:
-        (n, 4) int64 boxes.
+    ``seed``, ``epoch``, ``samples`` and ``view`` are as in ``philox.uniform``; ``heights`` and ``widths`` (n,) pixels.
     """
     numbers = uniform(seed=seed, stream=Stream.CROP, epoch=epoch, samples=samples, view=view, count=UNIFORMS_PER_BOX)
     return sample_boxes(heights, widths, crop, numbers)
@@ -86,21 +79,16 @@ def sample_boxes(
     Args:
         heights, widths: (n,) positive integers, pixels.
         crop: scale and ratio are used.
-        uniforms: (n, 22) in [0, 1): area and ratio of attempt 1, 2, ... 10, then the place from the top and the left.
+        uniforms: (n, 22) in [0, 1): area and ratio of attempt 1, 2, ... 10, then the top and the left.
 
     Returns:
         (n, 4) int64 boxes inside their images.
-
-    Raises:
-        ValueError: the numbers are not (n, 22).
     """
     if uniforms.shape != (len(heights), UNIFORMS_PER_BOX) or len(heights) != len(widths):
         raise ValueError(
             f"{len(heights)} heights and {len(widths)} widths need ({len(heights)}, {UNIFORMS_PER_BOX}) uniform "
             f"numbers, not {uniforms.shape}"
         )
-    heights = np.asarray(heights, dtype=np.int64)
-    widths = np.asarray(widths, dtype=np.int64)
     least, greatest = crop.scale
     area = (heights * widths)[:, None] * (least + (greatest - least) * uniforms[:, 0 : 2 * ATTEMPTS : 2])
     log_least, log_greatest = np.log(crop.ratio)
@@ -138,10 +126,7 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
     Args:
         images: n of (C, H, W) uint8 on the CPU, any sizes.
         boxes: (n, k, 4), each inside its image.
-        out: (k, n, C, h, w) uint8 to write to, for instance a part of a batch; each crop without gaps.
-
-    Returns:
-        ``out``.
+        out: (k, n, C, h, w) uint8, written and returned; each crop without gaps.
 
     Raises:
         ValueError: dtype, a box or ``out`` do not fit.
@@ -175,15 +160,9 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
 
 
 def equal_size_resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
-    """One crop of each image of a batch, resized by two matrix products with per-sample triangle-filter weights.
+    """One box (n, 4) of each image of a batch, resized by two matrix products with triangle-filter weights.
 
-    Args:
-        images: (n, C, H, W) uint8 on any device.
-        boxes: (n, 4), inside the images.
-        size: pixels.
-
-    Returns:
-        (n, C, size, size) uint8 on the images' device.
+    (n, C, H, W) uint8 on any device to (n, C, size, size) uint8.
 
     Raises:
         ValueError: dtype or boxes do not fit.
@@ -205,15 +184,8 @@ def resample_weights(start: Tensor, length: Tensor, in_size: int, out_size: int)
     """Weights of an antialiased bilinear resize of the pixels [start, start + length) of a line to ``out_size`` pixels.
 
     A triangle filter whose half width is one pixel of the coarser grid, cut at the ends of the piece and normalised:
-    PIL's and torch's ``antialias=True``.
-
-    Args:
-        start, length: (n,) float32 whole numbers of pixels.
-        in_size: pixels of the whole line.
-        out_size: pixels of the result.
-
-    Returns:
-        (n, out_size, in_size) float32, rows sum to 1, zero outside the piece.
+    PIL's and torch's ``antialias=True``. ``start`` and ``length`` are (n,) float32 whole numbers; the weights are
+    (n, out_size, in_size) float32.
     """
     scale = (length / out_size)[:, None, None]
     centre = (torch.arange(out_size, device=start.device, dtype=start.dtype) + 0.5)[:, None] * scale
@@ -226,14 +198,8 @@ def resample_weights(start: Tensor, length: Tensor, in_size: int, out_size: int)
 def center_crop(images: Tensor, *, resize: int, size: int) -> Tensor:
     """Resize the shorter side to ``resize`` pixels (antialiased bilinear), then take the central ``size`` x ``size``.
 
-    Equal to torchvision's ``Resize(resize)`` followed by ``CenterCrop(size)``.
-
-    Args:
-        images: (C, H, W) or (n, C, H, W) uint8 on the CPU.
-        resize, size: pixels, size at most resize.
-
-    Returns:
-        (C, size, size) or (n, C, size, size) uint8.
+    Equal to torchvision's ``Resize(resize)`` followed by ``CenterCrop(size)``: (C, H, W) or (n, C, H, W) uint8 on the
+    CPU to (…, C, size, size) uint8.
 
     Raises:
         ValueError: the dtype is not uint8 or ``size`` exceeds ``resize``.
@@ -241,7 +207,7 @@ def center_crop(images: Tensor, *, resize: int, size: int) -> Tensor:
     if images.dtype != torch.uint8 or not 1 <= size <= resize:
         raise ValueError(f"need uint8 images and 1 <= size <= resize, not {images.dtype}, size={size}, resize={resize}")
     batch = images if images.ndim == 4 else images[None]
-    height, width = batch.shape[-2:]
+    height, width = images.shape[-2:]
     shorter = min(height, width)
     new_height, new_width = (int(resize * side / shorter) for side in (height, width))  # truncated, as torchvision does
     if (new_height, new_width) != (height, width):

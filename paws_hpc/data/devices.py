@@ -25,9 +25,8 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 class BufferPool:
     """Host memory for batches of about one size, which is used again once nothing refers to it.
 
-    Batches of tens of megabytes come and go. Freed into the C library's heap they fragment it, and the memory of a
-    process goes up and down by a fifth; new pages for each batch make cropping a tenth slower (docs/benchmarks.md).
-    The pool keeps as many buffers as were ever in use at once, none larger than the largest that was taken.
+    Batches of tens of megabytes fragment the C library's heap, and new pages for each make cropping a tenth slower
+    (docs/benchmarks.md). The pool keeps as many buffers as were ever in use at once, none larger than was needed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +47,7 @@ class BufferPool:
         return torch.from_numpy(lent).view(shape)
 
     def _memory(self, size: int) -> NDArray[np.uint8]:
-        """The smallest free memory that suffices; or new memory, in place of the largest free one."""
+        """The smallest free buffer that suffices; or a new one, which replaces the largest free one."""
         with self._lock:
             while self._returned:
                 self._free.append(self._returned.popleft())
@@ -62,18 +61,10 @@ class BufferPool:
 
 
 class PrefetchedViews:
-    """Tensors that one thread makes on a device for another one to use.
-
-    On a GPU they are made on a stream of their own, beside the step that is running.
-    """
+    """Tensors that one thread makes on a device for another; on a GPU beside the step that is running."""
 
     def __init__(self, make: Callable[[], list[Tensor]], stream: torch.cuda.Stream | None) -> None:
-        """Make them.
-
-        Args:
-            make: enqueues the work.
-            stream: to enqueue it on; None for a CPU, where it is done when this returns.
-        """
+        """Enqueue their making on a stream of :func:`side_stream`; on a CPU they are complete when this returns."""
         self._made: torch.cuda.Event | None = None
         if stream is None:
             self._tensors = make()
@@ -84,7 +75,7 @@ class PrefetchedViews:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors, wherever they are."""
+        """Memory of the tensors."""
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def take(self) -> list[Tensor]:

@@ -1,12 +1,12 @@
 """Where the images of a stream come from: their store, or memory that the processes of a node share.
 
-Labelled images are needed again and again, and most of their cost is decoding. So one process of a node decodes them
-into a file in ``/dev/shm``, or in the temporary folder if there is no room, and every process with the same labels maps
-that file. Its name is a digest of what it holds: M images one after another, then the CRC32C of each as uint32, with
-which every image is compared when it is read.
+Decoding is most of the cost of labelled images, which every step needs. So one process of a node decodes them into a
+file in ``/dev/shm``, or in the temporary folder if there is no room, and every process with the same labels maps that
+file. Its name is a digest of its content: M images one after another, then the CRC32C of each as uint32, with which
+every image is compared when it is read.
 
-Whoever opens, writes or removes files holds the user's ``lock``. A file appears when it is complete. Its readers share
-its lock (flock); the last one removes it. If all of them were killed, the user's next process on the node does so.
+A process that opens, writes or removes files holds the user's ``lock``. A file appears when it is complete. Its readers
+share its lock (flock); the last one removes it. If all were killed, the user's next process on the node removes it.
 
 Legend: M images that are cached, n records that are read.
 """
@@ -52,11 +52,7 @@ def as_tensor(image: NDArray[np.uint8]) -> Tensor:
 
 
 class StoreImages:
-    """Images read from their store; a context manager, so that a cache can take its place.
-
-    Attributes:
-        store: of the images.
-    """
+    """Images read from their store; a context manager, as :class:`CachedImages` is one."""
 
     def __init__(self, store: ImageStore) -> None:
         self.store = store
@@ -70,7 +66,7 @@ class StoreImages:
         return [np.frombuffer(payload, np.uint8) for payload in self.store.read_encoded(records)]
 
     def close(self) -> None:
-        """Give back what is shared; the store stays open."""
+        """Release shared memory; the store stays open."""
 
     def __enter__(self) -> Self:
         return self
@@ -82,11 +78,7 @@ class StoreImages:
 
 
 class CachedImages(StoreImages):
-    """Images of which M are in memory; the others are read, as are all of them once it is closed.
-
-    Attributes:
-        path: of the file, as long as somebody uses it.
-    """
+    """Images of which M are in memory, in the file ``path``; the others are read, and all of them after closing."""
 
     def __init__(self, store: ImageStore, records: Positions, folder: Path) -> None:
         """Open the file of M ascending ``records`` in ``folder``; make it first if there is none.
@@ -119,18 +111,14 @@ class CachedImages(StoreImages):
         self._pixels, self._sums = mapped[: self._offsets[-1]], mapped[self._offsets[-1] :].view(_SUM)
 
     def pixels(self, records: Positions) -> list[NDArray[np.uint8]]:
-        """As of :class:`StoreImages`; images in memory are read-only views of it.
-
-        Raises:
-            RecordError: also where the pixels in memory differ from their CRC32C.
-        """
+        """As :meth:`StoreImages.pixels`; those in memory are read-only, and a RecordError if their CRC32C differs."""
         rows = np.minimum(np.searchsorted(self._records, records), len(self._records) - 1)
         cached = (self._records[rows] == records) & (self._file is not None)
         read = iter(self.store.images(records[~cached]))
         return [self._image(row) if here else next(read) for row, here in zip(rows.tolist(), cached, strict=True)]
 
     def close(self) -> None:
-        """Leave the file, and remove it if this was its last reader. Arrays that were handed out stay valid."""
+        """Remove the file if this is its last reader. Arrays that :meth:`pixels` returned stay valid."""
         if self._file is None:
             return
         with self._file, exclusive(self.path.parent / "lock"):
@@ -178,15 +166,14 @@ class CachedImages(StoreImages):
 def cached_images(
     store: ImageStore, records: Positions, *, folders: Sequence[Path] = _FOLDERS, limit_bytes: int | None = None
 ) -> StoreImages:
-    """The images of a store, with ``records`` decoded in memory once per node where there is room for them.
+    """The images of a store, with the labelled ``records`` decoded in memory once per node where there is room.
 
-    Where there is none, which is logged, and for raw stores, which hold pixels already, images are read from the store.
-    Pixels are the same in each case.
+    Where there is none, which is logged, and for raw stores images are read from the store; pixels are the same.
 
     Args:
         store: of the images.
         records: positions of the labelled ones.
-        folders: where the file may lie, in order of preference.
+        folders: for the file, in order of preference.
         limit_bytes: of the file; None: a quarter of the memory that this job may use.
 
     Raises:

@@ -39,12 +39,7 @@ CropGroup: TypeAlias = tuple[CropConfig, int]
 
 @dataclass(frozen=True)
 class CutCrops:
-    """Crops, and what augmentation does to them.
-
-    Attributes:
-        images: (V * n, C, s, s) uint8, view-major; C is 3, or 1 for grey images.
-        parameters: of the same rows.
-    """
+    """Crops with the parameters of their augmentation: (V * n, C, s, s) uint8, view-major; C is 1 for grey images."""
 
     images: Tensor
     parameters: AugmentParameters
@@ -105,7 +100,7 @@ Crops: TypeAlias = CutCrops | ResidentCrops
 
 
 def is_resident(store: ImageStore, device: torch.device) -> bool:
-    """Whether a store lives on the device: raw, and small beside the memory of a GPU. Every start decides alike."""
+    """Whether a store lives on the device: raw, and small beside the memory of a GPU, used or not."""
     if device.type != "cuda" or store.shape is None:
         return False
     return len(store) * int(np.prod(store.shape)) <= _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[1]
@@ -119,14 +114,7 @@ class MultiCrop:
     """
 
     def __init__(self, images: StoreImages, *, seed: int, threads: int, device: torch.device) -> None:
-        """Prepare; copies a resident store to the device.
-
-        Args:
-            images: source of the records.
-            seed: of the run.
-            threads: that decode and crop.
-            device: of training.
-        """
+        """Prepare ``threads`` that decode and crop; copies a resident store to the device of training."""
         self.store, self._images, self._seed = images.store, images, seed
         self._pool = WorkerPool(threads, "crops")
         # One pool per shape: small batches in large buffers would waste memory.
@@ -150,11 +138,11 @@ class MultiCrop:
             records: (n,) positions.
             crop_groups: crop configurations, each with the number of its first view.
             epoch: of the draw.
-            config: of the augmentation whose parameters travel along.
+            config: of the augmentation.
             repeats: (n,) how often the record came before in this batch, so that its crops differ; never if None.
 
         Returns:
-            what waits for the crops and gives, once, ``count * n`` of them per group, view-major.
+            a function that waits, and gives ``count * n`` crops per group, view-major, once.
         """
         n, shape = len(records), self.store.shape
         heights, widths = self.store.sizes(records) if shape is None else (np.full(n, shape[0]), np.full(n, shape[1]))
@@ -163,19 +151,14 @@ class MultiCrop:
             np.repeat(np.arange(first, first + crop.count), n) + crop.count * np.tile(again, crop.count)
             for crop, first in crop_groups
         ]
-        # All at once and in this thread: numpy would have the workers wait for each other.
+        # All at once and in this thread: numpy makes workers wait for each other.
         boxes = [
             draw_boxes(
-                crop,
-                seed=self._seed,
-                epoch=epoch,
-                samples=np.tile(records, crop.count),
-                view=view,
-                heights=np.tile(heights, crop.count),
-                widths=np.tile(widths, crop.count),
+                crop, seed=self._seed, epoch=epoch, samples=np.tile(records, crop.count), view=view,
+                heights=np.tile(heights, crop.count), widths=np.tile(widths, crop.count),
             )
             for (crop, _), view in zip(crop_groups, views, strict=True)
-        ]
+        ]  # fmt: skip
         wait = None if self._resident is not None else self._begin_cut(records, crop_groups, boxes)
         parameters = [  # while workers cut
             draw_parameters(config, seed=self._seed, epoch=epoch, samples=np.tile(records, crop.count), view=view)
@@ -191,33 +174,34 @@ class MultiCrop:
         return lambda: [CutCrops(*of_group) for of_group in zip(wait(), parameters, strict=True)]
 
     def abandon(self) -> None:
-        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
+        """As :meth:`WorkerPool.abandon`."""
         self._pool.abandon()
 
     def _begin_cut(
         self, records: Positions, crop_groups: Sequence[CropGroup], boxes: Sequence[NDArray[np.int64]]
     ) -> Callable[[], list[Tensor]]:
-        """Begin to cut (V * n, 4) boxes per group; the result gives (V * n, C, s, s) uint8 per group."""
+        """Begin to cut (V * n, 4) boxes per group into (V * n, C, s, s) uint8 per group."""
         n, shape = len(records), self.store.shape
         # (V, n, s, s, C) in memory: the layout of decoded images, in which cropping is fastest.
         shapes = [(crop.count, n, crop.size, crop.size, 3 if shape is None else shape[2]) for crop, _ in crop_groups]
         groups = [self._buffers[shape].take(*shape).permute(0, 1, 4, 2, 3) for shape in shapes]
         by_view = [of_group.reshape(-1, n, 4) for of_group in boxes]
 
-        def cut_jpeg(part: slice) -> None:
-            images = [as_tensor(pixels).permute(2, 0, 1) for pixels in self._images.pixels(records[part])]
+        def cut_jpeg(rows: slice) -> None:
+            images = [as_tensor(pixels).permute(2, 0, 1) for pixels in self._images.pixels(records[rows])]
             for of_group, out in zip(by_view, groups, strict=True):
-                resized_crops(images, of_group[:, part].swapaxes(0, 1), out[:, part])
+                resized_crops(images, of_group[:, rows].swapaxes(0, 1), out[:, rows])
 
-        def cut_raw(part: slice) -> None:
-            images = torch.from_numpy(self.store.read_raw(records[part])).permute(0, 3, 1, 2)
+        def cut_raw(rows: slice) -> None:
+            images = torch.from_numpy(self.store.read_raw(records[rows])).permute(0, 3, 1, 2)
             for of_group, out in zip(by_view, groups, strict=True):
                 for view, of_view in zip(out, of_group, strict=True):
-                    view[part] = equal_size_resized_crops(images, of_view[part], out.shape[-1])
+                    view[rows] = equal_size_resized_crops(images, of_view[rows], out.shape[-1])
 
         # A raw store gets one product per thread: its cost is mostly overhead.
-        slices = max(-(-n // _DECODED_AT_ONCE) if shape is None else 1, min(self._pool.count, n))
-        wait = self._pool.begin(cut_jpeg if shape is None else cut_raw, _slices(n, slices))
+        count = max(-(-n // _DECODED_AT_ONCE) if shape is None else 1, min(self._pool.count, n))
+        bounds = np.linspace(0, n, count + 1).astype(int).tolist()
+        wait = self._pool.begin(cut_jpeg if shape is None else cut_raw, [slice(*pair) for pair in pairwise(bounds)])
 
         def finish() -> list[Tensor]:
             wait()
@@ -234,9 +218,3 @@ def _copied_to(device: torch.device, store: ImageStore) -> Tensor:
         records = np.arange(start, min(start + _RESIDENT_READ, len(store)))
         pixels[start : start + len(records)] = torch.from_numpy(store.read_raw(records)).to(device)
     return pixels
-
-
-def _slices(total: int, count: int) -> list[slice]:
-    """``range(total)`` in ``count`` contiguous slices that differ by one at most."""
-    bounds = np.linspace(0, total, count + 1).astype(int).tolist()
-    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -18,32 +18,16 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, as 32-bit fractions
 _ROUNDS = 10
 
-MAX_SAMPLES = 1 << 40
-MAX_EPOCHS = 1 << 32
-MAX_VIEWS = 1 << 16
-MAX_SEEDS = 1 << 64
-
 
 class Stream(IntEnum):
-    """What a draw is for (order, supports and splits are permutations: ``order.py``).
-
-    Values are part of every run's result: append (at most 256), never renumber.
-    """
+    """What a draw is for. Values determine every run's result: append (at most 256), never renumber."""
 
     CROP = 2
     AUGMENT = 3
 
 
 def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32-10 of every counter.
-
-    Args:
-        counter: (4, ...) uint64 array of 32-bit words, least significant word first.
-        key: two 32-bit words.
-
-    Returns:
-        array of the counter's shape, uint64, each entry below 2**32.
-    """
+    """Philox4x32-10 of every counter: (4, ...) 32-bit words as uint64, least significant first, to the same."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -59,13 +43,7 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 
 
 def uniform(
-    *,
-    seed: int,
-    stream: Stream,
-    epoch: int,
-    samples: NDArray[np.int64],
-    view: int | NDArray[np.int64],
-    count: int,
+    *, seed: int, stream: Stream, epoch: int, samples: NDArray[np.int64], view: int | NDArray[np.int64], count: int
 ) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 32-bit resolution (multiples of 2**-32), one row per sample.
 
@@ -74,7 +52,7 @@ def uniform(
 
     Args:
         seed: in [0, 2**64).
-        stream: what the numbers are for; streams are independent.
+        stream: streams are independent.
         epoch: in [0, 2**32); a step's number where the draw belongs to a step.
         samples: (n,) integers in [0, 2**40), repeats allowed.
         view: in [0, 2**16), one for all samples or (n,) integers, one per sample.
@@ -84,7 +62,7 @@ def uniform(
         (n, count) float64.
 
     Raises:
-        ValueError: an argument lies outside its range; it is named.
+        ValueError: an argument lies outside its range.
     """
     samples = np.asarray(samples)
     if samples.ndim != 1 or (samples.size and samples.dtype.kind not in "iu"):
@@ -92,13 +70,13 @@ def uniform(
     views = np.asarray(view)
     if views.dtype.kind not in "iu" or views.shape not in ((), samples.shape):
         raise ValueError(f"view must be one integer or one per sample {samples.shape}, not shape {views.shape}")
-    _require_below("seed", seed, MAX_SEEDS)
-    _require_below("epoch", epoch, MAX_EPOCHS)
+    _require_below("seed", seed, 1 << 64)
+    _require_below("epoch", epoch, 1 << 32)
     if count < 0:
         raise ValueError(f"count={count} must not be negative")
     if samples.size == 0:
         return np.empty((0, count))
-    for name, values, bound in (("samples", samples, MAX_SAMPLES), ("view", views, MAX_VIEWS)):
+    for name, values, bound in (("samples", samples, 1 << 40), ("view", views, 1 << 16)):
         _require_below(name, int(values.min()), bound)
         _require_below(name, int(values.max()), bound)
     blocks = -(-count // 4)

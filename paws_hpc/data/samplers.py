@@ -27,29 +27,20 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return value ^ (value >> np.uint64(31))
 
 
-def cipher_key(*parts: int | Positions) -> NDArray[np.uint64]:
-    """Fold numbers into 64-bit keys; arrays give one key per element.
-
-    Args:
-        parts: non-negative integers or integer arrays that broadcast together.
-    """
+def cipher_key(*numbers: int | Positions) -> NDArray[np.uint64]:
+    """Fold non-negative integers into a 64-bit key; arrays, which broadcast together, give one key per element."""
     key = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
-        for part in parts:
-            key = _mix(key + _GOLDEN + np.asarray(part).astype(np.uint64))
+        for number in numbers:
+            key = _mix(key + _GOLDEN + np.asarray(number).astype(np.uint64))
     return key
 
 
 def permute(positions: Positions, counts: int | Positions, keys: NDArray[np.uint64]) -> Positions:
-    """The image of each position under a pseudo-random permutation of ``range(count)`` chosen by its key.
+    """The image of each position in ``[0, count)`` under a pseudo-random permutation of ``range(count)``.
 
-    Args:
-        positions: integers, each in ``[0, count)``.
-        counts: the length of the permuted range, one for all or one per position.
-        keys: from :func:`cipher_key`, one for all or one per position.
-
-    Returns:
-        int64, of the broadcast shape. For a fixed key and count this is a bijection of ``range(count)``.
+    ``counts`` and ``keys`` (of :func:`cipher_key`) hold one value for all positions or one for each. The result is
+    int64 of the broadcast shape; for a fixed key and count it is a bijection of ``range(count)``.
     """
     values, limits, keys = np.broadcast_arrays(
         np.asarray(positions).astype(np.uint64), np.asarray(counts).astype(np.uint64), keys
@@ -60,8 +51,8 @@ def permute(positions: Positions, counts: int | Positions, keys: NDArray[np.uint
     values = values.copy()
     while pending.any():
         values[pending] = _encrypt(values[pending], half[pending], keys[pending])
-        # Cycle walking: whoever lands outside the range is encrypted again; the walk ends because the cipher is a
-        # bijection of a domain at most four times the range (64 for tiny ranges).
+        # Cycle walking: a value outside the range is encrypted again. The walk ends because the cipher is a bijection
+        # of a domain at most four times the range (64 for tiny ranges).
         done = pending & (values < limits)
         result[done] = values[done]
         pending &= ~done
@@ -102,19 +93,18 @@ class Window:
 class EpochSampler:
     """One pass over all records per epoch, in an order drawn anew for each; an incomplete last batch is left out.
 
-    Without a window the order is a permutation of all records. With one, the records are cut into blocks of neighbours
-    (from a place drawn for each epoch, so that no two records are always together), the blocks are permuted, and the
-    records of so many consecutive blocks are shuffled. What that buys: at any time all reads of all ranks fall into a
-    few regions of a few MB, which a parallel file system's servers and read-ahead hold after the first touch, where a
-    full permutation seeks for every record until the page caches are warm. What it costs: a batch is drawn from
-    ``blocks * block_records`` records instead of from all of them, which matters little while that is many times the
-    batch and the packer has shuffled the records (it does); on local disks and warm caches nothing is gained.
+    Without a window the order is a permutation of all records. With one, records are cut into blocks of neighbours
+    (from an offset drawn for each epoch, so that no two records are always together), the blocks are permuted, and the
+    records of every few consecutive blocks are shuffled. All ranks then read from a few regions of a few MB, which a
+    parallel file system caches; a full permutation seeks for every record until the page caches are warm. But a batch
+    is drawn from ``blocks * block_records`` records alone. That matters little while they are many times the batch, as
+    the packer has shuffled the records. On local disks and in warm caches a window gains nothing.
 
     Attributes:
         count: records, N.
-        batch_size: global batch, B.
+        batch_size: of all ranks, B.
         seed: of the run.
-        window: None for ``full`` order.
+        window: None shuffles all records.
     """
 
     count: int
@@ -146,17 +136,17 @@ class EpochSampler:
             return self._windowed(positions, self.epoch(step), self.window)
         return permute(positions, self.count, cipher_key(self.seed, _EPOCH, self.epoch(step)))
 
-    def _windowed(self, places: Positions, epoch: int, window: Window) -> Positions:
-        """The records at these places of an epoch: window → slot of a permuted block → record, all by the cipher."""
+    def _windowed(self, positions: Positions, epoch: int, window: Window) -> Positions:
+        """The records at these positions of an epoch: window → slot of a permuted block → record, all by the cipher."""
         span = window.block_records * window.blocks
-        number = places // span
+        number = positions // span
         first = number * span
         keys = cipher_key(self.seed, _WINDOW, epoch, number)
         slot, inside = np.divmod(
-            first + permute(places - first, np.minimum(span, self.count - first), keys), window.block_records
+            first + permute(positions - first, np.minimum(span, self.count - first), keys), window.block_records
         )
         whole = self.count // window.block_records
-        blocks = slot.copy()  # what is left over after the whole blocks comes last; the rotation moves it about
+        blocks = slot.copy()  # an incomplete block comes last; the rotation moves it about
         moved = slot < whole
         if moved.any():
             blocks[moved] = permute(slot[moved], whole, cipher_key(self.seed, _BLOCKS, epoch))
@@ -181,11 +171,10 @@ class SupportDraw(NamedTuple):
 class SupportSampler:
     """The support mini-batch of each step: classes first, then the same number of images of each.
 
-    ``paper`` (Appendix A): classes are drawn without replacement inside a step, and so are the images of a class; both
-    return to the pool for the next step. ``balanced``: classes, and the images of each class, take turns in an order
-    that is drawn anew each time all of them have had equally many. At any step the uses of two images of a class
-    differ by one at most, and so do those of two classes. A class with fewer images than a step asks for repeats them
-    as evenly as it can, one label per class included; the repeats are other crops of the same image.
+    ``paper`` (Appendix A): each step draws classes, and the images of each class, without replacement.
+    ``balanced``: classes, and the images of each class, take turns in an order that is drawn anew after all have had
+    equally many. At any step the uses of two images of a class differ by one at most, and so do those of two classes.
+    A class with fewer images than a step needs repeats them as evenly as possible, as other crops of the same image.
     """
 
     def __init__(
@@ -198,19 +187,10 @@ class SupportSampler:
         seed: int,
         balanced: bool = False,
     ) -> None:
-        """Group the labelled records by class.
-
-        Args:
-            records: (M,) positions of the labelled images in their store.
-            labels: (M,) their classes.
-            num_classes: drawn per step, K.
-            images_per_class: drawn from each.
-            seed: of the run.
-            balanced: take turns instead of drawing.
+        """Group (M,) labelled records by their (M,) classes; each step draws ``num_classes``, K.
 
         Raises:
-            ValueError: more classes are asked for than are labelled, or a class has too few labelled images to draw
-                from.
+            ValueError: fewer than K classes are labelled, or a class has too few labelled images to draw from.
         """
         grouped = np.argsort(labels, kind="stable")
         self._records = np.asarray(records)[grouped]
@@ -231,12 +211,8 @@ class SupportSampler:
                 f"{self._counts[scarce]}, label more images of that class, or set data.support_order=balanced, which "
                 "repeats images of such classes with other crops."
             )
-        self.num_classes, self.images_per_class, self.seed, self.balanced = (
-            num_classes,
-            images_per_class,
-            seed,
-            balanced,
-        )
+        self.num_classes, self.images_per_class = num_classes, images_per_class
+        self.seed, self.balanced = seed, balanced
 
     @property
     def most_repeats(self) -> int:
@@ -257,35 +233,25 @@ class SupportSampler:
         return SupportDraw(records.reshape(-1), class_indices, repeats.reshape(-1))
 
     def known_classes(self, records: Positions, draw: SupportDraw) -> tuple[NDArray[np.bool_], Positions]:
-        """Which records of the labelled images' store are themselves labelled, in a class that a step has drawn.
-
-        Args:
-            records: (n,) positions.
-            draw: of the step.
+        """Which of n records of the labelled images' store are labelled, in a class that the step has drawn.
 
         Returns:
-            (n,) whether, and (n,) the class's place among the K drawn, 0 where it is not known.
+            (n,) bool, and (n,) the class's index among the K drawn, 0 where it is not known.
         """
-        place = np.zeros(len(self._classes), np.int64)
-        drawn = np.zeros(len(self._classes), bool)
-        groups = self._groups(self._find(draw.records))
-        place[groups], drawn[groups] = draw.class_indices, True
-        found = self._find(records)
-        group = self._groups(found)
-        known = (self._records[found] == records) & drawn[group]
-        return known, np.where(known, place[group], 0)
+        class_index = np.full(len(self._classes), -1)
+        class_index[self._look_up(draw.records)[1]] = draw.class_indices
+        labelled, groups = self._look_up(records)
+        known = labelled & (class_index[groups] >= 0)
+        return known, np.where(known, class_index[groups], 0)
 
-    def _find(self, records: Positions) -> Positions:
-        """(n,) where each record is in ``self._records``; anywhere if it is not there."""
-        at = np.searchsorted(self._records, records, sorter=self._by_record)
-        return self._by_record[np.minimum(at, len(self._records) - 1)]
-
-    def _groups(self, places: Positions) -> Positions:
-        """(n,) which of the labelled classes the entries of ``self._records`` at ``places`` belong to."""
-        return np.searchsorted(self._starts, places, side="right") - 1
+    def _look_up(self, records: Positions) -> tuple[NDArray[np.bool_], Positions]:
+        """(n,) whether each record is labelled, and (n,) its index in ``self._classes``; any index if it is not."""
+        rank = np.searchsorted(self._records, records, sorter=self._by_record)
+        positions = self._by_record[np.minimum(rank, len(self._records) - 1)]
+        return self._records[positions] == records, np.searchsorted(self._starts, positions, side="right") - 1
 
     def _take_turns(self, step: int) -> tuple[Positions, Positions, Positions]:
-        """(K,) classes, (K, images_per_class) places among the images of each, and (K, images_per_class) repeats.
+        """(K,) classes, (K, images_per_class) positions among the images of each, and (K, images_per_class) repeats.
 
         Members of a group of n go round in one order for n / gcd(n, m) turns of m members. By then all have had
         equally many, and the next order is drawn. So no turn meets a member twice unless m > n.

@@ -1,7 +1,7 @@
 """Which images are labelled, and which validate: drawn from a seed or read from a file, and kept by key.
 
 A split lies beside the shards as ``<store>/splits/<name>.json``. It names its images by key, so that repacking a store
-does not change who is labelled, and it records the digest of the data set it was made for.
+does not change which are labelled, and it records the digest of its data set.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Split:
     """A named set of images of one store.
 
     Attributes:
-        name: of the file it is kept in.
-        origin: how it came about (seed and number per class, all, or file name and its digest).
-        dataset: digest of the store it belongs to.
+        name: of its file.
+        origin: seed and number per class, ``all``, or a list's name and digest.
+        dataset: digest of the store.
         keys: sorted by class, then in the order drawn or read.
     """
 
@@ -60,24 +60,24 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
         FileNotFoundError: a split file is missing.
     """
     config.check_complete()
-    listed, listed_validation = _of_seed(config.file, seed), _of_seed(config.validation_file, seed)
+    files = {
+        kind: None if file is None else Path(file.replace("{seed}", str(seed)))
+        for kind, file in (("labelled", config.file), ("validation", config.validation_file))
+    }
 
-    def labelled_apart_from(other: Split | None) -> Split:
-        if listed is not None:
-            return _listed(store, "labelled", listed)
-        return _drawn(store, "labelled", config.per_class, seed=seed, salt=_LABELLED, apart_from=other)
+    def make(kind: str, other: Split | None) -> Split:
+        if (file := files[kind]) is not None:
+            text = _read_list(file)
+            origin = {"file": file.name, "sha256": value_digest(text)}
+            return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file))
+        return _drawn(store, kind, config, seed=seed, apart_from=other)
 
-    def validation_apart_from(other: Split | None) -> Split:
-        if listed_validation is not None:
-            return _listed(store, "validation", listed_validation)
-        return _drawn(store, "validation", config.validation_per_class, seed=seed, salt=_VALIDATION, apart_from=other)
-
-    if listed_validation is None and not config.all:
-        labelled = labelled_apart_from(None)
-        validation = validation_apart_from(labelled)
-    else:  # what is drawn, or is all there is, keeps away from what is listed
-        validation = validation_apart_from(None)
-        labelled = labelled_apart_from(validation)
+    if files["validation"] is None and not config.all:
+        labelled = make("labelled", None)
+        validation = make("validation", labelled)
+    else:  # images that are drawn, or all others, leave out those that are listed
+        validation = make("validation", None)
+        labelled = make("labelled", validation)
     if shared := set(labelled.keys) & set(validation.keys):
         raise ValueError(
             f"{len(shared)} images are both labelled and for validation, {min(shared)!r} among them "
@@ -87,28 +87,15 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
     return labelled, validation
 
 
-def _of_seed(file: str | None, seed: int) -> Path | None:
-    return None if file is None else Path(file.replace("{seed}", str(seed)))
-
-
-def _listed(store: ImageStore, kind: str, file: Path) -> Split:
-    """The split of a list."""
-    text = _read_list(file)
-    origin = {"file": file.name, "sha256": value_digest(text)}
-    return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file))
-
-
-def _drawn(
-    store: ImageStore, kind: str, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None
-) -> Split:
+def _drawn(store: ImageStore, kind: str, config: LabelsConfig, *, seed: int, apart_from: Split | None) -> Split:
     """The split of a draw that leaves out the images of ``apart_from``; None per class takes all others."""
-    if per_class is None:
-        name, origin = f"{kind}-all", dict[str, Any](all=True)
-    else:
-        name, origin = f"{kind}-{per_class}-per-class-seed-{seed}", {"per_class": per_class, "seed": seed}
+    per_class = config.per_class if kind == "labelled" else config.validation_per_class
+    origin: dict[str, Any] = {"all": True} if per_class is None else {"per_class": per_class, "seed": seed}
+    name = f"{kind}-all" if per_class is None else f"{kind}-{per_class}-per-class-seed-{seed}"
     if apart_from is not None:
         origin["apart_from"] = value_digest(apart_from.keys)
         name += f"-without-{origin['apart_from'][:8]}"
+    salt = _LABELLED if kind == "labelled" else _VALIDATION
     make = partial(_draw, store, per_class, seed=seed, salt=salt, apart_from=apart_from)
     return _load_or_make(store, name, origin, make)
 
@@ -121,21 +108,12 @@ def _load_or_make(store: ImageStore, name: str, origin: dict[str, Any], make: Ca
         if split.origin == origin and split.dataset == store.digest:
             return split
         raise ValueError(
-            f"{path} was made for {split.origin} of data set {split.dataset[:12]}, but this run asks for {origin} of "
+            f"{path} was made for {split.origin} of data set {split.dataset[:12]}, but this run needs {origin} of "
             f"{store.digest[:12]}. Remove it if no run needs it any more."
         )
     split = Split(name, origin, store.digest, tuple(make()))
-    write_json(
-        path,
-        {
-            "version": _VERSION,
-            "name": name,
-            "origin": origin,
-            "dataset": split.dataset,
-            "digest": split.digest,
-            "keys": list(split.keys),
-        },
-    )
+    content = {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest}
+    write_json(path, content | {"keys": list(split.keys)})
     return split
 
 
@@ -159,10 +137,9 @@ def load_split(path: Path) -> Split:
 
 
 def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
-    """Draw from each class by the order of its keys, not of its records: the same however the store was shuffled.
+    """Draw from each class by the order of its keys: the same images however the store was shuffled.
 
-    So every key is read once and sorted within its class. Memory holds the keys of one class and 4 bytes per record
-    (8 beyond 2^32 records). Keys of a class lie all over the index, a few µs each if that is in memory.
+    Memory holds the keys of one class and 4 bytes per record (8 beyond 2^32 records).
     """
     elsewhere = set() if apart_from is None else set(apart_from.keys)
     keys: list[str] = []
@@ -175,7 +152,7 @@ def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apa
             field = "labels.per_class" if salt == _LABELLED else "labels.validation_per_class"
             raise ValueError(
                 f"{field}={per_class} images of each class are to be drawn, but class {name!r} of {store.path} has "
-                f"only {len(members)}{' others' if apart_from else ''}. Ask for at most {len(members)} per class."
+                f"only {len(members)}{' others' if apart_from else ''}. Draw at most {len(members)} per class."
             )
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]
@@ -193,10 +170,10 @@ def _by_class(store: ImageStore) -> Iterator[Positions]:
     for chunk in chunks:
         counts = np.bincount(labels[chunk], minlength=classes)
         order = np.argsort(labels[chunk].astype(narrow), kind="stable")
-        places = np.arange(len(order)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
-        grouped[places] = chunk.start + order
+        slots = np.arange(len(order)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
+        grouped[slots] = chunk.start + order
         free += counts
-    return (part.astype(np.int64) for part in np.split(grouped, ends[:-1]))
+    return (records.astype(np.int64) for records in np.split(grouped, ends[:-1]))
 
 
 def _read_list(path: Path) -> list[str]:
@@ -209,7 +186,7 @@ def _read_list(path: Path) -> list[str]:
 
 
 def _resolve(lines: list[str], store: ImageStore, path: Path) -> list[str]:
-    """Find how the list spells its images by its first line, then hold all lines to that spelling."""
+    """The keys that a list means: its first line decides how it spells all of them."""
     width = len(store.keys[0])
     spellings: tuple[Callable[[str], str], ...] = (
         str,

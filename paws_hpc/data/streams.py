@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import AugmentParameters, CompiledAugmentation, augment, normalise
+from paws_hpc.data.augment import CompiledAugmentation, augment, normalise
 from paws_hpc.data.config import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
@@ -49,7 +50,7 @@ class StreamOptions:
         window: of the unlabelled images' order; None shuffles all of them.
         balanced_support: supports take turns instead of being drawn anew in each step.
         device: of training.
-        compile_augmentation: whether a PAWS stream's augmentation goes through ``torch.compile``.
+        compile_augmentation: whether augmentation goes through ``torch.compile``.
     """
 
     window: Window | None = None
@@ -88,12 +89,12 @@ class PawsBatch:
     Attributes:
         step: 0-based.
         records: (n,) positions of the unlabelled images in their store.
-        micro_batches: A of equal size; number a has image a, a + A, a + 2A, ... of the step's images and of its
-            supports, whatever the number of ranks, since each rank's n and S are multiples of A.
-        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order in which gathering puts them,
-            view-major as if there were one micro-batch; entries are indices into the K classes drawn for this step.
-        known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none are if labelled
-            images come from another store, where nothing tells whether an image is in both.
+        micro_batches: A of equal size; number a has images a, a + A, a + 2A, ... of the step, and such supports,
+            whatever the number of ranks, since each rank's n and S are multiples of A.
+        support_classes: (W * V * S,) int64, of **all** ranks' support rows in the order of gathering, view-major as if
+            there were one micro-batch; indices into the K classes drawn for this step.
+        known: (n,) bool, which of ``records`` are labelled images of a class drawn for this step; none where labelled
+            images come from another store.
         known_classes: (n,) int64, their indices into the K classes; 0 where unknown.
         prefetched: the augmented views of the only micro-batch, if they were made ahead of the step.
     """
@@ -113,7 +114,7 @@ class PawsBatch:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its images on the host, and of views made ahead."""
+        """Memory of its images on the host, and of prefetched views."""
         return _nbytes([crops for each in self.micro_batches for crops in each.crop_groups], self.prefetched)
 
 
@@ -137,28 +138,40 @@ class LabelledBatch:
 
     @property
     def nbytes(self) -> int:
-        """Memory of its images on the host, and of views made ahead."""
+        """Memory of its images on the host, and of prefetched views."""
         return _nbytes([self.crops], self.prefetched)
+
+
+Batch = TypeVar("Batch", PawsBatch, LabelledBatch)
 
 
 def _nbytes(crop_groups: Sequence[Crops], prefetched: PrefetchedViews | None) -> int:
     return sum(crops.nbytes for crops in crop_groups) + (0 if prefetched is None else prefetched.nbytes)
 
 
-class Augmentation(Protocol):
-    """:func:`paws_hpc.data.augment.augment`, or the same compiled."""
+def _prefetch(
+    begin: Callable[[int], Callable[[], Batch]],
+    augment: Callable[[Batch], list[Tensor]] | None,
+    steps: tuple[int, int],
+    *,
+    device: torch.device,
+    abandon: Callable[[], None],
+) -> Prefetch[Batch]:
+    """The batches of ``range(*steps)``, made ahead; with their views where there is an ``augment``."""
+    stream = side_stream(device)
 
-    def __call__(
-        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
-    ) -> Tensor:
-        """(n, 3 or 1, H, W) uint8 to (n, 3, H, W) float32 on the same device; channels-last on a GPU."""
+    def begin_with_views(step: int) -> Callable[[], Batch]:
+        finish = begin(step)
 
+        def finish_with_views() -> Batch:
+            batch = finish()
+            if augment is None:
+                return batch
+            return replace(batch, prefetched=PrefetchedViews(partial(augment, batch), stream))
 
-def apply(
-    crops: Crops, store: ImageStore, device: torch.device, dtype: torch.dtype, augmentation: Augmentation = augment
-) -> Tensor:
-    """Bring crops to the device, and augment and normalise them there by the statistics of ``store``."""
-    return augmentation(crops.on(device), crops.parameters, mean=store.mean, std=store.std).to(dtype)
+        return finish_with_views
+
+    return Prefetch(begin_with_views, *steps, abandon=abandon, size=lambda batch: batch.nbytes)
 
 
 class PawsStream:
@@ -187,11 +200,11 @@ class PawsStream:
             views: crops and augmentation.
             batch_size: unlabelled images per step over all ranks.
             support_classes: drawn per step over all ranks, K.
-            images_per_class: drawn from each.
+            images_per_class: drawn from each of them.
             seed: of the run.
             threads: that decode and crop.
             accumulate_steps: micro-batches per step, A.
-            supports: source of the labelled images; None means ``store``, of which they are part.
+            supports: source of the labelled images; None means ``store``.
             options: order and device.
 
         Raises:
@@ -203,13 +216,9 @@ class PawsStream:
         supports = images if supports is None else supports
         self._sampler = EpochSampler(len(store), batch_size, seed, options.window)
         self._support_sampler = SupportSampler(
-            labelled,
-            supports.store.labels[labelled],
-            num_classes=support_classes,
-            images_per_class=images_per_class,
-            seed=seed,
-            balanced=options.balanced_support,
-        )
+            labelled, supports.store.labels[labelled], num_classes=support_classes, images_per_class=images_per_class,
+            seed=seed, balanced=options.balanced_support,
+        )  # fmt: skip
         self._labels_are_here = supports.store is store
         repeats = self._support_sampler.most_repeats
         if repeats * views.support_views > MAX_SUPPORT_VIEWS:
@@ -233,9 +242,7 @@ class PawsStream:
             accumulate_steps=accumulate_steps,
         )
         self._accumulate_steps = accumulate_steps
-        self._augmentation: Augmentation = (
-            CompiledAugmentation(views.augment) if options.compile_augmentation else augment
-        )
+        self._augmentation = CompiledAugmentation(views.augment) if options.compile_augmentation else augment
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
@@ -243,7 +250,7 @@ class PawsStream:
         return self.begin(step)()
 
     def begin(self, step: int) -> Callable[[], PawsBatch]:
-        """Begin to make this rank's batch of a 0-based step; the result waits for it."""
+        """Begin to make this rank's batch of a 0-based step; the function that is returned waits for it."""
         rank = distributed.rank()
         records = self._sampler.records(step)[rank * self._num_images : (rank + 1) * self._num_images]
         drawn = self._support_sampler.draw(step)
@@ -263,7 +270,7 @@ class PawsStream:
         )
 
     def _as_gathered(self, values: Positions) -> Tensor:
-        """(W * S,) values of all supports to the (W * V * S,) of their rows, as gathering puts them."""
+        """(W * S,) values of all supports to the (W * V * S,) of their rows in the order of gathering."""
         by_rank = np.split(values, distributed.world_size())
         return torch.from_numpy(np.concatenate([np.tile(of_rank, self.views.support_views) for of_rank in by_rank]))
 
@@ -293,31 +300,24 @@ class PawsStream:
             dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
                 with them a step must not hold the views of all its images at once.
         """
-        device = self.options.device
-        stream = side_stream(device)
+        device, views = self.options.device, None
+        if dtype is not None and self._accumulate_steps == 1:
 
-        def begin(step: int) -> Callable[[], PawsBatch]:
-            finish = self.begin(step)
+            def views(batch: PawsBatch) -> list[Tensor]:
+                return self.augment(batch.micro_batches[0], device, dtype)
 
-            def with_views() -> PawsBatch:
-                batch = finish()
-                if dtype is None or self._accumulate_steps > 1:
-                    return batch
-                (only,) = batch.micro_batches
-                return replace(batch, prefetched=PrefetchedViews(lambda: self.augment(only, device, dtype), stream))
+        def abandon() -> None:
+            self._multicrop.abandon()
+            self._support_multicrop.abandon()
 
-            return with_views
-
-        return Prefetch(begin, start, stop, abandon=self._abandon, size=lambda batch: batch.nbytes)
-
-    def _abandon(self) -> None:
-        self._multicrop.abandon()
-        self._support_multicrop.abandon()
+        return _prefetch(self.begin, views, (start, stop), device=device, abandon=abandon)
 
     def augment(self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """Augmented, normalised views on the device, by group of crops."""
-        # The supports too are normalised as the unlabelled images are, wherever they come from: one network sees both.
-        return [apply(crops, self.store, device, dtype, self._augmentation) for crops in micro_batch.crop_groups]
+        """Augmented views on the device, by group of crops; supports too are normalised by the store's statistics."""
+        return [
+            self._augmentation(crops.on(device), crops.parameters, mean=self.store.mean, std=self.store.std).to(dtype)
+            for crops in micro_batch.crop_groups
+        ]
 
 
 class ClassifierStream:
@@ -340,21 +340,12 @@ class ClassifierStream:
         threads: int,
         images: StoreImages | None = None,
         normalised_as: ImageStore | None = None,
-        options: StreamOptions = _DEFAULT,
+        device: torch.device = _DEFAULT.device,
     ) -> None:
-        """Prepare; a labelled set smaller than ``batch_size`` makes one batch of all of it.
+        """Prepare; (M,) labelled images fewer than ``batch_size`` (over all ranks) make one batch.
 
-        Args:
-            store: of the labelled images.
-            labelled: (M,) positions.
-            crop: training crop.
-            augment: operations on it.
-            batch_size: over all ranks.
-            seed: of the run.
-            threads: that decode and crop.
-            images: their source; None reads ``store``.
-            normalised_as: store whose mean and standard deviation normalise; None means ``store``.
-            options: device; the order has none.
+        ``images`` is their source, ``normalised_as`` the store whose mean and standard deviation normalise; both are
+        ``store`` by default.
 
         Raises:
             ValueError: there are more ranks than images in a step.
@@ -367,8 +358,8 @@ class ClassifierStream:
             )
         self._crop, self._augment, self._labelled = crop, augment, labelled
         self._sampler = EpochSampler(len(labelled), self.batch_size, seed)
-        self._normalised_as, self._device = normalised_as or store, options.device
-        self._multicrop = MultiCrop(images or StoreImages(store), seed=seed, threads=threads, device=options.device)
+        self._normalised_as, self._device = normalised_as or store, device
+        self._multicrop = MultiCrop(images or StoreImages(store), seed=seed, threads=threads, device=device)
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> LabelledBatch:
@@ -376,7 +367,7 @@ class ClassifierStream:
         return self.begin(step)()
 
     def begin(self, step: int) -> Callable[[], LabelledBatch]:
-        """Begin to make this rank's batch of a 0-based step; the result waits for it."""
+        """Begin to make this rank's batch of a 0-based step; the function that is returned waits for it."""
         drawn = self._sampler.records(step)
         records = self._labelled[drawn[distributed.share(len(drawn))]]
         finish = self._multicrop.begin(
@@ -386,23 +377,15 @@ class ClassifierStream:
 
     def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
         """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
-        stream = side_stream(self._device)
-
-        def begin(step: int) -> Callable[[], LabelledBatch]:
-            finish = self.begin(step)
-
-            def with_views() -> LabelledBatch:
-                batch = finish()
-                views = PrefetchedViews(lambda: [self.augment(batch, self._device, dtype)], stream)
-                return replace(batch, prefetched=views)
-
-            return with_views
-
-        return Prefetch(begin, start, stop, abandon=self._multicrop.abandon, size=lambda batch: batch.nbytes)
+        return _prefetch(
+            self.begin, lambda batch: [self.augment(batch, self._device, dtype)], (start, stop), device=self._device,
+            abandon=self._multicrop.abandon,
+        )  # fmt: skip
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(n, 3, s, s) augmented and normalised, on the device."""
-        return apply(batch.crops, self._normalised_as, device, dtype)
+        like = self._normalised_as
+        return augment(batch.crops.on(device), batch.crops.parameters, mean=like.mean, std=like.std).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -413,8 +396,7 @@ class EvaluationSet:
         store: of the images.
         records: (N,) positions.
         crop: resize and centre crop.
-        training_store: whose mean and standard deviation normalise, as they did in training; a test set's own would map
-            its images elsewhere, and would be taken from images that are to be scored one by one.
+        training_store: whose mean and standard deviation normalise, as in training.
         threads: that decode and crop.
         source: of the pixels; None reads ``store``.
     """
@@ -435,10 +417,7 @@ class EvaluationSet:
         return torch.from_numpy(self.store.labels[self.records])
 
     def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        """This rank's share in order, as (n, 3, s, s) normalised batches; equally many on every rank.
-
-        Shares differ by one image at most, so a rank's last batch may be empty.
-        """
+        """This rank's share in order, as (n, 3, s, s) normalised batches; equally many on every rank, maybe empty."""
         mine = self.records[distributed.share(len(self.records))]
         longest = -(-len(self.records) // distributed.world_size())
         like = self.training_store
@@ -454,7 +433,7 @@ class EvaluationSet:
                 yield normalise(images, mean=like.mean, std=like.std).to(dtype)
 
     def crops(self, records: Positions) -> Tensor:
-        """(n, 3, s, s) uint8: the centre crops of some of ``records``, as they are scored but for normalisation."""
+        """(n, 3, s, s) uint8: the centre crops of some of ``records``, not normalised."""
         source = self.source or StoreImages(self.store)
         images = [as_tensor(image).permute(2, 0, 1) for image in source.pixels(records)]
         return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])

@@ -22,33 +22,28 @@ _AHEAD_BYTES = 10**9  # of batches that wait or are being made, on the host and,
 
 
 def single_threaded() -> Callable[[], None]:
-    """What limits a worker thread to one intra-op thread of torch; call the result first in every worker.
+    """An initialiser of worker threads, which limits each to one intra-op thread of torch.
 
-    Otherwise each worker would have torch's threads of its own, as many as the training thread. As soon as there are
-    more of them than cores, OpenMP puts a thread to sleep wherever it waits for another, and waking them all makes a
-    step of a small network half as long again (docs/benchmarks.md). The calling thread keeps its number of threads.
+    Otherwise each worker has as many torch threads of its own as the training thread. With more threads than cores,
+    OpenMP puts a thread to sleep wherever it waits for another, and waking them makes a step of a small network half as
+    long again (docs/benchmarks.md). The calling thread keeps its number of threads.
     """
+
+    def limit() -> None:
+        torch.get_num_threads()  # initialises this thread's number, which is otherwise set later to the last of any
+        torch.set_num_threads(1)  # of this thread, MKL's too
+
     torch.get_num_threads()  # fixes the number of the calling thread
-    return _limit_to_one_thread
-
-
-def _limit_to_one_thread() -> None:
-    torch.get_num_threads()  # initialises this thread's number, which would otherwise be set later to the last of any
-    torch.set_num_threads(1)  # of this thread, MKL's too
+    return limit
 
 
 class WorkerPool:
-    """A few threads that work on slices of batches, each on one core.
-
-    Attributes:
-        count: of threads.
-    """
+    """``count`` threads that work on slices of batches, each on one core."""
 
     def __init__(self, count: int, name: str) -> None:
-        """Prepare ``count`` threads called ``name``."""
         self.count = count
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=single_threaded())
-        self._local = threading.local()  # one thread may give up while another still waits
+        self._local = threading.local()  # one thread may abandon its tasks while another still waits for its own
 
     @property
     def _begun(self) -> set[Future[Any]]:
@@ -57,7 +52,7 @@ class WorkerPool:
         return begun
 
     def begin(self, work: Callable[[slice], T], slices: Sequence[slice]) -> Callable[[], list[T]]:
-        """Begin the work on every slice; the result waits for it and gives, once, what it returned, in order."""
+        """Begin the work on every slice; the function that is returned waits, and gives the results in order, once."""
         begun: list[Future[T]] = []
         for each in slices:
             begun.append(self._pool.submit(work, each))
@@ -72,7 +67,7 @@ class WorkerPool:
         return results
 
     def abandon(self) -> None:
-        """Give up what the calling thread has begun and not waited for; returns when nothing works on it any more."""
+        """Cancel the calling thread's tasks that it has not waited for; returns when none is running any more."""
         for future in self._begun:
             future.cancel()
         wait(self._begun)
@@ -82,10 +77,9 @@ class WorkerPool:
 class Prefetch(Generic[T]):
     """The batches of steps ``start`` to ``stop - 1`` in order, made ahead; a context manager.
 
-    ``with Prefetch(…) as batches`` gives the iterator; without the block nobody would make the batches.
-
-    Memory is bounded: beside the batch that the consumer has, at most three exist, and no more than fit 1 GB (a batch
-    that alone exceeds it is made once nothing else waits). The next batch is taken to be as large as the largest yet.
+    ``with Prefetch(…) as batches`` gives the iterator. Beside the batch that the consumer has, at most three exist, and
+    no more than fit ``budget_bytes`` (a batch that alone exceeds it is made once nothing else waits). The next batch is
+    assumed to be as large as the largest yet.
 
     An error is raised where its batch would have been taken. When the block ends nothing works on batches any more,
     unless it is interrupted while it waits for that.
@@ -104,11 +98,10 @@ class Prefetch(Generic[T]):
         """Prepare.
 
         Args:
-            begin: begins the batch of a step, and returns what waits for it. A batch begins while the one before is
-                waited for; one thread begins all of them, and waits for them in order.
+            begin: begins the batch of a step, and returns a function that waits for it. One thread begins all batches,
+                the next while it waits for the one before.
             start, stop: steps.
-            abandon: gives up what that thread has begun and not waited for, and returns when nothing works on it any
-                more. That thread calls it once, when it begins no more.
+            abandon: cancels that thread's unfinished batches; it is called once, by that thread, at the end.
             size: bytes of a batch.
             budget_bytes: of the batches that wait or are being made.
         """

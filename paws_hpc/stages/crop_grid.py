@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from paws_hpc.data.streams import PawsStream, apply
+from paws_hpc.data.augment import augment
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.files import atomic_write
 
 _ROWS = 8
@@ -17,11 +18,14 @@ _GAP = 2
 
 def write_crop_grid(path: Path, stream: PawsStream) -> None:
     """Write the crops of the first images of step 0 as PNG: a row per image; large crops, then small ones."""
-    micro_batch = stream.batch(0).micro_batches[0]
-    views = [apply(crops, stream.store, torch.device("cpu"), torch.float32) for crops in micro_batch.crop_groups[1:]]
+    micro_batch, store = stream.batch(0).micro_batches[0], stream.store
+    views = [
+        augment(crops.on(torch.device("cpu")), crops.parameters, mean=store.mean, std=store.std)
+        for crops in micro_batch.crop_groups[1:]
+    ]
     count = len(micro_batch.large) // 2
     columns = [column for view in views for column in view.split(count)]
-    mean, std = (torch.tensor(value)[:, None, None] for value in (stream.store.mean, stream.store.std))
+    mean, std = (torch.tensor(value)[:, None, None] for value in (store.mean, store.std))
     side, rows = columns[0].shape[-1], min(_ROWS, count)
     grid = Image.new("RGBA", (len(columns) * (side + _GAP) - _GAP, rows * (side + _GAP) - _GAP))
     for x, column in enumerate(columns):

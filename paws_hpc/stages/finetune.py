@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity, sweep_config
-from paws_hpc.data.streams import ClassifierStream, StreamOptions
+from paws_hpc.data.streams import ClassifierStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
 from paws_hpc.engine.preemption import JobControl
@@ -17,7 +19,7 @@ from paws_hpc.files import file_hash, write_json
 from paws_hpc.models.encoder import build_classifier
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.networks import load_pretrained, start_identity, starting_encoder
-from paws_hpc.stages.run_data import RunData, open_data, stream_options
+from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import network, open_trackers
 from paws_hpc.trial import Trial
@@ -34,15 +36,14 @@ def run(context: TorchContext) -> None:
     if is_done(run.trial(sweep, trial)):
         return
     data = open_data(context.config)
-    options = stream_options(data, context.device)
     with data.caching() as cached:
-        _train(run, cached, options, context.control, sweep=sweep, trial=trial)
+        _train(run, cached, context.device, context.control, sweep=sweep, trial=trial)
 
 
 def _train(
-    run: RunFolder, data: RunData, options: StreamOptions, control: JobControl, *, sweep: str, trial: Trial
+    run: RunFolder, data: RunData, device: torch.device, control: JobControl, *, sweep: str, trial: Trial
 ) -> None:
-    config, device, began, folder = data.config, options.device, time.monotonic(), run.trial(sweep, trial)
+    config, began, folder = data.config, time.monotonic(), run.trial(sweep, trial)
     settings = sweep_config(config, sweep).of_trial(trial)
     used = None
     if sweep == "finetune":
@@ -63,7 +64,7 @@ def _train(
         threads=config.data.threads,
         images=data.supports,
         normalised_as=data.train,
-        options=options,
+        device=device,
     )
     training = ClassifierTraining(build_classifier(encoder, len(data.classes)), settings, stream, device)
     digests = {f"digest.{name}": digest for name, digest in data.digests.items()}

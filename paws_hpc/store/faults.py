@@ -15,13 +15,7 @@ from paws_hpc.store.index import read_cached_index
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a store.
-
-    Attributes:
-        shard: name of the shard; None for the store as a whole.
-        key: the record's key; None where the fault is not one record's.
-        problem: what is wrong, as the end of a sentence that begins with the shard or record.
-    """
+    """Something wrong with a store (no shard), a shard (no key) or a record; ``problem`` ends a sentence about it."""
 
     shard: str | None
     key: str | None
@@ -62,12 +56,7 @@ def size_fault(folder: Path, manifest: Manifest, number: int) -> Fault | None:
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Refuse shards that are missing or have another size than when they were packed.
-
-    Raises:
-        StoreError: names the shard and, where possible, the first record that is lost.
-    """
+    """Refuse shards that are missing or of another size than when they were packed, by the StoreError of the first."""
     for number in range(len(manifest.shards)):
-        fault = size_fault(folder, manifest, number)
-        if fault is not None:
+        if (fault := size_fault(folder, manifest, number)) is not None:
             raise StoreError(f"{folder}: {fault}. {REMEDY}")

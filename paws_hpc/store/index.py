@@ -1,4 +1,4 @@
-"""The index of a store: what a reader needs to know of every record, in one file that is mapped into memory.
+"""The index of a store: size, checksum and key of every record, in one file that is mapped into memory.
 
 ``index.bin`` (shards/FORMAT.md) joins the indexes of all shards and can be made from them again. Keys are found without
 a list of them: records are sorted by a hash of their keys, so a key's hash says about where its record is.
@@ -58,11 +58,7 @@ class StoreIndex:
     """
 
     def __init__(self, content: NDArray[np.uint8], *, name: str = INDEX_NAME) -> None:
-        """Interpret the bytes of an index file.
-
-        Raises:
-            StoreError: they are not those of an index, or not of its length.
-        """
+        """Interpret the bytes of an index file; StoreError if they are not those of an index."""
         self._name, self._content = name, content
         if len(content) < _HEADER.size:
             raise StoreError(f"{name} is not an index: it has only {len(content)} bytes.")
@@ -83,7 +79,7 @@ class StoreIndex:
 
         Raises:
             OSError: the file cannot be read.
-            StoreError: it is no index, or damaged.
+            StoreError: the file is no index, or damaged.
         """
         if not path.stat().st_size:
             raise StoreError(f"{path} is empty.")  # which cannot be mapped
@@ -112,11 +108,7 @@ class StoreIndex:
         return [content[start:stop].tobytes() for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
 
     def check(self) -> None:
-        """Compare every byte with its block's hash.
-
-        Raises:
-            StoreError: the index is damaged.
-        """
+        """Compare every byte with its block's hash; StoreError if one differs."""
         stored = np.frombuffer(self._content[self._stop :].tobytes(), _HASH)
         for block, start in enumerate(range(0, self._stop, _BLOCK)):
             content = self._content[start : min(start + _BLOCK, self._stop)]
@@ -127,23 +119,18 @@ class StoreIndex:
                 )
 
     def find(self, keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
-        """Positions (n,) int64 of ``keys``; -1 where a key is not in the store.
-
-        Args:
-            keys: n keys.
-            seed: with which the store was packed.
-        """
+        """Positions (n,) int64 of n keys, -1 where a key is not in the store, which was packed with this seed."""
         encoded = [key.encode() for key in keys]
         wanted = _hashes(encoded, seed)
         if 8 * len(keys) >= len(self):  # reading all keys once is faster
             everything = (np.arange(start, stop) for start, stop in _chunks(len(self)))
             ranks = np.concatenate([self._ranks(positions, seed) for positions in everything])
             return self._settle(encoded, wanted, np.searchsorted(ranks, wanted).astype(np.int64), seed)
-        found = [
+        positions = [
             self._settle(encoded[start:stop], wanted[start:stop], self._search(wanted[start:stop], seed), seed)
             for start, stop in _chunks(len(keys))
         ]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        return np.concatenate(positions) if positions else np.empty(0, np.int64)
 
     def in_order(self, *, seed: int, samples: int = 64) -> bool:
         """Whether some records across the store are in the order of (seed, key), as packing left them."""
@@ -176,20 +163,18 @@ class StoreIndex:
         self, keys: Sequence[bytes], wanted: NDArray[np.uint64], positions: NDArray[np.int64], seed: int
     ) -> NDArray[np.int64]:
         """Compare the keys at ``positions`` with ``keys``; where another key has the same hash, look behind it."""
-        found = np.full(len(keys), -1, np.int64)
+        settled = np.full(len(keys), -1, np.int64)
         inside = np.flatnonzero(positions < len(self))
-        for number, first in zip(inside.tolist(), self.keys(positions[inside]), strict=True):
-            position, key = int(positions[number]), first
-            while (
-                key != keys[number]
-                and xxhash.xxh3_64_intdigest(key, seed) == wanted[number]
-                and position + 1 < len(self)
-            ):
+        for number, key in zip(inside.tolist(), self.keys(positions[inside]), strict=True):
+            position, here = int(positions[number]), key
+            while here != keys[number] and xxhash.xxh3_64_intdigest(here, seed) == wanted[number]:
                 position += 1
-                key = self.keys(np.array([position]))[0]
-            if key == keys[number]:
-                found[number] = position
-        return found
+                if position == len(self):
+                    break
+                here = self.keys(np.array([position]))[0]
+            if here == keys[number]:
+                settled[number] = position
+        return settled
 
 
 class Keys(Sequence[str]):
@@ -230,15 +215,7 @@ def join_indexes(indexes: Iterable[ShardIndex]) -> StoreIndex:
 
 
 def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> StoreIndex:
-    """Join the indexes of all shards into ``index.bin``; memory holds those of one shard at a time.
-
-    Args:
-        folder: the store.
-        indexes: in the shards' order; read four times.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Join the indexes of all shards into ``index.bin``, in memory of one shard's; ``indexes`` is read four times."""
     with atomic_write(folder / INDEX_NAME) as file:
         _write(file, indexes)
     return StoreIndex.open(folder / INDEX_NAME)
@@ -263,12 +240,7 @@ def load_index(folder: Path, manifest: Manifest) -> StoreIndex:
 
 
 def make_index(folder: Path, manifest: Manifest, *, in_memory: bool = False) -> StoreIndex:
-    """Make the index from the shards, in place of the ``index.bin`` that is there, or in memory only.
-
-    Raises:
-        StoreError: as in :func:`load_index`.
-        OSError: it cannot be written.
-    """
+    """Make the index from the shards, in ``index.bin`` or in memory only; errors as in :func:`load_index`."""
     indexes = _ShardIndexes(folder, manifest)
     index = join_indexes(indexes) if in_memory else build_index(folder, indexes)
     if index.hash != manifest.index_hash:
@@ -307,7 +279,7 @@ def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> None:
     """Write header, rows, labels and keys, then the hash of every block of them."""
     hashes: list[int] = []
     rest = b""
-    for content in _parts(indexes):
+    for content in _pieces(indexes):
         file.write(content)
         blocks = memoryview(rest + content)
         whole = len(blocks) // _BLOCK * _BLOCK
@@ -318,8 +290,8 @@ def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> None:
     file.write(np.array(hashes, _HASH).tobytes())
 
 
-def _parts(indexes: Iterable[ShardIndex]) -> Iterator[bytes]:
-    """What ``index.bin`` holds before the hashes, in order."""
+def _pieces(indexes: Iterable[ShardIndex]) -> Iterator[bytes]:
+    """The content of ``index.bin`` before the hashes, in order."""
     count, key_bytes = np.array([(len(index), len(index.key_blob)) for index in indexes], np.int64).sum(axis=0).tolist()
     yield _HEADER.pack(_MAGIC, count, key_bytes)
     before = 0

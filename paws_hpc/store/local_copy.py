@@ -4,11 +4,11 @@ One folder may hold the copies of several stores:
 
     .leader              lock: of the one process of the node that copies, whichever store
     <id>/                a copy; <id> is the first 32 digits of its manifest's checksum
-    <id>/.users          lock: readers share it (ImageStore.open), and who evicts the copy must have it alone
+    <id>/.users          lock: readers share it (ImageStore.open); evicting the copy takes it alone
     <id>/shard-NNNNN.h5  appears when it is copied whole and its hash is the manifest's
     <id>/manifest.json   written last: from then on the copy is a store by itself
 
-The locks are the system's (flock): a process that dies gives up its own. A copy that was interrupted is continued.
+The locks are the system's (flock), which end with their process. A copy that was interrupted is continued.
 """
 
 from __future__ import annotations
@@ -28,14 +28,7 @@ from pathlib import Path
 import xxhash
 
 from paws_hpc.files import atomic_write, try_lock, value_digest
-from paws_hpc.store.format import (
-    MANIFEST_NAME,
-    REMEDY,
-    USERS_NAME,
-    ShardEntry,
-    StoreError,
-    read_manifest,
-)
+from paws_hpc.store.format import MANIFEST_NAME, REMEDY, USERS_NAME, ShardEntry, StoreError, read_manifest
 from paws_hpc.store.index import load_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.reader import ImageStore
@@ -49,25 +42,16 @@ _MIB = 1 << 20
 _COPY_BYTES = 4 * _MIB
 _POLL_S = 0.2
 _RESERVE_BYTES = 256 * _MIB
-"""Left free on the local disk, for whoever else writes there."""
+"""Left free on the local disk."""
 
 
 class CopyStoppedError(Exception):
-    """Copying ended because it was to stop; what is complete stays."""
+    """Copying ended because ``stop`` returned true; complete shards stay."""
 
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What copying did.
-
-    Attributes:
-        path: the copy.
-        present: shards that were there already.
-        copied: shards that were copied now.
-        bytes: copied now.
-        evicted: copies of other stores that were removed.
-        seconds: duration.
-    """
+    """The copy at ``path``: shards that were there and that were copied, and other stores' copies that were removed."""
 
     path: Path
     present: int
@@ -103,8 +87,8 @@ def copy_store(
 
     Raises:
         StoreError: the store is damaged, there is not enough room, or ``folder`` cannot be used.
-        CopyStoppedError: ``stop`` said so.
-        OSError: the local disk cannot be written or is full. Shards that are complete stay in each case.
+        CopyStoppedError: ``stop`` returned true.
+        OSError: the local disk cannot be written or is full. Complete shards stay in each case.
     """
     if workers < 1:
         raise ValueError(f"--workers={workers} must be at least 1.")
@@ -113,7 +97,7 @@ def copy_store(
 
 
 def open_copy(store: Path, folder: Path, *, stop: Callable[[], bool] = _never) -> ImageStore:
-    """Copy a store as :func:`copy_store` does, and open the copy; nobody evicts it as long as it is open."""
+    """Copy a store as :func:`copy_store` does, and open the copy, which is not evicted as long as it is open."""
     with _leading(folder, stop):
         report = _copy(store, folder, workers=DEFAULT_WORKERS, show_progress=False, stop=stop)
         if report.copied:
@@ -123,7 +107,7 @@ def open_copy(store: Path, folder: Path, *, stop: Callable[[], bool] = _never) -
 
 @contextmanager
 def _leading(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
-    """Be the one process of the node that copies."""
+    """Hold the lock of the one process of the node that copies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / _LEADER_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -143,7 +127,7 @@ def _leading(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop: Callable[[], bool]) -> CopyReport:
-    """Make or complete a copy; the caller leads."""
+    """Make or complete a copy; the caller holds the lock."""
     started, manifest = time.monotonic(), read_manifest(store)
     path = folder / manifest.checksum[:32]
     path.mkdir(exist_ok=True)
@@ -190,12 +174,12 @@ def _make_room(folder: Path, keep: Path, needed: int) -> list[Path]:
 
 
 def _evict(copy: Path) -> bool:
-    """Remove a copy unless somebody uses it or it is another user's."""
+    """Remove a copy unless a process uses it or it is another user's."""
     try:
         with open(copy / USERS_NAME, "r+b") as users:
             if not try_lock(users):
                 return False
-            (copy / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that nobody takes the rest for a store
+            (copy / MANIFEST_NAME).unlink(missing_ok=True)  # first: without it the rest is no store
             shutil.rmtree(copy)
     except PermissionError:
         return False

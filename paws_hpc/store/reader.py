@@ -1,7 +1,7 @@
 """ImageStore: random access to packed images from any number of threads and forked processes.
 
-The shards are opened once, by plain ``open``, and records are read with ``preadv``, which has no file position to
-share. No h5py handle stays open: those must not cross a fork, and h5py reads under one lock.
+Records are read with ``preadv`` from files that are opened once. No h5py handle stays open: those must not cross a
+fork, and h5py reads under one lock.
 
 Legend: N records of the store, n records that are read.
 """
@@ -30,10 +30,8 @@ from paws_hpc.store.format import REMEDY, USERS_NAME, Encoding, Manifest, Record
 from paws_hpc.store.index import Keys, StoreIndex, load_index
 from paws_hpc.store.shard import ShardFile
 
-Place = tuple[int, int, int, int | None]
-"""Of a record: number of the shard, offset in its ``/data``, length in bytes, and the CRC32C to compare with, if any.
-
-A plain tuple, since one is made for every record that is read."""
+Extent = tuple[int, int, int, int | None]
+"""Of a record: number of its shard, offset in its ``/data``, length in bytes, and its CRC32C if that is compared."""
 
 
 class ImageStore:
@@ -43,7 +41,7 @@ class ImageStore:
 
     Attributes:
         path: the store's folder.
-        manifest: everything that is known about the store.
+        manifest: of the store.
         check: whether the CRC32C of every record is compared.
         keys: the N keys in store order.
     """
@@ -163,13 +161,10 @@ class ImageStore:
         return positions
 
     def look_up(self, keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Find those of n ``keys`` that are in the store.
-
-        Returns:
-            their positions (m,) int64, in their order, and which of the n they are (n,) bool.
+        """Positions (m,) int64 of those of n ``keys`` that are in the store, in their order, and (n,) bool which.
 
         Raises:
-            StoreError: a key was not found, and the records are not in the order in which it would have been.
+            StoreError: a key is missing, and the records are not in the order by which keys are looked up.
         """
         seed = self.manifest.packing.seed
         positions = self._index.find(keys, seed=seed)
@@ -179,11 +174,7 @@ class ImageStore:
         return positions[known], known
 
     def sizes(self, indices: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Heights and widths (n,) int64 in pixels of n images.
-
-        Raises:
-            ValueError: an index is outside the store.
-        """
+        """Heights and widths (n,) int64 in pixels of n images; ValueError if an index is outside the store."""
         rows = self._index.rows(self._positions(indices))
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
@@ -211,43 +202,29 @@ class ImageStore:
         return images
 
     def read_encoded(self, indices: ArrayLike) -> list[bytes]:
-        """Read n encoded images of a JPEG store.
-
-        Raises:
-            ValueError: an index is outside the store, or the store is raw.
-            RecordError: a record cannot be read or its CRC32C is wrong; shard and key are named.
-        """
+        """Read n encoded images of a JPEG store; errors as in :meth:`images`, ValueError also for a raw store."""
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
         return [record.tobytes() for record in self.each(indices)]
 
     def each(self, indices: ArrayLike) -> Iterator[NDArray[np.uint8]]:
-        """Yield n records as stored, one after the other, each (bytes,) in a buffer of this thread's.
+        """Yield n records as stored, each (bytes,) in a buffer of this thread's; errors as in :meth:`images`.
 
-        The next record, or anything else that the thread reads from the store, overwrites it. Twice as fast as
-        :meth:`read` where every record is used up at once: new memory costs as much as reading.
-
-        Raises:
-            ValueError: an index is outside the store.
-            RecordError: a record cannot be read or its CRC32C is wrong; shard and key are named.
+        Whatever the thread reads next from the store overwrites the buffer. Twice as fast as :meth:`read` where every
+        record is used up at once: new memory costs as much as reading.
         """
         positions = self._positions(indices)
         yield from self._each(positions, self._index.rows(positions))
 
     def read_raw(self, indices: ArrayLike) -> NDArray[np.uint8]:
-        """Read n images of a raw store as (n, H, W, C) uint8, C 1 or 3.
-
-        Raises:
-            ValueError: an index is outside the store, or the store is JPEG.
-            RecordError: a record cannot be read or its CRC32C is wrong; shard and key are named.
-        """
+        """Read n images of a raw store as (n, H, W, C) uint8, C 1 or 3; errors as in :meth:`images`, or JPEG store."""
         if self.shape is None:
             raise ValueError(f"{self.path} holds encoded images, not raw pixels: use read_encoded or images.")
         positions = self._positions(indices)
         pixels = np.empty((len(positions), math.prod(self.shape)), dtype=np.uint8)
-        places = self._places(positions, self._index.rows(positions))
-        for position, place, buffer in zip(positions.tolist(), places, pixels, strict=True):
-            self._read_into(position, place, buffer)
+        extents = self._extents(positions, self._index.rows(positions))
+        for position, extent, buffer in zip(positions.tolist(), extents, pixels, strict=True):
+            self._read_into(position, extent, buffer)
         return pixels.reshape(len(positions), *self.shape)
 
     def _positions(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -262,8 +239,8 @@ class ImageStore:
                 raise ValueError(f"{self.path}: index {positions[worst]} is outside the store's {len(self):,} images.")
         return positions
 
-    def _places(self, positions: NDArray[np.int64], rows: NDArray[np.void]) -> list[Place]:
-        """Where n records lie."""
+    def _extents(self, positions: NDArray[np.int64], rows: NDArray[np.void]) -> list[Extent]:
+        """The extents of n records."""
         # Column by column: ten times as fast as the rows of a structured array one by one. Reading leaves little in
         # the processor's caches, so the fewer and smaller calls win, as bisect does over searchsorted.
         shards = [bisect_right(self._ends, position) for position in positions.tolist()]
@@ -274,13 +251,13 @@ class ImageStore:
     def _each(self, positions: NDArray[np.int64], rows: NDArray[np.void]) -> Iterator[NDArray[np.uint8]]:
         """Yield n records in this thread's buffer.
 
-        Every call per record counts: a copy of 110 KB out of the page cache takes 20 µs, and leaves none of the
-        interpreter in the processor's inner caches. So all but the usual case is left to :meth:`_read_into`.
+        Every call per record counts: reading 110 KB out of the page cache takes 20 µs, and evicts the interpreter from
+        the processor's inner caches. So all but the usual case is left to :meth:`_read_into`.
         """
-        places, buffer = self._places(positions, rows), self._buffer(max(rows["length"].tolist(), default=0))
+        extents, buffer = self._extents(positions, rows), self._buffer(max(rows["length"].tolist(), default=0))
         preadv, checksum = os.preadv, google_crc32c.value
-        for number, place in enumerate(places):
-            shard, offset, length, crc32c = place
+        for number, extent in enumerate(extents):
+            shard, offset, length, crc32c = extent
             record, files = buffer[:length], self._files
             if files is not None and (start := (file := files[shard]).data_offset) is not None:
                 try:  # ``file`` keeps the descriptor open
@@ -290,7 +267,7 @@ class ImageStore:
                 if read == length and (crc32c is None or checksum(record) == crc32c):
                     yield record
                     continue
-            self._read_into(int(positions[number]), place, record)
+            self._read_into(int(positions[number]), extent, record)
             yield record
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
@@ -300,9 +277,9 @@ class ImageStore:
             buffer = self._local.buffer = np.empty(2 * length, np.uint8)
         return buffer
 
-    def _read_into(self, position: int, place: Place, buffer: NDArray[np.uint8]) -> None:
-        """Fill ``buffer`` with the record at ``place``, or say why that cannot be."""
-        shard, offset, length, crc32c = place
+    def _read_into(self, position: int, extent: Extent, buffer: NDArray[np.uint8]) -> None:
+        """Fill ``buffer`` with a record, or raise the RecordError that says why that is impossible."""
+        shard, offset, length, crc32c = extent
         files = self._files
         if files is None:
             raise ValueError(f"the store {self.path} was closed: open it again to read.")
@@ -323,7 +300,7 @@ class ImageStore:
 
 
 class _Use:
-    """Shares the lock of a node's local copy, so that nobody evicts it, until this object is gone."""
+    """Shares the lock of a node's local copy, which protects it from eviction, as long as this object exists."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor: int | None = None
@@ -353,8 +330,8 @@ def _open_shards(folder: Path, manifest: Manifest) -> list[ShardFile]:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise this process's soft limit, often 1,024, as far as its hard limit lets a store of ``count`` shards open."""
-    wanted = 2 * count + 256  # another store, and what others have open
+    """Raise this process's soft limit, often 1,024, as far as its hard limit allows."""
+    wanted = 2 * count + 256  # for another store, and other files
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
         resource.setrlimit(

@@ -113,22 +113,22 @@ def test_small_permutations_are_uniform() -> None:
     assert chi_square < 31.3  # 99.9 % quantile with 11 degrees of freedom
 
 
-def make_support(classes: int = 10, per_class: int = 12, **asked: int | bool) -> tuple[SupportSampler, np.ndarray]:
+def make_support(classes: int = 10, per_class: int = 12, **options: int | bool) -> tuple[SupportSampler, np.ndarray]:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(classes), per_class))
     records = np.arange(len(labels)) + 1000
-    return SupportSampler(records, labels, seed=1, **asked), labels
+    return SupportSampler(records, labels, seed=1, **options), labels
 
 
 def test_support_is_stratified_distinct_and_a_function_of_the_step() -> None:
     order, labels = make_support(num_classes=7, images_per_class=5)
     for step in (0, 1, 999_999):
-        records, places, repeats = order.draw(step)
+        records, indices, repeats = order.draw(step)
         assert len(np.unique(records)) == 35
         assert not repeats.any()
         classes = labels[records - 1000].reshape(7, 5)
-        assert np.all(classes == classes[:, :1]), "rows of one place share their class"
+        assert np.all(classes == classes[:, :1]), "rows of one index share their class"
         assert len(np.unique(classes[:, 0])) == 7
-        assert np.array_equal(places, np.repeat(np.arange(7), 5))
+        assert np.array_equal(indices, np.repeat(np.arange(7), 5))
         assert np.array_equal(records, make_support(num_classes=7, images_per_class=5)[0].draw(step)[0])
     assert not np.array_equal(order.draw(0)[0], order.draw(1)[0])
 
@@ -153,21 +153,16 @@ def test_balanced_supports_take_turns(counts: list[int], classes: int, images_pe
     labels = np.repeat(np.arange(len(counts)), counts)
     classes = min(classes, len(counts))
     order = SupportSampler(
-        np.arange(len(labels)),
-        labels,
-        num_classes=classes,
-        images_per_class=images_per_class,
-        seed=seed,
-        balanced=True,
+        np.arange(len(labels)), labels, num_classes=classes, images_per_class=images_per_class, seed=seed, balanced=True
     )
     used = np.zeros(len(labels), int)
     for step in range(15):
-        records, places, repeats = order.draw(step)
-        assert np.array_equal(places, np.repeat(np.arange(classes), images_per_class))
+        records, indices, repeats = order.draw(step)
+        assert np.array_equal(indices, np.repeat(np.arange(classes), images_per_class))
         of_class = labels[records].reshape(classes, images_per_class)
         assert np.all(of_class == of_class[:, :1])
         assert len(np.unique(of_class[:, 0])) == classes
-        assert len(set(zip(records.tolist(), repeats.tolist(), strict=True))) == len(records), "repeats are told apart"
+        assert len(set(zip(records.tolist(), repeats.tolist(), strict=True))) == len(records), "repeats are numbered"
         assert repeats.max() < order.most_repeats
         if images_per_class <= min(counts):
             assert not repeats.any(), "no image twice where there are enough"

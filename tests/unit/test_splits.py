@@ -175,7 +175,7 @@ def test_a_split_of_other_data_is_refused(store: ImageStore, tmp_path: Path) -> 
     labelled_and_validation(store, DRAWN, seed=0)
     other = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
     shutil.copytree(store.path / "splits", other.path / "splits")
-    with pytest.raises(ValueError, match=f"was made for .* of data set {store.digest[:12]}, but this run asks"):
+    with pytest.raises(ValueError, match=f"was made for .* of data set {store.digest[:12]}, but this run needs"):
         labelled_and_validation(other, DRAWN, seed=0)
 
 
@@ -279,5 +279,5 @@ def test_a_changed_list_is_not_taken_for_the_old_one(store: ImageStore, tmp_path
     file = listed(tmp_path, "list.txt", ["1", "2"])
     read_from(store, file)
     listed(tmp_path, "list.txt", ["1", "3"])
-    with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run asks for"):
+    with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run needs"):
         read_from(store, file)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,20 @@ def labelled(store: ImageStore, per_class: int = 5) -> np.ndarray:
 
 
 def stream(
-    store: ImageStore, *, threads: int = 1, batch_size: int = N, accumulate_steps: int = 1, **changes: Any
-) -> PawsStream:
+    store: ImageStore, records: np.ndarray | None = None, *, images_per_class: int = PER_CLASS, threads: int = 1,
+    batch_size: int = N, accumulate_steps: int = 1, supports: StoreImages | None = None,
+    options: StreamOptions | None = None, support_classes: int | None = None, **changes: Any,
+) -> PawsStream:  # fmt: skip
+    """A stream whose views have these changes."""
     return PawsStream(
-        store,
-        labelled(store),
-        views=views(**changes),
-        batch_size=batch_size,
-        support_classes=min(K, len(store.classes)),
-        images_per_class=PER_CLASS,
-        seed=3,
-        threads=threads,
-        accumulate_steps=accumulate_steps,
-    )
+        store, labelled(store) if records is None else records, views=views(**changes), batch_size=batch_size,
+        support_classes=support_classes or min(K, len(store.classes)), images_per_class=images_per_class, seed=3,
+        threads=threads, accumulate_steps=accumulate_steps, supports=supports, options=options or StreamOptions(),
+    )  # fmt: skip
+
+
+BALANCED = StreamOptions(balanced_support=True)
+STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
 
 
 def flat(value: Any) -> list[Any]:
@@ -141,6 +143,16 @@ def by_view(crops: Crops, count: int) -> list[Tensor]:
     return [leaf.unflatten(0, (count, -1)) for leaf in (crops.images, *parameters)]
 
 
+def assert_crops_of_ranks(of_ranks: Sequence[PawsBatch], whole: PawsBatch) -> None:
+    """The ranks' crops of every view, one rank after the other, are those of the whole batch."""
+    assert np.array_equal(np.concatenate([batch.records for batch in of_ranks]), whole.records)
+    for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
+        pieces = [by_view(getattr(batch.micro_batches[0], name), count) for batch in of_ranks]
+        expected = by_view(getattr(whole.micro_batches[0], name), count)
+        for together, leaf in zip(zip(*pieces, strict=True), expected, strict=True):
+            assert torch.equal(torch.cat(together, dim=1), leaf), name
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_hold_the_batch_of_one(digits: ImageStore, ranks: Ranks, world: int) -> None:
     step = 2
@@ -149,13 +161,7 @@ def test_ranks_together_hold_the_batch_of_one(digits: ImageStore, ranks: Ranks, 
     for rank in range(world):
         ranks.become(rank, world)
         parts.append(stream(digits).batch(step))
-    assert np.array_equal(np.concatenate([part.records for part in parts]), whole.records)
-    for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
-        pieces = [by_view(getattr(part.micro_batches[0], name), count) for part in parts]
-        for together, expected in zip(
-            zip(*pieces, strict=True), by_view(getattr(whole.micro_batches[0], name), count), strict=True
-        ):
-            assert torch.equal(torch.cat(together, dim=1), expected), name
+    assert_crops_of_ranks(parts, whole)
     # Gathering puts rank after rank, each with its views one after the other; every rank knows all of these classes.
     rows = whole.num_support_rows // VIEWS // world
     for part in parts:
@@ -190,8 +196,8 @@ def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageS
     assert np.all(classes == classes[:, :1])
     assert len(np.unique(classes[:, 0])) == K
     assert len(np.unique(drawn)) == K * PER_CLASS
-    places = torch.arange(K).repeat_interleave(PER_CLASS)
-    assert torch.equal(batch.support_classes, places.repeat(VIEWS))
+    indices = torch.arange(K).repeat_interleave(PER_CLASS)
+    assert torch.equal(batch.support_classes, indices.repeat(VIEWS))
 
 
 def different(first: Tensor, second: Tensor) -> float:
@@ -228,16 +234,8 @@ def test_every_epoch_cuts_an_image_anew(digits: ImageStore) -> None:
 
 
 def test_every_step_cuts_a_support_anew_and_unlike_the_large_crops(digits: ImageStore) -> None:
-    all_labels = PawsStream(
-        digits,
-        labelled(digits, PER_CLASS),  # so that each step draws all of them
-        views=views(augment=ALWAYS_JITTER),
-        batch_size=len(digits) // 2,  # two steps of one epoch
-        support_classes=len(digits.classes),
-        images_per_class=PER_CLASS,
-        seed=3,
-        threads=1,
-    )
+    records, half = labelled(digits, PER_CLASS), len(digits) // 2  # each step draws all labels; two steps of one epoch
+    all_labels = stream(digits, records, batch_size=half, support_classes=len(digits.classes), augment=ALWAYS_JITTER)
     seen: set[bytes] = set()
     for step in (0, 1):
         batch = all_labels.batch(step)
@@ -259,8 +257,7 @@ def test_small_crops_can_be_turned_off(digits: ImageStore) -> None:
 
 
 def test_views_arrive_augmented_normalised_and_in_three_channels(digits: ImageStore) -> None:
-    still = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
-    plain = stream(digits, augment=still)
+    plain = stream(digits, augment=STILL)
     batch = plain.batch(0)
     supports, large, small = plain.augment(batch.micro_batches[0], CPU, torch.float64)
     assert supports.shape == (VIEWS * K * PER_CLASS, 3, 16, 16)
@@ -349,10 +346,9 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
     monkeypatch.setattr(ImageStore, read, slow_read)
     monkeypatch.setattr(multicrop, "draw_parameters", drawn)
     store = digits if read == "read_raw" else ImageStore.open(photographs)
-    source = PawsStream(
-        store, labelled(store), views=views(), batch_size=N, support_classes=len(store.classes), images_per_class=4,
-        seed=3, threads=2, accumulate_steps=2, supports=StoreImages(store),
-    )  # fmt: skip
+    source = stream(
+        store, support_classes=len(store.classes), threads=2, accumulate_steps=2, supports=StoreImages(store)
+    )
 
     def consume() -> None:
         with source.prefetch(0, 100) as batches:
@@ -397,15 +393,11 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
     batch = several.batch(0)
     assert batch.micro_batches[0].large.images.shape == (2 * N, 3, 16, 16)
+    heights, widths = store.sizes(batch.records)
     boxes = draw_boxes(
-        several.views.small,
-        seed=3,
-        epoch=0,
-        samples=batch.records,
-        view=FIRST_SMALL_VIEW + 3,
-        heights=store.heights[batch.records],
-        widths=store.widths[batch.records],
-    )
+        several.views.small, seed=3, epoch=0, samples=batch.records, view=FIRST_SMALL_VIEW + 3, heights=heights,
+        widths=widths,
+    )  # fmt: skip
     for row, box, record in zip(
         batch.micro_batches[0].small.images[3 * N :], boxes.tolist(), batch.records, strict=True
     ):
@@ -524,13 +516,7 @@ def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
     digits: ImageStore, ranks: Ranks, window: Window | None, balanced: bool
 ) -> None:
     """1 rank, then 2, then 1: all that goes from one to the next is the step."""
-    options = StreamOptions(window=window, balanced_support=balanced)
-
-    def make() -> PawsStream:
-        return PawsStream(
-            digits, labelled(digits), views=views(), batch_size=N, support_classes=K, images_per_class=PER_CLASS,
-            seed=3, threads=1, options=options,
-        )  # fmt: skip
+    make = partial(stream, digits, options=StreamOptions(window=window, balanced_support=balanced))
 
     steps_per_epoch = len(digits) // N
     first = steps_per_epoch - 3
@@ -540,27 +526,14 @@ def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
         for rank in range(world):
             ranks.become(rank, world)
             parts.append(make().batch(first + step))
-        assert np.array_equal(np.concatenate([part.records for part in parts]), whole[step].records)
-        for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
-            pieces = [by_view(getattr(part.micro_batches[0], name), count) for part in parts]
-            for together, expected in zip(
-                zip(*pieces, strict=True), by_view(getattr(whole[step].micro_batches[0], name), count), strict=True
-            ):
-                assert torch.equal(torch.cat(together, dim=1), expected), name
+        assert_crops_of_ranks(parts, whole[step])
 
 
 def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits: ImageStore, ranks: Ranks) -> None:
-    one_each = labelled(digits, 1)
-
-    def make(**changes: Any) -> PawsStream:
-        return PawsStream(
-            digits, one_each, views=views(augment=ALWAYS_JITTER), batch_size=N, support_classes=K,
-            images_per_class=PER_CLASS, seed=3, threads=1, options=StreamOptions(**changes),
-        )  # fmt: skip
-
+    make = partial(stream, digits, labelled(digits, 1), augment=ALWAYS_JITTER)
     with pytest.raises(ValueError, match=r"has only 1 labelled images.*support_order=balanced"):
         make()
-    batch = make(balanced_support=True).batch(2)
+    batch = make(options=BALANCED).batch(2)
     assert batch.num_support_rows == VIEWS * K * PER_CLASS
     jitter = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters.values}
     assert len(jitter) == VIEWS * K * PER_CLASS, "no two rows are alike, though only K images are there"
@@ -569,7 +542,7 @@ def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits:
     parts = []
     for rank in range(2):
         ranks.become(rank, 2)
-        parts.append(by_view(make(balanced_support=True).batch(2).micro_batches[0].supports, VIEWS))
+        parts.append(by_view(make(options=BALANCED).batch(2).micro_batches[0].supports, VIEWS))
     for together, expected in zip(
         zip(*parts, strict=True), by_view(batch.micro_batches[0].supports, VIEWS), strict=True
     ):
@@ -578,20 +551,14 @@ def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits:
 
 def test_repeats_that_run_out_of_numbers_are_an_error(digits: ImageStore) -> None:
     with pytest.raises(ValueError, match=r"600 repeats of an image.*lower pretrain.support.images_per_class"):
-        PawsStream(
-            digits, labelled(digits, 1), views=views(), batch_size=N, support_classes=K, images_per_class=600, seed=3,
-            threads=1, options=StreamOptions(balanced_support=True),
-        )  # fmt: skip
+        stream(digits, labelled(digits, 1), images_per_class=600, options=BALANCED)
 
 
 def test_classes_of_very_different_numbers_of_labels(digits: ImageStore) -> None:
     """Classes are drawn alike, however many labels they have."""
     counts = [1, 2, 3, 40, 5, 6, 7, 8, 9, 10]
     records = np.concatenate([np.flatnonzero(digits.labels == label)[:count] for label, count in enumerate(counts)])
-    source = PawsStream(
-        digits, records, views=views(), batch_size=N, support_classes=K, images_per_class=PER_CLASS, seed=3, threads=1,
-        options=StreamOptions(balanced_support=True),
-    )  # fmt: skip
+    source = stream(digits, records, options=BALANCED)
     drawn = np.concatenate([digits.labels[source._support_sampler.draw(step).records] for step in range(50)])
     assert np.ptp(np.bincount(drawn)) <= PER_CLASS
 
@@ -621,19 +588,17 @@ def test_a_batch_knows_its_own_labelled_images_where_their_class_is_drawn(digits
 
 def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_path: Path) -> None:
     """Its labels count, and the unlabelled store's are never read; its images are normalised as the others are."""
-    places = np.flatnonzero(digits.labels < 3)[:30]
-    pixels = digits.read_raw(places) // 2
-    labels = 2 - digits.labels[places]  # other names for the classes
-    names = [f"other {place}" for place in places]
+    records = np.flatnonzero(digits.labels < 3)[:30]
+    pixels = digits.read_raw(records) // 2
+    labels = 2 - digits.labels[records]  # other names for the classes
+    names = [f"other {record}" for record in records]
     other = ImageStore.open(pack(ArraySource("digits", pixels, labels, names, ("c", "b", "a")), tmp_path / "a").path)
     unlabelled = ImageStore.open(digits.path)
     unlabelled._labels = None  # type: ignore[assignment]
-    still = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
     whole = CropConfig(size=16, count=2, scale=[1.0, 1.0], ratio=[1.0, 1.0])
-    source = PawsStream(
-        unlabelled, np.arange(30), views=views(large=whole, augment=still), batch_size=N, support_classes=3,
-        images_per_class=4, seed=3, threads=1, supports=StoreImages(other),
-    )  # fmt: skip
+    source = stream(
+        unlabelled, np.arange(30), support_classes=3, supports=StoreImages(other), large=whole, augment=STILL
+    )
     batch = source.batch(0)
     assert not batch.known.any(), "positions in one store say nothing about the other"
     known = {image.tobytes(): label for image, label in zip(pixels, labels, strict=True)}
@@ -649,9 +614,9 @@ def test_labels_from_a_grey_store_and_images_from_a_colour_one(photographs: Path
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
     source = ArraySource("grey", pixels, np.arange(12) % 3, [str(number) for number in range(12)], ("x", "y", "z"))
     labels = ImageStore.open(pack(source, tmp_path / "labels").path)
-    mixed = PawsStream(
-        ImageStore.open(photographs), np.arange(12), views=views(), batch_size=8, support_classes=3,
-        images_per_class=2, seed=0, threads=1, supports=StoreImages(labels),
+    mixed = stream(
+        ImageStore.open(photographs), np.arange(12), batch_size=8, support_classes=3, images_per_class=2,
+        supports=StoreImages(labels),
     )  # fmt: skip
     supports, large, _ = mixed.augment(mixed.batch(0).micro_batches[0], CPU, F32)
     assert supports.shape == (VIEWS * 6, 3, 16, 16)
