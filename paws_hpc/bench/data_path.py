@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import google_crc32c
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from paws_hpc.bench.images import CLASSES, jpegs, read_again
-from paws_hpc.bench.rounds import Candidate, Round, Work, started
+from paws_hpc.bench.rounds import Candidate, Round, Work, started, until_exit
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop
@@ -32,7 +31,6 @@ CROP_GROUPS = [(VIEWS.large, 0), (VIEWS.small, FIRST_SMALL_VIEW)]
 _CPU = torch.device("cpu")
 _EPOCHS = 4  # whose memory is watched; the first one warms up, with what comes before it
 _SLOW_STEP_S = 2.0  # in which all batches that may be made ahead are made
-_until_exit = ExitStack()  # what work needs until its process ends
 
 
 def shuffled(count: int) -> Positions:
@@ -122,8 +120,8 @@ def crops_by_processes(store: str, processes: int) -> Work:
     """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
     cores = sorted(os.sched_getaffinity(0))[:processes]
     one = Candidate("a process of its own", crops, {"store": store, "threads": 1})
-    workers = [_until_exit.enter_context(started(one, cores=[core])) for core in cores]
-    pool = _until_exit.enter_context(ThreadPoolExecutor(processes))
+    workers = [until_exit.enter_context(started(one, cores=[core])) for core in cores]
+    pool = until_exit.enter_context(ThreadPoolExecutor(processes))
     return lambda: sum(done.done for done in pool.map(lambda worker: worker(), workers))
 
 

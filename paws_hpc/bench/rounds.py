@@ -10,8 +10,8 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from threading import Thread
@@ -105,9 +105,15 @@ def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200
 
         process: int = call(os.getpid)
         call(_prepare, candidate.prepare, candidate.arguments)
-        yield lambda: call(_work_once)
+        try:
+            yield lambda: call(_work_once)
+        finally:  # processes that the candidate started would keep its own from ending
+            with suppress(CandidateError, BrokenExecutor):
+                call(_close)
 
 
+until_exit = ExitStack()
+"""In a candidate's process: what is closed when its work is over."""
 _prepared: list[Work] = []  # in a candidate's process: its work
 
 
@@ -124,6 +130,10 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.killpg(0, signal.SIGKILL)
+
+
+def _close() -> None:
+    until_exit.close()
 
 
 def _prepare(prepare: Callable[..., Work], arguments: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from paws_hpc.bench.rounds import Round
+from paws_hpc.bench.rounds import Round, until_exit
 from paws_hpc.bench.step_parts import Timeline, marked, medians, synchronise
 from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream, use_threads
 from paws_hpc.data.streams import PawsBatch
@@ -32,7 +31,6 @@ TimedWork = Callable[[], Round]
 _BATCHES = 4  # of data on the device, used in turn
 _WARM_STEPS = 4  # one more than are made ahead, so that what was ready before does not count
 _SAVE_LIMIT_S = 600.0
-_until_exit = ExitStack()  # what work needs until its process ends
 
 
 def steps_on_device(workload: Workload, steps: int) -> TimedWork:
@@ -59,7 +57,7 @@ def training_with_data(workload: Workload) -> tuple[Pretraining, Iterator[PawsBa
     """Training before its first step, and batches without end whose uint8 crops are on the device."""
     config = workload.config()
     use_threads(config)
-    stream = _until_exit.enter_context(opened_stream(config))
+    stream = until_exit.enter_context(opened_stream(config))
     training = make_training(config, stream)
     held = [on_device(stream.batch(step), training.device) for step in range(_BATCHES)]
     return training, (replace(held[step % _BATCHES], step=step) for step in itertools.count())
@@ -69,7 +67,7 @@ def steps_from_store(workload: Workload, steps: int) -> TimedWork:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
     config = workload.config()
     use_threads(config)
-    stream = _until_exit.enter_context(opened_stream(config))
+    stream = until_exit.enter_context(opened_stream(config))
     training = make_training(config, stream)
     cuda, numbers = training.device.type == "cuda", itertools.count()
     window = MetricsWindow(lambda _: [], remedy="")
@@ -100,7 +98,7 @@ def augmentation(workload: Workload, steps: int) -> TimedWork:
     config = workload.config()
     use_threads(config)
     device, numbers = torch.device(config.device), itertools.count()
-    stream = _until_exit.enter_context(opened_stream(config))
+    stream = until_exit.enter_context(opened_stream(config))
 
     def augment_next() -> None:
         for micro_batch in stream.batch(next(numbers)).micro_batches:
@@ -153,7 +151,7 @@ def saving(workload: Workload, steps: int) -> TimedWork:
     The round is one save; its seconds are those for which the training loop stood still.
     """
     training, batches = training_with_data(workload)
-    path = Path(_until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
+    path = Path(until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
     checkpoints = CheckpointFolder(path, identity={}, keep=1)
     numbers = itertools.count(1)
 

@@ -86,7 +86,7 @@ def test_a_launcher_killed_half_way_leaves_nothing_that_can_run_and_a_cancelled_
     assert queued(cluster, "killed") == ["PENDING JobHeldUser"] * 4, "two jobs and an array of two"
 
     run.launch()
-    assert len(queued(cluster, "killed")) == 7, "each job once: what was left over is gone"
+    assert len(queued(cluster, "killed")) == 8, "each job once: what was left over is gone"
     run.wait_rows("pretrain", 5)
     assert "cancelled" in run.launch("cancel=true")
     run.wait_over()
