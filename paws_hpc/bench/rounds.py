@@ -104,8 +104,8 @@ def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200
             return answer.result()
 
         process: int = call(os.getpid)
-        call(_prepare, candidate.prepare, candidate.arguments)
         try:
+            call(_prepare, candidate.prepare, candidate.arguments)
             yield lambda: call(_work_once)
         finally:  # processes that the candidate started would keep its own from ending
             with suppress(CandidateError, BrokenExecutor):
