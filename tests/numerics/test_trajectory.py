@@ -183,8 +183,7 @@ class Vectors:
         rows: Any = np.split(drawn.x, [SUPPORTS, SUPPORTS + 2 * IMAGES])
         nobody = np.zeros(IMAGES, np.int64)
         classes, unknown = torch.from_numpy(drawn.classes), torch.from_numpy(nobody)
-        images = torch.arange(SUPPORTS) % (CLASSES * PER_CLASS)
-        return PawsBatch(step, nobody, (MicroBatch(*rows),), classes, images, unknown.bool(), unknown)
+        return PawsBatch(step, nobody, (MicroBatch(*rows),), classes, unknown.bool(), unknown)
 
     def augment(self, part: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         rows: Any = part.crop_groups
