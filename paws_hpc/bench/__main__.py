@@ -19,10 +19,9 @@ from paws_hpc.bench.workloads import RECIPES
 
 _SPEED = {
     "step": "a training step and its parts",
-    "augment": "the multi-crop augmentation beside PIL",
     "loss": "loss, gather and LARS as a share of the step",
     "checkpoint": "how long training stands still for a checkpoint",
-    "collectives": "the collectives of a step on several ranks",
+    "collectives": "the collectives of a step on two ranks, or on all GPUs",
     "all": "all of these, with the data path and the DataLoader baseline",
 }
 
@@ -46,11 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     store = commands.add_parser("store", help="the image store and the CPU's share of the data path")
     store.add_argument("--images", type=_at_least(64), default=2400, help="photographs of 110 KB to make (2400)")
-    store.add_argument("--rounds", type=_at_least(1), default=5, help="that count, after one that warms up (5)")
     store.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
     )
-    store.add_argument("--json", type=Path, help="file for the figures (FOLDER/store.json)")
     store.set_defaults(run=bench_store)
     for name, help_text in _SPEED.items():
         command, whole = commands.add_parser(name, help=help_text), name == "all"
@@ -58,10 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             "--recipe", choices=RECIPES, default="digits", help="whose training; smaller without a GPU (digits)"
         )
         command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
-        command.add_argument("--rounds", type=_at_least(1), default=3, help="that count, after one that warms up (3)")
         command.add_argument("--steps", type=_at_least(1), help="of a round (by recipe and device)")
-        command.add_argument("--ranks", type=_at_least(2), default=2, help="of the collectives (2)")
-        command.add_argument("--json", type=Path, help="file for the figures (FOLDER/RECIPE-DEVICE-COMMAND.json)")
         command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
         command.set_defaults(from_store=whole, baseline=whole, compiled=False)
@@ -70,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
             command.add_argument("--compiled", action="store_true", help="with pretrain.compile too: minutes on a CPU")
-    for command in commands.choices.values():
+    for name, command in commands.choices.items():
+        rounds = 5 if name == "store" else 3
+        command.add_argument(
+            "--rounds", type=_at_least(1), default=rounds, help="that count, after one that warms up (%(default)s)"
+        )
+        command.add_argument("--json", type=Path, help="file for the figures (in FOLDER)")
         command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
     return parser
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from paws_hpc import distributed
@@ -25,7 +25,7 @@ from paws_hpc.files import read_json, write_json
 from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d
 
-_BUCKET_BYTES = 25 << 20  # of DistributedDataParallel
+_BUCKET = (25 << 20) // 4  # numbers, of DistributedDataParallel
 _WARM = 2
 
 
@@ -47,22 +47,22 @@ def measure(workload: Workload, *, ranks: int, repeats: int) -> dict[str, float]
 def _rank(rank: int, workload: Workload, ranks: int, repeats: int, folder: Path) -> None:
     torch.set_num_threads(max(1, cores() // ranks))
     config = workload.config()
-    cuda = config.device == "cuda"
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
+    backend = "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=rendezvous, rank=rank, world_size=ranks)
+        backend = "nccl"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     encoder = build_encoder(config.model, seed=config.seed).to(device)
     seconds = {}
     for name, run in collectives(config, encoder, device).items():
         times = []
         for _ in range(_WARM + repeats):
-            synchronise(cuda)
+            synchronise(device)
             dist.barrier()
             began = time.perf_counter()
             run()
-            synchronise(cuda)
+            synchronise(device)
             times.append(time.perf_counter() - began)
         seconds[name] = statistics.median(times[_WARM:])
     if rank == 0:
@@ -77,16 +77,20 @@ def collectives(config: Config, encoder: Encoder, device: torch.device) -> dict[
     z = torch.randn(rows, encoder.output_dim, device=device, requires_grad=True)
     h = z.detach()
     probabilities = torch.rand(config.pretrain.support.classes, device=device, requires_grad=True)
-    norms = [layer for layer in encoder.modules() if isinstance(layer, GlobalBatchNorm1d | GlobalBatchNorm2d)]
-    inputs = [_norm_input(layer, device) for layer in norms]
+    norms: list[nn.BatchNorm1d | nn.BatchNorm2d] = [
+        layer for layer in encoder.modules() if isinstance(layer, GlobalBatchNorm1d | GlobalBatchNorm2d)
+    ]
+    # As small as they can be, so that nearly all of a layer's time is communication.
+    shapes = [(2, norm.num_features, *((1, 1) if isinstance(norm, nn.BatchNorm2d) else ())) for norm in norms]
+    inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
     passes = len({size for _, size in rows_by_group})  # the images of each size go through the network together
-    each, parameters = _BUCKET_BYTES // 4, sum(parameter.numel() for parameter in encoder.parameters())
-    buckets = [torch.zeros(min(each, parameters - start), device=device) for start in range(0, parameters, each)]
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    buckets = [torch.zeros(min(_BUCKET, parameters - at), device=device) for at in range(0, parameters, _BUCKET)]
 
     def normalise() -> None:
-        for layer, values in zip(norms, inputs, strict=True):
+        for norm, values in zip(norms, inputs, strict=True):
             for _ in range(passes):
-                layer(values).sum().backward()
+                norm(values).sum().backward()
 
     return {
         "gather of supports and their targets, with backward": lambda: (
@@ -98,10 +102,3 @@ def collectives(config: Config, encoder: Encoder, device: torch.device) -> dict[
         ),
         f"gradients, {4 * parameters / 1e6:,.3f} MB": lambda: [dist.all_reduce(bucket) for bucket in buckets],
     }
-
-
-def _norm_input(layer: nn.Module, device: torch.device) -> Tensor:
-    """As small as it can be, so that nearly all of the layer's time is communication."""
-    assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
-    pixels = (1, 1) if isinstance(layer, nn.BatchNorm2d) else ()
-    return torch.randn(2, layer.num_features, *pixels, device=device, requires_grad=True)

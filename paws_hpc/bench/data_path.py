@@ -5,10 +5,12 @@ Every function prepares and returns the work, which returns how many images it d
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import google_crc32c
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from paws_hpc.bench.images import CLASSES, jpegs, read_again
-from paws_hpc.bench.rounds import Candidate, Round, Work, started, until_exit
+from paws_hpc.bench.rounds import Round, Work, started, until_exit
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop
@@ -100,16 +102,15 @@ def crops(store: str, threads: int) -> Work:
     images = ImageStore.open(store)
     torch.set_num_threads(1)
     multicrop = MultiCrop(StoreImages(images), seed=0, threads=threads, device=_CPU)
-    order, epochs = batches(shuffled(len(images))), iter(range(10**6))
+    order, epochs = batches(shuffled(len(images))), itertools.count()
 
     def work() -> int:
-        epoch, finish = next(epochs), None
-        for records in order:  # one batch is begun before the last is waited for, as in training
-            begun = multicrop.begin(records, CROP_GROUPS, epoch=epoch, config=VIEWS.augment)
-            if finish is not None:
-                finish()
-            finish = begun
-        if finish is not None:
+        begin = partial(multicrop.begin, crop_groups=CROP_GROUPS, epoch=next(epochs), config=VIEWS.augment)
+        begun = [begin(records) for records in order[:1]]
+        for records in order[1:]:  # one batch is begun before the last is waited for, as in training
+            begun.append(begin(records))
+            begun.pop(0)()
+        for finish in begun:
             finish()
         return BATCH * len(order)
 
@@ -119,8 +120,7 @@ def crops(store: str, threads: int) -> Work:
 def crops_by_processes(store: str, processes: int) -> Work:
     """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
     cores = sorted(os.sched_getaffinity(0))[:processes]
-    one = Candidate("a process of its own", crops, {"store": store, "threads": 1})
-    workers = [until_exit.enter_context(started(one, cores=[core])) for core in cores]
+    workers = [until_exit.enter_context(started(partial(crops, store, 1), cores=[core])) for core in cores]
     pool = until_exit.enter_context(ThreadPoolExecutor(processes))
     return lambda: sum(done.done for done in pool.map(lambda worker: worker(), workers))
 
@@ -133,7 +133,7 @@ def supports(store: str, decoded: bool) -> Work:
     source = cached_images(images, labelled) if decoded else StoreImages(images)
     multicrop = MultiCrop(source, seed=0, threads=1, device=_CPU)
     crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
-    order, steps = batches(labelled), iter(range(10**9))
+    order, steps = batches(labelled), itertools.count()
 
     def work() -> int:
         for records in order:
@@ -155,15 +155,16 @@ def packing(folder: str, target: str, check: str) -> Work:
     return work
 
 
-def _stream(store: ImageStore, *, threads: int) -> PawsStream:
+def _stream(path: str, *, threads: int) -> PawsStream:
     """The stream of one of 64 GPUs at ImageNet's recipe: 64 unlabelled images and 105 supports a step."""
     torch.set_num_threads(1)
+    store = ImageStore.open(path)
     labelled = np.concatenate([np.flatnonzero(store.labels == label)[:12] for label in range(CLASSES)])
     return PawsStream(
         store,
         labelled,
         views=VIEWS,
-        batch_size=64,
+        batch_size=BATCH,
         support_classes=15,
         images_per_class=7,
         seed=0,
@@ -176,7 +177,7 @@ def first_batch(store: str) -> Work:
     """Open a store and make its first batch, after imports."""
 
     def work() -> int:
-        with _stream(ImageStore.open(store), threads=2).prefetch(0, 1) as prefetched:
+        with _stream(store, threads=2).prefetch(0, 1) as prefetched:
             next(iter(prefetched))
         return BATCH
 
@@ -189,7 +190,7 @@ def memory_of_epochs(store: str, threads: int) -> Work:
     The warm-up has as many batches in use at once as there can ever be: those made ahead, one taken, and one still held
     by the consumer that takes the next. No later timing of threads can need more.
     """
-    stream = _stream(ImageStore.open(store), threads=threads)
+    stream = _stream(store, threads=threads)
 
     def work() -> Round:
         began, memory_mb = time.perf_counter(), []

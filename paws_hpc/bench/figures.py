@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.bench.rounds import CandidateError, Rates, race
+from paws_hpc.bench.rounds import PEERS, CandidateError, Rates, median, race
 from paws_hpc.files import write_json
 from paws_hpc.provenance import commit
 
 _WIDTH = 120  # of a table in a file
-_PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow")
+_PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow", *PEERS.values())
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Figure:
         value: None where it could not be measured.
         unit: of the value and the target.
         target: the least that the value should be, or the greatest where ``at_most``.
-        at_most: see there.
         only_on: the machine and recipe that the target is for, where this is another one.
         share: of the whole, in [0, 1].
         absent: why there is no value.
@@ -55,9 +54,19 @@ class Figure:
             return None
         return self.value <= self.target if self.at_most else self.value >= self.target
 
+    @property
+    def verdict(self) -> str:
+        """The target, and whether it is reached, for people."""
+        if self.target is None:
+            return ""
+        verdict = {True: "reached", False: "[red]missed[/red]", None: "-"}[self.reached]
+        if self.only_on is not None:
+            verdict = f"not measured here ({self.only_on})"
+        return f"{'<=' if self.at_most else '>='} {self.target:g} {self.unit}: {verdict}"
+
 
 Race = Callable[..., dict[str, Rates]]
-"""``race(*candidates, cores=None)``: :func:`paws_hpc.bench.rounds.race` for the rounds of this run."""
+"""``race(candidates, cores=None)``: :func:`paws_hpc.bench.rounds.race` for the rounds of this run."""
 
 Measured = tuple[dict[str, Rates], list[Figure]]
 """What a group gives: rates by candidate, and figures."""
@@ -70,7 +79,6 @@ def measure_groups(
     prepare: Callable[[], object],
     rounds: int,
     about: Mapping[str, Any],
-    packages: Sequence[str] = (),
     file: Path,
 ) -> int:
     """Measure group after group, print the table of each, and write the figures of all so far.
@@ -81,14 +89,13 @@ def measure_groups(
         prepare: makes the images.
         rounds: that count.
         about: what ``file`` says beside rounds, machine and figures.
-        packages: peers whose versions it names.
         file: JSON.
 
     Returns:
         The exit status: 1 where a group failed as a whole.
     """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    machine, measured, exit_status = describe_machine(packages), {}, 0
+    machine, measured, exit_status = describe_machine(), {}, 0
     console.print(f"{title}; {machine['cores']} cores of {machine['processor']}, commit {machine['commit']}")
     with console.status("making images") as status:
         prepare()
@@ -100,7 +107,9 @@ def measure_groups(
                 rates, figures = {}, [Figure(name, None, absent=f"failed: {error}")]
                 exit_status = 1
             measured[name] = {
-                "rates": {n: asdict(rate) | {"per_s": rate.per_s, "median": rate.median} for n, rate in rates.items()},
+                "rates": {
+                    n: asdict(rate) | {"per_s": rate.per_s, "median": median(rate.per_s)} for n, rate in rates.items()
+                },
                 "figures": [asdict(figure) | {"reached": figure.reached} for figure in figures],
             }
             write_json(file, {**about, "rounds": rounds, "machine": machine, "groups": measured})
@@ -111,20 +120,18 @@ def measure_groups(
     return exit_status
 
 
-def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Processor, usable cores, memory, GPUs, versions and commit; None where one is not known."""
-    processor = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in cpu if line.startswith("model name")]
     return {
-        "processor": processor,
+        "processor": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in (*_PACKAGES, *packages)},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "commit": commit(),
     }
 
@@ -136,36 +143,26 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _print_table(console: Console, name: str, rates: Mapping[str, Rates], figures: Sequence[Figure]) -> None:
-    table = Table(title=name, title_justify="left", show_edge=False)
+def _print_table(console: Console, title: str, rates: Mapping[str, Rates], figures: Sequence[Figure]) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("")
-    for title in ("", "lowest to highest, or share", "target"):
-        table.add_column(title, justify="right")
-    for rate in rates.values():
-        if rate.median is None:
-            table.add_row(rate.name, "-")
+    for head in ("", "lowest to highest, or share", "target"):
+        table.add_column(head, justify="right")
+    for name, rate in rates.items():
+        if (middle := median(rate.per_s)) is None:
+            table.add_row(name, "-")
             continue
         spread = f"{_amount(min(rate.per_s))} - {_amount(max(rate.per_s))}"
-        table.add_row(rate.name, f"{_amount(rate.median)} {rate.unit}", spread)
+        table.add_row(name, f"{_amount(middle)} images/s", spread)
     table.add_section()
     for figure in figures:
         value = f"not measured: {figure.absent}" if figure.value is None else f"{_amount(figure.value)} {figure.unit}"
-        share = "" if figure.share is None else f"{figure.share:.1%}"
-        table.add_row(figure.name, value, share, _verdict(figure))
+        table.add_row(figure.name, value, "" if figure.share is None else f"{figure.share:.1%}", figure.verdict)
     console.print(table)
-    for rate in rates.values():
+    for name, rate in rates.items():
         if rate.failure is not None:
-            console.print(f"  {rate.name}: {rate.failure}", highlight=False)
+            console.print(f"  {name}: {rate.failure}", highlight=False)
     console.print()
-
-
-def _verdict(figure: Figure) -> str:
-    if figure.target is None:
-        return ""
-    verdict = {True: "reached", False: "[red]missed[/red]", None: "-"}[figure.reached]
-    if figure.only_on is not None:
-        verdict = f"not measured here ({figure.only_on})"
-    return f"{'<=' if figure.at_most else '>='} {figure.target:g} {figure.unit}: {verdict}"
 
 
 def _amount(value: float) -> str:

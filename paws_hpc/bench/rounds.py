@@ -9,7 +9,7 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,9 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from time import perf_counter
 from typing import Any
+
+PEERS = {"litdata": "litdata", "streaming": "mosaicml-streaming", "webdataset": "webdataset"}
+"""Modules that need not be installed, and their packages."""
 
 
 class CandidateError(RuntimeError):
@@ -35,32 +38,14 @@ class Round:
 Work = Callable[[], float | Round]
 """Works for one round. Returns how much it did, or a Round where it takes the time itself."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One of the programs that a measurement compares.
-
-    Attributes:
-        name: in tables.
-        prepare: a module's function; called in the candidate's process, it returns the work.
-        arguments: of ``prepare``.
-        needs: module and package that need not be installed.
-        unit: of its rate.
-    """
-
-    name: str
-    prepare: Callable[..., Work]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    needs: tuple[str, str] | None = None
-    unit: str = "images/s"
+Candidate = Callable[[], Work]
+"""One of the programs that a measurement compares: a partial call of a module's function, which prepares the work."""
 
 
 @dataclass
 class Rates:
     """What one candidate did in each round, or why it failed."""
 
-    name: str
-    unit: str = "images/s"
     rounds: list[Round] = field(default_factory=list)
     failure: str | None = None
 
@@ -69,22 +54,26 @@ class Rates:
         """Units per second of each round."""
         return [each.done / each.seconds for each in self.rounds]
 
-    @property
-    def median(self) -> float | None:
-        """The median of the rates; None where the candidate failed."""
-        return statistics.median(self.per_s) if self.rounds else None
+
+def median(values: Iterable[float]) -> float | None:
+    """None without values, as where a candidate failed."""
+    values = list(values)
+    return statistics.median(values) if values else None
 
 
-Worker = Callable[[], Round]
-"""Lets a candidate's process work for one round. Raises CandidateError."""
+def ratio(candidate: Rates, baseline: Rates) -> float | None:
+    """How many times as fast: the median over rounds of the ratio within a round; None where one of them failed."""
+    if candidate.failure is not None or baseline.failure is not None:
+        return None
+    return median(a / b for a, b in zip(candidate.per_s, baseline.per_s, strict=True))
 
 
 @contextmanager
-def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200.0) -> Iterator[Worker]:
-    """A prepared candidate in a process of its own, bound to ``cores`` with all that it starts.
+def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200.0) -> Iterator[Callable[[], Round]]:
+    """A prepared candidate in a process of its own, bound to ``cores`` with all that it starts; a call is one round.
 
     Raises:
-        CandidateError: it cannot be prepared, or gives no answer within ``limit_s``; then it is killed.
+        CandidateError: it fails, or gives no answer within ``limit_s``; then it is killed.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_bind, initargs=(cores,)) as pool:
 
@@ -94,18 +83,16 @@ def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200
                 error = answer.exception(limit_s)
             except TimeoutError:
                 os.killpg(process, signal.SIGKILL)
-                raise CandidateError(f"{candidate.name} gave no answer within {limit_s:g} s") from None
-            if candidate.needs and isinstance(error, ModuleNotFoundError) and error.name == candidate.needs[0]:
-                raise CandidateError(
-                    f"not installed: pip install {candidate.needs[1]}, or all of them by `make bench`"
-                ) from error
+                raise CandidateError(f"no answer within {limit_s:g} s") from None
+            if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
+                raise CandidateError(f"not installed: pip install {PEERS[error.name]}, or `make bench`") from error
             if error is not None:
                 raise CandidateError(f"{type(error).__name__}: {error}") from error
             return answer.result()
 
         process: int = call(os.getpid)
         try:
-            call(_prepare, candidate.prepare, candidate.arguments)
+            call(_prepare, candidate)
             yield lambda: call(_work_once)
         finally:  # processes that the candidate started would keep its own from ending
             with suppress(CandidateError, BrokenExecutor):
@@ -136,8 +123,8 @@ def _close() -> None:
     until_exit.close()
 
 
-def _prepare(prepare: Callable[..., Work], arguments: dict[str, Any]) -> None:
-    _prepared.append(prepare(**arguments))
+def _prepare(candidate: Candidate) -> None:
+    _prepared.append(candidate())
 
 
 def _work_once() -> Round:
@@ -151,12 +138,12 @@ def _work_once() -> Round:
 
 
 def race(
-    *candidates: Candidate, rounds: int, cores: int | None = None, progress: Callable[[str], object]
+    candidates: Mapping[str, Candidate], *, rounds: int, cores: int | None = None, progress: Callable[[str], object]
 ) -> dict[str, Rates]:
     """Let every candidate work once per round, in turns; one more round warms up first and does not count.
 
     Args:
-        candidates: which.
+        candidates: by name.
         rounds: that count.
         cores: how many cores each is bound to while the others wait; None binds to all that this process may use.
         progress: shows a line of text.
@@ -165,15 +152,15 @@ def race(
         by name; a candidate that failed says why and takes no further turn.
     """
     bound = sorted(os.sched_getaffinity(0))[:cores]
-    rates = {candidate.name: Rates(candidate.name, candidate.unit) for candidate in candidates}
+    rates = {name: Rates() for name in candidates}
     with ExitStack() as running:
-        workers: dict[str, Worker] = {}
-        for candidate in candidates:
-            progress(f"{candidate.name}: preparing")
+        workers = {}
+        for name, candidate in candidates.items():
+            progress(f"{name}: preparing")
             try:
-                workers[candidate.name] = running.enter_context(started(candidate, cores=bound))
+                workers[name] = running.enter_context(started(candidate, cores=bound))
             except CandidateError as error:
-                rates[candidate.name].failure = str(error)
+                rates[name] = Rates(failure=str(error))
         for number in range(rounds + 1):
             first = number % len(candidates)  # nobody always follows the same one
             for name in list(rates)[first:] + list(rates)[:first]:
@@ -184,22 +171,14 @@ def race(
                     measured = workers[name]()
                 except CandidateError as error:
                     del workers[name]
-                    rates[name] = Rates(name, rates[name].unit, failure=str(error))
+                    rates[name] = Rates(failure=str(error))
                     continue
                 if number:
                     rates[name].rounds.append(measured)
     return rates
 
 
-def run_once(prepare: Callable[..., Work], **arguments: Any) -> Round:
+def run_once(candidate: Candidate) -> Round:
     """One round in a fresh process on all cores, without a warm-up; raises CandidateError."""
-    candidate = Candidate(prepare.__name__, prepare, arguments)
     with started(candidate, cores=sorted(os.sched_getaffinity(0))) as work:
         return work()
-
-
-def ratio(candidate: Rates, baseline: Rates) -> float | None:
-    """How many times as fast: the median over rounds of the ratio within a round; None where one of them failed."""
-    if not candidate.rounds or not baseline.rounds:
-        return None
-    return statistics.median(a / b for a, b in zip(candidate.per_s, baseline.per_s, strict=True))

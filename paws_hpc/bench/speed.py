@@ -1,4 +1,4 @@
-"""``bench step``, ``augment``, ``loss``, ``checkpoint``, ``collectives`` and ``all``: how fast training is.
+"""``bench step``, ``loss``, ``checkpoint``, ``collectives`` and ``all``: how fast training is.
 
 Targets are ratios within one run. Where the machine or the recipe is not the target's, the figure is printed and the
 target is called not measured.
@@ -11,21 +11,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from paws_hpc.bench import collectives, training
 from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.peers import data_loader
-from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, Work, ratio
-from paws_hpc.bench.step_parts import PARTS, plain_images
-from paws_hpc.bench.workloads import Workload, describe_sizes, make_images
+from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, median, ratio
+from paws_hpc.bench.step_parts import PARTS
+from paws_hpc.bench.workloads import Workload, describe_sizes, make_images, plain_images
 
 _STEP, _COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN = "plain ResNet-50"
-_BATCHED, _PER_IMAGE = "paws_hpc, a batch at once", "PIL, one image after another"
 _DIAGNOSED = "with diagnostics in every step"
 
 
@@ -51,42 +49,35 @@ def bench_speed(options: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
-def _candidate(
-    name: str, prepare: Callable[..., Work], workload: Workload, *overrides: str, **arguments: Any
-) -> Candidate:
-    return Candidate(name, prepare, {"workload": workload.with_overrides(*overrides)} | arguments)
-
-
-def _only_on(recipe: str, machine: str, workload: Workload) -> str | None:
-    """``machine``, unless this is the recipe on a GPU: what a target is only for."""
-    return None if workload.recipe == recipe and workload.device == "cuda" else machine
+def _on_device(workload: Workload, options: argparse.Namespace, *overrides: str) -> Candidate:
+    workload = replace(workload, overrides=(*workload.overrides, *overrides))
+    return partial(training.steps_on_device, workload, options.steps)
 
 
 def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
     steps, cuda = options.steps, workload.device == "cuda"
-    candidates = [_candidate(_STEP, training.steps_on_device, workload, steps=steps)]
+    candidates: dict[str, Candidate] = {_STEP: _on_device(workload, options)}
     if options.from_store or options.baseline:
-        candidates.append(_candidate(_FROM_STORE, training.steps_from_store, workload, steps=steps))
+        candidates[_FROM_STORE] = partial(training.steps_from_store, workload, steps)
     if options.baseline:
-        candidates.append(_candidate(_BASELINE, data_loader.training_steps, workload, steps=steps))
+        candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
     if options.compiled:
-        compiled = _candidate(_COMPILED, training.steps_on_device, workload, "pretrain.compile=true", steps=steps)
-        candidates.append(compiled)
+        candidates[_COMPILED] = _on_device(workload, options, "pretrain.compile=true")
     if workload.recipe == "imagenet":
-        size = {"batch_size": 256, "steps": 20} if cuda else {"batch_size": 2, "steps": 1}
-        candidates.append(Candidate(_PLAIN, training.plain_resnet50, {"device": workload.device} | size))
-    rates = race(*candidates)
+        candidates[_PLAIN] = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
+    rates = race(candidates)
     mine, figures = rates[_STEP], part_figures(rates[_STEP].rounds)
-    on_imagenet = _only_on("imagenet", "ImageNet recipe, one H100", workload)
-    on_cifar = _only_on("cifar", "CIFAR recipe, one H100", workload)
+    on_imagenet, on_cifar = (
+        None if cuda and workload.recipe == recipe else f"{name} recipe, one H100"
+        for recipe, name in (("imagenet", "ImageNet"), ("cifar", "CIFAR"))
+    )
     if _COMPILED in rates:
         figures.append(Figure(f"{_COMPILED} / eager", ratio(rates[_COMPILED], mine), "x"))
     if _PLAIN in rates:
         figures.append(plain_figure(mine, rates[_PLAIN], plain_images(workload.config()), only_on=on_imagenet))
     if _FROM_STORE in rates:
         stored = rates[_FROM_STORE]
-        waits = [100 * each.details["data_wait"] for each in stored.rounds]
-        wait = statistics.median(waits) if waits else None
+        wait = median(100 * each.details["data_wait"] for each in stored.rounds)
         figures += [
             Figure("from the store / step alone", ratio(stored, mine), "x", 0.95, only_on=on_imagenet),
             Figure("data wait, from the store", wait, "%", 2.0, at_most=True, only_on=on_cifar),
@@ -117,26 +108,13 @@ def part_figures(rounds: Sequence[Round]) -> list[Figure]:
     return figures
 
 
-def _augment(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
-    rates = race(
-        _candidate(_BATCHED, training.augmentation, workload, steps=options.steps),
-        _candidate(_PER_IMAGE, data_loader.augmentation_per_image, workload, least_s=1.0),
-        cores=1,
-    )
-    return rates, [Figure(f"{_BATCHED} / PIL", ratio(rates[_BATCHED], rates[_PER_IMAGE]), "x")]
-
-
 def _loss(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
-    rates = race(
-        *(
-            _candidate(
-                name, training.steps_on_device, workload, f"pretrain.log_every_steps={every}", steps=options.steps
-            )
-            for name, every in ((_STEP, 10**9), (_DIAGNOSED, 1))
-        )
-    )
+    candidates = {
+        _STEP: _on_device(workload, options, f"pretrain.log_every_steps={10**9}"),
+        _DIAGNOSED: _on_device(workload, options, "pretrain.log_every_steps=1"),
+    }
+    rates, every = race(candidates), workload.config().pretrain.log_every_steps
     step, diagnosed = rates[_STEP].rounds, rates[_DIAGNOSED].rounds
-    every = workload.config().pretrain.log_every_steps
     diagnostics = diagnostics_share(step, diagnosed, every)
     return rates, [
         *part_figures(step),
@@ -148,35 +126,29 @@ def _loss(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
 def loss_share(rounds: Sequence[Round]) -> float | None:
     """Loss, gather and LARS, percent of the step; None without rounds."""
     parts = [each.details["parts_s"] for each in rounds]
-    shares = [100 * (part["loss"] + part["loss, backward"] + part["optimiser"]) / part["step"] for part in parts]
-    return statistics.median(shares) if shares else None
+    return median(100 * (part["loss"] + part["loss, backward"] + part["optimiser"]) / part["step"] for part in parts)
 
 
 def diagnostics_share(step: Sequence[Round], diagnosed: Sequence[Round], every: int) -> float | None:
-    """Diagnostics in one of ``every`` steps, percent of a step without; None without rounds."""
-    if not step or not diagnosed:
-        return None
-    pairs = [(a.details["parts_s"], b.details["parts_s"]) for a, b in zip(step, diagnosed, strict=True)]
-    return statistics.median(100 * (b["loss"] - a["loss"]) / (every * a["step"]) for a, b in pairs)
+    """Diagnostics in one of ``every`` steps, percent of a step without; None where one of them failed."""
+    pairs = [(a.details["parts_s"], b.details["parts_s"]) for a, b in zip(step, diagnosed, strict=False)]
+    return median(100 * (b["loss"] - a["loss"]) / (every * a["step"]) for a, b in pairs)
 
 
 def _checkpoint(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
-    saved = race(_candidate("saving", training.saving, workload, steps=max(3, options.steps // 4)))["saving"]
+    saved = race({"saving": partial(training.saving, workload, max(3, options.steps // 4))})["saving"]
     if saved.failure is not None:
         raise CandidateError(saved.failure)
-
-    def median(name: str) -> float:
-        return statistics.median(each.details[name] for each in saved.rounds)
-
-    every = saved.rounds[0].details["checkpoint_every_steps"]
+    details = {name: statistics.median(each.details[name] for each in saved.rounds) for name in saved.rounds[0].details}
     share = statistics.median(100 * stopped_share(each) for each in saved.rounds)
+    every = details["checkpoint_every_steps"]
     return {}, [
         Figure("training stands still, per save", statistics.median(each.seconds for each in saved.rounds), "s"),
-        Figure("steps are slower meanwhile by, per save", median("slowed_s"), "s"),
-        Figure("writing", median("writing_s"), "s"),
-        Figure("size", median("bytes") / 1e6, "MB"),
-        Figure("step", 1000 * median("step_s"), "ms"),
-        Figure(f"of training with a save every {every} steps", share, "%", 1.0, at_most=True),
+        Figure("steps are slower meanwhile by, per save", details["slowed_s"], "s"),
+        Figure("writing", details["writing_s"], "s"),
+        Figure("size", details["bytes"] / 1e6, "MB"),
+        Figure("step", 1000 * details["step_s"], "ms"),
+        Figure(f"of training with a save every {every:g} steps", share, "%", 1.0, at_most=True),
     ]
 
 
@@ -187,10 +159,9 @@ def stopped_share(save: Round) -> float:
 
 
 def _collectives(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
-    ranks = options.ranks
-    if workload.device == "cuda" and (gpus := torch.cuda.device_count()) < ranks:
-        absent = f"they need as many GPUs, and this machine has {gpus}"
-        return {}, [Figure(f"collectives on {ranks} ranks", None, absent=absent)]
+    ranks = 2
+    if workload.device == "cuda" and (ranks := torch.cuda.device_count()) < 2:
+        return {}, [Figure("collectives", None, absent="they need two GPUs, and this machine has one")]
     seconds = collectives.measure(workload, ranks=ranks, repeats=max(5, options.steps))
     whole = sum(seconds.values())
     return {}, [Figure(name, 1000 * value, "ms", share=value / whole) for name, value in seconds.items()]
@@ -198,7 +169,6 @@ def _collectives(workload: Workload, options: argparse.Namespace, race: Race) ->
 
 MEASURE: dict[str, Callable[[Workload, argparse.Namespace, Race], Measured]] = {
     "step": _step,
-    "augment": _augment,
     "loss": _loss,
     "checkpoint": _checkpoint,
     "collectives": _collectives,

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, observed from outside, and how many FLOPs it takes.
+"""Where a training step's time goes, observed from outside.
 
 On CUDA the marks are events, which the device passes while the host runs ahead.
 """
@@ -15,25 +15,21 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from paws_hpc.bench.workloads import rows_by_crop_group
-from paws_hpc.config import Config
 from paws_hpc.engine.pretrain import Pretraining
 
 PARTS = ("augmentation", "forward", "loss", "loss, backward", "backward", "optimiser", "metrics")
 """In their order. ``loss`` holds the gather of supports; ``backward`` begins at the encoder's output."""
 
 _END = "end"
-_Mark = float | torch.cuda.Event
 
 
 class Timeline:
     """Marks of steps: the time from one mark to the next counts for what the first one names, one of :data:`PARTS`."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, _Mark]] = []
+        self._device = device
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -44,31 +40,32 @@ class Timeline:
 
     def mark(self, name: str) -> None:
         """From now on time counts for ``name``."""
-        mark: _Mark = time.perf_counter()
-        if self._cuda:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        self._marks.append((name, mark))
+        if self._device.type != "cuda":
+            self._marks.append((name, time.perf_counter()))
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((name, event))
 
     def read(self) -> list[dict[str, float]]:
         """Seconds of each of :data:`PARTS`, step by step; waits for the device."""
-        synchronise(self._cuda)
+        synchronise(self._device)
         steps = [dict.fromkeys(PARTS, 0.0)]
         for (name, start), (_, stop) in pairwise(self._marks):
             if name == _END:
                 steps.append(dict.fromkeys(PARTS, 0.0))
-            elif isinstance(start, torch.cuda.Event):
+            elif isinstance(start, float) and isinstance(stop, float):
+                steps[-1][name] += stop - start
+            else:
+                assert isinstance(start, torch.cuda.Event)
                 assert isinstance(stop, torch.cuda.Event)
                 steps[-1][name] += start.elapsed_time(stop) / 1000
-            else:
-                assert isinstance(stop, float)
-                steps[-1][name] += stop - start
         return steps
 
 
-def synchronise(cuda: bool) -> None:
-    """Wait for the GPU, if it is one."""
-    if cuda:
+def synchronise(device: torch.device) -> None:
+    """Wait for the device, if it is a GPU."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -122,24 +119,3 @@ def marked(training: Pretraining, line: Timeline) -> Iterator[None]:
         undo.callback(optimizer.register_step_pre_hook(lambda *_: line.mark("optimiser")).remove)
         undo.callback(optimizer.register_step_post_hook(lambda *_: line.mark("metrics")).remove)
         yield
-
-
-def forward_flops(model: nn.Module, size: int) -> int:
-    """Floating-point operations of one image of ``size`` x ``size`` pixels, two per multiply-add."""
-    meta = torch.device("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.to(meta)(torch.empty(1, 3, size, size, device=meta))
-    return counter.get_total_flops()
-
-
-def plain_images(config: Config, *, size: int = 224) -> float:
-    """How many images of plain ResNet-50 training an unlabelled image of this step is worth, by FLOPs.
-
-    Its crops and its share of the supports, through torchvision's ResNet-50: 4.74 for the paper's ImageNet recipe.
-    """
-    import torchvision  # noqa: PLC0415 - takes seconds
-
-    with torch.device("meta"):
-        model = torchvision.models.resnet50().eval()
-    whole = sum(rows * forward_flops(model, side) for rows, side in rows_by_crop_group(config))
-    return whole / config.pretrain.batch_size / forward_flops(model, size)

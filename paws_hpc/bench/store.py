@@ -17,12 +17,10 @@ from paws_hpc.bench import data_path
 from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.images import repeat_store, write_photographs
 from paws_hpc.bench.peers import loaders
-from paws_hpc.bench.rounds import Candidate, ratio, run_once
+from paws_hpc.bench.rounds import median, ratio, run_once
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 
 _IMAGENET = 1_281_167
-_LITDATA, _MOSAIC = ("litdata", "litdata"), ("streaming", "mosaicml-streaming")
-_WEBDATASET = ("webdataset", "webdataset")
 _LEAST_IMAGES = {"start": 1400, "memory": 1400}  # fewer make more shards than may be open, or classes without supports
 
 
@@ -46,34 +44,26 @@ def bench_store(options: argparse.Namespace) -> int:
         prepare=prepare,
         rounds=options.rounds,
         about={"images": options.images},
-        packages=[package for _, package in (_LITDATA, _MOSAIC, _WEBDATASET)],
         file=options.json or folder / "store.json",
     )
 
 
-def _images(folder: Path) -> dict[str, str]:
-    return {"folder": str(folder / "images")}
-
-
-def _copies(folder: Path) -> dict[str, str]:
-    """The images, and room for copies as a peer packs them."""
-    return _images(folder) | {"scratch": str(folder / "peers")}
-
-
-def _store(folder: Path) -> dict[str, str]:
-    return {"store": str(folder / "store")}
+def _paths(folder: Path) -> tuple[str, str, str]:
+    """The store, the image folder, and room for copies as a peer packs them."""
+    return str(folder / "store"), str(folder / "images"), str(folder / "peers")
 
 
 def _reads(folder: Path, race: Race) -> Measured:
-    rates = race(
-        Candidate("paws_hpc", data_path.reads, _store(folder) | {"check": False}),
-        Candidate("paws_hpc, CRC32C checked", data_path.reads, _store(folder) | {"check": True}),
-        Candidate("os.preadv on one flat file", data_path.flat_file, _store(folder) | {"check": False}),
-        Candidate("the same with CRC32C", data_path.flat_file, _store(folder) | {"check": True}),
-        Candidate("plain files", data_path.plain_files, _images(folder)),
-        Candidate("WebDataset, sequential", loaders.webdataset_reads, _copies(folder), _WEBDATASET),
-        cores=1,
-    )
+    store, images, copies = _paths(folder)
+    candidates = {
+        "paws_hpc": partial(data_path.reads, store, check=False),
+        "paws_hpc, CRC32C checked": partial(data_path.reads, store, check=True),
+        "os.preadv on one flat file": partial(data_path.flat_file, store, check=False),
+        "the same with CRC32C": partial(data_path.flat_file, store, check=True),
+        "plain files": partial(data_path.plain_files, images),
+        "WebDataset, sequential": partial(loaders.webdataset_reads, images, copies),
+    }
+    rates = race(candidates, cores=1)
     mine, checked, flat, flat_checked, files, webdataset = rates.values()
     return rates, [
         Figure("random reads / raw preadv", ratio(mine, flat), "x", 0.9),
@@ -84,33 +74,36 @@ def _reads(folder: Path, race: Race) -> Measured:
 
 
 def _crops(folder: Path, race: Race) -> Measured:
-    rates = race(
-        Candidate("paws_hpc", data_path.crops, _store(folder) | {"threads": 1}),
-        Candidate("PIL, all augmentation", loaders.pil_augmentation, _images(folder)),
-        Candidate("torchvision v2", loaders.torchvision_v2, _images(folder)),
-        Candidate("litdata", loaders.litdata_crops, _copies(folder), _LITDATA),
-        Candidate("Mosaic Streaming", loaders.mosaic_crops, _copies(folder), _MOSAIC),
-        Candidate("WebDataset", loaders.webdataset_crops, _copies(folder), _WEBDATASET),
-        cores=1,
-    )
-    mine, by_pil, *peers = rates.values()
-    leads = {peer.name: lead for peer in peers if (lead := ratio(mine, peer)) is not None}
+    store, images, copies = _paths(folder)
+    candidates = {
+        "paws_hpc": partial(data_path.crops, store, threads=1),
+        "PIL, all augmentation": partial(loaders.pil_augmentation, images),
+        "torchvision v2": partial(loaders.torchvision_v2, images),
+        "litdata": partial(loaders.litdata_crops, images, copies),
+        "Mosaic Streaming": partial(loaders.mosaic_crops, images, copies),
+        "WebDataset": partial(loaders.webdataset_crops, images, copies),
+    }
+    rates = race(candidates, cores=1)
+    mine, by_pil = rates["paws_hpc"], rates["PIL, all augmentation"]
+    peers = list(candidates)[2:]
+    leads = {name: lead for name in peers if (lead := ratio(mine, rates[name])) is not None}
     best = min(leads, key=lambda name: leads[name], default="nobody")
     of_peers = f"the same / the best of {len(leads)} of {len(peers)} peers, {best}"
     return rates, [
-        Figure("decode, 2x224 and 6x96 crops, one core", mine.median, "images/s", 240),
+        Figure("decode, 2x224 and 6x96 crops, one core", median(mine.per_s), "images/s", 240),
         Figure("the same / PIL with all augmentation", ratio(mine, by_pil), "x", 7),
         Figure(of_peers, leads.get(best), "x", 1.3),
     ]
 
 
 def _threads(folder: Path, race: Race) -> Measured:
-    rates = race(
-        Candidate("two threads", data_path.crops, _store(folder) | {"threads": 2}),
-        Candidate("one thread", data_path.crops, _store(folder) | {"threads": 1}),
-        Candidate("two processes", data_path.crops_by_processes, _store(folder) | {"processes": 2}),
-        cores=2,
-    )
+    store, _, _ = _paths(folder)
+    candidates = {
+        "two threads": partial(data_path.crops, store, threads=2),
+        "one thread": partial(data_path.crops, store, threads=1),
+        "two processes": partial(data_path.crops_by_processes, store, processes=2),
+    }
+    rates = race(candidates, cores=2)
     two, one, processes = rates.values()
     return rates, [
         Figure("two threads / one", ratio(two, one), "x", 1.8),
@@ -119,24 +112,26 @@ def _threads(folder: Path, race: Race) -> Measured:
 
 
 def _supports(folder: Path, race: Race) -> Measured:
-    rates = race(
-        Candidate("decoded in memory", data_path.supports, _store(folder) | {"decoded": True}),
-        Candidate("read and decoded each time", data_path.supports, _store(folder) | {"decoded": False}),
-        Candidate("PIL, all augmentation", loaders.pil_augmentation, _images(folder) | {"supports": True}),
-        cores=1,
-    )
-    cached = rates["decoded in memory"].median
+    store, images, _ = _paths(folder)
+    candidates = {
+        "decoded in memory": partial(data_path.supports, store, decoded=True),
+        "read and decoded each time": partial(data_path.supports, store, decoded=False),
+        "PIL, all augmentation": partial(loaders.pil_augmentation, images, supports=True),
+    }
+    rates = race(candidates, cores=1)
+    cached = median(rates["decoded in memory"].per_s)
     return rates, [Figure("supports from the decoded cache, one core", cached, "images/s", 1500)]
 
 
 def _pack(folder: Path, race: Race) -> Measured:
-    packed = _images(folder) | {"target": str(folder / "packed")}
-    rates = race(
-        Candidate("paws_hpc", data_path.packing, packed | {"check": "decode"}),
-        Candidate("paws_hpc, --check structure", data_path.packing, packed | {"check": "structure"}),
-        Candidate("litdata", loaders.litdata_packing, _copies(folder), _LITDATA),
-        cores=2,
-    )
+    _, images, copies = _paths(folder)
+    packed = str(folder / "packed")
+    candidates = {
+        "paws_hpc": partial(data_path.packing, images, packed, check="decode"),
+        "paws_hpc, --check structure": partial(data_path.packing, images, packed, check="structure"),
+        "litdata": partial(loaders.litdata_packing, images, copies),
+    }
+    rates = race(candidates, cores=2)
     decoded, structure, litdata = rates.values()
     return rates, [
         Figure("pack, every JPEG decoded / litdata, two processes", ratio(decoded, litdata), "x", 1.5),
@@ -146,18 +141,18 @@ def _pack(folder: Path, race: Race) -> Measured:
 
 def _start(folder: Path, race: Race) -> Measured:
     store = repeat_store(folder / "store", folder / "imagenet-sized", _IMAGENET)
-    seconds = statistics.median(run_once(data_path.first_batch, store=str(store)).seconds for _ in range(3))
+    seconds = statistics.median(run_once(partial(data_path.first_batch, str(store))).seconds for _ in range(3))
     name = "first batch of 1.28 million records, after imports, warm"
     return {}, [Figure(name, seconds, "s", 2.0, at_most=True)]
 
 
 def _memory(folder: Path, race: Race) -> Measured:
     threads = len(os.sched_getaffinity(0))
-    first, *_, last = run_once(data_path.memory_of_epochs, threads=threads, **_store(folder)).details["memory_mb"]
-    growth = 100 * (last - first) / first
+    epochs = run_once(partial(data_path.memory_of_epochs, str(folder / "store"), threads=threads))
+    first, *_, last = epochs.details["memory_mb"]
     return {}, [
         Figure("memory after the first epoch", first, "MB"),
-        Figure("growth of memory over three epochs", growth, "%", 2.0, at_most=True),
+        Figure("growth of memory over three epochs", 100 * (last - first) / first, "%", 2.0, at_most=True),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The work of the benchmarks of training: steps from data on the device or from a store, augmentation, saving.
+"""The work of the benchmarks of training: steps from data on the device or from a store, and saving.
 
 Every function prepares and returns the work, which takes the time itself and waits for a GPU at its ends alone.
 """
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from paws_hpc.bench.rounds import Round, until_exit
 from paws_hpc.bench.step_parts import Timeline, marked, medians, synchronise
-from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream, use_threads
-from paws_hpc.data.streams import PawsBatch
+from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream
+from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
@@ -55,56 +55,39 @@ def steps_on_device(workload: Workload, steps: int) -> TimedWork:
 
 def training_with_data(workload: Workload) -> tuple[Pretraining, Iterator[PawsBatch]]:
     """Training before its first step, and batches without end whose uint8 crops are on the device."""
-    config = workload.config()
-    use_threads(config)
-    stream = until_exit.enter_context(opened_stream(config))
-    training = make_training(config, stream)
+    training, stream = _training(workload)
     held = [on_device(stream.batch(step), training.device) for step in range(_BATCHES)]
     return training, (replace(held[step % _BATCHES], step=step) for step in itertools.count())
 
 
+def _training(workload: Workload) -> tuple[Pretraining, PawsStream]:
+    config = workload.config()
+    stream = until_exit.enter_context(opened_stream(config))
+    return make_training(config, stream), stream
+
+
 def steps_from_store(workload: Workload, steps: int) -> TimedWork:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
-    config = workload.config()
-    use_threads(config)
-    stream = until_exit.enter_context(opened_stream(config))
-    training = make_training(config, stream)
-    cuda, numbers = training.device.type == "cuda", itertools.count()
-    window = MetricsWindow(lambda _: [], remedy="")
+    training, stream = _training(workload)
+    config, numbers, window = training.config, itertools.count(), MetricsWindow(lambda _: [], remedy="")
 
     def work() -> Round:
         first = next(numbers) * (steps + _WARM_STEPS)
-        meter, began = ThroughputMeter(config.pretrain.batch_size, training.device), 0.0
+        meter, began = ThroughputMeter(config.batch_size, training.device), 0.0
         with stream.prefetch(first, first + _WARM_STEPS + steps, training.dtype) as batches:
             for batch in meter.waiting_for(batches):
                 if batch.step == first + _WARM_STEPS:
-                    synchronise(cuda)
+                    synchronise(training.device)
                     meter.restart()  # after the wait for the batch that is to be timed: that of the next counts
                     began = time.perf_counter()
-                metrics = training.step(batch)
-                window.add(batch.step, batch.records, training.learning_rate(batch.step), metrics)
-                if (batch.step + 1) % config.pretrain.log_every_steps == 0:
+                window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
+                if (batch.step + 1) % config.log_every_steps == 0:
                     window.read(training.encoder)
-        synchronise(cuda)
+        synchronise(training.device)
         seconds = time.perf_counter() - began
-        data_wait = meter.read(steps)["train/data_wait"]
-        return Round(steps * config.pretrain.batch_size, seconds, {"data_wait": data_wait})
+        return Round(steps * config.batch_size, seconds, {"data_wait": meter.read(steps)["train/data_wait"]})
 
     return work
-
-
-def augmentation(workload: Workload, steps: int) -> TimedWork:
-    """Steps' views from the store, in unlabelled images: read, decoded, cropped, and augmented as one batch."""
-    config = workload.config()
-    use_threads(config)
-    device, numbers = torch.device(config.device), itertools.count()
-    stream = until_exit.enter_context(opened_stream(config))
-
-    def augment_next() -> None:
-        for micro_batch in stream.batch(next(numbers)).micro_batches:
-            stream.augment(micro_batch, device, torch.float32)
-
-    return lambda: _timed(augment_next, steps, images=config.pretrain.batch_size, device=device)
 
 
 def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
@@ -134,14 +117,13 @@ def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
 
 
 def _timed(step: Callable[[], object], steps: int, *, images: int, device: torch.device) -> Round:
-    cuda = device.type == "cuda"
-    if cuda:
+    if device.type == "cuda":
         step()  # takes the memory again that other candidates had meanwhile
-    synchronise(cuda)
+    synchronise(device)
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    synchronise(cuda)
+    synchronise(device)
     return Round(steps * images, time.perf_counter() - began)
 
 
@@ -152,16 +134,13 @@ def saving(workload: Workload, steps: int) -> TimedWork:
     """
     training, batches = training_with_data(workload)
     path = Path(until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
-    checkpoints = CheckpointFolder(path, identity={}, keep=1)
-    numbers = itertools.count(1)
-
-    cuda = training.device.type == "cuda"
+    checkpoints, numbers = CheckpointFolder(path, identity={}, keep=1), itertools.count(1)
 
     def step_s() -> float:
-        synchronise(cuda)
+        synchronise(training.device)
         began = time.perf_counter()
         training.step(next(batches))
-        synchronise(cuda)
+        synchronise(training.device)
         return time.perf_counter() - began
 
     def work() -> Round:

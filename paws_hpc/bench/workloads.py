@@ -28,15 +28,9 @@ _GPU_STEPS = 50
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment of ``conf/`` at the sizes of one GPU of the paper.
+    """An experiment of ``conf/experiment``; the overrides ``sizes`` make the sizes of one GPU of the paper.
 
-    Attributes:
-        experiment: of ``conf/experiment``.
-        images: how many are made.
-        cpu_images: and on a CPU.
-        cpu_steps: of a round on a CPU: a few seconds.
-        sizes: overrides that make the sizes of one GPU.
-        cpu_sizes: further ones on a CPU, where a step then takes seconds.
+    On a CPU, fewer images are made, a round has few steps, and ``cpu_sizes`` make a step that takes seconds.
     """
 
     experiment: str
@@ -74,14 +68,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe on a device, with images.
-
-    Attributes:
-        recipe: name of one of :data:`RECIPES`.
-        device: ``cpu`` or ``cuda``.
-        folder: of the images and the store, which :func:`make_images` makes.
-        overrides: of the config, on top of the recipe's.
-    """
+    """One of :data:`RECIPES` on ``cpu`` or ``cuda``, with overrides; :func:`make_images` fills ``folder``."""
 
     recipe: str
     device: str
@@ -108,10 +95,6 @@ class Workload:
     def files(self) -> Path | None:
         """The images as JPEG files in a folder per class; None for those that people hold as an array."""
         return self.folder / "images" if self.recipe == "imagenet" else None
-
-    def with_overrides(self, *overrides: str) -> Workload:
-        """The same with further overrides."""
-        return replace(self, overrides=(*self.overrides, *overrides))
 
     def config(self) -> Config:
         """Composed from ``conf/``; raises ConfigError where the overrides do not compose."""
@@ -145,7 +128,8 @@ def use_threads(config: Config) -> None:
 
 @contextmanager
 def opened_stream(config: Config) -> Iterator[PawsStream]:
-    """The stream of a config, as pre-training opens it."""
+    """The stream of a config, and torch's threads, as pre-training has them."""
+    use_threads(config)
     data = open_data(config)
     with data.caching() as cached:
         yield open_stream(cached, stream_options(data, torch.device(config.device)))
@@ -170,6 +154,14 @@ def rows_by_crop_group(config: Config) -> list[tuple[int, int]]:
         (n * views.small.count, views.small.size),
     ]
     return [(rows, size) for rows, size in groups if rows]
+
+
+def plain_images(config: Config) -> float:
+    """How many images of 224 pixels cost as much as an unlabelled image of a step, its share of the supports included.
+
+    The cost of a ResNet-50 is proportional to the pixels; 4.74 for the paper's ImageNet recipe.
+    """
+    return sum(rows * (side / 224) ** 2 for rows, side in rows_by_crop_group(config)) / config.pretrain.batch_size
 
 
 def describe_sizes(config: Config) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """Candidates for test_bench."""
 
+import importlib
 import itertools
 import os
 import subprocess
@@ -24,11 +25,9 @@ def usable_cores() -> Work:
     return lambda: len(os.sched_getaffinity(0))
 
 
-def absent_peer() -> Work:
-    """A library that is not installed."""
-    import absent_peer  # noqa: F401
-
-    raise AssertionError
+def imported(library: str) -> Work:
+    """A library that need not be installed."""
+    return importlib.import_module(library).work
 
 
 def hang() -> Work:

@@ -5,27 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 
 from paws_hpc.bench import collectives
 from paws_hpc.bench.__main__ import main
 from paws_hpc.bench.images import write_photographs
-from paws_hpc.bench.peers.data_loader import augmentation_per_image, loaders, open_images, training_steps
+from paws_hpc.bench.peers.data_loader import loaders, open_images, training_steps
 from paws_hpc.bench.rounds import CandidateError, Rates, Round, Work
-from paws_hpc.bench.speed import (
-    diagnostics_share,
-    loss_share,
-    part_figures,
-    plain_figure,
-    stopped_share,
-)
-from paws_hpc.bench.step_parts import PARTS, Timeline, forward_flops, marked, plain_images
-from paws_hpc.bench.training import augmentation, plain_resnet50, saving, steps_from_store, steps_on_device
-from paws_hpc.bench.workloads import Workload, make_images, on_device, opened_stream, rows_by_crop_group
+from paws_hpc.bench.speed import diagnostics_share, loss_share, part_figures, plain_figure, stopped_share
+from paws_hpc.bench.step_parts import PARTS, Timeline, marked
+from paws_hpc.bench.training import plain_resnet50, saving, steps_from_store, steps_on_device
+from paws_hpc.bench.workloads import Workload, make_images, on_device, opened_stream, plain_images, rows_by_crop_group
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.stages.pretrain import make_training
 
@@ -56,20 +50,10 @@ def one_core() -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
-def test_resnet50_costs_what_it_is_known_to_cost() -> None:
-    with torch.device("meta"):
-        model = torchvision.models.resnet50().eval()
-    assert forward_flops(model, 224) / 2 == pytest.approx(4.087e9, rel=1e-3)
-    assert forward_flops(model, 96) / 2 == pytest.approx(0.751e9, rel=3e-3)  # 2 MMAC are the classifier's
-
-
-def test_the_imagenet_recipe_on_a_gpu_is_the_papers() -> None:
+def test_the_recipes_on_a_gpu_are_the_papers() -> None:
     config = Workload("imagenet", "cuda", Path("nowhere")).config()
     assert rows_by_crop_group(config) == [(105, 224), (128, 224), (384, 96)]
     assert plain_images(config) == pytest.approx(4.74, abs=0.01)
-
-
-def test_the_cifar_recipe_on_a_gpu_is_the_papers() -> None:
     config = Workload("cifar", "cuda", Path("nowhere")).config()
     assert rows_by_crop_group(config) == [(1280, 32), (512, 32), (1536, 18)]
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 28, 2)
@@ -104,8 +88,9 @@ def test_observing_a_step_changes_nothing_and_its_parts_make_the_whole(workload:
     assert least["backward"] > least["loss, backward"]
 
 
-@pytest.mark.parametrize("prepare", [steps_on_device, steps_from_store, training_steps, augmentation])
+@pytest.mark.parametrize("prepare", [steps_on_device, steps_from_store, training_steps])
 def test_a_round_counts_the_images_of_its_steps(prepare: Callable[..., Work], workload: Workload) -> None:
+    assert plain_resnet50("cpu", 1, steps=1)().done == 1
     done = prepare(workload, steps=2)()
     assert isinstance(done, Round)
     assert done.done == 2 * 16
@@ -115,11 +100,6 @@ def test_a_round_counts_the_images_of_its_steps(prepare: Callable[..., Work], wo
         assert done.details["parts_s"]["step"] <= done.seconds
     if prepare is steps_from_store:
         assert 0 <= done.details["data_wait"] <= 1
-
-
-def test_other_candidates_do_what_they_are_counted_for(workload: Workload) -> None:
-    assert augmentation_per_image(workload, least_s=0.01)().done >= 1
-    assert plain_resnet50("cpu", 1, steps=1)().done == 1
 
 
 def test_a_save_is_timed_and_weighed(workload: Workload) -> None:
@@ -142,8 +122,9 @@ def test_collectives_of_two_ranks_are_timed_and_a_failing_rank_is_an_error(workl
     assert len(seconds) == 4
     assert min(seconds.values()) > 0
     assert f"gradients, {4 * parameters / 1e6:.3f} MB" in seconds
+    broken = replace(workload, overrides=(*TINY, "pretrain.support.classes=0"))
     with pytest.raises(CandidateError, match="collectives on 2 ranks failed"):
-        collectives.measure(workload.with_overrides("pretrain.support.classes=0"), ranks=2, repeats=1)
+        collectives.measure(broken, ranks=2, repeats=1)
 
 
 @pytest.mark.usefixtures("one_core")
@@ -159,7 +140,6 @@ def test_the_command_writes_what_it_prints_and_says_what_it_could_not_measure(
     assert found["sizes"]["unlabelled per step"] == 16
     group = found["groups"]["step"]
     assert [rates["failure"] for rates in group["rates"].values()] == [None] * 2
-    assert {rates["unit"] for rates in group["rates"].values()} == {"images/s"}
     figures = {figure["name"].strip(): figure for figure in group["figures"]}
     assert sum(figures[part]["share"] for part in PARTS) == pytest.approx(1, abs=0.1)
     targets = [figure for figure in group["figures"] if figure["target"] is not None]
@@ -189,21 +169,21 @@ def test_the_baseline_sees_the_recipes_views(workload: Workload) -> None:
 
 def test_the_baseline_reads_the_files_that_were_packed(tmp_path: Path) -> None:
     write_photographs(tmp_path / "images", 4)
-    images = open_images(Workload("imagenet", "cpu", tmp_path))
-    assert images.labels == [0, 1, 2, 3]
-    assert images.load(2).mode == "RGB"
+    images, labels = open_images(Workload("imagenet", "cpu", tmp_path))
+    assert labels == [0, 1, 2, 3] == [label for _, label in images]
+    assert images[2][0].mode == "RGB"
 
 
 def test_ratios_and_shares_are_taken_within_rounds() -> None:
     """The machine was half as fast in the second round."""
 
     def rates(*per_s: float) -> Rates:
-        return Rates("", rounds=[Round(each, 1.0) for each in per_s])
+        return Rates([Round(each, 1.0) for each in per_s])
 
     target = plain_figure(rates(400, 200, 380), rates(2000, 1000, 2000), 4.74, only_on=None)
     assert target.value == pytest.approx(0.948)
     assert target.reached
-    assert plain_figure(Rates(""), rates(1.0), 4.74, only_on=None).value is None
+    assert plain_figure(Rates(failure=""), rates(1.0), 4.74, only_on=None).value is None
 
     def rounds(*part_s: float, loss: float = 1.0) -> list[Round]:
         parts = [dict.fromkeys(PARTS, each) | {"loss": loss * each, "step": each * len(PARTS)} for each in part_s]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -28,57 +27,60 @@ from paws_hpc.bench.rounds import Work
 from paws_hpc.data.crops import draw_boxes
 
 Sample = list[Tensor]
-Boxes = NDArray[np.int64]
 
 
-def drawn_boxes(folder: str) -> list[Boxes]:
-    """Per crop group, the boxes (N, count, 4) of the N images."""
-    sizes = []
-    for path in jpegs(folder):
-        with Image.open(path) as image:
-            sizes.append((image.height, image.width))
-    heights, widths = np.array(sizes, np.int64).T
-    n = len(sizes)
-    drawn = []
-    for crop, first in CROP_GROUPS:
-        samples, view = np.tile(np.arange(n), crop.count), np.repeat(np.arange(first, first + crop.count), n)
-        boxes = draw_boxes(
-            crop, seed=0, epoch=0, samples=samples, view=view, heights=heights[samples], widths=widths[samples]
-        )
-        drawn.append(boxes.reshape(crop.count, n, 4).transpose(1, 0, 2))
-    return drawn
+class Cutter:
+    """Cuts the images of a folder, each always by the same boxes.
+
+    Attributes:
+        boxes: per crop group (N, count, 4), of the N images.
+    """
+
+    def __init__(self, folder: str) -> None:
+        torch.set_num_threads(1)
+        sizes = []
+        for path in jpegs(folder):
+            with Image.open(path) as image:
+                sizes.append((image.height, image.width))
+        (heights, widths), n, self.boxes = np.array(sizes, np.int64).T, len(sizes), []
+        for crop, first in CROP_GROUPS:
+            samples, view = np.tile(np.arange(n), crop.count), np.repeat(np.arange(first, first + crop.count), n)
+            boxes = draw_boxes(
+                crop, seed=0, epoch=0, samples=samples, view=view, heights=heights[samples], widths=widths[samples]
+            )
+            self.boxes.append(boxes.reshape(crop.count, n, 4).transpose(1, 0, 2))
+
+    def cut(self, jpeg: bytes, number: int) -> Sample:
+        """Decode and crop an image: (count, 3, s, s) uint8 per crop group."""
+        encoded = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+        image = vision_io.decode_image(encoded, vision_io.ImageReadMode.RGB)
+        return [
+            torch.stack([
+                vision.resized_crop(image, *box, size=[crop.size, crop.size], antialias=True)
+                for box in of_group[number].tolist()
+            ])
+            for (crop, _), of_group in zip(CROP_GROUPS, self.boxes, strict=True)
+        ]  # fmt: skip
 
 
-def cut(jpeg: bytes, number: int, boxes: list[Boxes]) -> Sample:
-    """Decode and crop an image: (count, 3, s, s) uint8 per crop group."""
-    image = vision_io.decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8), vision_io.ImageReadMode.RGB)
-    crops = []
-    for (crop, _), of_group in zip(CROP_GROUPS, boxes, strict=True):
-        size = [crop.size, crop.size]
-        each = [vision.resized_crop(image, *box, size=size, antialias=True) for box in of_group[number].tolist()]
-        crops.append(torch.stack(each))
-    return crops
+def _through(loader: Iterable[Sample]) -> Work:
+    return lambda: sum(len(batch[0]) for batch in loader)
 
 
 class _Files(Dataset[Sample]):
     def __init__(self, folder: str) -> None:
-        self._paths, self._boxes = jpegs(folder), drawn_boxes(folder)
+        self._paths, self._cutter = jpegs(folder), Cutter(folder)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, number: int) -> Sample:
-        return cut(self._paths[number].read_bytes(), number, self._boxes)
+        return self._cutter.cut(self._paths[number].read_bytes(), number)
 
 
 def torchvision_v2(folder: str) -> Work:
     """A DataLoader over the files."""
-    torch.set_num_threads(1)
     return _through(DataLoader(_Files(folder), batch_size=BATCH, shuffle=True))
-
-
-def _through(loader: Iterable[Sample]) -> Work:
-    return lambda: sum(len(batch[0]) for batch in loader)
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -107,16 +109,12 @@ def litdata_crops(folder: str, scratch: str) -> Work:
     """LitData's StreamingDataset from a local folder, shuffled."""
     import litdata  # noqa: PLC0415
 
-    boxes = drawn_boxes(folder)
-    target = _made(Path(scratch) / "litdata", lambda new: _optimize(folder, new, workers=1))
-    torch.set_num_threads(1)
-
     class Cropped(litdata.StreamingDataset):
         def __getitem__(self, index: Any) -> Sample:
-            record = super().__getitem__(index)
-            return cut(record["jpeg"], record["number"], boxes)
+            return cutter.cut(**super().__getitem__(index))
 
-    data = Cropped(str(target), shuffle=True)
+    target = _made(Path(scratch) / "litdata", lambda new: _optimize(folder, new, workers=1))
+    cutter, data = Cutter(folder), Cropped(str(target), shuffle=True)
     return _through(litdata.StreamingDataLoader(data, batch_size=BATCH, num_workers=0))
 
 
@@ -139,23 +137,18 @@ def mosaic_crops(folder: str, scratch: str) -> Work:
     from streaming import MDSWriter, StreamingDataset  # noqa: PLC0415
     from streaming.base.util import clean_stale_shared_memory  # noqa: PLC0415
 
-    boxes = drawn_boxes(folder)
-
     def write(new: Path) -> None:
         with MDSWriter(out=str(new), columns={"number": "int", "jpeg": "bytes"}, size_limit="64mb") as writer:
             for path in jpegs(folder):
                 writer.write(_record(path))
 
-    target = _made(Path(scratch) / "mosaic", write)
-    torch.set_num_threads(1)
-    clean_stale_shared_memory()
-
     class Cropped(StreamingDataset):
         def __getitem__(self, at: Any) -> Sample:
-            record = super().__getitem__(at)
-            return cut(record["jpeg"], record["number"], boxes)
+            return cutter.cut(**super().__getitem__(at))
 
-    data = Cropped(local=str(target), shuffle=True, batch_size=BATCH)
+    target = _made(Path(scratch) / "mosaic", write)
+    clean_stale_shared_memory()
+    cutter, data = Cutter(folder), Cropped(local=str(target), shuffle=True, batch_size=BATCH)
     return _through(DataLoader(data, batch_size=BATCH, num_workers=0))
 
 
@@ -169,8 +162,7 @@ def _tar_shards(folder: str, scratch: str) -> list[str]:
             for position in shuffled(len(paths)).tolist():
                 writer.write({"__key__": paths[position].stem, "jpg": paths[position].read_bytes()})
 
-    target = _made(Path(scratch) / "webdataset", write)
-    return sorted(str(path) for path in target.glob("*.tar"))
+    return sorted(map(str, _made(Path(scratch) / "webdataset", write).glob("*.tar")))
 
 
 def webdataset_reads(folder: str, scratch: str) -> Work:
@@ -187,14 +179,10 @@ def webdataset_crops(folder: str, scratch: str) -> Work:
     """WebDataset, its shards and samples shuffled."""
     import webdataset  # noqa: PLC0415
 
-    boxes, shards = drawn_boxes(folder), _tar_shards(folder, scratch)
-    torch.set_num_threads(1)
-
-    def to_crops(sample: dict[str, Any]) -> Sample:
-        return cut(sample["jpg"], int(sample["__key__"]), boxes)
-
-    data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(256).map(to_crops)
-    return _through(DataLoader(data, batch_size=BATCH, num_workers=0))
+    shards, cutter = _tar_shards(folder, scratch), Cutter(folder)
+    data = webdataset.WebDataset(shards, shardshuffle=len(shards)).shuffle(256)
+    samples = data.map(lambda sample: cutter.cut(sample["jpg"], int(sample["__key__"])))
+    return _through(DataLoader(samples, batch_size=BATCH, num_workers=0))
 
 
 def pil_augmentation(folder: str, supports: bool = False) -> Work:
