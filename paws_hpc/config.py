@@ -38,11 +38,7 @@ class StageResources:
         mem_gb: memory per node, GB (Slurm).
         timeout_min: after which the job is ended, or saves and is queued again if it trains; minutes (Slurm).
         partition: (Slurm)
-        account: (Slurm)
-        qos: quality of service (Slurm).
-        constraint: features that nodes must have (Slurm).
-        exclude: nodes to avoid (Slurm).
-        additional_parameters: any other flags of sbatch, such as ``{nice: 100, exclusive: true}``.
+        additional_parameters: any other flags of sbatch, such as ``{account: vision, exclusive: true}``.
     """
 
     nodes: int | None = None
@@ -53,10 +49,6 @@ class StageResources:
     mem_gb: float | None = None
     timeout_min: int | None = None
     partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
     additional_parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from rich.text import Text
 from paws_hpc.cluster.compose import parameters_of
 from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, SHARED, Check, Parameters, preflight_checks, sbatch_flags
 from paws_hpc.cluster.probe import look_from_node
+from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
@@ -75,7 +76,7 @@ def _checks(options: argparse.Namespace) -> Iterator[Check]:
 def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: float) -> Iterator[Check]:
     """What a job finds on a node of pre-training's partition."""
     wanted: dict[str, Any] = dict(parameters["pretrain"])
-    place = {name: wanted[name] for name in ("partition", "account", "qos", "constraint", "exclude") if name in wanted}
+    place = {name: wanted[name] for name in PLACE if name in wanted}
     gpus = {"gpus_per_node": 1} if wanted.get("gpus_per_node") else {}
     stores = [Path(path).resolve() for path in config.data.stores.values() if Path(path).exists()]
     try:

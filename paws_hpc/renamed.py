@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 
 def renamed(key: str) -> str | None:
     """What to write instead of a dotted key that only earlier versions have, as a sentence; None for any other key."""
     for old, new in RENAMED_KEYS.items():
-        if key == old or key.startswith(f"{old}."):
+        if re.fullmatch(old.replace(".", r"\.").replace("*", "[^.]+") + r"(\..*)?", key):
             return f"{key} is no field of the config any more. Instead of {old}: {new}."
     return None
 
 
+_FLAG = "hydra.launcher.{0} for all jobs, resources.STAGE.additional_parameters={{{0}: …}} for those of one stage"
 RENAMED_KEYS: dict[str, str] = {
     "model.batch_norm": "nothing: statistics are those of all ranks",
     "model.prediction_hidden_dim": "nothing: it is a quarter of model.projection_dim",
@@ -34,5 +37,6 @@ RENAMED_KEYS: dict[str, str] = {
     "data.placement": "nothing, a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
     "data.prefetch_gb": "nothing, up to three batches of 1 GB together are made ahead",
     "data.block_mb": "nothing, data.order=window keeps 8 MB together",
+    **{f"resources.*.{flag}": _FLAG.format(flag) for flag in ("account", "qos", "constraint", "exclude")},
     "data.window_blocks": "nothing, data.order=window shuffles 256 blocks among each other",
 }

@@ -27,7 +27,7 @@ from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
-_SWEEP = re.compile(r"^((?:finetune|baseline)\.sweep\b)")  # may get new fields, for which Hydra wants ++
+_OPEN = re.compile(r"^(\w+\.sweep\b|resources\.\w+\.additional_parameters\b)")  # may get new fields: ++ for Hydra
 CONF = (Path(paws_hpc.__file__).parent / "conf").resolve()
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
@@ -86,7 +86,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
             if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
                 raise ConfigError(refusal)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            grown = [_SWEEP.sub(r"++\1", override) for override in overrides]
+            grown = [_OPEN.sub(r"++\1", override) for override in overrides]
             composed = hydra.compose("config", overrides=grown, return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
         with open_dict(composed):

@@ -130,7 +130,7 @@ def _device(config: Config, job: Job, *, local_rank: int, local_ranks: int) -> t
         raise RuntimeError(
             f"Slurm granted GPUs {os.environ['SLURM_JOB_GPUS']} on {socket.gethostname()}, but torch sees none there. "
             "Training on its CPUs would be another run: mend the node's driver, or keep it out with "
-            f"resources.{job.stage}.exclude, or set device=cpu."
+            "hydra.launcher.exclude, or set device=cpu."
         )
     if config.device == "auto" and not seen:
         return torch.device("cpu")

@@ -12,11 +12,14 @@ from paws_hpc.stage_table import STAGES
 Launcher = Mapping[str, Any]
 """The fields of ``hydra/launcher=submitit_slurm`` as Hydra composed them."""
 
+PLACE = ("partition", "account", "qos", "constraint", "exclude")
+"""Where a job may run; a stage gives those after the partition as ``additional_parameters``."""
+
 _GPUS = ("gpus_per_node", "gpus_per_task", "gres")
 _SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")
 _PLACE = (
-    "timeout_min", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu", "partition", "account",
-    "qos", "comment", "constraint", "exclude", "signal_delay_s", "array_parallelism",
+    "timeout_min", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu", *PLACE, "comment",
+    "signal_delay_s", "array_parallelism",
 )  # fmt: skip
 
 
@@ -56,10 +59,9 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
                 f"hydra.launcher.signal_delay_s={delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the job "
                 "would get its signal to stop before it began, again and again. Ask for more time, or for less notice."
             )
-        shape = () if row.one_task else _SHAPE
-        fields = {name: launcher.get(name) for name in (*_PLACE, *shape)} | {
-            name.name: getattr(resources, name.name) for name in dataclasses.fields(resources)
-        }
+        fields = {name: launcher.get(name) for name in (*_PLACE, *(() if row.one_task else _SHAPE))}
+        fields |= dataclasses.asdict(resources)
+        fields |= {name: value for name, value in resources.additional_parameters.items() if name in PLACE}
         del fields["threads_per_rank"]
         # Since 22.05 srun does not take this from the job, and would give each task one core.
         cpus = [] if fields["cpus_per_task"] is None else [f"--cpus-per-task={fields['cpus_per_task']}"]

@@ -58,8 +58,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         config.finetune.sweep = {"learning_rate": [0.02], "epochs": [1]}
         config.baseline.min_trials = 0
         config.data.copy_to = str(folder / "local")
-        config.resources["pretrain"].additional_parameters = {"export": f"WANDB_API_KEY={SECRET}"}
-        config.resources["pretrain"].account = SECRET
+        flags = {"export": f"WANDB_API_KEY={SECRET}", "account": SECRET}
+        config.resources["pretrain"].additional_parameters = flags
         write_json(run.chain, {"id": "cafe0123"})
         asked = itertools.count()
         with pytest.raises(PreemptedError):

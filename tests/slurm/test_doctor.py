@@ -85,12 +85,12 @@ SHAPES = (
     ("resources.pretrain.gpus_per_node=3", "jobs of pretrain", "n[1-2] has 2 GPUs", "Ask for less"),
     ("resources.report.mem_gb=100", "jobs of report", "n[1-2] has 8000 MB of memory", "Ask for less"),
     ("resources.finetune.nodes=4", "jobs of finetune", "asks for 4 nodes", "Ask for less"),
-    ("resources.selection.constraint=h100", "jobs of selection", "feature", "Change the field"),
+    ("resources.selection.additional_parameters={constraint: h100}", "jobs of selection", "feature", "Change the field"),
 )
 SHORT = (("resources.baseline.timeout_min=2", "config", "signal_delay_s=120", ""),)
 REST = (
     ("hydra.launcher.account=nobody", "account of prepare, pretrain", "nobody is not yours", "test"),
-    ("resources.finetune.qos=gold", "qos of finetune", "gold is not yours", "normal"),
+    ("resources.finetune.additional_parameters={qos: gold}", "qos of finetune", "gold is not yours", "normal"),
     ("finetune.sweep.epochs=[1,2,3]", "sweep finetune", "6 trials, but an array may have 4", "Shorten"),
     ("data.train=/nowhere/train", "training images", "/nowhere/train", "verify"),
     ("data.source=null", "training images", "manifest.json", "verify"),

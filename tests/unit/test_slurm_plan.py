@@ -145,7 +145,7 @@ SLURM = ("hydra/launcher=slurm_8gpu", "name=run", "experiment=imagenet_10pct")
 def test_the_launchers_fields_are_defaults_and_resources_override_them_per_stage() -> None:
     _, parameters = parameters_of(
         [*SLURM, "hydra.launcher.account=vision", "resources.pretrain.nodes=8", "resources.finetune.partition=small",
-         "+resources.finetune.additional_parameters.nice=100", "resources.selection.timeout_min=30"]
+         "resources.finetune.additional_parameters={nice: 100, qos: long}", "resources.selection.timeout_min=30"]
     )  # fmt: skip
     pretrain, finetune, selection, report = (
         parameters[stage] for stage in ("pretrain", "finetune", "selection", "report")
@@ -153,7 +153,8 @@ def test_the_launchers_fields_are_defaults_and_resources_override_them_per_stage
     assert (pretrain["nodes"], pretrain["tasks_per_node"], pretrain["gpus_per_node"]) == (8, 8, 8)
     assert (pretrain["partition"], finetune["partition"], report["partition"]) == ("gpu", "small", "gpu")
     assert {stage["account"] for stage in parameters.values()} == {"vision"}
-    assert finetune["additional_parameters"] == {"requeue": True, "nice": 100}
+    assert (finetune["qos"], "qos" in pretrain) == ("long", False)
+    assert finetune["additional_parameters"] == {"requeue": True, "nice": 100, "qos": "long"}
     assert (selection["timeout_min"], pretrain["timeout_min"]) == (30, 2880)
 
 
@@ -183,6 +184,13 @@ def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPa
         compose_run(["name=run", override])
     with pytest.raises(ConfigError, match=r"Instead of old\.key: new\.key"):
         to_config({"old": {"key": 1}})
+
+
+def test_a_flag_that_was_a_field_of_each_stage_is_refused_with_both_ways_to_give_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"hydra\.launcher\.qos for all jobs, resources\.STAGE\.additional_parameters={qos: …}"
+    ):
+        compose_run(["name=run", "resources.finetune.qos=long"])
 
 
 @pytest.mark.parametrize("field", ["resources.pretran.nodes", "resources.pretrain.noeds"])
