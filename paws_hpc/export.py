@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.frozen import read_config
+from paws_hpc.command import exit_status
 from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
-from paws_hpc.files import error_text
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, find_run
 
@@ -24,15 +24,7 @@ from paws_hpc.stages.run_folder import RunFolder, find_run
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 with one line if the export is not possible."""
     options = _parser().parse_args(arguments)
-    try:
-        _export(options)
-    except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: _export(options), interrupted="nothing was written")
 
 
 def _parser() -> argparse.ArgumentParser:

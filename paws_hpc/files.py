@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -47,23 +46,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_REMEDIES = {
-    errno.ENOSPC: "Free some space and give the same command again: what is complete stays.",
-    errno.EDQUOT: "Free some of your quota and give the same command again: what is complete stays.",
-    errno.EROFS: "Name a place that can be written.",
-    errno.EACCES: "Ask for permission there, or name another place.",
-}
-
-
-def error_text(error: BaseException) -> str:
-    """An error as text: a file's path once, and what to do about a full disk or one that cannot be written."""
-    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
-        return str(error)
-    named = error.filename is None or str(error.filename) in error.strerror
-    text = error.strerror if named else f"{error.filename}: {error.strerror}"
-    return f"{text}. {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else text
 
 
 @contextmanager

@@ -31,9 +31,10 @@ from paws_hpc.cluster.overview import overviews
 from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
+from paws_hpc.command import error_text
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
-from paws_hpc.files import error_text, exclusive
+from paws_hpc.files import exclusive
 from paws_hpc.report.tables import result_table
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import LeaseHeldError

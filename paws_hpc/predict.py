@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from paws_hpc.cluster.frozen import read_config
+from paws_hpc.command import exit_status
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
-from paws_hpc.files import error_text, write_json
+from paws_hpc.files import write_json
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder, find_run
 
@@ -33,14 +34,7 @@ SOME_FAILED = 3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 if nothing could be done, 3 if some files are no images."""
     options = _parser().parse_intermixed_args(arguments)
-    try:
-        return _predict(options)
-    except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: no file was written", file=sys.stderr)
-        return 130
+    return exit_status(lambda: _predict(options), interrupted="no file was written")
 
 
 def _parser() -> argparse.ArgumentParser:

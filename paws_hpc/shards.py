@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.files import error_text
+from paws_hpc.command import exit_status
 from paws_hpc.packing import (
     SOURCES,
     PackOptions,
@@ -45,15 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: `shards stage` is now `shards copy`.", file=sys.stderr)
         return 2
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except (OSError, ValueError) as error:  # everything that a user can cause or repair
-        print(f"error: {error_text(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: what is complete stays, the same command goes on or begins anew", file=sys.stderr)
-        return 130
-    return status
+    left = "what is complete stays, the same command goes on or begins anew"
+    return exit_status(lambda: options.run(options), interrupted=left)
 
 
 def _parser() -> argparse.ArgumentParser:

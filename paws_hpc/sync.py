@@ -20,34 +20,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from paws_hpc.command import exit_status
 from paws_hpc.engine import wandb_run
 from paws_hpc.engine.tracking import read_rows
-from paws_hpc.files import error_text, exclusive
+from paws_hpc.files import exclusive
 from paws_hpc.stages.run_folder import all_runs, find_run, is_done
 
 _STILL_WRITTEN_S = 60.0  # a file of a stage that is not done and changed so recently belongs to a run that goes on
-
-
-class UnreachableError(Exception):
-    """Nothing can be uploaded from here at present; the text says why."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 if nothing is left to upload."""
     options = _parser().parse_args(arguments)
     os.environ["WANDB_MODE"] = "online"  # runs may be kept offline; this is the upload
-    try:
-        paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
-        if not paths:
-            print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
-        left = [path for path in paths if not _sync(path, options)]
-    except (ValueError, OSError) as error:
-        print(f"error: {error_text(error)}", file=sys.stderr)
-        return 1
-    except UnreachableError as error:
-        print(f"error: nothing can be uploaded: {error}", file=sys.stderr)
-        return 1
-    return 1 if left else 0
+    return exit_status(lambda: _sync_all(options), interrupted="the same command goes on from there")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +56,14 @@ def _minutes(text: str) -> float:
     if not 0 < minutes < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no time to wait; give minutes above 0")
     return minutes
+
+
+def _sync_all(options: argparse.Namespace) -> int:
+    paths = all_runs(options.runs) if options.all else [find_run(options.run, options.runs)]
+    if not paths:
+        print(f"no runs under {options.runs}: nothing kept by Weights & Biases here")
+    left = [path for path in paths if not _sync(path, options)]
+    return 1 if left else 0
 
 
 def _sync(path: Path, options: argparse.Namespace) -> bool:
@@ -104,7 +98,7 @@ def _replay(folder: Path, *, timeout_s: float) -> str | None:
     """Show a stage's rows in W&B; returns what went wrong.
 
     Raises:
-        UnreachableError: there is no server, or it takes no key from here.
+        ConnectionError: there is no server, or it takes no key from here.
     """
     process = wandb_run.start_process(folder.resolve(), "online", fall_back=False, patience_s=timeout_s)
     wandb_run.end_process(process, exit_code=int(not is_done(folder)), preempted=False, patience_s=timeout_s)
@@ -117,7 +111,7 @@ def _replay(folder: Path, *, timeout_s: float) -> str | None:
     messages = [json.loads(line) for line in lines]
     for message in messages:
         if message["unreachable"]:
-            raise UnreachableError(message["message"])
+            raise ConnectionError(f"nothing can be uploaded: {message['message']}")
     if process.returncode == 0:
         # `wandb sync` would upload the rows of the offline files a second time.
         for file in folder.glob("wandb/offline-run-*/run-*.wandb"):

@@ -16,6 +16,7 @@ from paws_hpc.bench.rounds import CandidateError
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 from paws_hpc.bench.workloads import RECIPES
+from paws_hpc.command import exit_status
 
 _SPEED = {
     "step": "a training step and its parts",
@@ -29,15 +30,8 @@ _SPEED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 measured, 1 could not measure."""
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except (OSError, ValueError, CandidateError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: images and the figures of whole groups stay", file=sys.stderr)
-        return 130
-    return status
+    left = "images and the figures of whole groups stay"
+    return exit_status(lambda: options.run(options), interrupted=left, also=(CandidateError,))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,15 +14,9 @@ from paws_hpc.cluster.scheduler import ask
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of a partition that have the same equipment and the same state.
+    """Nodes of a partition that have the same equipment and the same state (``idle``, ``mixed``, ``down``, …).
 
-    Attributes:
-        count: of nodes.
-        cpus: of each, as Slurm counts them.
-        memory_mb: of each.
-        gpus: of each, of all types.
-        state: ``idle``, ``mixed``, ``allocated``, ``down``, ``drained``, …
-        names: as Slurm abbreviates them.
+    CPUs, memory and GPUs are those of each node; ``names`` are as Slurm abbreviates them.
     """
 
     count: int
@@ -35,20 +29,15 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition.
+    """A partition; None means no limit, or all.
 
     Attributes:
-        name: of it.
         state: ``UP``, ``DOWN``, ``DRAIN`` or ``INACTIVE``.
         default: whether jobs that name none come here.
-        grace_s: seconds between the first signal of a preemption and the kill.
+        grace_s: Slurm's GraceTime, seconds.
         preempt_mode: what happens to a preempted job: ``OFF``, ``REQUEUE``, ``CANCEL`` or ``SUSPEND``, maybe with
             ``GANG``.
-        max_time_s: longest time limit; None if there is none.
-        max_nodes: most nodes of a job; None if there is no limit.
-        allowed_accounts: that may submit; None for all.
-        allowed_qos: that jobs may name; None for all.
-        groups: its nodes.
+        max_nodes: most nodes of a job.
     """
 
     name: str
@@ -138,50 +127,6 @@ def qualities() -> dict[str, tuple[str, float]]:
     return {name: (mode, seconds(grace) or 0.0) for name, mode, grace in rows}
 
 
-def grace_warnings(
-    job: str,
-    *,
-    save_s: float | None,
-    step_s: float | None,
-    partition: Partition | None,
-    settings: Mapping[str, str],
-    signal_delay_s: float | None,
-) -> list[str]:
-    """Warnings for a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
-
-    Args:
-        job: its name.
-        save_s: seconds that the last checkpoint took (``traces.read_progress``).
-        step_s: seconds of a step.
-        partition: where it runs; None if that is unknown.
-        settings: of the cluster, as :func:`settings` returns them.
-        signal_delay_s: between Slurm's signal and the job's time limit; None if that is unknown.
-    """
-    if save_s is None:
-        return []
-    needed = 2 * save_s + (step_s or 0.0)
-    needs = (
-        f"{job} may need {needed:.1f} s to save (a step {step_s or 0.0:.1f} s, a checkpoint {save_s:.1f} s, and as "
-        "long for the one before it)"
-    )
-    warnings = []
-    if partition is not None and (notice := preemption_notice_s(partition, settings)) is not None and notice < needed:
-        warnings.append(
-            f"{needs}, but partition {partition.name} leaves a preempted job {notice:g} s (GraceTime "
-            f"{partition.grace_s:g} s and KillWait): work since the last periodic checkpoint would be lost. Save more "
-            "often with a lower pretrain.checkpoint_every_steps, or ask for a longer GraceTime."
-        )
-    if signal_delay_s is not None and signal_delay_s < needed:
-        warnings.append(
-            f"{needs}, but gets its signal only {signal_delay_s:g} s before its time limit. Raise "
-            "hydra.launcher.signal_delay_s."
-        )
-    return warnings
-
-
-def preemption_notice_s(partition: Partition, settings: Mapping[str, str]) -> float | None:
-    """Seconds between the first signal of a preemption and the kill; None where nothing is preempted by partition."""
-    mode = partition.preempt_mode.upper()
-    if settings.get("PreemptType") != "preempt/partition_prio" or not ("REQUEUE" in mode or "CANCEL" in mode):
-        return None
-    return partition.grace_s + (seconds(settings.get("KillWait", "")) or 0.0)
+def notice_s(grace_s: float, site: Mapping[str, str]) -> float:
+    """Seconds between the first signal of a preemption and the kill, on a cluster with these settings."""
+    return grace_s + (seconds(site.get("KillWait", "")) or 0.0)

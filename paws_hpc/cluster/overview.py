@@ -7,9 +7,9 @@ or damaged file makes a note, not an error. Nothing here writes or imports torch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from paws_hpc.cluster import scheduler, traces
-from paws_hpc.cluster.inventory import Partition, grace_warnings, partitions, settings
+from paws_hpc.cluster.inventory import Partition, notice_s, partitions, settings
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError
 from paws_hpc.cluster.traces import Progress
 from paws_hpc.files import read_json
@@ -36,16 +36,14 @@ _HINTS = {
     "JobHeldUser": "it is held, until the launcher or `scontrol release` lets it go",
     "BeginTime": "Slurm lets a job that was queued again wait for about two minutes",
 }
-_WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
-_FAILED = {"FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"}
-_ENDS = {  # how an attempt ended → state of the job, as far as its own files tell
-    "done": "ended",
-    "requeued": "waiting",
-    "failed": "failed",
-    "crashed": "failed",
-    "cancelled": "cancelled",
-    "interrupted": "interrupted",
+_OF_SLURM = {  # Slurm's state → ours; any other is running
+    **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"), "waiting"),
+    **dict.fromkeys(("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"), "failed"),
+    **dict.fromkeys(("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"), "failed"),
+    "CANCELLED": "cancelled",
+    "COMPLETED": "ended",
 }
+_OF_ATTEMPT = {"done": "ended", "requeued": "waiting", "crashed": "failed"}  # how one ended → state; else the same word
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class JobOverview:
 
     Attributes:
         job: ``pretrain``, ``finetune/lr=0.05,epochs=30``, …
-        stage: that it belongs to.
         state: ``done``, ``running``, ``waiting`` (in the queue), ``silent`` (no heartbeat, and Slurm does not say),
             ``failed``, ``cancelled``, ``interrupted``, ``submitted`` (nothing known since), ``lost`` (Slurm no longer
             knows it, and it never said how it ended) or ``not started``.
@@ -66,11 +63,8 @@ class JobOverview:
         nodes: it runs on, as Slurm abbreviates them.
         seconds: that its attempts ran in all.
         silent_s: since the last heartbeat of an attempt that has not ended.
-        progress: of a training job.
         failure: of the rank that failed first (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).
-        log: of that rank.
-        log_tail: its last lines.
-        notes: what else a user should know of it.
+        log: of that rank; ``log_tail`` are its last lines.
     """
 
     job: str
@@ -120,41 +114,31 @@ class RunOverview:
         return {"format": 1, "time": datetime.now(UTC).isoformat(timespec="seconds")} | value
 
 
-@dataclass(frozen=True)
-class Slurm:
-    """What Slurm says: jobs that the controller and the accounting know, and why one of them cannot be reached."""
+@dataclass
+class _Slurm:
+    """Jobs that the controller and the accounting know, and why one of them cannot be reached."""
 
     queue: dict[str, QueuedJob] = field(default_factory=dict)
     accounts: dict[str, AccountedJob] = field(default_factory=dict)
-    trouble: str | None = None
     partitions: dict[str, Partition] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
+    trouble: str | None = None
 
 
 def overviews(paths: Sequence[Path], *, details: bool = False) -> list[RunOverview]:
     """Look at several run directories, querying Slurm once; ``details`` adds warnings about the time to save."""
-    runs = [_RunFiles(path) for path in paths]
-    unfinished = {run.path: run.unfinished_ids() for run in runs}
-    owners = {path.stat().st_uid for path, ids in unfinished.items() if ids}
-    slurm = _ask_slurm(set().union(*unfinished.values()), owners, details=details)
-    return [_overview(run, slurm) for run in runs]
-
-
-def _ask_slurm(ids: set[str], owners: Iterable[int], *, details: bool) -> Slurm:
-    """Query the controller, and the accounting for jobs that it has forgotten; never raises."""
-    known = Slurm()
-    if not ids:
-        return known
+    runs, slurm = [_RunFiles(path) for path in paths], _Slurm()
+    ids = set().union(*(run.unfinished_ids for run in runs))
     try:
-        for owner in sorted(owners):
-            known = replace(known, queue=known.queue | scheduler.queue(str(owner)))
-        if details:
-            known = replace(known, partitions=partitions(), settings=settings())
-        if forgotten := ids - known.queue.keys():
-            known = replace(known, accounts=scheduler.accounting(forgotten) or {})
+        for owner in sorted({run.path.stat().st_uid for run in runs if run.unfinished_ids}):
+            slurm.queue |= scheduler.queue(str(owner))
+        if ids and details:
+            slurm.partitions, slurm.settings = partitions(), settings()
+        if forgotten := ids - slurm.queue.keys():
+            slurm.accounts = scheduler.accounting(forgotten) or {}
     except SchedulerError as error:
-        return replace(known, trouble=str(error))
-    return known
+        slurm.trouble = str(error)
+    return [_overview(run, slurm) for run in runs]
 
 
 class _RunFiles:
@@ -178,6 +162,8 @@ class _RunFiles:
             [*names, *sorted((self.submitted.keys() | begun) - set(names))],
             key=lambda name: order.get(name.partition("/")[0], len(order)),
         )
+        ids = {job: str(facts["job_id"]) for job, facts in self.submitted.items() if facts.get("job_id")}
+        self.unfinished_ids = {job_id for job, job_id in ids.items() if self.marker_state(job) != "done"}
 
     def _mapping(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -198,57 +184,39 @@ class _RunFiles:
         except (KeyError, TypeError, AttributeError, ValueError):  # a config of an older version, or a damaged one
             return []
 
-    def id_of(self, job: str) -> str | None:
-        """The id of a job's last submission; None without Slurm."""
-        return self.submitted.get(job, {}).get("job_id")
-
     def marker_state(self, job: str) -> str:
         """``done``, ``stale`` if its result is from before its last submission, or ``absent``."""
         try:
             made = RunFolder(self.path).marker(job).stat().st_mtime
         except FileNotFoundError:
             return "absent"
-        try:
+        submitted = 0.0
+        with suppress(ValueError):
             submitted = datetime.fromisoformat(str(self.submitted.get(job, {}).get("time"))).timestamp()
-        except ValueError:
-            submitted = 0.0
         return "done" if made >= submitted else "stale"
-
-    def unfinished_ids(self) -> set[str]:
-        """Ids of submitted jobs whose results are not there."""
-        return {job_id for job in self.names if (job_id := self.id_of(job)) and self.marker_state(job) != "done"}
 
     def progress(self, job: str) -> Progress | None:
         """Of a job that trains."""
-        stage = job.partition("/")[0]
+        stage, _, trial = job.partition("/")
         if stage not in STAGES or not STAGES[stage].trains:
             return None
         section = self.config.get(stage)
         section = section if isinstance(section, dict) else {}
         if stage in SWEEPS:
             with suppress(ValueError):  # a folder that is no trial's
-                section = section | dict(Trial.parse(job.partition("/")[2]).values)
-        epochs, batch_size = (
-            value if isinstance(value := section.get(name), int) else None for name in ("epochs", "batch_size")
-        )
-        return traces.read_progress(self.path / job, epochs=epochs, batch_size=batch_size)
+                section = section | dict(Trial.parse(trial).values)
+        sizes = {name: size for name in ("epochs", "batch_size") if isinstance(size := section.get(name), int)}
+        return traces.read_progress(self.path / job, **sizes)
 
 
-def _overview(run: _RunFiles, slurm: Slurm) -> RunOverview:
+def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:
     jobs, warnings = [_job(run, name, slurm) for name in run.names], list(run.warnings)
     default = next((partition for partition in slurm.partitions.values() if partition.default), None)
     for job in jobs:
         if job.progress is not None and job.state in ("running", "waiting"):
-            submitted = run.submitted.get(job.job, {})
-            name = submitted.get("partition")
-            warnings += grace_warnings(
-                job.job,
-                save_s=job.progress.save_s,
-                step_s=job.progress.step_s,
-                partition=default if name is None else slurm.partitions.get(name),
-                settings=slurm.settings,
-                signal_delay_s=submitted.get("notice_s"),
-            )
+            facts = run.submitted.get(job.job, {})
+            partition = slurm.partitions.get(facts["partition"]) if facts.get("partition") else default
+            warnings += grace_warnings(job.job, job.progress, partition, slurm.settings, facts.get("notice_s"))
     cancelled = run.chain.get("cancelled")
     return RunOverview(
         name=str(run.chain.get("name") or run.path.resolve().name),
@@ -258,7 +226,7 @@ def _overview(run: _RunFiles, slurm: Slurm) -> RunOverview:
         cancelled=cancelled,
         jobs=jobs,
         warnings=warnings,
-        trouble=slurm.trouble if run.unfinished_ids() else None,
+        trouble=slurm.trouble if run.unfinished_ids else None,
     )
 
 
@@ -271,16 +239,18 @@ def _state_of_run(states: set[str], *, cancelled: bool) -> str:
     return next((state for state in order if state in states), "unfinished" if "done" in states else "not started")
 
 
-def _job(run: _RunFiles, name: str, slurm: Slurm) -> JobOverview:
-    notes: list[str] = []
+def _job(run: _RunFiles, name: str, slurm: _Slurm) -> JobOverview:
+    attempts, notes = list[Attempt](), list[str]()
     try:
         attempts = read_attempts(run.path / "jobs" / name)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        attempts = []
         notes.append(f"its attempts cannot be read: {error}")
     last = attempts[-1] if attempts else None
-    stage, job_id = name.partition("/")[0], run.id_of(name)
-    silent_s, progress = _silence(last), run.progress(name)
+    silent_s = None
+    if last is not None and last.end is None:
+        seen = last.beat["time"] if last.beat is not None else last.began
+        silent_s = max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
+    stage, job_id, progress = name.partition("/")[0], run.submitted.get(name, {}).get("job_id"), run.progress(name)
     state, reason, source = _state(run.marker_state(name), job_id, last, silent_s, slurm)
     queued = slurm.queue.get(job_id or "")
     unlucky = state in ("failed", "interrupted", "lost", "silent")
@@ -301,50 +271,38 @@ def _job(run: _RunFiles, name: str, slurm: Slurm) -> JobOverview:
         failure=failure,
         log=str(log) if log else None,
         log_tail=traces.last_lines(log, _LOG_LINES) if log else [],
-        notes=notes + _notes(state, reason, attempts, silent_s, progress),
+        notes=[*notes, *_notes(state, reason, attempts, silent_s, progress)],
     )
 
 
-def _silence(last: Attempt | None) -> float | None:
-    """Seconds since an attempt that has not ended gave a sign of life."""
-    if last is None or last.end is not None:
-        return None
-    seen = last.beat["time"] if last.beat is not None else last.began
-    return max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
-
-
 def _state(
-    marker: str, job_id: str | None, last: Attempt | None, silent_s: float | None, slurm: Slurm
+    marker: str, job_id: str | None, last: Attempt | None, silent_s: float | None, slurm: _Slurm
 ) -> tuple[str, str, str]:
     """State, reason and source: by the marker first, then as Slurm says, then as the job wrote itself."""
     if marker == "done":
         return "done", "", "marker"
-    if (queued := slurm.queue.get(job_id or "")) is not None:
-        state, reason = _of_slurm(queued.state, queued.reason)
-        source = "squeue"
-    elif (accounted := slurm.accounts.get(job_id or "")) is not None:
-        state, reason = _of_slurm(accounted.state, f"exit code {accounted.exit_code}")
-        source = "sacct"
+    queued, accounted = slurm.queue.get(job_id or ""), slurm.accounts.get(job_id or "")
+    if queued is not None:
+        (state, reason), source = _of_slurm(queued.state, queued.reason), "squeue"
+    elif accounted is not None:
+        (state, reason), source = _of_slurm(accounted.state, f"exit code {accounted.exit_code}"), "sacct"
     else:
         forgotten = job_id is not None and not slurm.trouble  # by a Slurm that answers
         state, reason, source = _of_attempts(job_id, last, silent_s, forgotten=forgotten)
     if state in ("ended", "lost") and marker == "stale":  # the last submission found nothing to do
         return "done", "", "marker"
-    if state == "ended":
-        return "failed", "ended without finishing", source
-    return state, reason, source
+    return ("failed", "ended without finishing", source) if state == "ended" else (state, reason, source)
 
 
-def _of_slurm(state: str, reason: str) -> tuple[str, str]:
-    if state in _WAITING:
-        return "waiting", reason
-    if state in _FAILED:
-        return "failed", state if reason in ("", "None", "NonZeroExitCode") else f"{state} ({reason})"
-    if state == "CANCELLED":
-        return "cancelled", reason if reason.startswith("Dependency") else ""
-    if state == "COMPLETED":
-        return "ended", ""
-    return "running", "" if state == "RUNNING" else state
+def _of_slurm(word: str, reason: str) -> tuple[str, str]:
+    state = _OF_SLURM.get(word, "running")
+    if state == "failed":
+        reason = word if reason in ("", "None", "NonZeroExitCode") else f"{word} ({reason})"
+    elif state == "cancelled":
+        reason = reason if reason.startswith("Dependency") else ""
+    elif state != "waiting":
+        reason = "" if word in ("RUNNING", "COMPLETED") else word
+    return state, reason
 
 
 def _of_attempts(
@@ -357,7 +315,7 @@ def _of_attempts(
     state, reason = "running", ""
     if last.end is not None:
         how = str(last.end.get("how"))
-        state, reason = _ENDS.get(how, how), str(last.end.get("message") or "")
+        state, reason = _OF_ATTEMPT.get(how, how), str(last.end.get("message") or "")
     elif silent_s is not None and silent_s > _SILENT_S:
         state, reason = "silent", f"silent for {span(silent_s)}"
     if forgotten and state in ("running", "silent", "waiting"):
@@ -366,28 +324,64 @@ def _of_attempts(
 
 
 def _notes(
-    state: str, reason: str, attempts: list[Attempt], silent_s: float | None, progress: Progress | None
-) -> list[str]:
-    notes = [f"{reason}: {_HINTS[reason]}"] if reason in _HINTS else []
+    state: str, reason: str, attempts: Sequence[Attempt], silent_s: float | None, progress: Progress | None
+) -> Iterator[str]:
+    if reason in _HINTS:
+        yield f"{reason}: {_HINTS[reason]}"
     if state == "running" and silent_s is not None and silent_s > _SILENT_S:
-        notes.append(f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped")
+        yield f"silent for {span(silent_s)}: Slurm says that it runs, but its heartbeat stopped"
     if state == "running" and not attempts:
-        notes.append("starting: Python has not begun yet")
+        yield "starting: Python has not begun yet"
     if state == "running" and attempts and progress is not None:
         since = max(progress.changed or 0.0, datetime.fromisoformat(attempts[-1].began).timestamp())
         if time.time() - since > _STUCK_S:
-            notes.append(f"no new metrics for {span(time.time() - since)}")
+            yield f"no new metrics for {span(time.time() - since)}"
     steps = [attempt.holder.progress for attempt in attempts]
     repeated = next((i for i, step in enumerate(reversed(steps)) if step != steps[-1]), len(steps))
     if progress is not None and state != "done" and repeated >= _REPEATS and progress.saved_step <= steps[-1]:
-        notes.append(f"does not advance: the last {repeated} attempts all began at step {steps[-1]}")
+        yield f"does not advance: the last {repeated} attempts all began at step {steps[-1]}"
     over = attempts[:-1] if state == "running" else attempts if state == "waiting" else []
     crashes = [attempt for attempt in over if attempt.end and attempt.end.get("how") in ("failed", "crashed")]
     if crashes:
         failure = traces.first_failure(crashes[-1]) or crashes[-1].end or {}
         kind = f"{failure['type']}: " if "type" in failure else ""
-        notes.append(f"attempt {crashes[-1].number} of {len(attempts)} crashed: {kind}{failure.get('message')}")
-    return notes
+        yield f"attempt {crashes[-1].number} of {len(attempts)} crashed: {kind}{failure.get('message')}"
+
+
+def grace_warnings(
+    job: str, progress: Progress, partition: Partition | None, site: Mapping[str, str], signal_delay_s: float | None
+) -> list[str]:
+    """Warnings for a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
+
+    Args:
+        job: its name.
+        progress: of it, with the measured times.
+        partition: where it runs; None if that is unknown.
+        site: the cluster's settings.
+        signal_delay_s: between Slurm's signal and the job's time limit; None if that is unknown.
+    """
+    save_s, step_s, warnings = progress.save_s, progress.step_s or 0.0, []
+    if save_s is None:
+        return []
+    needed = 2 * save_s + step_s
+    needs = (
+        f"{job} may need {needed:.1f} s to save (a step {step_s:.1f} s, a checkpoint {save_s:.1f} s, and as "
+        "long for the one before it)"
+    )
+    mode = partition.preempt_mode.upper() if partition is not None else "OFF"
+    preempts = site.get("PreemptType") == "preempt/partition_prio" and ("REQUEUE" in mode or "CANCEL" in mode)
+    if partition is not None and preempts and (notice := notice_s(partition.grace_s, site)) < needed:
+        warnings.append(
+            f"{needs}, but partition {partition.name} leaves a preempted job {notice:g} s (GraceTime "
+            f"{partition.grace_s:g} s and KillWait): work since the last periodic checkpoint would be lost. Save more "
+            "often with a lower pretrain.checkpoint_every_steps, or ask for a longer GraceTime."
+        )
+    if signal_delay_s is not None and signal_delay_s < needed:
+        warnings.append(
+            f"{needs}, but gets its signal only {signal_delay_s:g} s before its time limit. Raise "
+            "hydra.launcher.signal_delay_s."
+        )
+    return warnings
 
 
 def span(seconds: float) -> str:

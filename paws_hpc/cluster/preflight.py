@@ -18,17 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from paws_hpc.cluster.inventory import (
-    NodeGroup,
-    Partition,
-    grace_warnings,
-    partitions,
-    qualities,
-    rights,
-    seconds,
-    settings,
-)  # fmt: skip
-from paws_hpc.cluster.overview import span
+from paws_hpc.cluster.inventory import NodeGroup, Partition, notice_s, partitions, qualities, rights, settings
+from paws_hpc.cluster.overview import grace_warnings, span
 from paws_hpc.cluster.scheduler import SchedulerError, ask
 from paws_hpc.cluster.traces import read_progress
 from paws_hpc.config import Config, sweep_config
@@ -239,14 +230,7 @@ def _preemption(
     verdict, found, remedy = _preempted(parameters, partition, site)
     yield Check("preemption", verdict, found, remedy)
     seen = read_progress(run.pretrain, epochs=config.pretrain.epochs, batch_size=config.pretrain.batch_size)
-    for text in grace_warnings(
-        "pretrain",
-        save_s=seen.save_s,
-        step_s=seen.step_s,
-        partition=partition,
-        settings=site,
-        signal_delay_s=parameters.get("signal_delay_s"),
-    ):
+    for text in grace_warnings("pretrain", seen, partition, site, parameters.get("signal_delay_s")):
         yield Check("time to save", "warning", text)
 
 
@@ -272,12 +256,12 @@ def _preempted(parameters: Parameters, partition: Partition, site: Mapping[str, 
         return "warning", found, f"If you can, {another}."
     own = "preempt_send_user_signal" in site.get("SlurmctldParameters", "")
     own = own or "send_user_signal" in site.get("PreemptParameters", "")
-    notice_s = grace_s + (seconds(site.get("KillWait", "")) or 0.0)
+    notice = notice_s(grace_s, site)
     found = (
-        f"a preempted job of {of} gets {'SIGUSR2' if own else 'SIGTERM'} and has {notice_s:g} s to save (GraceTime "
+        f"a preempted job of {of} gets {'SIGUSR2' if own else 'SIGTERM'} and has {notice:g} s to save (GraceTime "
         f"{grace_s:g} s, KillWait {site.get('KillWait', '?')}), then is queued again"
     )
-    if notice_s < _SHORT_NOTICE_S:
+    if notice < _SHORT_NOTICE_S:
         return "warning", found, "A large model may not save in time: keep pretrain.checkpoint_every_steps low."
     return "ok", found, ""
 

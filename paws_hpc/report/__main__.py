@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.files import error_text
+from paws_hpc.command import exit_status
 from paws_hpc.report.comparison import as_json, as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.page import build_report
@@ -28,22 +28,21 @@ from paws_hpc.stages.run_folder import find_run
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if a run is not there or cannot be read, or W&B failed."""
     options = _parser().parse_args(arguments)
-    try:
-        runs = [find_run(name, options.runs) for name in options.run]
-        if options.json:
-            print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
-        elif options.markdown:
-            print(as_markdown(compare([read_run(run) for run in runs])), end="")
-        elif options.wandb:
-            print(save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min))
-        elif len(runs) == 1:
-            print(f"Report: {build_report(runs[0], options.to)}")
-        else:
-            print(f"Comparison: {build_comparison(runs, options.to)}")
-    except (OSError, ValueError) as error:
-        print(f"error: {error_text(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _report(options), interrupted="an earlier report stays as it was")
+
+
+def _report(options: argparse.Namespace) -> None:
+    runs = [find_run(name, options.runs) for name in options.run]
+    if options.json:
+        print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
+    elif options.markdown:
+        print(as_markdown(compare([read_run(run) for run in runs])), end="")
+    elif options.wandb:
+        print(save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min))
+    elif len(runs) == 1:
+        print(f"Report: {build_report(runs[0], options.to)}")
+    else:
+        print(f"Comparison: {build_comparison(runs, options.to)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -85,7 +85,7 @@ SHAPES = (
     ("resources.pretrain.gpus_per_node=3", "jobs of pretrain", "n[1-2] has 2 GPUs", "Ask for less"),
     ("resources.report.mem_gb=100", "jobs of report", "n[1-2] has 8000 MB of memory", "Ask for less"),
     ("resources.finetune.nodes=4", "jobs of finetune", "asks for 4 nodes", "Ask for less"),
-    ("resources.selection.additional_parameters={constraint: h100}", "jobs of selection", "feature", "Change the field"),
+    ("resources.selection.additional_parameters={constraint: h100}", "jobs of selection", "feature", "Change the"),
 )
 SHORT = (("resources.baseline.timeout_min=2", "config", "signal_delay_s=120", ""),)
 REST = (

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from paws_hpc.files import atomic_write, error_text, file_hash, read_json, value_digest, write_json, write_text
+from paws_hpc.command import error_text
+from paws_hpc.files import atomic_write, file_hash, read_json, value_digest, write_json, write_text
 
 
 def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:

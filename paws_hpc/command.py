@@ -1,0 +1,41 @@
+"""How commands end: an error that a user can cause or repair is one line, and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space and give the same command again: what is complete stays.",
+    errno.EDQUOT: "Free some of your quota and give the same command again: what is complete stays.",
+    errno.EROFS: "Name a place that can be written.",
+    errno.EACCES: "Ask for permission there, or name another place.",
+}
+
+
+def exit_status(action: Callable[[], int | None], *, interrupted: str, also: tuple[type[Exception], ...] = ()) -> int:
+    """Run a command; returns its exit status: the action's (0 for None), 1 after an error, 130 if it was interrupted.
+
+    Args:
+        action: the command.
+        interrupted: what is left behind then.
+        also: errors for users, beside OSError and ValueError.
+    """
+    try:
+        return action() or 0
+    except (OSError, ValueError, *also) as error:
+        print(f"error: {error_text(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+
+
+def error_text(error: BaseException) -> str:
+    """An error as text: a file's path once, and what to do about a full disk or one that cannot be written."""
+    if not isinstance(error, OSError) or error.errno is None or error.strerror is None:
+        return str(error)
+    named = error.filename is None or str(error.filename) in error.strerror
+    text = error.strerror if named else f"{error.filename}: {error.strerror}"
+    return f"{text}. {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else text
