@@ -14,17 +14,19 @@ _REMEDIES = {
 }
 
 
-def exit_status(action: Callable[[], int | None], *, interrupted: str, also: tuple[type[Exception], ...] = ()) -> int:
+def exit_status(
+    action: Callable[[], int | None], *, interrupted: str, errors: tuple[type[Exception], ...] = (OSError, ValueError)
+) -> int:
     """Run a command; returns its exit status: the action's (0 for None), 1 after an error, 130 if it was interrupted.
 
     Args:
         action: the command.
         interrupted: what is left behind then.
-        also: errors for users, beside OSError and ValueError.
+        errors: that a user can cause or repair.
     """
     try:
         return action() or 0
-    except (OSError, ValueError, *also) as error:
+    except errors as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 measured, 1 could not measure."""
     options = _parser().parse_args(arguments)
     left = "images and the figures of whole groups stay"
-    return exit_status(lambda: options.run(options), interrupted=left, also=(CandidateError,))
+    return exit_status(lambda: options.run(options), interrupted=left, errors=(OSError, ValueError, CandidateError))
 
 
 def _parser() -> argparse.ArgumentParser:
