@@ -25,13 +25,12 @@ from paws_hpc.packing import (
     SourceConfig,
     open_source,
     pack,
-    pack_task,
     plan_pack,
     planned_listing,
     repair,
 )
 from paws_hpc.packing.job import CHANGES_NAME
-from paws_hpc.store.format import INDEX_NAME, Omission, read_manifest
+from paws_hpc.store.format import FLAG_REENCODED, INDEX_NAME, Manifest, Omission, read_manifest
 from paws_hpc.store.local_copy import DEFAULT_WORKERS, copy_store
 from paws_hpc.store.verify import verify
 
@@ -206,32 +205,28 @@ def _pack(options: argparse.Namespace) -> int:
     if options.plan_only:
         shards, images = plan_pack(open_source(config), options.to, options=pack_options)
         print(f"{options.to}: {images:,} images make {shards:,} shards; pack them with --part I/N")
-    elif options.part is None:
-        _print_pack(pack(open_source(config), options.to, options=pack_options, show_progress=True))
-    else:
-        source = open_source(config, planned_listing(options.to, config.kind))
-        report = pack_task(source, options.to, options.part, options=pack_options, show_progress=True)
+        return 0
+    source = open_source(config, planned_listing(options.to, config.kind) if options.part else None)
+    report = pack(source, options.to, options=pack_options, task=options.part, show_progress=True)
+    if options.part is not None:
         print(
             f"part {'{}/{}'.format(*options.part)} of {options.to}: {report.packed:,} shards packed, "
             f"{report.kept:,} were done, {report.seconds:.1f} s"
         )
-        if report.store is None:
-            print(
-                f"{report.missing:,} shards of other parts are not done; the part that packs the last makes the store"
-            )
-        else:
-            _print_pack(report.store)
+    if report.manifest is None:
+        print(f"{report.missing:,} shards of other parts are not done; the part that packs the last makes the store")
+    else:
+        _print_pack(report, report.manifest)
     return 0
 
 
-def _print_pack(report: PackReport) -> None:
+def _print_pack(report: PackReport, manifest: Manifest) -> None:
     """Print what packing did."""
-    manifest = report.manifest
     contents = (
         f"{manifest.count:,} images of {len(manifest.classes):,} classes in {len(manifest.shards):,} shards, "
         f"{_bytes_text(sum(shard.bytes for shard in manifest.shards))}, digest {manifest.digest}"
     )
-    if not report.packed:
+    if not report.made:
         print(f"{report.path} already holds this store: {contents}. Nothing was done.")
         if report.newer:
             print(
@@ -244,7 +239,8 @@ def _print_pack(report: PackReport) -> None:
         print(f"{report.kept:,} shards were done before")
     for what, count in manifest.rewritten.items():
         print(f"{count:,} images: {what}, pixels unchanged")
-    _print_omissions("encoded anew as JPEG (quality 95, 4:4:4)", report.reencoded, all_in=CHANGES_NAME)
+    reencoded = [Omission(change.key, change.reason) for change in report.changes if change.flags & FLAG_REENCODED]
+    _print_omissions("encoded anew as JPEG (quality 95, 4:4:4)", reencoded, all_in=CHANGES_NAME)
     if report.progressive:
         print(
             f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "

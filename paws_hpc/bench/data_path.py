@@ -150,7 +150,9 @@ def packing(folder: str, target: str, check: str) -> Work:
     def work() -> int:
         shutil.rmtree(path, ignore_errors=True)
         options = PackOptions(workers=2, check=check, shard_bytes=64 << 20)  # several shards, as a real set has
-        return pack(ImageFolder(Path(folder)), path, options=options).manifest.count
+        manifest = pack(ImageFolder(Path(folder)), path, options=options).manifest
+        assert manifest is not None, "the whole of it is packed"
+        return manifest.count
 
     return work
 

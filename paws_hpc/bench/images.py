@@ -100,7 +100,7 @@ def repeat_store(store: Path, target: Path, records: int) -> Path:
     entries = [replace(entry, name=shard_name(number)) for number in range(times)]
     for link in entries:
         os.link(store / entry.name, target / link.name)
-    index = build_index(target, [read_shard(store / entry.name).index] * times)
+    index = build_index(target, lambda: [read_shard(store / entry.name).index] * times)
     whole = replace(
         manifest,
         count=len(index),

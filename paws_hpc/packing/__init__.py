@@ -1,7 +1,6 @@
 """Images of any source → a store: plan, write, finish, repair."""
 
-from paws_hpc.packing.job import PackReport
-from paws_hpc.packing.packer import pack, pack_task, plan_pack, planned_listing
+from paws_hpc.packing.packer import PackReport, pack, plan_pack, planned_listing
 from paws_hpc.packing.plan import PackOptions
 from paws_hpc.packing.repair import repair
 from paws_hpc.packing.sources import SOURCES, ArraySource, ImageFolder, Source, SourceConfig, open_source
@@ -16,7 +15,6 @@ __all__ = [
     "SourceConfig",
     "open_source",
     "pack",
-    "pack_task",
     "plan_pack",
     "planned_listing",
     "repair",

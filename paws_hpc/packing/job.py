@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.write import Change, ShardResult
 from paws_hpc.store.format import (
     FLAG_PROGRESSIVE,
+    FLAG_RECOVERED,
+    FLAG_REENCODED,
     INDEX_NAME,
     MANIFEST_NAME,
     MOVING_NAME,
@@ -59,34 +61,6 @@ _LISTING = "listing.bin"
 _DEAD_AFTER_S = 3600.0
 
 
-@dataclass(frozen=True)
-class PackReport:
-    """What packing did."""
-
-    path: Path
-    manifest: Manifest
-    """``manifest.skipped`` names the images that were left out."""
-    packed: bool
-    """False where the same complete store was there already and nothing was done."""
-    changes: tuple[Change, ...] = ()
-    """Images whose pixels or coding are not the source's, with the reason; empty where ``packed`` is False.
-
-    Images that only lost metadata are counted in the manifest and flagged in the index.
-    """
-    kept: int = 0
-    """Shards that an interrupted run, or other tasks of the work, had finished."""
-    progressive: int = 0
-    """JPEGs that stayed progressive."""
-    newer: int = 0
-    """Images whose files were written after the store that was there; names and sizes are the same."""
-    seconds: float = 0.0
-
-    @property
-    def reencoded(self) -> tuple[Omission, ...]:
-        """The images that were encoded anew, with the reason."""
-        return tuple(Omission(change.key, change.reason) for change in self.changes if not change.lossless)
-
-
 class PackJob:
     """The unfinished pack in ``folder``, the ``.packing`` of a store's folder ``destination``."""
 
@@ -94,11 +68,7 @@ class PackJob:
         self.destination, self.folder = destination, destination / UNDERWAY_NAME
 
     def identity(self) -> dict[str, Any] | None:
-        """The identity (see :class:`Plan`) of the unfinished pack; None if there is none.
-
-        Raises:
-            StoreError: the record is damaged.
-        """
+        """The identity (see :class:`Plan`) of the unfinished pack; None if there is none, StoreError if damaged."""
         try:
             value = read_json(self.folder / _RECORD)
         except FileNotFoundError:
@@ -215,10 +185,13 @@ class PackJob:
         """Whether some process is making the store of the shards."""
         return (self.destination / MOVING_NAME).exists()
 
-    def finish(self, plan: Plan) -> PackReport:
+    def finish(self, plan: Plan) -> tuple[Manifest, list[Change], int]:
         """Check the results, move the shards into place, and write list of changes and manifest, in this order.
 
         Any number of processes may do so at once, or die in it.
+
+        Returns:
+            The manifest; the images that were changed, but for metadata taken out; how many JPEGs stayed progressive.
 
         Raises:
             StoreError: a shard is missing or damaged, no image could be read, or the shards do not belong together.
@@ -240,12 +213,12 @@ class PackJob:
             )
         # A shard all of whose images were skipped has no file: the others close the gap.
         final = {entry.name: shard_name(number) for number, entry in enumerate(packed)}
-        joined = build_index(self.folder, _Indexes(self, list(final)))
+        joined = build_index(self.folder, lambda: map(self._index, final))
+        changes = [change for result in results for change in result.changes]
         entries = tuple(replace(entry, name=final[entry.name]) for entry in packed)
-        manifest = _manifest(plan, results, entries, joined)
+        manifest = _manifest(plan, results, changes, entries, joined)
         progressive = int(np.count_nonzero(joined["flags"] & FLAG_PROGRESSIVE))
         self._move_into_place(final | {INDEX_NAME: INDEX_NAME})
-        changes = tuple(change for result in results for change in result.changes)
         if changes:
             lines = (f"{json.dumps(change.key)}\t{change.reason}\n" for change in changes)
             write_text(self.destination / CHANGES_NAME, "".join(lines))
@@ -253,7 +226,14 @@ class PackJob:
             (self.destination / CHANGES_NAME).unlink(missing_ok=True)
         write_json(self.destination / MANIFEST_NAME, manifest.to_json())
         self.discard()
-        return PackReport(self.destination, manifest, packed=True, changes=changes, progressive=progressive)
+        return manifest, changes, progressive
+
+    def _index(self, name: str) -> ShardIndex:
+        """The index of a finished shard, wherever it is by now."""
+        path = next((path for path in self.paths(name) if path.exists()), None)
+        if path is None:
+            raise _vanished(self.folder / name)
+        return read_shard(path).index
 
     def _move_into_place(self, final: dict[str, str]) -> None:
         """Replace the files of the former store by the new ones; ``final`` has the name of each in the store.
@@ -275,26 +255,16 @@ class PackJob:
                     raise _vanished(self.folder / name) from error
 
 
-class _Indexes:
-    """The indexes of finished shards, read again for every pass over them, so that memory holds one."""
-
-    def __init__(self, job: PackJob, names: Sequence[str]) -> None:
-        self._job, self._names = job, names
-
-    def __iter__(self) -> Iterator[ShardIndex]:
-        for name in self._names:
-            path = next((path for path in self._job.paths(name) if path.exists()), None)
-            if path is None:
-                raise _vanished(self._job.folder / name)
-            yield read_shard(path).index
-
-
 def _vanished(path: Path) -> StoreError:
     return StoreError(f"{path} vanished while the store was finished. Pack again.")
 
 
 def _manifest(
-    plan: Plan, results: Sequence[ShardResult], entries: tuple[ShardEntry, ...], joined: StoreIndex
+    plan: Plan,
+    results: Sequence[ShardResult],
+    changes: Sequence[Change],
+    entries: tuple[ShardEntry, ...],
+    joined: StoreIndex,
 ) -> Manifest:
     source = plan.source
     shapes = {result.shape for result in results if result.entry is not None}
@@ -303,31 +273,31 @@ def _manifest(
             f"the {source.kind} source gives images of the shapes {sorted(map(str, shapes))}: raw needs one."
         )
     (shape,) = shapes
-    changes = [change for result in results for change in result.changes]
-    reencoded = Counter(change.reason for change in changes if not change.lossless)
-    rewritten = Counter(change.reason for change in changes if change.lossless)
-    rewritten["metadata taken out"] += sum(result.stripped for result in results)
     histograms = [result.histogram for result in results if result.histogram is not None]
     if not histograms:
         raise StoreError(
             "every image that was to be counted in the statistics was left out; repair the images, or pack with "
             "another --seed."
         )
-    counted = sum(result.counted for result in results)
+    reencoded = Counter(change.reason for change in changes if change.flags & FLAG_REENCODED)
+    rewritten = Counter(change.reason for change in changes if not change.flags & FLAG_REENCODED)
+    rewritten["metadata taken out"] += sum(result.stripped for result in results)
     return Manifest(
         encoding=source.encoding,
         shape=shape,
         count=len(joined),
         classes=source.classes,
         class_counts=tuple(np.bincount(joined.labels, minlength=len(source.classes)).tolist()),
-        statistics=statistics(np.sum(histograms, axis=0), counted, exact=plan.stride == 1),
+        statistics=statistics(
+            np.sum(histograms, axis=0), sum(result.counted for result in results), exact=plan.stride == 1
+        ),
         digest=dataset_digest(joined, encoding=source.encoding, shape=shape, classes=source.classes),
         index_hash=joined.hash,
         origin=plan.origin,
         packing=plan.packing,
         reencoded=dict(sorted(reencoded.items())),
         rewritten={reason: count for reason, count in sorted(rewritten.items()) if count},
-        recovered=tuple(omission for result in results for omission in result.recovered),
+        recovered=tuple(Omission(change.key, change.reason) for change in changes if change.flags & FLAG_RECOVERED),
         skipped=tuple(omission for result in results for omission in result.skipped),
         shards=entries,
     )

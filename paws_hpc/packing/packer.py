@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from paws_hpc.packing.job import PackJob, PackReport
+from paws_hpc.packing.job import PackJob
 from paws_hpc.packing.plan import PackOptions, Plan, differences
 from paws_hpc.packing.pool import build_shards
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.listing import Listing
+from paws_hpc.packing.write import Change
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import MANIFEST_NAME, Manifest, StoreError, read_manifest
 from paws_hpc.store.progress import progress
@@ -22,22 +24,39 @@ _OTHERS_FINISH_S = 10.0
 
 
 @dataclass(frozen=True)
-class TaskReport:
-    """What packing a task did."""
+class PackReport:
+    """What packing did."""
 
-    packed: int
-    """Shards that were built."""
-    kept: int
-    """Shards of this task that were done before."""
-    missing: int
-    """Shards of other tasks that are not done."""
-    store: PackReport | None
-    """The whole store, where this task was the last; else None."""
-    seconds: float
+    path: Path
+    manifest: Manifest | None
+    """Of the store, with the images that were left out; None as long as shards of other tasks are missing."""
+    made: bool = False
+    """Whether this call made the store; else it was there already, or others made it."""
+    packed: int = 0
+    """Shards that this call built."""
+    kept: int = 0
+    """Shards of this call that were built before, such as by an interrupted run."""
+    missing: int = 0
+    """Shards of other tasks that are not built."""
+    changes: Sequence[Change] = ()
+    """Images whose pixels or coding are not the source's, with the reason; empty unless this call made the store.
+
+    Images that only lost metadata are counted in the manifest and flagged in the index.
+    """
+    progressive: int = 0
+    """JPEGs that stayed progressive."""
+    newer: int = 0
+    """Images whose files were written after the store that was there; names and sizes are the same."""
+    seconds: float = 0.0
 
 
 def pack(
-    source: Source, destination: Path, *, options: PackOptions | None = None, show_progress: bool = False
+    source: Source,
+    destination: Path,
+    *,
+    options: PackOptions | None = None,
+    task: tuple[int, int] | None = None,
+    show_progress: bool = False,
 ) -> PackReport:
     """Pack ``source`` into the folder ``destination``.
 
@@ -45,43 +64,53 @@ def pack(
     The manifest is written last, so that an interrupted run never looks like a store, and a former store at the
     destination (``options.force``) stays until the new one is whole.
 
+    ``task`` (i, n) packs every n-th shard from the i-th on, 1 <= i <= n; whoever finishes the last shard of all makes
+    the store. Any number of processes on any nodes that share the folder may pack tasks at once, in any order, again
+    after being killed, and twice at the same time: their files are equal.
+
     Raises:
         RecordError: an image cannot be read and ``options.on_error`` is ``stop``; its key is named.
         SourceChangedError: the source changed while it was packed.
         StoreError: the source has no images or ambiguous keys, or another store, whole or unfinished, is at
             ``destination``.
+        ValueError: ``options.force`` with a task.
         OSError: the disk is full or the folder cannot be written; finished shards stay, temporary files go.
     """
-    report = _pack(source, destination, (1, 1), options or PackOptions(), show_progress)
-    assert report.store is not None, "a pack of all shards ends with the store"
-    return replace(report.store, kept=report.kept, seconds=report.seconds)
-
-
-def pack_task(
-    source: Source,
-    destination: Path,
-    task: tuple[int, int],
-    *,
-    options: PackOptions | None = None,
-    show_progress: bool = False,
-) -> TaskReport:
-    """Pack the shards of task (i, n): every n-th one from the i-th on, 1 <= i <= n.
-
-    The process that finishes the last shard of all makes the store. Any number of tasks may be packed at once by
-    processes on any nodes that share the folder, in any order, again after being killed, and twice at the same time:
-    their files are equal.
-
-    Raises:
-        ValueError: ``options.force`` is set: a task that starts late would begin a finished store anew.
-        RecordError, SourceChangedError, StoreError, OSError: as :func:`pack`.
-    """
     options = options or PackOptions()
-    if options.force:
+    if task is not None and options.force:
         raise ValueError(
             "parts cannot be packed with --force: one that starts late would begin a finished store anew. "
             "Pack into a new folder, or remove the former store first."
         )
-    return _pack(source, destination, task, options, show_progress)
+    started = time.monotonic()
+    plan, job = Plan(source, options), PackJob(destination)
+    former = _stamp(destination)
+    if not options.force and (manifest := _same_store(job, plan)) is not None:
+        newer = int(np.count_nonzero(source.stamps > (destination / MANIFEST_NAME).stat().st_mtime_ns))
+        return PackReport(destination, manifest, newer=newer, seconds=time.monotonic() - started)
+    job.begin(plan.identity, force=options.force)
+    number, of = task or (1, 1)
+    assert 1 <= number <= of, "tasks are numbered from 1"
+    if of > 1:
+        job.keep_listing(source)
+    report = PackReport(destination, None)
+    try:
+        numbers = range(len(plan))[number - 1 :: of]
+        unbuilt = [number for number in numbers if job.result(plan, number) is None]
+        report = replace(report, packed=len(unbuilt), kept=len(numbers) - len(unbuilt))
+        _build(plan, job, unbuilt, options, show_progress)
+        report = replace(report, missing=len(set(range(len(plan))) - job.noted()))
+        # Others may have finished all of it between this task's first look and its beginning.
+        if report.missing and of > 1:
+            report = replace(report, manifest=_finished_by_others(plan, job, former))
+        else:
+            manifest, changes, progressive = job.finish(plan)
+            report = replace(report, manifest=manifest, made=True, changes=changes, progressive=progressive)
+    except (FileNotFoundError, StoreError):
+        report = replace(report, manifest=_finished_by_others(plan, job, former))
+        if report.manifest is None:
+            raise
+    return replace(report, seconds=time.monotonic() - started)
 
 
 def plan_pack(source: Source, destination: Path, *, options: PackOptions | None = None) -> tuple[int, int]:
@@ -112,47 +141,17 @@ def planned_listing(destination: Path, kind: str) -> Listing | None:
     return job.listing() if identity is not None and identity.get("kind") == kind else None
 
 
-def _pack(
-    source: Source, destination: Path, task: tuple[int, int], options: PackOptions, show_progress: bool
-) -> TaskReport:
-    started = time.monotonic()
-    plan, job = Plan(source, options), PackJob(destination)
-    former = _stamp(destination)
-    if not options.force and (manifest := _same_store(job, plan)) is not None:
-        newer = int(np.count_nonzero(source.stamps > (destination / MANIFEST_NAME).stat().st_mtime_ns))
-        store: PackReport | None = PackReport(destination, manifest, packed=False, newer=newer)
-        return TaskReport(0, 0, 0, store, time.monotonic() - started)
-    job.begin(plan.identity, force=options.force)
-    number, of = task
-    assert 1 <= number <= of, "tasks are numbered from 1"
-    if of > 1:
-        job.keep_listing(source)
-    numbers = range(len(plan))[number - 1 :: of]
-    kept = missing = 0
-    try:
-        kept = _build(plan, job, numbers, options, show_progress)
-        missing = len(set(range(len(plan))) - job.noted())
-        # Others may have finished all of it between this task's first look and its beginning.
-        store = _finished_by_others(plan, job, former) if missing and of > 1 else job.finish(plan)
-    except (FileNotFoundError, StoreError):
-        store = _finished_by_others(plan, job, former)
-        if store is None:
-            raise
-    return TaskReport(len(numbers) - kept, kept, missing, store, time.monotonic() - started)
-
-
-def _build(plan: Plan, job: PackJob, numbers: range, options: PackOptions, show_progress: bool) -> int:
-    """Build those shards that are not done; returns how many were."""
-    missing = [number for number in numbers if job.result(plan, number) is None]
-    if missing:
-        workers = options.workers or usable_cores()
-        processes = min(workers, len(missing))
-        images = sum(len(plan.members(number)) for number in missing)
-        tasks = (plan.task(number, job.shard_path(number)) for number in missing)
-        with progress(f"packing {job.destination.name}", images, show=show_progress) as advance:
-            for result in build_shards(tasks, processes=processes, threads=workers // processes, advance=advance):
-                job.keep(result)
-    return len(numbers) - len(missing)
+def _build(plan: Plan, job: PackJob, numbers: Sequence[int], options: PackOptions, show_progress: bool) -> None:
+    """Build these shards."""
+    if not numbers:
+        return
+    workers = options.workers or usable_cores()
+    processes = min(workers, len(numbers))
+    images = sum(len(plan.members(number)) for number in numbers)
+    tasks = (plan.task(number, job.shard_path(number)) for number in numbers)
+    with progress(f"packing {job.destination.name}", images, show=show_progress) as advance:
+        for result in build_shards(tasks, processes=processes, threads=workers // processes, advance=advance):
+            job.keep(result)
 
 
 def _same_store(job: PackJob, plan: Plan) -> Manifest | None:
@@ -184,8 +183,8 @@ def _stamp(destination: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _finished_by_others(plan: Plan, job: PackJob, former: tuple[int, int] | None) -> PackReport | None:
-    """The store, if another process has finished it meanwhile, so that there is nothing left to do; else None.
+def _finished_by_others(plan: Plan, job: PackJob, former: tuple[int, int] | None) -> Manifest | None:
+    """The manifest of the store, if another process has finished it meanwhile; else None.
 
     ``former`` is the stamp of the store that was there in the beginning, such as one that is to be replaced.
     """
@@ -195,4 +194,4 @@ def _finished_by_others(plan: Plan, job: PackJob, former: tuple[int, int] | None
     if _stamp(job.destination) == former or (manifest := _same_store(job, plan)) is None:
         return None
     job.discard()  # what this process wrote since
-    return PackReport(job.destination, manifest, packed=False)
+    return manifest

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from paws_hpc.files import atomic_write, file_hash
 from paws_hpc.packing.jpeg_policy import JpegPolicy, StandardImage, encoded_anew, standard_jpeg, transcoder
 from paws_hpc.packing.sources.base import Images
 from paws_hpc.store.format import (
-    FLAG_RECOVERED,
-    FLAG_REENCODED,
     FLAG_STRIPPED,
     Encoding,
     Omission,
@@ -50,8 +48,7 @@ class ShardTask:
     keys: Sequence[str]
     labels: NDArray[np.int64]
     counted: NDArray[np.bool_]
-    """(n,) which images are counted in the statistics. These are decoded whatever ``packing.check``, so faults are
-    found in them, and repaired, which others may keep."""
+    """(n,) which images the statistics count. These are decoded whatever ``packing.check``."""
     fingerprint: str
     """Of the source files at the time; kept with the result."""
     encoding: Encoding
@@ -65,30 +62,29 @@ class Change:
 
     key: str
     reason: str
-    lossless: bool
-    """Its pixels are those of the source."""
+    flags: int
+    """Bits ``FLAG_*``."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardResult:
     """What building a shard gave, apart from the file."""
 
     number: int
     fingerprint: str
-    entry: ShardEntry | None
+    entry: ShardEntry | None = None
     """For the manifest; None if every image was skipped, so that there is no file."""
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, int, int] | None = None
     """(H, W, C) of the records of a raw shard."""
-    counted: int
-    """Images that were counted in the statistics."""
-    histogram: list[list[int]] | None
+    counted: int = 0
+    """Images that the statistics count."""
+    histogram: list[list[int]] | None = None
     """For each channel (3, or 1 if grey) how many of their pixels have each value 0..255; None without any."""
-    changes: tuple[Change, ...]
+    changes: list[Change] = field(default_factory=list)
     """Images whose file is not the source's, but for metadata taken out."""
-    stripped: int
-    """Images from which only metadata was taken out."""
-    recovered: tuple[Omission, ...]
-    skipped: tuple[Omission, ...]
+    stripped: int = 0
+    """Images from which only metadata was taken out: perhaps half of a data set, so they are not listed."""
+    skipped: list[Omission] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> ShardResult:
@@ -98,22 +94,18 @@ class ShardResult:
             | {
                 "entry": None if value["entry"] is None else ShardEntry(**value["entry"]),
                 "shape": None if value["shape"] is None else tuple(value["shape"]),
-                "changes": tuple(Change(**change) for change in value["changes"]),
-                "recovered": tuple(Omission(**omission) for omission in value["recovered"]),
-                "skipped": tuple(Omission(**omission) for omission in value["skipped"]),
+                "changes": [Change(**change) for change in value["changes"]],
+                "skipped": [Omission(**omission) for omission in value["skipped"]],
             }
         )
 
 
-@dataclass
-class _Record:
-    """One image ready to be stored; its payload is given up once it is written."""
+@dataclass(frozen=True)
+class _Prepared:
+    """An image ready to be stored."""
 
-    key: str
-    label: int
-    length: int
-    crc32c: int
     image: StandardImage
+    crc32c: int
     histogram: NDArray[np.int64] | None
 
 
@@ -135,105 +127,100 @@ def build_shard(
         StoreError: a raw image has another shape than the others.
         OSError: the file cannot be written.
     """
-    records: list[_Record] = []
-    skipped: list[Omission] = []
-    entry = shape = histogram = None
+    result = ShardResult(task.number, task.fingerprint)
+    keys: list[bytes] = []
+    rows: list[tuple[int, ...]] = []
+    histogram: NDArray[np.int64] | None = None
     with closing(task.images), atomic_write(task.path) as file:
         writer = ShardWriter(file)
         for batch in _prepared(task, threads, [0] * threads if current is None else current):
-            for record in batch:
-                if isinstance(record, Omission):
-                    skipped.append(record)
+            for position, prepared in batch:
+                key = task.keys[position]
+                if isinstance(prepared, str):
+                    result.skipped.append(Omission(key, prepared))
                     continue
+                image = prepared.image
                 if task.encoding == "raw":
-                    assert record.image.pixels is not None, "a raw source gives pixels"
-                    shape = shape or record.image.pixels.shape
-                    if record.image.pixels.shape != shape:
+                    assert image.pixels is not None, "a raw source gives pixels"
+                    result.shape = result.shape or image.pixels.shape
+                    if image.pixels.shape != result.shape:
                         raise StoreError(
-                            f"image {record.key!r} is {record.image.pixels.shape}, the others {shape}: raw needs one "
-                            "shape."
+                            f"image {key!r} is {image.pixels.shape}, the others {result.shape}: raw needs one shape."
                         )
-                    record.image.pixels = None
-                writer.add(record.image.payload)
-                record.image.payload = b""
-                if record.histogram is not None:
-                    histogram = record.histogram if histogram is None else histogram + record.histogram
-                records.append(record)
+                writer.add(image.payload)
+                keys.append(key.encode())
+                size = len(image.payload), prepared.crc32c, int(task.labels[position])
+                rows.append((*size, image.width, image.height, image.flags))
+                if prepared.histogram is not None:
+                    result.counted += 1
+                    histogram = prepared.histogram if histogram is None else histogram + prepared.histogram
+                if image.flags == FLAG_STRIPPED:
+                    result.stripped += 1
+                elif image.changed is not None:
+                    result.changes.append(Change(key, image.changed, image.flags))
             advance(len(batch))
-        if records:
-            index = _index(records)
+        if rows:
+            index = _index(keys, rows)
             header = ShardHeader(
                 count=len(index),
                 uuid=index.uuid,
                 encoding=task.encoding,
-                shape=shape,
+                shape=result.shape,
                 packer=task.packing.packer,
                 source_digest=task.source_digest,
             )
-            offset, size = writer.finish(index, header)
-    if records:
-        entry = ShardEntry(
-            name=task.path.name,
-            count=header.count,
-            bytes=task.path.stat().st_size,
-            data_offset=offset,
-            data_bytes=size,
-            file_hash=file_hash(task.path),
-            uuid=header.uuid,
-        )
-    else:
+            offset, data_bytes = writer.finish(index, header)
+    if not rows:
         task.path.unlink()
-    changed = [
-        (Change(record.key, record.image.changed, not record.image.flags & FLAG_REENCODED), record.image.flags)
-        for record in records
-        if record.image.changed is not None
-    ]
-    # Half of a data set may have lost its metadata, and the flag tells which: these images are counted, not listed.
-    listed = [(change, flags) for change, flags in changed if flags != FLAG_STRIPPED]
-    return ShardResult(
-        number=task.number,
-        fingerprint=task.fingerprint,
-        entry=entry,
-        shape=shape,
-        counted=sum(record.histogram is not None for record in records),
-        histogram=None if histogram is None else histogram.tolist(),
-        changes=tuple(change for change, _ in listed),
-        stripped=len(changed) - len(listed),
-        recovered=tuple(Omission(change.key, change.reason) for change, flags in listed if flags & FLAG_RECOVERED),
-        skipped=tuple(skipped),
+        return result
+    if histogram is not None:
+        result.histogram = histogram.tolist()
+    result.entry = ShardEntry(
+        name=task.path.name,
+        count=header.count,
+        bytes=task.path.stat().st_size,
+        data_offset=offset,
+        data_bytes=data_bytes,
+        file_hash=file_hash(task.path),
+        uuid=header.uuid,
     )
+    return result
 
 
-def _index(records: Sequence[_Record]) -> ShardIndex:
-    """The index of records that lie one after another."""
-    length = np.array([record.length for record in records], dtype="<u8")
-    keys = [record.key.encode() for record in records]
+def _index(keys: Sequence[bytes], rows: Sequence[tuple[int, ...]]) -> ShardIndex:
+    """The index of records that lie one after another, from their lengths, CRC32Cs, labels, widths, heights, flags."""
+    lengths, crc32c, labels, widths, heights, flags = np.array(rows, dtype=np.int64).T
     return ShardIndex(
-        offset=(np.cumsum(length, dtype="<u8") - length).astype("<u8"),
-        length=length.astype("<u4"),
-        crc32c=np.array([record.crc32c for record in records], dtype="<u4"),
-        label=np.array([record.label for record in records], dtype="<i4"),
-        width=np.array([record.image.width for record in records], dtype="<u4"),
-        height=np.array([record.image.height for record in records], dtype="<u4"),
-        flags=np.array([record.image.flags for record in records], dtype="<u4"),
+        offset=(np.cumsum(lengths) - lengths).astype("<u8"),
+        length=lengths.astype("<u4"),
+        crc32c=crc32c.astype("<u4"),
+        label=labels.astype("<i4"),
+        width=widths.astype("<u4"),
+        height=heights.astype("<u4"),
+        flags=flags.astype("<u4"),
         key_blob=np.frombuffer(b"".join(keys), dtype="u1"),
         key_offset=np.cumsum([0, *map(len, keys)]).astype("<u8"),
     )
 
 
-def _prepared(task: ShardTask, threads: int, current: list[int] | memoryview) -> Iterator[list[_Record | Omission]]:
-    """Load and check the images on threads (decoding releases the GIL), giving them back in order."""
+def _prepared(
+    task: ShardTask, threads: int, current: list[int] | memoryview
+) -> Iterator[list[tuple[int, _Prepared | str]]]:
+    """Load and check the images on threads (decoding releases the GIL); yields slices of them in order.
+
+    Each image comes with its position, and is the reason where it is to be left out.
+    """
     slots = itertools.count()
     mine = threading.local()
 
     def take_slot() -> None:
         mine.slot = next(slots)
 
-    def prepare(positions: Sequence[int]) -> list[_Record | Omission]:
+    def prepare(positions: Sequence[int]) -> list[tuple[int, _Prepared | str]]:
         outcomes = []
         for position in positions:
             current[mine.slot] = position + 1
-            outcomes.append(_prepare(task, position))
+            outcomes.append((position, _prepare(task, position)))
         current[mine.slot] = 0
         return outcomes
 
@@ -241,51 +228,49 @@ def _prepared(task: ShardTask, threads: int, current: list[int] | memoryview) ->
         yield from in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE))
 
 
-def _prepare(task: ShardTask, position: int) -> _Record | Omission:
-    """Load and check one image; one that cannot be read becomes an omission with the reason, or stops packing."""
-    key, packing, count = task.keys[position], task.packing, bool(task.counted[position])
+def _prepare(task: ShardTask, position: int) -> _Prepared | str:
+    """Load and check one image; one that cannot be read stops packing, or gives the reason why it is left out."""
+    count = bool(task.counted[position])
     try:
-        content = task.images.load(position)
-        if task.encoding == "raw":
-            assert not isinstance(content, bytes), "a raw source gives pixels"
-            height, width, _ = content.shape
-            image = StandardImage(content.tobytes(), height, width, content, flags=0, changed=None)
-        else:
-            policy = JpegPolicy(
-                max_short_side=packing.max_short_side,
-                pixels=count,
-                decode=packing.check == "decode",
-                # Repair may run where the transcoder is not installed: shards that do not need it can be repaired.
-                transcode=packing.transcoder is not None and transcoder() is not None,
-            )
-            image = (
-                standard_jpeg(content, policy)
-                if isinstance(content, bytes)
-                else encoded_anew(content, "pixels of a data set", 0, policy)
-            )
+        image = _image(task, task.images.load(position), count=count)
     except StoreError:
         raise  # not this image but the whole source
-    except OSError as error:
-        return _omitted(task, key, f"it cannot be read: {error.strerror}")
-    except ValueError as error:
-        return _omitted(task, key, str(error))
-    length = len(image.payload)
-    if length > _LARGEST_RECORD:
-        return _omitted(task, key, f"it takes {length:,} bytes, a record can have {_LARGEST_RECORD:,}")
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+        if task.packing.on_error == "skip":
+            return reason
+        key = task.keys[position]
+        raise RecordError(
+            f"image {key!r} cannot be packed: {reason}. "
+            "Repair or remove it, or leave such images out with --on-error skip.",
+            key=key,
+        ) from error
     histogram = pixel_histogram(image.pixels) if count and image.pixels is not None else None
     if task.encoding == "jpeg":
-        image.pixels = None  # many records wait for their turn
-    return _Record(key, int(task.labels[position]), length, google_crc32c.value(image.payload), image, histogram)
+        image.pixels = None  # many images wait for their turn
+    return _Prepared(image, google_crc32c.value(image.payload), histogram)
 
 
-def _omitted(task: ShardTask, key: str, reason: str) -> Omission:
-    if task.packing.on_error == "skip":
-        return Omission(key, reason)
-    raise RecordError(
-        f"image {key!r} cannot be packed: {reason}. "
-        "Repair or remove it, or leave such images out with --on-error skip.",
-        key=key,
+def _image(task: ShardTask, content: bytes | NDArray[np.uint8], *, count: bool) -> StandardImage:
+    """What the store holds of an image; ValueError if it cannot."""
+    policy = JpegPolicy(
+        max_short_side=task.packing.max_short_side,
+        pixels=count,
+        decode=task.packing.check == "decode",
+        # Repair may run where the transcoder is not installed: shards that do not need it can be repaired.
+        transcode=task.packing.transcoder is not None and transcoder() is not None,
     )
+    if isinstance(content, bytes):
+        assert task.encoding == "jpeg", "a raw source gives pixels"
+        image = standard_jpeg(content, policy)
+    elif task.encoding == "jpeg":
+        image = encoded_anew(content, "pixels of a data set", 0, policy)
+    else:
+        height, width, _ = content.shape
+        image = StandardImage(content.tobytes(), height, width, content, flags=0, changed=None)
+    if len(image.payload) > _LARGEST_RECORD:
+        raise ValueError(f"it takes {len(image.payload):,} bytes, a record can have {_LARGEST_RECORD:,}")
+    return image
 
 
 def pixel_histogram(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -44,6 +45,9 @@ _BLOCK = 8192
 CHECKED_BYTES = 256 << 20
 """An index up to this size (three million records) is read and checked when it is opened."""
 _CHUNK = 1 << 16
+
+Indexes = Callable[[], Iterable[ShardIndex]]
+"""Reads the indexes of all shards. It is called four times, so that memory holds one shard's at a time."""
 
 
 class StoreIndex:
@@ -207,15 +211,15 @@ class Keys(Sequence[str]):
             yield from (key.decode() for key in self._index.keys(positions[start:stop]))
 
 
-def join_indexes(indexes: Iterable[ShardIndex]) -> StoreIndex:
-    """Join the indexes of all shards in memory: about 76 bytes per record. ``indexes`` is read four times."""
+def join_indexes(indexes: Sequence[ShardIndex]) -> StoreIndex:
+    """Join the indexes of all shards in memory: about 76 bytes per record."""
     file = io.BytesIO()
-    _write(file, indexes)
+    _write(file, lambda: indexes)
     return StoreIndex(np.frombuffer(file.getbuffer(), np.uint8))
 
 
-def build_index(folder: Path, indexes: Iterable[ShardIndex]) -> StoreIndex:
-    """Join the indexes of all shards into ``index.bin``, in memory of one shard's; ``indexes`` is read four times."""
+def build_index(folder: Path, indexes: Indexes) -> StoreIndex:
+    """Join the indexes of all shards into ``index.bin``, in memory of one shard's."""
     with atomic_write(folder / INDEX_NAME) as file:
         _write(file, indexes)
     return StoreIndex.open(folder / INDEX_NAME)
@@ -241,8 +245,8 @@ def load_index(folder: Path, manifest: Manifest) -> StoreIndex:
 
 def make_index(folder: Path, manifest: Manifest, *, in_memory: bool = False) -> StoreIndex:
     """Make the index from the shards, in ``index.bin`` or in memory only; errors as in :func:`load_index`."""
-    indexes = _ShardIndexes(folder, manifest)
-    index = join_indexes(indexes) if in_memory else build_index(folder, indexes)
+    indexes = partial(_shard_indexes, folder, manifest)
+    index = join_indexes(list(indexes())) if in_memory else build_index(folder, indexes)
     if index.hash != manifest.index_hash:
         raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash. {REMEDY}")
     return index
@@ -275,7 +279,7 @@ def dataset_digest(
     return digest.hexdigest()
 
 
-def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> None:
+def _write(file: BinaryIO, indexes: Indexes) -> None:
     """Write header, rows, labels and keys, then the hash of every block of them."""
     hashes: list[int] = []
     rest = b""
@@ -290,12 +294,14 @@ def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> None:
     file.write(np.array(hashes, _HASH).tobytes())
 
 
-def _pieces(indexes: Iterable[ShardIndex]) -> Iterator[bytes]:
+def _pieces(indexes: Indexes) -> Iterator[bytes]:
     """The content of ``index.bin`` before the hashes, in order."""
-    count, key_bytes = np.array([(len(index), len(index.key_blob)) for index in indexes], np.int64).sum(axis=0).tolist()
+    count, key_bytes = (
+        np.array([(len(index), len(index.key_blob)) for index in indexes()], np.int64).sum(axis=0).tolist()
+    )
     yield _HEADER.pack(_MAGIC, count, key_bytes)
     before = 0
-    for index in indexes:
+    for index in indexes():
         rows = np.empty(len(index), ROW)
         for column in ("offset", "length", "crc32c", "width", "height", "flags"):
             rows[column] = getattr(index, column)
@@ -303,9 +309,9 @@ def _pieces(indexes: Iterable[ShardIndex]) -> Iterator[bytes]:
         rows["key_length"] = np.diff(index.key_offset)
         yield rows.tobytes()
         before += len(index.key_blob)
-    for index in indexes:
+    for index in indexes():
         yield index.label.astype(_LABEL).tobytes()
-    for index in indexes:
+    for index in indexes():
         yield index.key_blob.tobytes()
 
 
@@ -318,18 +324,13 @@ def _chunks(count: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
 
 
-class _ShardIndexes(Iterable[ShardIndex]):
-    """The indexes of a store's shards, read and checked in each pass."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self._folder, self._manifest = folder, manifest
-
-    def __iter__(self) -> Iterator[ShardIndex]:
-        for entry in self._manifest.shards:
-            path = self._folder / entry.name
-            index = read_shard(path).index
-            if index.uuid != entry.uuid:
-                raise StoreError(
-                    f"{path} holds another index than was packed (uuid {index.uuid}, not {entry.uuid}). {REMEDY}"
-                )
-            yield index
+def _shard_indexes(folder: Path, manifest: Manifest) -> Iterator[ShardIndex]:
+    """Read and check the indexes of a store's shards."""
+    for entry in manifest.shards:
+        path = folder / entry.name
+        index = read_shard(path).index
+        if index.uuid != entry.uuid:
+            raise StoreError(
+                f"{path} holds another index than was packed (uuid {index.uuid}, not {entry.uuid}). {REMEDY}"
+            )
+        yield index

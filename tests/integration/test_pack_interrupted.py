@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from paws_hpc.files import file_hash
-from paws_hpc.packing import ImageFolder, PackOptions, pack, pack_task, packer
+from paws_hpc.packing import ImageFolder, PackOptions, pack, packer
 from paws_hpc.packing.job import PackJob
 from paws_hpc.packing.plan import packing_order
 from paws_hpc.shards import main
@@ -186,7 +186,7 @@ def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
     changing = ("replace", "unlink", "rmdir")
     template = tmp_path / "template"
     for part in (1, 2):
-        pack_task(ImageFolder(folder), template, (part, 3), options=OPTIONS)
+        pack(ImageFolder(folder), template, task=(part, 3), options=OPTIONS)
     for turn in range(0, 200, 3):
         store = shutil.copytree(template, tmp_path / f"at-{turn}")
         remaining, met = iter(range(turn)), []
@@ -252,9 +252,9 @@ def test_a_part_that_begins_when_all_is_done_meanwhile_leaves_nothing(
         original(self, identity, force=force)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PackJob, "begin", late)
-    report = pack_task(ImageFolder(folder), store, (2, 3), options=OPTIONS)
-    assert report.store is not None
-    assert report.store.manifest.count == IMAGES
+    report = pack(ImageFolder(folder), store, task=(2, 3), options=OPTIONS)
+    assert report.manifest is not None
+    assert report.manifest.count == IMAGES
     assert bytes_of(store) == expected
 
 
@@ -282,7 +282,7 @@ def test_finished_shards_that_were_damaged_are_packed_again(
 ) -> None:
     store = tmp_path / "store"
     for part in (1, 2):
-        pack_task(ImageFolder(folder), store, (part, 3), options=OPTIONS)
+        pack(ImageFolder(folder), store, task=(part, 3), options=OPTIONS)
     first, second, third, fourth = sorted(store.glob(".packing/shard-*.h5"))[:4]
     os.truncate(first, first.stat().st_size - 1)
     second.unlink()
@@ -335,12 +335,12 @@ def test_a_part_alone_makes_no_store_and_says_what_is_missing(
     folder: Path, tmp_path: Path, expected: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = tmp_path / "store"
-    report = pack_task(ImageFolder(folder), store, (2, 2), options=OPTIONS)
+    report = pack(ImageFolder(folder), store, task=(2, 2), options=OPTIONS)
     shards = sum(name.endswith(".h5") for name in expected)
-    assert (report.packed, report.missing, report.store) == (shards // 2, shards - shards // 2, None)
+    assert (report.packed, report.missing, report.manifest) == (shards // 2, shards - shards // 2, None)
     assert not (store / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"--force"):
-        pack_task(ImageFolder(folder), store, (1, 2), options=PackOptions(force=True))
+        pack(ImageFolder(folder), store, task=(1, 2), options=PackOptions(force=True))
     for wrong in ("0/2", "3/2", "x", "1/0", "1"):
         with pytest.raises(SystemExit):
             main([*command(folder, store)[3:], "--part", wrong])
@@ -349,7 +349,7 @@ def test_a_part_alone_makes_no_store_and_says_what_is_missing(
 
 def test_another_source_or_option_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    pack_task(ImageFolder(folder), store, (1, 2), options=OPTIONS)
+    pack(ImageFolder(folder), store, task=(1, 2), options=OPTIONS)
     before = sorted(path.name for path in store.rglob("*"))
     with pytest.raises(StoreError, match=r"unfinished pack.*seed=0 \(wanted 3\).*--force"):
         pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, seed=3))
@@ -371,7 +371,7 @@ def test_a_source_that_changed_between_two_runs_is_not_mixed(folder: Path, tmp_p
     source = shutil.copytree(folder, tmp_path / "source")
     store = tmp_path / "store"
     for part in range(1, 4):
-        pack_task(ImageFolder(source), store, (part, 4), options=OPTIONS)
+        pack(ImageFolder(source), store, task=(part, 4), options=OPTIONS)
     first = ImageFolder(source)
     path = source / first.keys[packing_order(first.keys, seed=0)[0]]  # in the first shard, which is done
     assert (store / ".packing" / "shard-00000.json").exists()
@@ -403,11 +403,11 @@ def test_an_image_that_was_left_out_stops_a_run_that_was_not_asked_to(folder: Pa
         (source / f"c{label}" / "bad.jpg").write_bytes(b"nothing")
     skipping = PackOptions(shard_bytes=30_000, workers=1, on_error="skip")
     for part in (1, 2):
-        pack_task(ImageFolder(source), tmp_path / "store", (part, 3), options=skipping)
+        pack(ImageFolder(source), tmp_path / "store", task=(part, 3), options=skipping)
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("store/.packing/shard-*.json"))]
     left_out = next(result for result in results if result["skipped"])
     with pytest.raises(RecordError) as caught:
-        pack_task(ImageFolder(source), tmp_path / "store", (left_out["number"] % 3 + 1, 3), options=OPTIONS)
+        pack(ImageFolder(source), tmp_path / "store", task=(left_out["number"] % 3 + 1, 3), options=OPTIONS)
     assert caught.value.key == left_out["skipped"][0]["key"]
 
 

@@ -68,7 +68,7 @@ def test_a_folder_of_jpegs_comes_back_byte_for_byte(folder: Path, tmp_path: Path
             assert np.abs(np.asarray(opened).astype(int) - image).max() <= 1
     progressive = [store.keys[place] for place in np.flatnonzero(store.flags & FLAG_PROGRESSIVE)]
     assert progressive == ["cow/05.jpg"]
-    assert not report.reencoded
+    assert not report.manifest.reencoded
 
 
 @pytest.mark.parametrize("shard_bytes", [10 * KIB, 256 << 20])

@@ -19,7 +19,6 @@ from paws_hpc.packing import (
     SourceConfig,
     open_source,
     pack,
-    pack_task,
     plan_pack,
     planned_listing,
     repair,
@@ -278,7 +277,7 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     listing = planned_listing(tmp_path / "by_part", options["kind"])
     assert (listing is not None) == ("root" in options)
     again = open_source(SourceConfig(**options, classes=chosen), listing)
-    pack_task(again, tmp_path / "by_part", (1, 1))
+    pack(again, tmp_path / "by_part", task=(1, 1))
     assert ImageStore.open(tmp_path / "by_part").digest == part.digest
     (shard,) = (tmp_path / "by_part").glob("*.h5")
     intact = shard.read_bytes()
