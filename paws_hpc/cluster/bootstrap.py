@@ -11,11 +11,11 @@ import logging
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import submitit
 
@@ -28,17 +28,7 @@ from paws_hpc.cluster.signals import interruptible
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.stage_table import STAGES, import_torch
-from paws_hpc.stages.attempts import (
-    BEAT_EVERY_S,
-    Attempt,
-    Holder,
-    Lease,
-    LeaseHeldError,
-    LeaseLostError,
-    acquire,
-    read_beat,
-    record_failure,
-)  # fmt: skip
+from paws_hpc.stages.attempts import Attempt, Lease, LeaseHeldError, LeaseLostError, acquire, beats, record_failure
 from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -55,23 +45,16 @@ def run_job(path: Path, job: Job) -> None:
         KeyboardInterrupt: this process was interrupted; a job that trains has saved its state.
     """
     run = RunFolder(path)
-    config, stage = read_config(run.config), STAGES[job.stage]
-    holder = Holder(job=job.name, ranks=1, progress=job.progress(run), key=f"local{os.getpid()}")
-    with _attempt(run, job, holder) as lease:
-        if not stage.torch:
-            stage.load(StageContext(config, run, job.stage, job.trial, lease.fence))
-            return
-        from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
-
-        if not stage.trains:
-            rank.run_alone(config, run, job, fence=lease.fence)
-            return
-        with interruptible() as requested:
-            try:
-                rank.run_alone(config, run, job, fence=lease.fence, requested=requested)
-            except PreemptedError as stop:
-                lease.end("interrupted", step=stop.step)
-                raise KeyboardInterrupt(f"{job.name} {stop}") from stop
+    config = read_config(run.config)
+    alone = SimpleNamespace(job_id=os.getpid(), num_tasks=1, num_nodes=1, global_rank=0, local_rank=0)
+    heed = interruptible() if STAGES[job.stage].trains else nullcontext()
+    with _attempt(run, job, alone) as lease, heed as requested:
+        try:
+            _run_rank(config, run, job, alone, lease, requested=requested)
+        except PreemptedError as stop:
+            assert lease is not None, "the only rank"
+            lease.end("interrupted", step=stop.step)
+            raise KeyboardInterrupt(f"{job.name} {stop}") from stop
 
 
 def run_job_as_local_rank(path: Path, job: Job) -> None:
@@ -79,8 +62,8 @@ def run_job_as_local_rank(path: Path, job: Job) -> None:
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
     config = read_config(run.config)
-    with _attempt_as_rank(run, job, place) as lease:
-        _run_as_rank(config, run, job, place, requested=None, lease=lease, restart=0)
+    with _attempt(run, job, place) as lease:
+        _run_rank(config, run, job, place, lease)
 
 
 def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
@@ -96,10 +79,10 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
     run, place = RunFolder(path), submitit.JobEnvironment()
     own = SlurmJob(run.chain, notice_s=notice_s, trains=STAGES[job.stage].trains)
     config = read_config(frozen)
-    with _attempt_as_rank(run, job, place, own) as lease:
+    with _attempt(run, job, place, own) as lease:
         own.lease = lease
         try:
-            _run_as_rank(config, run, job, place, requested=own.requested, lease=lease, restart=own.restart)
+            _run_rank(config, run, job, place, lease, requested=own.requested, restart=own.restart)
         except PreemptedError as stop:  # saved by all ranks at one step; those beside rank 0 just leave
             if lease is not None:
                 own.give_back(step=stop.step)
@@ -110,56 +93,33 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
 
 
 @contextmanager
-def _attempt_as_rank(
+def _attempt(
     run: RunFolder, job: Job, place: submitit.JobEnvironment, own: SlurmJob | None = None
 ) -> Iterator[Lease | None]:
-    """Rank 0 begins an attempt of the job and holds its lease; the other ranks only record their failures."""
-    key = own.key if own else f"local{place.job_id}"
-    if place.global_rank > 0:
-        with _failures_recorded(run, job, key, place.global_rank):
-            yield None
-        return
-    holder = Holder(
-        job=job.name,
-        ranks=place.num_tasks,
-        progress=job.progress(run),
-        key=key,
-        job_id=own.job_id if own else None,
-        restart=own.restart if own else 0,
-    )
-    with _attempt(run, job, holder, leaving_s=_LEAVING_S if own else 0.0) as lease:
-        yield lease
-
-
-@contextmanager
-def _attempt(run: RunFolder, job: Job, holder: Holder, *, leaving_s: float = 0.0) -> Iterator[Lease]:
-    """Begin an attempt of a job, and record how it ends."""
-    alive = partial(is_alive, own_job_id=holder.job_id)
-    with (
-        _failures_recorded(run, job, holder.key, rank=0),
-        acquire(run.job(job.name), holder, is_alive=alive, wait_s=leaving_s) as lease,
-    ):
-        try:
-            yield lease
-        except BaseException as error:
-            if not lease.ended:
-                lease.end("failed" if isinstance(error, Exception) else "interrupted", message=str(error))
-            raise
-        if not lease.ended:
-            lease.end("done")
-
-
-@contextmanager
-def _failures_recorded(run: RunFolder, job: Job, key: str, rank: int) -> Iterator[None]:
-    """Write down why a rank fails, before the exception ends its process."""
+    """Rank 0 begins an attempt of the job and records how it ends; every rank records why it fails."""
+    folder, key = run.job(job.name), own.key if own else f"local{place.job_id}"
     try:
-        yield
+        if place.global_rank > 0:
+            yield None
+            return
+        job_id, restart = (own.job_id, own.restart) if own else (None, 0)
+        facts = {"job": job.name, "job_id": job_id, "restart": restart, "key": key}
+        facts |= {"ranks": place.num_tasks, "progress": job.progress(run)}
+        alive = partial(is_alive, own_job_id=job_id)
+        with acquire(folder, facts, is_alive=alive, wait_s=_LEAVING_S if own else 0.0) as lease:
+            try:
+                yield lease
+            except BaseException as error:
+                if not lease.ended:
+                    lease.end("failed" if isinstance(error, Exception) else "interrupted", message=str(error))
+                raise
+            if not lease.ended:
+                lease.end("done")
     except Exception as error:
-        folder = run.job(job.name)
         try:
-            record_failure(folder, key, rank, error, permanent=is_permanent(error))
+            record_failure(folder, key, place.global_rank, error, permanent=is_permanent(error))
         except OSError as full:
-            _LOG.error("The failure of rank %d cannot be recorded in %s: %s", rank, folder, full)
+            _LOG.error("The failure of rank %d cannot be recorded in %s: %s", place.global_rank, folder, full)
         raise
 
 
@@ -175,15 +135,15 @@ def is_permanent(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or isinstance(error, _FINAL_RUNTIME_ERRORS)
 
 
-def _run_as_rank(
+def _run_rank(
     config: Config,
     run: RunFolder,
     job: Job,
     place: submitit.JobEnvironment,
-    *,
-    requested: Callable[[], bool] | None,
     lease: Lease | None,
-    restart: int,
+    *,
+    requested: Callable[[], bool] | None = None,
+    restart: int = 0,
 ) -> None:
     """Run the stage, with the other ranks if it needs torch.
 
@@ -204,7 +164,7 @@ def _run_as_rank(
     import_torch()
     from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 
-    rank.run_among(config, run, job, place, requested=requested, fence=fence, restart=restart)
+    rank.run_stage(config, run, job, place, requested=requested, fence=fence, restart=restart)
 
 
 def _log_to_stderr() -> None:
@@ -218,34 +178,21 @@ def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
         attempt: the earlier one.
         own_job_id: of the asking job: what ran under the same id before is over, for Slurm started the id anew.
     """
-    holder = attempt.holder
-    if holder.job_id is None:
+    if attempt.job_id is None:
         try:
-            if holder.host == socket.gethostname():
-                os.kill(holder.pid, 0)
+            if attempt.host == socket.gethostname():
+                os.kill(attempt.pid, 0)
         except ProcessLookupError:
             return False
         except PermissionError:  # it exists, and is somebody else's
             pass
-        return _beats(attempt)
-    if holder.job_id == own_job_id:
+        return beats(attempt)
+    if attempt.job_id == own_job_id:
         return False
     try:
-        state = scheduler.job_state(holder.job_id)
+        state = scheduler.job_state(attempt.job_id)
     except SchedulerError as error:
-        _LOG.warning(
-            "Slurm cannot say whether job %s still runs, so its heartbeat is watched: %s", holder.job_id, error
-        )
-        return _beats(attempt)
+        _LOG.warning("Slurm cannot say whether job %s runs, so its heartbeat is watched: %s", attempt.job_id, error)
+        return beats(attempt)
     # A job that waits in the queue again has left; it will take its own next attempt.
     return state is not None and state != "PENDING" and state not in scheduler.ENDED
-
-
-def _beats(attempt: Attempt) -> bool:
-    """Whether the heartbeat changes while it is watched; comparing clocks of two machines would prove nothing."""
-    before, deadline = read_beat(attempt.folder, attempt.number), time.monotonic() + 3 * BEAT_EVERY_S
-    while time.monotonic() < deadline:
-        time.sleep(BEAT_EVERY_S / 10)
-        if read_beat(attempt.folder, attempt.number) != before:
-            return True
-    return False

@@ -308,7 +308,7 @@ def _of_slurm(word: str, reason: str) -> tuple[str, str]:
 def _of_attempts(
     job_id: str | None, last: Attempt | None, silent_s: float | None, *, forgotten: bool
 ) -> tuple[str, str, str]:
-    if last is None or (job_id is not None and last.holder.job_id != job_id):
+    if last is None or (job_id is not None and last.job_id != job_id):
         if job_id is None:
             return "not started", "", "attempts"
         return ("lost", _FORGOTTEN, "chain") if forgotten else ("submitted", "", "chain")
@@ -336,7 +336,7 @@ def _notes(
         since = max(progress.changed or 0.0, datetime.fromisoformat(attempts[-1].began).timestamp())
         if time.time() - since > _STUCK_S:
             yield f"no new metrics for {span(time.time() - since)}"
-    steps = [attempt.holder.progress for attempt in attempts]
+    steps = [attempt.progress for attempt in attempts]
     repeated = next((i for i, step in enumerate(reversed(steps)) if step != steps[-1]), len(steps))
     if progress is not None and state != "done" and repeated >= _REPEATS and progress.saved_step <= steps[-1]:
         yield f"does not advance: the last {repeated} attempts all began at step {steps[-1]}"

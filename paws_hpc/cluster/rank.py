@@ -1,4 +1,4 @@
-"""One of the ranks that compute: its threads and device, its meeting with the others, and its stage."""
+"""A rank: its threads and device, its meeting with the others, and its stage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import submitit
 import torch
@@ -29,21 +28,7 @@ _LOG = logging.getLogger(__name__)
 _POLL_S = 0.1
 
 
-def run_alone(
-    config: Config,
-    run: RunFolder,
-    job: Job,
-    *,
-    fence: Callable[[], None],
-    requested: Callable[[], bool] | None = None,
-) -> None:
-    """Run a stage as the only rank; arguments as of :func:`run_among`."""
-    _set_threads(config, job, local_ranks=1)
-    control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
-    _run(config, run, job, _device(config, job, local_rank=0, local_ranks=1), control)
-
-
-def run_among(
+def run_stage(
     config: Config,
     run: RunFolder,
     job: Job,
@@ -81,7 +66,7 @@ def run_among(
     control = JobControl(fence=fence) if requested is None else JobControl(requested, fence)
     try:
         try:
-            _run(config, run, job, device, control)
+            STAGES[job.stage].load(TorchContext(config, run, job.stage, job.trial, control.fence, device, control))
         finally:
             control.close()
     except PreemptedError:
@@ -95,11 +80,6 @@ def _leave_together() -> None:
     if dist.is_initialized():
         distributed.barrier()
         dist.destroy_process_group()
-
-
-def _run(config: Config, run: RunFolder, job: Job, device: torch.device, control: JobControl) -> None:
-    context = TorchContext(config, run, job.stage, job.trial, control.fence, device, control)
-    STAGES[job.stage].load(context)
 
 
 def _set_threads(config: Config, job: Job, *, local_ranks: int) -> None:
@@ -181,19 +161,28 @@ def join(
         listener = socket.create_server((listen_on, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
+            host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False,
             master_listen_fd=listener.detach(),
-        )
+        )  # fmt: skip
         write_json(path, {"host": host, "port": port, "node": socket.gethostname()})
     else:
-        published = _wait_for(path, timeout_s)
-        _check_reachable(published)
-        store = dist.TCPStore(published["host"], published["port"], world_size, is_master=False, timeout=timeout)
+        deadline = time.monotonic() + timeout_s
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its "
+                    "log), or the run directory is not on a file system that all ranks share."
+                )
+            time.sleep(_POLL_S)
+        published = read_json(path)
+        host, node, here = published["host"], published["node"], socket.gethostname()
+        if (host == "localhost" or host.startswith("127.")) and node != here:
+            raise ValueError(
+                f"Rank 0 on {node} says that it is at {host}, which is this machine ({here}) for everybody else. That "
+                "comes from MASTER_ADDR in the environment of the launch: unset it, or set it to rank 0's own address "
+                "in hydra.launcher.setup."
+            )
+        store = dist.TCPStore(host, published["port"], world_size, is_master=False, timeout=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -201,26 +190,3 @@ def join(
     finally:
         if rank == 0:  # nobody may take this address for that of a later start
             path.unlink()
-
-
-def _check_reachable(published: dict[str, Any]) -> None:
-    host, node = published["host"], published["node"]
-    if (host == "localhost" or host.startswith("127.")) and node != socket.gethostname():
-        raise ValueError(
-            f"Rank 0 on {node} says that it is at {host}, which is this machine ({socket.gethostname()}) for everybody "
-            "else. That comes from MASTER_ADDR in the environment of the launch: unset it, or set it to rank 0's own "
-            "address in hydra.launcher.setup."
-        )
-
-
-def _wait_for(path: Path, timeout_s: float) -> dict[str, Any]:
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"Rank 0 did not publish its address in {path} within {timeout_s:g} s. It failed to start (see its "
-                "log), or the run directory is not on a file system that all ranks share."
-            )
-        time.sleep(_POLL_S)
-    address: dict[str, Any] = read_json(path)
-    return address

@@ -174,9 +174,9 @@ def after_crash(path: Path, limit: int) -> None:
 
 def _record_crash(folder: Path, job_id: str, restart: int) -> list[Attempt]:
     """The attempts under this id; the end of the present one is written down if it had no time to do so itself."""
-    attempts = [attempt for attempt in read_attempts(folder) if attempt.holder.job_id == job_id]
+    attempts = [attempt for attempt in read_attempts(folder) if attempt.job_id == job_id]
     last = attempts[-1] if attempts else None
-    if last is None or last.holder.restart != restart or last.end is not None:
+    if last is None or last.restart != restart or last.end is not None:
         return attempts
     message = last.failures[0]["message"] if last.failures else "A rank was killed: by the system for memory, say."
     record_end(folder, last.number, "crashed", seconds=last.seconds, message=message)
@@ -193,9 +193,9 @@ def fruitless_crashes(attempts: list[Attempt], progress: int, restart: int) -> i
         progress: training steps of the newest checkpoint now.
         restart: of the present attempt; those up to it that are not in ``attempts`` crashed too early to be.
     """
-    count = restart - (attempts[-1].holder.restart if attempts else -1)
+    count = restart - (attempts[-1].restart if attempts else -1)
     for attempt in reversed(attempts):
-        if attempt.holder.progress < progress:
+        if attempt.progress < progress:
             break
         count += attempt.end is not None and attempt.end["how"] in ("crashed", "failed")
     return count

@@ -13,8 +13,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -37,38 +37,19 @@ class LeaseLostError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who runs an attempt of a job.
-
-    Attributes:
-        job: its name, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
-        job_id: the scheduler's; None without a scheduler.
-        restart: how often the scheduler has started this id before.
-        key: shared by the ranks of this attempt alone; their failures are named by it.
-        host: of rank 0, which is the calling process by default.
-        pid: of rank 0.
-        ranks: processes that run it together.
-        progress: training steps of the newest checkpoint when the attempt began, 0 where there is none.
-    """
-
-    job: str
-    job_id: str | None = None
-    restart: int = 0
-    key: str
-    host: str = field(default_factory=socket.gethostname)
-    pid: int = field(default_factory=os.getpid)
-    ranks: int
-    progress: int
-
-
-@dataclass(frozen=True)
 class Attempt:
     """An attempt, read from its files.
 
     Attributes:
         folder: of the job.
         number: counts from 1.
-        holder: who runs it.
+        job: name of the job, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
+        job_id: the scheduler's; None without a scheduler.
+        restart: how often the scheduler has started this id before.
+        key: shared by the ranks of this attempt alone; their failures are named by it.
+        host: of rank 0, and its ``pid``.
+        ranks: processes that run it together.
+        progress: training steps of the newest checkpoint when the attempt began, 0 where there is none.
         began: ISO time, UTC.
         beat: the last heartbeat (``beat``, ``time``), None before the first.
         end: how it ended (``how``, ``step``, ``seconds``, ``message``), None while it runs or if it was killed.
@@ -77,7 +58,14 @@ class Attempt:
 
     folder: Path
     number: int
-    holder: Holder
+    job: str
+    job_id: str | None
+    restart: int
+    key: str
+    host: str
+    pid: int
+    ranks: int
+    progress: int
     began: str
     beat: dict[str, Any] | None
     end: dict[str, Any] | None
@@ -99,18 +87,15 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 
 def _read(path: Path) -> Attempt:
-    folder, number = path.parent, path.stem.removeprefix("start-")
-    value = read_json(path)
-    began = value.pop("began")
-    end = folder / f"end-{number}.json"
+    folder, number, began = path.parent, int(path.stem.removeprefix("start-")), read_json(path)
+    end = folder / f"end-{number:04d}.json"
     return Attempt(
         folder=folder,
-        number=int(number),
-        holder=Holder(**value),
-        began=began,
-        beat=read_beat(folder, int(number)),
+        number=number,
+        beat=read_beat(folder, number),
         end=read_json(end) if end.exists() else None,
-        failures=read_failures(folder, value["key"]),
+        failures=read_failures(folder, began["key"]),
+        **began,
     )
 
 
@@ -143,6 +128,16 @@ def read_beat(folder: Path, number: int) -> dict[str, Any] | None:
     """The last heartbeat of an attempt, None before the first."""
     path = folder / f"beat-{number:04d}.json"
     return read_json(path) if path.exists() else None
+
+
+def beats(attempt: Attempt) -> bool:
+    """Whether the heartbeat changes while it is watched; comparing clocks of two machines would prove nothing."""
+    before, deadline = read_beat(attempt.folder, attempt.number), time.monotonic() + 3 * BEAT_EVERY_S
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_EVERY_S / 10)
+        if read_beat(attempt.folder, attempt.number) != before:
+            return True
+    return False
 
 
 class Lease:
@@ -192,12 +187,12 @@ class Lease:
         self._thread.join()
 
 
-def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Attempt], bool], wait_s: float) -> Lease:
+def acquire(folder: Path, facts: Mapping[str, Any], *, is_alive: Callable[[Attempt], bool], wait_s: float) -> Lease:
     """Begin the next attempt of a job.
 
     Args:
         folder: of the job.
-        holder: who begins it.
+        facts: ``job``, ``job_id``, ``restart``, ``key``, ``ranks`` and ``progress`` of the :class:`Attempt`.
         is_alive: whether an earlier attempt that recorded no end still runs.
         wait_s: to wait for such an attempt to end, for a cancelled job has some seconds to leave.
 
@@ -207,21 +202,22 @@ def acquire(folder: Path, holder: Holder, *, is_alive: Callable[[Attempt], bool]
     deadline = time.monotonic() + wait_s
     attempts = read_attempts(folder)
     while attempts and attempts[-1].end is None and is_alive(attempts[-1]):
-        other = attempts[-1].holder
+        other = attempts[-1]
         if time.monotonic() > deadline:
             raise LeaseHeldError(
-                f"{folder} is in the hands of {_who(other)}, which began {attempts[-1].began}. Two writers would spoil "
+                f"{folder} is in the hands of {_who(other)}, which began {other.began}. Two writers would spoil "
                 "the run: wait for that job or cancel it, then launch again."
             )
         time.sleep(_LOOK_AGAIN_S)
         attempts = read_attempts(folder)
     number = len(attempts) + 1
     try:
-        create_json(_attempt_path(folder, number), asdict(holder) | {"began": now()})
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "began": now()}
+        create_json(_attempt_path(folder, number), {**facts, **here})
     except FileExistsError as error:
+        first = _who(_read(_attempt_path(folder, number)))
         raise LeaseHeldError(
-            f"Two jobs started {folder} at the same moment; {_who(_read(_attempt_path(folder, number)).holder)} was "
-            "first, and this one leaves."
+            f"Two jobs started {folder} at the same moment; {first} was first, and this one leaves."
         ) from error
     return Lease(folder, number)
 
@@ -265,6 +261,6 @@ def _attempt_path(folder: Path, number: int) -> Path:
     return folder / f"start-{number:04d}.json"
 
 
-def _who(holder: Holder) -> str:
-    job = f"job {holder.job_id}" if holder.job_id else f"process {holder.pid}"
-    return f"{job} on {holder.host}"
+def _who(attempt: Attempt) -> str:
+    job = f"job {attempt.job_id}" if attempt.job_id else f"process {attempt.pid}"
+    return f"{job} on {attempt.host}"

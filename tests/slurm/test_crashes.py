@@ -51,7 +51,7 @@ def test_a_full_disk_fails_clearly_and_loses_nothing(cluster: Cluster, folder: P
         run.launch()
         run.wait_done()
         assert [row["step"] for row in run.rows("pretrain") if "train/loss" in row] == list(range(40))
-        assert run.attempts("pretrain")[1].holder.progress == 10
+        assert run.attempts("pretrain")[1].progress == 10
 
 
 def fill(folder: Path) -> None:

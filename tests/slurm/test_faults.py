@@ -74,7 +74,7 @@ def test_preempted_by_sigterm_alone_and_both_nodes_lost_with_the_newest_checkpoi
     run.cluster.node_up("n2")
 
     run.wait_start("pretrain", 3)
-    assert run.attempts("pretrain")[2].holder.progress > 0
+    assert run.attempts("pretrain")[2].progress > 0
     run.wait_rows("pretrain", reached + 16)
     run.cluster.node_down("n1")  # with the batch script and rank 0
     run.cluster.node_up("n1")

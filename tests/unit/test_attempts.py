@@ -15,7 +15,6 @@ from paws_hpc.cluster import bootstrap
 from paws_hpc.cluster.requeue import fruitless_crashes
 from paws_hpc.stages.attempts import (
     Attempt,
-    Holder,
     Lease,
     LeaseHeldError,
     LeaseLostError,
@@ -29,8 +28,8 @@ from tests.attempts import write_attempt
 
 
 def begin(folder: Path, *, alive: bool = False, job_id: str | None = "17") -> Lease:
-    holder = Holder(job="pretrain", ranks=2, progress=0, key=f"{job_id}-0", job_id=job_id)
-    return acquire(folder, holder, is_alive=lambda _: alive, wait_s=0.0)
+    facts = {"job": "pretrain", "job_id": job_id, "restart": 0, "key": f"{job_id}-0", "ranks": 2, "progress": 0}
+    return acquire(folder, facts, is_alive=lambda _: alive, wait_s=0.0)
 
 
 def test_a_start_that_was_believed_dead_cannot_write_once_another_took_over(tmp_path: Path) -> None:
@@ -83,23 +82,19 @@ def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
 def test_a_process_that_is_gone_is_dead_and_what_ran_under_the_own_job_id_too(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    here = Holder(job="pretrain", ranks=1, progress=0, key="local1")
-    gone = replace(here, pid=process.pid)
-    attempt = Attempt(tmp_path, 1, gone, "2026-01-02T03:04:05+00:00", None, None, [])
-    assert not bootstrap.is_alive(attempt, own_job_id=None)
-    requeued = replace(attempt, holder=replace(here, job_id="17", key="17-0", host="n1", pid=1))
-    assert not bootstrap.is_alive(requeued, own_job_id="17")
+    begin(tmp_path, job_id=None)
+    (attempt,) = read_attempts(tmp_path)
+    assert not bootstrap.is_alive(replace(attempt, pid=process.pid), own_job_id=None)
+    assert not bootstrap.is_alive(replace(attempt, job_id="17", host="n1", pid=1), own_job_id="17")
 
 
 def test_where_nobody_can_be_asked_a_changing_heartbeat_is_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
-    monkeypatch.setattr(bootstrap, "BEAT_EVERY_S", 0.3)
-    monkeypatch.setattr("paws_hpc.stages.attempts.BEAT_EVERY_S", 0.1)
-    elsewhere = Holder(job="pretrain", job_id="17", key="17-0", host="another-node", pid=1, ranks=1, progress=0)
-    with begin(tmp_path) as lease:
-        attempt = Attempt(tmp_path, lease.number, elsewhere, "2026-01-02T03:04:05+00:00", None, None, [])
+    monkeypatch.setattr("paws_hpc.stages.attempts.BEAT_EVERY_S", 0.2)
+    with begin(tmp_path):
+        attempt = replace(read_attempts(tmp_path)[0], host="another-node", pid=1)
         assert bootstrap.is_alive(attempt, own_job_id="18")
     assert not bootstrap.is_alive(attempt, own_job_id="18")
 
