@@ -11,16 +11,15 @@ from typing import Any
 
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
-    BaselineConfig,
     ClassifierConfig,
     OptimizerConfig,
     PretrainConfig,
     SuncetConfig,
     TrackingConfig,
 )
-from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.config import VIT_PATCH_SIZE, ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
-from paws_hpc.sizes import check_divides
+from paws_hpc.sizes import check_divides, check_ranges
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 
 
@@ -52,12 +51,9 @@ class StageResources:
     additional_parameters: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "tasks_per_node", "threads_per_rank", "cpus_per_task", "timeout_min"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"resources: {name}={value} must be at least 1.")
-        if (self.gpus_per_node or 0) < 0 or (self.mem_gb or 0) < 0:
-            raise ValueError(f"resources: gpus_per_node={self.gpus_per_node} and mem_gb={self.mem_gb} must be >= 0.")
+        counts = ("nodes", "tasks_per_node", "threads_per_rank", "cpus_per_task", "timeout_min")
+        ranges = dict.fromkeys(counts, "[1, inf)") | {"gpus_per_node": "[0, inf)", "mem_gb": "[0, inf)"}
+        check_ranges("resources", self, **ranges)
 
     @property
     def ranks(self) -> int:
@@ -110,7 +106,7 @@ class Config:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     suncet: SuncetConfig = field(default_factory=SuncetConfig)
     finetune: ClassifierConfig = field(default_factory=ClassifierConfig)
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    baseline: ClassifierConfig = field(default_factory=ClassifierConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     resources: dict[str, StageResources] = field(default_factory=lambda: {name: StageResources() for name in STAGES})
     restarts_without_progress: int = 3
@@ -143,8 +139,9 @@ class Config:
             ("pretrain.support.classes * images_per_class", support.classes * support.images_per_class),
         ):
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
+        for name in SWEEPS:
+            sweep_config(self, name).check(name)
         self._check_patches()
-        self._check_sweeps()
         drawn = self.labels.per_class
         scarce = drawn is not None and drawn < support.images_per_class
         if scarce and self.data.support_order == "paper" and "pretrain" in self.stages:
@@ -158,29 +155,17 @@ class Config:
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
 
-    def _check_sweeps(self) -> None:
-        for sweep in (sweep_config(self, name) for name in SWEEPS):
-            if not sweep.sweep:
-                raise ValueError(
-                    f"{sweep.section}.sweep={{}} has no field to sweep. Give one at least, such as "
-                    f"{sweep.section}.sweep.learning_rate=[0.05]."
-                )
-
     def _check_patches(self) -> None:
-        patch = self.model.vit.patch_size
-        crops = {
-            "views.large.size": self.views.large.size,
-            "views.small.size": self.views.small.size if self.views.small.count else patch,
-            "views.evaluation.size": self.views.evaluation.size,
-            **{
-                f"{sweep.section}.crop.size": sweep.of_trial(trial).crop.size
-                for sweep in (sweep_config(self, name) for name in SWEEPS)
-                for trial in sweep.trials()
-            },
-        }
-        wrong = [f"{name}={size}" for name, size in crops.items() if size % patch]
-        if self.model.name == "vit" and wrong:
-            raise ValueError(f"{' and '.join(wrong)} must be multiples of model.vit.patch_size={patch}.")
+        if self.model.name != "vit_s16":
+            return
+        crops = {f"views.{name}.size": getattr(self.views, name).size for name in ("large", "small", "evaluation")}
+        if not self.views.small.count:
+            del crops["views.small.size"]
+        for name in SWEEPS:
+            sweep = sweep_config(self, name)
+            crops |= {f"{name}.crop.size": sweep.of_trial(trial).crop.size for trial in sweep.trials()}
+        if wrong := [f"{name}={size}" for name, size in crops.items() if size % VIT_PATCH_SIZE]:
+            raise ValueError(f"{' and '.join(wrong)} must be multiples of {VIT_PATCH_SIZE}, the patches of vit_s16.")
 
 
 def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
@@ -212,7 +197,6 @@ _WITHOUT_EFFECT = (  # on the result: these may change between two launches of o
     "pretrain.log_every_steps",
     "pretrain.validate_every_epochs",
     "pretrain.checkpoint_every_steps",
-    "pretrain.keep_checkpoints",
     "pretrain.collapse",
     "finetune.min_trials",
     "baseline.min_trials",

@@ -1,4 +1,4 @@
-"""Sizes in the config are global: what a rank holds must come out even."""
+"""Checks of numbers in the config. Sizes there are global: what a rank holds must come out even."""
 
 from __future__ import annotations
 
@@ -14,3 +14,22 @@ def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 
             f"{name}={total} does not divide by {ranks} ranks{micro_batches}. Sizes are global: {name}={fits} would "
             "fit."
         )
+
+
+def check_ranges(section: str, config: object, **ranges: str) -> None:
+    """Raise ValueError, naming field, value and range, unless every number is in its range; None always is.
+
+    Args:
+        section: of the config, for messages.
+        config: has the fields.
+        ranges: of fields by name, as intervals such as ``[0, 1)`` and ``[1, inf)``.
+    """
+    for name, interval in ranges.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        least, greatest = map(float, interval[1:-1].split(","))
+        above = value >= least if interval[0] == "[" else value > least
+        below = value <= greatest if interval[-1] == "]" else value < greatest
+        if not (above and below):
+            raise ValueError(f"{section}.{name}={value} must be in {interval}.")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from paws_hpc.config import Config
 from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
-    BaselineConfig,
     ClassifierConfig,
     OptimizerConfig,
     PretrainConfig,
     SupportConfig,
     TrackingConfig,
 )
+from paws_hpc.models import encoder
 from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.vit import VisionTransformer
 from paws_hpc.trial import Trial
 
 WALL_CLOCK = ("train/images_per_s", "train/data_wait")
@@ -39,7 +44,7 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
             augment=STILL,
             evaluation=CenterCropConfig(resize=16, size=16),
         ),
-        model=ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1]),
+        model=ModelConfig("small_resnet", channels=[8, 16]),
         optimizer=OptimizerConfig(name="sgd", start_lr=0.1, peak_lr=0.1, final_lr=0.01, warmup_epochs=0.0),
         pretrain=PretrainConfig(
             batch_size=128,
@@ -50,7 +55,7 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
             checkpoint_every_steps=5,
         ),
         finetune=ClassifierConfig(sweep={"learning_rate": [0.02, 0.1], "epochs": [1, 2]}, batch_size=20, crop=crop),
-        baseline=BaselineConfig(sweep={"learning_rate": [0.1], "epochs": [2]}, batch_size=20, crop=crop),
+        baseline=ClassifierConfig(sweep={"learning_rate": [0.1], "epochs": [2]}, batch_size=20, crop=crop),
         tracking=TrackingConfig(wandb="disabled"),
     )
 
@@ -58,3 +63,13 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
 def trial_at(learning_rate: float, epochs: int) -> Trial:
     """A point of the sweeps above."""
     return Trial({"learning_rate": learning_rate, "epochs": epochs})
+
+
+@contextmanager
+def small_vit(image_size: int = 16, patch_size: int = 4) -> Iterator[None]:
+    """Let ``model.name=vit_s16`` build a network of two narrow blocks."""
+    sizes = {"image_size": image_size, "patch_size": patch_size, "dim": 16, "blocks": 2, "heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(encoder._BACKBONES, "vit_s16", lambda config: VisionTransformer(**sizes))
+        patch.setattr("paws_hpc.config.VIT_PATCH_SIZE", patch_size)
+        yield

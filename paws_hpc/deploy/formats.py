@@ -6,7 +6,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from paws_hpc.deploy.networks import HEADS, Network, head_layers, rebuild, weights_of
 from paws_hpc.engine.checkpoint import save_tensors
 from paws_hpc.files import atomic_write, file_hash, write_json
-from paws_hpc.models.config import ModelConfig, VitConfig
+from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.names import to_torchvision
 
@@ -93,7 +93,9 @@ def load_exported(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     if not {"model", "head", "classes"} <= texts.keys() or texts["head"] not in HEADS:
         raise ValueError(f"{path} is not an export of paws_hpc: its metadata has no model, head and classes.")
     card = {name: value if name in _TEXTS else json.loads(value) for name, value in texts.items()}
-    model = ModelConfig(**card["model"] | {"vit": VitConfig(**card["model"]["vit"])})
+    if other := card["model"].keys() - {field.name for field in fields(ModelConfig)}:
+        raise ValueError(f"{path} has model.{min(other)}: another version of paws_hpc exported it. Export it again.")
+    model = ModelConfig(**card["model"])
     module = rebuild(build_encoder(model, seed=0), card["head"], len(card["classes"]))
     module.load_state_dict(weights)
     return module, card

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from paws_hpc.data.config import AugmentConfig, CropConfig
 from paws_hpc.engine.schedule import warmup_cosine
+from paws_hpc.sizes import check_ranges
 from paws_hpc.trial import Trial, number_fields, trials
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
@@ -41,18 +41,12 @@ class OptimizerConfig:
     warmup_epochs: float = 10.0
 
     def __post_init__(self) -> None:
-        """Refuse values that no run could use."""
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(OPTIMIZERS)}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimizer.momentum={self.momentum} is not in [0, 1). The paper uses 0.9.")
         if self.name == "adamw" and self.nesterov:
             raise ValueError("optimizer.nesterov=true does not go with optimizer.name=adamw: set it to false.")
-        for name in ("weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must be a number, 0 or more.")
-        if self.final_weight_decay is not None and not 0 <= self.final_weight_decay < math.inf:
-            raise ValueError(f"optimizer.final_weight_decay={self.final_weight_decay} must be null or 0 or more.")
+        names = ("weight_decay", "final_weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs")
+        check_ranges("optimizer", self, momentum="[0, 1)", **dict.fromkeys(names, "[0, inf)"))
 
     def weight_decay_at(self, step: int, *, total_steps: int) -> float:
         """Of a 0-based step, for the weights that have any."""
@@ -75,11 +69,7 @@ class SupportConfig:
     images_per_class: int = 7
 
     def __post_init__(self) -> None:
-        if self.classes < 2 or self.images_per_class < 1:
-            raise ValueError(
-                f"pretrain.support.classes={self.classes} must be at least 2 and "
-                f"pretrain.support.images_per_class={self.images_per_class} at least 1."
-            )
+        check_ranges("pretrain.support", self, classes="[2, inf)", images_per_class="[1, inf)")
 
 
 @dataclass
@@ -97,8 +87,7 @@ class CollapseConfig:
     def __post_init__(self) -> None:
         if self.action not in ("warn", "stop"):
             raise ValueError(f"pretrain.collapse.action={self.action!r} must be 'warn' or 'stop'.")
-        if self.patience_steps < 1:
-            raise ValueError(f"pretrain.collapse.patience_steps={self.patience_steps} must be at least 1.")
+        check_ranges("pretrain.collapse", self, patience_steps="[1, inf)")
 
 
 @dataclass
@@ -124,7 +113,6 @@ class PretrainConfig:
         log_every_steps: between readings of metrics from the device, and between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
         checkpoint_every_steps: between checkpoints.
-        keep_checkpoints: kept at any time.
     """
 
     batch_size: int = 4096
@@ -138,16 +126,14 @@ class PretrainConfig:
     log_every_steps: int = 10
     validate_every_epochs: int = 10
     checkpoint_every_steps: int = 200
-    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"pretrain.ema={self.ema} must be in (0, 1), such as 0.999, or null to turn it off.")
-        for name, value in vars(self).items():
-            if type(value) is int and value < 1:
-                raise ValueError(f"pretrain.{name}={value} must be at least 1.")
+        counts = [name for name, value in vars(self).items() if type(value) is int]
+        check_ranges("pretrain", self, **dict.fromkeys(counts, "[1, inf)"))
 
 
 def _flip_only() -> AugmentConfig:
@@ -179,8 +165,6 @@ class ClassifierConfig:
             and the test split is then scored without it.
     """
 
-    section: ClassVar[str] = "finetune"
-
     sweep: dict[str, Any] = field(
         default_factory=lambda: {"learning_rate": [0.01, 0.02, 0.05, 0.1, 0.2], "epochs": [30, 50]}
     )
@@ -195,39 +179,28 @@ class ClassifierConfig:
     validate_every_epochs: int = 1
     min_trials: int = 1
 
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{self.section}.{name}={getattr(self, name)} must be at least 1.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"{self.section}.learning_rate={self.learning_rate} must be positive.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"{self.section}.momentum={self.momentum} must be in [0, 1).")
-        for name in ("weight_decay", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{self.section}.{name}={getattr(self, name)} must be 0 or more.")
-        self._check_sweep()
-        if not 0 <= self.min_trials <= len(self.trials()):
-            raise ValueError(
-                f"{self.section}.min_trials={self.min_trials} must be between 0 and the number of trials in the sweep, "
-                f"{len(self.trials())}."
-            )
+    def check(self, section: str) -> None:
+        """Check all values; bring the sweep's fields into the config's order and drop those that are null.
 
-    def _check_sweep(self) -> None:
-        """Check every value as the field's own value would be; sort the fields, drop those that are null."""
-        known = number_fields(replace(self, sweep={}, min_trials=0)) if self.sweep else {}
-        known.pop("min_trials", None)
-        own = {each.name: each.default for each in fields(self)}
+        Args:
+            section: name of this sweep, ``finetune`` or ``baseline``.
+
+        Raises:
+            ValueError: a value that no run could use.
+        """
+        self._check_ranges(section)
+        known, own = number_fields(replace(self, sweep={})), {each.name: each.default for each in fields(self)}
+        del known["min_trials"]
         for name, values in self.sweep.items():
-            where = f"{self.section}.sweep.{name}={values}"
+            where = f"{section}.sweep.{name}={values}"
             if name not in known:
                 raise ValueError(f"{where}: there is no such number to sweep. Choose from {', '.join(known)}.")
             if values is None:
                 continue
             if name in own and own[name] != getattr(self, name):
                 raise ValueError(
-                    f"{self.section}.{name}={getattr(self, name)} has no effect, as {where} takes its place. Write "
-                    f"{self.section}.sweep.{name}=[{getattr(self, name)}], or null there to sweep it no more."
+                    f"{section}.{name}={getattr(self, name)} has no effect, as {where} takes its place. Write "
+                    f"{section}.sweep.{name}=[{getattr(self, name)}], or null there to sweep it no more."
                 )
             allowed = (int,) if known[name] is int else (int, float)
             if not isinstance(values, list) or not values or any(type(value) not in allowed for value in values):
@@ -239,10 +212,25 @@ class ClassifierConfig:
                 raise ValueError(f"{where} repeats a value. Remove the repetition.")
             for value in values:
                 try:
-                    Trial({name: value}).applied(replace(self, sweep={}, min_trials=0))
+                    self.of_trial(Trial({name: value}))._check_ranges(section)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from error
         self.sweep = {name: self.sweep[name] for name in known if self.sweep.get(name) is not None}
+        if not self.sweep:
+            raise ValueError(
+                f"{section}.sweep={{}} has no field to sweep. Give one at least, such as "
+                f"{section}.sweep.learning_rate=[0.05]."
+            )
+        if not 0 <= self.min_trials <= len(self.trials()):
+            raise ValueError(
+                f"{section}.min_trials={self.min_trials} must be between 0 and the number of trials in the sweep, "
+                f"{len(self.trials())}."
+            )
+
+    def _check_ranges(self, section: str) -> None:
+        counts, rates = ("epochs", "batch_size", "validate_every_epochs"), ("weight_decay", "warmup_epochs")
+        check_ranges(section, self, **dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(rates, "[0, inf)"))
+        check_ranges(section, self, learning_rate="(0, inf)", momentum="[0, 1)")
 
     def trials(self) -> list[Trial]:
         """All combinations, in a fixed order; a single one that sets nothing where the sweep is empty."""
@@ -251,13 +239,6 @@ class ClassifierConfig:
     def of_trial(self, trial: Trial) -> ClassifierConfig:
         """The settings of one trial, without a sweep."""
         return trial.applied(replace(self, sweep={}, min_trials=0))
-
-
-@dataclass
-class BaselineConfig(ClassifierConfig):
-    """The sweep of the supervised baseline."""
-
-    section: ClassVar[str] = "baseline"
 
 
 @dataclass
@@ -276,15 +257,8 @@ class SuncetConfig:
     learning_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"suncet.steps={self.steps} must be 0 or more.")
-        if self.images_per_class < 2:
-            raise ValueError(
-                f"suncet.images_per_class={self.images_per_class} must be at least 2: each image is "
-                "classified by the others of its class."
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"suncet.learning_rate={self.learning_rate} must be positive.")
+        # Each image is classified by the others of its class.
+        check_ranges("suncet", self, steps="[0, inf)", images_per_class="[2, inf)", learning_rate="(0, inf)")
 
 
 @dataclass

@@ -6,37 +6,11 @@ import difflib
 import importlib.util
 from dataclasses import dataclass, field
 
-NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit", "timm")
+from paws_hpc.sizes import check_ranges
 
-
-@dataclass
-class VitConfig:
-    """A vision transformer; the defaults are ViT-S/16.
-
-    Attributes:
-        image_size: pixels for which positions are learnt; those of crops of other sizes are interpolated.
-        patch_size: pixels; crops and ``image_size`` are multiples of it.
-        dim: D, a multiple of ``attention_heads``.
-        blocks: how many.
-        attention_heads: A.
-    """
-
-    image_size: int = 224
-    patch_size: int = 16
-    dim: int = 384
-    blocks: int = 12
-    attention_heads: int = 6
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"model.vit.{name}={value} must be at least 1.")
-        for name, divisor in (("image_size", "patch_size"), ("dim", "attention_heads")):
-            if getattr(self, name) % getattr(self, divisor):
-                raise ValueError(
-                    f"model.vit.{name}={getattr(self, name)} must be a multiple of model.vit.{divisor}="
-                    f"{getattr(self, divisor)}."
-                )
+NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit_s16", "timm")
+VIT_PATCH_SIZE = 16
+"""Pixels. The crops of a run with ``model.name=vit_s16`` are multiples of it."""
 
 
 @dataclass
@@ -44,13 +18,12 @@ class ModelConfig:
     """Which network to train.
 
     Attributes:
-        name: resnet50, resnet18, wide_resnet, small_resnet, vit or timm.
+        name: resnet50, resnet18, wide_resnet, small_resnet, vit_s16 or timm.
         timm: name of an image network of timm, such as ``resnet18d``; timm only (paws_hpc/models/timm_backbone.py).
-        vit: sizes; vit only.
-        width: not of vit and timm; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
+        width: not of vit_s16 and timm; multiplies all channels (ResNet-50 1x, 2x, 4x; the k of WRN-d-k).
         depth: the d of WRN-d-k, 6n + 4; wide_resnet only.
-        channels, blocks: per layer, before ``width``; small_resnet only. Wide where the image is small: 16-48-128 costs
-            half of 32-64-128.
+        channels: of each layer, before ``width``; small_resnet only. Wide where the image is small: 16-48-128
+            costs half of 32-64-128.
         projection_hidden_dim: default: the feature dimension (2048 times ``width`` for ResNet-50).
         projection_dim: default: the feature dimension at width 1 for a ResNet (2048 for ResNet-50 1x, 2x and 4x), else
             the feature dimension.
@@ -68,11 +41,9 @@ class ModelConfig:
 
     name: str = "resnet50"
     timm: str | None = None
-    vit: VitConfig = field(default_factory=VitConfig)
     width: int = 1
     depth: int = 28
     channels: list[int] = field(default_factory=lambda: [16, 48, 128])
-    blocks: list[int] = field(default_factory=lambda: [1, 1, 1])
     projection_hidden_dim: int | None = None
     projection_dim: int | None = None
     prediction_head: bool = False
@@ -85,12 +56,7 @@ class ModelConfig:
             raise ValueError(
                 f"model.name={self.name!r} is no model. Did you mean {near!r}? Known are {', '.join(NETWORKS)}."
             )
-        for key in ("width", "projection_hidden_dim", "projection_dim"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"model.{key}={value} must be at least 1.")
-        if self.name == "vit" and self.width != 1:
-            raise ValueError(f"model.width={self.width} does not apply to vit: choose model.vit.dim instead.")
+        check_ranges("model", self, **dict.fromkeys(("width", "projection_hidden_dim", "projection_dim"), "[1, inf)"))
         if (self.name == "timm") != (self.timm is not None):
             raise ValueError(
                 f"model.name={self.name} and model.timm={self.timm}: model=timm model.timm=resnet18d, say, takes a "
@@ -99,15 +65,12 @@ class ModelConfig:
         if self.name == "timm":
             if importlib.util.find_spec("timm") is None:
                 raise ValueError("model=timm needs the package timm: pip install 'paws-hpc[timm]'.")
-            if self.width != 1 or self.checkpoint_activations:
-                raise ValueError(
-                    f"model.width={self.width} and model.checkpoint_activations={self.checkpoint_activations} do not "
-                    "apply to model=timm: leave them at 1 and false."
-                )
+            if self.checkpoint_activations:
+                raise ValueError("model.checkpoint_activations=true does not apply to model=timm: leave it false.")
+        if self.name in ("vit_s16", "timm") and self.width != 1:
+            raise ValueError(f"model.width={self.width} does not apply to model.name={self.name}: leave it at 1.")
         if self.name == "wide_resnet" and (self.depth < 10 or (self.depth - 4) % 6):
             near_depth = max(10, 4 + 6 * round((self.depth - 4) / 6))
             raise ValueError(f"model.depth={self.depth} is not 6n + 4, as WRN-d-k needs; the nearest is {near_depth}.")
-        if not self.channels or len(self.channels) != len(self.blocks) or min(self.channels + self.blocks) < 1:
-            raise ValueError(
-                f"model.channels={self.channels} and model.blocks={self.blocks} need one positive number per layer."
-            )
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"model.channels={self.channels} needs one positive number per layer.")

@@ -144,9 +144,7 @@ _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "resnet50": lambda config: resnet50(width=config.width),
     "resnet18": lambda config: resnet18(width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
-    "small_resnet": lambda config: SmallResNet(
-        channels=[config.width * channels for channels in config.channels], blocks=config.blocks
-    ),
+    "small_resnet": lambda config: SmallResNet([config.width * channels for channels in config.channels]),
     "timm": _timm,
-    "vit": lambda config: VisionTransformer(config.vit),
+    "vit_s16": lambda config: VisionTransformer(),
 }

@@ -168,22 +168,20 @@ class WideBlock(_PreActivationBlock):
 
 
 class SmallResNet(nn.Module):
-    """The demo's network: a 3x3 stem of stride 2, a layer of blocks per entry of ``channels``, normalisation, pooling.
+    """The demo's network: a 3x3 stem of stride 2, a block per entry of ``channels``, normalisation, pooling.
 
-    Args:
-        channels: of each layer; the stem has the first layer's. All but the first layer halve the size.
-        blocks: of each layer; as many as ``channels``.
+    The stem has the first block's channels. All blocks but the first halve the size.
     """
 
-    def __init__(self, *, channels: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.stem = _conv(3, channels[0], 3, 2)
         inputs = channels[0]
-        layers: list[nn.Module] = []
-        for layer, (outputs, count) in enumerate(zip(channels, blocks, strict=True)):
-            layers += _layer(SmallBlock, layer, count, inputs, outputs)
+        blocks: list[nn.Module] = []
+        for layer, outputs in enumerate(channels):
+            blocks.append(SmallBlock(inputs, outputs, 1 if layer == 0 else 2))
             inputs = outputs
-        self.blocks = nn.Sequential(*layers)
+        self.blocks = nn.Sequential(*blocks)
         self.norm = GlobalBatchNorm2d(inputs)
         self.feature_dim = inputs
 

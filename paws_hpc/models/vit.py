@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paws_hpc.models.blocks import ResidualBlock
-from paws_hpc.models.config import VitConfig
+from paws_hpc.models.config import VIT_PATCH_SIZE
 
 
 class Attention(nn.Module):
@@ -48,12 +48,12 @@ class Mlp(nn.Module):
 class TransformerBlock(ResidualBlock):
     """Attention, then a MLP, each normalised before and with a shortcut around it; (B, N, D) to (B, N, D)."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.attn = Attention(config.dim, config.attention_heads)
-        self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
-        self.mlp = Mlp(config.dim, 4 * config.dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim)
 
     def transform(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, N, D)."""
@@ -62,18 +62,36 @@ class TransformerBlock(ResidualBlock):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer backbone without dropout, so that it draws nothing; features are the extra token's."""
+    """Vision transformer backbone without dropout, so that it draws nothing; features are the extra token's.
 
-    def __init__(self, config: VitConfig) -> None:
+    The defaults are ViT-S/16.
+
+    Args:
+        image_size: pixels for which positions are learnt; those of images of other sizes are interpolated.
+        patch_size: pixels.
+        dim: D, a multiple of ``heads``.
+        blocks: how many.
+        heads: A.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        patch_size: int = VIT_PATCH_SIZE,
+        dim: int = 384,
+        blocks: int = 12,
+        heads: int = 6,
+    ) -> None:
         super().__init__()
-        self.patch_size, self.feature_dim = config.patch_size, config.dim
-        self.grid = config.image_size // config.patch_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, config.dim))
-        patches = nn.Conv2d(3, config.dim, config.patch_size, stride=config.patch_size)
+        self.patch_size, self.feature_dim = patch_size, dim
+        self.grid = image_size // patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, dim))
+        patches = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=patches))  # (B, D, H/patch, W/patch)
-        self.blocks = nn.Sequential(*(TransformerBlock(config) for _ in range(config.blocks)))
-        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to features (B, ``feature_dim``).
@@ -84,7 +102,7 @@ class VisionTransformer(nn.Module):
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"images of {height} x {width} pixels are not divided by model.vit.patch_size={self.patch_size}: "
+                f"images of {height} x {width} pixels are not divided into patches of {self.patch_size}: "
                 "choose crops of a multiple of it."
             )
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)

@@ -5,12 +5,12 @@ Without torch, so that a run can be described, submitted and reported without it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from paws_hpc.metrics import Metric
+from paws_hpc.sizes import check_ranges
 
 if TYPE_CHECKING:
     from paws_hpc.objective.base import Objective
@@ -35,12 +35,7 @@ class ObjectiveConfig:
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
-        self.require("temperature", self.temperature > 0, "above 0 (the paper's is 0.1)")
-
-    def require(self, field: str, holds: bool, wanted: str) -> None:
-        """Raise ValueError unless ``holds``."""
-        if not holds:
-            raise ValueError(f"objective.{field}={getattr(self, field)} must be {wanted}.")
+        check_ranges("objective", self, temperature="(0, inf)")
 
     def check_run(self, *, rows_per_class: int, labelled: str | None) -> None:
         """Raise ValueError if this objective cannot train so.
@@ -113,10 +108,10 @@ class PawsConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("sharpening", 0 < self.sharpening <= 1, "in (0, 1] (the paper's is 0.25)")
-        self.require("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
-        self.require("entropy_weight", 0 <= self.entropy_weight < math.inf, "0 or more; 0 is off")
-        self.require("support_warmup_fraction", 0 <= self.support_warmup_fraction <= 1, "in [0, 1]; 0 is off")
+        check_ranges(
+            "objective", self, sharpening="(0, 1]", label_smoothing="[0, 1)", entropy_weight="[0, inf)",
+            support_warmup_fraction="[0, 1]",
+        )  # fmt: skip
 
     def check_run(self, *, rows_per_class: int, labelled: str | None) -> None:
         """Refuse options that the run's data do not allow."""
@@ -173,9 +168,8 @@ class RopawsConfig(PawsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require("prior_temperature", 0 < self.prior_temperature < math.inf, "above 0 (RoPAWS's is 3)")
-        self.require("label_ratio", 0 < self.label_ratio < math.inf, "above 0 (RoPAWS's is 5)")
-        self.require("weight_power", 0 <= self.weight_power < math.inf, "0 or more")
+        ranges = {"prior_temperature": "(0, inf)", "label_ratio": "(0, inf)", "weight_power": "[0, inf)"}
+        check_ranges("objective", self, **ranges)
 
     def build(self, *, num_classes: int, total_steps: int) -> Objective:
         """:class:`paws_hpc.objective.ropaws.Ropaws`."""

@@ -47,7 +47,6 @@ def checkpoint_folder(run: RunFolder, data: RunData, control: JobControl = UNATT
     return CheckpointFolder(
         run.checkpoints,
         identity=determined,
-        keep=config.pretrain.keep_checkpoints,
         accept_changes=tuple(config.accept_changes),
         fence=control.fence,
     )

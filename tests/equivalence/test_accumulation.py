@@ -39,7 +39,7 @@ def prepared(stores: Stores, *, parts: int, precision: str = "fp64", **changes: 
         store, np.array(labelled), views=views, batch_size=BATCH, support_classes=CLASSES, images_per_class=PER_CLASS,
         seed=3, threads=1, accumulate_steps=parts,
     )  # fmt: skip
-    model = ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
+    model = ModelConfig(name="small_resnet", channels=[8, 16], prediction_head=True)
     return Pretraining(
         build_encoder(model, seed=3), objective=PawsConfig(support_warmup_fraction=0.5),
         optimizer=OptimizerConfig(name="sgd", peak_lr=0.01, warmup_epochs=0.0),

@@ -147,7 +147,7 @@ def compiled(rank: int, world: int) -> list[tuple[str, Tensor, Tensor]]:
 
 def encode(rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
     """One training step of a whole encoder with the sum of h's fourth powers as loss, gradients summed over ranks."""
-    config = ModelConfig(name="small_resnet", channels=[4, 6], blocks=[1, 1])
+    config = ModelConfig(name="small_resnet", channels=[4, 6])
     encoder = build_encoder(config, seed=3).double()
     large, small = encoder_inputs()
     share = [slice(rank * len(x) // world, (rank + 1) * len(x) // world) for x in (large, small)]

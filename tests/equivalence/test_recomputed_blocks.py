@@ -15,7 +15,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.models.blocks import set_recomputed
-from paws_hpc.models.config import VitConfig
 from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import set_statistics
 from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet, SmallResNet, WideResNet
@@ -26,10 +25,8 @@ TRUNKS: dict[str, Callable[[], nn.Module]] = {
     "bottleneck": lambda: ResNet(Bottleneck, [2, 1]),
     "basic": lambda: ResNet(BasicBlock, [1, 1]),
     "wide": lambda: WideResNet(depth=10, width=2),
-    "transformer": lambda: VisionTransformer(
-        VitConfig(image_size=24, patch_size=8, dim=8, blocks=2, attention_heads=2)
-    ),
-    "small": lambda: SmallResNet(channels=[4, 6], blocks=[1, 2]),
+    "transformer": lambda: VisionTransformer(image_size=24, patch_size=8, dim=8, blocks=2, heads=2),
+    "small": lambda: SmallResNet([4, 6, 6]),
 }
 STATISTICS = ("global", "local")
 
@@ -88,7 +85,7 @@ def compiled(rank: int, world: int) -> tuple[list[int], dict[str, tuple[Tensor, 
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=count, bw_compiler=count, partition_fn=min_cut_rematerialization_partition)
-    eager = SmallResNet(channels=[4], blocks=[1])
+    eager = SmallResNet([4])
     initialise(eager, seed=2)
     eager.double()  # normalisation rounds otherwise in one graph
     set_recomputed(eager, True)

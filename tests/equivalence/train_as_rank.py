@@ -18,23 +18,24 @@ from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.config import ModelConfig, VitConfig
+from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.objective.config import PawsConfig
 from paws_hpc.store import ImageStore
 from tests.ranks import Collectives
+from tests.tiny import small_vit
 
 STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
 
 
 RECIPES = {
     "resnet": (
-        ModelConfig(name="small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True),
+        ModelConfig(name="small_resnet", channels=[8, 16], prediction_head=True),
         OptimizerConfig(name="sgd", start_lr=0.001, peak_lr=0.002, warmup_epochs=0.1),
         PawsConfig(support_warmup_fraction=0.116),
     ),
     "vit": (
-        ModelConfig(name="vit", vit=VitConfig(image_size=16, patch_size=4, dim=16, blocks=2, attention_heads=2)),
+        ModelConfig(name="vit_s16"),
         OptimizerConfig(
             name="adamw", start_lr=1e-4, peak_lr=2e-4, warmup_epochs=0.1, weight_decay=0.04, final_weight_decay=0.4
         ),
@@ -69,8 +70,10 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
         images_per_class=IMAGES_PER_CLASS, seed=3, threads=1, accumulate_steps=accumulate_steps,
     )  # fmt: skip
     model, optimizer, objective = RECIPES[recipe]
+    with small_vit():
+        encoder = build_encoder(model, seed=3)
     training = Pretraining(
-        build_encoder(model, seed=3), objective=objective,
+        encoder, objective=objective,
         optimizer=optimizer,
         config=PretrainConfig(
             batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,

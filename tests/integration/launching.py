@@ -10,7 +10,6 @@ TINY = (
     "seed=0",
     "tracking.wandb=disabled",
     "model.channels=[8,16]",
-    "model.blocks=[1,1]",
     "views.large.size=16",
     "views.small.size=8",
     "views.small.count=2",

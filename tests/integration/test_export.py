@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from paws_hpc import export
 from paws_hpc.config import Config
 from paws_hpc.deploy import load_exported
 from paws_hpc.files import file_hash
-from paws_hpc.models.config import ModelConfig, VitConfig
+from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.finished import begin, made_up_run, refusal, trained_run
-from tests.tiny import tiny_config
+from tests.tiny import small_vit, tiny_config
 
 HEADS = {"none": "features", "projection": "representation", "classifier": "logits"}
 Run = tuple[Config, RunFolder]
@@ -48,9 +49,9 @@ def wide(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 
 @pytest.fixture(scope="module")
-def vit(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    sizes = VitConfig(image_size=32, patch_size=8, dim=24, blocks=2, attention_heads=2)
-    return made_up_run(digits_stores, tmp_path_factory.mktemp("vit"), ModelConfig("vit", vit=sizes))
+def vit(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with small_vit(image_size=32, patch_size=8):
+        yield made_up_run(digits_stores, tmp_path_factory.mktemp("vit"), ModelConfig("vit_s16"))
 
 
 def images(config: Config, count: int) -> Tensor:

@@ -48,7 +48,7 @@ def tiny_run(store: Path, folder: Path) -> tuple[Config, RunFolder]:
     """Six steps in two epochs, each of which ends with a validation; checkpoints after steps 2, 4 and 6."""
     config = tiny_config(store, store, folder)
     config.labels.per_class, config.labels.validation_per_class = 1, 2
-    config.model.channels, config.model.blocks = [4], [1]
+    config.model.channels = [4]
     config.pretrain.batch_size, config.pretrain.epochs = 12, 2
     config.pretrain.support.classes, config.pretrain.support.images_per_class = 4, 1
     config.pretrain.checkpoint_every_steps, config.pretrain.log_every_steps = 2, 4

@@ -16,7 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.engine.config import ClassifierConfig, SuncetConfig
+from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.files import write_json
 from paws_hpc.models.encoder import build_classifier, build_encoder
@@ -83,12 +83,6 @@ def test_too_few_finished_trials_are_an_error_that_names_the_others(config: Conf
         selection.choose(config, run, "finetune")
     config.baseline.min_trials = 0
     assert selection.choose(config, run, "baseline").as_dict() == {"missing": ["lr=0.1,epochs=2"]}
-
-
-@pytest.mark.parametrize("count", [-1, 5])
-def test_more_trials_than_the_sweep_has_cannot_be_asked_for(count: int) -> None:
-    with pytest.raises(ValueError, match=rf"min_trials={count} .* between 0 and the number of trials in the sweep, 4"):
-        ClassifierConfig(sweep={"learning_rate": [0.1, 0.2], "epochs": [1, 2]}, min_trials=count)
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,6 @@ def collapsing(store: Path, folder: Path, *, action: str) -> tuple[Config, RunFo
         crop.scale, crop.ratio = [1.0, 1.0], [1.0, 1.0]
     config.pretrain.log_every_steps = 4
     config.pretrain.collapse = CollapseConfig(patience_steps=8, action=action)
-    config.pretrain.keep_checkpoints = 10
     return config, RunFolder(folder / "run")
 
 
@@ -119,7 +118,6 @@ def test_a_run_that_diverges_names_step_rate_and_images_and_its_checkpoints_are_
     lr, every, step = DIVERGENCES[what]
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
     config.pretrain.checkpoint_every_steps = config.pretrain.log_every_steps = every
-    config.pretrain.keep_checkpoints = 100
     run = RunFolder(tmp_path / "run")
     monkeypatch.setattr(pretrain.Pretraining, "learning_rate", lambda _, step: lr if step >= 8 else 0.01)
     with pytest.raises(TrainingStoppedError, match=rf"{what} not finite after step {step} ") as told:
@@ -132,7 +130,7 @@ def test_a_run_that_diverges_names_step_rate_and_images_and_its_checkpoints_are_
     assert last["step"] == step, "the row that explains the stop is in the file"
     assert (last["train/loss"] == "nan") == (what == "The loss is")
     saved = sorted(run.checkpoints.glob("*.pt"))
-    assert len(saved) == (step + 1) // every - 1
+    assert len(saved) == min(2, (step + 1) // every - 1)
     for path in saved:
         assert finite(torch.load(path, weights_only=True)), path
     assert not is_done(run.pretrain)

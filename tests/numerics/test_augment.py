@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -57,15 +57,6 @@ JITTER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, fl
     "saturation": (adjust_saturation, TF.adjust_saturation, [0.0, 0.2, 1.0, 1.3, 1.8, 2.5]),
     "hue": (adjust_hue, TF.adjust_hue, [-0.5, -0.2, 0.0, 0.07, 0.2, 0.5]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small operations on two shared cores are faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 WRN = ModelConfig(name="wide_resnet", depth=28, width=2)
 RESNET50 = ModelConfig(name="resnet50", prediction_head=True)
 PREFIXES = {"fc": "projection", "pred": "prediction"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ours(key: str) -> str:

@@ -19,14 +19,6 @@ TRAJECTORIES = ["lars_heavyball_wd1e-6", "lars_nesterov", "sgd_heavyball_nolars"
 SCHEDULES = ["small", "imagenet100", "cifar600", "cifar_snn", "finetune10pct_50ep"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def load(name: str) -> dict[str, Tensor]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}

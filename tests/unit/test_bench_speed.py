@@ -25,7 +25,6 @@ from paws_hpc.stages.pretrain import make_training
 
 TINY = (
     "model.channels=[8,16]",
-    "model.blocks=[1,1]",
     "views.large.size=16",
     "views.small={size: 8, count: 2}",
     "pretrain.batch_size=16",

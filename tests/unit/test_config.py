@@ -11,7 +11,6 @@ import pytest
 from paws_hpc.config import Config, StageResources, identity
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
-    BaselineConfig,
     ClassifierConfig,
     CollapseConfig,
     PretrainConfig,
@@ -36,7 +35,7 @@ WITHOUT_EFFECT = {
     *("data.source_path", "data.threads", "data.labelled"),
     *("data.copy_to", "pretrain.log_every_steps"),
     *("pretrain.validate_every_epochs",),
-    *("pretrain.checkpoint_every_steps", "pretrain.keep_checkpoints"),
+    "pretrain.checkpoint_every_steps",
     *("pretrain.collapse.patience_steps", "pretrain.collapse.action"),
     *("tracking.wandb", "tracking.project", "tracking.entity", "tracking.tags", "tracking.tensorboard"),
     *("finetune.min_trials", "baseline.min_trials", "restarts_without_progress", "dry_run", "cancel", "resources"),
@@ -71,6 +70,10 @@ def test_a_part_of_the_identity_is_chosen_by_section() -> None:
     assert identity(Config(), "base") == {}
 
 
+def swept(sweep: dict[str, Any], **others: Any) -> Config:
+    return Config(finetune=ClassifierConfig(sweep, **others))
+
+
 BAD: dict[str, Callable[[], Any]] = {
     r"device='gpu'.*auto, cpu or cuda": lambda: Config(device="gpu"),
     r"stages.*'finetun' is not one of prepare, pretrain": lambda: Config(stages=["finetun"]),
@@ -86,7 +89,7 @@ BAD: dict[str, Callable[[], Any]] = {
     ),
     r"objective.entropy_weight=-1": lambda: PawsConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
-    r"resources: nodes=0": lambda: StageResources(nodes=0),
+    r"resources.nodes=0": lambda: StageResources(nodes=0),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
     r"labels.per_class=4, labels.file=list.txt, labels.all=False: give exactly one": lambda: LabelsConfig(
         per_class=4, file="list.txt", validation_per_class=1
@@ -98,30 +101,27 @@ BAD: dict[str, Callable[[], Any]] = {
         per_class=4
     ).check_complete(),
     r"views.support_views=0": lambda: ViewsConfig(support_views=0),
-    r"pretrain.support.classes=1 ": lambda: SupportConfig(classes=1),
-    r"pretrain.support.images_per_class=0 ": lambda: SupportConfig(images_per_class=0),
+    r"pretrain.support.classes=1": lambda: SupportConfig(classes=1),
+    r"pretrain.support.images_per_class=0": lambda: SupportConfig(images_per_class=0),
     r"pretrain.collapse.action='ignore'": lambda: CollapseConfig(action="ignore"),
     r"pretrain.collapse.patience_steps=0": lambda: CollapseConfig(patience_steps=0),
     r"pretrain.precision='fp16'.*bf16": lambda: PretrainConfig(precision="fp16"),
     r"pretrain.checkpoint_every_steps=0": lambda: PretrainConfig(checkpoint_every_steps=0),
-    r"pretrain.keep_checkpoints=0": lambda: PretrainConfig(keep_checkpoints=0),
-    r"finetune.sweep.learning_rate=\[\] must be a list of numbers": lambda: ClassifierConfig({"learning_rate": []}),
-    r"baseline.sweep.learning_rate=\[0.1, 0.0\]: baseline.learning_rate=0.0 must be positive": lambda: BaselineConfig(
-        {"learning_rate": [0.1, 0.0]}
+    r"finetune.sweep.learning_rate=\[\] must be a list of numbers": lambda: swept({"learning_rate": []}),
+    r"baseline.sweep.learning_rate=\[0.1, 0.0\]: baseline.learning_rate=0.0 must be in": lambda: Config(
+        baseline=ClassifierConfig({"learning_rate": [0.1, 0.0]})
     ),
-    r"finetune.sweep.epochs=\[30, 30\] repeats a value": lambda: ClassifierConfig({"epochs": [30, 30]}),
-    r"finetune.sweep.epochs=\[1.5\] must be a list of whole numbers": lambda: ClassifierConfig({"epochs": [1.5]}),
-    r"finetune.sweep.momentum=\[True\] must be a list of numbers": lambda: ClassifierConfig({"momentum": [True]}),
-    r"finetune.sweep.crop.size=\[0\]: size=0": lambda: ClassifierConfig({"crop.size": [0]}),
-    r"finetune.sweep.rate=\[1\]: there is no such number.*learning_rate, epochs": lambda: ClassifierConfig(
-        {"rate": [1]}
-    ),
-    r"finetune.epochs=7 has no effect, as finetune.sweep.epochs=\[3\].*\[7\]": lambda: ClassifierConfig(
-        {"epochs": [3]}, epochs=7
-    ),
-    r"baseline.sweep=\{\} has no field": lambda: Config(baseline=BaselineConfig({}, min_trials=0)),
-    r"validate_every_epochs=0": lambda: ClassifierConfig(validate_every_epochs=0),
-    r"momentum=1.0": lambda: ClassifierConfig(momentum=1.0),
+    r"finetune.sweep.epochs=\[30, 30\] repeats a value": lambda: swept({"epochs": [30, 30]}),
+    r"finetune.sweep.epochs=\[1.5\] must be a list of whole numbers": lambda: swept({"epochs": [1.5]}),
+    r"finetune.sweep.momentum=\[True\] must be a list of numbers": lambda: swept({"momentum": [True]}),
+    r"finetune.sweep.crop.size=\[0\]: size=0": lambda: swept({"crop.size": [0]}),
+    r"finetune.sweep.rate=\[1\]: there is no such number.*learning_rate, epochs": lambda: swept({"rate": [1]}),
+    r"finetune.sweep.min_trials=\[1\]: there is no such number": lambda: swept({"min_trials": [1]}),
+    r"finetune.epochs=7 has no effect, as finetune.sweep.epochs=\[3\].*\[7\]": lambda: swept({"epochs": [3]}, epochs=7),
+    r"finetune.sweep=\{\} has no field": lambda: swept({"epochs": None}, min_trials=0),
+    r"finetune.min_trials=3 must be between 0 and .* 2": lambda: swept({"epochs": [1, 2]}, min_trials=3),
+    r"finetune.validate_every_epochs=0": lambda: swept({"epochs": [1]}, validate_every_epochs=0),
+    r"finetune.momentum=1.0": lambda: swept({"epochs": [1]}, momentum=1.0),
     r"tracking.wandb='on'.*online": lambda: TrackingConfig(wandb="on"),
 }
 

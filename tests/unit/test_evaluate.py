@@ -87,7 +87,7 @@ def test_evaluating_gives_every_submodule_its_mode_back() -> None:
 
 
 def test_representations_are_h_not_z() -> None:
-    encoder = build_encoder(ModelConfig("small_resnet", channels=[4], blocks=[1], prediction_head=True), seed=0)
+    encoder = build_encoder(ModelConfig("small_resnet", channels=[4], prediction_head=True), seed=0)
     images = torch.randn(5, 3, 8, 8)
     with evaluation_mode(encoder):
         h, z = encoder([images])
@@ -105,7 +105,7 @@ def embeddings(rank: int, world: int) -> list[Tensor]:
         [f"{number:05d}" for number in range(7)],
         ("even", "odd"),
     )
-    encoder = build_encoder(ModelConfig("small_resnet", channels=[4, 6], blocks=[1, 1]), seed=0).double()
+    encoder = build_encoder(ModelConfig("small_resnet", channels=[4, 6]), seed=0).double()
     set_statistics(encoder, "local")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 4)

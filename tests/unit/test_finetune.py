@@ -32,7 +32,7 @@ from tests.ranks import results_of, run_on_ranks
 from tests.tiny import WALL_CLOCK
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1])
+MODEL = ModelConfig("small_resnet", channels=[8, 16])
 
 
 def config_of(learning_rate: float, epochs: int, **others: Any) -> ClassifierConfig:

@@ -17,14 +17,6 @@ from paws_hpc.engine.optimizer import LARS, build_optimizer, set_rates, split_pa
 from paws_hpc.engine.schedule import warmup_cosine
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Block(nn.Module):
     """A residual block whose shortcut has a normalisation inside a Sequential, as ResNet's has."""
 

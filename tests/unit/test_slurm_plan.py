@@ -12,7 +12,7 @@ from paws_hpc.cluster.compose import compose_run, parameters_of, runs_of
 from paws_hpc.cluster.frozen import ConfigError, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config
-from paws_hpc.engine.config import BaselineConfig, ClassifierConfig
+from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.files import write_json
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.renamed import RENAMED_KEYS
@@ -28,7 +28,7 @@ def config(tmp_path: Path) -> Config:
     made = Config(
         name="run", runs=str(tmp_path), finetune=ClassifierConfig({"learning_rate": [0.01, 0.1], "epochs": [3]})
     )
-    made.baseline = BaselineConfig({"learning_rate": [0.1], "epochs": [3]})
+    made.baseline = ClassifierConfig({"learning_rate": [0.1], "epochs": [3]})
     made.data.train, made.data.test = str(tmp_path / "train"), str(tmp_path / "test")
     return made
 

@@ -23,7 +23,7 @@ from paws_hpc.store import ImageStore
 from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")
-MODEL = ModelConfig("small_resnet", channels=[8, 16], blocks=[1, 1], prediction_head=True)
+MODEL = ModelConfig("small_resnet", channels=[8, 16], prediction_head=True)
 
 
 def labelled_set(folder: Path, labels_of: list[int]) -> EvaluationSet:

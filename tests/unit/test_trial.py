@@ -36,6 +36,7 @@ def test_other_names_are_refused(name: str) -> None:
 def test_a_sweep_over_any_field_is_in_the_order_of_the_config_and_sets_it() -> None:
     sweep = {"weight_decay": [0, 1e-4], "crop.size": [16, 32], "learning_rate": [0.1]}
     config = ClassifierConfig(sweep, epochs=7)
+    config.check("finetune")
     points = config.trials()
     assert points == trials(config.sweep)
     assert [point.name for point in points[:2]] == [
@@ -49,4 +50,5 @@ def test_a_sweep_over_any_field_is_in_the_order_of_the_config_and_sets_it() -> N
 
 def test_null_takes_a_field_out_of_the_sweep() -> None:
     config = ClassifierConfig({"learning_rate": [0.1, 0.2], "epochs": None}, epochs=7)
+    config.check("finetune")
     assert [trial.name for trial in config.trials()] == ["lr=0.1", "lr=0.2"]

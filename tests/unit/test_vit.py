@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +13,19 @@ from torch import Tensor
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
 
 from paws_hpc.config import Config
+from paws_hpc.data.config import CropConfig, ViewsConfig
 from paws_hpc.data.streams import PawsStream, StreamOptions
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.starting_weights import load_backbone
-from paws_hpc.models.config import ModelConfig, VitConfig
-from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.config import ModelConfig
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.models.vit import VisionTransformer
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.tiny import tiny_config
+from tests.tiny import small_vit, tiny_config
 
-TINY = VitConfig(image_size=32, patch_size=8, dim=16, blocks=2, attention_heads=4)
-MODEL = ModelConfig(name="vit", vit=TINY, projection_dim=8)
+MODEL = ModelConfig(name="vit_s16", projection_dim=8)
 THEIRS = {
     r"encoder\.layers\.encoder_layer_(\d+)": r"blocks.\1",
     r"\.ln_(\d)": r".norm\1",
@@ -37,6 +38,12 @@ THEIRS = {
     r"encoder\.pos_embedding": "pos_embed",
     r"encoder\.ln": "norm",
 }
+
+
+@pytest.fixture
+def small() -> Iterator[None]:
+    with small_vit(image_size=32, patch_size=8):
+        yield
 
 
 def renamed(name: str) -> str:
@@ -52,12 +59,12 @@ def images(count: int, size: int) -> Tensor:
 def test_features_and_gradients_are_torchvisions() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = TorchvisionVit(image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=16, mlp_dim=64)
+        theirs = TorchvisionVit(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=64)
     theirs.heads = torch.nn.Identity()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and the token begin at 0 there
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    ours = VisionTransformer(TINY)
+    ours = VisionTransformer(image_size=32, patch_size=8, dim=16, blocks=2, heads=2)
     ours.load_state_dict({renamed(name): value for name, value in theirs.state_dict().items()}, strict=True)
     features, expected = ours(images(3, 32)), theirs(images(3, 32))
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-6)
@@ -70,7 +77,7 @@ def test_features_and_gradients_are_torchvisions() -> None:
 
 def test_vit_s16_has_timms_names_and_shapes() -> None:
     with torch.device("meta"):
-        backbone = Encoder(ModelConfig(name="vit")).backbone
+        backbone = Encoder(ModelConfig(name="vit_s16")).backbone
     shapes = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
     block = {
         **{f"norm{number}.{part}": (384,) for number in (1, 2) for part in ("weight", "bias")},
@@ -86,6 +93,7 @@ def test_vit_s16_has_timms_names_and_shapes() -> None:
     assert sum(value.numel() for value in backbone.parameters()) == 21_665_664
 
 
+@pytest.mark.usefixtures("small")
 def test_a_file_of_timms_names_is_a_start(tmp_path: Path) -> None:
     source = build_encoder(MODEL, seed=1)
     torch.save(
@@ -98,7 +106,7 @@ def test_a_file_of_timms_names_is_a_start(tmp_path: Path) -> None:
 
 def test_positions_of_other_sizes_are_those_in_between() -> None:
     """What grows evenly from row to row does so on another grid too, to a twentieth of a patch; constants stay."""
-    backbone = VisionTransformer(VitConfig(image_size=96, patch_size=8, dim=2, blocks=1, attention_heads=1))
+    backbone = VisionTransformer(image_size=96, patch_size=8, dim=2, blocks=1, heads=1)
     heights = (torch.arange(12.0) + 0.5) / 12
     with torch.no_grad():
         backbone.pos_embed[0, 1:, 0] = heights.repeat_interleave(12)
@@ -110,6 +118,7 @@ def test_positions_of_other_sizes_are_those_in_between() -> None:
     assert backbone.positions(12, 12) is backbone.pos_embed
 
 
+@pytest.mark.usefixtures("small")
 def test_large_and_small_crops_train_every_weight_and_a_size_that_patches_do_not_divide_is_refused() -> None:
     encoder = build_encoder(MODEL, seed=0)
     h, _ = encoder([images(6, 32), images(6, 16)])
@@ -118,10 +127,11 @@ def test_large_and_small_crops_train_every_weight_and_a_size_that_patches_do_not
         name for name, value in encoder.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0
     ]
     assert not unmoved
-    with pytest.raises(ValueError, match=r"12 x 12 .* model\.vit\.patch_size=8"):
+    with pytest.raises(ValueError, match=r"12 x 12 .* patches of 8"):
         encoder([images(2, 12)])
 
 
+@pytest.mark.usefixtures("small")
 def test_initial_weights_are_small_normal_and_of_the_seed_alone() -> None:
     first, again, other = (build_encoder(MODEL, seed=seed).backbone for seed in (3, 3, 4))
     for name, value in first.named_parameters():
@@ -137,9 +147,7 @@ def test_initial_weights_are_small_normal_and_of_the_seed_alone() -> None:
 def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) -> None:
     """The loss of one batch falls when that batch is trained on, and the optimiser's decay is the schedule's."""
     config = tiny_config(digits_stores.train, digits_stores.test, digits_stores.train)
-    config.model = ModelConfig(
-        name="vit", vit=VitConfig(image_size=16, patch_size=4, dim=16, blocks=2, attention_heads=2)
-    )
+    config.model = ModelConfig(name="vit_s16")
     config.optimizer = OptimizerConfig(
         name="adamw", start_lr=2e-3, peak_lr=2e-3, warmup_epochs=0.0, weight_decay=0.04, final_weight_decay=0.4
     )
@@ -150,8 +158,10 @@ def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) ->
         store, labelled, views=config.views, batch_size=32, support_classes=10, images_per_class=4, seed=0, threads=1,
         options=StreamOptions(),
     )  # fmt: skip
+    with small_vit():
+        encoder = build_encoder(config.model, seed=0)
     training = Pretraining(
-        build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
+        encoder, objective=config.objective, optimizer=config.optimizer,
         config=config.pretrain, stream=stream, device=torch.device("cpu"),
     )  # fmt: skip
     batch = stream.batch(20)
@@ -164,23 +174,8 @@ def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) ->
     assert 0.04 < decays[0] < 0.4
 
 
-def test_its_classifier_sits_on_the_first_projection_layer() -> None:
-    classifier = build_classifier(build_encoder(MODEL, seed=0), 3)
-    assert classifier(images(2, 32)).shape == (2, 3)
-
-
-BAD = {
-    r"model\.vit\.dim=10 .*attention_heads=4": lambda: VitConfig(dim=10, attention_heads=4),
-    r"model\.vit\.image_size=100 .*patch_size=16": lambda: VitConfig(image_size=100),
-    r"model\.vit\.blocks=0": lambda: VitConfig(blocks=0),
-    r"model\.width=2 .*model\.vit\.dim": lambda: ModelConfig(name="vit", width=2),
-    r"views\.large\.size=224 and .*multiples of model\.vit\.patch_size=15": lambda: Config(
-        model=ModelConfig(name="vit", vit=VitConfig(image_size=225, patch_size=15))
-    ),
-}
-
-
-@pytest.mark.parametrize("message", BAD)
-def test_sizes_that_do_not_go_together_name_their_fields(message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        BAD[message]()
+def test_crops_that_patches_do_not_divide_and_a_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"views\.large\.size=200 must be multiples of 16, the patches of vit_s16"):
+        Config(model=MODEL, views=ViewsConfig(large=CropConfig(size=200, count=2)))
+    with pytest.raises(ValueError, match=r"model\.width=2 does not apply to model\.name=vit_s16"):
+        ModelConfig(name="vit_s16", width=2)
