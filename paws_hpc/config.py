@@ -68,22 +68,14 @@ class Config:
 
     Attributes:
         name: of the run directory under ``runs``.
-        runs: folder of all run directories.
         seed: of label draw, initialisation, order and augmentation.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         stages: those to run, in the chain's order; what is done already is not done again.
         accept_changes: dotted fields in which a run may differ from how it was begun; none by default.
-        data: stores.
-        labels: whose labels may be used.
-        views: crops and augmentation.
-        model: network.
-        objective: loss; one of ``paws_hpc.objective.config.OBJECTIVES``.
         optimizer: of pre-training.
-        pretrain: loop of pre-training.
         suncet: of the pre-trained network, before its nearest-neighbour score on the test split.
         finetune: sweep on the pre-trained network.
         baseline: sweep without pre-training on the same labels.
-        tracking: Weights & Biases.
         resources: by stage.
         restarts_without_progress: a crashed job is queued again as long as the attempts that crashed without getting
             further are no more than this (Slurm).

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from paws_hpc.cluster.compose import parameters_of
-from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, SHARED, Check, Parameters, preflight_checks, sbatch_flags
+from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, Check, Parameters, preflight_checks, sbatch_flags
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
@@ -65,12 +65,9 @@ def _checks(options: argparse.Namespace) -> Iterator[Check]:
     run = RunFolder(Path(config.runs) / config.name)
     yield Check("config", "ok", f"{config.name}: {', '.join(config.stages)}")
     found = list(preflight_checks(config, parameters, run))
-    probed: list[Check] = []
+    yield from found
     if options.probe and not any(check.name in (COMMANDS, CONTROLLER) for check in found if check.verdict == "problem"):
-        probed = list(_probe(config, parameters, options.probe_timeout))
-    seen = probed and all(check.verdict == "ok" for check in probed)
-    yield from (check for check in found if not (seen and check.name == SHARED))  # now there is an answer
-    yield from probed
+        yield from _probe(config, parameters, options.probe_timeout)
 
 
 def _probe(config: Config, parameters: Mapping[str, Parameters], timeout_s: float) -> Iterator[Check]:

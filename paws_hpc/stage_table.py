@@ -18,9 +18,8 @@ class Stage:
 
     Attributes:
         name: of the stage, its folder in the run directory, its field in ``resources``, and its Slurm jobs.
-        description: one line for people.
-        function: ``module:function`` that runs the stage; called with a ``StageContext``, or with a ``TorchContext``
-            if ``torch``. A name, so that the table loads without torch.
+        function: ``module:function`` that runs the stage; ``paws_hpc.stages.NAME:run`` if empty. It is called with a
+            ``StageContext``, or with a ``TorchContext`` if ``torch``. A name, so that the table loads without torch.
         needs: stages that must succeed before it begins; it is cancelled when one of them fails.
         follows: stages whose end it waits for, however they end.
         by_default: whether a launch that does not name stages runs it.
@@ -36,7 +35,7 @@ class Stage:
 
     name: str
     description: str
-    function: str
+    function: str = ""
     needs: tuple[str, ...] = ()
     follows: tuple[str, ...] = ()
     by_default: bool = True
@@ -57,7 +56,7 @@ class Stage:
         """
         if self.torch:
             import_torch()
-        function: Callable[[Any], None] = resolve_name(self.function)
+        function: Callable[[Any], None] = resolve_name(self.function or f"paws_hpc.stages.{self.name}:run")
         return function
 
 
@@ -70,28 +69,10 @@ def import_torch() -> None:
 
 
 _BEFORE_THE_REPORT = (
+    Stage("prepare", "pack missing stores, draw the splits", torch=False, gpu=False, one_task=True),
+    Stage("pretrain", "train the encoder with PAWS", needs=("prepare",), trains=True),
     Stage(
-        "prepare",
-        "pack missing stores, draw the splits",
-        "paws_hpc.stages.prepare:run",
-        torch=False,
-        gpu=False,
-        one_task=True,
-    ),
-    Stage(
-        "pretrain",
-        "train the encoder with PAWS",
-        "paws_hpc.stages.pretrain:run",
-        needs=("prepare",),
-        trains=True,
-    ),
-    Stage(
-        "finetune",
-        "fine-tune the encoder once per trial of the sweep",
-        "paws_hpc.stages.finetune:run",
-        needs=("pretrain",),
-        trains=True,
-        sweep=True,
+        "finetune", "fine-tune the encoder once per trial of the sweep", needs=("pretrain",), trains=True, sweep=True
     ),
     Stage(
         "baseline",
@@ -104,7 +85,6 @@ _BEFORE_THE_REPORT = (
     Stage(
         "selection",
         "choose trials by the validation split, score the test split once",
-        "paws_hpc.stages.selection:run",
         needs=("pretrain",),
         follows=("finetune", "baseline"),  # it makes do with the trials that succeeded
         one_task=True,
@@ -114,30 +94,24 @@ _BEFORE_THE_REPORT = (
     Stage(
         "calibrate",
         "calibrate probabilities, learn which images are unlike the training images",
-        "paws_hpc.stages.calibrate:run",
         needs=("selection",),
         one_task=True,
         refreshed=True,
     ),
 )
+_REPORT = Stage(
+    "report",
+    "write the HTML report",
+    "paws_hpc.report.page:run",
+    follows=tuple(stage.name for stage in _BEFORE_THE_REPORT),  # a broken chain needs its report most
+    torch=False,
+    gpu=False,
+    one_task=True,
+    refreshed=True,
+    marker="report/index.html",
+)
 
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        *_BEFORE_THE_REPORT,
-        Stage(
-            "report",
-            "write the HTML report",
-            "paws_hpc.report.page:run",
-            follows=tuple(stage.name for stage in _BEFORE_THE_REPORT),  # a broken chain needs its report most
-            torch=False,
-            gpu=False,
-            one_task=True,
-            refreshed=True,
-            marker="report/index.html",
-        ),
-    )
-}
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (*_BEFORE_THE_REPORT, _REPORT)}
 """All stages, in the order of the chain."""
 
 DEFAULT_STAGES = tuple(name for name, stage in STAGES.items() if stage.by_default)

@@ -69,7 +69,12 @@ def jobs_of(config: Config, stage: str) -> list[Job]:
 
 
 class Chain:
-    """``chain.json`` of one run; only the launcher writes it."""
+    """``chain.json`` of one run; only the launcher writes it.
+
+    Attributes:
+        id: eight hexadecimal digits, unique to the run.
+        submissions: to a scheduler, oldest first.
+    """
 
     def __init__(self, run: RunFolder) -> None:
         """Read it.
@@ -79,17 +84,19 @@ class Chain:
         """
         self._path = run.chain
         self._value: dict[str, Any] = read_json(self._path)
+        self.id: str = self._value["id"]
+        self.submissions: list[dict[str, Any]] = self._value["submissions"]
 
     @classmethod
     def begin(cls, run: RunFolder, name: str) -> Chain:
         """Read it, or write the first one."""
         if not run.chain.exists():
+            versions = {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
             value: dict[str, Any] = {
                 "name": name,
                 "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts
                 "created": now(),
-                "versions": {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
-                | {package: version(package) for package in _PACKAGES},
+                "versions": versions | {package: version(package) for package in _PACKAGES},
                 "commit": commit(),
                 "host_cores": os.cpu_count(),
                 "submissions": [],
@@ -97,19 +104,9 @@ class Chain:
             write_json(run.chain, value)
         return cls(run)
 
-    @property
-    def id(self) -> str:
-        """Eight hexadecimal digits, unique to the run."""
-        return str(self._value["id"])
-
-    @property
-    def submissions(self) -> list[dict[str, Any]]:
-        """What was submitted to a scheduler, oldest first."""
-        return list(self._value["submissions"])
-
     def add_submission(self, submission: dict[str, Any]) -> None:
         """Remember jobs that were submitted together."""
-        self._value["submissions"] = [*self.submissions, submission]
+        self.submissions.append(submission)
         self._value.pop("cancelled", None)
         write_json(self._path, self._value)
 
@@ -127,21 +124,17 @@ class Chain:
         Raises:
             ValueError: none was.
         """
-        for submission in self.submissions:
-            for job in submission["jobs"]:
-                if job["job_id"] == job_id:
-                    return str(job["job"])
-        raise ValueError(f"{self._path} knows no job {job_id}.")
+        jobs = (job for submission in self.submissions for job in submission["jobs"] if job["job_id"] == job_id)
+        if (found := next(jobs, None)) is None:
+            raise ValueError(f"{self._path} knows no job {job_id}.")
+        return str(found["job"])
 
 
 @dataclass(frozen=True)
 class ToSubmit:
     """Jobs of one stage that are to be submitted together: as one job, or as one array.
 
-    Attributes:
-        stage: their stage.
-        jobs: at least one.
-        replaces: ids of jobs in the queue that wait for the wrong ones, and are cancelled.
+    ``replaces`` are the ids of jobs in the queue that wait for the wrong ones, and are cancelled.
     """
 
     stage: str
@@ -152,10 +145,7 @@ class ToSubmit:
 def to_submit(config: Config, run: RunFolder, active: Mapping[str, QueuedJob]) -> list[ToSubmit]:
     """What is neither done nor in the queue, and what waits in the queue but now has more to wait for.
 
-    Args:
-        config: of the run.
-        run: its directory.
-        active: jobs of this chain that run or wait, by name.
+    ``active`` are the jobs of this chain that run or wait, by name.
 
     Raises:
         ConfigError: a stage is to run whose needs are neither met nor about to be.
@@ -195,10 +185,7 @@ def _check_needs(config: Config, run: RunFolder, stage: str, *, met: set[str]) -
 def dependency(stage: str, ids: Mapping[str, set[str]]) -> str | None:
     """What ``--dependency`` says for a stage.
 
-    Args:
-        stage: that waits.
-        ids: by stage, the ids of jobs and arrays that run or wait; finished ones are left out, for Slurm forgets them
-            and then refuses.
+    ``ids`` are, by stage, those of jobs and arrays that run or wait; Slurm would refuse finished ones that it forgot.
     """
     conditions = []
     for kind, parents in (("afterok", STAGES[stage].needs), ("afterany", STAGES[stage].follows)):

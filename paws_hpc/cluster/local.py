@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import submitit
 
@@ -18,15 +17,9 @@ Runner = Callable[[Job], None]
 
 
 def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
-    """Run the config's stages in order, leaving out jobs that are done.
+    """Run the config's stages in order, leaving out jobs that are done; returns the names of those that had work to do.
 
-    Args:
-        config: of the run.
-        run: its folder, with the frozen config.
-        runner: runs one job and raises if it fails.
-
-    Returns:
-        the names of the jobs that had work to do.
+    ``runner`` runs one job and raises if it fails.
     """
     Chain.begin(run, config.name)
     worked: list[str] = []
@@ -44,8 +37,9 @@ def submitit_local(config: Config, run: RunFolder) -> Runner:
     def runner(job: Job) -> None:
         logs, ranks = run.logs(job.stage), config.resources[job.stage].ranks
         executor = submitit.LocalExecutor(folder=logs)
-        executor.update_parameters(tasks_per_node=ranks, timeout_min=_A_YEAR_MIN, signal_delay_s=30)
-        submitted = executor.submit(run_job_as_local_rank, Path(run.path).resolve(), job)
+        a_year_min = 365 * 24 * 60  # submitit ends a job after its time; here the user's shell decides
+        executor.update_parameters(tasks_per_node=ranks, timeout_min=a_year_min, signal_delay_s=30)
+        submitted = executor.submit(run_job_as_local_rank, run.path.resolve(), job)
         print(f"{job.name}: {ranks} rank{'s' if ranks > 1 else ''}, logs in {logs}", file=sys.stderr, flush=True)
         try:
             submitted.results()
@@ -53,6 +47,3 @@ def submitit_local(config: Config, run: RunFolder) -> Runner:
             submitted.cancel(check=False)
 
     return runner
-
-
-_A_YEAR_MIN = 365 * 24 * 60  # submitit's local executor ends a job after its time; here the user's shell decides

@@ -38,8 +38,7 @@ _HINTS = {
 }
 _OF_SLURM = {  # Slurm's state → ours; any other is running
     **dict.fromkeys(("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"), "waiting"),
-    **dict.fromkeys(("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"), "failed"),
-    **dict.fromkeys(("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"), "failed"),
+    **dict.fromkeys(scheduler.FAILED, "failed"),
     "CANCELLED": "cancelled",
     "COMPLETED": "ended",
 }

@@ -9,14 +9,11 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from paws_hpc.cluster.inventory import NodeGroup, Partition, notice_s, partitions, qualities, rights, settings
 from paws_hpc.cluster.overview import grace_warnings, span
@@ -31,21 +28,13 @@ from paws_hpc.store import ImageStore
 Parameters = Mapping[str, Any]
 """What submitit.SlurmExecutor.update_parameters takes."""
 
-COMMANDS, CONTROLLER, SHARED = "Slurm commands", "controller", "shared folders"
+COMMANDS, CONTROLLER = "Slurm commands", "controller"
 Verdict = Literal["ok", "warning", "problem"]
-_LOCAL = {"btrfs", "devtmpfs", "ext2", "ext3", "ext4", "overlay", "ramfs", "squashfs", "tmpfs", "xfs", "zfs"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question and its answer.
-
-    Attributes:
-        name: what was looked at.
-        verdict: ``problem`` keeps a chain from running, ``warning`` may.
-        found: what is so.
-        remedy: what to do about it; empty if there is nothing to do.
-    """
+    """What was looked at and found, and what to do about it; a ``problem`` keeps a chain from running."""
 
     name: str
     verdict: Verdict
@@ -64,26 +53,23 @@ _NOT_FLAGS = {
 
 
 def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
-    """Look at everything that a submission needs; nothing is submitted, and nothing raises.
+    """Look at everything that a submission needs, in the order in which to mend it; nothing is submitted or raised.
 
     Args:
         config: of the run.
         stage_parameters: submitit's, per stage.
         run: where the run is or will be.
-
-    Yields:
-        one verdict per question, in the order in which to mend them.
     """
     by_stage = {stage: stage_parameters[stage] for stage in config.stages}
     yield from _slurm(config, by_stage, run)
     yield from _devices(config, by_stage)
-    yield _run_folder(run.path)
+    there = next(parent for parent in (run.path, *run.path.resolve().parents) if parent.exists())
+    if os.access(there, os.W_OK | os.X_OK):
+        yield Check("run directory", "ok", f"{run.path} can be written here")
+    else:
+        yield Check("run directory", "problem", f"{there} cannot be written", "Choose another with runs=….")
     for name, path in config.data.stores.items():
         yield _store(name, path, config.data)
-    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
-    cuda = torch.version.cuda or "none"
-    yield Check("packages", "ok", f"torch {torch.__version__}, CUDA {cuda}, NCCL {nccl}, as installed here")
-    yield _shared(Path(config.runs), *map(Path, config.data.stores.values()), Path(sys.prefix))
 
 
 def _slurm(config: Config, by_stage: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
@@ -300,44 +286,6 @@ def _devices(config: Config, by_stage: Mapping[str, Parameters]) -> Iterator[Che
             )
         elif gpus:
             yield Check("devices", "ok", f"{fields}: one GPU per rank")
-
-
-def _run_folder(path: Path) -> Check:
-    there = _existing(path)
-    if not os.access(there, os.W_OK | os.X_OK):
-        return Check("run directory", "problem", f"{there} cannot be written", "Choose another with runs=….")
-    return Check("run directory", "ok", f"{path} can be written here")
-
-
-def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
-    return next(parent for parent in (path, *path.resolve().parents) if parent.exists())
-
-
-def _shared(*paths: Path) -> Check:
-    """Whether compute nodes see these folders too, as far as their mounts show."""
-    kinds = {path: _file_system(_existing(path)) for path in paths}
-    local = [f"{path} on {kind}" for path, kind in kinds.items() if kind in _LOCAL]
-    if local:
-        return Check(
-            SHARED,
-            "warning",
-            f"compute nodes may not see {', '.join(local)}",
-            "Move them to a file system that the nodes share, or make sure with --probe that they see them.",
-        )
-    return Check(SHARED, "ok", ", ".join(f"{path} on {kind}" for path, kind in kinds.items()))
-
-
-def _file_system(path: Path) -> str:
-    """The type of the file system that holds ``path``, as the kernel names it: ``nfs4``, ``lustre``, ``ext4``, …"""
-    target, best, kind = str(path.resolve()), "", "unknown"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")  # blanks are written \040
-        inside = target == point or target.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, after.split()[0]
-    return kind
 
 
 def _store(name: str, path: str, data: DataConfig) -> Check:

@@ -2,9 +2,8 @@
 
     python -m paws_hpc.cluster.requeue RUN RESTARTS_WITHOUT_PROGRESS
 
-is what the batch script of a job runs when its ranks have failed: it queues the job again, or lets it fail. A rank that
-was killed cannot say anything, and those beside it are ended by ``srun --kill-on-bad-exit``; the batch script outlives
-them. Progress is what counts, not how often a job was started.
+is what the batch script of a job runs when its ranks have failed: it queues the job again, or lets it fail. The script
+outlives ranks that were killed.
 """
 
 from __future__ import annotations
@@ -54,15 +53,10 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 
 
 def queue_again(chain: Path, job_id: str, restart: int, *, record: Callable[[str, str | None], None]) -> None:
-    """Put a running job back into the queue under its id, unless somebody ended it.
+    """Put a running job back into the queue under its id, unless somebody ended it, or its chain (``chain.json``).
 
     A job that is cancelled has some seconds left, in which ``scontrol requeue`` would bring it back to life.
-
-    Args:
-        chain: ``chain.json``, which says whether a person has cancelled the whole chain.
-        job_id: of this job.
-        restart: of this attempt.
-        record: called with how this attempt ends (``requeued`` or ``cancelled``) and why, before Slurm ends it.
+    ``record`` is called with how this attempt ends (``requeued`` or ``cancelled``) and why, before Slurm ends it.
 
     Raises:
         SchedulerError: Slurm refuses to queue it again.
@@ -87,9 +81,6 @@ class SlurmJob:
     """The job to which this process belongs, as one of its ranks: requests to stop, and the way back into the queue.
 
     Attributes:
-        job_id: ``17`` or ``18_0``.
-        restart: how often Slurm has started it before.
-        key: of this attempt.
         lease: of rank 0, as soon as it holds it.
     """
 
@@ -142,11 +133,9 @@ class SlurmJob:
 
 
 def after_crash(path: Path, limit: int) -> None:
-    """Decide whether the job whose batch script calls this is queued again.
+    """Queue the job again whose batch script calls this, or let it fail after ``limit`` crashes without progress.
 
-    Args:
-        path: the run directory.
-        limit: crashes in a row without progress after which the job fails.
+    ``path`` is the run directory.
     """
     job_id, restart = own_job()
     fate, state = patiently(lambda: scheduler.fate(job_id, restart))
@@ -184,14 +173,10 @@ def _record_crash(folder: Path, job_id: str, restart: int) -> list[Attempt]:
 
 
 def fruitless_crashes(attempts: list[Attempt], progress: int, restart: int) -> int:
-    """How many attempts in a row crashed without a newer checkpoint.
+    """How many attempts of one job id in a row crashed without a newer checkpoint than that of ``progress`` steps.
 
-    A preempted attempt does not count, nor one that ended with its node, whose end nobody could write down.
-
-    Args:
-        attempts: of one job id, oldest first.
-        progress: training steps of the newest checkpoint now.
-        restart: of the present attempt; those up to it that are not in ``attempts`` crashed too early to be.
+    A preempted attempt does not count, nor one that ended with its node, whose end nobody could write down. Those up to
+    the present ``restart`` that are not in ``attempts`` crashed before they could begin.
     """
     count = restart - (attempts[-1].restart if attempts else -1)
     for attempt in reversed(attempts):

@@ -7,6 +7,7 @@ leaves this module is a :class:`SchedulerError`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -39,12 +40,8 @@ _COLUMNS = {  # squeue's fields and their widths; the name comes last, as it alo
 
 Fate = Literal["runs", "replaced", "ended"]
 
-ENDED = frozenset(
-    {
-        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
-        "REVOKED", "TIMEOUT",
-    }
-)  # fmt: skip
+FAILED = ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED")
+ENDED = frozenset({*FAILED, "CANCELLED", "COMPLETED"})
 """States in which a job neither runs nor will, unless somebody puts it back into the queue."""
 
 
@@ -62,10 +59,7 @@ class QueuedJob:
 
     Attributes:
         job_id: ``17``, or ``18_0`` for an array's element.
-        name: of the job.
-        state: ``PENDING``, ``RUNNING``, ``COMPLETING``, ``CANCELLED``, …
         reason: why it waits or ended, in Slurm's word; empty if there is none.
-        restarts: times it was requeued.
         nodes: as Slurm abbreviates them, ``n[1-2]``; empty while it waits.
     """
 
@@ -91,23 +85,14 @@ def queue(user: str | None = None) -> dict[str, QueuedJob]:
     """
     fields = ",".join(f"{name}:{width}" for name, width in _COLUMNS.items())
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user or os.getuid()}", "--Format", fields]
-    jobs = [_queued(line) for line in ask(command).splitlines() if line.strip() and not line.startswith("CLUSTER:")]
-    return {job.job_id: job for job in jobs}
-
-
-def _queued(line: str) -> QueuedJob:
-    values, begin = {}, 0
-    for name, width in _COLUMNS.items():
-        values[name] = line[begin : begin + width].strip()
-        begin += width
-    return QueuedJob(
-        job_id=values["JobArrayID"],
-        name=values["Name"],
-        state=values["State"],
-        reason="" if values["Reason"] == "None" else values["Reason"],
-        restarts=int(values["RestartCnt"]) if values["RestartCnt"].isdigit() else None,
-        nodes=values["NodeList"],
-    )
+    ends = list(itertools.accumulate(_COLUMNS.values(), initial=0))
+    jobs = {}
+    for line in ask(command).splitlines():
+        if line.strip() and not line.startswith("CLUSTER:"):
+            job_id, state, restarts, reason, nodes, name = (line[a:b].strip() for a, b in itertools.pairwise(ends))
+            count = int(restarts) if restarts.isdigit() else None
+            jobs[job_id] = QueuedJob(job_id, name, state, "" if reason == "None" else reason, count, nodes)
+    return jobs
 
 
 def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
@@ -163,11 +148,7 @@ def _shown(job_id: str) -> dict[str, str]:
 
 
 def requeue(job_id: str) -> None:
-    """End a running job and put it back into the queue under the same id.
-
-    Raises:
-        SchedulerError: Slurm refused, because the job was submitted with ``--no-requeue`` say.
-    """
+    """End a running job and put it back into the queue under the same id."""
     ask(["scontrol", "requeue", job_id])
 
 
@@ -201,26 +182,15 @@ def expand_array(text: str) -> list[str]:
 
 
 def ask(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> str:
-    """Run one of Slurm's commands and return what it printed.
-
-    Raises:
-        SchedulerUnreachableError: it is not installed, did not answer in time or did not reach the controller.
-        SchedulerError: it failed otherwise.
-    """
+    """Run one of Slurm's commands and return what it printed."""
     shown = textwrap.shorten(shlex.join(command), 160, placeholder=" …")
     # A user's own taste in formats must not change what is read here.
     environment = {name: value for name, value in os.environ.items() if not _FORMATTING.match(name)}
     try:
         done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment | {"LC_ALL": "C.UTF-8"},
-            encoding="utf-8",
-            errors="replace",
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False,
+            env=environment | {"LC_ALL": "C.UTF-8"}, encoding="utf-8", errors="replace",
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise SchedulerUnreachableError(f"{command[0]} is not installed here, or not on PATH.") from error
     except subprocess.TimeoutExpired as error:

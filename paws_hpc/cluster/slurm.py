@@ -42,21 +42,12 @@ class SlurmChain:
     """One run as jobs on Slurm."""
 
     def __init__(self, config: Config, run: RunFolder, launcher: Launcher) -> None:
-        """Prepare; nothing is written or submitted.
-
-        Args:
-            config: of the run.
-            run: its directory.
-            launcher: the fields of ``hydra/launcher=submitit_slurm``, which fill what ``resources`` leaves open.
-        """
+        """Prepare; nothing is written or submitted. The launcher's fields fill what ``resources`` leaves open."""
         self.config, self.run = resolve(config, launcher), run
         self.parameters = stage_parameters(self.config, launcher)
 
     def launch(self) -> list[dict[str, Any]]:
-        """Submit what is unfinished and not in the queue, and return at once.
-
-        Returns:
-            the jobs that were submitted: ``job``, ``job_id``, ``after``, …; empty if there is nothing to do.
+        """Submit what is unfinished and not in the queue; returns those jobs: ``job``, ``job_id``, ``after``, …
 
         Raises:
             ConfigError: a field or another run under this name stands against it.
@@ -106,16 +97,15 @@ class SlurmChain:
         for each in planned:
             after, parameters = dependency(each.stage, ids), self.parameters[each.stage]
             executor = self._executor(each.stage, after, snapshot, chain_id)
-            place = (self.run.path.resolve(), frozen.resolve())
-            notice_s = float(parameters["signal_delay_s"])
+            place, notice_s = (self.run.path.resolve(), frozen.resolve()), float(parameters["signal_delay_s"])
             with _outside_any_job(), executor.batch():
                 taken = [executor.submit(run_job_on_slurm, *place, job, notice_s=notice_s) for job in each.jobs]
             facts = {"after": after, "partition": parameters.get("partition"), "notice_s": notice_s}
+            job_ids = [str(as_taken.job_id) for as_taken in taken]
             submitted += [
-                {"job": job.name, "job_id": str(as_taken.job_id), **facts}
-                for job, as_taken in zip(each.jobs, taken, strict=True)
+                {"job": job.name, "job_id": job_id, **facts} for job, job_id in zip(each.jobs, job_ids, strict=True)
             ]
-            ids.setdefault(each.stage, set()).add(_base(str(taken[0].job_id)))
+            ids.setdefault(each.stage, set()).add(_base(job_ids[0]))
         return submitted
 
     def dry_run(self) -> Iterator[tuple[str, str]]:
@@ -196,11 +186,7 @@ def _is_of(chain: Chain, job: QueuedJob) -> bool:
 
 
 def _settled_queue(chain: Chain) -> dict[str, QueuedJob]:
-    """The queue, once no job of the chain is on its way out: it cannot be known yet whether that one has to run again.
-
-    Raises:
-        SchedulerError: one does not leave in two minutes.
-    """
+    """The queue, once no job of the chain is on its way out: whether that one has to run again is not known yet."""
     deadline = time.monotonic() + _LEAVING_S
     while True:
         queued = scheduler.queue()

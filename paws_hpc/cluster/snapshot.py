@@ -15,7 +15,8 @@ _DIGITS = 12
 def plan_snapshot(run: Path) -> Path:
     """The folder that :func:`take_snapshot` would make, ``code/<digest of all files>``; writes nothing."""
     digest = hashlib.sha256()
-    for path in _files():
+    paths = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
+    for path in sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts}):
         digest.update(f"{path.relative_to(_package())}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return run.resolve() / "code" / digest.hexdigest()[:_DIGITS]
@@ -29,10 +30,7 @@ def take_snapshot(run: Path) -> Path:
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".code-", dir=snapshot.parent) as folder:
         copy = Path(folder) / "copy"
-        for path in _files():
-            target = copy / "paws_hpc" / path.relative_to(_package())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+        shutil.copytree(_package(), copy / "paws_hpc", ignore=shutil.ignore_patterns("__pycache__"))
         copy.rename(snapshot)  # whole or absent
     return snapshot
 
@@ -44,8 +42,3 @@ def shield(snapshot: Path) -> Path:
 
 def _package() -> Path:
     return Path(paws_hpc.__file__).resolve().parent
-
-
-def _files() -> list[Path]:
-    paths = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
-    return sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts})

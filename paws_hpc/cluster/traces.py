@@ -1,7 +1,6 @@
 """What a job leaves in its run directory: how far it came, how fast it goes, and what it said last.
 
-Read by those who watch, while the job writes: a file may be absent, or end in half a line. Nothing here imports torch,
-which would take longer than the answer.
+It is read while the job writes: a file may be absent, or end in half a line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -29,9 +28,7 @@ class Progress:
     Attributes:
         step: training steps done, saved or not.
         saved_step: of the newest checkpoint; 0 without one.
-        total_steps: of the whole job.
-        epoch: passes over the data done, with fractions.
-        epochs: of the whole job.
+        epoch: passes over the data done, with fractions; ``epochs`` and ``total_steps`` are those of the whole job.
         images_per_s: over all ranks, in the last stretch that was logged.
         validation_accuracy: in [0, 1]; the last one, or of a finished trial the best.
         save_s: seconds that writing the newest checkpoint took.
@@ -64,8 +61,7 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
     Args:
         folder: with ``metrics.jsonl``, ``checkpoints/`` and, when it is done, ``DONE``.
         epochs: of the whole job.
-        batch_size: images per step, over all ranks; a trial may make do with fewer labels than that, and then has a
-            single step per epoch.
+        batch_size: images per step, over all ranks. A trial with fewer labels has a single step per epoch.
     """
     metrics = folder / "metrics.jsonl"
     rows = []

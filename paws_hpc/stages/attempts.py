@@ -1,9 +1,8 @@
 """The attempts of a job as files: who holds it, since when, and how each attempt ended.
 
-A job (a stage, or one trial of a sweep) begins a new attempt whenever it was preempted, crashed or launched again. Each
-is a numbered file ``start-0001.json`` in the job's folder, which can be created only once: creating the next number
-takes the job over, and the holder of the number before finds it at its next write and stops. That is a lease with
-fencing: an attempt that was believed dead, on a node that lost its network say, cannot write over its successor's work.
+Each is a numbered file ``start-0001.json`` in the job's folder, which can be created only once: creating the next
+number takes the job over, and the holder of the number before finds it at its next write and stops. So an attempt that
+was believed dead, on a node that lost its network say, cannot write over its successor's work.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from paws_hpc.files import create_json, read_json, write_json
@@ -180,9 +178,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._left.set()
         self._thread.join()
 
@@ -225,16 +221,7 @@ def acquire(folder: Path, facts: Mapping[str, Any], *, is_alive: Callable[[Attem
 def record_end(
     folder: Path, number: int, how: str, *, seconds: float, step: int | None = None, message: str | None = None
 ) -> None:
-    """Write how attempt ``number`` ended.
-
-    Args:
-        folder: of the job.
-        number: of the attempt.
-        how: as in :meth:`Lease.end`, or ``crashed``.
-        seconds: how long it ran.
-        step: training steps that are saved, where that is known.
-        message: for people.
-    """
+    """Write how an attempt ended, as in :meth:`Lease.end` or ``crashed``; ``step`` counts what is saved, if known."""
     write_json(folder / f"end-{number:04d}.json", {"how": how, "step": step, "seconds": seconds, "message": message})
 
 

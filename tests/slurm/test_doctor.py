@@ -77,7 +77,6 @@ def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
     assert checks["probe"]["verdict"] == "ok"
     assert "torch" in checks["probe: packages"]["found"]
     assert checks["probe: store"]["verdict"] == "ok"
-    assert "shared folders" not in checks  # the probe has answered that
     assert os.listdir(tmp_path) == []
 
 
