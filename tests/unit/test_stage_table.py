@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 import paws_hpc
 from paws_hpc import stage_table
 from paws_hpc.config import Config
+from paws_hpc.exhibits import read_exhibits
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, Stage
 from paws_hpc.stages.context import StageContext, TorchContext
+from paws_hpc.stages.run_folder import is_done
+from paws_hpc.store import ImageStore
+from tests.conftest import Stores
+from tests.finished import trained_run
 
 BY_HAND = {"stage_table.py"}
 """Files that may list stages."""
@@ -74,3 +81,18 @@ def test_a_new_row_is_all_that_resources_need(monkeypatch: pytest.MonkeyPatch) -
     config = Config()
     assert "extra" in config.resources
     assert "extra" not in config.stages
+
+
+def test_the_stage_of_the_page_on_extending_runs(digits_stores: Stores, tmp_path: Path) -> None:
+    page = (Path(paws_hpc.__file__).parents[1] / "docs" / "extending.md").read_text()
+    (row,) = re.findall(r"^    (Stage\(.*\)),$", page, re.MULTILINE)
+    (module,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    stage, names = eval(row), {}
+    exec(module, names)
+    config, run = trained_run(digits_stores, tmp_path)
+    names["run"](TorchContext(config, run, stage.name))
+    written = np.load(run.path / stage.name / "classes.npz")
+    assert written["key"].tolist() == list(ImageStore.open(config.data.train).keys)
+    assert set(written["classes"]) <= set(ImageStore.open(config.data.train).manifest.classes)
+    assert read_exhibits(run.path / stage.name)
+    assert is_done(run.path / stage.name)
