@@ -132,7 +132,7 @@ def supports(store: str, decoded: bool) -> Work:
     labelled = shuffled(len(images))[: min(600, len(images))]
     source = cached_images(images, labelled) if decoded else StoreImages(images)
     multicrop = MultiCrop(source, seed=0, threads=1, device=_CPU)
-    crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale, VIEWS.large.ratio)
+    crop = CropConfig(VIEWS.large.size, 1, VIEWS.large.scale)
     order, steps = batches(labelled), itertools.count()
 
     def work() -> int:

@@ -34,6 +34,7 @@ from paws_hpc.whole_graph import whole_graph
 
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, with torchvision's digits
 _BLUR_RADIUS_SIGMAS = 3
+_BLUR_SIGMA = (0.1, 2.0)  # least and greatest, pixels
 
 
 class Change(NamedTuple):
@@ -226,11 +227,6 @@ def _pil_jitter(config: AugmentConfig) -> Callable[[Image.Image], Image.Image]:
     return ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
 
 
-def _draw_sigma(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray[np.floating]:
-    least, greatest = config.blur_sigma
-    return least + (greatest - least) * numbers
-
-
 OPERATIONS = (
     Operation(
         fields=("flip_probability",),
@@ -267,40 +263,30 @@ OPERATIONS = (
         pil=lambda _: ImageOps.equalize,
     ),
     Operation(
-        fields=("blur_probability", "blur_sigma"),
+        fields=("blur_probability",),
         columns=(3, 9),
         amounts=1,
-        draw=_draw_sigma,
+        draw=lambda _, numbers: _BLUR_SIGMA[0] + (_BLUR_SIGMA[1] - _BLUR_SIGMA[0]) * numbers,
         turns=_once("blur_probability", gaussian_blur),
-        pil=lambda config: lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*config.blur_sigma))),
+        pil=lambda _: lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(*_BLUR_SIGMA))),
     ),
 )
 
 
-@dataclass(frozen=True)
-class AugmentParameters:
-    """What happens to each of n images.
-
-    Attributes:
-        values: (n, P) float32 on the CPU: for each operation in turn, whether an image gets it (0 or 1), and amounts.
-    """
-
-    values: Tensor
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-def _by_operation(values: Tensor) -> list[tuple[Operation, Tensor, Tensor]]:
+def _by_operation(parameters: Tensor) -> list[tuple[Operation, Tensor, Tensor]]:
     """(n, P) → each operation with (n,) bool whether and (amounts, n)."""
-    rows = values.T.split([1 + operation.amounts for operation in OPERATIONS])
+    rows = parameters.T.split([1 + operation.amounts for operation in OPERATIONS])
     return [(operation, each[0] > 0, each[1:]) for operation, each in zip(OPERATIONS, rows, strict=True)]
 
 
 def draw_parameters(
     config: AugmentConfig, *, seed: int, epoch: int, samples: NDArray[np.int64], view: int | NDArray[np.int64]
-) -> AugmentParameters:
-    """Draw the parameters of (n,) samples, each a function of (seed, epoch, sample, view) alone, as in ``uniform``."""
+) -> Tensor:
+    """Draw what happens to (n,) samples, a function of (seed, epoch, sample, view) alone, as in ``uniform``.
+
+    Returns:
+        (n, P) float32 on the CPU: for each operation in turn, whether an image gets it (0 or 1), and its amounts.
+    """
     count = 1 + max(column for operation in OPERATIONS for column in operation.columns)
     numbers = uniform(seed=seed, stream=Stream.AUGMENT, epoch=epoch, samples=samples, view=view, count=count)
     rows = []
@@ -308,15 +294,15 @@ def draw_parameters(
         whether, *others = operation.columns
         rows.append(numbers[:, whether] < getattr(config, operation.probability))
         rows.extend(operation.draw(config, numbers[:, others]).T)
-    return AugmentParameters(torch.from_numpy(np.stack(rows, axis=1, dtype=np.float32, casting="unsafe")))
+    return torch.from_numpy(np.stack(rows, axis=1, dtype=np.float32, casting="unsafe"))
 
 
-def augment(images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def augment(images: Tensor, parameters: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Change each image by its own parameters, and normalise it. Each operation computes the images that get it.
 
     Args:
         images: (n, 3, H, W) or (n, 1, H, W) uint8 on any device.
-        parameters: of n images.
+        parameters: (n, P) of :func:`draw_parameters`.
         mean, std: three values each, of pixels in [0, 1].
 
     Returns:
@@ -328,7 +314,7 @@ def augment(images: Tensor, parameters: AugmentParameters, *, mean: Sequence[flo
     _require_images(images, mean, std, parameters)
     changes = [
         change
-        for operation, wanted, amounts in _by_operation(parameters.values)
+        for operation, wanted, amounts in _by_operation(parameters)
         for turn in operation.turns(wanted, amounts)
         for change in turn
     ]
@@ -357,14 +343,11 @@ class CompiledAugmentation:
         self._config = config
         self._graph = whole_graph(self._all_rows, backend=backend)
 
-    def __call__(
-        self, images: Tensor, parameters: AugmentParameters, *, mean: Sequence[float], std: Sequence[float]
-    ) -> Tensor:
+    def __call__(self, images: Tensor, parameters: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """As :func:`augment`."""
         _require_images(images, mean, std, parameters)
         values, colours = (
-            to_device(each, images.device)
-            for each in (parameters.values, torch.tensor((mean, std), dtype=torch.float32))
+            to_device(each, images.device) for each in (parameters, torch.tensor((mean, std), dtype=torch.float32))
         )
         result: Tensor = self._graph(images, values, colours)
         return result
@@ -402,7 +385,7 @@ def _normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _require_images(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], parameters: AugmentParameters | None = None
+    images: Tensor, mean: Sequence[float], std: Sequence[float], parameters: Tensor | None = None
 ) -> None:
     """Raise the errors of :func:`augment`."""
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:

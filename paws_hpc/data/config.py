@@ -117,19 +117,17 @@ class LabelsConfig:
 
 @dataclass
 class CropConfig:
-    """Random-resized crops of one size.
+    """Random-resized crops of one size, whose width/height is drawn log-uniformly from 3/4 to 4/3.
 
     Attributes:
         size: side of the square result, pixels.
         count: crops of this kind per image.
         scale: least and greatest share of the image's area that a crop covers.
-        ratio: least and greatest width/height of a crop, drawn log-uniformly.
     """
 
     size: int = 224
     count: int = 1
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
-    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
 
     def __post_init__(self) -> None:
         where = "(a crop of views.large, views.small or fine-tuning)"
@@ -139,8 +137,6 @@ class CropConfig:
             raise ValueError(f"count={self.count} {where} must not be negative; 0 turns these crops off")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale={self.scale} {where} must be [least, greatest] share of the area in (0, 1]")
-        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio={self.ratio} {where} must be [least, greatest] width/height, both positive")
 
 
 @dataclass
@@ -165,10 +161,10 @@ class AugmentConfig:
         brightness, contrast, saturation: factors are uniform in [max(0, 1 - s), 1 + s].
         hue: the shift is uniform in [-h, h], as a share of the colour circle; at most 0.5.
         jitter_probability: chance that the four operations above are applied, in a random order.
-        grayscale_probability, blur_probability, flip_probability: chance of each operation.
+        grayscale_probability, flip_probability: chance of each operation.
+        blur_probability: chance of a Gaussian whose standard deviation is uniform in [0.1, 2] pixels.
         solarize_probability: chance that values above a threshold, drawn uniformly, are inverted.
         equalize_probability: chance that each channel's histogram is made flat.
-        blur_sigma: least and greatest standard deviation of the Gaussian, pixels.
     """
 
     brightness: float = 0.8
@@ -178,7 +174,6 @@ class AugmentConfig:
     jitter_probability: float = 0.8
     grayscale_probability: float = 0.2
     blur_probability: float = 0.5
-    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
     flip_probability: float = 0.5
     solarize_probability: float = 0.0
     equalize_probability: float = 0.0
@@ -193,8 +188,6 @@ class AugmentConfig:
             probability = getattr(self, f"{name}_probability")
             if not 0 <= probability <= 1:
                 raise ValueError(f"views.augment.{name}_probability={probability} must be in [0, 1]")
-        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < float("inf"):
-            raise ValueError(f"views.augment.blur_sigma={self.blur_sigma} must be [least, greatest] pixels, positive")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from paws_hpc.data.config import CropConfig
 from paws_hpc.data.philox import Stream, uniform
 
+RATIO = (3 / 4, 4 / 3)  # least and greatest width/height
 ATTEMPTS = 10
 UNIFORMS_PER_BOX = 2 * ATTEMPTS + 2
 _LOOPS = torch.jit.CompilationUnit(
@@ -78,7 +79,7 @@ def sample_boxes(
 
     Args:
         heights, widths: (n,) positive integers, pixels.
-        crop: scale and ratio are used.
+        crop: its scale is used.
         uniforms: (n, 22) in [0, 1): area and ratio of attempt 1, 2, ... 10, then the top and the left.
 
     Returns:
@@ -91,7 +92,7 @@ def sample_boxes(
         )
     least, greatest = crop.scale
     area = (heights * widths)[:, None] * (least + (greatest - least) * uniforms[:, 0 : 2 * ATTEMPTS : 2])
-    log_least, log_greatest = np.log(crop.ratio)
+    log_least, log_greatest = np.log(RATIO)
     ratio = np.exp(log_least + (log_greatest - log_least) * uniforms[:, 1 : 2 * ATTEMPTS : 2])
     attempt_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     attempt_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
@@ -104,13 +105,13 @@ def sample_boxes(
     lefts = (uniforms[:, -1] * (widths - box_widths + 1)).astype(np.int64)
     boxes = np.stack((tops, lefts, box_heights, box_widths), axis=1)
     failed = ~fits.any(axis=1)
-    boxes[failed] = _central_boxes(heights[failed], widths[failed], crop)
+    boxes[failed] = _central_boxes(heights[failed], widths[failed])
     return boxes
 
 
-def _central_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64], crop: CropConfig) -> NDArray[np.int64]:
-    """(n, 4) the largest central boxes whose width/height lies within ``crop.ratio``."""
-    least, greatest = crop.ratio
+def _central_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n, 4) the largest central boxes whose width/height lies within ``RATIO``."""
+    least, greatest = RATIO
     ratio = widths / heights
     box_heights = np.where(ratio < least, np.rint(widths / least).astype(np.int64), heights)
     box_widths = np.where(ratio > greatest, np.rint(heights * greatest).astype(np.int64), widths)

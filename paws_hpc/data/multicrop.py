@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paws_hpc.data.augment import AugmentParameters, draw_parameters
+from paws_hpc.data.augment import draw_parameters
 from paws_hpc.data.config import AugmentConfig, CropConfig
 from paws_hpc.data.crops import draw_boxes, equal_size_resized_crops, resized_crops
 from paws_hpc.data.devices import BufferPool, to_device
@@ -42,7 +42,7 @@ class CutCrops:
     """Crops with the parameters of their augmentation: (V * n, C, s, s) uint8, view-major; C is 1 for grey images."""
 
     images: Tensor
-    parameters: AugmentParameters
+    parameters: Tensor
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -73,7 +73,7 @@ class ResidentCrops:
     records: Positions
     boxes: NDArray[np.int64]
     size: int
-    parameters: AugmentParameters
+    parameters: Tensor
 
     def __len__(self) -> int:
         return len(self.parameters)

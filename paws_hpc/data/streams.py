@@ -281,7 +281,7 @@ class PawsStream:
         if views.small.count:
             crop_groups.append((views.small, FIRST_SMALL_VIEW))
         unlabelled = self._multicrop.begin(records, crop_groups, epoch=self._sampler.epoch(step), config=views.augment)
-        support_crop = CropConfig(views.large.size, views.support_views, views.large.scale, views.large.ratio)
+        support_crop = CropConfig(views.large.size, views.support_views, views.large.scale)
         labelled = self._support_multicrop.begin(
             supports, [(support_crop, FIRST_SUPPORT_VIEW)], epoch=step, config=views.augment, repeats=repeats
         )

@@ -54,7 +54,7 @@ def tiny_run(store: Path, folder: Path) -> tuple[Config, RunFolder]:
     config.pretrain.checkpoint_every_steps, config.pretrain.log_every_steps = 2, 4
     config.pretrain.collapse = CollapseConfig(patience_steps=3, action="warn")
     for crop in (config.views.large, config.views.small):
-        crop.scale, crop.ratio = [1.0, 1.0], [1.0, 1.0]
+        crop.scale = [1.0, 1.0]
     return config, RunFolder(folder / "run")
 
 

@@ -44,7 +44,7 @@ def collapsing(store: Path, folder: Path, *, action: str) -> tuple[Config, RunFo
     config.pretrain.batch_size, config.pretrain.epochs = 12, 3
     config.pretrain.support.classes = 4
     for crop in (config.views.large, config.views.small):
-        crop.scale, crop.ratio = [1.0, 1.0], [1.0, 1.0]
+        crop.scale = [1.0, 1.0]
     config.pretrain.log_every_steps = 4
     config.pretrain.collapse = CollapseConfig(patience_steps=8, action=action)
     return config, RunFolder(folder / "run")

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
 from paws_hpc.data.crops import (
+    RATIO,
     UNIFORMS_PER_BOX,
     center_crop,
     draw_boxes,
@@ -33,7 +34,6 @@ RECIPES = {
     "large": CropConfig(scale=[0.14, 1.0]),
     "small": CropConfig(scale=[0.05, 0.14]),
     "cifar": CropConfig(scale=[0.75, 1.0]),
-    "wide": CropConfig(scale=[0.9, 1.0], ratio=[1.5, 3.0]),
 }
 
 
@@ -91,7 +91,7 @@ def test_boxes_equal_torchvision_fed_the_same_numbers(recipe: str, monkeypatch: 
     for box, height, width, row in zip(boxes.tolist(), heights.tolist(), widths.tolist(), numbers, strict=True):
         monkeypatch.setattr(transforms, "torch", FedTorch(row))
         image = Image.new("L", (width, height))
-        assert tuple(box) == RandomResizedCrop.get_params(image, crop.scale, crop.ratio), (height, width)
+        assert tuple(box) == RandomResizedCrop.get_params(image, crop.scale, RATIO), (height, width)
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= np.stack((heights, widths), axis=1)).all()
 
@@ -104,7 +104,7 @@ def test_drawn_boxes_are_distributed_like_torchvision_s(recipe: str, height: int
     ours = draw_boxes(crop, seed=1, epoch=0, samples=np.arange(n), view=0, heights=sizes[0], widths=sizes[1])
     torch.manual_seed(0)
     image = torch.empty(1, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, crop.scale, crop.ratio) for _ in range(n)])
+    theirs = np.array([RandomResizedCrop.get_params(image, crop.scale, RATIO) for _ in range(n)])
 
     def traits(boxes: np.ndarray) -> np.ndarray:
         top, left, box_height, box_width = boxes.T.astype(float)
@@ -286,8 +286,8 @@ def test_the_default_views_are_the_paper_s_imagenet_recipe() -> None:
     views = ViewsConfig()
     assert (views.large.size, views.large.count, views.large.scale) == (224, 2, [0.14, 1.0])
     assert (views.small.size, views.small.count, views.small.scale) == (96, 6, [0.05, 0.14])
-    assert views.large.ratio == views.small.ratio == [3 / 4, 4 / 3]
-    assert views.augment == AugmentConfig(0.8, 0.8, 0.8, 0.2, 0.8, 0.2, 0.5, [0.1, 2.0], 0.5)
+    assert RATIO == (3 / 4, 4 / 3)
+    assert views.augment == AugmentConfig(0.8, 0.8, 0.8, 0.2, 0.8, 0.2, 0.5, 0.5)
     assert views.evaluation == CenterCropConfig(resize=256, size=224)
 
 
@@ -298,12 +298,10 @@ def test_the_default_views_are_the_paper_s_imagenet_recipe() -> None:
         (lambda: CropConfig(count=-1), "count=-1"),
         (lambda: CropConfig(scale=[0.5, 0.1]), "scale"),
         (lambda: CropConfig(scale=[0.5, 1.1]), "scale"),
-        (lambda: CropConfig(ratio=[0.0, 1.0]), "ratio"),
         (lambda: CenterCropConfig(resize=200, size=224), "views.evaluation.size=224"),
         (lambda: AugmentConfig(contrast=-0.1), "views.augment.contrast"),
         (lambda: AugmentConfig(hue=0.6), "views.augment.hue"),
         (lambda: AugmentConfig(flip_probability=1.5), "views.augment.flip_probability"),
-        (lambda: AugmentConfig(blur_sigma=[0.0, 2.0]), "views.augment.blur_sigma"),
         (lambda: ViewsConfig(large=CropConfig(count=3)), "views.large.count=3"),
         (lambda: ViewsConfig(small=CropConfig(count=2000)), "views.small.count=2000"),
         (lambda: ViewsConfig(support_views=0), "views.support_views=0"),

@@ -64,7 +64,7 @@ def test_a_resident_store_gives_the_crops_of_threads(
         groups = zip(expected.micro_batches[0].crop_groups, resident.micro_batches[0].crop_groups, strict=True)
         for here, there in groups:
             assert isinstance(there, ResidentCrops)
-            assert torch.equal(here.parameters.values, there.parameters.values)
+            assert torch.equal(here.parameters, there.parameters)
             difference = (here.images.int() - there.on(device).cpu().int()).abs().max()
             assert difference <= (1 if device == CUDA else 0)
         assert resident.nbytes < expected.nbytes / 10, "no pixels on the host"

@@ -139,8 +139,7 @@ def test_threads_change_nothing(kind: str, digits: ImageStore, photographs: Path
 
 def by_view(crops: Crops, count: int) -> list[Tensor]:
     """Pixels and parameters, as (views, rows, ...)."""
-    parameters = [getattr(crops.parameters, field.name) for field in fields(crops.parameters)]
-    return [leaf.unflatten(0, (count, -1)) for leaf in (crops.images, *parameters)]
+    return [leaf.unflatten(0, (count, -1)) for leaf in (crops.images, crops.parameters)]
 
 
 def assert_crops_of_ranks(of_ranks: Sequence[PawsBatch], whole: PawsBatch) -> None:
@@ -180,8 +179,8 @@ def whole_images(store: ImageStore, records: Sequence[int], size: int) -> Tensor
 def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageStore) -> None:
     """With crops that cover the whole image, every view of an image is that image."""
     everything = {
-        "large": CropConfig(size=16, count=2, scale=[1.0, 1.0], ratio=[1.0, 1.0]),
-        "small": CropConfig(size=8, count=SMALL, scale=[1.0, 1.0], ratio=[1.0, 1.0]),
+        "large": CropConfig(size=16, count=2, scale=[1.0, 1.0]),
+        "small": CropConfig(size=8, count=SMALL, scale=[1.0, 1.0]),
     }
     batch = stream(digits, **everything).batch(4)
     assert torch.equal(batch.micro_batches[0].large.images, whole_images(digits, batch.records, 16).repeat(2, 1, 1, 1))
@@ -215,7 +214,7 @@ def test_views_of_an_image_are_drawn_independently(digits: ImageStore) -> None:
         (batch.micro_batches[0].small, SMALL),
         (batch.micro_batches[0].supports, VIEWS),
     ):
-        images, jitter = crops.images.unflatten(0, (count, -1)), crops.parameters.values.unflatten(0, (count, -1))
+        images, jitter = crops.images.unflatten(0, (count, -1)), crops.parameters.unflatten(0, (count, -1))
         for view in range(1, count):
             assert different(images[0], images[view]) > 0.9
             assert different(jitter[0], jitter[view]) == 1
@@ -228,7 +227,7 @@ def test_every_epoch_cuts_an_image_anew(digits: ImageStore) -> None:
         batch = everything.batch(step)
         order = np.argsort(batch.records)
         crops.append(batch.micro_batches[0].large.images[order])
-        jitter.append(batch.micro_batches[0].large.parameters.values[order])
+        jitter.append(batch.micro_batches[0].large.parameters[order])
     assert different(*crops) > 0.95
     assert different(*jitter) == 1
 
@@ -239,10 +238,10 @@ def test_every_step_cuts_a_support_anew_and_unlike_the_large_crops(digits: Image
     seen: set[bytes] = set()
     for step in (0, 1):
         batch = all_labels.batch(step)
-        supports = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters.values}
+        supports = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters}
         assert len(supports) == VIEWS * len(digits.classes) * PER_CLASS
         assert not supports & seen
-        assert not supports & {row.numpy().tobytes() for row in batch.micro_batches[0].large.parameters.values}
+        assert not supports & {row.numpy().tobytes() for row in batch.micro_batches[0].large.parameters}
         seen |= supports
         pixels = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.images}
         large = {row.numpy().tobytes() for row in batch.micro_batches[0].large.images}
@@ -535,7 +534,7 @@ def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits:
         make()
     batch = make(options=BALANCED).batch(2)
     assert batch.num_support_rows == VIEWS * K * PER_CLASS
-    jitter = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters.values}
+    jitter = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters}
     assert len(jitter) == VIEWS * K * PER_CLASS, "no two rows are alike, though only K images are there"
     pixels = batch.micro_batches[0].supports.images.view(VIEWS, K, PER_CLASS, -1)
     assert torch.unique(pixels[:, 0].flatten(0, 1), dim=0).shape[0] > VIEWS * PER_CLASS // 2
@@ -595,7 +594,7 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
     other = ImageStore.open(pack(ArraySource("digits", pixels, labels, names, ("c", "b", "a")), tmp_path / "a").path)
     unlabelled = ImageStore.open(digits.path)
     unlabelled._labels = None  # type: ignore[assignment]
-    whole = CropConfig(size=16, count=2, scale=[1.0, 1.0], ratio=[1.0, 1.0])
+    whole = CropConfig(size=16, count=2, scale=[1.0, 1.0])
     source = stream(
         unlabelled, np.arange(30), support_classes=3, supports=StoreImages(other), large=whole, augment=STILL
     )

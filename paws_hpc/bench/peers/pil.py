@@ -22,11 +22,11 @@ def pil_view(
     """One random view: an RGB image to (3, s, s) float32.
 
     Args:
-        crop: size, scale and ratio.
+        crop: size and scale.
         augment: operations; those of probability 0 are left out.
         mean, std: of pixels in [0, 1], three values each; ImageNet's.
     """
-    steps = [transforms.RandomResizedCrop(crop.size, scale=tuple(crop.scale), ratio=tuple(crop.ratio))]
+    steps = [transforms.RandomResizedCrop(crop.size, scale=tuple(crop.scale))]
     for operation in OPERATIONS:
         if chance := getattr(augment, operation.probability):
             steps.append(transforms.RandomApply([operation.pil(augment)], p=chance))
