@@ -23,7 +23,7 @@ from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfi
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.streams import PawsStream, StreamOptions
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.packing import ImageFolder, PackOptions, pack
 from paws_hpc.store import ImageStore
 
@@ -171,7 +171,6 @@ def _stream(path: str, *, threads: int) -> PawsStream:
         images_per_class=7,
         seed=0,
         threads=threads,
-        options=StreamOptions(),
     )
 
 

@@ -20,7 +20,7 @@ from paws_hpc.data.multicrop import Crops, CutCrops
 from paws_hpc.data.streams import MicroBatch, PawsBatch, PawsStream
 from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
-from paws_hpc.stages.run_data import open_data, stream_options
+from paws_hpc.stages.run_data import open_data
 
 _DIGITS = 1397  # training images that scikit-learn's digits leave
 _GPU_STEPS = 50
@@ -132,7 +132,7 @@ def opened_stream(config: Config) -> Iterator[PawsStream]:
     use_threads(config)
     data = open_data(config)
     with data.caching() as cached:
-        yield open_stream(cached, stream_options(data, torch.device(config.device)))
+        yield open_stream(cached, torch.device(config.device))
 
 
 def on_device(batch: PawsBatch, device: torch.device) -> PawsBatch:

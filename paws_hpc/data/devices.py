@@ -73,11 +73,6 @@ class PrefetchedViews:
             self._tensors = make()
             self._made = stream.record_event()
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the tensors."""
-        return sum(tensor.nbytes for tensor in self._tensors)
-
     def take(self) -> list[Tensor]:
         """The tensors, for use on the current stream; the host does not wait."""
         if self._made is not None:

@@ -61,10 +61,6 @@ class StoreImages:
         """n images, each (H, W, 3) uint8 RGB; errors as in ``ImageStore.images``."""
         return self.store.images(records)
 
-    def encoded(self, records: Positions) -> list[NDArray[np.uint8]]:
-        """n JPEG files, each (bytes,) uint8; errors as in ``ImageStore.read_encoded``."""
-        return [np.frombuffer(payload, np.uint8) for payload in self.store.read_encoded(records)]
-
     def close(self) -> None:
         """Release shared memory; the store stays open."""
 

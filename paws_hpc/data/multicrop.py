@@ -47,11 +47,6 @@ class CutCrops:
     def __len__(self) -> int:
         return len(self.parameters)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of the images."""
-        return self.images.nbytes
-
     def on(self, device: torch.device) -> Tensor:
         """The images on a device."""
         return self.images.to(device, non_blocking=True)
@@ -77,11 +72,6 @@ class ResidentCrops:
 
     def __len__(self) -> int:
         return len(self.parameters)
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory."""
-        return self.boxes.nbytes
 
     @property
     def images(self) -> Tensor:

@@ -9,9 +9,9 @@ micro-batches per step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -40,26 +40,8 @@ from paws_hpc.data.workers import Prefetch, single_threaded
 from paws_hpc.store import ImageStore
 
 _EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """The order of images and the device; the defaults are the paper's order on the CPU.
-
-    Attributes:
-        window: of the unlabelled images' order; None shuffles all of them.
-        balanced_support: supports take turns instead of being drawn anew in each step.
-        device: of training.
-        compile_augmentation: whether augmentation goes through ``torch.compile``.
-    """
-
-    window: Window | None = None
-    balanced_support: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    compile_augmentation: bool = False
-
-
-_DEFAULT = StreamOptions()
+_AHEAD, _AHEAD_BYTES = 3, 10**9  # batches that are made ahead, and memory of these crops and their views
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -112,11 +94,6 @@ class PawsBatch:
         """V * S, of this rank."""
         return sum(len(micro_batch.supports) for micro_batch in self.micro_batches)
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of its images on the host, and of prefetched views."""
-        return _nbytes([crops for each in self.micro_batches for crops in each.crop_groups], self.prefetched)
-
 
 @dataclass(frozen=True)
 class LabelledBatch:
@@ -136,28 +113,20 @@ class LabelledBatch:
     labels: Tensor
     prefetched: PrefetchedViews | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of its images on the host, and of prefetched views."""
-        return _nbytes([self.crops], self.prefetched)
-
 
 Batch = TypeVar("Batch", PawsBatch, LabelledBatch)
 
 
-def _nbytes(crop_groups: Sequence[Crops], prefetched: PrefetchedViews | None) -> int:
-    return sum(crops.nbytes for crops in crop_groups) + (0 if prefetched is None else prefetched.nbytes)
-
-
 def _prefetch(
     begin: Callable[[int], Callable[[], Batch]],
-    augment: Callable[[Batch], list[Tensor]] | None,
+    views: Callable[[Batch], list[Tensor]] | None,
     steps: tuple[int, int],
     *,
     device: torch.device,
+    batch_bytes: int,
     abandon: Callable[[], None],
 ) -> Prefetch[Batch]:
-    """The batches of ``range(*steps)``, made ahead; with their views where there is an ``augment``."""
+    """The batches of ``range(*steps)``, made ahead; with their ``views`` if these are given."""
     stream = side_stream(device)
 
     def begin_with_views(step: int) -> Callable[[], Batch]:
@@ -165,13 +134,12 @@ def _prefetch(
 
         def finish_with_views() -> Batch:
             batch = finish()
-            if augment is None:
-                return batch
-            return replace(batch, prefetched=PrefetchedViews(partial(augment, batch), stream))
+            return batch if views is None else replace(batch, prefetched=PrefetchedViews(partial(views, batch), stream))
 
         return finish_with_views
 
-    return Prefetch(begin_with_views, *steps, abandon=abandon, size=lambda batch: batch.nbytes)
+    ahead = min(max(_AHEAD_BYTES // batch_bytes, 1), _AHEAD)
+    return Prefetch(begin_with_views, *steps, abandon=abandon, ahead=ahead)
 
 
 class PawsStream:
@@ -190,7 +158,10 @@ class PawsStream:
         threads: int,
         accumulate_steps: int = 1,
         supports: StoreImages | None = None,
-        options: StreamOptions = _DEFAULT,
+        window: Window | None = None,
+        balanced_support: bool = False,
+        device: torch.device = _CPU,
+        compile_augmentation: bool = False,
     ) -> None:
         """Prepare; reads nothing yet, unless a store is small enough to live on the GPU.
 
@@ -205,19 +176,22 @@ class PawsStream:
             threads: that decode and crop.
             accumulate_steps: micro-batches per step, A.
             supports: source of the labelled images; None means ``store``.
-            options: order and device.
+            window: of the unlabelled images' order; None shuffles all of them.
+            balanced_support: supports take turns instead of being drawn anew in each step.
+            device: of training.
+            compile_augmentation: whether augmentation goes through ``torch.compile``.
 
         Raises:
             ValueError: a global size does not divide by the ranks and micro-batches, the labels do not suffice for the
                 support, or an image would be repeated more often in a step than there are numbers for its views.
         """
-        self.store, self.views, self.options = store, views, options
+        self.store, self.views, self.device = store, views, device
         images = StoreImages(store)
         supports = images if supports is None else supports
-        self._sampler = EpochSampler(len(store), batch_size, seed, options.window)
+        self._sampler = EpochSampler(len(store), batch_size, seed, window)
         self._support_sampler = SupportSampler(
             labelled, supports.store.labels[labelled], num_classes=support_classes, images_per_class=images_per_class,
-            seed=seed, balanced=options.balanced_support,
+            seed=seed, balanced=balanced_support,
         )  # fmt: skip
         self._labels_are_here = supports.store is store
         repeats = self._support_sampler.most_repeats
@@ -227,11 +201,11 @@ class PawsStream:
                 f"{views.support_views} crops. There are numbers for {MAX_SUPPORT_VIEWS} crops of an image per step: "
                 "lower pretrain.support.images_per_class."
             )
-        self._multicrop = MultiCrop(images, seed=seed, threads=threads, device=options.device)
+        self._multicrop = MultiCrop(images, seed=seed, threads=threads, device=device)
         # A resident store lives on the device once; and workers are shared wherever the images are.
-        shared = supports is images or (self._labels_are_here and is_resident(store, options.device))
+        shared = supports is images or (self._labels_are_here and is_resident(store, device))
         self._support_multicrop = (
-            self._multicrop if shared else MultiCrop(supports, seed=seed, threads=threads, device=options.device)
+            self._multicrop if shared else MultiCrop(supports, seed=seed, threads=threads, device=device)
         )
         self._num_images = distributed.per_rank(
             batch_size, name="pretrain.batch_size", accumulate_steps=accumulate_steps
@@ -242,7 +216,7 @@ class PawsStream:
             accumulate_steps=accumulate_steps,
         )
         self._accumulate_steps = accumulate_steps
-        self._augmentation = CompiledAugmentation(views.augment) if options.compile_augmentation else augment
+        self._augmentation = CompiledAugmentation(views.augment) if compile_augmentation else augment
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
@@ -300,17 +274,21 @@ class PawsStream:
             dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
                 with them a step must not hold the views of all its images at once.
         """
-        device, views = self.options.device, None
+        config, views, channel_bytes = self.views, None, 1
         if dtype is not None and self._accumulate_steps == 1:
+            channel_bytes += dtype.itemsize
 
             def views(batch: PawsBatch) -> list[Tensor]:
-                return self.augment(batch.micro_batches[0], device, dtype)
+                return self.augment(batch.micro_batches[0], self.device, dtype)
 
         def abandon() -> None:
             self._multicrop.abandon()
             self._support_multicrop.abandon()
 
-        return _prefetch(self.begin, views, (start, stop), device=device, abandon=abandon)
+        pixels = (2 * self._num_images + config.support_views * self._num_supports) * config.large.size**2
+        pixels += config.small.count * self._num_images * config.small.size**2
+        batch_bytes = 3 * pixels * channel_bytes
+        return _prefetch(self.begin, views, (start, stop), device=self.device, batch_bytes=batch_bytes, abandon=abandon)
 
     def augment(self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented views on the device, by group of crops; supports too are normalised by the store's statistics."""
@@ -340,7 +318,7 @@ class ClassifierStream:
         threads: int,
         images: StoreImages | None = None,
         normalised_as: ImageStore | None = None,
-        device: torch.device = _DEFAULT.device,
+        device: torch.device = _CPU,
     ) -> None:
         """Prepare; (M,) labelled images fewer than ``batch_size`` (over all ranks) make one batch.
 
@@ -377,9 +355,10 @@ class ClassifierStream:
 
     def prefetch(self, start: int, stop: int, dtype: torch.dtype) -> Prefetch[LabelledBatch]:
         """The batches of steps ``start`` to ``stop - 1`` with their views, made ahead; a context manager."""
+        images = -(-self.batch_size // distributed.world_size())
         return _prefetch(
             self.begin, lambda batch: [self.augment(batch, self._device, dtype)], (start, stop), device=self._device,
-            abandon=self._multicrop.abandon,
+            batch_bytes=3 * images * self._crop.size**2 * (1 + dtype.itemsize), abandon=self._multicrop.abandon,
         )  # fmt: skip
 
     def augment(self, batch: LabelledBatch, device: torch.device, dtype: torch.dtype) -> Tensor:

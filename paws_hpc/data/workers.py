@@ -16,9 +16,6 @@ from typing import Any, Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-_AHEAD = 3  # batches, those in the making included: enough to hide one slow batch; more would only hold memory
-_AT_ONCE = 2  # in the making: workers that are done with one batch go on to the next
-_AHEAD_BYTES = 10**9  # of batches that wait or are being made, on the host and, as views, on the device
 
 
 def single_threaded() -> Callable[[], None]:
@@ -77,9 +74,8 @@ class WorkerPool:
 class Prefetch(Generic[T]):
     """The batches of steps ``start`` to ``stop - 1`` in order, made ahead; a context manager.
 
-    ``with Prefetch(…) as batches`` gives the iterator. Beside the batch that the consumer has, at most three exist, and
-    no more than fit ``budget_bytes`` (a batch that alone exceeds it is made once nothing else waits). The next batch is
-    assumed to be as large as the largest yet.
+    ``with Prefetch(…) as batches`` gives the iterator. Beside the batch that the consumer has, at most ``ahead`` are
+    made, and one more is begun.
 
     An error is raised where its batch would have been taken. When the block ends nothing works on batches any more,
     unless it is interrupted while it waits for that.
@@ -92,102 +88,58 @@ class Prefetch(Generic[T]):
         stop: int,
         *,
         abandon: Callable[[], None] = lambda: None,
-        size: Callable[[T], int] = lambda _: 0,
-        budget_bytes: int = _AHEAD_BYTES,
+        ahead: int = 3,
     ) -> None:
         """Prepare.
 
         Args:
             begin: begins the batch of a step, and returns a function that waits for it. One thread begins all batches,
-                the next while it waits for the one before.
+                the next before it waits for the one before: workers that are done with one go on to the next.
             start, stop: steps.
             abandon: cancels that thread's unfinished batches; it is called once, by that thread, at the end.
-            size: bytes of a batch.
-            budget_bytes: of the batches that wait or are being made.
+            ahead: batches: three hide one that is slow, and more would only hold memory.
         """
-        self._begin, self._start, self._stop, self._abandon = begin, start, stop, abandon
-        self._size, self._budget = size, budget_bytes
-        self._largest: int | None = None  # batch so far
-        self._waiting: deque[tuple[T | BaseException, int]] = deque()
-        self._changed = threading.Condition()
-        self._leaving = False
-        self._limit_threads = single_threaded()
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._begin, self._abandon, self._ahead = begin, abandon, ahead
+        self._steps = iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=single_threaded())
+        self._begun: deque[Future[Callable[[], T]]] = deque()
+        self._made: deque[Future[T]] = deque()
+        self._open = False
 
     def __enter__(self) -> Iterator[T]:
-        self._thread.start()
+        self._open = True
+        for _ in range(1 + self._ahead):
+            self._go_on()
         return self._batches()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._changed:
-            self._leaving = True
-            self._changed.notify_all()
-        self._thread.join()
+        self._open = False
+        futures: list[Future[Any]] = [*self._made, *self._begun]
+        for future in futures:
+            future.cancel()
+        self._pool.submit(self._abandon).result()
+        self._pool.shutdown()
 
     def _batches(self) -> Iterator[T]:
-        for step in range(self._start, self._stop):
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._leaving)
-                if self._leaving:
-                    raise ValueError(f"the batch of step {step} is wanted outside the with block of its Prefetch.")
-                item, _ = self._waiting.popleft()
-                self._changed.notify_all()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            del item  # before the next is waited for: it would count as a fourth
+        while self._made:
+            if not self._open:
+                raise ValueError("a batch is wanted outside the with block of its Prefetch.")
+            batch = self._made.popleft().result()
+            self._go_on()
+            yield batch
+            del batch  # before the next is waited for: it would count as one more
 
-    def _has_room(self, begun: int) -> bool:
-        there = len(self._waiting) + begun
-        waiting = sum(size for _, size in self._waiting)
-        if self._largest is None or not there:  # whatever the first one needs, it is made alone
-            return not there
-        return there < _AHEAD and waiting + (begun + 1) * self._largest <= self._budget
+    def _go_on(self) -> None:
+        """Begin one more batch, then make the one that was begun before it."""
+        if (step := next(self._steps, None)) is not None:
+            self._begun.append(self._pool.submit(self._begin, step))
+        if len(self._begun) == 2 or (self._begun and step is None):
+            begun = self._begun.popleft()
+            self._made.append(self._pool.submit(_finish, begun))
 
-    def _fill(self) -> None:
-        self._limit_threads()
-        try:
-            self._make()
-        finally:
-            self._abandon()
 
-    def _make(self) -> None:
-        begun: deque[Callable[[], T]] = deque()
-        step = self._start
-        while begun or step < self._stop:
-            with self._changed:
-                self._changed.wait_for(lambda: self._leaving or begun or self._has_room(0))
-                if self._leaving:
-                    return
-                another = step < self._stop and len(begun) < _AT_ONCE and self._has_room(len(begun))
-            if another:
-                begun.append(self._beginning(step))
-                step += 1
-                continue
-            size = 0
-            try:
-                item: T | BaseException = begun.popleft()()
-                size = self._size(item)  # type: ignore[arg-type]
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, who raises it
-                item = error
-            with self._changed:
-                self._largest = max(self._largest or 0, size)
-                self._waiting.append((item, size))
-                self._changed.notify_all()
-            if isinstance(item, BaseException):
-                return
-            del item
-
-    def _beginning(self, step: int) -> Callable[[], T]:
-        """What waits for the batch of a step, or raises the error with which it began."""
-        try:
-            return self._begin(step)
-        except BaseException as error:  # noqa: BLE001 - raised when its turn comes
-            fault = error
-
-        def fail() -> T:
-            raise fault
-
-        return fail
+def _finish(begun: Future[Callable[[], T]]) -> T:
+    """The batch that was begun, or the error with which it began."""
+    return begun.result()()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
+
+import torch
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
-from paws_hpc.data.streams import PawsStream, StreamOptions
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.pretrain_loop import pretrain
@@ -15,7 +17,7 @@ from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.networks import checkpoint_folder, starting_encoder
 from paws_hpc.stages.probing import validation_accuracy
-from paws_hpc.stages.run_data import RunData, open_data, stream_options
+from paws_hpc.stages.run_data import RunData, open_data, order_window
 from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
 from paws_hpc.stages.trackers import open_trackers
 
@@ -30,14 +32,12 @@ def run(context: TorchContext) -> None:
     if is_done(run.pretrain):
         return
     data = open_data(context.config, control=control)
-    options = stream_options(data, context.device)
     with data.caching() as cached:
-        _train(run, cached, options, control)
+        _train(run, cached, context.device, control)
 
 
-def _train(run: RunFolder, data: RunData, options: StreamOptions, control: JobControl) -> None:
-    config, device = data.config, options.device
-    stream = open_stream(data, options)
+def _train(run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> None:
+    config, stream = data.config, open_stream(data, device)
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(run, data, control)
     start = checkpoints.resume(training, device)
@@ -69,7 +69,7 @@ def _train(run: RunFolder, data: RunData, options: StreamOptions, control: JobCo
         mark_done(run.pretrain, steps=summary.steps)
 
 
-def open_stream(data: RunData, options: StreamOptions) -> PawsStream:
+def open_stream(data: RunData, device: torch.device) -> PawsStream:
     """The stream that pre-training takes its steps' images from."""
     config = data.config
     return PawsStream(
@@ -83,7 +83,10 @@ def open_stream(data: RunData, options: StreamOptions) -> PawsStream:
         threads=config.data.threads,
         accumulate_steps=config.pretrain.accumulate_steps,
         supports=data.supports,
-        options=replace(options, compile_augmentation=config.pretrain.compile),
+        window=order_window(data),
+        balanced_support=config.data.support_order == "balanced",
+        device=device,
+        compile_augmentation=config.pretrain.compile,
     )
 
 
@@ -95,5 +98,5 @@ def make_training(config: Config, stream: PawsStream) -> Pretraining:
         optimizer=config.optimizer,
         config=config.pretrain,
         stream=stream,
-        device=stream.options.device,
+        device=stream.device,
     )

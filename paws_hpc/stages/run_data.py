@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from paws_hpc.config import Config, Identity
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.samplers import Positions, Window
-from paws_hpc.data.streams import EvaluationSet, StreamOptions
+from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import Interrupted, JobControl
 from paws_hpc.stages.prepare import RunStores, open_stores
@@ -106,7 +105,7 @@ def copy_folder(config: Config) -> Path | None:
     return Path(folder)
 
 
-def _order_window(data: RunData) -> Window | None:
+def order_window(data: RunData) -> Window | None:
     """The window of the unlabelled images' order, its blocks counted in records of mean size; None for ``full``."""
     if data.config.data.order == "full":
         return None
@@ -118,14 +117,8 @@ def _order_window(data: RunData) -> Window | None:
 def order_identity(data: RunData) -> Identity:
     """What determines the order of images beside the seed, without defaults: old runs could not choose."""
     fields: Identity = {}
-    if (window := _order_window(data)) is not None:
+    if (window := order_window(data)) is not None:
         fields["data.order"] = f"window of {window.blocks} blocks of {window.block_records} records"
     if data.config.data.support_order != "paper":
         fields["data.support_order"] = data.config.data.support_order
     return fields
-
-
-def stream_options(data: RunData, device: torch.device) -> StreamOptions:
-    """Order and device of a stage's stream."""
-    balanced = data.config.data.support_order == "balanced"
-    return StreamOptions(window=_order_window(data), balanced_support=balanced, device=device)

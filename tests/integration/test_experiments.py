@@ -19,7 +19,7 @@ from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import prepare
 from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.pretrain import make_training, open_stream
-from paws_hpc.stages.run_data import open_data, stream_options
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
 
@@ -102,7 +102,7 @@ def test_every_recipe_trains_two_steps_with_its_own_network_crops_and_losses(
     config = small(recipe, stores, tmp_path)
     prepare.run(StageContext(config, RunFolder(tmp_path / "run")))
     data = open_data(config)
-    stream = open_stream(data, stream_options(data, CPU))
+    stream = open_stream(data, CPU)
     training = make_training(config, stream)
     if "model=resnet50_4x" in recipe:
         freeze_the_widest(training)

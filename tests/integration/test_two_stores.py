@@ -20,7 +20,7 @@ from paws_hpc.files import read_json
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.stages import finetune, prepare, pretrain, selection
 from paws_hpc.stages.context import StageContext, TorchContext
-from paws_hpc.stages.run_data import open_data, stream_options
+from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
@@ -138,7 +138,7 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     assert result["labels"] == len(listed) == 55
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
     data = open_data(config)
-    stream = pretrain.open_stream(data, stream_options(data, CPU))
+    stream = pretrain.open_stream(data, CPU)
     order = SupportSampler(
         data.labelled, store.labels[data.labelled], num_classes=10, images_per_class=4, seed=config.seed, balanced=True
     )

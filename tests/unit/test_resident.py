@@ -8,7 +8,7 @@ import torch
 
 from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.data.multicrop import ResidentCrops, is_resident
-from paws_hpc.data.streams import ClassifierStream, PawsBatch, PawsStream, StreamOptions
+from paws_hpc.data.streams import ClassifierStream, PawsBatch, PawsStream
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
@@ -40,7 +40,7 @@ def batch(store: ImageStore, device: torch.device, step: int) -> PawsBatch:
     views = ViewsConfig(CropConfig(32, 2, [0.14, 1.0]), CropConfig(16, 3, [0.05, 0.14]), support_views=2)
     stream = PawsStream(
         store, labelled, views=views, batch_size=24, support_classes=len(store.classes), images_per_class=4, seed=3,
-        threads=2, options=StreamOptions(device=device),
+        threads=2, device=device,
     )  # fmt: skip
     return stream.batch(step)
 
@@ -67,7 +67,6 @@ def test_a_resident_store_gives_the_crops_of_threads(
             assert torch.equal(here.parameters, there.parameters)
             difference = (here.images.int() - there.on(device).cpu().int()).abs().max()
             assert difference <= (1 if device == CUDA else 0)
-        assert resident.nbytes < expected.nbytes / 10, "no pixels on the host"
 
 
 def test_so_it_does_for_a_classifier(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paws_hpc.data.config import AugmentConfig
-from paws_hpc.data.streams import PawsStream, StreamOptions
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.pretrain import Pretraining
@@ -34,7 +34,7 @@ def prepared(
     stream = PawsStream(
         store, np.array(labelled), views=config.views, batch_size=16, support_classes=10, images_per_class=4, seed=0,
         threads=1, accumulate_steps=config.pretrain.accumulate_steps,
-        options=StreamOptions(device=device, compile_augmentation=config.pretrain.compile),
+        device=device, compile_augmentation=config.pretrain.compile,
     )  # fmt: skip
     return Pretraining(
         build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,

@@ -14,7 +14,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 from paws_hpc.config import Config
 from paws_hpc.data.config import CropConfig, ViewsConfig
-from paws_hpc.data.streams import PawsStream, StreamOptions
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.starting_weights import load_backbone
@@ -156,7 +156,6 @@ def test_the_recipe_trains_step_by_step_with_its_decay(digits_stores: Stores) ->
     labelled = np.concatenate([np.flatnonzero(store.labels == label)[:4] for label in range(10)])
     stream = PawsStream(
         store, labelled, views=config.views, batch_size=32, support_classes=10, images_per_class=4, seed=0, threads=1,
-        options=StreamOptions(),
     )  # fmt: skip
     with small_vit():
         encoder = build_encoder(config.model, seed=0)
