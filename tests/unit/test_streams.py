@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from paws_hpc import distributed
@@ -25,10 +24,12 @@ from paws_hpc.data.crops import draw_boxes
 from paws_hpc.data.images import StoreImages
 from paws_hpc.data.multicrop import Crops
 from paws_hpc.data.samplers import Window
-from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsBatch, PawsStream, StreamOptions
+from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsBatch, PawsStream
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
+from tests.pictures import tile, write_tiles
+from tests.tiny import STILL
 
 N, K, PER_CLASS, VIEWS, SMALL = 24, 6, 4, 2, 3
 CPU, F32 = torch.device("cpu"), torch.float32
@@ -51,21 +52,13 @@ def labelled(store: ImageStore, per_class: int = 5) -> np.ndarray:
     return np.concatenate([np.flatnonzero(store.labels == label)[:per_class] for label in range(len(store.classes))])
 
 
-def stream(
-    store: ImageStore, records: np.ndarray | None = None, *, images_per_class: int = PER_CLASS, threads: int = 1,
-    batch_size: int = N, accumulate_steps: int = 1, supports: StoreImages | None = None,
-    options: StreamOptions | None = None, support_classes: int | None = None, **changes: Any,
-) -> PawsStream:  # fmt: skip
-    """A stream whose views have these changes."""
-    return PawsStream(
-        store, labelled(store) if records is None else records, views=views(**changes), batch_size=batch_size,
-        support_classes=support_classes or min(K, len(store.classes)), images_per_class=images_per_class, seed=3,
-        threads=threads, accumulate_steps=accumulate_steps, supports=supports, options=options or StreamOptions(),
-    )  # fmt: skip
-
-
-BALANCED = StreamOptions(balanced_support=True)
-STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
+def stream(store: ImageStore, records: np.ndarray | None = None, **changes: Any) -> PawsStream:
+    """A stream whose arguments, or views, have these changes."""
+    arguments = {"batch_size": N, "support_classes": min(K, len(store.classes)), "images_per_class": PER_CLASS}
+    arguments |= {"seed": 3, "threads": 1}
+    of_views = {name: changes.pop(name) for name in ("large", "small", "augment") if name in changes}
+    records = labelled(store) if records is None else records
+    return PawsStream(store, records, views=views(**of_views), **arguments | changes)
 
 
 def flat(value: Any) -> list[Any]:
@@ -83,20 +76,24 @@ def assert_same(first: Any, second: Any) -> None:
         assert equal
 
 
-class Ranks:
-    """Stands for the process group: says that this process is one of several ranks."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
-    def become(self, rank: int, world: int) -> None:
-        self._monkeypatch.setattr(distributed, "rank", lambda: rank)
-        self._monkeypatch.setattr(distributed, "world_size", lambda: world)
+T = TypeVar("T")
+OnRanks = Callable[[int, Callable[[], T]], list[T]]
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    return Ranks(monkeypatch)
+def on_ranks(monkeypatch: pytest.MonkeyPatch) -> OnRanks:
+    """Calls a function as each of several ranks, and gives their results."""
+
+    def call(world: int, function: Callable[[], T]) -> list[T]:
+        results = []
+        for rank in range(world):
+            with monkeypatch.context() as patch:
+                patch.setattr(distributed, "rank", lambda rank=rank: rank)
+                patch.setattr(distributed, "world_size", lambda: world)
+                results.append(function())
+        return results
+
+    return call
 
 
 @pytest.fixture
@@ -110,12 +107,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     random = np.random.default_rng(0)
     for number in range(36):
-        photo = load_sample_images().images[number % 2]
-        height, width = random.integers(20, 200, size=2)
-        top, left = random.integers(0, 200, size=2)
+        height, width, top, left = *random.integers(20, 200, size=2).tolist(), *random.integers(0, 200, size=2).tolist()
         path = folder / "images" / f"{'ab'[number % 2]}" / f"{number:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo[top : top + height, left : left + width]).save(path, "JPEG", quality=95)
+        tile(left, top, width, height, photo=number % 2).save(path, quality=95)
     return pack(ImageFolder(folder / "images"), folder / "store").path
 
 
@@ -143,30 +138,30 @@ def by_view(crops: Crops, count: int) -> list[Tensor]:
 
 
 def assert_crops_of_ranks(of_ranks: Sequence[PawsBatch], whole: PawsBatch) -> None:
-    """The ranks' crops of every view, one rank after the other, are those of the whole batch."""
+    """The ranks' crops of every view, one rank after the other, are those of the whole batch; all know its classes."""
     assert np.array_equal(np.concatenate([batch.records for batch in of_ranks]), whole.records)
     for name, count in (("large", 2), ("small", SMALL), ("supports", VIEWS)):
         pieces = [by_view(getattr(batch.micro_batches[0], name), count) for batch in of_ranks]
         expected = by_view(getattr(whole.micro_batches[0], name), count)
         for together, leaf in zip(zip(*pieces, strict=True), expected, strict=True):
             assert torch.equal(torch.cat(together, dim=1), leaf), name
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_hold_the_batch_of_one(digits: ImageStore, ranks: Ranks, world: int) -> None:
-    step = 2
-    whole = stream(digits).batch(step)
-    parts: list[PawsBatch] = []
-    for rank in range(world):
-        ranks.become(rank, world)
-        parts.append(stream(digits).batch(step))
-    assert_crops_of_ranks(parts, whole)
-    # Gathering puts rank after rank, each with its views one after the other; every rank knows all of these classes.
-    rows = whole.num_support_rows // VIEWS // world
-    for part in parts:
-        assert part.num_support_rows == VIEWS * rows
-        by_rank = part.support_classes.view(world, VIEWS, rows).transpose(0, 1).reshape(-1)
+    world, rows = len(of_ranks), whole.num_support_rows // VIEWS // len(of_ranks)
+    for batch in of_ranks:  # gathering puts rank after rank, each with its views one after the other
+        assert batch.num_support_rows == VIEWS * rows
+        by_rank = batch.support_classes.view(world, VIEWS, rows).transpose(0, 1).reshape(-1)
         assert torch.equal(by_rank, whole.support_classes)
+
+
+@pytest.mark.parametrize("window", [None, Window(block_records=50, blocks=4)])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
+    digits: ImageStore, on_ranks: OnRanks, window: Window | None, balanced: bool
+) -> None:
+    """1 rank, then 2, 4 and 1: all that goes from one to the next is the step."""
+    make = partial(stream, digits, window=window, balanced_support=balanced)
+    first = len(digits) // N - 2
+    for step, world in enumerate((1, 2, 4, 1), start=first):  # over the end of an epoch
+        assert_crops_of_ranks(on_ranks(world, lambda step=step: make().batch(step)), make().batch(step))
 
 
 def whole_images(store: ImageStore, records: Sequence[int], size: int) -> Tensor:
@@ -199,53 +194,24 @@ def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageS
     assert torch.equal(batch.support_classes, indices.repeat(VIEWS))
 
 
-def different(first: Tensor, second: Tensor) -> float:
-    """Share of rows that differ."""
-    return (first != second).flatten(1).any(1).double().mean().item()
-
-
 ALWAYS_JITTER = AugmentConfig(jitter_probability=1.0)
 
 
-def test_views_of_an_image_are_drawn_independently(digits: ImageStore) -> None:
-    batch = stream(digits, augment=ALWAYS_JITTER).batch(0)
-    for crops, count in (
-        (batch.micro_batches[0].large, 2),
-        (batch.micro_batches[0].small, SMALL),
-        (batch.micro_batches[0].supports, VIEWS),
-    ):
-        images, jitter = crops.images.unflatten(0, (count, -1)), crops.parameters.unflatten(0, (count, -1))
-        for view in range(1, count):
-            assert different(images[0], images[view]) > 0.9
-            assert different(jitter[0], jitter[view]) == 1
+def distinct(rows: Tensor) -> int:
+    return len({row.numpy().tobytes() for row in rows})
 
 
-def test_every_epoch_cuts_an_image_anew(digits: ImageStore) -> None:
-    everything = stream(digits, batch_size=len(digits), augment=ALWAYS_JITTER)
-    crops, jitter = [], []
-    for step in (0, 1):  # each of them an epoch
-        batch = everything.batch(step)
-        order = np.argsort(batch.records)
-        crops.append(batch.micro_batches[0].large.images[order])
-        jitter.append(batch.micro_batches[0].large.parameters[order])
-    assert different(*crops) > 0.95
-    assert different(*jitter) == 1
-
-
-def test_every_step_cuts_a_support_anew_and_unlike_the_large_crops(digits: ImageStore) -> None:
-    records, half = labelled(digits, PER_CLASS), len(digits) // 2  # each step draws all labels; two steps of one epoch
-    all_labels = stream(digits, records, batch_size=half, support_classes=len(digits.classes), augment=ALWAYS_JITTER)
-    seen: set[bytes] = set()
-    for step in (0, 1):
-        batch = all_labels.batch(step)
-        supports = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters}
-        assert len(supports) == VIEWS * len(digits.classes) * PER_CLASS
-        assert not supports & seen
-        assert not supports & {row.numpy().tobytes() for row in batch.micro_batches[0].large.parameters}
-        seen |= supports
-        pixels = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.images}
-        large = {row.numpy().tobytes() for row in batch.micro_batches[0].large.images}
-        assert len(pixels & large) < 0.1 * len(pixels)
+def test_no_two_crops_share_a_draw_not_even_of_an_image_in_other_steps(digits: ImageStore) -> None:
+    """Views of an image, an image in two epochs, and a support in two steps, of which each draws all labels."""
+    source = stream(
+        digits, labelled(digits, PER_CLASS), batch_size=len(digits), support_classes=len(digits.classes),
+        augment=ALWAYS_JITTER,
+    )  # fmt: skip
+    groups = [crops for step in (0, 1) for crops in source.batch(step).micro_batches[0].crop_groups]
+    rows = 2 * ((2 + SMALL) * len(digits) + VIEWS * len(digits.classes) * PER_CLASS)
+    assert distinct(torch.cat([crops.parameters for crops in groups])) == rows
+    large = torch.cat([crops.images for crops in groups if crops.images.shape[-1] == 16])
+    assert distinct(large) > 0.9 * len(large)
 
 
 def test_small_crops_can_be_turned_off(digits: ImageStore) -> None:
@@ -268,36 +234,41 @@ def test_views_arrive_augmented_normalised_and_in_three_channels(digits: ImageSt
     assert not torch.allclose(augmented.augment(augmented.batch(0).micro_batches[0], CPU, torch.float64)[1], large)
 
 
-def test_an_indivisible_size_names_those_that_fit(digits: ImageStore, ranks: Ranks) -> None:
-    ranks.become(0, 4)
+def test_an_indivisible_size_names_those_that_fit(digits: ImageStore, on_ranks: OnRanks) -> None:
     with pytest.raises(ValueError, match=r"pretrain\.batch_size=130 .* 4 ranks.*pretrain\.batch_size=128 or 132"):
-        stream(digits, batch_size=130)
-    ranks.become(0, 16)
+        on_ranks(4, lambda: stream(digits, batch_size=130))
     with pytest.raises(ValueError, match=r"pretrain\.support\.images_per_class=24 .* 16 ranks.*=16 or 32 would fit"):
-        stream(digits, batch_size=128)
-
-
-def test_prefetching_gives_the_same_batches(digits: ImageStore) -> None:
-    source = stream(digits)
-    with source.prefetch(5, 8) as batches:
-        taken = list(batches)
-    assert [batch.step for batch in taken] == [5, 6, 7]
-    for batch in taken:
-        assert_same(batch, source.batch(batch.step))
+        on_ranks(16, lambda: stream(digits, batch_size=128))
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.float64])
-def test_views_made_ahead_have_the_same_bits_and_count_as_memory(digits: ImageStore, dtype: torch.dtype) -> None:
+def test_prefetching_gives_the_same_batches_with_the_bits_of_views_made_later(
+    digits: ImageStore, dtype: torch.dtype
+) -> None:
     source = stream(digits)
     with source.prefetch(5, 8, dtype) as batches:
-        for batch in batches:
+        for step, batch in zip(range(5, 8), batches, strict=True):
             assert batch.prefetched is not None
-            now = source.batch(batch.step)
-            views = source.augment(now.micro_batches[0], CPU, dtype)
-            assert batch.nbytes == now.nbytes + sum(view.nbytes for view in views)
-            for made, expected in zip(batch.prefetched.take(), views, strict=True):
+            now = source.batch(step)
+            assert_same(replace(batch, prefetched=None), now)
+            for made, expected in zip(
+                batch.prefetched.take(), source.augment(now.micro_batches[0], CPU, dtype), strict=True
+            ):
                 assert made.dtype == dtype
                 assert torch.equal(made, expected)
+
+
+def test_large_batches_are_made_ahead_one_at_a_time(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, source = [], stream(digits)
+    rows = [len(crops) * crops.images.shape[-1] ** 2 for crops in source.batch(0).micro_batches[0].crop_groups]
+    views = sum(rows) * 3 * (1 + 4)  # uint8 and float32
+    monkeypatch.setattr("paws_hpc.data.streams.Prefetch", lambda *_, ahead, **__: made.append(ahead))
+    for limit in (views, 2 * views, 10 * views):
+        monkeypatch.setattr("paws_hpc.data.streams._AHEAD_BYTES", limit)
+        source.prefetch(0, 1, F32)
+    monkeypatch.setattr("paws_hpc.data.streams._AHEAD_BYTES", 1)
+    source.prefetch(0, 1, F32)
+    assert made == [1, 2, 3, 1]
 
 
 def test_views_of_several_micro_batches_are_left_to_the_step(digits: ImageStore) -> None:
@@ -406,11 +377,7 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
 
 def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Path) -> None:
     """Two ways to resize, one per encoding: they differ by one of 255 levels at most, where rounding differs."""
-    for number in range(30):
-        photo = load_sample_images().images[number % 2]
-        path = tmp_path / "images" / "ab"[number % 2] / f"{number:02d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo[7 * number : 7 * number + 40, 90:150]).save(path, "JPEG", quality=95)
+    write_tiles(tmp_path / "images", 30, classes=("a", "b"))
     jpeg = ImageStore.open(pack(ImageFolder(tmp_path / "images"), tmp_path / "jpeg").path)
     everything = np.arange(len(jpeg))
     source = ArraySource("digits", np.stack(jpeg.images(everything)), jpeg.labels, list(jpeg.keys), jpeg.classes)
@@ -452,50 +419,40 @@ def test_an_epoch_of_the_classifier_meets_every_labelled_image_once(digits: Imag
     assert (small.steps_per_epoch, small.batch_size) == (1, len(records))
 
 
-def test_ranks_share_a_labelled_batch_even_if_it_does_not_divide(digits: ImageStore, ranks: Ranks) -> None:
+def test_ranks_share_a_labelled_batch_even_if_it_does_not_divide(digits: ImageStore, on_ranks: OnRanks) -> None:
     records = labelled(digits)
     whole = classifier_stream(digits, 10, records).batch(3)
-    parts = []
-    for rank in range(3):
-        ranks.become(rank, 3)
-        parts.append(classifier_stream(digits, 10, records).batch(3))
-    assert [len(part.records) for part in parts] == [4, 3, 3]
-    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-    assert torch.equal(torch.cat([part.crops.images for part in parts]), whole.crops.images)
-    ranks.become(0, 64)
+    shares = on_ranks(3, lambda: classifier_stream(digits, 10, records).batch(3))
+    assert [len(share.records) for share in shares] == [4, 3, 3]
+    assert torch.equal(torch.cat([share.labels for share in shares]), whole.labels)
+    assert torch.equal(torch.cat([share.crops.images for share in shares]), whole.crops.images)
     with pytest.raises(ValueError, match="A step of 50 labelled images leaves some of 64 ranks without one"):
-        classifier_stream(digits, 1024, records)
+        on_ranks(64, lambda: classifier_stream(digits, 1024, records))
 
 
-def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, ranks: Ranks) -> None:
+def test_evaluation_crops_the_centre_in_the_order_asked_for(digits: ImageStore, on_ranks: OnRanks) -> None:
     records = np.random.default_rng(0).permutation(len(digits))[:300]  # more than one batch
     images = EvaluationSet(digits, records, CenterCropConfig(16, 10), digits)
     whole = torch.cat(list(images.batches(CPU, F32)))
     pixels = torch.from_numpy(digits.read_raw(records)[:, 3:13, 3:13, 0]) / 255
     torch.testing.assert_close(whole, ((pixels - digits.mean[0]) / digits.std[0])[:, None].expand(-1, 3, -1, -1))
     assert np.array_equal(images.labels, digits.labels[records])
-    parts = []
-    for rank in range(4):
-        ranks.become(rank, 4)
-        parts += images.batches(CPU, F32)
-    assert torch.equal(torch.cat(parts), whole)
+    shares = on_ranks(4, lambda: torch.cat(list(images.batches(CPU, F32))))
+    assert torch.equal(torch.cat(shares), whole)
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 12, 13])
 def test_every_rank_has_equally_many_evaluation_batches(
-    digits: ImageStore, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, count: int
+    digits: ImageStore, on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """Shares of 13 among 3 are 5, 4 and 4: in batches of 4 one rank needs a second batch, so the others get one too."""
     monkeypatch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 4)
     images = EvaluationSet(digits, np.arange(count), CenterCropConfig(16, 10), digits, threads=3)
     whole = torch.cat(list(images.batches(CPU, F32)))
     assert len(whole) == count
-    parts = []
-    for rank in range(3):
-        ranks.become(rank, 3)
-        parts.append(list(images.batches(CPU, F32)))
-    assert {len(part) for part in parts} == {2 if count == 13 else 1}
-    assert torch.equal(torch.cat([batch for part in parts for batch in part]), whole)
+    shares = on_ranks(3, lambda: list(images.batches(CPU, F32)))
+    assert {len(share) for share in shares} == {2 if count == 13 else 1}
+    assert torch.equal(torch.cat([batch for share in shares for batch in share]), whole)
 
 
 def test_a_test_set_is_normalised_as_the_training_images_were(digits: ImageStore, tmp_path: Path) -> None:
@@ -509,60 +466,23 @@ def test_a_test_set_is_normalised_as_the_training_images_were(digits: ImageStore
     torch.testing.assert_close(found, expected[:, None].expand(-1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("window", [None, Window(block_records=50, blocks=4)])
-@pytest.mark.parametrize("balanced", [False, True])
-def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
-    digits: ImageStore, ranks: Ranks, window: Window | None, balanced: bool
-) -> None:
-    """1 rank, then 2, then 1: all that goes from one to the next is the step."""
-    make = partial(stream, digits, options=StreamOptions(window=window, balanced_support=balanced))
-
-    steps_per_epoch = len(digits) // N
-    first = steps_per_epoch - 3
-    whole = [make().batch(first + step) for step in range(6)]  # over the end of an epoch
-    for step in range(6):
-        world, parts = (2 if step in (2, 3) else 1), []
-        for rank in range(world):
-            ranks.become(rank, world)
-            parts.append(make().batch(first + step))
-        assert_crops_of_ranks(parts, whole[step])
-
-
-def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits: ImageStore, ranks: Ranks) -> None:
+def test_one_label_per_class_is_seen_in_as_many_crops_as_a_step_asks_for(digits: ImageStore, on_ranks: OnRanks) -> None:
     make = partial(stream, digits, labelled(digits, 1), augment=ALWAYS_JITTER)
     with pytest.raises(ValueError, match=r"has only 1 labelled images.*support_order=balanced"):
         make()
-    batch = make(options=BALANCED).batch(2)
+    batch = make(balanced_support=True).batch(2)
     assert batch.num_support_rows == VIEWS * K * PER_CLASS
-    jitter = {row.numpy().tobytes() for row in batch.micro_batches[0].supports.parameters}
-    assert len(jitter) == VIEWS * K * PER_CLASS, "no two rows are alike, though only K images are there"
-    pixels = batch.micro_batches[0].supports.images.view(VIEWS, K, PER_CLASS, -1)
-    assert torch.unique(pixels[:, 0].flatten(0, 1), dim=0).shape[0] > VIEWS * PER_CLASS // 2
-    parts = []
-    for rank in range(2):
-        ranks.become(rank, 2)
-        parts.append(by_view(make(options=BALANCED).batch(2).micro_batches[0].supports, VIEWS))
-    for together, expected in zip(
-        zip(*parts, strict=True), by_view(batch.micro_batches[0].supports, VIEWS), strict=True
-    ):
-        assert torch.equal(torch.cat(together, dim=1), expected), "repeats are counted over all ranks"
-
-
-def test_repeats_that_run_out_of_numbers_are_an_error(digits: ImageStore) -> None:
+    supports = batch.micro_batches[0].supports
+    assert distinct(supports.parameters) == VIEWS * K * PER_CLASS, "no two are alike, though only K images are there"
+    assert distinct(supports.images.view(VIEWS, K, PER_CLASS, -1)[:, 0].flatten(0, 1)) > VIEWS * PER_CLASS // 2
+    assert_crops_of_ranks(on_ranks(2, lambda: make(balanced_support=True).batch(2)), batch)
     with pytest.raises(ValueError, match=r"600 repeats of an image.*lower pretrain.support.images_per_class"):
-        stream(digits, labelled(digits, 1), images_per_class=600, options=BALANCED)
+        make(images_per_class=600, balanced_support=True)
 
 
-def test_classes_of_very_different_numbers_of_labels(digits: ImageStore) -> None:
-    """Classes are drawn alike, however many labels they have."""
-    counts = [1, 2, 3, 40, 5, 6, 7, 8, 9, 10]
-    records = np.concatenate([np.flatnonzero(digits.labels == label)[:count] for label, count in enumerate(counts)])
-    source = stream(digits, records, options=BALANCED)
-    drawn = np.concatenate([digits.labels[source._support_sampler.draw(step).records] for step in range(50)])
-    assert np.ptp(np.bincount(drawn)) <= PER_CLASS
-
-
-def test_a_batch_knows_its_own_labelled_images_where_their_class_is_drawn(digits: ImageStore, ranks: Ranks) -> None:
+def test_a_batch_knows_its_own_labelled_images_where_their_class_is_drawn(
+    digits: ImageStore, on_ranks: OnRanks
+) -> None:
     """Against the labels themselves, and on two ranks; unlabelled images' labels stay unknown."""
     chosen, source, met = set(labelled(digits).tolist()), stream(digits, batch_size=96), 0
     for step in range(6):
@@ -575,13 +495,9 @@ def test_a_batch_knows_its_own_labelled_images_where_their_class_is_drawn(digits
             assert bool(known) == (int(record) in chosen and label in place_of)
             assert int(place) == (place_of[label] if known else 0)
         met += int(batch.known.sum())
-        parts = []
-        for rank in range(2):
-            ranks.become(rank, 2)
-            parts.append(stream(digits, batch_size=96).batch(step))
-        ranks.become(0, 1)
+        shares = on_ranks(2, lambda step=step: stream(digits, batch_size=96).batch(step))
         for name in ("known", "known_classes"):
-            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+            assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(batch, name))
     assert met > 5, "an epoch of 15 steps meets 50 labelled images, six tenths of them in a step with their class"
 
 
