@@ -81,33 +81,27 @@ def _predict(options: argparse.Namespace) -> int:
             print(f"error: {shown(item.path)}: {printable(item.reason)}", file=sys.stderr)
             continue
         if options.json is not None:
-            images.append(_as_json(item))
+            answer = {"path": str(item.path), "doubt": item.doubt, "classes": item.classes, "nearest": item.nearest}
+            images.append(answer)
         if options.json != "-":
             print(_as_text(item))
     if sheet is not None:
         sheet.write(options.html)
     if options.json is not None:
-        answer = {"run": config.name, "commit": commit, "seed": config.seed, "method": options.method}
-        answer |= {"images": images, "failed": failed}
+        whole = {"run": config.name, "commit": commit, "seed": config.seed, "method": options.method}
+        whole |= {"images": images, "failed": failed}
         if options.json == "-":
-            print(json.dumps(answer, indent=2, allow_nan=False))
+            print(json.dumps(whole, indent=2, allow_nan=False))
         else:
-            write_json(Path(options.json), answer)
+            write_json(Path(options.json), whole)
     return SOME_FAILED if failed else 0
 
 
-def _as_json(item: Prediction) -> dict[str, Any]:
-    return {
-        "path": str(item.path),
-        "doubt": item.doubt or None,
-        "classes": [{"name": name, "probability": probability} for name, probability in item.classes],
-        "nearest": [{"key": one.key, "class": one.name, "similarity": one.similarity} for one in item.nearest],
-    }
-
-
 def _as_text(item: Prediction) -> str:
-    classes = ", ".join(f"{printable(name)} {100 * probability:.1f} %" for name, probability in item.classes)
-    nearest = ", ".join(f"{printable(one.key)} ({printable(one.name)}) {one.similarity:.2f}" for one in item.nearest)
+    classes = ", ".join(f"{printable(one['name'])} {100 * one['probability']:.1f} %" for one in item.classes)
+    nearest = ", ".join(
+        f"{printable(one['key'])} ({printable(one['class'])}) {one['similarity']:.2f}" for one in item.nearest
+    )
     return f"{shown(item.path)}: {item.doubt or classes}\n    nearest: {nearest}"
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from paws_hpc.data.config import CropConfig
+from paws_hpc.data.config import CenterCropConfig, CropConfig
 from paws_hpc.data.philox import Stream, uniform
 
 RATIO = (3 / 4, 4 / 3)  # least and greatest width/height
@@ -49,6 +49,11 @@ The operator is that of ``F.interpolate(mode="bilinear", antialias=True)``; its 
 """
 
 _TIE = 2.0**-10  # rounds halves (1 % of the pixels of small images) up on every device, whatever the weights' rounding
+
+
+def as_tensor(image: NDArray[np.uint8]) -> Tensor:
+    """(H, W, 3) uint8 in the image's own memory, which may be read-only; ``torch.from_numpy`` would warn of that."""
+    return torch.from_dlpack(image)
 
 
 def draw_boxes(
@@ -196,23 +201,16 @@ def resample_weights(start: Tensor, length: Tensor, in_size: int, out_size: int)
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
-def center_crop(images: Tensor, *, resize: int, size: int) -> Tensor:
-    """Resize the shorter side to ``resize`` pixels (antialiased bilinear), then take the central ``size`` x ``size``.
+def center_crop(pixels: NDArray[np.uint8], crop: CenterCropConfig) -> Tensor:
+    """Resize the shorter side (antialiased bilinear), then take the central square: (H, W, C) uint8 to (C, s, s).
 
-    Equal to torchvision's ``Resize(resize)`` followed by ``CenterCrop(size)``: (C, H, W) or (n, C, H, W) uint8 on the
-    CPU to (…, C, size, size) uint8.
-
-    Raises:
-        ValueError: the dtype is not uint8 or ``size`` exceeds ``resize``.
+    Equal to torchvision's ``Resize(crop.resize)`` followed by ``CenterCrop(crop.size)``.
     """
-    if images.dtype != torch.uint8 or not 1 <= size <= resize:
-        raise ValueError(f"need uint8 images and 1 <= size <= resize, not {images.dtype}, size={size}, resize={resize}")
-    batch = images if images.ndim == 4 else images[None]
-    height, width = images.shape[-2:]
+    image, size = as_tensor(pixels).permute(2, 0, 1)[None], crop.size
+    height, width = image.shape[-2:]
     shorter = min(height, width)
-    new_height, new_width = (int(resize * side / shorter) for side in (height, width))  # truncated, as torchvision does
-    if (new_height, new_width) != (height, width):
-        batch = F.interpolate(batch, size=(new_height, new_width), mode="bilinear", antialias=True)
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    cropped = batch[..., top : top + size, left : left + size]
-    return cropped if images.ndim == 4 else cropped[0]
+    resized = [int(crop.resize * side / shorter) for side in (height, width)]  # truncated, as torchvision does
+    if resized != [height, width]:
+        image = F.interpolate(image, size=resized, mode="bilinear", antialias=True)
+    top, left = (round((side - size) / 2) for side in resized)
+    return image[0, :, top : top + size, left : left + size]

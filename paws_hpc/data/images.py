@@ -31,9 +31,7 @@ from typing import BinaryIO, Self
 import google_crc32c
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from paws_hpc.data.samplers import Positions
 from paws_hpc.files import atomic_write, exclusive, try_lock
@@ -44,11 +42,6 @@ _FOLDERS = (Path("/dev/shm"), Path(tempfile.gettempdir()))
 _SHARE_OF_MEMORY = 0.25
 _SHARE_OF_FREE_SPACE = 0.5  # others need shared memory too, NCCL above all
 _SUM = np.dtype("<u4")
-
-
-def as_tensor(image: NDArray[np.uint8]) -> Tensor:
-    """(H, W, 3) uint8 in the image's own memory, which may be read-only; ``torch.from_numpy`` would warn of that."""
-    return torch.from_dlpack(image)
 
 
 class StoreImages:

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from paws_hpc.data.augment import draw_parameters
 from paws_hpc.data.config import AugmentConfig, CropConfig
-from paws_hpc.data.crops import draw_boxes, equal_size_resized_crops, resized_crops
+from paws_hpc.data.crops import as_tensor, draw_boxes, equal_size_resized_crops, resized_crops
 from paws_hpc.data.devices import BufferPool, to_device
-from paws_hpc.data.images import StoreImages, as_tensor
+from paws_hpc.data.images import StoreImages
 from paws_hpc.data.samplers import Positions
 from paws_hpc.data.workers import WorkerPool
 from paws_hpc.store import ImageStore

@@ -33,7 +33,7 @@ from paws_hpc.data.config import (
 )
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.devices import PrefetchedViews, side_stream
-from paws_hpc.data.images import StoreImages, as_tensor
+from paws_hpc.data.images import StoreImages
 from paws_hpc.data.multicrop import Crops, MultiCrop, is_resident
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler, Window
 from paws_hpc.data.workers import Prefetch, single_threaded
@@ -414,5 +414,4 @@ class EvaluationSet:
     def crops(self, records: Positions) -> Tensor:
         """(n, 3, s, s) uint8: the centre crops of some of ``records``, not normalised."""
         source = self.source or StoreImages(self.store)
-        images = [as_tensor(image).permute(2, 0, 1) for image in source.pixels(records)]
-        return torch.stack([center_crop(image, resize=self.crop.resize, size=self.crop.size) for image in images])
+        return torch.stack([center_crop(pixels, self.crop) for pixels in source.pixels(records)])

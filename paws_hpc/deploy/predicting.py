@@ -10,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from paws_hpc.data.augment import normalise
 from paws_hpc.data.crops import center_crop
-from paws_hpc.data.images import as_tensor
 from paws_hpc.data.workers import single_threaded
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_set, paws_nn
@@ -35,32 +34,24 @@ _AT_ONCE = 256  # as many as in evaluation, so that sums, too, are taken in its 
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """A labelled image that resembles another; ``similarity`` is the cosine of their representations."""
-
-    record: int
-    key: str
-    name: str
-    similarity: float
-
-
-@dataclass(frozen=True)
 class Prediction:
     """The classes of one image file.
 
     Attributes:
         path: of the file.
-        classes: names with their probabilities, the most probable first.
-        nearest: labelled images, the most similar first.
+        doubt: why the classes mean nothing for this image; it is shown instead of them. None as a rule.
+        classes: ``name`` and ``probability``, the most probable first.
+        nearest: ``key``, ``class`` and ``similarity``, a cosine, of labelled images, the most similar first.
+        records: positions of those images.
         crop: (3, s, s) uint8, the input of the network.
-        doubt: why the classes mean nothing for this image; it is shown instead of them. Empty as a rule.
     """
 
     path: Path
-    classes: list[tuple[str, float]]
-    nearest: list[Neighbour]
+    doubt: str | None
+    classes: list[dict[str, Any]]
+    nearest: list[dict[str, Any]]
+    records: list[int]
     crop: Tensor
-    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,18 +118,16 @@ class Predictor:
 
     def support_crop(self, record: int) -> Tensor:
         """(3, s, s) uint8, the evaluation crop of a labelled image."""
-        return self._cropped(self._data.supports.pixels(np.array([record]))[0])
+        return self._data.labelled_images().crops(np.array([record]))[0]
 
     def _read(self, path: Path) -> tuple[Path, Tensor] | Failure:
         try:
-            return path, self._cropped(read_image(path, self._data.labelled_store, self._crop))
+            pixels = read_image(path, self._data.labelled_store, self._crop)
+            return path, center_crop(pixels, self._crop)
         except OSError as error:
             return Failure(path, error.strerror or str(error))
         except ValueError as error:
             return Failure(path, str(error))
-
-    def _cropped(self, pixels: NDArray[np.uint8]) -> Tensor:
-        return center_crop(as_tensor(pixels).permute(2, 0, 1), resize=self._crop.resize, size=self._crop.size)
 
     def _classify(self, images: list[tuple[Path, Tensor]], *, top: int, nearest: int) -> Iterator[Prediction]:
         data = self._data
@@ -153,21 +142,28 @@ class Predictor:
         columns = (values.tolist() for values in (probability, label, similarity, support))
         for (path, crop), doubt, *row in zip(images, self._doubts(batch), *columns, strict=True):
             probabilities, labels, similarities, supports = row
-            classes = [(data.classes[number], value) for number, value in zip(labels, probabilities, strict=True)]
-            neighbours = []
-            for position, value in zip(supports, similarities, strict=True):
-                record, name = int(data.labelled[position]), data.classes[int(self._support_labels[position])]
-                neighbours.append(Neighbour(record, data.labelled_store.keys[record], name, value))
-            yield Prediction(path, classes, neighbours, crop, doubt)
+            classes = [
+                {"name": data.classes[number], "probability": value}
+                for number, value in zip(labels, probabilities, strict=True)
+            ]
+            records = data.labelled[supports].tolist()
+            names = [data.classes[number] for number in self._support_labels[supports].tolist()]
+            neighbours = [
+                {"key": data.labelled_store.keys[record], "class": name, "similarity": value}
+                for record, name, value in zip(records, names, similarities, strict=True)
+            ]
+            yield Prediction(path, doubt, classes, neighbours, records, crop)
 
-    def _doubts(self, batch: Tensor) -> list[str]:
-        """Why the classes of each image mean nothing; empty where they do, and in runs without calibration."""
+    def _doubts(self, batch: Tensor) -> list[str | None]:
+        """Why the classes of each image mean nothing; None where they do, and in runs without calibration."""
         if self._calibration is None:
-            return [""] * len(batch)
+            return [None] * len(batch)
         with evaluation_mode(self._backbone):
             shares = self._calibration.unlike(self._backbone(batch))
         return [
-            "" if share is None else f"unlike the training images: {100 * share:.1f} % of validation images are nearer"
+            None
+            if share is None
+            else f"unlike the training images: {100 * share:.1f} % of validation images are nearer"
             for share in shares
         ]
 

@@ -49,12 +49,12 @@ class Sheet:
         if isinstance(item, Failure):
             self._failures.append((shown(item.path), item.reason))
             return
-        for one in item.nearest:
-            if one.record not in self._supports:
-                self._supports[one.record] = _data_uri(self.predictor.support_crop(one.record))
-        nearest = [vars(one) | {"picture": self._supports[one.record]} for one in item.nearest]
-        picture = _data_uri(item.crop)
-        card = {"path": shown(item.path), "picture": picture, "doubt": item.doubt}
+        for record in item.records:
+            if record not in self._supports:
+                self._supports[record] = _data_uri(self.predictor.support_crop(record))
+        pictures = [self._supports[record] for record in item.records]
+        nearest = [one | {"picture": picture} for one, picture in zip(item.nearest, pictures, strict=True)]
+        card = {"path": shown(item.path), "picture": _data_uri(item.crop), "doubt": item.doubt}
         self._cards.append(card | {"classes": item.classes, "nearest": nearest})
 
     def write(self, path: Path) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, sweep_config
-from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.evaluate import forward_set, score
-from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
 from paws_hpc.files import file_hash, read_json, write_json
@@ -21,7 +19,7 @@ from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import write_gallery
 from paws_hpc.stages.networks import load_pretrained, load_trial
-from paws_hpc.stages.probing import NearestNeighbours, fit_probes, nearest_neighbours, tune
+from paws_hpc.stages.probing import fit_probes, nearest_neighbours, tune
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import (
     RunFolder,
@@ -37,30 +35,14 @@ _METHODS = {"finetune": "fine_tuned", "baseline": "baseline"}
 _SHOWN = ("paws_nn", *_METHODS.values())  # in pictures, by the report
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The winner of a sweep.
-
-    Attributes:
-        trial: the winner; None if no trial has finished and ``min_trials=0`` lets selection go on without this sweep.
-        validation_accuracy: its best, on the local validation split.
-        missing: trials without a result.
-    """
-
-    trial: Trial | None
-    validation_accuracy: float | None
-    missing: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``selected.json``."""
-        value: dict[str, Any] = {"missing": self.missing}
-        if self.trial is not None:
-            value |= {**self.trial.values, "trial": self.trial.name, "validation_accuracy": self.validation_accuracy}
-        return value
+Choice = tuple[Trial | None, dict[str, Any]]
+"""The winner of a sweep, None without one, and what ``selected.json`` says of it."""
 
 
 def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
     """The trial with the best validation accuracy; of equals the first in the sweep's order.
+
+    None if no trial has finished and ``min_trials=0`` lets selection go on without this sweep.
 
     Raises:
         ValueError: fewer than ``min_trials`` trials have finished; those that are missing are named.
@@ -76,28 +58,13 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
             f"this run again, or ask for fewer with {sweep}.min_trials."
         )
     if not finished:
-        return Choice(None, None, missing)
-    results = {trial: read_json(run.trial(sweep, trial) / "result.json") for trial in finished}
-    accuracies = {trial: result["validation_accuracy"] for trial, result in results.items()}
+        return None, {"missing": missing}
+    accuracies = {
+        trial: read_json(run.trial(sweep, trial) / "result.json")["validation_accuracy"] for trial in finished
+    }
     winner = max(finished, key=lambda trial: accuracies[trial])
-    return Choice(winner, accuracies[winner], missing)
-
-
-@dataclass(frozen=True)
-class _Pretrained:
-    """What is scored of the pre-trained network itself.
-
-    Attributes:
-        encoder: after pre-training.
-        neighbours: by which PAWS-NN is scored: the same one, or a copy after SuNCEt fine-tuning.
-        tuning: losses and accuracies of that fine-tuning; None without it.
-        probes: of the encoder's features, by method.
-    """
-
-    encoder: Encoder
-    neighbours: Encoder
-    tuning: dict[str, Any] | None
-    probes: dict[str, Probe]
+    said = {"trial": winner.name, "validation_accuracy": accuracies[winner]}
+    return winner, {"missing": missing, **winner.values, **said}
 
 
 def run(context: TorchContext) -> None:
@@ -118,101 +85,84 @@ def run(context: TorchContext) -> None:
         return
     data = open_data(config)
     choices = _choices(config, run)
-    pretrained = None if without_pretraining(config, run) else _pretrained(run, data, device, control)
+    selected = choices["finetune"][1] | {"trials": fine_tuned_trials(config, run), "baseline": choices["baseline"][1]}
+    selected["suncet"] = None
+    encoder, neighbours, probes = None, None, {}
+    if not without_pretraining(config, run):
+        encoder, _ = load_pretrained(run, data, device)
+        probes = fit_probes(encoder, data, device, control)
+        neighbours = encoder
+        if config.suncet.steps:
+            neighbours = copy.deepcopy(encoder)
+            selected["suncet"] = tune(neighbours, data, device, control, weights=run.tuned)
+        selected |= {method: probe.as_dict() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
-        write_json(run.selected, _selected(choices, pretrained, fine_tuned_trials(config, run)))
-    # Test images and test labels are read only here, when everything is chosen.
-    test = data.test_images()
-    predictions, nearest = _predict(run, data, test, choices, pretrained, device=device, control=control)
+        write_json(run.selected, selected)
+    _score(context, data, choices, encoder, neighbours=neighbours, probes=probes)
+
+
+def _score(
+    context: TorchContext,
+    data: RunData,
+    choices: dict[str, Choice],
+    encoder: Encoder | None,
+    *,
+    neighbours: Encoder | None,
+    probes: dict[str, Probe],
+) -> None:
+    """Score the test set by everything that is chosen: test images and test labels are read only here.
+
+    ``encoder``, whose features ``probes`` take, and ``neighbours``, for PAWS-NN, are None without pre-training.
+    """
+    config, run, device, control = context.config, context.run, context.device, context.control
+    test, nearest = data.test_images(), None
+    predictions: dict[str, Tensor] = {}  # (N, K) scores by method
+    settings: dict[str, Mapping[str, float]] = {method: probe.setting for method, probe in probes.items()}
+    if neighbours is not None:
+        nearest = nearest_neighbours(neighbours, data, test, device)
+        predictions["paws_nn"] = nearest.predictions
+    for sweep, (trial, _) in choices.items():
+        if trial is not None:
+            classifier, _ = load_trial(run, data, device, sweep=sweep, trial=trial)
+            method = _METHODS[sweep]
+            predictions[method], settings[method] = forward_set(classifier, test, device).cpu(), trial.values
+    if encoder is not None:
+        features = forward_set(encoder.backbone, test, device, control)
+        predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
-    if distributed.is_main():
-        shown = {method: values for method, values in predictions.items() if method in _SHOWN}
-        write_gallery(run.selection, test, data.labelled_images(), nearest, shown)
-        write_json(run.result, _result(data, test, choices, pretrained, predictions))
-        publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
+    if not distributed.is_main():
+        return
+    shown = {method: values for method, values in predictions.items() if method in _SHOWN}
+    write_gallery(run.selection, test, data.labelled_images(), nearest, shown)
+    scores = {
+        method: {**asdict(score(values, test.labels)), **settings.get(method, {})}
+        for method, values in predictions.items()
+    }
+    result = {
+        "labels": len(data.labelled),
+        "validation_labels": len(data.validation_split.keys),
+        "classes": list(data.classes),
+        "seed": config.seed,
+        "pretrained": encoder is not None,
+        "missing": {sweep: said["missing"] for sweep, (_, said) in choices.items()},
+        "test": {"count": len(test)} | scores,
+        "digests": data.digests | {"test": test.store.digest},
+    }
+    write_json(run.result, result)
+    publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
 
 
 def _choices(config: Config, run: RunFolder) -> dict[str, Choice]:
     baseline = choose(config, run, "baseline")
     if not without_pretraining(config, run):
         return {"finetune": choose(config, run, "finetune"), "baseline": baseline}
-    if baseline.trial is None:
+    if baseline[0] is None:
         raise ValueError(
             f"{run.path} has nothing to score: neither pre-training nor any trial of the baseline. Launch its "
             "stages first, such as stages=[baseline,selection,report]."
         )
-    return {"finetune": Choice(None, None, []), "baseline": baseline}
-
-
-def _pretrained(run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> _Pretrained:
-    encoder, _ = load_pretrained(run, data, device)
-    probes = fit_probes(encoder, data, device, control)
-    if not data.config.suncet.steps:
-        return _Pretrained(encoder, encoder, None, probes)
-    neighbours = copy.deepcopy(encoder)
-    return _Pretrained(encoder, neighbours, tune(neighbours, data, device, control, weights=run.tuned), probes)
-
-
-def _selected(choices: dict[str, Choice], pretrained: _Pretrained | None, trials: list[str]) -> dict[str, Any]:
-    """``selected.json``; ``trials`` are those of fine-tuning that could have been chosen."""
-    value = choices["finetune"].as_dict() | {"trials": trials, "baseline": choices["baseline"].as_dict()}
-    if pretrained is None:
-        return value | {"suncet": None}
-    probes = {method: probe.as_dict() for method, probe in pretrained.probes.items()}
-    return value | {"suncet": pretrained.tuning} | probes
-
-
-def _predict(
-    run: RunFolder,
-    data: RunData,
-    test: EvaluationSet,
-    choices: dict[str, Choice],
-    pretrained: _Pretrained | None,
-    *,
-    device: torch.device,
-    control: JobControl,
-) -> tuple[dict[str, Tensor], NearestNeighbours | None]:
-    """(N, K) scores of the test images by every method that there is, and PAWS-NN's neighbours if it is among them."""
-    predictions: dict[str, Tensor] = {}
-    nearest = None
-    if pretrained is not None:
-        nearest = nearest_neighbours(pretrained.neighbours, data, test, device)
-        predictions["paws_nn"] = nearest.predictions
-    for sweep, choice in choices.items():
-        if choice.trial is not None:
-            classifier, _ = load_trial(run, data, device, sweep=sweep, trial=choice.trial)
-            predictions[_METHODS[sweep]] = forward_set(classifier, test, device).cpu()
-    if pretrained is not None:
-        features = forward_set(pretrained.encoder.backbone, test, device, control)
-        predictions |= {method: probe.predict(features).cpu() for method, probe in pretrained.probes.items()}
-    return predictions, nearest
-
-
-def _result(
-    data: RunData,
-    test: EvaluationSet,
-    choices: dict[str, Choice],
-    pretrained: _Pretrained | None,
-    predictions: dict[str, Tensor],
-) -> dict[str, Any]:
-    """``result.json``: of each method its scores and the setting that validation chose."""
-    scores = {method: asdict(score(values, test.labels)) for method, values in predictions.items()}
-    for sweep, choice in choices.items():
-        if choice.trial is not None:
-            scores[_METHODS[sweep]] |= choice.trial.values
-    for method, probe in ({} if pretrained is None else pretrained.probes).items():
-        scores[method] |= probe.setting
-    return {
-        "labels": len(data.labelled),
-        "validation_labels": len(data.validation_split.keys),
-        "classes": list(data.classes),
-        "seed": data.config.seed,
-        "pretrained": pretrained is not None,
-        "missing": {sweep: choice.missing for sweep, choice in choices.items()},
-        "test": {"count": len(test)} | scores,
-        "digests": data.digests | {"test": test.store.digest},
-    }
+    return {"finetune": (None, {"missing": []}), "baseline": baseline}
 
 
 def publish_scores(config: Config, run: RunFolder) -> None:

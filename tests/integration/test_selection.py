@@ -56,19 +56,19 @@ def run(tmp_path: Path) -> RunFolder:
 def test_the_best_validation_accuracy_wins_whatever_else_a_result_says(config: Config, run: RunFolder) -> None:
     accuracies = {"lr=0.02,epochs=1": 0.7, "lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9, "lr=0.1,epochs=2": 0.6}
     finished(run, accuracies, **{"lr=0.02,epochs=1": {"test_accuracy": 1.0, "seconds": 0.1}})
-    choice = selection.choose(config, run, "finetune")
-    assert (choice.trial, choice.validation_accuracy, choice.missing) == (trial_at(0.1, 1), 0.9, [])
+    trial, said = selection.choose(config, run, "finetune")
+    assert (trial, said["validation_accuracy"], said["missing"]) == (trial_at(0.1, 1), 0.9, [])
     finished(run, dict.fromkeys(accuracies, 0.8) | {"lr=0.02,epochs=1": 0.7})
-    assert selection.choose(config, run, "finetune").trial == trial_at(0.02, 2), "of equals the first of the sweep"
+    assert selection.choose(config, run, "finetune")[0] == trial_at(0.02, 2), "of equals the first of the sweep"
 
 
 def test_trials_without_a_finished_result_are_left_out_and_named(config: Config, run: RunFolder) -> None:
     finished(run, {"lr=0.02,epochs=1": 0.6, "lr=0.1,epochs=1": 0.5, "lr=0.1,epochs=2": 0.99})
     (run.path / "finetune" / "lr=0.1,epochs=2" / "DONE").unlink()  # still in training, however good it looks
     finished(run, {"lr=0.5,epochs=1": 1.0})  # of an earlier sweep
-    choice = selection.choose(config, run, "finetune")
-    assert choice.trial == trial_at(0.02, 1)
-    assert choice.missing == ["lr=0.02,epochs=2", "lr=0.1,epochs=2"]
+    trial, said = selection.choose(config, run, "finetune")
+    assert trial == trial_at(0.02, 1)
+    assert said["missing"] == ["lr=0.02,epochs=2", "lr=0.1,epochs=2"]
 
 
 def test_too_few_finished_trials_are_an_error_that_names_the_others(config: Config, run: RunFolder) -> None:
@@ -76,13 +76,13 @@ def test_too_few_finished_trials_are_an_error_that_names_the_others(config: Conf
         selection.choose(config, run, "finetune")
     finished(run, {"lr=0.02,epochs=2": 0.8, "lr=0.1,epochs=1": 0.9})
     config.finetune.min_trials = 2
-    assert selection.choose(config, run, "finetune").trial == trial_at(0.1, 1)
+    assert selection.choose(config, run, "finetune")[0] == trial_at(0.1, 1)
     config.finetune.min_trials = 3
     missing = r"finetune\.min_trials=3\. Missing: lr=0.02,epochs=1; lr=0.1,epochs=2\."
     with pytest.raises(ValueError, match=rf"2 of the 4 trials .*{missing}"):
         selection.choose(config, run, "finetune")
     config.baseline.min_trials = 0
-    assert selection.choose(config, run, "baseline").as_dict() == {"missing": ["lr=0.1,epochs=2"]}
+    assert selection.choose(config, run, "baseline") == (None, {"missing": ["lr=0.1,epochs=2"]})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
     with pytest.raises(ValueError, match=str(config.data.test)):
         selection.run(TorchContext(config, run))
     assert not run.result.exists()
-    assert json.loads(run.selected.read_text())["trial"] == selection.choose(config, run, "finetune").trial.name
+    assert json.loads(run.selected.read_text())["trial"] == selection.choose(config, run, "finetune")[1]["trial"]
 
 
 def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationSet) -> float:

@@ -51,9 +51,9 @@ def test_nor_has_the_thread_that_prefetches() -> None:
 def test_nor_have_those_that_decode_what_is_scored(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def noted(images: torch.Tensor, **sizes: int) -> torch.Tensor:
+    def noted(pixels: np.ndarray, crop: CenterCropConfig) -> torch.Tensor:
         seen.append(torch.get_num_threads())
-        return center_crop(images, **sizes)
+        return center_crop(pixels, crop)
 
     store = ImageStore.open(digits_stores.train)
     monkeypatch.setattr(streams, "center_crop", noted)
