@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from paws_hpc.engine.config import OptimizerConfig
+
+_TRUST_COEFFICIENT, _EPS = 1e-3, 1e-8
 
 
 class LARS(torch.optim.Optimizer):
@@ -26,10 +26,9 @@ class LARS(torch.optim.Optimizer):
     This is the paper's equation 2. ``torch.optim.SGD`` keeps the learning rate outside the buffer (equation 3), which
     takes another path whenever the learning rate changes.
 
-    A parameter group may set ``adapt: bool`` (default True). A group with ``adapt=False`` has no weight decay unless
-    it names one: as a rule it holds biases and normalisation parameters. The state is one buffer per tensor
-    (``momentum_buffer``), so that a checkpoint restores it to the bit. Norms stay on the device, and no step waits
-    for one.
+    eta is 1e-3 and eps 1e-8. A parameter group may set ``adapt: bool`` (default True). The state is one buffer per
+    tensor (``momentum_buffer``), so that a checkpoint restores it to the bit. Norms stay on the device, and no step
+    waits for one.
     """
 
     def __init__(
@@ -39,46 +38,21 @@ class LARS(torch.optim.Optimizer):
         *,
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
-        trust_coefficient: float = 1e-3,
         nesterov: bool = False,
-        eps: float = 1e-8,
     ) -> None:
-        """See the class; ``trust_coefficient`` is eta, and tensors of one group share a device.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"LARS: {name}={value} must be a number, 0 or more.")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"LARS: momentum={momentum} is not in [0, 1).")
-        if nesterov and momentum == 0:
-            raise ValueError("LARS: nesterov=True needs a momentum above 0.")
+        """See the class; tensors of one group share a device."""
         defaults = {
-            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient,
-            "nesterov": nesterov, "eps": eps, "adapt": True,
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "adapt": True,
         }  # fmt: skip
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one that is not adapted has no weight decay unless it names one."""
-        if not param_group.get("adapt", True):
-            param_group.setdefault("weight_decay", 0.0)
-        super().add_param_group(param_group)
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply one update to every parameter that has a gradient; returns what ``closure``, if any, returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply one update to every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
                 self._update(group, parameters)
-        return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -109,31 +83,12 @@ def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Ten
     """What each decayed gradient is multiplied with, learning rate included; 0-dimensional."""
     weight_norms = torch.stack(torch._foreach_norm(parameters))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
-    decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + group["eps"]
-    scales = group["trust_coefficient"] * weight_norms / decayed_norms
+    decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + _EPS
+    scales = _TRUST_COEFFICIENT * weight_norms / decayed_norms
     # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor. Without a
     # gradient nothing moves, decay included; without a weight there is no decay either, and the gradient is the step.
     usable = (weight_norms > 0) & (gradient_norms > 0)
     return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
-
-
-Groups = list[dict[str, Any]]
-
-
-def _heavy_ball(groups: Groups, config: OptimizerConfig, *, adapt: bool) -> LARS:
-    return LARS(
-        [{**group, "adapt": adapt and group["decayed"]} for group in groups],
-        lr=config.start_lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
-
-
-_KINDS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {
-    "lars": partial(_heavy_ball, adapt=True),
-    "sgd": partial(_heavy_ball, adapt=False),
-    "adamw": lambda groups, config: torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, 0.999)),
-}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -148,11 +103,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     weights, excluded = split_parameters(model)
     if not weights and not excluded:
         raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train.")
-    groups: Groups = [
+    groups = [
         {"params": weights, "decayed": True, "weight_decay": config.weight_decay},
         {"params": excluded, "decayed": False, "weight_decay": 0.0},
     ]
-    return _KINDS[config.name]([group for group in groups if group["params"]], config)
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.start_lr, betas=(config.momentum, 0.999))
+    for group in groups:
+        group["adapt"] = config.name == "lars" and group["decayed"]
+    return LARS(groups, lr=config.start_lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

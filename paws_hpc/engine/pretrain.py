@@ -1,4 +1,4 @@
-"""Pre-training: the state of a run and its step. The loop is in pretrain_loop.py.
+"""Pre-training: the state of a run and its step. The loop is in loop.py.
 
 Legend: n unlabelled images and S support rows per rank, m small crops, D features.
 """
@@ -14,24 +14,29 @@ from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_micro_batches, spread_momentum
 from paws_hpc.engine.averaging import WeightAverage
-from paws_hpc.engine.compiled import compile_passes
+from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig
+from paws_hpc.engine.errors import TrainingStoppedError
+from paws_hpc.engine.loop import Training, Validate
+from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.optimizer import build_optimizer, set_rates
-from paws_hpc.engine.parallel import move, replicate
+from paws_hpc.engine.parallel import move, replicate, synchronise_buffers
 from paws_hpc.engine.schedule import warmup_cosine
+from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.objective.config import ObjectiveConfig
 
 
-class Pretraining:
-    """An encoder in training: the objects that a checkpoint must hold, and the step that moves them.
+class Pretraining(Training):
+    """An encoder in training.
 
     Attributes:
-        encoder: being trained.
         collapsed_steps: consecutive steps, up to the last one read, at which the objective had collapsed.
         collapsed: whether a collapse was reported.
-        validated: steps done when the encoder was last scored.
     """
+
+    REMEDY = "Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs."
+    stream: PawsStream
 
     def __init__(
         self,
@@ -43,8 +48,11 @@ class Pretraining:
         stream: PawsStream,
         device: torch.device,
     ) -> None:
-        self.optimizer_config, self.config, self.stream, self.device = optimizer, config, stream, device
-        self.total_steps = config.epochs * stream.steps_per_epoch
+        self.optimizer_config, self.config, self.stream = optimizer, config, stream
+        super().__init__(
+            device, epochs=config.epochs, batch_size=config.batch_size, log_every=config.log_every_steps,
+            save_every=config.checkpoint_every_steps, validate_every_epochs=config.validate_every_epochs,
+        )  # fmt: skip
         self.objective = objective.build(num_classes=config.support.classes, total_steps=self.total_steps)
         self.half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
@@ -55,10 +63,10 @@ class Pretraining:
         if config.compile:
             compile_passes(self.encoder)
         self.optimizer = build_optimizer(self.encoder, optimizer)
-        self.collapsed_steps, self.collapsed, self.validated = 0, False, 0
+        self.collapsed_steps, self.collapsed = 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on; the data's position is the step itself."""
+        """See :class:`Training`."""
         return {
             "encoder": self.encoder.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
@@ -69,7 +77,7 @@ class Pretraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """See :class:`Training`."""
         self.encoder.load_state_dict(state["encoder"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
@@ -81,11 +89,6 @@ class Pretraining:
     def result(self) -> Encoder:
         """The encoder that is scored and handed on: the average of the weights if there is one, or the weights."""
         return self.encoder if self.average is None else self.average.module
-
-    def awaits_validation(self, done: int) -> bool:
-        """Whether the encoder is to be scored after ``done`` steps, and was not yet."""
-        every = self.config.validate_every_epochs * self.stream.steps_per_epoch
-        return (done % every == 0 or done == self.total_steps) and self.validated != done
 
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step."""
@@ -100,11 +103,7 @@ class Pretraining:
         )
 
     def step(self, batch: PawsBatch) -> dict[str, Tensor]:
-        """One optimisation step; nothing is read back from the device.
-
-        Returns:
-            This rank's metrics, 0-dimensional.
-        """
+        """See :class:`Training`."""
         weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
         set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
         self.optimizer.zero_grad(set_to_none=True)
@@ -125,6 +124,31 @@ class Pretraining:
             gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
             metrics |= {"train/loss": total, "train/grad_norm": torch.nn.utils.get_total_norm(gradients)}
         return {name: value.detach() for name, value in metrics.items()}
+
+    def report(self, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
+        """Log the steps since the last call; see :class:`Training`."""
+        steps, collapse = window.read(self.encoder), self.config.collapse
+        for step in steps:
+            row: Row = {"epoch": (step.step + 1) / self.stream.steps_per_epoch, "train/lr": step.lr, **step.metrics}
+            if step is steps[-1]:
+                row |= meter.read(len(steps))
+            tracker.log(step.step, row)
+            step.require_finite()
+            self.collapsed_steps = self.collapsed_steps + 1 if self.objective.collapsed(step.metrics) else 0
+            if self.collapsed_steps >= collapse.patience_steps and not self.collapsed:
+                self.collapsed = True
+                message = f"Collapse: {self.objective.collapse_message(step.step, collapse.patience_steps)}"
+                tracker.log(step.step, {"event": "collapse", "message": message})
+                if collapse.action == "stop":
+                    raise TrainingStoppedError(message)
+
+    def score(self, done: int, validate: Validate, tracker: Tracker) -> None:
+        """See :class:`Training`."""
+        synchronise_buffers(self.result)
+        with eager(self.encoder):
+            scores = validate()
+        tracker.log(done - 1, {"epoch": done / self.stream.steps_per_epoch, **scores})
+        self.validated = done
 
     def _encode(self, network: nn.Module, batch: PawsBatch, number: int) -> tuple[Tensor, Tensor]:
         """(h, z) of one micro-batch."""

@@ -12,9 +12,12 @@ import torch
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity, sweep_config
 from paws_hpc.data.streams import ClassifierStream
-from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.finetune import ClassifierTraining, train_classifier
+from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
+from paws_hpc.engine.evaluate import forward_set, score
+from paws_hpc.engine.finetune import ClassifierTraining
+from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
+from paws_hpc.engine.tracking import Row
 from paws_hpc.files import file_hash, write_json
 from paws_hpc.models.encoder import build_classifier
 from paws_hpc.stages.context import TorchContext
@@ -86,24 +89,29 @@ def _train(
         used=used,
         made=folder / "best.pt",
     )
+    validation = data.validation_images()
+
+    def validate() -> Row:
+        logits = forward_set(training.classifier, validation, device, control)
+        return {"val/top1": score(logits.cpu(), validation.labels).top1}
+
     with job as tracker:
-        best = train_classifier(
+        train(
             training,
-            validation=data.validation_images(),
             checkpoints=checkpoints,
             tracker=tracker,
             start=start,
-            best_path=folder / "best.pt",
+            validate=validate,
             describe=lambda records: [data.labelled_store.keys[int(record)] for record in records],
             control=control,
         )
+        if distributed.is_main():
+            save_tensors(folder / "best.pt", training.best_weights, fence=control.fence)
     control.fence()
     if distributed.is_main():
-        result = {
-            "validation_accuracy": best.validation_accuracy,
-            "best_epoch": best.best_epoch,
-            "seconds": time.monotonic() - began,
-        }
+        assert training.best is not None, "the last step is always scored"
+        accuracy, epoch = training.best
+        result = {"validation_accuracy": accuracy, "best_epoch": epoch, "seconds": time.monotonic() - began}
         write_json(folder / "result.json", {**trial.values} | result)
         mark_done(folder, steps=training.total_steps)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
 
 import torch
 
 from paws_hpc import distributed
 from paws_hpc.config import Config
 from paws_hpc.data.streams import PawsStream
+from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.engine.pretrain_loop import pretrain
 from paws_hpc.files import write_json
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
@@ -37,7 +37,7 @@ def run(context: TorchContext) -> None:
 
 
 def _train(run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> None:
-    config, stream = data.config, open_stream(data, device)
+    config, stream, began = data.config, open_stream(data, device), time.monotonic()
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(run, data, control)
     start = checkpoints.resume(training, device)
@@ -54,7 +54,7 @@ def _train(run: RunFolder, data: RunData, device: torch.device, control: JobCont
         made=run.checkpoint(training.total_steps),
     )
     with job as tracker:
-        summary = pretrain(
+        train(
             training,
             checkpoints=checkpoints,
             tracker=tracker,
@@ -65,8 +65,14 @@ def _train(run: RunFolder, data: RunData, device: torch.device, control: JobCont
         )
     control.fence()
     if distributed.is_main():
-        write_json(run.pretrain / "summary.json", asdict(summary) | {"digests": data.digests})
-        mark_done(run.pretrain, steps=summary.steps)
+        summary = {
+            "steps": training.total_steps,
+            "collapsed": training.collapsed,
+            "seconds": time.monotonic() - began,
+            "digests": data.digests,
+        }
+        write_json(run.pretrain / "summary.json", summary)
+        mark_done(run.pretrain, steps=training.total_steps)
 
 
 def open_stream(data: RunData, device: torch.device) -> PawsStream:

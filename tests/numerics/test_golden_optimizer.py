@@ -42,7 +42,6 @@ def golden_model(golden: dict[str, Tensor]) -> nn.Module:
 
 
 def golden_optimizer(golden: dict[str, Tensor], model: nn.Module) -> LARS:
-    assert golden["trust_coefficient"].item() == 1e-3  # LARS's default, the only value that a run can have
     config = OptimizerConfig(
         name="lars" if golden["lars"] else "sgd",
         momentum=golden["momentum"].item(),
@@ -103,11 +102,3 @@ def test_schedule(tag: str) -> None:
         )
         # The reference rises again past the end; ours stays.
         assert actual == pytest.approx(expected if step < total else final, rel=1e-10, abs=1e-10)
-
-
-def test_the_reference_schedule_does_rise_past_the_end() -> None:
-    """The clamp is a deviation, so the golden file must show what it deviates from."""
-    golden = load("schedules")
-    past = golden["small_lr"][golden["small_step"] > 20]
-    assert len(past) > 0
-    assert (past > 0.064).all()

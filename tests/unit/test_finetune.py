@@ -15,12 +15,13 @@ from torch import Tensor
 
 from paws_hpc.data.config import CenterCropConfig, CropConfig
 from paws_hpc.data.streams import ClassifierStream, EvaluationSet
-from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
+from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors, save_tensors
 from paws_hpc.engine.config import ClassifierConfig
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
 from paws_hpc.engine.evaluate import forward_set, score
-from paws_hpc.engine.finetune import BestScore, ClassifierTraining, train_classifier
-from paws_hpc.engine.preemption import JobControl
+from paws_hpc.engine.finetune import ClassifierTraining
+from paws_hpc.engine.loop import train
+from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
@@ -32,6 +33,8 @@ from tests.ranks import results_of, run_on_ranks
 from tests.tiny import WALL_CLOCK
 
 CPU = torch.device("cpu")
+Best = tuple[float, int]
+"""Accuracy and epoch."""
 MODEL = ModelConfig("small_resnet", channels=[8, 16])
 
 
@@ -65,7 +68,7 @@ class Training:
         validation = np.concatenate([rows[2:6] for rows in members])
         self.validation = EvaluationSet(self.store, validation, CenterCropConfig(16, 16), self.store)
 
-    def run(self, asked_at: int | None = None, fence: Callable[[], None] = lambda: None) -> BestScore:
+    def run(self, asked_at: int | None = None, fence: Callable[[], None] = lambda: None) -> Best:
         """Train from the newest checkpoint in the folder, as the stage does.
 
         Args:
@@ -81,16 +84,22 @@ class Training:
             start = checkpoint.step
         awaits = self.training.awaits_validation(start)
         with MetricsFile(self.folder / "metrics.jsonl", resume_step=start, awaits_validation=awaits) as metrics:
-            return train_classifier(
+            train(
                 self.training,
-                validation=self.validation,
                 checkpoints=checkpoints,
                 tracker=metrics,
                 start=start,
-                best_path=self.folder / "best.pt",
+                validate=lambda: {"val/top1": self.accuracy(control)},
                 describe=lambda records: [self.store.keys[int(record)] for record in records],
                 control=control,
             )
+        save_tensors(self.folder / "best.pt", self.training.best_weights, fence=control.fence)
+        assert self.training.best is not None
+        return self.training.best
+
+    def accuracy(self, control: JobControl = UNATTENDED) -> float:
+        logits = forward_set(self.training.classifier, self.validation, CPU, control)
+        return score(logits, self.validation.labels).top1
 
     def weights(self) -> dict[str, Tensor]:
         return self.training.classifier.state_dict()
@@ -121,16 +130,16 @@ UNEVEN = config_of(0.1, 4)
 
 
 @pytest.fixture
-def uninterrupted(digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Training, BestScore]:
+def uninterrupted(digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Training, Best]:
     monkeypatch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 15)  # a score has three batches
     trial = Training(digits_stores, tmp_path / "uninterrupted", UNEVEN)
     result = trial.run()
-    assert 1 < result.best_epoch < UNEVEN.epochs
+    assert 1 < result[1] < UNEVEN.epochs
     return trial, result
 
 
 def test_interrupted_at_any_step_or_batch_it_ends_with_the_same_bits(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, Best]
 ) -> None:
     whole, result = uninterrupted
     checks = next(whole.checks)
@@ -147,7 +156,7 @@ def test_interrupted_at_any_step_or_batch_it_ends_with_the_same_bits(
 
 
 def test_interrupted_again_and_again_it_ends_with_the_same_bits(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, Best]
 ) -> None:
     """Four boundaries each time: in the middle of epochs, and inside the validation with which a start begins."""
     whole, result = uninterrupted
@@ -163,7 +172,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_bits(
 
 
 def test_checkpoint_and_best_weights_agree_wherever_a_start_ends(
-    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, BestScore]
+    digits_stores: Stores, tmp_path: Path, uninterrupted: tuple[Training, Best]
 ) -> None:
     """Taken over before any of its writes: three per checkpoint, and the best weights at the end."""
     whole, result = uninterrupted
@@ -193,17 +202,16 @@ def test_the_best_weights_have_the_accuracy_that_is_reported(digits_stores: Stor
     result = trial.run()
     rows = read_rows(tmp_path / "metrics.jsonl")
     accuracies = [row["val/top1"] for row in rows]
-    assert result == BestScore(max(accuracies), 1 + int(np.argmax(accuracies)))
-    assert result.validation_accuracy > accuracies[0], "else this test would not tell best from first"
+    assert result == (max(accuracies), 1 + int(np.argmax(accuracies)))
+    assert result[0] > accuracies[0], "else this test would not tell best from first"
     trial.training.classifier.load_state_dict(load_tensors(tmp_path / "best.pt", CPU))
-    logits = forward_set(trial.training.classifier, trial.validation, CPU)
-    assert score(logits, trial.validation.labels).top1 == result.validation_accuracy
+    assert trial.accuracy() == result[0]
 
 
 def test_of_equally_good_epochs_the_first_is_kept(digits_stores: Stores, tmp_path: Path) -> None:
     """A learning rate that moves nothing: the linear layer is zero, so all logits stay equal."""
     result = Training(digits_stores, tmp_path, config_of(1e-30, 3)).run()
-    assert result.best_epoch == 1
+    assert result[1] == 1
 
 
 def test_scores_come_every_so_many_epochs_and_at_the_end(digits_stores: Stores, tmp_path: Path) -> None:
