@@ -35,6 +35,7 @@ from paws_hpc.command import error_text
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
+from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import LeaseHeldError
@@ -93,7 +94,7 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
     if not any(STAGES[job.partition("/")[0]].trains for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
-    for name, value in result_table(run.path):
+    for name, value in result_table(read_run(run.path)):
         table.add_row(name, value)
     console = Console()
     console.print(table)

@@ -7,17 +7,24 @@ own as ``METRICS``, the others stand here; :func:`paws_hpc.stages.catalogue.cata
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["", "nats", "fraction", "images/s", "GB"]
 
-_FORMATS: dict[Unit, str] = {
-    "": "{:.4g}",
-    "nats": "{:.4g}",
-    "fraction": "{:.1%}",
-    "images/s": "{:,.0f}",
-    "GB": "{:.1f}",
+
+def percent(fraction: float) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * fraction:.1f} %"
+
+
+_FORMATS: dict[Unit, Callable[[float], str]] = {
+    "": "{:.4g}".format,
+    "nats": "{:.4g}".format,
+    "fraction": percent,
+    "images/s": "{:,.0f}".format,
+    "GB": "{:.1f}".format,
 }
 
 
@@ -74,7 +81,7 @@ class Metric:
 
     def show(self, value: float) -> str:
         """A value for people."""
-        return _FORMATS[self.unit].format(value).replace("%", " %")
+        return _FORMATS[self.unit](value)
 
 
 COMMON = [

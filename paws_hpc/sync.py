@@ -100,7 +100,7 @@ def _replay(folder: Path, *, timeout_s: float) -> str | None:
     Raises:
         ConnectionError: there is no server, or it takes no key from here.
     """
-    process = wandb_run.start_process(folder.resolve(), "online", fall_back=False, patience_s=timeout_s)
+    process = wandb_run.start_process(folder.resolve(), "upload", patience_s=timeout_s)
     wandb_run.end_process(process, exit_code=int(not is_done(folder)), preempted=False, patience_s=timeout_s)
     process.stdin = None  # which is closed already
     try:

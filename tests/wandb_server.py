@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 ENTITY = "tester"
 KEY = "0123456789" * 4
+_THEN = "2026-01-02T03:04:05Z"
 _STREAM = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream")
 
 
@@ -35,25 +36,6 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     preempting: bool = False
     exit_codes: list[int] = field(default_factory=list)
-    uses: list[str] = field(default_factory=list)
-
-    @property
-    def id(self) -> str:
-        return _opaque("Run", self.name)
-
-
-@dataclass
-class Artifact:
-    """A version of an artifact."""
-
-    id: str
-    name: str
-    kind: str
-    run: str | None
-    digest: str
-    metadata: dict[str, Any]
-    aliases: list[str]
-    committed: bool = False
 
 
 class WandbServer:
@@ -62,16 +44,12 @@ class WandbServer:
     Attributes:
         behaviour: ``ok``; ``401``, ``429`` or ``500``, with which every request is answered; or ``hang``: connections
             are taken and nothing is answered.
-        refused: operations that are answered with an error, whatever the behaviour.
     """
 
     def __init__(self, url: str) -> None:
         self.url, self.behaviour = url, "ok"
-        self.refused: set[str] = set()
         self.runs: dict[str, Run] = {}
-        self.artifacts: dict[str, Artifact] = {}
         self.reports: dict[str, dict[str, Any]] = {}
-        self.uploads: dict[str, bytes] = {}
         self.received: list[bytes] = []  # whatever was sent, as it came
         self.operations: list[str] = []
         self.unknown: list[str] = []
@@ -101,13 +79,6 @@ class WandbServer:
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
-            "ArtifactType": self._artifact_type,
-            "CreateArtifact": self._create_artifact,
-            "ArtifactByID": self._artifact_by_id,
-            "CreateArtifactManifest": self._create_manifest,
-            "UpdateArtifactManifest": self._create_manifest,
-            "CommitArtifact": self._commit_artifact,
-            "UseArtifact": self._use_artifact,
             "GetProjects": self._projects,
             "ProjectInternalId": lambda asked: {"project": self._project(asked["projectName"])},
             "upsertView": self._upsert_view,
@@ -116,24 +87,12 @@ class WandbServer:
         return known[operation](variables)
 
     def _viewer(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "viewer": {
-                "id": "user",
-                "entity": ENTITY,
-                "username": ENTITY,
-                "flags": "{}",
-                "teams": {"edges": [{"node": {"name": ENTITY}}]},
-            }
-        }
+        teams = {"edges": [{"node": {"name": ENTITY}}]}
+        return {"viewer": {"id": "user", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": teams}}
 
     def _project(self, name: str) -> dict[str, Any]:
-        return {
-            "id": _opaque("Project", name),
-            "internalId": _opaque("ProjectInternal", name),
-            "name": name,
-            "entityName": ENTITY,
-            "entity": {"id": "entity", "name": ENTITY},
-        }
+        own = {"id": _opaque("Project", name), "internalId": _opaque("ProjectInternal", name), "name": name}
+        return own | {"entityName": ENTITY, "entity": {"id": "entity", "name": ENTITY}}
 
     def _resume(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(variables["name"])
@@ -150,22 +109,13 @@ class WandbServer:
 
     def _bucket(self, run: Run) -> dict[str, Any]:
         return {
-            "id": run.id,
-            "name": run.name,
-            "displayName": run.fields.get("displayName"),
-            "description": "",
-            "sweepName": "",
-            "summaryMetrics": json.dumps(run.summary),
-            "logLineCount": 0,
-            "historyLineCount": len(run.history),
-            "eventsLineCount": len(run.events),
-            "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
-            "eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]]),
-            "config": json.dumps(run.config),
-            "tags": run.fields.get("tags") or [],
-            "wandbConfig": json.dumps({"t": 1}),
+            "id": _opaque("Run", run.name), "name": run.name, "displayName": run.fields.get("displayName"),
+            "description": "", "sweepName": "", "summaryMetrics": json.dumps(run.summary), "logLineCount": 0,
+            "historyLineCount": len(run.history), "historyTail": json.dumps([*map(json.dumps, run.history[-1:])]),
+            "eventsLineCount": len(run.events), "eventsTail": json.dumps([*map(json.dumps, run.events[-1:])]),
+            "config": json.dumps(run.config), "tags": run.fields.get("tags") or [], "wandbConfig": '{"t": 1}',
             "project": self._project(run.project),
-        }
+        }  # fmt: skip
 
     def _upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         new = variables["name"] not in self.runs
@@ -178,112 +128,19 @@ class WandbServer:
     def _create_files(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs[variables["run"]]
         files = [{"name": name, "uploadUrl": f"{self.url}/storage/{run.name}/{name}"} for name in variables["files"]]
-        return {"createRunFiles": {"runID": run.id, "uploadHeaders": [], "files": files}}
-
-    def _artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
-        name = variables["name"].partition(":")[0]
-        found = next((artifact for artifact in self.artifacts.values() if artifact.name == name), None)
-        return {"project": {"artifact": found and {"artifactType": {"name": found.kind}}}}
-
-    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        asked = variables["input"]
-        identifier = _opaque("Artifact", f"{asked['artifactCollectionName']}/{asked['digest']}")
-        artifact = self.artifacts.get(identifier)
-        if artifact is None:
-            artifact = self.artifacts[identifier] = Artifact(
-                identifier,
-                asked["artifactCollectionName"],
-                asked["artifactTypeName"],
-                asked["runName"],
-                asked["digest"],
-                json.loads(asked["metadata"] or "{}"),
-                [alias["alias"] for alias in asked["aliases"]],
-            )
-        state = "COMMITTED" if artifact.committed else "PENDING"
-        return {"createArtifact": {"artifact": {"id": identifier, "state": state, "artifactSequence": {
-            "latestArtifact": {"id": identifier} if artifact.committed else None,
-        }}}}  # fmt: skip
-
-    def _artifact_by_id(self, variables: dict[str, Any]) -> dict[str, Any]:
-        artifact = self.artifacts[variables["id"]]
-        collection = {
-            "__typename": "ArtifactSequence",
-            "id": _opaque("Collection", artifact.name),
-            "name": artifact.name,
-            "project": self._project("paws"),
-        }
-        return {
-            "artifact": {
-                "__typename": "Artifact",
-                "id": artifact.id,
-                "artifactSequence": collection,
-                "versionIndex": 0,
-                "artifactType": {"name": artifact.kind},
-                "description": None,
-                "metadata": json.dumps(artifact.metadata),
-                "ttlDurationSeconds": -1,
-                "ttlIsInherited": False,
-                "tags": [],
-                "historyStep": None,
-                "state": "COMMITTED",
-                "size": 0,
-                "digest": artifact.digest,
-                "digestAlgorithm": "MANIFEST_MD5",
-                "commitHash": artifact.digest,
-                "fileCount": 1,
-                "createdAt": "2026-01-02T03:04:05Z",
-                "updatedAt": None,
-                "aliases": [],
-            }
-        }
-
-    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
-        asked = variables.get("input") or variables
-        identifier = _opaque("Manifest", asked.get("artifactID") or asked.get("artifactManifestID"))
-        file = {
-            "id": identifier,
-            "name": "wandb_manifest.json",
-            "displayName": "wandb_manifest.json",
-            "uploadUrl": f"{self.url}/storage/manifests/{identifier}",
-            "uploadHeaders": [],
-        }
-        return {"createArtifactManifest": {"artifactManifest": {"id": identifier, "file": file}}}
-
-    def _commit_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        artifact = self.artifacts[(variables.get("input") or variables)["artifactID"]]
-        artifact.committed = True
-        return {"commitArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
-
-    def _use_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        asked = variables.get("input") or variables
-        artifact = self.artifacts[asked["artifactID"]]
-        self.runs[asked["runName"]].uses.append(artifact.id)
-        return {"useArtifact": {"artifact": {"id": artifact.id, "digest": artifact.digest}}}
+        return {"createRunFiles": {"runID": _opaque("Run", run.name), "uploadHeaders": [], "files": files}}
 
     def _projects(self, _: dict[str, Any]) -> dict[str, Any]:
-        node = self._project("paws") | {
-            "__typename": "Project",
-            "createdAt": "2026-01-02T03:04:05Z",
-            "isBenchmark": False,
-            "user": None,
-        }
-        page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        own = {"__typename": "Project", "createdAt": _THEN, "isBenchmark": False, "user": None}
+        node, page = self._project("paws") | own, {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
         return {"models": {"pageInfo": page, "edges": [{"node": node}]}}
 
     def _upsert_view(self, variables: dict[str, Any]) -> dict[str, Any]:
         identifier = variables["id"] or _opaque("View", str(len(self.reports)))
         inserted = identifier not in self.reports
-        self.reports[identifier] = {
-            "id": identifier,
-            "type": variables["type"],
-            "name": variables["name"],
-            "displayName": variables["displayName"],
-            "description": variables["description"],
-            "project": self._project(variables["projectName"]),
-            "spec": variables["spec"],
-            "createdAt": "2026-01-02T03:04:05Z",
-            "updatedAt": "2026-01-02T03:04:05Z",
-        }
+        sent = {name: variables[name] for name in ("type", "name", "displayName", "description", "spec")}
+        own = {"id": identifier, "project": self._project(variables["projectName"])}
+        self.reports[identifier] = sent | own | {"createdAt": _THEN, "updatedAt": _THEN}
         return {"upsertView": {"view": self.reports[identifier], "inserted": inserted}}
 
     def stream(self, project: str, name: str, sent: dict[str, Any]) -> None:
@@ -335,9 +192,6 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         if path == "/graphql":
             asked = json.loads(body)
-            if asked.get("operationName") in double.refused:
-                self._send(200, {"errors": [{"message": "told to refuse this"}]})
-                return
             with double.lock:
                 try:
                     data = double.answer(asked["query"], asked.get("variables") or {})
@@ -350,11 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             with double.lock:
                 double.stream(streamed[2], streamed[3], json.loads(body))
             self._send(200, {"exitcode": None, "limits": {}})
-        elif path.startswith("/sdk/otel/"):
-            self._send(200, {})
-        elif self.command == "PUT":
-            with double.lock:
-                double.uploads[path] = body
+        elif path.startswith("/sdk/otel/") or self.command == "PUT":
             self._send(200, {})
         else:
             double.unknown.append(f"{self.command} {self.path}")

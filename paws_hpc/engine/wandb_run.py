@@ -2,12 +2,9 @@
 
     python -m paws_hpc.engine.wandb_run TASK    started by WandbTracker, one per stage, and by paws_hpc.sync
 
-Training never calls W&B, so whatever hangs, fails or dies in it costs the run nothing. This module imports no torch.
-Its argument is JSON: what to show. A line of JSON on its input says how the stage ended; the end of the input without
-it means that training was killed. It prints messages for the user, one JSON object per line.
-
-Every row has a step in W&B that :func:`position` derives from the row alone, and W&B drops rows whose step is not
-larger than its last one. So a start continues after the last step that the server has, and no row is there twice.
+Training never calls W&B, so whatever hangs, fails or dies in it costs the run nothing (decision page 0008). The task is
+JSON. A line of JSON on the process's input says how the stage ended; the end of the input without it means that
+training was killed. It prints messages for the user, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from typing import Any, TextIO
 
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.tracking import Row, Tracker
-from paws_hpc.files import file_hash, read_json, write_json
+from paws_hpc.files import read_json, write_json
 from paws_hpc.metrics import is_validation
 
 _LOG = logging.getLogger(__name__)
@@ -45,7 +42,10 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def position(row: Row) -> int:
-    """The step of a row in W&B. A training step has up to three rows, in this order: losses, an event, a validation."""
+    """The step of a row in W&B, which drops rows whose step is not larger than its last one.
+
+    A training step has up to three rows, in this order: losses, an event, a validation.
+    """
     return 3 * int(row["step"]) + (2 if any(map(is_validation, row)) else int("event" in row))
 
 
@@ -83,17 +83,17 @@ def reached(folder: Path) -> dict[str, int]:
     return {"online": -1, "offline": -1} | (read_json(path) if path.exists() else {})
 
 
-def start_process(folder: Path, mode: str | None, *, fall_back: bool, patience_s: float) -> subprocess.Popen[str]:
-    """Show ``metrics.jsonl`` in ``folder``; :func:`end_process` says how the stage ended.
+def start_process(folder: Path, mode: str, *, patience_s: float) -> subprocess.Popen[str]:
+    """Show ``metrics.jsonl`` in the folder of a stage, with ``wandb/run.json``.
 
     Args:
-        folder: of the stage, with ``wandb/run.json``.
-        mode: ``online``, ``offline``, or None for what the environment and the login say.
-        fall_back: whether a run that cannot be online is kept offline.
+        folder: of the stage.
+        mode: ``auto``, ``online`` or ``offline``, which keep a run offline if it cannot be online; or ``upload``,
+            which does not.
         patience_s: after which the process ends itself if the stage is killed; seconds.
     """
     limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
-    task = {"folder": str(folder), "mode": mode, "fall_back": fall_back, "patience_s": patience_s, "limits": limits}
+    task = {"folder": str(folder), "mode": mode, "patience_s": patience_s, "limits": limits}
     return subprocess.Popen(
         [sys.executable, "-m", "paws_hpc.engine.wandb_run", json.dumps(task)],
         stdin=subprocess.PIPE,
@@ -123,15 +123,13 @@ class WandbTracker(Tracker):
         Args:
             folder: of the stage; ``metrics.jsonl`` is there already.
             spec: kept as ``wandb/run.json``, for ``paws_hpc.sync`` too. ``run``: arguments of ``wandb.init``; ``best``:
-                as in :func:`summarise`; ``used``: name, file and checksum of the network that the stage begins with, or
-                None; ``made``: name and path below ``folder`` of the one that it makes, or None.
+                as in :func:`summarise`.
             mode: as ``TrackingConfig.wandb``.
         """
         self._process: subprocess.Popen[str] | None = None
         try:
             write_json(folder / "wandb" / "run.json", spec)
-            wanted = None if mode == "auto" else mode
-            self._process = start_process(folder.resolve(), wanted, fall_back=True, patience_s=_PATIENCE_S)
+            self._process = start_process(folder.resolve(), mode, patience_s=_PATIENCE_S)
         except OSError as error:
             _LOG.warning("Weights & Biases is off from here on: its process cannot be started (%s).", error)
             return
@@ -212,9 +210,6 @@ class Follower:
                 run.log(logged(row), step=sent, commit=True)
         rows = [json.loads(line) for line in (self._folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
         run.summary.update(summarise(rows, self._spec["best"]))
-        if self._ending["exit_code"] == 0 and (made := self._spec["made"]) is not None:
-            path = self._folder / made["path"]
-            self._link(run, {"name": made["name"], "file": path.name, "checksum": file_hash(path)}, used=False)
         if self._ending["preempted"]:
             run.mark_preempting()
         run.finish(exit_code=self._ending["exit_code"])
@@ -231,11 +226,13 @@ class Follower:
         """A run: online if that is wanted and succeeds, otherwise offline."""
         import wandb  # noqa: PLC0415 - as above
 
-        mode = self._task["mode"] or os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+        mode = self._task["mode"]
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         try:
-            run = self._init(mode)
+            run = self._init("online" if mode == "upload" else mode)
         except (wandb.errors.Error, TimeoutError) as error:
-            if mode != "online" or not self._task["fall_back"]:
+            if mode != "online":
                 self.say(str(error), unreachable=True)
                 raise
             message = f"Weights & Biases cannot be reached ({error}), so runs are kept offline. {_LATER}"
@@ -244,8 +241,6 @@ class Follower:
             run = self._init("offline")
         run.define_metric("trainer/*")
         run.define_metric("*", step_metric="trainer/global_step")
-        if (used := self._spec["used"]) is not None and not run.offline:
-            self._link(run, used, used=True)
         return run
 
     def _init(self, mode: Any) -> Any:
@@ -266,23 +261,6 @@ class Follower:
             x_stats_disk_paths=(),
         )
         return wandb.init(**self._spec["run"], dir=self._folder, resume="allow", mode=mode, settings=settings)
-
-    def _link(self, run: Any, network: dict[str, str], *, used: bool) -> None:
-        """Say in the lineage which network the stage used or made; the config has it in any case."""
-        import wandb  # noqa: PLC0415 - as above
-
-        artifact = wandb.Artifact(network["name"], type="model", metadata=network)
-        uri = f"paws-hpc:{network['name']}/{network['file']}?xxh3={network['checksum']}"
-        artifact.add_reference(uri, name=network["file"], checksum=False)
-        try:
-            if used:
-                run.use_artifact(artifact, aliases=[network["checksum"]])
-            else:
-                made = run.log_artifact(artifact, aliases=[network["checksum"]])
-                if not run.offline:
-                    made.wait(timeout=self._task["limits"]["finish_timeout"] / 4)
-        except (wandb.errors.Error, ValueError, TimeoutError) as error:
-            self.say(f"Weights & Biases does not show which network this run {'used' if used else 'made'} ({error}).")
 
     def _rows(self) -> Iterator[Row]:
         """Rows of the file as they come, until the stage is over; an unfinished line is not a row yet."""

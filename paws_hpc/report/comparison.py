@@ -29,10 +29,9 @@ _NAMED_STORES = {"train": "training images", "labelled_store": "store of labelle
 
 @dataclass(frozen=True)
 class Compared:
-    """One run of a comparison: its setting, and its results (fractions, by key of ``COLUMNS``)."""
+    """One run of a comparison, and its results (fractions, by key of ``COLUMNS``)."""
 
     record: RunRecord
-    setting: dict[str, str]
     values: dict[str, float]
 
     @property
@@ -115,14 +114,13 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     Raises:
         ValueError: a result contradicts itself, or two runs have one name; both are named.
     """
-    runs = [
-        Compared(record, setting, _values(record)) for record, setting in zip(records, _settings(records), strict=True)
-    ]
+    runs = [Compared(record, _values(record)) for record in records]
     for name, count in Counter(run.name for run in runs).items():
         if count > 1:
             folders = ", ".join(str(run.record.folder) for run in runs if run.name == name)
             raise ValueError(f"{count} runs are called {name}: {folders}. Name each run once.")
-    differing = differences({run.name: run.setting for run in runs})
+    names = [run.name for run in runs]
+    differing = differences(dict(zip(names, _settings(records), strict=True)))
     groups: dict[tuple[str, ...], list[Compared]] = {}
     for run in runs:
         groups.setdefault(tuple(values[run.name] for values in differing.values()), []).append(run)

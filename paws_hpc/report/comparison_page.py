@@ -10,6 +10,7 @@ from typing import Any
 
 from paws_hpc.config import has_effect
 from paws_hpc.files import write_text
+from paws_hpc.metrics import percent
 from paws_hpc.report.comparison import (
     Comparison,
     Summary,
@@ -25,7 +26,7 @@ from paws_hpc.report.panels import SWEEP_TITLES, curve_panels, parallel_panel
 from paws_hpc.report.parallel import TrialLine
 from paws_hpc.report.plots import stroke
 from paws_hpc.report.run_record import read_run
-from paws_hpc.report.tables import DASH, percent
+from paws_hpc.report.tables import DASH
 
 
 def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:

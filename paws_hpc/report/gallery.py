@@ -12,10 +12,11 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from paws_hpc.files import read_json
+from paws_hpc.metrics import percent
 from paws_hpc.report.panels import Panel
 from paws_hpc.report.plots import SERIES
 from paws_hpc.report.run_record import RunRecord
-from paws_hpc.report.tables import METHODS, percent
+from paws_hpc.report.tables import METHODS
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 480, 16
 _MOST_NAMES = 30
@@ -32,14 +33,15 @@ def gallery(record: RunRecord) -> dict[str, Any]:
     """
     folder = record.folder / "selection"
     index, sheet_path = folder / "gallery.json", folder / "gallery.png"
+    missing = ""
     if not record.result:  # selection writes it, with the names of classes, after the pictures
         state = record.state("selection")
         missing = f"No pictures yet: selection has not finished. Stage selection writes them; its state is: {state}."
-        return {"missing": missing, "map": Panel("map", _MAP_TITLE, missing=missing)}
-    if not index.exists() or not sheet_path.exists():
+    elif not index.exists() or not sheet_path.exists():
         missing = "No selection/gallery.json: the test split was scored before selection wrote one."
+    if missing:
         return {"missing": missing, "map": Panel("map", _MAP_TITLE, missing=missing)}
-    sheet, contents = _opened(sheet_path), read_json(index)
+    sheet, contents = opened_png(sheet_path), read_json(index)
     try:
         tiles = _tiles(sheet, pixels := int(contents["tile_pixels"]), int(contents["columns"]))
         classes = [str(name) for name in record.result.get("classes", [])]
@@ -59,15 +61,15 @@ def gallery(record: RunRecord) -> dict[str, Any]:
     return {"missing": "", "pairs": pairs, "mistakes": mistakes, "map": panel, "factor": max(1, 48 // pixels)}
 
 
-def _opened(path: Path) -> Image.Image:
+def opened_png(path: Path) -> Image.Image:
+    """A picture of the run; raises ValueError where it is damaged."""
     try:
         with Image.open(path) as file:
             file.load()
             return file
     except (OSError, SyntaxError) as error:  # PIL's words for a damaged file; they name none
         raise ValueError(
-            f"{path} is not a whole PNG file ({error}). Restore it, or remove it and gallery.json beside it to report "
-            "without pictures."
+            f"{path} is not a whole PNG file ({error}). Restore it, or remove it (gallery.json too) to report without."
         ) from error
 
 
@@ -82,30 +84,27 @@ def _tiles(sheet: Image.Image, pixels: int, columns: int) -> list[str]:
     return tiles
 
 
+def _confused(classes: list[str], entry: dict[str, Any]) -> dict[str, Any]:
+    true, predicted = classes[entry["true"]], classes[entry["predicted"]]
+    return {"true": true, "predicted": predicted, "text": f"Test image of class {true}, taken for {predicted}"}
+
+
 def _pair(tiles: list[str], classes: list[str], pair: dict[str, Any]) -> dict[str, Any]:
     """A class taken for another: the number of such images, and the pictures of some."""
-    true, predicted = classes[pair["true"]], classes[pair["predicted"]]
-    text = f"Test image of class {true}, taken for {predicted}"
-    pictures = [{"data": tiles[tile], "text": text} for tile in pair["tiles"]]
-    return {"true": true, "predicted": predicted, "images": int(pair["images"]), "pictures": pictures}
+    confused = _confused(classes, pair)
+    pictures = [{"data": tiles[tile], "text": confused["text"]} for tile in pair["tiles"]]
+    return confused | {"images": int(pair["images"]), "pictures": pictures}
 
 
 def _mistake(tiles: list[str], classes: list[str], mistake: dict[str, Any]) -> dict[str, Any]:
     """A mistake of PAWS-NN, and the labelled images that were nearest by cosine similarity."""
-    true, predicted = classes[mistake["true"]], classes[mistake["predicted"]]
     supports = []
     for near in mistake["supports"]:
         name, similarity = classes[near["class"]], f"{near['similarity']:.2f}"
         text = f"Labelled image of class {name}, similarity {similarity}"
         supports.append({"data": tiles[near["tile"]], "text": text, "name": name, "similarity": similarity})
-    return {
-        "data": tiles[mistake["tile"]],
-        "text": f"Test image of class {true}, taken for {predicted}",
-        "true": true,
-        "predicted": predicted,
-        "probability": percent(mistake["probability"]),
-        "supports": supports,
-    }
+    own = {"data": tiles[mistake["tile"]], "probability": percent(mistake["probability"]), "supports": supports}
+    return own | _confused(classes, mistake)
 
 
 def _map(contents: dict[str, Any], classes: list[str]) -> Panel:

@@ -7,7 +7,6 @@ killed: a panel without data says what is missing and which stage writes it. The
 from __future__ import annotations
 
 import base64
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import jinja2
 from markupsafe import Markup
 
 from paws_hpc.files import write_text
-from paws_hpc.report.gallery import gallery
+from paws_hpc.metrics import percent
+from paws_hpc.report.gallery import gallery, opened_png
 from paws_hpc.report.panels import SWEEP_TITLES, exhibit_panel, pretrain_panels, sweep_panel, trials_panel
 from paws_hpc.report.run_record import RunRecord, read_run
 from paws_hpc.report.tables import (
@@ -24,13 +24,13 @@ from paws_hpc.report.tables import (
     Score,
     confused_pairs,
     duration,
-    percent,
+    result_table,
     scores,
     sweep_grid,
-    table_rows,
     text_rows,
     timed_stages,
 )
+from paws_hpc.stage_table import DEFAULT_STAGES
 from paws_hpc.stages.context import StageContext
 
 _MOST_CLASSES = 30
@@ -78,7 +78,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "record": record,
         "byline": _byline(record),
         "notices": notices(record),
-        "facts": dict(table_rows(record)),
+        "facts": dict(result_table(record)),
         "methods": methods,
         "gains": _gains(methods),
         "floor": min((int(10 * score.low) * 10 for score in methods), default=0),  # percent: the ten below the lowest
@@ -149,7 +149,7 @@ def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
     trials, winner = record.sweep(stage)
     missing = [trial.trial.name for trial in trials if trial.validation_accuracy is None]
     begun = any(trial.metrics.rows for trial in trials)
-    if not missing or (winner is None and not begun and stage not in record.launched_stages):
+    if not missing or (winner is None and not begun and stage not in record.settings.get("stages", DEFAULT_STAGES)):
         return []
     count = "1 trial has" if len(missing) == 1 else f"{len(missing)} trials have"
     choice = "The winner was chosen among the others."
@@ -188,13 +188,10 @@ def _crops(path: Path) -> dict[str, Any] | None:
     """The grid of crops as base64, with its size in pixels and the whole factor by which a small one is enlarged."""
     if not path.exists():
         return None
-    png = path.read_bytes()
-    if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
-        raise ValueError(f"{path} is not a PNG file. Remove it and report again.")
-    width, height = struct.unpack(">II", png[16:24])
-    factor = max(1, _CROPS_PIXELS // width)
-    data = base64.b64encode(png).decode("ascii")
-    return {"data": data, "width": width * factor, "height": height * factor, "enlarged": factor > 1}
+    grid = opened_png(path)
+    factor = max(1, _CROPS_PIXELS // grid.width)
+    size = {"width": grid.width * factor, "height": grid.height * factor, "enlarged": factor > 1}
+    return size | {"data": base64.b64encode(path.read_bytes()).decode("ascii")}
 
 
 def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:

@@ -12,12 +12,11 @@ from markupsafe import Markup
 
 from paws_hpc.engine.config import SupportConfig
 from paws_hpc.exhibits import Exhibit
-from paws_hpc.metrics import COMMON, Metric
+from paws_hpc.metrics import COMMON, Metric, percent
 from paws_hpc.report.comparison import Comparison
 from paws_hpc.report.parallel import TrialLine, draw_parallel
 from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import RunRecord
-from paws_hpc.report.tables import percent
 from paws_hpc.stages.catalogue import catalogue
 
 SWEEP_TITLES = {"finetune": "Fine-tuning", "baseline": "Baseline"}

@@ -10,8 +10,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
+from paws_hpc.metrics import percent
 from paws_hpc.report.plots import stroke
-from paws_hpc.report.tables import percent
 from paws_hpc.trial import Trial, axes, number
 
 _LEFT, _BETWEEN, _RIGHT, _TOP, _BOTTOM = 62, 139, 60, 34, 213

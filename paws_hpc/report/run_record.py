@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
@@ -19,15 +19,14 @@ from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.exhibits import Exhibit, read_exhibits
 from paws_hpc.files import read_json
-from paws_hpc.stage_table import DEFAULT_STAGES, STAGES
+from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import stage_state
 from paws_hpc.trial import Trial
 
 _NOT_FINITE = ("nan", "inf", "-inf")  # as the metrics file spells what JSON cannot hold
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """Something in a metrics file that is no number, such as a collapse."""
 
     step: int
@@ -54,8 +53,7 @@ class Metrics:
         return x, np.array([row[key] for row in rows], dtype=np.float64)
 
 
-@dataclass(frozen=True)
-class TrialRecord:
+class TrialRecord(NamedTuple):
     """A trial of a sweep; ``validation_accuracy`` is None where it has no result (yet)."""
 
     trial: Trial
@@ -102,12 +100,6 @@ class RunRecord:
         """Whether the run has, or will have, a pre-trained network."""
         return bool(self.result.get("pretrained", True))
 
-    @property
-    def launched_stages(self) -> list[str]:
-        """The stages of the latest launch; the default ones if there is no config."""
-        stages: list[str] = self.settings.get("stages", list(DEFAULT_STAGES))
-        return stages
-
     def sweep(self, stage: str) -> tuple[list[TrialRecord], str | None]:
         """The trials of ``finetune`` or ``baseline``, and the winner's name if selection chose one."""
         if stage == "finetune":
@@ -139,14 +131,12 @@ def read_run(run: Path) -> RunRecord:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is not a run directory: there is no such folder. Give the folder of a run.")
-    selected = _mapping(run / "selected.json")
-    config = run / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.exists() else None
+    selected, config = _mapping(run / "selected.json"), run / "config.yaml"
     return RunRecord(
         folder=run,
         chain=_mapping(run / "chain.json"),
-        config=text,
-        settings={} if text is None else _settings(config, text),
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        settings=flatten(_mapping(config)),
         prepared=_mapping(run / "prepare" / "DONE"),
         pretrain=read_metrics(run / "pretrain" / "metrics.jsonl"),
         summary=_mapping(run / "pretrain" / "summary.json"),
@@ -205,23 +195,16 @@ def _trials(folder: Path, missing: list[str]) -> list[TrialRecord]:
     return sorted(records, key=lambda record: record.trial.rank)
 
 
-def _settings(path: Path, text: str) -> Identity:
+def _mapping(path: Path) -> dict[str, Any]:
+    """The JSON object or YAML mapping in ``path``; empty where there is no such file."""
+    if not path.exists():
+        return {}
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}. Restore it.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not fields. Restore it.")  # noqa: TRY004
-    return flatten(value)
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    value = read_json(path)
-    if not isinstance(value, dict):
         raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
-            f"{path} holds {type(value).__name__}, not a JSON object. Restore it or remove it."
+            f"{path} holds {type(value).__name__}, not fields by name. Restore it or remove it."
         )
     return value

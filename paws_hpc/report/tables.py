@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.config import flatten
-from paws_hpc.report.run_record import RunRecord, TrialRecord, read_run
+from paws_hpc.metrics import percent
+from paws_hpc.report.run_record import RunRecord, TrialRecord
 from paws_hpc.trial import Trial, axes, number, short
 
 _SCORES = ("top1", "top5", "confusion")  # whatever else an entry of result.json holds was chosen by validation
@@ -61,11 +61,6 @@ class Score:
     def interval(self) -> str:
         """The 95 % interval, such as ``93.6–97.7 %``."""
         return f"{100 * self.low:.1f}{DASH}{percent(self.high)}"
-
-
-def percent(fraction: float) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100 * fraction:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
@@ -128,20 +123,12 @@ def timed_stages(record: RunRecord) -> dict[str, tuple[str, float | None]]:
     return {stage: entry for stage, entry in record.stages.items() if stage != "report"}
 
 
-def result_table(run: Path) -> list[tuple[str, str]]:
+def result_table(record: RunRecord) -> list[tuple[str, str]]:
     """The final table of a run as (row, value): labels, test images, each method's accuracy, seconds per stage.
 
     Values that do not exist yet are a dash. The terminal prints exactly this, and reports show the same strings.
-
-    Raises:
-        FileNotFoundError: ``run`` is no folder.
-        ValueError: a file of the run is garbled or contradicts itself.
+    Raises ValueError where a file of the run contradicts itself.
     """
-    return table_rows(read_run(run))
-
-
-def table_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """``result_table`` of a run that has been read already."""
     result = record.result
     counts = {
         "labels": result.get("labels"),

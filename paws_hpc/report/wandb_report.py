@@ -13,7 +13,7 @@ import wandb_workspaces.reports.v2 as wr
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
 from paws_hpc.report.panels import drawn_metrics
 from paws_hpc.report.run_record import RunRecord, TrialRecord
-from paws_hpc.report.tables import DASH, markdown, scores, sweep_grid, table_rows, text_rows
+from paws_hpc.report.tables import DASH, markdown, result_table, scores, sweep_grid, text_rows
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.trial import axes
 
@@ -147,7 +147,7 @@ def _column(record: RunRecord) -> dict[str, str]:
     chosen = {f"{score.name} ({score.setting})": score for score in scores(record) if score.setting}
     return {
         chosen[name].name if name in chosen else name: f"{value}, {chosen[name].setting}" if name in chosen else value
-        for name, value in table_rows(record)
+        for name, value in result_table(record)
     }
 
 

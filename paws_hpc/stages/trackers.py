@@ -34,7 +34,6 @@ def open_trackers(
     total_steps: int,
     awaits_validation: bool,
     used: dict[str, str] | None = None,
-    made: Path | None = None,
 ) -> Tracker:
     """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard if the config says so.
 
@@ -49,7 +48,6 @@ def open_trackers(
         total_steps: of the stage.
         awaits_validation: whether the steps done already end with a validation that is still to be done.
         used: the network that the stage begins with, as :func:`network` describes it.
-        made: the file of weights that is there when the stage has ended well.
     """
     if not distributed.is_main():
         return Tracker()
@@ -61,7 +59,7 @@ def open_trackers(
     if config.tracking.tensorboard:
         trackers.append(TensorboardTracker(folder / "tensorboard", metrics=metrics))
     if is_watched(config):
-        trackers.append(watch(config, run, folder, job=job, used=used, made=made))
+        trackers.append(watch(config, run, folder, job=job, used=used))
     return Trackers(*trackers)
 
 
@@ -71,15 +69,7 @@ def is_watched(config: Config) -> bool:
     return (os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode) != "disabled"
 
 
-def watch(
-    config: Config,
-    run: RunFolder,
-    folder: Path,
-    *,
-    job: str,
-    used: dict[str, str] | None = None,
-    made: Path | None = None,
-) -> WandbTracker:
+def watch(config: Config, run: RunFolder, folder: Path, *, job: str, used: dict[str, str] | None) -> WandbTracker:
     """Show the ``metrics.jsonl`` in a stage's folder in Weights & Biases, as a run of the chain's group."""
     stage, _, trial = job.partition("/")
     own: dict[str, Any] = {"chain": run.describe().get("id")}
@@ -99,8 +89,6 @@ def watch(
             "config": settings(config) | own,
         },
         "best": {metric.pattern: metric.best for metric in catalogue().values()},
-        "used": used,
-        "made": made and {"name": f"network-{run_id(run, job)}", "path": made.relative_to(folder).as_posix()},
     }
     return WandbTracker(folder, spec, mode=config.tracking.wandb)
 
@@ -111,7 +99,7 @@ def run_id(run: RunFolder, job: str) -> str:
 
 
 def network(run: RunFolder, job: str, file: str, checksum: str) -> dict[str, str]:
-    """A file of weights that a job made, as the lineage names it; ``checksum`` is its ``file_hash``."""
+    """A file of weights that a job made, as the config of a later one in W&B names it; ``checksum``: ``file_hash``."""
     return {"name": f"network-{run_id(run, job)}", "file": file, "checksum": checksum}
 
 

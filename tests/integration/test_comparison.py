@@ -126,7 +126,7 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     assert rows[0][3].split("\n") == ["94.2 ± 1.9 %", "96.1 · 94.2 · 92.2"]
     assert page.count("#panel-loss path") > 8
     label = page.label("#panel-paws-nn-on-the-local-validation-split svg")
-    assert "me_max=true ends at 96.0 % at epoch 29.9091; me_max=false ends at" in label
+    assert "me_max=true ends at 96.1 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
 

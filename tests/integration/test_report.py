@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
+from paws_hpc.files import write_json
 from paws_hpc.report.page import build_report, notices
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
@@ -20,6 +22,7 @@ from tests.attempts import write_attempt
 from tests.browser import CONTRAST, CUT_OFF, Page
 
 DIGITS = [str(digit) for digit in range(10)]
+STEPS = 330  # thirty epochs of eleven
 PANELS = [
     "loss", "validation-accuracy", "learning-rate", "gradient-norm", "throughput", "confidence", "diagnostics",
     "finetune-sweep", "baseline-sweep", "finetune-parallel", "baseline-parallel", "finetune-curves", "baseline-curves",
@@ -28,120 +31,98 @@ PANELS = [
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- fixture
-
-
 def write_run(
     run: Path,
     *,
     classes: list[str] | None = None,
-    epochs: int = 30,
-    steps: int = 11,
     collapsed: bool = False,
     me_max: bool = True,
     entropy_weight: float = 0.0,
 ) -> Path:
     """Write a run directory as the digits demo leaves it, with made-up but plausible numbers; the same every time."""
-    classes = DIGITS if classes is None else classes
-    random = np.random.default_rng(0)
-    stages = {"prepare": 1.4, "pretrain": 81.3, "finetune": 41.8, "baseline": 22.6, "selection": 3.2}
-    chain = {
+    classes, random = classes or DIGITS, np.random.default_rng(0)
+    write_json(run / "chain.json", {
         "name": "digits", "created": "2025-11-22T16:53:07+00:00", "commit": "536bd850a1b2c3d4e5f60718293a4b5c6d7e8f90",
-        "versions": {"paws_hpc": "0.1.0", "python": "3.11.2", "torch": "2.11.0", "torchvision": "0.26.0"},
-        "host_cores": 2, "submissions": [],
-    }  # fmt: skip
-    _json(run / "chain.json", chain)
-    for stage, seconds in stages.items():
-        write_attempt(run, stage, how="done", seconds=seconds)
+        "versions": {"paws_hpc": "0.1.0", "torch": "2.11.0"}, "host_cores": 2, "submissions": [],
+    })  # fmt: skip
+    for stage in ("prepare", "pretrain", "finetune", "baseline", "selection"):
+        write_attempt(run, stage, how="done", seconds=21.3)
     write_attempt(run, "report", how=None)
-    config = (
-        "seed: 0\ndata:\n  name: digits\nlabels:\n  per_class: 4\nviews:\n  large: 2\n  small: 4\n  large_pixels: 32\n"
-    )
-    objective = f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
     (run / "config.yaml").write_text(
-        f"{config}{objective}pretrain:\n  support:\n    classes: 10\noptimizer:\n  peak_lr: 5.0\n  # <not a tag>\n"
+        "seed: 0\ndata:\n  name: digits\npretrain:\n  support:\n    classes: 10\n  # <not a tag>\n"
+        f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
     )
-    rows = _pretrain_rows(random, epochs=epochs, steps=steps, collapsed=collapsed)
-    for row in rows:
-        if "train/loss" in row and not me_max:
-            row["train/loss"] -= row.pop("train/loss_me_max")
-        if "train/loss" in row and entropy_weight:
-            row["train/loss_entropy"] = 2.0 * row["train/loss_consistency"]
-            row["train/loss"] += entropy_weight * row["train/loss_entropy"]
-    _jsonl(run / "pretrain" / "metrics.jsonl", rows)
-    _json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": epochs * steps, "seconds": 81.3})
-    _crops(random).save(run / "pretrain" / "crops.png")
+    _jsonl(run / "pretrain" / "metrics.jsonl", _pretrain_rows(random, collapsed, me_max, entropy_weight))
+    write_json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": STEPS, "seconds": 81.3})
+    digit = Image.fromarray((load_digits().images[0] * 15.9).astype(np.uint8))
+    digit.resize((204, 204)).save(run / "pretrain" / "crops.png")
     _gallery(run / "selection", random)
     for rate in (0.01, 0.05, 0.2):
-        for trial_epochs in (10, 30):
-            _trial(run / "finetune", random, rate, trial_epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / trial_epochs)
-            _trial(run / "baseline", random, rate, trial_epochs, 0.80 - 0.7 * abs(rate - 0.2))
+        for epochs in (10, 30):
+            _trial(run / "finetune", random, rate, epochs, 0.97 - 0.6 * abs(rate - 0.05) - 0.1 / epochs)
+            _trial(run / "baseline", random, rate, epochs, 0.80 - 0.7 * abs(rate - 0.2))
     (run / "finetune" / "lr=0.2,epochs=30" / "result.json").unlink()
-    trial = "lr=0.05,epochs=30"
-    accuracy = json.loads((run / "finetune" / trial / "result.json").read_text())["validation_accuracy"]
-    _json(run / "selected.json", {
-        "learning_rate": 0.05, "epochs": 30, "trial": trial, "validation_accuracy": accuracy,
-        "missing": ["lr=0.2,epochs=30"],
-        "baseline": {"learning_rate": 0.2, "epochs": 30, "trial": "lr=0.2,epochs=30", "missing": []},
+    write_json(run / "selected.json", {
+        "trial": "lr=0.05,epochs=30", "missing": ["lr=0.2,epochs=30"],
+        "baseline": {"trial": "lr=0.2,epochs=30", "missing": []},
     })  # fmt: skip
-    test = {
-        "count": 360,
-        "paws_nn": _score(random, len(classes), 0.961),
-        "fine_tuned": {**_score(random, len(classes), 0.967), "learning_rate": 0.05, "epochs": 30},
-        "baseline": {**_score(random, len(classes), 0.80), "learning_rate": 0.2, "epochs": 30},
-        "linear_probe": {**_score(random, len(classes), 0.93), "penalty": 0.01},
-        "k_nn": {**_score(random, len(classes), 0.95), "k": 5},
+    accuracies = {"paws_nn": 0.961, "fine_tuned": 0.967, "baseline": 0.80, "linear_probe": 0.93, "k_nn": 0.95}
+    settings = {
+        "fine_tuned": {"learning_rate": 0.05, "epochs": 30}, "baseline": {"learning_rate": 0.2, "epochs": 30},
+        "linear_probe": {"penalty": 0.01}, "k_nn": {"k": 5},
+    }  # fmt: skip
+    scores = {
+        method: _score(random, len(classes), accuracy) | settings.get(method, {})
+        for method, accuracy in accuracies.items()
     }
-    digests = {"data": "9f2c" * 16, "splits": {"labelled": "11aa" * 16, "validation": "22bb" * 16, "test": "33cc" * 16}}
-    _json(run / "result.json", {
-        "labels": 4 * len(classes), "validation_labels": 90,
-        "classes": classes, "test": test, "digests": digests, "seed": 0,
+    write_json(run / "result.json", {
+        "labels": 4 * len(classes), "validation_labels": 90, "classes": classes, "seed": 0,
+        "test": {"count": 360} | scores, "digests": {"data": "9f2c" * 16, "splits": {"test": "33cc" * 16}},
     })  # fmt: skip
     return run
 
 
-def _pretrain_rows(random: np.random.Generator, *, epochs: int, steps: int, collapsed: bool) -> list[dict[str, Any]]:
-    total_steps, rows, log_k = epochs * steps, [], math.log(10)
-    for step in range(total_steps):
-        done = step / total_steps
-        noise = random.normal(size=6)
-        consistency = log_k if collapsed else 0.28 + 1.9 * math.exp(-7 * done) + 0.04 * noise[0]
-        me_max = -log_k if collapsed else -log_k + 0.03 + 0.5 * math.exp(-9 * done) + 0.01 * abs(noise[1])
+def _pretrain_rows(
+    random: np.random.Generator, collapsed: bool, me_max: bool, entropy_weight: float
+) -> list[dict[str, Any]]:
+    rows, log_k = [], math.log(10)
+    for step in range(STEPS):
+        done = step / STEPS
+        left, noise = math.exp(-7 * done), random.normal(scale=0.01)
         row = {
-            "step": step, "epoch": step / steps, "train/loss": consistency + me_max,
-            "train/loss_consistency": consistency, "train/loss_me_max": me_max,
-            "train/lr": 0.3 + 47 * done if done < 0.1 else 2.525 + 2.475 * math.cos(math.pi * (done - 0.1) / 0.9),
-            "train/instance_discrimination": 5.5 - 2.2 * (1 - math.exp(-5 * done)) + 0.05 * noise[2],
-            "train/support_classification": 0.05 + 2.2 * math.exp(-8 * done) + 0.01 * abs(noise[3]),
-            "train/confidence": 0.1 if collapsed else 0.95 - 0.8 * math.exp(-6 * done) + 0.01 * noise[4],
-            "train/images_per_s": 520 + 15 * noise[5], "train/data_wait": 0.04 + 0.01 * abs(noise[0]),
-            "train/grad_norm": 3 * math.exp(-3 * done) + 0.2 * abs(noise[1]),
+            "step": step, "epoch": step / 11,
+            "train/loss_consistency": log_k if collapsed else 0.28 + 1.9 * left + noise,
+            "train/lr": 2.5 + 2.5 * math.cos(math.pi * done),
+            "train/instance_discrimination": 3.3 + 2.2 * left + noise, "train/support_classification": 0.05 + 2 * left,
+            "train/confidence": 0.1 if collapsed else 0.95 - 0.8 * left + noise,
+            "train/images_per_s": 520 + 1500 * noise, "train/data_wait": 0.04 + abs(noise),
+            "train/grad_norm": 0.2 + 3 * left,
         }  # fmt: skip
+        if me_max:
+            row["train/loss_me_max"] = -log_k if collapsed else -log_k + 0.03 + 0.5 * left
         if done < 1 / 3:
-            row["train/loss_support_nce"] = 0.03 + 2.2 * math.exp(-9 * done) + 0.02 * abs(noise[2])
-            row["train/loss"] += (1 - 3 * done) * row["train/loss_support_nce"]
-        if (step + 1) % (2 * steps) == 0:
-            row["val/paws_nn_top1"] = 0.962 - 0.6 * math.exp(-6 * done)
+            row["train/loss_support_nce"] = 0.03 + 2.2 * left
+        row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
+        if entropy_weight:
+            row["train/loss_entropy"] = 2.0 * row["train/loss_consistency"]
+            row["train/loss"] += entropy_weight * row["train/loss_entropy"]
+        if (step + 1) % 22 == 0:
+            row["val/paws_nn_top1"] = 0.962 - 0.6 * left
         rows.append(row)
     if collapsed:
         message = "Collapse: predictions have been uniform over 10 classes: turn on the support warm-up."
-        rows.append({"step": total_steps - 1, "epoch": epochs, "event": "collapse", "message": message})
+        rows.append({"step": STEPS - 1, "epoch": 30, "event": "collapse", "message": message})
     return rows
 
 
 def _trial(folder: Path, random: np.random.Generator, rate: float, epochs: int, best: float) -> None:
     curve = best - 0.5 * np.exp(-np.arange(1, epochs + 1) / 3) - 0.01 * random.random(epochs)
-    rows = [
-        {"epoch": epoch, "train/loss": 2.3 * math.exp(-epoch / 4), "train/lr": rate, "val/top1": float(value)}
-        for epoch, value in enumerate(curve, start=1)
-    ]
     trial = folder / f"lr={rate:g},epochs={epochs}"
-    _jsonl(trial / "metrics.jsonl", rows)
-    best_epoch = int(curve.argmax())
-    _json(trial / "result.json", {
-        "learning_rate": rate, "epochs": epochs, "validation_accuracy": float(curve[best_epoch]),
-        "best_epoch": best_epoch + 1, "seconds": 0.7 * epochs,
-    })  # fmt: skip
+    _jsonl(
+        trial / "metrics.jsonl",
+        [{"epoch": epoch, "val/top1": float(value)} for epoch, value in enumerate(curve, start=1)],
+    )
+    write_json(trial / "result.json", {"validation_accuracy": float(curve.max())})
 
 
 def _score(random: np.random.Generator, classes: int, accuracy: float) -> dict[str, Any]:
@@ -154,32 +135,15 @@ def _score(random: np.random.Generator, classes: int, accuracy: float) -> dict[s
     return {"top1": float((truth == guess).mean()), "top5": None, "confusion": confusion.tolist()}
 
 
-def _crops(random: np.random.Generator) -> Image.Image:
-    from sklearn.datasets import load_digits
-
-    grid = Image.new("L", (2 * 34 + 4 * 18, 6 * 34), 128)
-    for row, pixels in enumerate(load_digits().images[:6]):
-        image = Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
-        for column in range(6):
-            size, x = (32, 34 * column) if column < 2 else (16, 68 + 18 * (column - 2))
-            left, top = random.integers(0, 16 if column > 1 else 5, size=2)
-            width = 16 if column > 1 else 28
-            box = (int(left), int(top), int(left) + width, int(top) + width)
-            grid.paste(image.resize((size, size), Image.Resampling.BILINEAR, box), (x, 34 * row))
-    return grid
-
-
 def _gallery(folder: Path, random: np.random.Generator) -> None:
     """Pictures of 32 digits, of which the first is everybody's mistake."""
-    from sklearn.datasets import load_digits
-
     folder.mkdir(parents=True)
     sheet = np.hstack([np.vstack(load_digits().images[place : place + 32 : 16]) for place in range(16)])
     Image.fromarray((sheet * 15.9).astype(np.uint8)).convert("RGB").save(folder / "gallery.png")
     pair = {"true": 0, "predicted": 3, "images": 9, "tiles": [0, 10, 20]}
     supports = [{"tile": 3, "class": 3, "similarity": 0.93}, {"tile": 1, "class": 0, "similarity": 0.5}]
     truth = np.arange(200) % 10
-    _json(folder / "gallery.json", {
+    write_json(folder / "gallery.json", {
         "map": {
             "images": 360, "shown": random.random((200, 2)).round(3).tolist(), "true": truth.tolist(),
             "predicted": np.where(np.arange(200) < 9, (truth + 1) % 10, truth).tolist(),
@@ -189,11 +153,6 @@ def _gallery(folder: Path, random: np.random.Generator) -> None:
         "mistakes": [{"tile": 0, "true": 0, "predicted": 3, "probability": 0.97, "supports": supports}],
         "tile_pixels": 8, "columns": 16,
     })  # fmt: skip
-
-
-def _json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -255,14 +214,14 @@ def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
     ids = page.script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
     label = page.label("#panel-validation-accuracy svg")
-    assert re.search(r"PAWS-NN goes from \d\d\.\d % to 96\.0 % at epoch 29\.", label)
+    assert re.search(r"PAWS-NN goes from \d\d\.\d % to 96\.1 % at epoch 29\.", label)
 
 
 def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Path) -> None:
     page.open(report)
     shown = page.text("#result")
     assert "Accuracy on 360 test images from 40 labels (labels for validation: 90)" in shown
-    table = result_table(report.parent.parent)
+    table = result_table(read_run(report.parent.parent))
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [
         "labels", "labels for validation", "test images",
@@ -307,7 +266,7 @@ def without_winner(run: Path, *, stages: list[str]) -> Path:
     shutil.rmtree(run / "finetune")
     selected = json.loads((run / "selected.json").read_text())
     missing = [f"lr={rate:g},epochs=10" for rate in (0.01, 0.05)]
-    _json(run / "selected.json", {"missing": missing, "baseline": selected["baseline"]})
+    write_json(run / "selected.json", {"missing": missing, "baseline": selected["baseline"]})
     with (run / "config.yaml").open("a") as config:
         config.write(f"stages: [{', '.join(stages)}]\n")
     return run
@@ -369,7 +328,7 @@ def test_pictures_that_do_not_fit_the_result_are_refused_and_a_torn_sheet_is_nam
     fitting = json.loads(index.read_text())
     mistakes = [{**fitting["mistakes"][0], "tile": 99}]
     for wrong in ({**fitting, "mistakes": mistakes}, {}, []):
-        _json(index, wrong)
+        write_json(index, wrong)
         with pytest.raises(ValueError, match=r"selection: gallery\.json does not fit gallery\.png .*Remove both"):
             build_report(run)
     sheet = run / "selection" / "gallery.png"
@@ -427,7 +386,7 @@ def test_a_killed_run_is_shown_as_far_as_it_got(page: Page, tmp_path: Path) -> N
     assert "Stage selection writes it; its state is: pending" in page.text("#panel-confusion")
     assert "Stage pretrain writes it; its state is: running" in page.text("#panel-crops")
     assert "seed 0" in page.text("header"), "known from the frozen config"
-    assert "PAWS-NN" in dict(result_table(tmp_path))
+    assert "PAWS-NN" in dict(result_table(read_run(tmp_path)))
     assert page.complaints() == []
 
 
@@ -442,7 +401,7 @@ def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
     classes = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "$\\frac{1}$", "猫", *DIGITS[4:]]
     run = write_run(tmp_path, classes=classes)
     chain = json.loads((run / "chain.json").read_text())
-    _json(run / "chain.json", chain | {"name": "<b>run</b> & more"})
+    write_json(run / "chain.json", chain | {"name": "<b>run</b> & more"})
     page.open(build_report(run))
     assert page.script("return document.scripts.length") == 0
     assert page.script("return [...document.images].every(image => image.src.startsWith('data:image/png'))")

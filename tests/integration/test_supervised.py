@@ -61,7 +61,7 @@ def test_the_baseline_is_scored_alone_and_the_result_says_so(runs: list[tuple[Co
         assert result["missing"] == {"finetune": [], "baseline": []}
         assert result["test"].keys() == {"count", "baseline"}
         assert json.loads(run.selected.read_text())["baseline"]["trial"] == "lr=0.1,epochs=2"
-        shown = dict(result_table(run.path))
+        shown = dict(result_table(read_run(run.path)))
         assert (shown["PAWS-NN"], shown["fine-tuned"], shown["linear probe"]) == (DASH, DASH, DASH)
         page = run.report.read_text()
         assert "This run has no pre-training" in page

@@ -42,7 +42,7 @@ def test_the_interval_ends_at_the_possible() -> None:
 
 def test_the_table_has_a_dash_for_what_was_not_scored(tmp_path: Path) -> None:
     _result(tmp_path, paws_nn={"top1": 0.9, "top5": None, "confusion": [[5, 0], [1, 4]]})
-    table = dict(result_table(tmp_path))
+    table = dict(result_table(read_run(tmp_path)))
     assert table["labels"] == "40"
     assert table["PAWS-NN"] == "90.0 % (95 % interval 59.6\N{EN DASH}98.2 %)"
     assert table["fine-tuned"] == table["baseline"] == "\N{EN DASH}"
@@ -61,7 +61,7 @@ def test_seconds_add_up_over_starts_and_leave_the_report_out(tmp_path: Path) -> 
     write_attempt(tmp_path, "finetune/lr=0.1,epochs=2", how="done", seconds=2)
     write_attempt(tmp_path, "finetune/lr=0.2,epochs=2", how="failed", seconds=1)
     write_attempt(tmp_path, "report", how=None)
-    assert result_table(tmp_path)[-6:] == [
+    assert result_table(read_run(tmp_path))[-6:] == [
         ("stage prepare", "\N{EN DASH}"),
         ("stage pretrain", "5,400 s (1 h 30 min)"),
         ("stage finetune", "3.0 s"),
@@ -75,7 +75,7 @@ def test_seconds_add_up_over_starts_and_leave_the_report_out(tmp_path: Path) -> 
 
 def test_a_run_that_is_no_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is not a run directory"):
-        result_table(tmp_path / "nowhere")
+        result_table(read_run(tmp_path / "nowhere"))
 
 
 def test_a_torn_last_line_is_left_out_and_reported(tmp_path: Path) -> None:
