@@ -82,7 +82,6 @@ class WandbServer:
             "GetProjects": self._projects,
             "ProjectInternalId": lambda asked: {"project": self._project(asked["projectName"])},
             "upsertView": self._upsert_view,
-            "SpecificReport": lambda asked: {"view": self.reports[asked["reportId"]]},
         }
         return known[operation](variables)
 
