@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,26 @@ def digits_stores(tmp_path_factory: pytest.TempPathFactory) -> Stores:
     for split in ("train", "test"):
         pack(open_source(SourceConfig(kind="digits", split=split, size=16)), folder / split)
     return Stores(folder / "train", folder / "test")
+
+
+Program = Callable[..., None]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
+    """Puts a program on PATH, in place of all others, that runs a script, prints and exits."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def make(name: str, out: str = "", *, err: str = "", status: int = 0, before: str = "") -> None:
+        (folder / f"{name}.out").write_text(out)
+        (folder / f"{name}.err").write_text(err)
+        script = f"#!/bin/sh\n{before}\n/bin/cat {folder}/{name}.out\n/bin/cat {folder}/{name}.err >&2\nexit {status}\n"
+        (folder / name).write_text(script)
+        (folder / name).chmod(0o755)
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -51,27 +51,17 @@ class Run:
             name: of the run.
             checkout: the code to launch.
         """
-        self.cluster, self.folder, self.name, self.overrides = cluster, folder, name, overrides
-        self.checkout = checkout
+        self.cluster, self.folder, self.name, self.overrides, self.checkout = cluster, folder, name, overrides, checkout
         self.path = folder / "runs" / name
 
     # Launching
 
-    def try_launch(self, *overrides: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-        """Run the launch command to its end."""
-        return subprocess.run(
-            self.command(*overrides),
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_s,
-            cwd=self.checkout,
-        )
-
     def launch(self, *overrides: str) -> str:
         """Run the launch command, which must succeed; returns what it printed."""
-        done = self.try_launch(*overrides)
+        command, env = self.command(*overrides), self.environment()
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, check=False, timeout=240, cwd=self.checkout
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -94,36 +84,36 @@ class Run:
         """Job name → what Slurm says of it now."""
         return {job: self.cluster.state(job_id) for job, job_id in self.job_ids().items()}
 
-    def wait_running(self, job: str, *, timeout_s: float = 240) -> str:
+    def wait_running(self, job: str) -> str:
         """Wait until a job runs; returns its id."""
         job_id = self.job_ids()[job]
-        self._wait(lambda: self.cluster.state(job_id) == "RUNNING", timeout_s, f"{job} does not run", ASK_EVERY_S)
+        self._wait(lambda: self.cluster.state(job_id) == "RUNNING", f"{job} does not run", ASK_EVERY_S)
         return job_id
 
-    def wait_start(self, job: str, number: int, *, timeout_s: float = 240) -> None:
+    def wait_start(self, job: str, number: int) -> None:
         """Wait until the ranks of a job have begun its attempt ``number`` (counted from 1)."""
-        self._wait(lambda: len(self.attempts(job)) >= number, timeout_s, f"{job} has no attempt {number}")
+        self._wait(lambda: len(self.attempts(job)) >= number, f"{job} has no attempt {number}")
 
-    def wait_rows(self, job: str, count: int, *, timeout_s: float = 240) -> None:
+    def wait_rows(self, job: str, count: int) -> None:
         """Wait until a job has logged so many rows of metrics."""
-        self._wait(lambda: len(self.rows(job)) >= count, timeout_s, f"{job} has not logged {count} rows")
+        self._wait(lambda: len(self.rows(job)) >= count, f"{job} has not logged {count} rows")
 
-    def wait_over(self, *, timeout_s: float = 400) -> dict[str, str]:
+    def wait_over(self) -> dict[str, str]:
         """Wait until no job of the chain waits or runs; returns their last states."""
 
         def over() -> bool:  # the last one first: as a rule it is the only one to be asked about
             return all(self.cluster.state(job_id) in _OVER for job_id in reversed(self.job_ids().values()))
 
-        self._wait(over, timeout_s, "the chain does not end", ASK_EVERY_S)
+        self._wait(over, "the chain does not end", ASK_EVERY_S)
         return self.states()
 
-    def wait_done(self, *, timeout_s: float = 400) -> None:
+    def wait_done(self) -> None:
         """Wait until the chain has ended; all of its jobs must have succeeded."""
-        states = self.wait_over(timeout_s=timeout_s)
+        states = self.wait_over()
         assert set(states.values()) == {"COMPLETED"}, self.report()
 
-    def _wait(self, condition: Any, timeout_s: float, otherwise: str, every_s: float = 0.1) -> None:
-        wait_until(condition, timeout_s, lambda: f"{otherwise}\n{self.report()}", every_s=every_s)
+    def _wait(self, condition: Any, otherwise: str, every_s: float = 0.1) -> None:
+        wait_until(condition, 400, lambda: f"{otherwise}\n{self.report()}", every_s=every_s)
 
     def attempts(self, job: str) -> list[Attempt]:
         """The attempts of a job, oldest first."""
@@ -135,10 +125,9 @@ class Run:
 
     def span(self, job: str) -> tuple[datetime, datetime]:
         """When the first attempt of a job began, and when its last one ended."""
-        attempts = self.attempts(job)
-        return datetime.fromisoformat(attempts[0].began), datetime.fromisoformat(attempts[-1].began) + timedelta(
-            seconds=attempts[-1].seconds
-        )
+        first, last = self.attempts(job)[0], self.attempts(job)[-1]
+        ended = datetime.fromisoformat(last.began) + timedelta(seconds=last.seconds)
+        return datetime.fromisoformat(first.began), ended
 
     # Ranks
 
@@ -150,12 +139,7 @@ class Run:
         """Send a signal to one rank alone."""
         os.kill(self.ranks(job, rank)[0], number)
 
-    def signal_ranks(self, job: str, number: signal.Signals) -> None:
-        """Send a signal to both ranks of pre-training."""
-        for rank in (0, 1):
-            self.signal_rank(job, rank, number)
-
-    def wait_start_slowly(self, job: str, number: int, *, timeout_s: float = 300) -> None:
+    def wait_start_slowly(self, job: str, number: int) -> None:
         """Wait until attempt ``number`` of pre-training has begun; while the one before trains, stop its ranks for most
         of the time."""
 
@@ -163,20 +147,21 @@ class Run:
             attempts = self.attempts(job)
             if len(attempts) < number and attempts[-1].end is None:
                 with suppress(IndexError, ProcessLookupError):  # they have just left
-                    self.signal_ranks(job, signal.SIGSTOP)
-                    time.sleep(1.0)
-                    self.signal_ranks(job, signal.SIGCONT)
+                    for sent, pause_s in ((signal.SIGSTOP, 1.0), (signal.SIGCONT, 0.0)):
+                        for rank in (0, 1):
+                            self.signal_rank(job, rank, sent)
+                        time.sleep(pause_s)
             return len(attempts) >= number
 
-        self._wait(arrived, timeout_s, f"{job} has no attempt {number}")
+        self._wait(arrived, f"{job} has no attempt {number}")
 
-    def wait_shielded(self, job: str, rank: int, *, timeout_s: float = 240) -> None:
+    def wait_shielded(self, job: str, rank: int) -> None:
         """Wait until a rank has come so far that no signal is lost, which is long before it has imported torch."""
 
         def shielded() -> bool:
             return any(_blocks(pid, signal.SIGUSR2) for pid in self.ranks(job, rank))
 
-        self._wait(shielded, timeout_s, f"rank {rank} of {job} does not start")
+        self._wait(shielded, f"rank {rank} of {job} does not start")
 
     def _raw_id(self, job: str) -> str:
         return self.cluster.show(self.job_ids()[job])["JobId"]  # an array's element has one of its own

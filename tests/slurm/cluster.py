@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -30,7 +30,7 @@ import pytest
 
 from tests.integration.launching import environment
 from tests.slurm.reaper import environment_of, parent_of, processes_of
-from tests.slurm.settings import NODES, ClusterOptions, Ports, slurm_conf, slurmdbd_conf
+from tests.slurm.settings import NODES, ClusterOptions, slurm_conf, slurmdbd_conf
 
 _REAPER = Path(__file__).with_name("reaper.py")
 _SYSTEM = "/usr/sbin:/sbin"  # Debian keeps the daemons there, and not every user's PATH has it
@@ -40,21 +40,14 @@ ASK_EVERY_S = 0.3  # to ask Slurm takes 10 ms of processor time, of which jobs h
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "DEADLINE"}
 
 
-def why_unavailable(options: ClusterOptions | None = None) -> str | None:
-    """Why a cluster cannot be started here, as a sentence; None if it can."""
+def require_slurm(options: ClusterOptions | None = None) -> None:
+    """Skip the test where no cluster can be started; see :func:`cannot_run`."""
     programs = (*_DAEMONS, *(_ACCOUNTING if options and options.accounting else ()))
     if missing := [name for name in programs if shutil.which(name, path=_path()) is None]:
         packages = "slurm-wlm munge slurmdbd mariadb-server"
-        return f"Slurm's {', '.join(missing)} cannot be found: apt-get install {packages}"
+        cannot_run(f"Slurm's {', '.join(missing)} cannot be found: apt-get install {packages}")
     if os.geteuid() != 0:
-        return "A Slurm of one's own needs root."
-    return None
-
-
-def require_slurm(options: ClusterOptions | None = None) -> None:
-    """Skip the test where no cluster can be started; see :func:`cannot_run`."""
-    if reason := why_unavailable(options):
-        cannot_run(reason)
+        cannot_run("A Slurm of one's own needs root.")
 
 
 def cannot_run(reason: str) -> NoReturn:
@@ -86,17 +79,10 @@ def slurm_cluster(options: ClusterOptions) -> Iterator[Cluster]:
 
 
 class Cluster:
-    """A running cluster.
-
-    Attributes:
-        folder: of its files.
-        options: with which it was started.
-        environment: for every command that shall talk to it.
-    """
+    """A running cluster; ``environment`` is for every command that shall talk to it."""
 
     def __init__(self, folder: Path, options: ClusterOptions) -> None:
-        self.folder = folder
-        self.options = options
+        self.folder, self.options = folder, options
         self.conf = folder / "slurm.conf"
         self.environment = {**environment(), "SLURM_CONF": str(self.conf), "PATH": _path()}
         self._ports = _free_ports()
@@ -107,14 +93,17 @@ class Cluster:
     def start(self) -> None:
         """Write the configuration and start all daemons; returns when both nodes are idle."""
         self._write_configuration()
-        self._daemon("munged", "--foreground", "--force", *self._munge_paths())
+        munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        files = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in munge.items()]
+        self._daemon("munged", "--foreground", "--force", *files)
         self._until((self.folder / "munge.socket").exists, "munged")
         if self.options.accounting:
             self._start_accounting()
         self._daemon("slurmctld", "-D", "-i")
         for node in NODES:
             self._start_node(node)
-        self._until(lambda: self.node_states() == dict.fromkeys(NODES, "IDLE"), "slurmctld", *_node_daemons())
+        nodes = [f"slurmd-{node}" for node in NODES]
+        self._until(lambda: self.node_states() == dict.fromkeys(NODES, "IDLE"), "slurmctld", *nodes)
 
     def _write_configuration(self) -> None:
         (self.folder / "state").mkdir()
@@ -127,10 +116,6 @@ class Cluster:
             gpu.touch()  # a record without a file counts as no GPU; any file will do where no cgroup guards devices
         records = [f"NodeName={node} Name=gpu File={gpu}" for node in NODES for gpu in gpus]
         (self.folder / "gres.conf").write_text("\n".join(["AutoDetect=off", *records, ""]))
-
-    def _munge_paths(self) -> list[str]:
-        names = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        return [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in names.items()]
 
     def _start_node(self, node: str) -> None:
         self._daemon(f"slurmd-{node}", "-D", "-N", node)
@@ -145,9 +130,9 @@ class Cluster:
         self._until(database_socket.exists, "mariadbd")
         conf = self.folder / "slurmdbd.conf"
         conf.touch(mode=0o600)
-        conf.write_text(slurmdbd_conf(self.folder, self._ports))
+        conf.write_text(slurmdbd_conf(self.folder, self._ports[1]))
         self._daemon("slurmdbd", "-D")
-        self._until(lambda: _listens(self._ports.accounting), "slurmdbd")
+        self._until(lambda: _listens(self._ports[1]), "slurmdbd")
         self.run("sacctmgr", "-i", "add", "cluster", "test")
         self.run("sacctmgr", "-i", "add", "account", "test", "cluster=test")
         self.run("sacctmgr", "-i", "add", "user", "root", "account=test")
@@ -199,44 +184,22 @@ class Cluster:
 
     # Commands
 
-    def try_run(
-        self,
-        *command: str,
-        environment: Mapping[str, str] | None = None,
-        timeout_s: float = 60,
-        cwd: Path | None = None,
-    ) -> subprocess.CompletedProcess[str]:
+    def try_run(self, *command: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command against this cluster to its end."""
+        env = {**self.environment, **(environment or {})}
         return subprocess.run(
-            command,
-            env={**self.environment, **(environment or {})},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_s,
-            cwd=cwd or self.folder,
+            command, env=env, capture_output=True, text=True, check=False, timeout=60, cwd=self.folder
         )
 
-    def run(self, *command: str, timeout_s: float = 60, environment: Mapping[str, str] | None = None) -> str:
-        """Run a command that must succeed.
-
-        Returns:
-            its standard output, without the last newline.
-        """
-        done = self.try_run(*command, timeout_s=timeout_s, environment=environment)
+    def run(self, *command: str, environment: Mapping[str, str] | None = None) -> str:
+        """Run a command that must succeed; returns its standard output, without the last newline."""
+        done = self.try_run(*command, environment=environment)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.rstrip("\n")
 
     def submit(self, *arguments: str) -> str:
         """``sbatch`` with these arguments; returns the job's number."""
         return self.run("sbatch", "--parsable", *arguments).partition(";")[0]
-
-    def reconfigure(self, changes: Mapping[str, str]) -> None:
-        """Change lines of slurm.conf (an empty value removes one) and have the daemons read it."""
-        kept = [line for line in self.conf.read_text().splitlines() if line.partition("=")[0] not in changes]
-        added = [f"{name}={value}" for name, value in changes.items() if value]
-        self.conf.write_text("\n".join([*added, *kept, ""]))
-        self.run("scontrol", "reconfigure")
 
     # Jobs
 
@@ -257,11 +220,7 @@ class Cluster:
         return self.run("squeue", "-r", "-t", "all", "-o", "%i %j %T %r %M %N")
 
     def wait_for(self, job_id: str, *states: str, timeout_s: float = 120) -> str:
-        """Wait until a job is in one of these states and return it.
-
-        Raises:
-            AssertionError: the time is up, or the job ended in another state; the queue is in the message.
-        """
+        """Wait until a job is in one of these states and return it; fails with the queue if it ends in another one."""
 
         def arrived() -> bool:
             state = self.state(job_id)
@@ -325,10 +284,6 @@ class Cluster:
         for pid in [*supervisors, *tasks]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.declare_down(node)
-
-    def declare_down(self, node: str) -> None:
-        """What an administrator does: the node's jobs are requeued and its daemon, being well, brings it back."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def node_up(self, node: str) -> None:
@@ -340,11 +295,7 @@ class Cluster:
 def wait_until(
     condition: Callable[[], bool], timeout_s: float, otherwise: Callable[[], str], *, every_s: float = 0.1
 ) -> None:
-    """Wait for a condition, looking every so many seconds.
-
-    Raises:
-        AssertionError: it does not hold in time; ``otherwise`` says what is there instead.
-    """
+    """Wait for a condition, looking every so many seconds; ``otherwise`` says what is there instead of it."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -356,21 +307,16 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '/usr/bin:/bin')}:{_SYSTEM}"
 
 
-def _node_daemons() -> Sequence[str]:
-    return [f"slurmd-{node}" for node in NODES]
-
-
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_ports() -> Ports:
+def _free_ports() -> list[int]:
     """Four ports that nobody uses, below those that the system gives to outgoing connections."""
     found: list[int] = []
     while len(found) < 4:
         port = random.SystemRandom().randrange(12000, 30000)
-        with socket.socket() as probe:
-            if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
-    return Ports(found[0], (found[1], found[2]), found[3])
+        if port not in found and not _listens(port):
+            found.append(port)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,22 +36,16 @@ class ClusterOptions:
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Ports:
-    """TCP ports on the loopback interface."""
+def slurm_conf(folder: Path, ports: Sequence[int], options: ClusterOptions) -> str:
+    """The text of slurm.conf for a cluster whose files lie in ``folder``.
 
-    controller: int
-    nodes: tuple[int, int]
-    accounting: int
-
-
-def slurm_conf(folder: Path, ports: Ports, options: ClusterOptions) -> str:
-    """The text of slurm.conf for a cluster whose files lie in ``folder``."""
+    ``ports`` are those of the controller, of the accounting and of each node, on the loopback interface.
+    """
     host = socket.gethostname()
     lines = {
         "ClusterName": "test",
         "SlurmctldHost": f"{host}(127.0.0.1)",
-        "SlurmctldPort": ports.controller,
+        "SlurmctldPort": ports[0],
         "SlurmUser": "root",
         "SlurmdUser": "root",
         "AuthType": "auth/munge",
@@ -86,7 +80,7 @@ def slurm_conf(folder: Path, ports: Ports, options: ClusterOptions) -> str:
         lines |= {
             "AccountingStorageType": "accounting_storage/slurmdbd",
             "AccountingStorageHost": "127.0.0.1",
-            "AccountingStoragePort": ports.accounting,
+            "AccountingStoragePort": ports[1],
             "AccountingStoragePass": f"{folder}/munge.socket",
         }
     else:
@@ -95,7 +89,7 @@ def slurm_conf(folder: Path, ports: Ports, options: ClusterOptions) -> str:
     gres = f" Gres=gpu:{options.gpus}" if options.gpus else ""
     nodes = [
         f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={options.cpus} RealMemory=8000{gres}"
-        for name, port in zip(NODES, ports.nodes, strict=True)
+        for name, port in zip(NODES, ports[2:], strict=True)
     ]
     partitions = [
         f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={options.grace_s}",
@@ -104,12 +98,12 @@ def slurm_conf(folder: Path, ports: Ports, options: ClusterOptions) -> str:
     return "\n".join([*(f"{key}={value}" for key, value in lines.items()), *nodes, *partitions, ""])
 
 
-def slurmdbd_conf(folder: Path, ports: Ports) -> str:
+def slurmdbd_conf(folder: Path, port: int) -> str:
     """The text of slurmdbd.conf; it must be readable by root alone."""
     lines = {
         "DbdHost": socket.gethostname(),
         "DbdAddr": "127.0.0.1",
-        "DbdPort": ports.accounting,
+        "DbdPort": port,
         "SlurmUser": "root",
         "AuthType": "auth/munge",
         "AuthInfo": f"socket={folder}/munge.socket",

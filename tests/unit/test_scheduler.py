@@ -6,35 +6,15 @@ tests/slurm asks a real Slurm; here are the answers that one cluster does not gi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from paws_hpc.cluster import inventory, scheduler
 from paws_hpc.cluster.inventory import NodeGroup, gpus_of, partitions, seconds, settings
 from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError, expand_array
-
-Program = Callable[..., None]
+from tests.conftest import Program
 
 UNREACHABLE = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
-
-
-@pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
-    """Puts a program on PATH, in place of all others, that prints and exits as told."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", str(folder))
-
-    def make(name: str, out: str = "", *, err: str = "", status: int = 0, before: str = "") -> None:
-        (folder / f"{name}.out").write_text(out)
-        (folder / f"{name}.err").write_text(err)
-        script = f"#!/bin/sh\n{before}\n/bin/cat {folder}/{name}.out\n/bin/cat {folder}/{name}.err >&2\nexit {status}\n"
-        (folder / name).write_text(script)
-        (folder / name).chmod(0o755)
-
-    return make
 
 
 def test_a_queue_tells_arrays_element_by_element(program: Program) -> None:
@@ -104,24 +84,19 @@ def test_a_refusal_holds_the_command_and_what_slurm_said(program: Program) -> No
         scheduler.requeue("2_1")
 
 
-def test_accounts_are_none_where_a_cluster_keeps_none(program: Program) -> None:
+def test_accounts_tell_the_state_in_one_word_and_arrays_element_by_element_where_a_cluster_keeps_some(
+    program: Program,
+) -> None:
+    program("sacct", "3|CANCELLED by 0|0:0\n1_[0-4:2%1]|PENDING|0:0\n")
+    accounts = scheduler.accounting(["3", "1_0"])
+    assert accounts is not None
+    assert accounts["3"].state == "CANCELLED"
+    assert sorted(accounts) == ["1_0", "1_2", "1_4", "3"]
     program("sacct", err="Slurm accounting storage is disabled", status=1)
     assert scheduler.accounting(["17"]) is None
     program("sacct", err="sacct: error: Sending PersistInit msg: Connection refused", status=1)
     with pytest.raises(SchedulerUnreachableError):
         scheduler.accounting(["17"])
-
-
-def test_accounts_tell_the_state_in_one_word_and_arrays_element_by_element(program: Program) -> None:
-    rows = [
-        "3|CANCELLED by 0|0:0",
-        "1_[0-4:2%1]|PENDING|0:0",
-    ]
-    program("sacct", "\n".join(rows) + "\n")
-    accounts = scheduler.accounting(["3", "1_0"])
-    assert accounts is not None
-    assert accounts["3"].state == "CANCELLED"
-    assert sorted(accounts) == ["1_0", "1_2", "1_4", "3"]
 
 
 @pytest.mark.parametrize(
