@@ -31,17 +31,11 @@ STEPS = 6
 EVALUATION_BATCH = 3  # so that a validation has several boundaries
 
 
-def make_store(folder: Path, *, alike: bool) -> Path:
-    """Noise, or one picture many times over, on which predictions are uniform: 36 images in 4 classes."""
-    pictures = np.random.default_rng(0).integers(0, 256, (1 if alike else 36, 16, 16, 1), np.uint8)
-    source = ArraySource(
-        "digits",
-        np.repeat(pictures, 36 // len(pictures), axis=0),
-        np.arange(36) % 4,
-        [f"{number:05d}" for number in range(36)],
-        tuple("abcd"),
-    )
-    return pack(source, folder).path
+def make_store(folder: Path, *, alike: bool, count: int = 36) -> Path:
+    """Noise, or one picture many times over, on which predictions are uniform: images in 4 classes."""
+    pictures = np.random.default_rng(0).integers(0, 256, (1 if alike else count, 16, 16, 1), np.uint8)
+    images, keys = np.repeat(pictures, count // len(pictures), axis=0), [f"{number:05d}" for number in range(count)]
+    return pack(ArraySource("digits", images, np.arange(count) % 4, keys, tuple("abcd")), folder).path
 
 
 def tiny_run(store: Path, folder: Path) -> tuple[Config, RunFolder]:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,29 +13,19 @@ from paws_hpc.config import Config
 from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.engine.tracking import Row, read_rows
-from paws_hpc.packing import ArraySource, pack
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder, is_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
+from tests.integration.test_preemption import make_store
 from tests.tiny import tiny_config
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def all_alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One picture, 120 times in 4 classes."""
-    picture = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 1), np.uint8)
-    source = ArraySource(
-        "digits",
-        np.repeat(picture, 120, axis=0),
-        np.arange(120) % 4,
-        [f"{number:05d}" for number in range(120)],
-        tuple("abcd"),
-    )
-    return pack(source, tmp_path_factory.mktemp("alike") / "store").path
+    return make_store(tmp_path_factory.mktemp("alike") / "store", alike=True, count=120)
 
 
 def collapsing(store: Path, folder: Path, *, action: str) -> tuple[Config, RunFolder]:

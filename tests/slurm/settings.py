@@ -17,11 +17,8 @@ class ClusterOptions:
     Attributes:
         preempt_sends_user_signal: preemption sends a job's own ``--signal``; without it only SIGCONT and SIGTERM.
         accounting: with slurmdbd and a database of its own.
-        grace_s: between the signal of a preemption and the kill.
-        kill_wait_s: between SIGTERM and SIGKILL of a job that is cancelled or out of time.
         requeue_wait_s: a requeued job waits for as long as Slurm's credentials live, by default two minutes; what is
             less than 5 counts as the default.
-        cpus: of each node, whatever the machine has.
         gpus: of each node; requests for them are scheduled, but there is no device.
         extra: further lines of slurm.conf.
     """
@@ -31,7 +28,6 @@ class ClusterOptions:
     grace_s: int = 20
     kill_wait_s: int = 5
     requeue_wait_s: int = 5
-    cpus: int = 4
     gpus: int = 2
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,7 +84,7 @@ def slurm_conf(folder: Path, ports: Sequence[int], options: ClusterOptions) -> s
     lines |= options.extra
     gres = f" Gres=gpu:{options.gpus}" if options.gpus else ""
     nodes = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={options.cpus} RealMemory=8000{gres}"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000{gres}"
         for name, port in zip(NODES, ports[2:], strict=True)
     ]
     partitions = [

@@ -82,7 +82,7 @@ def test_a_beating_heart_runs_and_a_stopped_one_is_silent(run: Path) -> None:
     assert (job.state, job.reason, job.source) == ("silent", "silent for 5 min", "attempts")
 
 
-def test_progress_tells_total_rate_and_time_left(run: Path) -> None:
+def test_progress_tells_total_rate_and_time_left_to_programs_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     beat(write_attempt(run, "pretrain", how=None), ago_s=0)
     train(run / "pretrain", steps=30, per_epoch=12)
     write_json(run / "pretrain" / "checkpoints" / "step-00000024.json", {"step": 24, "seconds": 1.5})
@@ -90,7 +90,9 @@ def test_progress_tells_total_rate_and_time_left(run: Path) -> None:
     assert progress is not None
     assert (progress.step, progress.saved_step, progress.total_steps, progress.save_s) == (30, 24, 120, 1.5)
     assert progress.seconds_left == pytest.approx(90 * 100 / 200)
-    assert look(run).to_json()["jobs"][1]["progress"]["seconds_left"] == pytest.approx(45.0)
+    value = json.loads("\n".join(lines(run, capsys, "--json")))
+    assert (value["format"], value["name"], value["jobs"][0]["job"]) == (1, "first", "prepare")
+    assert value["jobs"][1]["progress"]["seconds_left"] == pytest.approx(45.0)
 
 
 def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) -> None:
@@ -110,11 +112,7 @@ def test_a_failed_job_shows_the_rank_that_failed_first_and_its_log(
     log = run / "logs" / "pretrain" / "17_1_log.out"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {number}\n" for number in range(100)))
-    job = look(run).jobs[1]
-    assert (look(run).state, job.state) == ("failed", "failed")
-    assert job.failure is not None
-    assert (job.failure["rank"], job.failure["message"]) == (1, "the disk is full")
-    assert job.log_tail[-1] == "line 99"
+    assert (look(run).state, look(run).jobs[1].state) == ("failed", "failed")
     text = "\n".join(lines(run, capsys))
     assert "pretrain failed (rank 1" in text
     assert "ValueError: the disk is full" in text
@@ -199,12 +197,6 @@ def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main(["--runs", str(run.parent)]) == 0
     words = capsys.readouterr().out.splitlines()[1].split()
     assert words == ["first", "running", "pretrain", "30/120", "200", "45", "s"]
-
-
-def test_json_is_one_object_of_a_known_format(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status.main([str(run), "--json"]) == 0
-    value = json.loads(capsys.readouterr().out)
-    assert (value["format"], value["name"], value["jobs"][0]["job"]) == (1, "first", "prepare")
 
 
 def test_many_trials_alike_are_one_line_unless_all_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,9 +55,8 @@ def finish(config: Config, run: RunFolder, *stages: str) -> None:
 
 
 def queued(**states: str) -> dict[str, QueuedJob]:
-    names = {name.replace("__", "/"): state for name, state in states.items()}
     return {
-        name: QueuedJob(f"{number}", name, state, "", 0, "") for number, (name, state) in enumerate(names.items(), 1)
+        name: QueuedJob(f"{number}", name, state, "", 0, "") for number, (name, state) in enumerate(states.items(), 1)
     }
 
 
@@ -65,12 +64,9 @@ def planned(config: Config, run: RunFolder, active: dict[str, QueuedJob]) -> dic
     return {each.stage: [job.name for job in each.jobs] for each in to_submit(config, run, active)}
 
 
-def test_a_new_chain_is_submitted_whole(config: Config, run: RunFolder) -> None:
+def test_a_new_chain_is_submitted_whole_and_nothing_of_a_finished_one(config: Config, run: RunFolder) -> None:
     assert list(planned(config, run, {})) == list(STAGES)
     assert planned(config, run, {})["finetune"] == TRIALS
-
-
-def test_a_finished_chain_has_nothing_to_submit(config: Config, run: RunFolder) -> None:
     finish(config, run, *STAGES)
     assert planned(config, run, {}) == {}
 
@@ -106,11 +102,12 @@ def test_after_selection_no_trial_is_trained_again(config: Config, run: RunFolde
     assert planned(config, run, {}) == {"finetune": [*TRIALS, "finetune/lr=1,epochs=3"]}, "if they are asked for"
 
 
-def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder) -> None:
-    config.stages = ["finetune"]
-    with pytest.raises(ConfigError, match="finetune needs pretrain, which has not been done"):
+@pytest.mark.parametrize("stage", ["finetune", "selection"])
+def test_a_stage_whose_needs_are_not_met_is_refused_by_name(config: Config, run: RunFolder, stage: str) -> None:
+    config.stages = [stage]
+    with pytest.raises(ConfigError, match=f"{stage} needs pretrain, which has not been done"):
         to_submit(config, run, {})
-    assert planned(config, run, queued(pretrain="RUNNING")) == {"finetune": TRIALS}
+    assert list(planned(config, run, queued(pretrain="RUNNING"))) == [stage]
 
 
 def test_the_baseline_alone_is_submitted_without_pretraining_unless_that_has_begun(
@@ -119,12 +116,6 @@ def test_the_baseline_alone_is_submitted_without_pretraining_unless_that_has_beg
     config.stages = ["prepare", "baseline", "selection", "report"]
     assert list(planned(config, run, {})) == config.stages
     (run.path / "jobs" / "pretrain").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="selection needs pretrain, which has not been done"):
-        planned(config, run, {})
-
-
-def test_selection_of_a_run_that_has_nothing_is_refused(config: Config, run: RunFolder) -> None:
-    config.stages = ["selection"]
     with pytest.raises(ConfigError, match="selection needs pretrain, which has not been done"):
         planned(config, run, {})
 

@@ -16,15 +16,12 @@ import paws_hpc
 from paws_hpc import stage_table
 from paws_hpc.config import Config
 from paws_hpc.exhibits import read_exhibits
-from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, Stage
+from paws_hpc.stage_table import STAGES, Stage
 from paws_hpc.stages.context import StageContext, TorchContext
 from paws_hpc.stages.run_folder import is_done
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.finished import trained_run
-
-BY_HAND = {"stage_table.py"}
-"""Files that may list stages."""
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
@@ -49,19 +46,11 @@ def test_the_report_waits_for_every_other_stage() -> None:
     assert {*report.needs, *report.follows} == STAGES.keys() - {"report"}
 
 
-def test_the_config_has_resources_for_every_stage_and_runs_the_default_ones() -> None:
-    config = Config()
-    assert list(config.resources) == list(STAGES)
-    assert tuple(config.stages) == DEFAULT_STAGES == tuple(name for name in STAGES if STAGES[name].by_default)
-
-
 def test_no_other_module_lists_stages() -> None:
     """Three names of stages in one literal are a second list, which a new stage would be forgotten in."""
     package = Path(paws_hpc.__file__).parent
     lists = []
-    for path in sorted(package.rglob("*.py")):
-        if path.name in BY_HAND:
-            continue
+    for path in sorted({*package.rglob("*.py")} - {package / "stage_table.py"}):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Tuple | ast.List | ast.Set):
                 parts = node.elts
