@@ -42,14 +42,14 @@ class Change(NamedTuple):
 
     Attributes:
         function: (m, C, H, W) float32 in [0, 1] and (m,) amounts → the changed images.
-        wanted: (n,) bool, the images that it changes.
-        amounts: (n,) float32.
+        wanted: (n,) bool, the images that it changes; tensor or array, as are the parameters.
+        amounts: (n,) float32, too.
         strength: config field; at 0 no image is ever wanted.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
-    wanted: Tensor
-    amounts: Tensor
+    wanted: Any
+    amounts: Any
     strength: str
 
 
@@ -70,7 +70,7 @@ class Operation:
 
     fields: tuple[str, ...]
     columns: tuple[int, ...]
-    turns: Callable[[Tensor, Tensor], list[list[Change]]]
+    turns: Callable[[Any, Any], list[list[Change]]]
     pil: Callable[[AugmentConfig], Callable[[Image.Image], Image.Image]]
     amounts: int = 0
     draw: Callable[[AugmentConfig, NDArray[np.float64]], NDArray[np.floating]] = lambda _, numbers: numbers
@@ -212,7 +212,7 @@ def _draw_jitter(config: AugmentConfig, numbers: NDArray[np.float64]) -> NDArray
     return np.concatenate((factors, order.astype(np.float32)), axis=1)
 
 
-def _jitter_turns(wanted: Tensor, amounts: Tensor) -> list[list[Change]]:
+def _jitter_turns(wanted: Any, amounts: Any) -> list[list[Change]]:
     functions = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
     active = [wanted & (factors != neutral) for factors, neutral in zip(amounts[:4], _NO_JITTER, strict=True)]
     return [
@@ -273,10 +273,13 @@ OPERATIONS = (
 )
 
 
-def _by_operation(parameters: Tensor) -> list[tuple[Operation, Tensor, Tensor]]:
-    """(n, P) → each operation with (n,) bool whether and (amounts, n)."""
-    rows = parameters.T.split([1 + operation.amounts for operation in OPERATIONS])
-    return [(operation, each[0] > 0, each[1:]) for operation, each in zip(OPERATIONS, rows, strict=True)]
+def _by_operation(parameters: Any) -> list[tuple[Operation, Any, Any]]:
+    """(n, P), as tensor or array → each operation with (n,) bool whether and (amounts, n)."""
+    rows, starts = parameters.T, itertools.accumulate((1 + each.amounts for each in OPERATIONS), initial=0)
+    return [
+        (operation, rows[start] > 0, rows[start + 1 : start + 1 + operation.amounts])
+        for operation, start in zip(OPERATIONS, starts, strict=False)
+    ]
 
 
 def draw_parameters(
@@ -312,20 +315,20 @@ def augment(images: Tensor, parameters: Tensor, *, mean: Sequence[float], std: S
         ValueError: dtype, channels or the number of parameters do not fit.
     """
     _require_images(images, mean, std, parameters)
-    changes = [
-        change
-        for operation, wanted, amounts in _by_operation(parameters)
+    changes = [  # as arrays: some fifty operations on n numbers, which cost torch a millisecond
+        (change, change.wanted.nonzero()[0])
+        for operation, wanted, amounts in _by_operation(parameters.numpy())
         for turn in operation.turns(wanted, amounts)
         for change in turn
+        if change.wanted.any()
     ]
-    rows = [change.wanted.nonzero()[:, 0] for change in changes]
-    counts = [len(each) for each in rows]
-    amounts = [change.amounts[each].float() for change, each in zip(changes, rows, strict=True)]
-    rows_there = to_device(torch.cat(rows), images.device).split(counts)  # one copy for all
-    amounts_there = to_device(torch.cat(amounts), images.device).split(counts)
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    for change, which, of_which in zip(changes, rows_there, amounts_there, strict=True):
-        if len(which):
+    if changes:
+        counts = [len(which) for _, which in changes]  # one copy of all row numbers, and one of all amounts
+        rows = to_device(torch.from_numpy(np.concatenate([which for _, which in changes])), images.device)
+        values = np.concatenate([change.amounts[which] for change, which in changes], dtype=np.float32)
+        amounts_there = to_device(torch.from_numpy(values), images.device).split(counts)
+        for (change, _), which, of_which in zip(changes, rows.split(counts), amounts_there, strict=True):
             pixels.index_copy_(0, which, change.function(pixels.index_select(0, which), of_which))
     return _normalised(pixels, mean, std)
 
