@@ -1,6 +1,4 @@
-"""Ranks, and the three collectives that training needs. Alone, every one of them is the identity.
-
-Beside them a block that fails on every rank if it fails on one.
+"""Ranks, and the collectives that training needs. Alone, every one of them is the identity.
 
 The backward pass of a gathering adds the losses of all ranks, and gradients are averaged over ranks afterwards (as
 DistributedDataParallel does), so that the gradient equals that of one process on the whole batch.
@@ -48,13 +46,9 @@ def barrier() -> None:
 
 @contextmanager
 def failing_together(device: torch.device) -> Iterator[None]:
-    """A block that all ranks enter, and that may fail on some of them only.
+    """A block that all ranks enter, that may fail on some of them only, and at whose end they meet.
 
-    The ranks meet at its end. Without it those that succeed would wait for the others in the next collective, until
-    that runs out of time.
-
-    Args:
-        device: of this rank's tensors.
+    Without it those that succeed would wait for the others in the next collective, until that runs out of time.
 
     Raises:
         Exception: what this rank's block raised.
@@ -77,11 +71,7 @@ def failing_together(device: torch.device) -> Iterator[None]:
 
 
 def per_rank(total: int, *, name: str, accumulate_steps: int = 1) -> int:
-    """The share of a global size that one rank holds.
-
-    Raises:
-        ValueError: as of :func:`check_divides`.
-    """
+    """The share of a global size that one rank holds; ValueError if it does not divide."""
     check_divides(total, world_size(), name=name, accumulate_steps=accumulate_steps)
     return total // world_size()
 
@@ -176,27 +166,19 @@ def mean_over_ranks(value: Tensor) -> Tensor:
 
     Then the gradient with respect to the mean is the same on every rank, and so equals the mean of the ranks'
     gradients: the backward pass hands it on and communicates nothing.
-
-    Args:
-        value: any shape, the same on every rank.
     """
     return value if world_size() == 1 else _Mean.apply(value)
 
 
 def concatenate_rows(rows: Tensor, total: int) -> Tensor:
-    """Put together the rows that each rank computed for its :func:`share` of ``total``; no gradient.
+    """Put together the rows (len(share), ...) that each rank computed for its :func:`share` of ``total``; no gradient.
 
-    Args:
-        rows: (len(share(total)), ...).
-
-    Returns:
-        (total, ...), the same on every rank.
+    The result (total, ...) is the same on every rank.
     """
     if world_size() == 1:
         return rows
     longest = -(-total // world_size())
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: rows.shape[0]] = rows.detach()
-    parts = _all_gather(padded).chunk(world_size())
     base, extra = divmod(total, world_size())
-    return torch.cat([part[: base + (r < extra)] for r, part in enumerate(parts)])
+    return torch.cat([own[: base + (r < extra)] for r, own in enumerate(_all_gather(padded).chunk(world_size()))])

@@ -20,9 +20,8 @@ Exhibit = dict[str, Any]
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str | float]], *, caption: str = "") -> Exhibit:
     """A table; every row has as many entries as the header."""
-    return _checked(
-        {"title": title, "caption": caption, "kind": "table", "header": [*header], "rows": [*map(list, rows)]}
-    )
+    entries = {"header": [*header], "rows": [*map(list, rows)]}
+    return _checked({"title": title, "caption": caption, "kind": "table", **entries})
 
 
 def lines(
@@ -40,7 +39,7 @@ def text(title: str, words: str) -> Exhibit:
 
 def write_exhibits(folder: Path, exhibits: Sequence[Exhibit]) -> None:
     """Write the exhibits of the stage whose folder this is, atomically, in place of earlier ones."""
-    write_json(folder / EXHIBITS, [_checked(exhibit) for exhibit in exhibits])
+    write_json(folder / EXHIBITS, list(exhibits))
 
 
 def read_exhibits(folder: Path) -> list[Exhibit]:

@@ -19,8 +19,7 @@ import xxhash
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at ``path`` only when the block ends without an error.
 
-    The bytes go to a temporary file in the same folder, which is flushed to disk and then renamed. On any error, a full
-    disk included, the temporary file is removed and whatever stood at ``path`` stays.
+    On any error, a full disk included, whatever stood at ``path`` stays, and nothing beside it.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is named.
@@ -52,12 +51,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def exclusive(path: Path, *, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs; the system gives it up when the process ends, however it ends.
 
-    Args:
-        path: of the lock file, which stays.
-        busy: what to say if another process holds it; None waits for that process instead.
-
-    Raises:
-        ValueError: another process holds it, and ``busy`` is given.
+    If another process holds it, ValueError says ``busy``; without ``busy`` that process is waited for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -124,12 +118,7 @@ def create_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not JSON; it is named, with the position of the fault.
-    """
+    """Read a JSON file; ValueError names one that is not JSON, with the position of the fault."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,6 +1,6 @@
 """A look from a compute node: a tiny job that reports what it finds there.
 
-As a program (``python probe.py FOLDER NONCE STORE…``) it is that job, and needs nothing but Python to begin.
+As a program (``python probe.py ANSWER STORE…``) it is that job, and needs nothing but Python to begin.
 """
 
 from __future__ import annotations
@@ -23,41 +23,37 @@ _ARRIVAL_S = 30.0  # network file systems show other machines' files late
 
 
 def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
-    """Submit the job, wait for it, and return its answer; nothing of it stays.
+    """Submit the job, wait for it, in the queue too, and return its answer; nothing of it stays.
 
     Args:
-        folder: that both sides must see and write: the run directory, or the folder of all runs.
+        folder: that both sides must see and write: the folder of all runs.
         stores: image stores to open there.
         flags: of sbatch, for partition, account and one GPU.
-        timeout_s: to wait, in the queue too; then the job is cancelled.
+        timeout_s: after which the job is cancelled.
 
     Returns:
         ``host``, ``python``, ``packages`` (version or error by name), ``cuda`` and ``nccl``, ``devices``, ``stores``
-        (images or error by path), ``nonce`` (whether the folder is the same one there).
+        (images or error by path).
 
     Raises:
         TimeoutError: no answer in time; the message says what Slurm said of the job.
-        OSError: the folder cannot be written here.
-        SchedulerError: Slurm refused the job.
-        SchedulerUnreachableError: Slurm cannot be reached.
+        SchedulerError: Slurm refused the job, or cannot be reached.
     """
     from paws_hpc.cluster import scheduler  # noqa: PLC0415 - on the node this file must load without the package
-    from paws_hpc.cluster.scheduler import ENDED  # noqa: PLC0415
 
     folder.mkdir(parents=True, exist_ok=True)
-    nonce = secrets.token_hex(8)
-    nonce_file, answer, log = (folder / f".probe-{nonce}{suffix}" for suffix in ("", ".json", ".out"))
-    nonce_file.write_text(nonce)
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, [folder.resolve(), nonce, *stores])]
+    answer, log = (folder.resolve() / f".probe-{secrets.token_hex(8)}{suffix}" for suffix in (".json", ".out"))
+    log.touch()  # in a folder that cannot be written nothing is submitted
+    command = [sys.executable, str(Path(__file__).resolve()), str(answer), *map(str, stores)]
     root = Path(__file__).resolve().parents[2]
     wrapped = f"PYTHONPATH={shlex.quote(str(root))} {shlex.join(command)}"
-    own = ["--job-name=probe", "--time=5", "--nodes=1", "--ntasks=1", f"--output={log.resolve()}"]
+    own = ["--job-name=probe", "--time=5", "--nodes=1", "--ntasks=1", f"--output={log}"]
     job_id = scheduler.ask(["sbatch", "--parsable", *own, *flags, f"--wrap={wrapped}"]).strip().partition(";")[0]
     deadline, ended = time.monotonic() + timeout_s, None
     try:
         while not answer.exists():
             state = scheduler.job_state(job_id)
-            ended = ended or (time.monotonic() if state is None or state in ENDED else None)
+            ended = ended or (time.monotonic() if state is None or state in scheduler.ENDED else None)
             if time.monotonic() > deadline or (ended is not None and time.monotonic() > ended + _ARRIVAL_S):
                 reason = scheduler.queue()[job_id].reason if job_id in scheduler.queue() else ""
                 said = log.read_text(errors="replace")[-1000:].strip() if log.exists() else "nothing"
@@ -67,21 +63,19 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
         return seen
     finally:
         scheduler.cancel([job_id])
-        for path in (nonce_file, answer, log):
-            path.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
 
 
-def main(folder: Path, nonce: str, stores: Sequence[str]) -> None:
+def main(answer: Path, stores: Sequence[str]) -> None:
     """The job."""
     seen: dict[str, Any] = {"host": socket.gethostname(), "python": sys.version.split()[0]}
-    nonce_file = folder / f".probe-{nonce}"
-    seen["nonce"] = nonce_file.exists() and nonce_file.read_text() == nonce
     seen["packages"] = {name: _version(name) for name in _PACKAGES}
     seen |= _devices()
     seen["stores"] = {path: _images(path) for path in stores}
-    temporary = folder / f".probe-{nonce}.json.tmp"
+    temporary = answer.with_suffix(".tmp")
     temporary.write_text(json.dumps(seen))
-    os.replace(temporary, folder / f".probe-{nonce}.json")
+    os.replace(temporary, answer)
 
 
 def _version(name: str) -> str:
@@ -112,4 +106,4 @@ def _images(path: str) -> int | str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -142,9 +142,8 @@ def join(
         start: unique to this start of this job, so that no address of an earlier start is taken for it.
         rank: of this process.
         world_size: of the job; never fallen back to another.
-        one_node: whether all ranks are on this machine, which then listens on loopback alone. Otherwise it listens on
-            MASTER_ADDR if the environment has it, for clusters where a node's name leads to the wrong network, and
-            else on all interfaces, under the node's name.
+        one_node: whether to listen on loopback alone. Otherwise rank 0 listens on MASTER_ADDR if the environment has
+            it, for clusters where a node's name leads to the wrong network, and else under the node's name.
         device: of this rank.
         timeout_s: to wait for the others.
 

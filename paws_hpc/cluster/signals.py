@@ -25,9 +25,8 @@ class StopRequests:
     def __init__(self, *, patience_s: float, overdue: Callable[[], None]) -> None:
         """Prepare; :meth:`listen` begins.
 
-        Args:
-            patience_s: how long after the first signal the job may go on to reach a place where it can save.
-            overdue: what to do when that time is over; runs on the thread.
+        ``overdue`` runs on the thread ``patience_s`` after the first signal, unless the job has reached a place where
+        it can save.
         """
         self._patience_s, self._overdue = patience_s, overdue
         self._requested, self._answered = threading.Event(), threading.Event()

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,8 @@ class SlurmChain:
             check_images(self.config, self.run)
             scheduler.queue()  # first of all: without Slurm nothing is begun
             chain = Chain.begin(self.run, self.config.name)
-            queued = _settled_queue(chain)
-            scheduler.cancel(_orphans(chain, queued))
-            active = _active(chain, queued)
+            active, orphans = _jobs_of(chain, _settled_queue(chain))
+            scheduler.cancel(orphans)
             scheduler.release(job.job_id for job in active.values() if job.reason == "JobHeldUser")
             planned = to_submit(self.config, self.run, active)
             if not planned:
@@ -74,7 +73,7 @@ class SlurmChain:
             try:
                 jobs = self._submit(planned, active, frozen, snapshot, chain.id)
             except BaseException as error:
-                scheduler.cancel(_orphans(chain, scheduler.queue()))
+                scheduler.cancel(_jobs_of(chain, scheduler.queue())[1])
                 if isinstance(error, FailedJobError | FailedSubmissionError):
                     raise SchedulerError(f"Slurm refused a job, so none was submitted. It said: {error}") from error
                 raise
@@ -164,20 +163,22 @@ def cancel_chain(run: RunFolder) -> list[str]:
     with exclusive(run.path / ".lock"):
         chain = Chain(run)
         chain.mark_cancelled()  # before anything ends: a job that is about to queue itself again looks here
-        queued = scheduler.queue()
-        ended = [*_orphans(chain, queued), *(job.job_id for job in _active(chain, queued).values())]
+        active, orphans = _jobs_of(chain, scheduler.queue())
+        ended = [*orphans, *(job.job_id for job in active.values())]
         # Whole arrays: after the elements of one are cancelled one by one Slurm does not tell them apart any more.
         scheduler.cancel(sorted({_base(job_id) for job_id in ended}))
         return ended
 
 
-def _active(chain: Chain, queued: Mapping[str, QueuedJob]) -> dict[str, QueuedJob]:
-    """The jobs of the chain that run or wait, by name."""
-    return {
-        name: queued[job_id]
-        for name, job_id in chain.job_ids().items()
-        if job_id in queued and _is_of(chain, queued[job_id]) and queued[job_id].state not in ENDED
-    }
+def _jobs_of(chain: Chain, queued: Mapping[str, QueuedJob]) -> tuple[dict[str, QueuedJob], list[str]]:
+    """The jobs of the chain that run or wait, by name, and the ids of those that ``chain.json`` does not name.
+
+    A launcher that submitted the latter died before it could.
+    """
+    alive = {job_id: job for job_id, job in queued.items() if _is_of(chain, job) and job.state not in ENDED}
+    ids = chain.job_ids()
+    active = {name: alive[job_id] for name, job_id in ids.items() if job_id in alive}
+    return active, [job_id for job_id in alive if job_id not in ids.values()]
 
 
 def _is_of(chain: Chain, job: QueuedJob) -> bool:
@@ -199,16 +200,6 @@ def _settled_queue(chain: Chain) -> dict[str, QueuedJob]:
                 "whether it succeeded. Launch again when it has left the queue."
             )
         time.sleep(1.0)
-
-
-def _orphans(chain: Chain, queued: Mapping[str, QueuedJob]) -> list[str]:
-    """Ids of jobs that a launcher of this chain submitted before it died, so that ``chain.json`` does not name them."""
-    known: Collection[str] = chain.job_ids().values()
-    return [
-        job.job_id
-        for job in queued.values()
-        if _is_of(chain, job) and job.job_id not in known and job.state not in ENDED
-    ]
 
 
 def _base(job_id: str) -> str:
