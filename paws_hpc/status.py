@@ -104,13 +104,7 @@ def runs_text(runs: Sequence[RunOverview]) -> Group:
 
 
 def run_text(run: RunOverview, *, width: int, everything: bool) -> Group:
-    """A run's jobs as a table, then warnings and failures.
-
-    Args:
-        run: to show.
-        width: of the terminal.
-        everything: list every trial of a sweep, also where many are alike.
-    """
+    """A run's jobs as a table, then warnings and failures; ``everything`` lists trials also where many are alike."""
     columns = [column for column in _JOB_COLUMNS if column != "epoch" or width >= _NARROW]
     return Group(
         Text.assemble((run.name, "bold"), ": ", (run.state, _STYLES.get(run.state, "")), f" ({run.path})"),

@@ -17,10 +17,6 @@ def whole_graph(function: Callable[_P, _T], *, backend: str | Callable[..., Any]
 
     A graph break is an error that says where. To be called in a thread that lasts as long as the process; what it
     returns may run in any.
-
-    Args:
-        function: of tensors.
-        backend: of ``torch.compile``.
     """
     # While one thread compiles, torch 2.11 takes compiled functions that others call for a part of what it traces, and
     # refuses them. With this, which is for the whole process and for good, they run as they are compiled. It also

@@ -69,11 +69,7 @@ def run_job_as_local_rank(path: Path, job: Job) -> None:
 def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
     """Run a job as one of its ranks on Slurm; on a request to stop, save and go back into the queue.
 
-    Args:
-        path: the run directory.
-        frozen: the config at submission.
-        job: to run.
-        notice_s: between Slurm's signal and the end of the job.
+    ``frozen`` is the config at submission; ``notice_s`` lie between Slurm's signal and the end of the job.
     """
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
@@ -174,9 +170,7 @@ def _log_to_stderr() -> None:
 def is_alive(attempt: Attempt, *, own_job_id: str | None) -> bool:
     """Whether an attempt without a recorded end still runs.
 
-    Args:
-        attempt: the earlier one.
-        own_job_id: of the asking job: what ran under the same id before is over, for Slurm started the id anew.
+    What ran under ``own_job_id`` before is over, for Slurm started the id anew.
     """
     if attempt.job_id is None:
         try:

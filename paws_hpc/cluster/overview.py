@@ -352,12 +352,7 @@ def grace_warnings(
 ) -> list[str]:
     """Warnings for a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
 
-    Args:
-        job: its name.
-        progress: of it, with the measured times.
-        partition: where it runs; None if that is unknown.
-        site: the cluster's settings.
-        signal_delay_s: between Slurm's signal and the job's time limit; None if that is unknown.
+    ``site`` are the cluster's settings; partition and signal_delay_s (before the time limit) are None if unknown.
     """
     save_s, step_s, warnings = progress.save_s, progress.step_s or 0.0, []
     if save_s is None:

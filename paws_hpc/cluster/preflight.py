@@ -53,13 +53,7 @@ _NOT_FLAGS = {
 
 
 def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:
-    """Look at everything that a submission needs, in the order in which to mend it; nothing is submitted or raised.
-
-    Args:
-        config: of the run.
-        stage_parameters: submitit's, per stage.
-        run: where the run is or will be.
-    """
+    """Look at everything that a submission needs, in the order in which to mend it; nothing is submitted or raised."""
     by_stage = {stage: stage_parameters[stage] for stage in config.stages}
     yield from _slurm(config, by_stage, run)
     yield from _devices(config, by_stage)

@@ -40,14 +40,8 @@ def run_stage(
 ) -> None:
     """Meet the other ranks, if there are any, and run the stage.
 
-    Args:
-        config: of the run.
-        run: its directory.
-        job: to run.
-        place: of this process among the ranks.
-        requested: whether this rank must stop; None where no signal is taken.
-        fence: raises if another attempt of the job has taken over.
-        restart: counts the attempts of one job id.
+    ``place`` is that of this process among the ranks, ``requested`` says whether it must stop (None where no signal is
+    taken), ``fence`` raises if another attempt has taken over, and ``restart`` counts the attempts of one job id.
     """
     local_ranks = -(-place.num_tasks // place.num_nodes)
     _set_threads(config, job, local_ranks=local_ranks)

@@ -87,11 +87,8 @@ class SlurmJob:
     def __init__(self, chain: Path, *, notice_s: float, trains: bool) -> None:
         """Take requests to stop from now on.
 
-        Args:
-            chain: the run's ``chain.json``.
-            notice_s: between Slurm's signal and the end of the job.
-            trains: whether the stage looks at :meth:`requested`; any other has nothing to save, and goes back into the
-                queue at once.
+        ``notice_s`` lie between Slurm's signal and the end of the job. A stage that does not train has nothing to save,
+        and goes back into the queue at once.
         """
         self.job_id, self.restart = own_job()
         self.key = f"{self.job_id}-{self.restart}"
@@ -106,9 +103,7 @@ class SlurmJob:
         """Put the job back into the queue, unless somebody ended it.
 
         A job that merely leaves while it is being preempted counts as failed, so it must ask to be queued itself.
-
-        Args:
-            step: training steps that are saved; None if it goes back from its last checkpoint.
+        ``step`` counts what is saved; None if it goes back from its last checkpoint.
 
         Raises:
             SchedulerError: Slurm refuses to queue it again.

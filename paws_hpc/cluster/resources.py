@@ -44,12 +44,7 @@ def resolve(config: Config, launcher: Launcher) -> Config:
 
 
 def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, Any]]:
-    """What ``submitit.SlurmExecutor.update_parameters`` is given per stage.
-
-    Args:
-        config: as :func:`resolve` returns it.
-        launcher: of which fields that ``resources`` does not have are taken too.
-    """
+    """What ``submitit.SlurmExecutor.update_parameters`` is given per stage, for a config of :func:`resolve`."""
     parameters = {}
     for stage, row in STAGES.items():
         resources = config.resources[stage]

@@ -28,15 +28,8 @@ _UNREACHABLE = re.compile(
 _UNKNOWN_JOB = re.compile(r"invalid job id|job \S+ not found", re.IGNORECASE)
 _NO_ACCOUNTING = re.compile(r"accounting storage is disabled|accounting_storage/none", re.IGNORECASE)
 _FORMATTING = re.compile(r"(SQUEUE|SACCT|SINFO|SPRIO)_|SLURM_TIME_FORMAT$|SLURM_BITSTR_LEN$")
-_COLUMNS = {  # squeue's fields and their widths; the name comes last, as it alone may hold anything
-    "JobArrayID": 40,
-    "State": 24,
-    "RestartCnt": 12,
-    "Reason": 160,
-    "NodeList": 256,
-    "Name": 512,
-}
-
+# squeue's fields and their widths; the name comes last, as it alone may hold anything.
+_COLUMNS = {"JobArrayID": 40, "State": 24, "RestartCnt": 12, "Reason": 160, "NodeList": 256, "Name": 512}
 
 Fate = Literal["runs", "replaced", "ended"]
 
