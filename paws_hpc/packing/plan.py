@@ -54,14 +54,12 @@ class PackOptions:
             )
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
-        if self.on_error not in ("stop", "skip"):
-            raise ValueError(f"pack.on_error={self.on_error!r} must be 'stop' or 'skip'.")
-        if self.check not in ("decode", "structure"):
-            raise ValueError(f"pack.check={self.check!r} must be 'decode' or 'structure'.")
-        if self.max_short_side is not None and self.max_short_side < 1:
-            raise ValueError(f"pack.max_short_side={self.max_short_side} must be at least 1 pixel.")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"pack.workers={self.workers} must be at least 1.")
+        for name, allowed in (("on_error", ("stop", "skip")), ("check", ("decode", "structure"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"pack.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+        for name in ("max_short_side", "workers"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"pack.{name}={value} must be at least 1.")
         if self.transcode and transcoder() is None:
             raise ValueError(
                 "pack.transcode=true needs turbojpeg, which is not installed: pip install 'paws-hpc[transcode]' "
@@ -72,9 +70,8 @@ class PackOptions:
 class Plan:
     """The division of a source into shards; a function of the source's list and the options only.
 
-    A shard ends before the image that would take the *source's* bytes beyond the shard size. What an image takes in the
-    store may differ (a PNG becomes a JPEG, metadata goes), but that is known only after it was read: if it decided, no
-    shard could be begun before the one in front of it is done.
+    A shard ends before the image that would take the *source's* bytes beyond the shard size: what images take in the
+    store is known only after they were read.
 
     Attributes:
         origin, packing: what decides the bytes of the store, as the manifest has it.

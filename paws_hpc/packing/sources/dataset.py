@@ -57,13 +57,13 @@ def dataset(name: str, root: Path, split: str | None) -> Source:
     if not len(opened):
         raise StoreError(f"data set {name} at {root} has no items.")
     files = _listed_files(opened, name)
-    if files is not None:
-        folder = Path(os.path.commonpath([path.parent for path, _ in files]))
-        labels = np.array([label for _, label in files], dtype=np.int64)
-        named = [(path.relative_to(folder).as_posix(), *size_and_stamp(path)) for path, _ in files]
-        listing = folder_listing(_class_names(opened, labels), named, labels)
-        return ImageFolder(folder, listing, kind="dataset", options={"class": _full_name(name), "split": split})
-    return _read_all(opened, name, root, split)
+    if files is None:
+        return _read_all(opened, name, root, split)
+    folder = Path(os.path.commonpath([path.parent for path, _ in files]))
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    named = [(path.relative_to(folder).as_posix(), *size_and_stamp(path)) for path, _ in files]
+    listing = folder_listing(_class_names(opened, labels), named, labels)
+    return ImageFolder(folder, listing, kind="dataset", options={"class": _full_name(name), "split": split})
 
 
 def _full_name(name: str) -> str:
@@ -80,27 +80,20 @@ def open_dataset(name: str, root: Path, split: str | None) -> Any:
         raise StoreError(
             f"data set {name!r} cannot be imported ({error}). Give package.module:Class or a name in {DEFAULT_MODULE}."
         ) from error
-    arguments = _split_arguments(name, split, parameters)
-    if "download" in parameters:
-        arguments["download"] = False
+    arguments: dict[str, Any] = {"download": False} if "download" in parameters else {}
+    word = next((word for word in ("split", "image_set", "mode", "train") if word in parameters), None)
+    if word == "train":
+        if split not in ("train", "test"):
+            raise StoreError(f"data set {name} has the splits train and test, not {split!r}: give --split.")
+        arguments["train"] = split == "train"
+    elif split is not None:
+        if word is None:
+            raise StoreError(f"data set {name} has no splits: leave --split {split} out.")
+        arguments[word] = split
     try:
         return kind(str(root), **arguments)
     except (AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise StoreError(f"data set {name} cannot be opened at {root} with {arguments}: {error}") from error
-
-
-def _split_arguments(name: str, split: str | None, parameters: Any) -> dict[str, Any]:
-    """Say ``split`` in the class's own words."""
-    for argument in ("split", "image_set", "mode"):
-        if argument in parameters:
-            return {} if split is None else {argument: split}
-    if "train" in parameters:
-        if split not in ("train", "test"):
-            raise StoreError(f"data set {name} has the splits train and test, not {split!r}: give --split.")
-        return {"train": split == "train"}
-    if split is not None:
-        raise StoreError(f"data set {name} has no splits: leave --split {split} out.")
-    return {}
 
 
 def _item(opened: Any, index: int, name: str) -> tuple[Any, int]:
@@ -147,18 +140,13 @@ def _listed_files(opened: Any, name: str) -> list[tuple[Path, int]] | None:
         if not isinstance(entries, list | tuple) or len(entries) != len(opened):
             continue
         if all(isinstance(entry, str | os.PathLike) for entry in entries):
-            labels = next(
-                (found for found in (getattr(opened, key, None) for key in _LABEL_LISTS) if found is not None), ()
-            )
-            entries = list(zip(entries, labels, strict=False))
-        files = [
-            (Path(entry[0]), int(entry[1]))
-            for entry in entries
-            if isinstance(entry, tuple | list)
-            and len(entry) == 2
-            and isinstance(entry[0], str | os.PathLike)
-            and isinstance(entry[1], int | np.integer)
-        ]
+            lists = [getattr(opened, label_list, None) for label_list in _LABEL_LISTS]
+            entries = list(zip(entries, next((labels for labels in lists if labels is not None), ()), strict=False))
+        files = []
+        for entry in entries:
+            match entry:
+                case (str() | os.PathLike() as path, int() | np.integer() as label):
+                    files.append((Path(path), int(label)))
         if len(files) == len(opened) and _gives_its_files(opened, files, name):
             return files
     return None
@@ -176,9 +164,8 @@ def _gives_its_files(opened: Any, files: list[tuple[Path, int]], name: str) -> b
                 pixels = np.asarray(file.convert("RGB"))
         except (StoreError, OSError):  # packing the file will say what is wrong with it, or leave it out
             continue
-        if label != listed or not isinstance(image, Image.Image):
-            return False
-        if not np.array_equal(pixels, np.asarray(image.convert("RGB"))):
+        same = label == listed and isinstance(image, Image.Image)
+        if not same or not np.array_equal(pixels, np.asarray(image.convert("RGB"))):
             return False
     return True
 
@@ -186,7 +173,7 @@ def _gives_its_files(opened: Any, files: list[tuple[Path, int]], name: str) -> b
 def _read_all(opened: Any, name: str, root: Path, split: str | None) -> DatasetSource:
     """Read every item once."""
     shapes: set[tuple[int, ...]] = set()
-    labels, sizes = np.empty(len(opened), dtype=np.int64), np.empty(len(opened), dtype=np.int64)
+    labels, sizes = np.empty((2, len(opened)), dtype=np.int64)
     hashes = np.empty(len(opened), dtype=np.uint64)
     for index in range(len(opened)):
         image, labels[index] = _item(opened, index, name)
