@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from paws_hpc.packing import (
     repair,
 )
 from paws_hpc.packing.job import CHANGES_NAME
+from paws_hpc.packing.sources import SourceKind
+from paws_hpc.packing.write import Change
 from paws_hpc.store.format import FLAG_REENCODED, INDEX_NAME, Manifest, Omission, read_manifest
 from paws_hpc.store.local_copy import DEFAULT_WORKERS, copy_store
 from paws_hpc.store.verify import verify
@@ -53,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m paws_hpc.shards", description="Image stores: pack, info, verify, repair, copy."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_sources(commands.add_parser("pack", help="pack a data set into shards"))
+    packing = commands.add_parser("pack", help="pack a data set into shards")
+    sources = packing.add_subparsers(required=True, metavar="SOURCE", dest="kind")
+    for name, kind in SOURCES.items():
+        _add_pack_options(sources.add_parser(name, help=kind.help, description=f"{kind.help}. {_PACKING}"), kind)
+
     info = commands.add_parser("info", help="describe a store")
     info.add_argument("store", type=Path, help="folder of the store")
     info.add_argument("--json", action="store_true", help="print the manifest, which has everything")
@@ -65,11 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (check, mend):
         command.add_argument("store", type=Path, help="folder of the store")
         levels = command.add_mutually_exclusive_group()
-        for level, depth in (
-            ("quick", "sizes, headers and indexes against the manifest"),
-            ("full", "also every record's CRC32C and every file's hash (default)"),
-            ("deep", "also decode every image"),
-        ):
+        for level, depth in _LEVELS.items():
             levels.add_argument(
                 f"--{level}", dest="level", action="store_const", const=level, default="full", help=depth
             )
@@ -88,89 +90,79 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_sources(parser: argparse.ArgumentParser) -> None:
-    """Add one subcommand per kind of source, each with the options that apply to it."""
-    sources = parser.add_subparsers(required=True, metavar="SOURCE", dest="kind")
-    for name, kind in SOURCES.items():
-        source = sources.add_parser(name, help=kind.help, description=f"{kind.help}. {_PACKING}")
-        if kind.root_help:
-            source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
-        if kind.has_splits:
-            source.add_argument("--split", required=True, choices=("train", "test"))
-        if kind.names_splits:
-            source.add_argument("--split", help="as the class calls it, or train or test")
-        for field in kind.extra:
-            option, settings = _EXTRA_OPTIONS[field]
-            source.add_argument(option, **settings)
-        source.add_argument(
-            "--classes", nargs="+", metavar="NAME", help="the only classes to take, in the order of their labels"
-        )
-        source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
-        _add_pack_options(source, PackOptions())
-        source.set_defaults(run=_pack)
-
-
-_EXTRA_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dataset": ("dataset", {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"}),
-    "size": ("--size", {"type": int, "default": SourceConfig.size, "help": "side in pixels (%(default)s)"}),
-    "labels": ("--labels", {"help": "lines '<image>,<class>', for archives without class folders"}),
-    "label_field": (
-        "--label-field",
-        {"default": SourceConfig.label_field, "help": "of .json files (%(default)s)", "metavar": "FIELD"},
-    ),
+_LEVELS = {
+    "quick": "sizes, headers and indexes against the manifest",
+    "full": "also every record's CRC32C and every file's hash (default)",
+    "deep": "also decode every image",
 }
-"""Field of :class:`SourceConfig` → its option."""
-
 _PACKING = (
     "The same command goes on after an interruption, without packing finished shards again. Images become baseline "
     "JPEG files without metadata, upright, with their coefficients unchanged where possible; data sets of small images "
     "stay raw pixels."
 )
+_SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
+    "dataset": {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"},
+    "--size": {"type": int, "default": SourceConfig.size, "help": "side in pixels (%(default)s)"},
+    "--labels": {"help": "lines '<image>,<class>', for archives without class folders"},
+    "--label-field": {"metavar": "FIELD", "default": SourceConfig.label_field, "help": "of .json files (%(default)s)"},
+}
+"""Options of some kinds of source."""
 
-
-def _add_pack_options(source: argparse.ArgumentParser, defaults: PackOptions) -> None:
-    """Add the options of every kind of source."""
-    source.add_argument(
-        "--shard-mib",
-        type=float,
-        default=defaults.shard_bytes / (1 << 20),
-        help="bytes of the source's images per shard (%(default)g MiB)",
-    )
-    source.add_argument("--seed", type=int, default=defaults.seed, help="seed of the shuffle (%(default)s)")
-    source.add_argument(
-        "--on-error",
-        choices=("stop", "skip"),
-        default=defaults.on_error,
-        help="what to do about an unreadable image (%(default)s)",
-    )
-    source.add_argument(
-        "--check",
-        choices=("decode", "structure"),
-        default=defaults.check,
-        help="decode every JPEG while packing, or look at its structure only: much faster, finds less (%(default)s)",
-    )
-    source.add_argument(
-        "--max-short-side",
-        type=int,
-        metavar="PIXELS",
-        help="shrink images whose short side is longer, at some loss (default: keep all as they are)",
-    )
-    source.add_argument(
-        "--transcode",
-        action="store_true",
-        help="make progressive JPEGs baseline, which decode three times as fast, and turn images, both without loss "
+_PACK_OPTIONS: dict[str, dict[str, Any]] = {
+    "--seed": {"type": int, "help": "seed of the shuffle (%(default)s)"},
+    "--on-error": {"choices": ("stop", "skip"), "help": "what to do about an unreadable image (%(default)s)"},
+    "--check": {
+        "choices": ("decode", "structure"),
+        "help": "decode every JPEG while packing, or look at its structure only: much faster, finds less (%(default)s)",
+    },
+    "--max-short-side": {
+        "type": int,
+        "metavar": "PIXELS",
+        "help": "shrink images whose short side is longer, at some loss (default: keep all as they are)",
+    },
+    "--transcode": {
+        "action": "store_true",
+        "help": "make progressive JPEGs baseline, which decode three times as fast, and turn images, both without loss "
         "(needs pip install 'paws-hpc[transcode]'; default: progressive ones stay, turned ones are encoded anew)",
-    )
+    },
+    "--force": {
+        "action": "store_true",
+        "help": "replace another store that is there, once the new one is whole; discard another unfinished one",
+    },
+    "--workers": {
+        "type": int,
+        "help": "processes, of one shard each at a time, or threads for fewer shards (default: one per usable core)",
+    },
+}
+
+
+def _field(option: str) -> str:
+    """The name that argparse gives an option's value."""
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _add_pack_options(source: argparse.ArgumentParser, kind: SourceKind) -> None:
+    """Add the options of one kind of source, and those of packing."""
+    source.set_defaults(run=_pack)
+    if kind.root_help:
+        source.add_argument("--root", required=kind.needs_root, help=kind.root_help)
+    if kind.has_splits:
+        source.add_argument("--split", required=True, choices=("train", "test"))
+    if kind.names_splits:
+        source.add_argument("--split", help="as the class calls it, or train or test")
+    for option, settings in _SOURCE_OPTIONS.items():
+        if _field(option) in kind.extra:
+            source.add_argument(option, **settings)
     source.add_argument(
-        "--force",
-        action="store_true",
-        help="replace another store that is there, once the new one is whole; discard another unfinished one",
+        "--classes", nargs="+", metavar="NAME", help="the only classes to take, in the order of their labels"
     )
+    source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
+    mib = PackOptions.shard_bytes / (1 << 20)
     source.add_argument(
-        "--workers",
-        type=int,
-        help="processes, of one shard each at a time, or threads for fewer shards (default: one per usable core)",
+        "--shard-mib", type=float, default=mib, help="bytes of the source's images per shard (%(default)g MiB)"
     )
+    for option, settings in _PACK_OPTIONS.items():
+        source.add_argument(option, default=getattr(PackOptions, _field(option)), **settings)
     parts = source.add_mutually_exclusive_group()
     parts.add_argument(
         "--part",
@@ -196,11 +188,11 @@ def _task(text: str) -> tuple[int, int]:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    fields = ("kind", "root", "split", "size", "labels", "label_field", "dataset", "classes")
-    config = SourceConfig(**{name: getattr(options, name) for name in fields if hasattr(options, name)})
-    names = ("seed", "on_error", "max_short_side", "check", "transcode", "force", "workers")
+    given = vars(options)
+    config = SourceConfig(**{field.name: given[field.name] for field in fields(SourceConfig) if field.name in given})
     pack_options = PackOptions(
-        shard_bytes=round(options.shard_mib * (1 << 20)), **{name: getattr(options, name) for name in names}
+        shard_bytes=round(options.shard_mib * (1 << 20)),
+        **{field: given[field] for field in map(_field, _PACK_OPTIONS)},
     )
     if options.plan_only:
         shards, images = plan_pack(open_source(config), options.to, options=pack_options)
@@ -239,8 +231,8 @@ def _print_pack(report: PackReport, manifest: Manifest) -> None:
         print(f"{report.kept:,} shards were done before")
     for what, count in manifest.rewritten.items():
         print(f"{count:,} images: {what}, pixels unchanged")
-    reencoded = [Omission(change.key, change.reason) for change in report.changes if change.flags & FLAG_REENCODED]
-    _print_omissions("encoded anew as JPEG (quality 95, 4:4:4)", reencoded, all_in=CHANGES_NAME)
+    reencoded = [change for change in report.changes if change.flags & FLAG_REENCODED]
+    _print_images("encoded anew as JPEG (quality 95, 4:4:4)", reencoded, all_in=CHANGES_NAME)
     if report.progressive:
         print(
             f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "
@@ -251,19 +243,19 @@ def _print_pack(report: PackReport, manifest: Manifest) -> None:
             "NOTE: a colour channel has the same value in every pixel that was counted (std 0): there is nothing to "
             "learn from it, and training divides it by 1"
         )
-    _print_omissions("LEFT OUT", manifest.skipped)
+    _print_images("LEFT OUT", manifest.skipped)
 
 
-def _print_omissions(what: str, omissions: Sequence[Omission], *, all_in: str | None = None) -> None:
+def _print_images(what: str, images: Sequence[Change | Omission], *, all_in: str | None = None) -> None:
     """Print how many images were changed or left out, and which: the first few, if the file ``all_in`` has all."""
-    if not omissions:
+    if not images:
         return
-    listed = omissions if all_in is None else omissions[:_LISTED]
-    print(f"{len(omissions):,} images {what}:")
-    for omission in listed:
-        print(f"  {omission.key}: {omission.reason}")
-    if len(listed) < len(omissions):
-        print(f"  ... and {len(omissions) - len(listed):,} more, all of them in {all_in}")
+    listed = images if all_in is None else images[:_LISTED]
+    print(f"{len(images):,} images {what}:")
+    for image in listed:
+        print(f"  {image.key}: {image.reason}")
+    if len(listed) < len(images):
+        print(f"  ... and {len(images) - len(listed):,} more, all of them in {all_in}")
 
 
 def _bytes_text(count: int) -> str:

@@ -70,7 +70,8 @@ class SourceKind:
     """One kind of source: how it is opened and what it needs."""
 
     help: str
-    open: Callable[[SourceConfig], Source]
+    open: Callable[[SourceConfig, Listing | None], Source]
+    """Opens the source, from a list of its files that was made before if it has such a list."""
     root_help: str = ""
     needs_root: bool = False
     has_splits: bool = True
@@ -79,8 +80,6 @@ class SourceKind:
     """May have any split."""
     extra: tuple[str, ...] = ()
     """Other fields of :class:`SourceConfig` that apply."""
-    relist: Callable[[SourceConfig, Listing], Source] | None = None
-    """Opens a source of files from a list that was made before; None for data sets that must be read anyway."""
 
 
 def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
@@ -92,34 +91,33 @@ def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
     Raises:
         StoreError: files are missing or are not what their kind says, or a class is none of theirs.
     """
-    kind = SOURCES[config.kind]
-    whole = kind.open(config) if listing is None or kind.relist is None else kind.relist(config, listing)
+    whole = SOURCES[config.kind].open(config, listing)
     return whole if config.classes is None else OfClasses(whole, tuple(config.classes))
 
 
-def _root(config: SourceConfig) -> Path:
-    assert config.root is not None, "SourceConfig checks this"
-    return Path(config.root)
+def _tar(config: SourceConfig, listing: Listing | None) -> Source:
+    root = Path(config.root or "")
+    return TarSource("tar", root, listing or list_tars(root, Path(config.labels) if config.labels else None), {})
 
 
-def _split(config: SourceConfig) -> str:
-    assert config.split is not None, "SourceConfig checks this"
-    return config.split
+def _webdataset(config: SourceConfig, listing: Listing | None) -> Source:
+    root, field = Path(config.root or ""), config.label_field
+    return TarSource("webdataset", root, listing or list_webdataset(root, field), {"label_field": field})
 
 
-def _tar(config: SourceConfig, listing: Listing) -> Source:
-    return TarSource("tar", _root(config), listing, {})
+def _idx(config: SourceConfig, _: Listing | None) -> Source:
+    default, classes = (DEBIAN_FASHION_MNIST, FASHION_CLASSES) if config.kind == "fashion_mnist" else ("", None)
+    return idx(Path(config.root or default), split=config.split or "", kind=config.kind, classes=classes)
 
 
-def _webdataset(config: SourceConfig, listing: Listing) -> Source:
-    return TarSource("webdataset", _root(config), listing, {"label_field": config.label_field})
+def _cifar(config: SourceConfig, _: Listing | None) -> Source:
+    return cifar(Path(config.root or ""), kind=config.kind, split=config.split or "")
 
 
 SOURCES: dict[str, SourceKind] = {
     "folder": SourceKind(
         help="one folder of image files per class (ImageNet as it is usually unpacked)",
-        open=lambda config: ImageFolder(_root(config)),
-        relist=lambda config, listing: ImageFolder(_root(config), listing),
+        open=lambda config, listing: ImageFolder(Path(config.root or ""), listing),
         root_help="the folder with one folder per class",
         needs_root=True,
         has_splits=False,
@@ -127,8 +125,7 @@ SOURCES: dict[str, SourceKind] = {
     "tar": SourceKind(
         help="tar archives, read without unpacking: ImageNet's archive of class archives, class archives beside each "
         "other, or archives of class folders",
-        open=lambda config: _tar(config, list_tars(_root(config), Path(config.labels) if config.labels else None)),
-        relist=_tar,
+        open=_tar,
         root_help="the archive, or the folder with *.tar",
         needs_root=True,
         has_splits=False,
@@ -136,8 +133,7 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "webdataset": SourceKind(
         help="WebDataset archives: NAME.jpg beside NAME.cls or NAME.json",
-        open=lambda config: _webdataset(config, list_webdataset(_root(config), config.label_field)),
-        relist=_webdataset,
+        open=_webdataset,
         root_help="the archive, or the folder with *.tar",
         needs_root=True,
         has_splits=False,
@@ -145,7 +141,7 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "dataset": SourceKind(
         help=f"a data set class, such as those of {DEFAULT_MODULE}, on files that are there (nothing is downloaded)",
-        open=lambda config: dataset(config.dataset or "", _root(config), config.split),
+        open=lambda config, _: dataset(config.dataset or "", Path(config.root or ""), config.split),
         root_help="the folder that the class is given",
         needs_root=True,
         has_splits=False,
@@ -154,36 +150,30 @@ SOURCES: dict[str, SourceKind] = {
     ),
     "cifar10": SourceKind(
         help="CIFAR10 as torchvision unpacks it",
-        open=lambda config: cifar(_root(config), kind="cifar10", split=_split(config)),
+        open=_cifar,
         root_help="the folder with cifar-10-batches-py",
         needs_root=True,
     ),
     "cifar100": SourceKind(
         help="CIFAR100 as torchvision unpacks it, fine labels",
-        open=lambda config: cifar(_root(config), kind="cifar100", split=_split(config)),
+        open=_cifar,
         root_help="the folder with cifar-100-python",
         needs_root=True,
     ),
     "idx": SourceKind(
         help="idx files of the MNIST family, gzipped or not; classes are named by number",
-        open=lambda config: idx(_root(config), split=_split(config)),
+        open=_idx,
         root_help="the folder with train-images-idx3-ubyte[.gz]",
         needs_root=True,
     ),
     "fashion_mnist": SourceKind(
         help="Fashion-MNIST's idx files, with its class names",
-        open=lambda config: idx(
-            Path(config.root or DEBIAN_FASHION_MNIST),
-            split=_split(config),
-            kind="fashion_mnist",
-            classes=FASHION_CLASSES,
-        ),
+        open=_idx,
         root_help=f"default: Debian's package dataset-fashion-mnist, {DEBIAN_FASHION_MNIST}",
     ),
     "digits": SourceKind(
         help="scikit-learn's handwritten digits, which need no download",
-        open=lambda config: digits(split=_split(config), size=config.size),
+        open=lambda config, _: digits(split=config.split or "", size=config.size),
         extra=("size",),
     ),
 }
-"""Kind → how to open it."""

@@ -12,11 +12,7 @@ from paws_hpc.store.format import StoreError
 
 
 class OfClasses:
-    """The images of some classes of a source, under the keys that they have there; see :class:`Source`.
-
-    Attributes:
-        listing: of the whole source, if it has files to list: another task of the work opens it from this.
-    """
+    """The images of some classes of a source, under the keys that they have there; see :class:`Source`."""
 
     def __init__(self, whole: Source, classes: tuple[str, ...]) -> None:
         """Take the images of ``classes``, in the order that labels are to have.
@@ -41,6 +37,7 @@ class OfClasses:
         self.keys = [whole.keys[position] for position in self._members.tolist()]
         self.labels = new_labels[whole.labels[self._members]]
         self.sizes, self.stamps = whole.sizes[self._members], whole.stamps[self._members]
+        # Another task of the work opens the whole source from its listing, if it has one.
         self.listing: Listing | None = getattr(whole, "listing", None)
 
     def select(self, indices: NDArray[np.int64]) -> Images:
