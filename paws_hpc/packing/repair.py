@@ -16,10 +16,10 @@ from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.index import Keys, StoreIndex, make_index
+from paws_hpc.store.index import Keys, StoreIndex, make_index, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
-from paws_hpc.store.verify import Level, sound_index, verify
+from paws_hpc.store.verify import Level, verify
 from paws_hpc.store.workers import usable_cores
 
 
@@ -63,7 +63,7 @@ def repair(
     manifest = read_manifest(folder)
     faults, _ = verify(folder, level=level, workers=workers, show_progress=show_progress)
     report = RepairReport(faults)
-    index = sound_index(folder, manifest)
+    index = read_cached_index(folder, manifest, check=True)
     damaged = {fault.shard for fault in faults if fault.shard is not None}
     numbers = [number for number, entry in enumerate(manifest.shards) if entry.name in damaged]
     if numbers:

@@ -252,10 +252,15 @@ def make_index(folder: Path, manifest: Manifest, *, in_memory: bool = False) -> 
     return index
 
 
-def read_cached_index(folder: Path, manifest: Manifest) -> StoreIndex | None:
-    """Open ``index.bin``; None when it is absent, unreadable, damaged or not the manifest's."""
+def read_cached_index(folder: Path, manifest: Manifest, *, check: bool = False) -> StoreIndex | None:
+    """Open ``index.bin``; None when it is absent, unreadable, not the manifest's or, as far as it is read, damaged.
+
+    ``check`` reads all of it, whatever its size.
+    """
     try:
         index = StoreIndex.open(folder / INDEX_NAME)
+        if check:
+            index.check()
     except (OSError, StoreError):
         return None
     return index if index.hash == manifest.index_hash and len(index) == manifest.count else None

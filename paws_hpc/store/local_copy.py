@@ -61,8 +61,8 @@ class CopyReport:
     seconds: float
 
 
-def _never() -> bool:
-    return False
+Stop = Callable[[], bool]
+"""Whether to end early."""
 
 
 def copy_store(
@@ -71,19 +71,12 @@ def copy_store(
     *,
     workers: int = DEFAULT_WORKERS,
     show_progress: bool = False,
-    stop: Callable[[], bool] = _never,
+    stop: Stop = lambda: False,
 ) -> CopyReport:
     """Copy a store to a folder on the node's own disk; waits while another process of the node copies.
 
     Copies of other stores in ``folder`` are removed, the least recently used first, if their room is needed and no
-    process uses them.
-
-    Args:
-        store: the store.
-        folder: on the local disk; may hold the copies of several stores.
-        workers: shards that are copied at a time.
-        show_progress: report progress on standard error.
-        stop: whether to end early.
+    process uses them. ``workers`` shards are copied at a time.
 
     Raises:
         StoreError: the store is damaged, there is not enough room, or ``folder`` cannot be used.
@@ -96,7 +89,7 @@ def copy_store(
         return _copy(store, folder, workers=workers, show_progress=show_progress, stop=stop)
 
 
-def open_copy(store: Path, folder: Path, *, stop: Callable[[], bool] = _never) -> ImageStore:
+def open_copy(store: Path, folder: Path, *, stop: Stop = lambda: False) -> ImageStore:
     """Copy a store as :func:`copy_store` does, and open the copy, which is not evicted as long as it is open."""
     with _leading(folder, stop):
         report = _copy(store, folder, workers=DEFAULT_WORKERS, show_progress=False, stop=stop)
@@ -106,7 +99,7 @@ def open_copy(store: Path, folder: Path, *, stop: Callable[[], bool] = _never) -
 
 
 @contextmanager
-def _leading(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
+def _leading(folder: Path, stop: Stop) -> Iterator[None]:
     """Hold the lock of the one process of the node that copies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +119,7 @@ def _leading(folder: Path, stop: Callable[[], bool]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop: Callable[[], bool]) -> CopyReport:
+def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop: Stop) -> CopyReport:
     """Make or complete a copy; the caller holds the lock."""
     started, manifest = time.monotonic(), read_manifest(store)
     path = folder / manifest.checksum[:32]
@@ -187,19 +180,13 @@ def _evict(copy: Path) -> bool:
 
 
 def _copy_shards(
-    store: Path,
-    path: Path,
-    entries: Sequence[ShardEntry],
-    *,
-    workers: int,
-    show_progress: bool,
-    stop: Callable[[], bool],
+    store: Path, path: Path, entries: Sequence[ShardEntry], *, workers: int, show_progress: bool, stop: Stop
 ) -> None:
     """Copy shards side by side; the first error ends it."""
     failed, total = threading.Event(), sum(entry.count for entry in entries)
 
     def copy(entry: ShardEntry) -> int:
-        _copy_shard(store / entry.name, path / entry.name, entry, lambda: failed.is_set() or stop())
+        _copy_shard(store / entry.name, path / entry.name, entry.file_hash, lambda: failed.is_set() or stop())
         return entry.count
 
     with ThreadPoolExecutor(workers) as pool, progress(f"copying {store.name}", total, show=show_progress) as advance:
@@ -213,24 +200,24 @@ def _copy_shards(
             raise
 
 
-def _copy_shard(source: Path, target: Path, entry: ShardEntry, stop: Callable[[], bool]) -> None:
+def _copy_shard(source: Path, target: Path, file_hash: str, stop: Stop) -> None:
     """Copy one shard, comparing it with the manifest's hash on the way."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_COPY_BYTES))
-    try:
-        file = open(source, "rb", buffering=0)  # noqa: SIM115 - closed below; errors of the two files differ
-    except OSError as error:
-        raise StoreError(f"{source} cannot be opened: {error.strerror}. {REMEDY}") from error
-    with file, atomic_write(target) as copy:
-        while True:
-            try:
-                read = os.readv(file.fileno(), [buffer])
-            except OSError as error:
-                raise StoreError(f"{source} cannot be read: {error.strerror}. {REMEDY}") from error
+    digest = xxhash.xxh3_128()
+    with atomic_write(target) as copy:
+        for block in _blocks(source):
             if stop():
                 raise CopyStoppedError
-            if not read:
-                break
-            digest.update(buffer[:read])
-            copy.write(buffer[:read])
-        if digest.hexdigest() != entry.file_hash:
+            digest.update(block)
+            copy.write(block)
+        if digest.hexdigest() != file_hash:
             raise StoreError(f"{source} is not the file that was packed: its hash differs. {REMEDY}")
+
+
+def _blocks(source: Path) -> Iterator[bytes]:
+    """The content of a shard; a StoreError if it cannot be read."""
+    try:
+        with open(source, "rb", buffering=0) as file:
+            while block := file.read(_COPY_BYTES):
+                yield block
+    except OSError as error:
+        raise StoreError(f"{source} cannot be read: {error.strerror}. {REMEDY}") from error

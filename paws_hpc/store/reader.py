@@ -16,6 +16,7 @@ import resource
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -87,10 +88,7 @@ class ImageStore:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.path, self.check)
-
-    def __repr__(self) -> str:
-        return f"ImageStore({str(self.path)!r}, {len(self):,} images, {len(self.classes)} classes, {self.encoding})"
+        return partial(ImageStore.open, check=self.check), (self.path,)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -99,16 +97,6 @@ class ImageStore:
     def labels(self) -> NDArray[np.int64]:
         """(N,) int64, positions in :attr:`classes`; read-only, a view of the mapped index."""
         return self._index.labels
-
-    @property
-    def widths(self) -> NDArray[np.int64]:
-        """(N,) int64, pixels, a new array; :meth:`sizes` gives those of some records."""
-        return self._index["width"].astype(np.int64)
-
-    @property
-    def heights(self) -> NDArray[np.int64]:
-        """(N,) int64, pixels, a new array; :meth:`sizes` gives those of some records."""
-        return self._index["height"].astype(np.int64)
 
     @property
     def flags(self) -> NDArray[np.int64]:
@@ -178,10 +166,6 @@ class ImageStore:
         rows = self._index.rows(self._positions(indices))
         return rows["height"].astype(np.int64), rows["width"].astype(np.int64)
 
-    def read(self, indices: ArrayLike) -> list[bytes] | NDArray[np.uint8]:
-        """Read n records as stored: :meth:`read_encoded` of a JPEG store, :meth:`read_raw` of a raw one."""
-        return self.read_encoded(indices) if self.encoding == "jpeg" else self.read_raw(indices)
-
     def images(self, indices: ArrayLike) -> list[NDArray[np.uint8]]:
         """Read and decode n images, each (H, W, 3) uint8 RGB; grey pixels are repeated to three channels.
 
@@ -208,10 +192,9 @@ class ImageStore:
         return [record.tobytes() for record in self.each(indices)]
 
     def each(self, indices: ArrayLike) -> Iterator[NDArray[np.uint8]]:
-        """Yield n records as stored, each (bytes,) in a buffer of this thread's; errors as in :meth:`images`.
+        """Yield n records as stored, each (bytes,) in a buffer that this thread's next read from the store overwrites.
 
-        Whatever the thread reads next from the store overwrites the buffer. Twice as fast as :meth:`read` where every
-        record is used up at once: new memory costs as much as reading.
+        Twice as fast as :meth:`read_encoded`: new memory costs as much as reading. Errors as in :meth:`images`.
         """
         positions = self._positions(indices)
         yield from self._each(positions, self._index.rows(positions))
@@ -241,33 +224,18 @@ class ImageStore:
 
     def _extents(self, positions: NDArray[np.int64], rows: NDArray[np.void]) -> list[Extent]:
         """The extents of n records."""
-        # Column by column: ten times as fast as the rows of a structured array one by one. Reading leaves little in
-        # the processor's caches, so the fewer and smaller calls win, as bisect does over searchsorted.
+        # Column by column: ten times as fast as the rows of a structured array one by one.
         shards = [bisect_right(self._ends, position) for position in positions.tolist()]
         offsets, lengths = rows["offset"].tolist(), rows["length"].tolist()
         sums = rows["crc32c"].tolist() if self.check else [None] * len(rows)
         return list(zip(shards, offsets, lengths, sums, strict=True))
 
     def _each(self, positions: NDArray[np.int64], rows: NDArray[np.void]) -> Iterator[NDArray[np.uint8]]:
-        """Yield n records in this thread's buffer.
-
-        Every call per record counts: reading 110 KB out of the page cache takes 20 µs, and evicts the interpreter from
-        the processor's inner caches. So all but the usual case is left to :meth:`_read_into`.
-        """
-        extents, buffer = self._extents(positions, rows), self._buffer(max(rows["length"].tolist(), default=0))
-        preadv, checksum = os.preadv, google_crc32c.value
-        for number, extent in enumerate(extents):
-            shard, offset, length, crc32c = extent
-            record, files = buffer[:length], self._files
-            if files is not None and (start := (file := files[shard]).data_offset) is not None:
-                try:  # ``file`` keeps the descriptor open
-                    read = preadv(file.descriptor, [record], start + offset)  # type: ignore[list-item, arg-type]
-                except OSError:
-                    read = 0
-                if read == length and (crc32c is None or checksum(record) == crc32c):
-                    yield record
-                    continue
-            self._read_into(int(positions[number]), extent, record)
+        """Yield n records in this thread's buffer."""
+        buffer = self._buffer(max(rows["length"].tolist(), default=0))
+        for position, extent in zip(positions.tolist(), self._extents(positions, rows), strict=True):
+            record = buffer[: extent[2]]
+            self._read_into(position, extent, record)
             yield record
 
     def _buffer(self, length: int) -> NDArray[np.uint8]:
@@ -347,8 +315,3 @@ def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     for channel in range(3):  # half the time of np.repeat along the short axis
         repeated[..., channel] = pixels[..., 0]
     return repeated
-
-
-def _reopen(path: Path, check: bool) -> ImageStore:
-    """Unpickle by opening the store in this process."""
-    return ImageStore.open(path, check=check)

@@ -22,7 +22,7 @@ from paws_hpc.store.format import (
     StoreError,
     read_manifest,
 )
-from paws_hpc.store.index import StoreIndex, dataset_digest, join_indexes, read_cached_index
+from paws_hpc.store.index import dataset_digest, join_indexes, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores
@@ -57,7 +57,7 @@ def verify(
     if len(whole) == len(indexes):
         faults += _check_join(manifest, whole)
     # Its absence is no fault.
-    if (folder / INDEX_NAME).exists() and sound_index(folder, manifest, read_all=level != "quick") is None:
+    if (folder / INDEX_NAME).exists() and read_cached_index(folder, manifest, check=level != "quick") is None:
         faults.append(Fault(None, None, f"has a damaged {INDEX_NAME}; remove it, it is made anew from the shards"))
     if level == "quick":
         return faults, 0
@@ -131,17 +131,6 @@ def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault
     ):
         if found != wanted:
             yield Fault(None, None, f"has {name} {wanted} in its manifest, its shards give {found}")
-
-
-def sound_index(folder: Path, manifest: Manifest, *, read_all: bool = True) -> StoreIndex | None:
-    """The store's ``index.bin``; None if it is missing or damaged, which only ``read_all`` finds out for certain."""
-    index = read_cached_index(folder, manifest)
-    try:
-        if index is not None and read_all:
-            index.check()
-    except StoreError:
-        return None
-    return index
 
 
 def _check_records(

@@ -144,7 +144,7 @@ def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path:
     repeat_store(tmp_path / "store", tmp_path / "large", 1000)
     store, large = ImageStore.open(tmp_path / "store"), ImageStore.open(tmp_path / "large")
     assert len(large) == 1000
-    assert large.read([7, 47, 967]) == store.read([7, 7, 7])
+    assert large.read_encoded([7, 47, 967]) == store.read_encoded([7, 7, 7])
     by_processes = partial(crops_by_processes, str(tmp_path / "store"), processes=2)
     assert run_once(by_processes).done == 0, "of less than a batch"
 

@@ -139,7 +139,8 @@ def test_without_room_the_store_is_read_and_that_is_said(
 def test_a_folder_is_not_filled_beyond_half_of_what_is_free(
     store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size = int((store.heights * store.widths).sum()) * 3
+    heights, widths = store.sizes(range(COUNT))
+    size = int((heights * widths).sum()) * 3
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("paws_hpc.data.images.shutil.disk_usage", lambda _: usage._replace(free=size))
     assert type(cached_images(store, np.arange(COUNT), folders=[tmp_path])) is StoreImages

@@ -59,8 +59,9 @@ def test_a_folder_of_jpegs_comes_back_byte_for_byte(folder: Path, tmp_path: Path
         assert payload == standard_jpeg((folder / key).read_bytes()).payload
         assert payload == (folder / key).read_bytes()
         assert store.classes[label] == key.split("/")[0]
+    heights, widths = store.sizes(range(24))
     for image, payload, width, height in zip(
-        store.images(range(24)), store.read_encoded(range(24)), store.widths, store.heights, strict=True
+        store.images(range(24)), store.read_encoded(range(24)), widths, heights, strict=True
     ):
         with Image.open(io.BytesIO(payload)) as opened:
             assert opened.size == (width, height)

@@ -166,7 +166,7 @@ def test_a_run_that_goes_on_at_other_numbers_of_ranks_sees_the_same_batches(
 
 def whole_images(store: ImageStore, records: Sequence[int], size: int) -> Tensor:
     """(n, 1, size, size): each image as a crop that covers all of it."""
-    pictures = [Image.fromarray(pixels[:, :, 0]) for pixels in store.read(records)]
+    pictures = [Image.fromarray(pixels[:, :, 0]) for pixels in store.read_raw(records)]
     resized = [np.array(picture.resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
     return torch.from_numpy(np.stack(resized))[:, None]
 
@@ -359,7 +359,7 @@ def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
 def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     """The fourth small crop of every image of a batch is what PIL cuts from the decoded file, within one level."""
     store = ImageStore.open(photographs)
-    assert len({(int(h), int(w)) for h, w in zip(store.heights, store.widths, strict=True)}) > 30
+    assert len({(int(h), int(w)) for h, w in zip(*store.sizes(range(len(store))), strict=True)}) > 30
     several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
     batch = several.batch(0)
     assert batch.micro_batches[0].large.images.shape == (2 * N, 3, 16, 16)
@@ -371,7 +371,7 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     for row, box, record in zip(
         batch.micro_batches[0].small.images[3 * N :], boxes.tolist(), batch.records, strict=True
     ):
-        encoded = Image.open(io.BytesIO(store.read([record])[0]))
+        encoded = Image.open(io.BytesIO(store.read_encoded([record])[0]))
         assert (row.int() - pil_crop(np.array(encoded), box, 8).int()).abs().max() <= 1
 
 
