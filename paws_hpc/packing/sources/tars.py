@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -85,8 +85,8 @@ def archive_path(root: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An image in an archive before its class is known: ``path`` as in a folder, ``file`` and place in it."""
+class _Image:
+    """An image in an archive: ``path`` as in a folder source, the archive's number, and its place in it."""
 
     path: str
     file: int
@@ -94,27 +94,29 @@ class _Found:
     size: int
 
 
-def list_tars(root: Path, labels: Path | None) -> Listing:
+def list_tars(root: Path) -> Listing:
     """List the images of an archive, or of all ``*.tar`` below a folder.
 
     An archive of archives, such as ImageNet's training set, is read two levels deep: ``n01440764.tar`` in it, or
     beside others in the folder, is the class ``n01440764``. In any other archive the class is the first folder, below
-    folders that all images share; or what the file ``labels`` says: lines of image name, comma or blank, class name.
-    Keys are the paths that the images would have in a folder source: ``n01440764/n01440764_10026.JPEG``.
+    folders that all images share. Keys are the paths that the images would have in a folder source:
+    ``n01440764/n01440764_10026.JPEG``.
 
     Raises:
         StoreError: an archive is damaged or hostile, or an image has no class.
     """
     names = _archives(root)
-    found = [image for number, name in enumerate(names) for image in _images(archive_path(root, name), number)]
-    if not found:
+    images = []
+    for number, name in enumerate(names):
+        for path, member in _members(archive_path(root, name)):
+            file = PurePosixPath(path)
+            if file.suffix.lower() in IMAGE_EXTENSIONS and not file.name.startswith("."):
+                images.append(_Image(path, number, member.offset, member.size))
+    if not images:
         raise StoreError(f"{root} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
-    if labels is not None:
-        class_of = list(map(_classes_from(labels), found))
-    else:
-        found = _in_class_folders(root, names, found)
-        class_of = [image.path.split("/")[0] for image in found]
-    return _listing(root, names, found, class_of, tuple(sorted(set(class_of))))
+    images = _in_class_folders(root, names, images)
+    class_of = [image.path.split("/")[0] for image in images]
+    return _listing(root, names, images, class_of, tuple(sorted(set(class_of))))
 
 
 def _archives(root: Path) -> tuple[str, ...]:
@@ -129,95 +131,57 @@ def _archives(root: Path) -> tuple[str, ...]:
 
 def _members(path: Path) -> Iterator[tuple[str, Member]]:
     """Files of an archive and of the archives in it, each with the path of a folder source."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for member in tar_members(descriptor, str(path)):
+    with open(path, "rb") as file:
+        for member in tar_members(file.fileno(), str(path)):
             name = str(PurePosixPath(member.name))
             if name.endswith(".tar"):
                 end, inner = member.offset + member.size, f"{path}: {name}"
-                for part in tar_members(descriptor, inner, begin=member.offset, end=end):
+                for part in tar_members(file.fileno(), inner, begin=member.offset, end=end):
                     if part.name.endswith(".tar"):
                         raise StoreError(f"{inner} holds the archive {part.name!r}: archives are read two levels deep.")
                     yield f"{name.removesuffix('.tar')}/{PurePosixPath(part.name)}", part
             else:
                 yield name, member
-    finally:
-        os.close(descriptor)
 
 
-def _images(archive: Path, number: int) -> Iterator[_Found]:
-    for name, member in _members(archive):
-        path = PurePosixPath(name)
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith("."):
-            yield _Found(name, number, member.offset, member.size)
-
-
-def _in_class_folders(root: Path, names: tuple[str, ...], found: list[_Found]) -> list[_Found]:
+def _in_class_folders(root: Path, names: tuple[str, ...], images: list[_Image]) -> list[_Image]:
     """Give each image a path that begins with its class."""
-    loose = [image for image in found if "/" not in image.path]
-    if not loose:
-        return _below_common_folder(found)
-    if root.is_dir() and len(loose) == len(found):  # an archive for each class, beside each other
-        return [replace(image, path=f"{PurePosixPath(names[image.file]).stem}/{image.path}") for image in found]
-    archive = archive_path(root, names[loose[0].file])
+    loose = [image for image in images if "/" not in image.path]
+    if not loose:  # take away leading folders that all images share, as long as a class folder is left
+        parts = [image.path.split("/") for image in images]
+        fewest, shared = min(map(len, parts)), 0
+        while fewest > shared + 2 and len({part[shared] for part in parts}) == 1:
+            shared += 1
+        return [replace(image, path="/".join(part[shared:])) for part, image in zip(parts, images, strict=True)]
+    if root.is_dir() and len(loose) == len(images):  # an archive for each class, beside each other
+        return [replace(image, path=f"{PurePosixPath(names[image.file]).stem}/{image.path}") for image in images]
     raise StoreError(
-        f"{archive}: image {loose[0].path!r} is in no class folder, so its class is not known. "
-        "Give --labels FILE with a line '<image>,<class>' for each image, or archives of class folders."
+        f"{archive_path(root, names[loose[0].file])}: image {loose[0].path!r} is in no class folder, so its class is "
+        "not known. Give archives of class folders, or one archive per class."
     )
 
 
-def _below_common_folder(found: list[_Found]) -> list[_Found]:
-    """Take away leading folders that all images share, as long as a class folder is left."""
-    parts = [image.path.split("/") for image in found]
-    fewest, shared = min(map(len, parts)), 0
-    while fewest > shared + 2 and len({part[shared] for part in parts}) == 1:
-        shared += 1
-    return [replace(image, path="/".join(part[shared:])) for part, image in zip(parts, found, strict=True)]
-
-
-def _classes_from(labels: Path) -> Callable[[_Found], str]:
-    """Read "<image>,<class>" lines; the result maps an image to its class."""
-    try:
-        lines = [line.replace(",", " ").split() for line in labels.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{labels} cannot be read: {error}. It needs lines of '<image>,<class>'.") from error
-    class_of: dict[str, str] = {}
-    for number, words in enumerate(lines, start=1):
-        if words and (len(words) < 2 or class_of.setdefault(words[0], words[1]) != words[1]):
-            raise StoreError(f"{labels}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
-
-    def of_image(image: _Found) -> str:
-        path = PurePosixPath(image.path)
-        for name in (image.path, path.name, path.stem):
-            if name in class_of:
-                return class_of[name]
-        raise StoreError(f"{labels} has no line for image {image.path!r}.")
-
-    return of_image
-
-
 def _listing(
-    root: Path, names: tuple[str, ...], found: list[_Found], class_of: list[str], classes: tuple[str, ...]
+    root: Path, names: tuple[str, ...], images: list[_Image], class_of: list[str], classes: tuple[str, ...]
 ) -> Listing:
-    """Put what was found into columns, sorted by key as a folder would be."""
-    order = sorted(range(len(found)), key=lambda place: (class_of[place], found[place].path))
-    position = {name: label for label, name in enumerate(classes)}
-    for before, place in pairwise(order):
-        first, second = found[before], found[place]
+    """Put the images into columns, sorted by key as a folder would be."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    order = sorted(zip(class_of, images, strict=True), key=lambda entry: (entry[0], entry[1].path))
+    for (_, first), (_, second) in pairwise(order):
         if first.path == second.path:
             where = " and ".join(dict.fromkeys((names[first.file], names[second.file])))
             raise StoreError(f"image {first.path!r} occurs twice in {where}: names must be distinct. Remove one.")
-    files = np.array([found[place].file for place in order], dtype=np.int64)
-    stamps = [archive_path(root, name).stat().st_mtime_ns for name in names]
+    stamps = np.array([archive_path(root, name).stat().st_mtime_ns for name in names], dtype=np.int64)
+    files, sizes, offsets = np.array([(image.file, image.size, image.offset) for _, image in order], dtype=np.int64).T
     return Listing(
         classes=classes,
-        keys=[found[place].path for place in order],
-        labels=np.array([position[class_of[place]] for place in order], dtype=np.int64),
-        sizes=np.array([found[place].size for place in order], dtype=np.int64),
-        stamps=np.array(stamps, dtype=np.int64)[files],
+        keys=[image.path for _, image in order],
+        labels=np.array([label_of[name] for name, _ in order], dtype=np.int64),
+        sizes=sizes,
+        stamps=stamps[files],
         files=names,
         file_of=files,
-        offsets=np.array([found[place].offset for place in order], dtype=np.int64),
+        offsets=offsets,
     )
 
 
@@ -231,23 +195,20 @@ def list_webdataset(root: Path, label_field: str) -> Listing:
         StoreError: an archive is damaged or hostile, or a sample has no image, two images, or no label.
     """
     names = _archives(root)
-    found: list[_Found] = []
+    found: list[_Image] = []
     labels: list[int | str] = []
     for number, name in enumerate(names):
         path = archive_path(root, name)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for sample, parts in _samples(descriptor, path).items():
+        with open(path, "rb") as file:
+            for sample, parts in _samples(file.fileno(), path).items():
                 images = [part for name, part in parts.items() if f".{name.rpartition('.')[2]}" in IMAGE_EXTENSIONS]
                 if len(images) != 1:
                     raise StoreError(
                         f"{path}: sample {sample!r} has {len(images)} images ({', '.join(parts)}), it needs one."
                     )
                 image = images[0]
-                found.append(_Found(str(PurePosixPath(image.name)), number, image.offset, image.size))
-                labels.append(_label(descriptor, parts, label_field, sample, path))
-        finally:
-            os.close(descriptor)
+                found.append(_Image(str(PurePosixPath(image.name)), number, image.offset, image.size))
+                labels.append(_label(file.fileno(), parts, label_field, sample, path))
     if not found:
         raise StoreError(f"{root} has no samples.")
     numbers = [label for label in labels if isinstance(label, int)]
