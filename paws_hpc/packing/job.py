@@ -1,17 +1,9 @@
 """A pack that is not finished: what belongs to it, which shards are done, and how it becomes a store.
 
-Everything lies in ``.packing`` inside the store's folder, so that a former store stays as it is until the new one is
-whole:
-
-    pack.json             which source and options it belongs to
-    listing.bin           the source's files, so that other tasks of the work need not list them again
-    shard-00042.h5        a finished shard
-    shard-00042.json      its result, written after it
-    complete.json         all shards are done and move into their places: it can be finished, not undone
-
-Any number of processes on any nodes may work in it at once. They write equal files, each by a rename, none takes away
-what another put in place, and every step of the end can be repeated, so none needs a lock. While ``complete.json`` is
-there no reader opens the store, whose folder may hold shards of two; the last step renames ``.packing`` away, at once.
+Everything lies in ``.packing`` inside the store's folder (shards/FORMAT.md), so that a former store stays as it is until
+the new one is whole. Any number of processes on any nodes may work in it at once: they write equal files, each by a
+rename, none takes away what another put in place, and every step of the end can be repeated, so none needs a lock.
+While ``complete.json`` is there no reader opens the store, whose folder may hold shards of two.
 """
 
 from __future__ import annotations

@@ -27,25 +27,20 @@ class TooManyScansError(ValueError):
 
 @dataclass(frozen=True)
 class JpegParts:
-    """A JPEG file taken apart.
-
-    Attributes:
-        essential: the file without metadata, previews and whatever follows the image; its pixels are the same.
-        progressive: whether its frame is progressive.
-        orientation: the orientation tag 1 to 8, 1 where there is none.
-    """
+    """A JPEG file taken apart."""
 
     essential: bytes
+    """The file without metadata, previews and whatever follows the image; its pixels are the same."""
     progressive: bool
     orientation: int
+    """The orientation tag 1 to 8; 1 where there is none."""
 
 
 def take_apart(content: bytes) -> JpegParts:
     """Walk the segments of a JPEG file up to the end of its image.
 
     What decoders need stays: tables, frame and scans, JFIF (without a thumbnail) and Adobe's segment, which say how
-    colours are coded. All other application segments and comments go. Colour profiles are among them: the trainers'
-    decoders do not apply them, so pixels are the same without.
+    colours are coded. All other application segments and comments go, colour profiles too, which no trainer applies.
 
     Raises:
         TooManyScansError: no decoder should be given this file.

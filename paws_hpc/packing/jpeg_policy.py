@@ -61,10 +61,10 @@ def transcoder() -> str | None:
 
 @dataclass
 class StandardImage:
-    """One image ready for a JPEG store."""
+    """One image ready to be stored."""
 
     payload: bytes
-    """The JPEG file."""
+    """The JPEG file, or raw pixels."""
     height: int
     width: int
     pixels: NDArray[np.uint8] | None
@@ -91,17 +91,7 @@ class JpegPolicy:
 
 
 def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> StandardImage:
-    """Turn the bytes of an image file into a three-component JPEG of 8 bits.
-
-    - A colour JPEG keeps its coefficients. Metadata, previews and bytes after the image are taken out. With turbojpeg
-      installed, a progressive one is written as baseline; without, it stays progressive.
-    - An image whose Exif orientation is not upright is turned as viewers show it: without loss if turbojpeg is
-      installed and the sides are whole blocks, else by encoding it anew.
-    - Whatever else PIL reads (PNG, GIF, WebP, BMP or TIFF by any name, grey or CMYK JPEG, JPEG data that decodes only
-      with a warning) is decoded as ``convert("RGB")`` does, transparency dropped, 16-bit PNG cut to 8 bits, of
-      animations the first frame, and encoded with quality 95 and 4:4:4.
-
-    Every image is decoded once, unless the caller says otherwise, so that none is packed that training could not read.
+    """Turn the bytes of an image file into a three-component JPEG of 8 bits, as the table of shards/FORMAT.md says.
 
     Raises:
         ValueError: the bytes are no readable image of 8 bits per channel, or it has absurdly many pixels.
@@ -133,10 +123,7 @@ def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> Standard
 def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int | None = None) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) uint8, RGB, upright, that training would see of an image file, had it been packed.
 
-    A JPEG store would encode a PNG file anew, at some loss; a raw one would not.
-
-    Raises:
-        ValueError: as of :func:`standard_jpeg`.
+    A JPEG store would encode a PNG file anew, at some loss; a raw one would not. Errors as in :func:`standard_jpeg`.
     """
     image = standard_jpeg(content, JpegPolicy(max_short_side))
     if encoding == "raw" and image.flags & FLAG_REENCODED:
@@ -205,11 +192,7 @@ def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage |
 
 
 def _transcoded(payload: bytes, operation: str) -> bytes:
-    """Write the coefficients as a baseline JPEG.
-
-    Raises:
-        ValueError: libjpeg-turbo refuses, such as a turn that would lose the pixels of a part block.
-    """
+    """Write the coefficients as a baseline JPEG; ValueError for a turn that would lose pixels at an edge."""
     try:
         result: bytes = turbojpeg.transform(
             payload, op=getattr(turbojpeg.OP, operation), perfect=True, optimize=True, copynone=True

@@ -31,11 +31,10 @@ _PID, _DONE, _CURRENT = 0, 1, 2
 def build_shards(
     tasks: Iterable[ShardTask], *, processes: int, threads: int, advance: Callable[[int], None]
 ) -> Iterator[ShardResult]:
-    """Build shards, giving each result when it is there, in any order.
+    """Build shards, yielding each result when it is there, in any order.
 
-    Tasks are taken one by one as workers become free, so that few are in memory. One process means this one.
-    ``threads`` are those of each worker. ``advance`` is called now and then with the number of images done since the
-    last call.
+    Tasks are taken one by one as workers, of so many ``threads`` each, become free. One process means this one.
+    ``advance`` is called now and then with the number of images done since the last call.
 
     Raises:
         RecordError, SourceChangedError, StoreError, OSError: as :func:`paws_hpc.packing.write.build_shard`, of the

@@ -1,7 +1,4 @@
-"""The index of a store: size, checksum and key of every record, in one file that is mapped into memory.
-
-``index.bin`` (shards/FORMAT.md) joins the indexes of all shards and can be made from them again. Keys are found without
-a list of them: records are sorted by a hash of their keys, so a key's hash says about where its record is.
+"""The index of a store, ``index.bin`` (shards/FORMAT.md): size, checksum and key of every record, mapped into memory.
 
 Legend: N records of the store, n records that are looked up.
 """

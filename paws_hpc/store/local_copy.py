@@ -1,14 +1,7 @@
 """Copies of stores on a node's own disk, which training reads instead of the shared file system.
 
-One folder may hold the copies of several stores:
-
-    .leader              lock: of the one process of the node that copies, whichever store
-    <id>/                a copy; <id> is the first 32 digits of its manifest's checksum
-    <id>/.users          lock: readers share it (ImageStore.open); evicting the copy takes it alone
-    <id>/shard-NNNNN.h5  appears when it is copied whole and its hash is the manifest's
-    <id>/manifest.json   written last: from then on the copy is a store by itself
-
-The locks are the system's (flock), which end with their process. A copy that was interrupted is continued.
+One folder may hold the copies of several stores; shards/FORMAT.md has its files. The locks are the system's (flock),
+which end with their process. A copy that was interrupted is continued.
 """
 
 from __future__ import annotations

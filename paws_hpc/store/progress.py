@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 _LINE_INTERVAL_S = 15.0
 
@@ -22,15 +22,8 @@ def progress(description: str, total: int, *, show: bool) -> Iterator[Advance]:
     if not show:
         yield lambda images: None
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
+        with Progress("{task.description}", *columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(description, total=total)
             yield lambda images: bar.advance(task, images)
     else:

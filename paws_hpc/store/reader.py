@@ -1,8 +1,6 @@
 """ImageStore: random access to packed images from any number of threads and forked processes.
 
-Records are read with ``preadv`` from files that are opened once. No h5py handle stays open: those must not cross a
-fork, and h5py reads under one lock.
-
+Records are read with ``preadv``: h5py handles must not cross a fork, and h5py reads under one lock.
 Legend: N records of the store, n records that are read.
 """
 
@@ -39,12 +37,7 @@ class ImageStore:
     """A packed image data set, read-only.
 
     Safe to share between threads, to inherit through a fork and to pickle (the other process opens it anew).
-
-    Attributes:
-        path: the store's folder.
-        manifest: of the store.
-        check: whether the CRC32C of every record is compared.
-        keys: the N keys in store order.
+    ``check`` is whether the CRC32C of every record is compared; ``keys`` are the N keys in store order.
     """
 
     def __init__(self, path: Path, manifest: Manifest, index: StoreIndex, *, check: bool, use: _Use | None) -> None:
@@ -61,9 +54,7 @@ class ImageStore:
     def open(cls, path: Path | str, *, check: bool = True) -> ImageStore:
         """Open a store, which takes the same time and memory whatever its number of records.
 
-        Args:
-            path: the folder with ``manifest.json``.
-            check: compare the CRC32C of every record that is read (about 25 µs per 110 KB).
+        ``check`` compares the CRC32C of every record that is read (about 25 µs per 110 KB).
 
         Raises:
             StoreError: the store is incomplete, or a shard is missing, truncated or damaged; the shard is named, and
@@ -186,7 +177,7 @@ class ImageStore:
         return images
 
     def read_encoded(self, indices: ArrayLike) -> list[bytes]:
-        """Read n encoded images of a JPEG store; errors as in :meth:`images`, ValueError also for a raw store."""
+        """Read n JPEG files; errors as in :meth:`images`, ValueError also for a raw store."""
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
         return [record.tobytes() for record in self.each(indices)]

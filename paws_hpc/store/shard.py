@@ -51,9 +51,8 @@ class ShardHeader:
 class ShardWriter:
     """Writes a shard as its records come, so that memory holds their index only.
 
-    h5py lays out the HDF5 file around the records without ever seeing the disk: it keeps what it writes in memory, and
-    that is put before and after them. So HDF5 never meets a full disk, which it takes badly: errors in destructors,
-    files left open. Shards of less than 4 MiB wait in memory, because their records begin at another place.
+    h5py lays out the HDF5 file in memory, and that is put before and after the records. So HDF5 never meets a full
+    disk, which it takes badly. Shards of less than 4 MiB wait in memory: their records begin at another place.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -63,11 +62,7 @@ class ShardWriter:
         self._size = 0
 
     def add(self, payload: bytes) -> None:
-        """Append a record.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Append a record; OSError if the file cannot be written."""
         self._size += len(payload)
         if self._waiting is None:
             self._file.write(payload)
@@ -79,11 +74,7 @@ class ShardWriter:
             self._waiting = None
 
     def finish(self, index: ShardIndex, header: ShardHeader) -> tuple[int, int]:
-        """Write all but the records; returns offset and length of ``/data``.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write all but the records, and return offset and length of ``/data``; OSError if that is impossible."""
         assert self._size, "a shard has at least one record"
         head, tail = _lay_out(self._size, index, header)
         if self._waiting is None:
@@ -203,11 +194,7 @@ def read_shard(path: Path) -> ShardContents:
 
 
 def _attributes(file: h5py.File) -> dict[str, Any]:
-    """The root attributes, strings decoded.
-
-    Raises:
-        ValueError: one is a string of variable length.
-    """
+    """The root attributes, strings decoded; ValueError if one is a string of variable length."""
     attributes = {}
     for name in file.attrs:
         text = h5py.check_string_dtype(file.attrs.get_id(name).dtype)
@@ -243,9 +230,8 @@ def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
 class ShardFile:
     """The records of one shard, open for reading from any thread or forked process.
 
-    ``preadv`` at an offset needs no shared file position. Where ``data_offset``, of ``/data`` in the file, is None (a
-    file that other tools wrote anew), h5py reads instead: it opens the file for every record, which is slow but works
-    for any layout. ``descriptor`` is None there, and after closing.
+    Where ``data_offset``, of ``/data`` in the file, is None (a file that other tools wrote anew), h5py opens the file
+    for every record. ``descriptor`` is None there, and after closing.
     """
 
     def __init__(self, path: Path, data_offset: int | None) -> None:

@@ -23,17 +23,8 @@ from paws_hpc.packing.sources.base import position_keys
 from paws_hpc.store.format import Encoding, StoreError
 
 FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 TEST_DIGITS_PER_CLASS = 40
 
 
@@ -176,11 +167,10 @@ _CIFAR = {
 
 
 def cifar(root: Path, *, kind: str, split: str) -> ArraySource:
-    """Load a split of CIFAR in torchvision's layout as (N, 32, 32, 3) uint8, in file order.
+    """Load a split of CIFAR in torchvision's layout as (N, 32, 32, 3) uint8, in file order; cifar100 with fine labels.
 
     Read here and not by torchvision, which unpickles the files: what they name would be executed.
-    ``root`` is the folder with ``cifar-10-batches-py`` (``cifar-100-python``), or that folder itself; the labels of
-    ``cifar100`` are the fine ones.
+    ``root`` is the folder with ``cifar-10-batches-py`` (``cifar-100-python``), or that folder itself.
 
     Raises:
         StoreError: a file is missing, is no CIFAR batch, or holds anything but plain data; it is named.

@@ -10,11 +10,8 @@ from numpy.typing import NDArray
 
 from paws_hpc.store.format import Encoding, StoreError
 
-IMAGE_EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"),
-)
+IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"))
 """Files with other extensions (lists, checksums, archives) are not images and are passed over."""
-
 
 LIST_AGAIN = "List it again: pack without --part, or with --plan-only first."
 """What to do about a source that changed."""
@@ -25,10 +22,7 @@ class SourceChangedError(StoreError):
 
 
 class Images(Protocol):
-    """n images that can be loaded one at a time, in any order, from several threads.
-
-    What :meth:`Source.select` gives can be pickled, so that another process loads them.
-    """
+    """n images that can be loaded in any order, from several threads, and pickled for another process to load."""
 
     def load(self, index: int) -> bytes | NDArray[np.uint8]:
         """Return image ``index``: the bytes of its file, or its pixels (H, W, C) uint8.

@@ -21,11 +21,7 @@ class ImageFolder(ListedSource):
     def __init__(
         self, root: Path, listing: Listing | None = None, *, kind: str = "folder", options: dict[str, Any] | None = None
     ) -> None:
-        """List the images, unless somebody did already.
-
-        Raises:
-            StoreError: ``root`` is not a folder, has no class folders, or a class folder has no images.
-        """
+        """List the images, unless somebody did already; StoreError if ``root`` has no class folders with images."""
         super().__init__(kind, root, _list(root) if listing is None else listing, options or {})
 
     def select(self, indices: NDArray[np.int64]) -> ImageFolder:
@@ -33,12 +29,7 @@ class ImageFolder(ListedSource):
         return ImageFolder(self.root, self.listing.take(indices), kind=self.kind, options=self.options)
 
     def load(self, index: int) -> bytes:
-        """Return the file of image ``index``.
-
-        Raises:
-            OSError: the file cannot be read.
-            SourceChangedError: its size or modification time is not the listed one.
-        """
+        """Return the file of image ``index``; SourceChangedError if its size or time is not the listed one."""
         path = self.root / self.keys[index]
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())

@@ -57,11 +57,7 @@ class Listing:
         )
 
     def save(self, path: Path) -> None:
-        """Write the listing atomically: a hash, and what numpy's .npz makes of it.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the listing atomically: a hash, and what numpy's .npz makes of it; OSError if that is impossible."""
         encoded = [key.encode() for key in self.keys]
         content = io.BytesIO()
         np.savez(
@@ -101,8 +97,7 @@ class Listing:
 class ListedSource:
     """A source of image files, which are listed but not read before they are packed.
 
-    The digest covers keys, file sizes and labels. A file that changes while it is being packed is noticed by its size
-    and modification time.
+    A file that changes while it is being packed is noticed by its size and modification time.
     """
 
     encoding: Encoding = "jpeg"

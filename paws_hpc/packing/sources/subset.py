@@ -15,11 +15,7 @@ class OfClasses:
     """The images of some classes of a source, under the keys that they have there; see :class:`Source`."""
 
     def __init__(self, whole: Source, classes: tuple[str, ...]) -> None:
-        """Take the images of ``classes``, in the order that labels are to have.
-
-        Raises:
-            StoreError: a name is unknown or there twice.
-        """
+        """Take the images of ``classes``, in the order that labels are to have; StoreError for an unknown name."""
         unknown = [name for name in classes if name not in whole.classes]
         if unknown:
             raise StoreError(

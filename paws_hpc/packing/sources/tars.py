@@ -40,12 +40,7 @@ class TarSource(ListedSource):
         return TarSource(self.kind, self.root, self.listing.take(indices), self.options)
 
     def load(self, index: int) -> bytes:
-        """Return the file of image ``index``.
-
-        Raises:
-            OSError: the archive cannot be read.
-            SourceChangedError: the archive is not the one that was listed.
-        """
+        """Return the file of image ``index``; SourceChangedError if the archive is not the one that was listed."""
         name = self.listing.files[self.listing.file_of[index]]
         size, offset = int(self.sizes[index]), int(self.listing.offsets[index])
         with self._lock:
