@@ -1,6 +1,6 @@
 """A pack that is not finished: what belongs to it, which shards are done, and how it becomes a store.
 
-Everything lies in ``.packing`` inside the store's folder (shards/FORMAT.md), so that a former store stays as it is until
+Everything lies in ``.packing`` in the store's folder (shards/FORMAT.md), so that a former store stays as it is until
 the new one is whole. Any number of processes on any nodes may work in it at once: they write equal files, each by a
 rename, none takes away what another put in place, and every step of the end can be repeated, so none needs a lock.
 While ``complete.json`` is there no reader opens the store, whose folder may hold shards of two.
