@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from paws_hpc.engine.tracking import MetricsFile, Row
-from paws_hpc.packing import SourceConfig, open_source, pack
+from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.stages.catalogue import metric
+from tests.pictures import write_tiles
 
 torch.set_num_threads(1)  # tests run side by side, and one thread gives the same sums everywhere
 
@@ -50,6 +52,23 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Program:
         (folder / name).chmod(0o755)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder ``source`` of 30 JPEGs of two classes and an unreadable file, and its ``store`` of several shards."""
+    root = tmp_path_factory.mktemp("photographs")
+    write_tiles(root / "source", 30, classes=("a", "b"))
+    (root / "source" / "a" / "odd.jpg").write_bytes(b"no image")
+    options = PackOptions(shard_bytes=20 << 10, on_error="skip", workers=1)
+    pack(ImageFolder(root / "source"), root / "store", options=options)
+    return root
+
+
+@pytest.fixture
+def jpeg_store(photo_folder: Path, tmp_path: Path) -> Path:
+    """A copy of that store which the test may damage."""
+    return Path(shutil.copytree(photo_folder / "store", tmp_path / "store"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from paws_hpc.files import file_hash
 from paws_hpc.packing import ImageFolder, PackOptions, pack, packer
 from paws_hpc.packing.job import PackJob
 from paws_hpc.packing.plan import packing_order
@@ -24,6 +23,7 @@ from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.verify import verify
 from tests.pictures import PHOTOS, encoded, write_tiles
+from tests.stores import file_hashes
 
 IMAGES = 120
 OPTIONS = PackOptions(shard_bytes=30_000, workers=1)
@@ -40,11 +40,7 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Name → hash of the files of a store that was packed in one go by one process."""
     report = pack(ImageFolder(folder), tmp_path_factory.mktemp("expected") / "store", options=OPTIONS)
     assert len(report.manifest.shards) > 10
-    return bytes_of(report.path)
-
-
-def bytes_of(store: Path) -> dict[str, str]:
-    return {path.name: file_hash(path) if path.is_file() else "folder" for path in sorted(store.iterdir())}
+    return file_hashes(report.path)
 
 
 def command(folder: Path, store: Path, *more: str) -> list[str]:
@@ -77,7 +73,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     folder: Path, tmp_path: Path, expected: dict[str, str], workers: int
 ) -> None:
     pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(shard_bytes=30_000, workers=workers))
-    assert bytes_of(tmp_path / "store") == expected
+    assert file_hashes(tmp_path / "store") == expected
 
 
 def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
@@ -113,7 +109,7 @@ def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
             with pytest.raises(StoreError, match="not a complete image store"):
                 ImageStore.open(store)
     assert kills >= 2
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
@@ -168,7 +164,7 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
             found, _ = verify(store, level="quick")
             assert found == []  # the old store or the new one, never a mixture
         pack(ImageFolder(folder), store, options=forced)
-        assert bytes_of(store) == expected
+        assert file_hashes(store) == expected
         shutil.rmtree(store)
         if done:
             break
@@ -204,7 +200,7 @@ def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
             for name in changing:
                 patched.setattr(os, name, overtaken(getattr(os, name)))
             pack(ImageFolder(folder), store, options=OPTIONS)
-        assert bytes_of(store) == expected, f"overtaken at {turn}"
+        assert file_hashes(store) == expected, f"overtaken at {turn}"
         shutil.rmtree(store)
         if not met:
             break
@@ -225,7 +221,7 @@ def test_a_plain_pack_leaves_a_forced_one_alone_that_has_just_begun(
 
     monkeypatch.setattr(packer, "build_shards", met)
     assert pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, workers=1, force=True)).packed
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_a_forced_pack_of_nothing_that_can_be_read_fails_and_the_former_store_stays(
@@ -233,12 +229,12 @@ def test_a_forced_pack_of_nothing_that_can_be_read_fails_and_the_former_store_st
 ) -> None:
     source, store = shutil.copytree(folder, tmp_path / "source"), tmp_path / "store"
     pack(ImageFolder(source), store, options=PackOptions(workers=1, on_error="skip"))
-    before = bytes_of(store)
+    before = file_hashes(store)
     for path in source.rglob("*.*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(StoreError, match="none of the 120 images could be read"):
         pack(ImageFolder(source), store, options=PackOptions(workers=1, on_error="skip", force=True))
-    assert bytes_of(store) == before
+    assert file_hashes(store) == before
 
 
 def test_a_part_that_begins_when_all_is_done_meanwhile_leaves_nothing(
@@ -255,7 +251,7 @@ def test_a_part_that_begins_when_all_is_done_meanwhile_leaves_nothing(
     report = pack(ImageFolder(folder), store, task=(2, 3), options=OPTIONS)
     assert report.manifest is not None
     assert report.manifest.count == IMAGES
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
@@ -272,9 +268,9 @@ def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
         patched.setattr("paws_hpc.packing.job.build_index", full)
         with pytest.raises(StoreError, match="no space left"):
             pack(ImageFolder(folder), store, options=forced)
-    assert bytes_of(store) == expected | {".packing": "folder"}
+    assert file_hashes(store) == expected | {".packing": "folder"}
     assert pack(ImageFolder(folder), store, options=forced).kept == sum(name.endswith(".h5") for name in expected)
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_finished_shards_that_were_damaged_are_packed_again(
@@ -293,7 +289,7 @@ def test_finished_shards_that_were_damaged_are_packed_again(
     report = pack(ImageFolder(folder), store, options=OPTIONS)
     of_both_parts = sum(number % 3 < 2 for number in range(len(report.manifest.shards)))
     assert report.kept == of_both_parts - 4
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_parts_in_any_order_and_twice_at_once_make_the_store(
@@ -311,10 +307,10 @@ def test_parts_in_any_order_and_twice_at_once_make_the_store(
     printed = [job.communicate(timeout=120)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 5, printed
     assert any("packed " in text and "images of 5 classes" in text for text in printed)
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
     again = subprocess.run(command(folder, store, "--part", "1/4"), capture_output=True, text=True, check=True)
     assert "already holds this store" in again.stdout
-    assert bytes_of(store) == expected
+    assert file_hashes(store) == expected
 
 
 def test_parts_do_not_list_the_source_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import signal
@@ -17,41 +16,28 @@ import pytest
 import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sklearn.datasets import load_sample_images
 
-from paws_hpc.files import value_digest
-from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.packing import ArraySource, PackOptions, pack
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.decode import MAX_PIXELS
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.verify import verify
+from tests.stores import forget_offsets
 
-KIB = 1 << 10
 EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def photo(number: int) -> bytes:
-    """A JPEG of a part of a photograph, no two alike and not of one size."""
-    image = load_sample_images().images[number % 2]
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(image[5 * number : 5 * number + 40 + number, 9 * number : 9 * number + 48]), quality=85
-    )
-
-
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def stores(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A JPEG store and a raw one of 12 images, each in some shards."""
-    root = tmp_path_factory.mktemp("damage")
-    for number in range(12):
-        path = root / "source" / "abc"[number % 3] / f"{number:02d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(photo(number))
-    pack(ImageFolder(root / "source"), root / "jpeg", options=PackOptions(shard_bytes=6 * KIB))
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
-    labels = np.arange(12, dtype=np.int64) % 3
-    source = ArraySource("noise", pixels, labels, [f"n{place}" for place in range(12)], tuple("abc"))
-    pack(source, root / "raw", options=PackOptions(shard_bytes=5 * 64))
-    return {"jpeg": root / "jpeg", "raw": root / "raw"}
+    raw = tmp_path_factory.mktemp("damage") / "raw"
+    pack(noise(0), raw, options=PackOptions(shard_bytes=5 * 64))
+    return {"jpeg": photo_folder / "store", "raw": raw}
+
+
+def noise(seed: int) -> ArraySource:
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
+    return ArraySource("noise", pixels, np.arange(12) % 3, [f"n{place}" for place in range(12)], tuple("abc"))
 
 
 @dataclass(frozen=True)
@@ -235,7 +221,7 @@ def test_a_shard_damaged_under_an_open_store_gives_the_packed_images_or_a_named_
     with TemporaryDirectory() as folder:
         path = Path(shutil.copytree(stores[kind], Path(folder) / "store"))
         if not has_offset:
-            without_offsets(path)
+            forget_offsets(path)
         with ImageStore.open(path) as store:
             expected = Known.of(store)
             name, _ = damage.to(path, "shard*")
@@ -252,20 +238,9 @@ def test_a_shard_damaged_under_an_open_store_gives_the_packed_images_or_a_named_
                 assert got == expected
 
 
-def without_offsets(path: Path) -> None:
-    """Make a store whose records have to be read through HDF5."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["checksum"]
-    for shard in manifest["shards"]:
-        shard["data_offset"] = None
-    (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
-
-
 def test_a_manifest_of_another_pack_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
     """Sizes and names fit, as those of two shuffles of one raw data set do; with and without the other's index."""
-    pixels = np.random.default_rng(1).integers(0, 256, (12, 8, 8, 1), dtype=np.uint8)
-    source = ArraySource("noise", pixels, np.arange(12) % 3, [f"n{place}" for place in range(12)], tuple("abc"))
-    other = pack(source, tmp_path / "other", options=PackOptions(shard_bytes=5 * 64)).path
+    other = pack(noise(1), tmp_path / "other", options=PackOptions(shard_bytes=5 * 64)).path
     path = Path(shutil.copytree(stores["raw"], tmp_path / "store"))
     shutil.copy(other / "manifest.json", path)
     with pytest.raises(StoreError, match=r"shard-00000.h5 holds another index than was packed"):
@@ -305,21 +280,9 @@ def test_what_is_no_image_or_a_bomb_is_refused_before_memory_is_taken(content: b
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all" * 9, claim(65_500, 65_500)])
-def test_packing_names_what_is_no_image_or_leaves_it_out_and_says_so(tmp_path: Path, content: bytes) -> None:
-    for name, payload in (("a/good.jpg", photo(1)), ("a/odd.jpg", content)):
-        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "source" / name).write_bytes(payload)
-    with pytest.raises(RecordError, match=r"image 'a/odd.jpg' cannot be packed"):
-        pack(ImageFolder(tmp_path / "source"), tmp_path / "store")
-    report = pack(ImageFolder(tmp_path / "source"), tmp_path / "other", options=PackOptions(on_error="skip"))
-    assert [omission.key for omission in report.manifest.skipped] == ["a/odd.jpg"]
-    assert ImageStore.open(tmp_path / "other").keys[:] == ["a/good.jpg"]
-
-
 def test_what_the_system_cannot_read_is_named(stores: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(stores["jpeg"], tmp_path / "jpeg"))
-    without_offsets(path)
+    forget_offsets(path)
     store = ImageStore.open(path)
     (path / "shard-00000.h5").unlink()  # under the running reader
     with pytest.raises(RecordError, match=r"shard-00000.h5 cannot be read: .*No such file"):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paws_hpc.files import file_hash
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.packing.jpeg_policy import standard_jpeg
 from paws_hpc.packing.sources.arrays import digits
@@ -24,6 +23,7 @@ from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.format import FLAG_PROGRESSIVE, FLAG_REENCODED
 from paws_hpc.store.progress import progress
 from tests.pictures import encoded, tile
+from tests.stores import file_hashes
 
 KIB = 1 << 10
 
@@ -43,11 +43,6 @@ def folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg_tile(number, progressive=number == 5))
     return root
-
-
-def bytes_of(store: Path) -> dict[str, str]:
-    """Name → hash of each file of a store."""
-    return {path.name: file_hash(path) for path in sorted(store.iterdir())}
 
 
 def test_a_folder_of_jpegs_comes_back_byte_for_byte(folder: Path, tmp_path: Path) -> None:
@@ -90,7 +85,7 @@ def test_equal_inputs_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
     pack(ImageFolder(folder), tmp_path / "one", options=options)
     copied = shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # other path, other times
     pack(ImageFolder(copied), tmp_path / "two", options=replace(options, workers=4))
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert file_hashes(tmp_path / "one") == file_hashes(tmp_path / "two")
 
 
 def test_the_digest_follows_the_sequence_of_images_and_nothing_else(folder: Path, tmp_path: Path) -> None:
@@ -222,7 +217,7 @@ def test_duplicate_and_unstorable_keys_are_refused(tmp_path: Path) -> None:
 def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp_path: Path) -> None:
     destination, options = tmp_path / "store", PackOptions(shard_bytes=16 * KIB)
     assert pack(ImageFolder(folder), destination, options=options).packed
-    before = bytes_of(destination)
+    before = file_hashes(destination)
     assert not pack(ImageFolder(folder), destination, options=options).packed
     # An interrupted run: no manifest, one shard half written, one that the complete store does not have.
     (destination / "manifest.json").unlink()
@@ -238,18 +233,18 @@ def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp
     assert pack(ImageFolder(folder), destination, options=options).packed
     assert (destination / "splits" / "mine.json").read_text() == "[]"
     shutil.rmtree(destination / "splits")
-    assert bytes_of(destination) == before
+    assert file_hashes(destination) == before
 
 
 def test_another_store_is_only_replaced_by_force(folder: Path, tmp_path: Path) -> None:
     destination = tmp_path / "store"
     pack(ImageFolder(folder), destination)
-    before = bytes_of(destination)
+    before = file_hashes(destination)
     with pytest.raises(StoreError, match=r"already holds another store: seed=0 \(wanted 1\).*--force"):
         pack(ImageFolder(folder), destination, options=PackOptions(seed=1))
     with pytest.raises(StoreError, match=r"kind='folder' \(wanted 'digits'\)"):
         pack(digits(split="test", size=8), destination)
-    assert bytes_of(destination) == before
+    assert file_hashes(destination) == before
     assert pack(digits(split="test", size=8), destination, options=PackOptions(force=True)).packed
     assert len(ImageStore.open(destination)) == 400
 

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import h5py
 import numpy as np
 import pytest
-import simplejpeg
-from sklearn.datasets import load_sample_images
 
-from paws_hpc.files import value_digest
-from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
+from paws_hpc.files import file_hash
+from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore
-from paws_hpc.store.format import Manifest, ShardIndex, read_manifest
+from paws_hpc.store.format import read_manifest
+from paws_hpc.store.index import dataset_digest, join_indexes
+from paws_hpc.store.shard import read_shard
 from paws_hpc.store.verify import verify
-
-KIB = 1 << 10
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JPEG store of 20 images in several shards."""
-    root = tmp_path_factory.mktemp("packed")
-    for number in range(20):
-        photo = load_sample_images().images[number % 2]
-        path = root / "source" / ("a", "b")[number % 2] / f"{number:02d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(photo[number : number + 64, :80]), quality=90))
-    pack(ImageFolder(root / "source"), root / "store", options=PackOptions(shard_bytes=8 * KIB))
-    return root / "store"
-
-
-@pytest.fixture
-def store(packed: Path, tmp_path: Path) -> Path:
-    """A copy that the test may damage."""
-    return Path(shutil.copytree(packed, tmp_path / "store"))
+from tests.stores import edit_manifest
 
 
 def faults(path: Path, level: str) -> list[tuple[str | None, str | None, str]]:
@@ -55,7 +34,7 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
 
 def record_place(path: Path, shard: int, record: int) -> tuple[Path, int, str]:
     """File, offset in it and key of a record of a shard."""
-    manifest: Manifest = read_manifest(path)
+    manifest = read_manifest(path)
     entry = manifest.shards[shard]
     position = sum(other.count for other in manifest.shards[:shard]) + record
     with h5py.File(path / entry.name, "r", locking=False) as file:
@@ -65,18 +44,18 @@ def record_place(path: Path, shard: int, record: int) -> tuple[Path, int, str]:
 
 
 @pytest.mark.parametrize("level", ["quick", "full", "deep"])
-def test_an_undamaged_store_has_no_faults(store: Path, level: str) -> None:
-    found, records = verify(store, level=level)  # type: ignore[arg-type]
-    assert (found, records) == ([], 0 if level == "quick" else 20)
+def test_an_undamaged_store_has_no_faults(jpeg_store: Path, level: str) -> None:
+    found, records = verify(jpeg_store, level=level)  # type: ignore[arg-type]
+    assert (found, records) == ([], 0 if level == "quick" else 30)
 
 
-def test_full_names_every_damaged_record_and_only_those(store: Path) -> None:
-    places = [record_place(store, 1, 0), record_place(store, 1, 2), record_place(store, 2, 1)]
+def test_full_names_every_damaged_record_and_only_those(jpeg_store: Path) -> None:
+    places = [record_place(jpeg_store, 1, 0), record_place(jpeg_store, 1, 2), record_place(jpeg_store, 2, 1)]
     for file, offset, _ in places:
         overwrite(file, offset + 100, b"\0damage\0")
-    assert faults(store, "quick") == []  # sizes, headers and indexes are whole
+    assert faults(jpeg_store, "quick") == []  # sizes, headers and indexes are whole
     damage = "is damaged: its CRC32C differs from the index"
-    assert faults(store, "full") == [(file.name, key, damage) for file, _, key in places]
+    assert faults(jpeg_store, "full") == [(file.name, key, damage) for file, _, key in places]
 
 
 def test_quick_reads_no_records(tmp_path: Path) -> None:
@@ -96,97 +75,90 @@ def test_quick_reads_no_records(tmp_path: Path) -> None:
     assert bytes_read("full") > images.size
 
 
-def test_full_finds_damage_between_the_records(store: Path) -> None:
-    entry = read_manifest(store).shards[0]
+def test_full_finds_damage_between_the_records(jpeg_store: Path) -> None:
+    entry = read_manifest(jpeg_store).shards[0]
     assert entry.data_offset is not None
-    overwrite(store / entry.name, entry.data_offset - 1, b"\1")  # padding before /data
-    assert faults(store, "quick") == []
-    assert faults(store, "full") == [
+    overwrite(jpeg_store / entry.name, entry.data_offset - 1, b"\1")  # padding before /data
+    assert faults(jpeg_store, "quick") == []
+    assert faults(jpeg_store, "full") == [
         (entry.name, None, "is not the file that was packed, though its records are whole")
     ]
 
 
-def test_quick_names_truncated_missing_and_replaced_shards(store: Path) -> None:
-    keys = ImageStore.open(store).keys
-    first, second, third = read_manifest(store).shards[:3]
-    os.truncate(store / first.name, first.bytes // 2)
-    (store / second.name).unlink()
-    (store / third.name).write_bytes(bytes(third.bytes))
-    found = faults(store, "quick")
+def test_quick_names_truncated_missing_and_replaced_shards(jpeg_store: Path) -> None:
+    keys = ImageStore.open(jpeg_store).keys
+    first, second, third = read_manifest(jpeg_store).shards[:3]
+    os.truncate(jpeg_store / first.name, first.bytes // 2)
+    (jpeg_store / second.name).unlink()
+    (jpeg_store / third.name).write_bytes(bytes(third.bytes))
+    found = faults(jpeg_store, "quick")
     assert [shard for shard, _, _ in found] == [first.name, second.name, third.name]
     assert found[0][1] in keys[: first.count]
     assert "the shard was truncated" in found[0][2]
     assert found[1][2] == "is missing"
     assert "cannot be opened" in found[2][2]
     # The other shards are still read.
-    _, records = verify(store, level="full")
-    assert records == 20 - first.count - second.count - third.count
+    _, records = verify(jpeg_store, level="full")
+    assert records == 30 - first.count - second.count - third.count
 
 
-def test_quick_names_a_shard_whose_index_changed(store: Path) -> None:
-    with h5py.File(store / "shard-00001.h5", "r+", locking=False) as file:
+def test_quick_names_a_shard_whose_index_changed(jpeg_store: Path) -> None:
+    with h5py.File(jpeg_store / "shard-00001.h5", "r+", locking=False) as file:
         file["index/label"][1] ^= 1
-    assert [(shard, "another index" in problem) for shard, _, problem in faults(store, "quick")] == [
+    assert [(shard, "another index" in problem) for shard, _, problem in faults(jpeg_store, "quick")] == [
         ("shard-00001.h5", True)
     ]
 
 
-def test_quick_names_shards_that_were_exchanged(store: Path) -> None:
-    manifest = json.loads((store / "manifest.json").read_text())
-    manifest.pop("checksum")
-    manifest["shards"][0], manifest["shards"][1] = manifest["shards"][1], manifest["shards"][0]
-    (store / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
-    problems = [problem for _, _, problem in faults(store, "quick")]
-    assert len(problems) == 2
-    assert problems[0].startswith("has digest")
-    assert problems[1].startswith("has index_hash")
+def test_quick_names_shards_that_were_exchanged(jpeg_store: Path) -> None:
+    edit_manifest(jpeg_store, lambda manifest: manifest["shards"].insert(0, manifest["shards"].pop(1)))
+    first, second = [problem for _, _, problem in faults(jpeg_store, "quick")]
+    assert first.startswith("has digest")
+    assert second.startswith("has index_hash")
 
 
-def test_a_missing_manifest_is_a_fault(store: Path) -> None:
-    (store / "manifest.json").unlink()
-    assert [(shard, "no usable manifest" in problem) for shard, _, problem in faults(store, "quick")] == [(None, True)]
+def test_a_missing_manifest_is_a_fault(jpeg_store: Path) -> None:
+    (jpeg_store / "manifest.json").unlink()
+    assert [(shard, "no usable manifest" in problem) for shard, _, problem in faults(jpeg_store, "quick")] == [
+        (None, True)
+    ]
 
 
-def test_only_deep_finds_a_record_that_was_packed_undecodable(store: Path) -> None:
+def test_only_deep_finds_a_record_that_was_packed_undecodable(jpeg_store: Path) -> None:
     """Spoil a record and make CRC, identity and hashes fit, as a faulty packer would."""
-    file, _, key = record_place(store, 0, 1)
+    file, _, key = record_place(jpeg_store, 0, 1)
     with h5py.File(file, "r+", locking=False) as shard:
         length, start = int(shard["index/length"][1]), int(shard["index/offset"][1])
         shard["data"][start + length // 2 : start + length] = 0
         shard["index/crc32c"][1] = google_crc32c.value(shard["data"][start : start + length].tobytes())
-    _make_consistent(store)
-    assert faults(store, "full") == []
-    found = faults(store, "deep")
+    _make_consistent(jpeg_store)
+    assert faults(jpeg_store, "full") == []
+    found = faults(jpeg_store, "deep")
     assert [(shard, name) for shard, name, _ in found] == [(file.name, key)]
     assert found[0][2].startswith("cannot be decoded")
 
 
-def test_deep_finds_a_size_that_the_index_has_wrong(store: Path) -> None:
-    file, _, key = record_place(store, 0, 0)
+def test_deep_finds_a_size_that_the_index_has_wrong(jpeg_store: Path) -> None:
+    file, _, key = record_place(jpeg_store, 0, 0)
     with h5py.File(file, "r+", locking=False) as shard:
-        shard["index/width"][0] = 81
-    _make_consistent(store)
-    assert faults(store, "full") == []
-    assert faults(store, "deep") == [(file.name, key, "is 80 x 64 pixels, the index says 81 x 64")]
+        shard["index/width"][0] = 101
+    _make_consistent(jpeg_store)
+    assert faults(jpeg_store, "full") == []
+    assert faults(jpeg_store, "deep") == [(file.name, key, "is 100 x 80 pixels, the index says 101 x 80")]
 
 
 def _make_consistent(store: Path) -> None:
     """Write the first shard's identity and the manifest's hashes anew."""
-    from paws_hpc.files import file_hash
-    from paws_hpc.store.index import dataset_digest, join_indexes
-    from paws_hpc.store.shard import read_shard
-
-    manifest = json.loads((store / "manifest.json").read_text())
-    manifest.pop("checksum")
-    entry = manifest["shards"][0]
-    index: ShardIndex = read_shard(store / entry["name"]).index
-    with h5py.File(store / entry["name"], "r+", locking=False) as shard:
+    path = store / "shard-00000.h5"
+    index = read_shard(path).index
+    with h5py.File(path, "r+", locking=False) as shard:
         shard.attrs.modify("uuid", index.uuid)
-    entry["uuid"] = index.uuid
-    entry["bytes"] = (store / entry["name"]).stat().st_size
-    entry["file_hash"] = file_hash(store / entry["name"])
-    joined = join_indexes([read_shard(store / shard["name"]).index for shard in manifest["shards"]])
-    manifest["index_hash"] = joined.hash
-    manifest["digest"] = dataset_digest(joined, encoding="jpeg", shape=None, classes=manifest["classes"])
-    (store / "manifest.json").write_text(json.dumps(manifest | {"checksum": value_digest(manifest)}))
+    joined = join_indexes([read_shard(path).index for path in sorted(store.glob("*.h5"))])
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["shards"][0] |= {"uuid": index.uuid, "bytes": path.stat().st_size, "file_hash": file_hash(path)}
+        digest = dataset_digest(joined, encoding="jpeg", shape=None, classes=manifest["classes"])
+        manifest |= {"index_hash": joined.hash, "digest": digest}
+
+    edit_manifest(store, change)
     (store / "index.bin").unlink()
