@@ -37,6 +37,17 @@ def write_tiles(root: Path, count: int, *, classes: tuple[str, ...], png: tuple[
     return root
 
 
+def write_noise(root: Path, count: int) -> Path:
+    """A folder of ``count`` JPEGs of noise in two classes, of several sizes."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        path = root / "ab"[number % 2] / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (*random.integers(20, 90, size=2), 3), np.uint8)
+        Image.fromarray(pixels).save(path, quality=90)
+    return root
+
+
 def write_idx(path: Path, values: NDArray[np.uint8]) -> None:
     """Write an idx file; gzipped if the name says so."""
     content = (

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from paws_hpc.config import Config
 from paws_hpc.data.samplers import SupportSampler
@@ -24,6 +23,7 @@ from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
+from tests.pictures import write_noise
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
@@ -190,13 +190,8 @@ def test_a_resumed_run_in_a_window_keeps_its_bits(
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of several sizes in two classes, as JPEG."""
-    folder, random = tmp_path_factory.mktemp("jpeg"), np.random.default_rng(0)
-    for number in range(24):
-        path = folder / "images" / "ab"[number % 2] / f"{number:02d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (30 + number, 40, 3), np.uint8)).save(path, "JPEG")
-    return pack(ImageFolder(folder / "images"), folder / "store").path
+    folder = tmp_path_factory.mktemp("jpeg")
+    return pack(ImageFolder(write_noise(folder / "images", 24)), folder / "store").path
 
 
 def test_copies_on_the_node_and_cached_labelled_images_change_nothing(

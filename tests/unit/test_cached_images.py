@@ -16,25 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from paws_hpc.data.images import CachedImages, StoreImages, available_memory, cached_images
 from paws_hpc.packing import ImageFolder, pack
 from paws_hpc.store import ImageStore, RecordError
+from tests.pictures import write_noise
 
 COUNT, LABELLED = 40, np.array([31, 4, 18, 5, 0, 39])
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of many sizes."""
-    folder, random = tmp_path_factory.mktemp("cache"), np.random.default_rng(0)
-    for number in range(COUNT):
-        height, width = random.integers(20, 90, size=2)
-        file = folder / "images" / "ab"[number % 2] / f"{number:02d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(file, "JPEG", quality=90)
-    return pack(ImageFolder(folder / "images"), folder / "store").path
+    folder = tmp_path_factory.mktemp("cache")
+    return pack(ImageFolder(write_noise(folder / "images", COUNT)), folder / "store").path
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.format import FLAG_REENCODED
 from paws_hpc.store.verify import verify
-from tests.pictures import encoded, write_idx
+from tests.pictures import encoded, write_idx, write_tiles
 
 CHINA, FLOWER = load_sample_images().images
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
@@ -172,49 +172,41 @@ def test_raw_pixels_are_not_shrunk(tmp_path: Path) -> None:
         pack(source, tmp_path / "store", options=PackOptions(max_short_side=2))
 
 
-def test_a_store_of_older_files_says_that_the_source_is_newer(tmp_path: Path) -> None:
-    path = tmp_path / "source" / "a" / "x.png"
-    path.parent.mkdir(parents=True)
-    Image.fromarray(CHINA[:20, :20]).save(path)
-    pack(ImageFolder(tmp_path / "source"), tmp_path / "store")
-    content = path.read_bytes()
-    path.write_bytes(content)
-    report = pack(ImageFolder(tmp_path / "source"), tmp_path / "store")
-    assert (report.packed, report.newer) == (False, 1)
-
-
-def test_links_that_lead_back_and_files_that_cannot_be_listed_are_named(tmp_path: Path) -> None:
+@pytest.fixture
+def one_image(tmp_path: Path) -> Path:
+    """A folder with one image, ``a/x.png``."""
     (tmp_path / "source" / "a").mkdir(parents=True)
     Image.fromarray(CHINA[:20, :20]).save(tmp_path / "source" / "a" / "x.png")
-    (tmp_path / "source" / "a" / "loop").symlink_to(tmp_path / "source" / "a")
+    return tmp_path / "source"
+
+
+def test_a_store_of_older_files_says_that_the_source_is_newer(one_image: Path, tmp_path: Path) -> None:
+    pack(ImageFolder(one_image), tmp_path / "store")
+    (one_image / "a" / "x.png").write_bytes((one_image / "a" / "x.png").read_bytes())
+    report = pack(ImageFolder(one_image), tmp_path / "store")
+    assert (report.made, report.newer) == (False, 1)
+
+
+def test_links_that_lead_back_and_files_that_cannot_be_listed_are_named(one_image: Path) -> None:
+    loop = one_image / "a" / "loop"
+    loop.symlink_to(one_image / "a")
     with pytest.raises(StoreError, match=r"loop is a link to a folder that was listed already"):
-        ImageFolder(tmp_path / "source")
-    (tmp_path / "source" / "a" / "loop").unlink()
-    (tmp_path / "source" / "a" / "pipe.jpg").symlink_to("/dev/zero")
+        ImageFolder(one_image)
+    loop.unlink()
+    (one_image / "a" / "pipe.jpg").symlink_to("/dev/zero")
     with pytest.raises(StoreError, match=r"pipe.jpg is called like an image but is not a file"):
-        ImageFolder(tmp_path / "source")
+        ImageFolder(one_image)
 
 
-def test_a_file_that_changes_after_it_was_listed_stops_packing(tmp_path: Path) -> None:
-    path = tmp_path / "source" / "a" / "x.png"
-    path.parent.mkdir(parents=True)
-    Image.fromarray(CHINA[:20, :20]).save(path)
-    source = ImageFolder(tmp_path / "source")
-    path.write_bytes(path.read_bytes())
+def test_a_file_that_changes_after_it_was_listed_stops_packing(one_image: Path, tmp_path: Path) -> None:
+    source = ImageFolder(one_image)
+    (one_image / "a" / "x.png").write_bytes((one_image / "a" / "x.png").read_bytes())
     with pytest.raises(SourceChangedError, match=r"x.png changed since the source was listed"):
         pack(source, tmp_path / "store", options=PackOptions(on_error="skip"))
 
 
-def image_folder(root: Path) -> Path:
-    for number in range(6):
-        path = root / ("cat", "dog")[number % 2] / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(CHINA[10 * number : 10 * number + 40, :60]).save(path, quality=90)
-    return root
-
-
 def test_torchvisions_image_folder_gives_the_files_themselves(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "images")
+    root = write_tiles(tmp_path / "images", 6, classes=("cat", "dog"))
     source = open_source(SourceConfig("dataset", str(root), dataset="ImageFolder"))
     ours = pack(ImageFolder(root), tmp_path / "ours").manifest
     theirs = pack(source, tmp_path / "theirs").manifest
@@ -224,14 +216,14 @@ def test_torchvisions_image_folder_gives_the_files_themselves(tmp_path: Path) ->
 
 
 def test_a_damaged_file_of_a_data_set_is_named_or_left_out(tmp_path: Path) -> None:
-    root = image_folder(tmp_path / "images")
-    bad = root / "cat" / "0.jpg"
+    root = write_tiles(tmp_path / "images", 6, classes=("cat", "dog"))
+    bad = root / "cat" / "000.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    with pytest.raises(StoreError, match=r"cat/0\.jpg"):
+    with pytest.raises(StoreError, match=r"cat/000\.jpg"):
         pack(open_source(SourceConfig("dataset", str(root), dataset="ImageFolder")), tmp_path / "strict")
     source = open_source(SourceConfig("dataset", str(root), dataset="ImageFolder"))
     manifest = pack(source, tmp_path / "store", options=PackOptions(on_error="skip")).manifest
-    assert [omission.key for omission in manifest.skipped] == ["cat/0.jpg"]
+    assert [omission.key for omission in manifest.skipped] == ["cat/000.jpg"]
     assert manifest.count == 5
 
 
