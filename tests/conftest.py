@@ -60,7 +60,7 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("photographs")
     write_tiles(root / "source", 30, classes=("a", "b"))
     (root / "source" / "a" / "odd.jpg").write_bytes(b"no image")
-    options = PackOptions(shard_bytes=20 << 10, on_error="skip", workers=1)
+    options = PackOptions(shard_bytes=7 << 10, on_error="skip", workers=1)
     pack(ImageFolder(root / "source"), root / "store", options=options)
     return root
 

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from tests.stores import file_hashes
 
 IMAGES = 120
 OPTIONS = PackOptions(shard_bytes=30_000, workers=1)
+FORCED = replace(OPTIONS, force=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +71,6 @@ def wait_until(condition: object, *, timeout_s: float = 60.0) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_gives_the_same_bytes(
-    folder: Path, tmp_path: Path, expected: dict[str, str], workers: int
-) -> None:
-    pack(ImageFolder(folder), tmp_path / "store", options=PackOptions(shard_bytes=30_000, workers=workers))
-    assert file_hashes(tmp_path / "store") == expected
-
-
 def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
     folder: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
@@ -112,58 +107,57 @@ def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
     assert file_hashes(store) == expected
 
 
+class Killed(BaseException):
+    """Ends a process, as far as its own code sees."""
+
+
+def kill(*_: object) -> None:
+    raise Killed
+
+
+@contextmanager
+def acting_from(change: int, action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` before each rename and removal of a file from the given one on."""
+    remaining = iter(range(change))
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            if next(remaining, None) is None:
+                action()
+            return function(*arguments, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("replace", "unlink", "rmdir"):
+            patched.setattr(os, name, counted(getattr(os, name)))
+        yield
+
+
 def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
-    folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     """The end moves shards and writes files: stop at each system call that changes something, then go on."""
-
-    class Killed(BaseException):
-        pass
-
-    def killing_after(calls: int) -> Iterator[None]:
-        remaining = iter(range(calls))
-
-        def counted(function: object) -> object:
-            def call(*arguments: object, **named: object) -> object:
-                if next(remaining, None) is None:
-                    raise Killed
-                return function(*arguments, **named)  # type: ignore[operator]
-
-            return call
-
-        with monkeypatch.context() as patched:
-            for name in ("replace", "unlink", "rmdir"):
-                patched.setattr(os, name, counted(getattr(os, name)))
-            yield
-
     template = tmp_path / "template"
     pack(ImageFolder(folder), template, options=PackOptions(shard_bytes=60_000, workers=1, seed=9))  # a former store
-    forced = PackOptions(shard_bytes=30_000, workers=1, force=True)
     with pytest.MonkeyPatch.context() as stopped:
-        stopped.setattr("paws_hpc.packing.job.PackJob.finish", lambda *_: (_ for _ in ()).throw(Killed))
+        stopped.setattr(PackJob, "finish", kill)
         with pytest.raises(Killed):
-            pack(ImageFolder(folder), template, options=forced)
+            pack(ImageFolder(folder), template, options=FORCED)
     assert ImageStore.open(template).manifest.packing.seed == 9  # the old store is whole until the new one is
-    seeds, refusals = set(), []
+    seeds, refusals, done = set(), [], False
     for calls in range(0, 200, 5):
-        store = tmp_path / f"after-{calls}"
-        shutil.copytree(template, store)
-        steps = killing_after(calls)
-        next(steps)
-        try:
-            pack(ImageFolder(folder), store, options=forced)
+        store = shutil.copytree(template, tmp_path / f"after-{calls}")
+        with suppress(Killed), acting_from(calls, kill):
+            pack(ImageFolder(folder), store, options=FORCED)
             done = True
-        except Killed:
-            done = False
-        next(steps, None)
         try:
             seeds.add(ImageStore.open(store).manifest.packing.seed)
         except StoreError as error:
             refusals.append(str(error))
         else:
-            found, _ = verify(store, level="quick")
-            assert found == []  # the old store or the new one, never a mixture
-        pack(ImageFolder(folder), store, options=forced)
+            assert verify(store, level="quick")[0] == []  # the old store or the new one, never a mixture
+        pack(ImageFolder(folder), store, options=FORCED)
         assert file_hashes(store) == expected
         shutil.rmtree(store)
         if done:
@@ -176,29 +170,21 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
 
 
 def test_a_process_that_lags_behind_another_at_the_end_takes_nothing_away(
-    folder: Path, tmp_path: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     """At every rename and removal of one process, another makes the whole store; the first goes on from there."""
-    changing = ("replace", "unlink", "rmdir")
     template = tmp_path / "template"
     for part in (1, 2):
         pack(ImageFolder(folder), template, task=(part, 3), options=OPTIONS)
     for turn in range(0, 200, 3):
-        store = shutil.copytree(template, tmp_path / f"at-{turn}")
-        remaining, met = iter(range(turn)), []
+        store, met = shutil.copytree(template, tmp_path / f"at-{turn}"), []
 
-        def overtaken(function: object, store: Path = store, remaining: object = remaining, met: list = met) -> object:
-            def call(*arguments: object, **named: object) -> object:
-                if not met and next(remaining, None) is None:  # type: ignore[call-overload]
-                    met.append(True)
-                    pack(ImageFolder(folder), store, options=OPTIONS)
-                return function(*arguments, **named)  # type: ignore[operator]
+        def overtake(store: Path = store, met: list[bool] = met) -> None:
+            if not met:
+                met.append(True)
+                pack(ImageFolder(folder), store, options=OPTIONS)
 
-            return call
-
-        with monkeypatch.context() as patched:
-            for name in changing:
-                patched.setattr(os, name, overtaken(getattr(os, name)))
+        with acting_from(turn, overtake):
             pack(ImageFolder(folder), store, options=OPTIONS)
         assert file_hashes(store) == expected, f"overtaken at {turn}"
         shutil.rmtree(store)
@@ -220,7 +206,7 @@ def test_a_plain_pack_leaves_a_forced_one_alone_that_has_just_begun(
         return original(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(packer, "build_shards", met)
-    assert pack(ImageFolder(folder), store, options=PackOptions(shard_bytes=30_000, workers=1, force=True)).packed
+    assert pack(ImageFolder(folder), store, options=FORCED).made
     assert file_hashes(store) == expected
 
 
@@ -259,7 +245,6 @@ def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
 ) -> None:
     store = tmp_path / "store"
     pack(ImageFolder(folder), store, options=OPTIONS)
-    forced = PackOptions(shard_bytes=30_000, workers=1, force=True)
 
     def full(*_: object) -> None:
         raise StoreError("no space left on device")
@@ -267,9 +252,9 @@ def test_a_full_disk_at_the_end_of_a_forced_pack_is_not_taken_for_success(
     with monkeypatch.context() as patched:
         patched.setattr("paws_hpc.packing.job.build_index", full)
         with pytest.raises(StoreError, match="no space left"):
-            pack(ImageFolder(folder), store, options=forced)
+            pack(ImageFolder(folder), store, options=FORCED)
     assert file_hashes(store) == expected | {".packing": "folder"}
-    assert pack(ImageFolder(folder), store, options=forced).kept == sum(name.endswith(".h5") for name in expected)
+    assert pack(ImageFolder(folder), store, options=FORCED).kept == sum(name.endswith(".h5") for name in expected)
     assert file_hashes(store) == expected
 
 
@@ -407,24 +392,23 @@ def test_an_image_that_was_left_out_stops_a_run_that_was_not_asked_to(folder: Pa
     assert caught.value.key == left_out["skipped"][0]["key"]
 
 
-CRASH = """
-import signal, sys
+FATAL = """
+import signal, sys, time
 from pathlib import Path
 from paws_hpc.packing import ImageFolder, PackOptions, pack
-from paws_hpc.packing.sources.listing import Listing
 
 class Fatal(ImageFolder):
-    "Loading one image kills the process, as a decoder with a fault would."
+    "Loading an image kills the process, as a decoder with a fault would, or takes for ever, as from a disk that hangs."
     def load(self, index):
+        if sys.argv[3] == "slow":
+            time.sleep(1000)
         if self.keys[index] == "c1/001.jpg":
             signal.raise_signal(signal.SIGSEGV)  # in this thread, as a fault would be
         return super().load(index)
     def select(self, indices):
         return Fatal(self.root, self.listing.take(indices))
 
-if __name__ != "__main__":
-    pass
-elif len(sys.argv) > 1:
+if __name__ == "__main__":
     import fatal
     try:
         pack(fatal.Fatal(Path(sys.argv[1])), Path(sys.argv[2]), options=PackOptions(shard_bytes=30_000, workers=2))
@@ -433,45 +417,25 @@ elif len(sys.argv) > 1:
 """
 
 
+def start_fatal(folder: Path, tmp_path: Path, how: str) -> subprocess.Popen[str]:
+    (tmp_path / "fatal.py").write_text(FATAL)
+    arguments = [sys.executable, str(tmp_path / "fatal.py"), str(folder), str(tmp_path / "store"), how]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
 def test_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "fatal.py").write_text(CRASH)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "fatal.py"), str(folder), str(tmp_path / "store")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert "was ended by SIGSEGV while it looked at 'c1/001.jpg'" in done.stdout, done.stderr
+    printed, _ = start_fatal(folder, tmp_path, "dying").communicate(timeout=120)
+    assert "was ended by SIGSEGV while it looked at 'c1/001.jpg'" in printed
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-from paws_hpc.packing import ImageFolder, PackOptions, pack
-
-class Slow(ImageFolder):
-    "Loading takes for ever, as from a file system that hangs."
-    def load(self, index):
-        time.sleep(1000)
-    def select(self, indices):
-        return Slow(self.root, self.listing.take(indices))
-
-if __name__ == "__main__":
-    import slow
-    pack(slow.Slow(Path(sys.argv[1])), Path(sys.argv[2]), options=PackOptions(shard_bytes=30_000, workers=2))
-"""
-
-
 def test_workers_end_with_their_parent_in_the_middle_of_an_image(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW)
-    packer = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), str(folder), str(tmp_path / "store")])
+    packer = start_fatal(folder, tmp_path, "slow")
     wait_until(lambda: len(list(tmp_path.glob("store/.packing/.shard-*.tmp"))) == 2)  # both are at work
     workers = children(packer.pid)
     assert len(workers) >= 2
     packer.kill()
-    packer.wait()
+    packer.communicate()
     wait_until(lambda: not any(map(alive, workers)), timeout_s=5)
 
 

@@ -131,13 +131,6 @@ def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Pat
     assert contents(ImageStore.open(report.path)) == contents(ImageStore.open(shared))
 
 
-def test_of_two_that_copy_at_the_same_time_one_does(shared: Path, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(copy_store, shared, tmp_path / "local") for _ in range(2)]
-        reports = sorted((future.result() for future in both), key=lambda report: report.copied)
-    assert [(report.copied, report.present) for report in reports] == [(0, 8), (8, 0)]
-
-
 def test_copying_stops_when_the_job_is_to_stop_also_while_another_copies(shared: Path, tmp_path: Path) -> None:
     calls = itertools.count()
     with pytest.raises(CopyStoppedError):

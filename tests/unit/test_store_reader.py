@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,6 @@ def place_in_file(path: Path, position: int) -> tuple[Path, int, int]:
     shard = manifest.shards[number]
     assert shard.data_offset is not None
     return path / shard.name, shard.data_offset + int(row["offset"]), int(row["length"])
-
-
-def test_threads_read_what_one_thread_reads(jpeg_store: Path, raw_store: Path) -> None:
-    random = np.random.default_rng(0)
-    for path in (jpeg_store, raw_store):
-        store = ImageStore.open(path)
-        batches = [random.integers(len(store), size=25) for _ in range(40)]
-        serial = [np.concatenate([image.ravel() for image in store.images(batch)]) for batch in batches]
-        with ThreadPoolExecutor(8) as pool:
-            threaded = list(pool.map(store.images, batches))
-        for expected, images in zip(serial, threaded, strict=True):
-            assert np.array_equal(expected, np.concatenate([image.ravel() for image in images]))
 
 
 def test_records_come_one_by_one_in_a_buffer_that_is_used_again(jpeg_store: Path, raw_store: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import xxhash
 
 from paws_hpc.files import value_digest
 from paws_hpc.packing import ArraySource, pack
-from paws_hpc.store import ImageStore, StoreError
+from paws_hpc.store import ImageStore
 from paws_hpc.store.format import ShardIndex
 from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, StoreIndex, join_indexes
 from paws_hpc.store.verify import verify
@@ -96,15 +95,6 @@ def test_damage_in_a_large_index_is_found_by_verification(
     monkeypatch.setattr("paws_hpc.store.index.CHECKED_BYTES", 0)  # as for more than three million records
     [fault] = verify(path, level="full")[0]
     assert "damaged index.bin; remove it" in fault.problem
-
-
-@pytest.mark.parametrize("left", [0, 20, 100_000, -1])
-def test_an_index_that_was_cut_off_is_not_used(tmp_path: Path, left: int) -> None:
-    path = sparse_store(tmp_path / "store", 300_000)
-    size = (path / "index.bin").stat().st_size
-    os.truncate(path / "index.bin", left if left >= 0 else size + left)
-    with pytest.raises(StoreError, match=r"shard-00000\.h5"):  # it is made from the shards, here holes
-        ImageStore.open(path)
 
 
 def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:
