@@ -18,6 +18,7 @@ from paws_hpc.packing.jpeg_policy import transcoder
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.write import ShardTask
 from paws_hpc.store.format import Encoding, Origin, Packing, StoreError
+from paws_hpc.store.index import key_hashes
 
 _LARGEST_SHARD = 1 << 36
 _STATISTICS_IMAGES = 2_000
@@ -168,12 +169,7 @@ def statistics_stride(encoding: Encoding, count: int) -> int:
 
 def packing_order(keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
     """The shuffled order (N,) int64: images sorted by a hash of (seed, key), so it depends on nothing else."""
-    return np.argsort(packing_ranks(keys, seed=seed), kind="stable")
-
-
-def packing_ranks(keys: Sequence[str], *, seed: int) -> NDArray[np.uint64]:
-    """The hashes (N,) uint64 by which images are sorted."""
-    return np.fromiter((xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys), np.uint64, count=len(keys))
+    return np.argsort(key_hashes([key.encode() for key in keys], seed), kind="stable")
 
 
 def shard_bounds(sizes: NDArray[np.int64], shard_bytes: int) -> NDArray[np.int64]:

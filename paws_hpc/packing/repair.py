@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.packing.jpeg_policy import transcoder
-from paws_hpc.packing.plan import packing_order, packing_ranks, statistics_stride
+from paws_hpc.packing.plan import packing_order, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.index import Keys, StoreIndex, make_index, read_cached_index
+from paws_hpc.store.index import Keys, StoreIndex, key_hashes, load_index, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import read_shard
 from paws_hpc.store.verify import Level, verify
@@ -88,7 +88,8 @@ def repair(
                     built.unlink(missing_ok=True)
                 advance(entry.count)
     if not report.refused and index is None:
-        make_index(folder, manifest)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        load_index(folder, manifest)
         report.index_made = True
     report.whole = not report.refused and not (faults and verify(folder, level="quick")[0])
     return report
@@ -154,8 +155,9 @@ def _first(manifest: Manifest, number: int) -> int:
 
 def _counted(manifest: Manifest, first: int, keys: Sequence[str]) -> NDArray[np.bool_]:
     """Which images (n,) of a shard the statistics count; skipped ones had their places in the packing order."""
-    seed, skipped = manifest.packing.seed, [omission.key for omission in manifest.skipped]
-    before = np.searchsorted(np.sort(packing_ranks(skipped, seed=seed)), packing_ranks(keys, seed=seed))
+    seed, skipped = manifest.packing.seed, [omission.key.encode() for omission in manifest.skipped]
+    hashes = key_hashes([key.encode() for key in keys], seed)
+    before = np.searchsorted(np.sort(key_hashes(skipped, seed)), hashes)
     places = first + np.arange(len(keys)) + before
     return places % statistics_stride(manifest.encoding, manifest.count + len(skipped)) == 0
 

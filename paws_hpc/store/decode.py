@@ -17,14 +17,9 @@ def decode_jpeg(
 
     The header is read first: a few hundred bytes can claim 65,535 x 65,535 pixels, which would take 13 GB.
 
-    Args:
-        payload: the file's bytes, as bytes or a (bytes,) uint8 array.
-        strict: refuse data that libjpeg-turbo can only decode with a warning.
-        size: (H, W) that the image must have; None accepts any.
-
     Raises:
-        ValueError: the bytes are not a decodable JPEG, it has another size or more than :data:`MAX_PIXELS`; callers
-            add the record's name.
+        ValueError: the bytes are not a JPEG, decode only with a warning (if ``strict``), have another ``size`` (H, W)
+            or more than :data:`MAX_PIXELS`.
     """
     if not len(payload):
         raise ValueError("it is empty")

@@ -122,7 +122,7 @@ class StoreIndex:
     def find(self, keys: Sequence[str], *, seed: int) -> NDArray[np.int64]:
         """Positions (n,) int64 of n keys, -1 where a key is not in the store, which was packed with this seed."""
         encoded = [key.encode() for key in keys]
-        wanted = _hashes(encoded, seed)
+        wanted = key_hashes(encoded, seed)
         if 8 * len(keys) >= len(self):  # reading all keys once is faster
             everything = (np.arange(start, stop) for start, stop in _chunks(len(self)))
             ranks = np.concatenate([self._ranks(positions, seed) for positions in everything])
@@ -140,7 +140,7 @@ class StoreIndex:
 
     def _ranks(self, positions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
         """The hashes that the records are sorted by."""
-        return _hashes(self.keys(positions), seed)
+        return key_hashes(self.keys(positions), seed)
 
     def _search(self, wanted: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
         """First positions (n,) whose rank is at least the wanted one, by interpolation: hashes are spread evenly."""
@@ -234,16 +234,11 @@ def load_index(folder: Path, manifest: Manifest) -> StoreIndex:
     cached = read_cached_index(folder, manifest)
     if cached is not None:
         return cached
-    try:
-        return make_index(folder, manifest)
-    except OSError:
-        return make_index(folder, manifest, in_memory=True)
-
-
-def make_index(folder: Path, manifest: Manifest, *, in_memory: bool = False) -> StoreIndex:
-    """Make the index from the shards, in ``index.bin`` or in memory only; errors as in :func:`load_index`."""
     indexes = partial(_shard_indexes, folder, manifest)
-    index = join_indexes(list(indexes())) if in_memory else build_index(folder, indexes)
+    try:
+        index = build_index(folder, indexes)
+    except OSError:
+        index = join_indexes(list(indexes()))
     if index.hash != manifest.index_hash:
         raise StoreError(f"{folder}: the shards' indexes do not give the manifest's index_hash. {REMEDY}")
     return index
@@ -317,7 +312,8 @@ def _pieces(indexes: Indexes) -> Iterator[bytes]:
         yield index.key_blob.tobytes()
 
 
-def _hashes(keys: Sequence[bytes], seed: int) -> NDArray[np.uint64]:
+def key_hashes(keys: Sequence[bytes], seed: int) -> NDArray[np.uint64]:
+    """The hashes (n,) by which records of a store are sorted."""
     return np.fromiter((xxhash.xxh3_64_intdigest(key, seed) for key in keys), np.uint64, count=len(keys))
 
 

@@ -138,7 +138,7 @@ def test_without_the_index_another_number_of_images_is_refused(
 ) -> None:
     flip_bit(store / "shard-00000.h5")
     (store / "index.bin").unlink()
-    shutil.copy(source / "a" / "00.jpg", source / "a" / "new.jpg")
+    shutil.copy(source / "a" / "000.jpg", source / "a" / "new.jpg")
     assert repair(store, source) == 1
     assert "the source has 31 images that were not skipped, the store 30" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from paws_hpc.packing import (
     planned_listing,
     repair,
 )
-from paws_hpc.packing.sources.arrays import FASHION_CLASSES, cifar, digits, idx, load_plain_pickle
+from paws_hpc.packing.sources.arrays import FASHION_CLASSES, cifar, digits, idx
 from paws_hpc.store import ImageStore, StoreError
 from tests.pictures import write_idx
 
@@ -133,21 +133,6 @@ def test_a_malicious_cifar_pickle_is_named_and_does_not_execute(tmp_path: Path, 
     assert not trace.exists()
     pickle.loads(attack)  # the attack is a real one
     assert trace.exists()
-
-
-@pytest.mark.parametrize(
-    "opcodes",
-    [
-        b"cbuiltins\neval\n(S'1'\ntR.",
-        b"cnumpy\nndarray\n(I5\ntR.",  # arrays are only made by way of _reconstruct
-        b"c_codecs\nencode\n(S'x'\nS'zlib'\ntR.",
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(I0\ntS'b'\ntR.",
-    ],
-)
-def test_allowed_names_cannot_be_turned_to_other_uses(tmp_path: Path, opcodes: bytes) -> None:
-    (tmp_path / "batch").write_bytes(opcodes)
-    with pytest.raises(StoreError, match="cannot be read as plain data"):
-        load_plain_pickle(tmp_path / "batch")
 
 
 def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:

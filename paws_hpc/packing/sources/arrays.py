@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import math
@@ -234,31 +235,14 @@ def load_plain_pickle(path: Path) -> Any:
         raise StoreError(f"{path} cannot be read as plain data: {error}. Get the data set again.") from error
 
 
-def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 spells bytes: ``_codecs.encode`` of text, here limited to its one honest use."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-_NDARRAY = object()
-"""Stands for the class numpy.ndarray, which pickles name but need not call."""
-
-
-def _reconstruct(array_type: object, shape: tuple[int, ...], type_code: bytes) -> NDArray[Any]:
-    """How pickles begin an array: empty, filled by the state that follows."""
-    if array_type is not _NDARRAY or shape != (0,):
-        raise pickle.UnpicklingError(f"an array of {array_type} {shape}")
-    return np.ndarray((0,), dtype=np.uint8)
-
-
 _PLAIN_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,
+    ("_codecs", "encode"): codecs.encode,
 }
+"""What pickles of numpy arrays name; ``encode`` is how protocol 2 spells bytes."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
