@@ -162,70 +162,43 @@ def test_webdataset_samples_that_make_no_sense_are_named(tmp_path: Path, files: 
         open_source(SourceConfig("webdataset", str(tar(tmp_path / "a.tar", files))))
 
 
-def hostile(path: Path, change: Callable[[tarfile.TarInfo], None]) -> Path:
-    """An archive with one image whose header was changed."""
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
-        member = tarfile.TarInfo("cat/a.jpg")
-        member.size = 4
-        change(member)
-        archive.addfile(member, io.BytesIO(b"1234") if member.isreg() else None)
-    return path
-
-
-def changed(**fields: object) -> Callable[[tarfile.TarInfo], None]:
-    return lambda member: [setattr(member, name, value) for name, value in fields.items()] and None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (changed(name="../../etc/a.jpg"), r"'../../etc/a.jpg' leads out of the archive"),
-        (changed(name="cat/../../a.jpg"), r"leads out of the archive"),
-        (changed(name="/etc/a.jpg"), r"'/etc/a.jpg' leads out of the archive"),
-        (changed(type=tarfile.SYMTYPE, linkname="/etc/passwd", size=0), r"'cat/a.jpg' is a symbolic link"),
-        (changed(type=tarfile.LNKTYPE, linkname="b.jpg", size=0), r"'cat/a.jpg' is a hard link"),
-        (changed(type=tarfile.FIFOTYPE, size=0), r"is a named pipe"),
-        (changed(type=tarfile.CHRTYPE, size=0), r"is a device"),
-        (changed(type=tarfile.GNUTYPE_SPARSE, size=0), r"is a sparse file"),
-        (changed(type=b"?", size=0), r"of unknown type"),
-    ],
-)
-def test_members_that_are_not_files_inside_are_refused(
-    tmp_path: Path, change: Callable[[tarfile.TarInfo], None], message: str
-) -> None:
-    path = hostile(tmp_path / "hostile.tar", change)
-    with pytest.raises(StoreError, match=rf"hostile.tar: member .*{message}" if "member" not in message else message):
-        open_source(SourceConfig("tar", str(path)))
-
-
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
     member = tarfile.TarInfo(name)
     member.size, member.type = size, kind
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
+def pax(size: int, text: bytes) -> bytes:
+    """An extended header that says ``text`` of the file behind it."""
+    return header("x", size, tarfile.XHDTYPE) + text.ljust(512, b"\0") + header("a/b.jpg")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (header("../../etc/a.jpg"), r"'../../etc/a.jpg' leads out of the archive"),
+        (header("cat/../../a.jpg"), r"leads out of the archive"),
+        (header("/etc/a.jpg"), r"'/etc/a.jpg' leads out of the archive"),
+        (header("cat/a.jpg", kind=tarfile.SYMTYPE), r"'cat/a.jpg' is a symbolic link"),
+        (header("cat/a.jpg", kind=tarfile.LNKTYPE), r"'cat/a.jpg' is a hard link"),
+        (header("cat/a.jpg", kind=tarfile.FIFOTYPE), r"is a named pipe"),
+        (header("cat/a.jpg", kind=tarfile.CHRTYPE), r"is a device"),
+        (header("cat/a.jpg", kind=tarfile.GNUTYPE_SPARSE), r"is a sparse file"),
+        (header("cat/a.jpg", kind=b"?"), r"of unknown type"),
         (header("a/x.jpg", 1 << 62), r"'a/x.jpg' has 4,611,686,018,427,387,904 bytes, 1,536 are left"),
         (header("x", 1 << 40, tarfile.GNUTYPE_LONGNAME), r"a name or header of 1,099,511,627,776 bytes"),
         (header("x", 1 << 40, tarfile.XHDTYPE), r"a name or header of"),
         (header("x", 3000, tarfile.XHDTYPE) + bytes(100), r"cut off"),
-        (header("x", 20, tarfile.XHDTYPE) + b"99999 path=a".ljust(512, b"\0") + header("y", 0), r"cannot be read"),
-        (header("x", 9, tarfile.XHDTYPE) + b"0 path=a\n".ljust(512, b"\0") + header("y", 0), r"cannot be read"),
-        (
-            header("x", 28, tarfile.XHDTYPE)
-            + b"28 size=9999999999999999999\n".ljust(512, b"\0")
-            + header("a/b.jpg", 0),
-            r"'a/b.jpg' has 9,999,999,999,999,999,999 bytes",
-        ),
-        (header("x", 20, tarfile.XHDTYPE) + b"20 GNU.sparse.map=1\n".ljust(512, b"\0") + header("y", 0), r"sparse"),
+        (pax(20, b"99999 path=a"), r"cannot be read"),
+        (pax(9, b"0 path=a\n"), r"cannot be read"),
+        (pax(28, b"28 size=9999999999999999999\n"), r"'a/b.jpg' has 9,999,999,999,999,999,999 bytes"),
+        (pax(20, b"20 GNU.sparse.map=1\n"), r"sparse"),
     ],
 )
-def test_headers_that_lie_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_hostile_members_and_headers_that_lie_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "lies.tar"
     path.write_bytes(content + bytes(1536))
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(StoreError, match=rf"lies.tar.*{message}"):
         open_source(SourceConfig("tar", str(path)))
 
 
