@@ -72,9 +72,7 @@ class PackJob:
     def begin(self, identity: dict[str, Any], *, force: bool) -> None:
         """Continue the unfinished pack of this identity, or begin one; ``force`` discards one of another identity.
 
-        Raises:
-            StoreError: an unfinished pack of another source or with other options is there.
-            OSError: the folder cannot be written.
+        Raises StoreError if one of another source or with other options is there.
         """
         try:
             there = self.identity()
@@ -230,10 +228,7 @@ class PackJob:
     def _move_into_place(self, final: dict[str, str]) -> None:
         """Replace the files of the former store by the new ones; ``final`` has the name of each in the store.
 
-        Another process that does the same at the same time may have moved some of them already.
-
-        Raises:
-            StoreError: a shard is in neither place.
+        Another process that does the same may have moved some of them; StoreError if a shard is in neither place.
         """
         write_json(self.destination / MOVING_NAME, final)  # from here on a former store goes
         for path in self.destination.glob("shard-*.h5"):

@@ -150,11 +150,7 @@ def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, policy: Jpe
 
 
 def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage | str:
-    """Keep a colour JPEG's coefficients; for other JPEGs, name what they are.
-
-    Raises:
-        ValueError: it decodes only with a warning, or not at all.
-    """
+    """Keep a colour JPEG's coefficients; for other JPEGs, name what they are; ValueError if it has faults."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
     if colours not in ("YCbCr", "RGB"):
         return f"{colours} JPEG"

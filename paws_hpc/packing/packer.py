@@ -116,11 +116,7 @@ def pack(
 def plan_pack(source: Source, destination: Path, *, options: PackOptions | None = None) -> tuple[int, int]:
     """Begin packing in tasks: keep the list of the source, so that no task need make it again.
 
-    Returns:
-        The numbers of shards and of images.
-
-    Raises:
-        StoreError: as :func:`pack`.
+    Returns the numbers of shards and of images; errors as in :func:`pack`.
     """
     options = options or PackOptions()
     plan, job = Plan(source, options), PackJob(destination)
@@ -131,11 +127,7 @@ def plan_pack(source: Source, destination: Path, *, options: PackOptions | None 
 
 
 def planned_listing(destination: Path, kind: str) -> Listing | None:
-    """The list of files that the unfinished pack at ``destination`` began with; None if there is none of this kind.
-
-    Raises:
-        StoreError, ValueError: the record or the list is damaged.
-    """
+    """The list of files that the unfinished pack at ``destination`` began with; None if there is none of this kind."""
     job = PackJob(destination)
     identity = job.identity()
     return job.listing() if identity is not None and identity.get("kind") == kind else None

@@ -81,12 +81,7 @@ class Plan:
     """
 
     def __init__(self, source: Source, options: PackOptions) -> None:
-        """Divide the source.
-
-        Raises:
-            StoreError: the source has no images, or keys by which they could not be found again.
-            ValueError: an option does not apply to the source.
-        """
+        """Divide the source; StoreError if it has no images, or keys by which they could not be looked up."""
         if source.encoding == "raw" and options.max_short_side is not None:
             raise ValueError(
                 f"pack.max_short_side={options.max_short_side} does not apply to the {source.kind} source, which gives "

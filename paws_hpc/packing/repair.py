@@ -117,11 +117,7 @@ def _task(
     number: int,
     path: Path,
 ) -> ShardTask:
-    """What builds a shard again; ``keys`` (N,) are those of the store.
-
-    Raises:
-        StoreError: the source does not have its images.
-    """
+    """What builds a shard again; ``keys`` (N,) are those of the store. StoreError if the source lacks its images."""
     if len(keys) != manifest.count:
         raise StoreError(
             f"the source has {len(keys):,} images that were not skipped, the store {manifest.count:,}, and "

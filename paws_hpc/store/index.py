@@ -78,9 +78,7 @@ class StoreIndex:
     def open(cls, path: Path) -> StoreIndex:
         """Map an index file into memory; one of at most :data:`CHECKED_BYTES` is checked, a larger one by ``verify``.
 
-        Raises:
-            OSError: the file cannot be read.
-            StoreError: the file is no index, or damaged.
+        Raises StoreError if the file is no index, or damaged.
         """
         if not path.stat().st_size:
             raise StoreError(f"{path} is empty.")  # which cannot be mapped

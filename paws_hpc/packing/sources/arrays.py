@@ -214,8 +214,7 @@ def _cifar_batch(path: Path, label_field: bytes, num_classes: int) -> tuple[NDAr
 def load_plain_pickle(path: Path) -> Any:
     """Load a pickle of containers, numbers, strings and numpy arrays; text of Python 2 arrives as bytes.
 
-    Raises:
-        StoreError: the file is missing, no pickle, or asks for anything else, which is named and not executed.
+    Raises StoreError if the file is missing, no pickle, or asks for anything else, which is not executed.
     """
     try:
         with open(path, "rb") as file:

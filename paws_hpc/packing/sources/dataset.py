@@ -240,11 +240,7 @@ class DatasetSource:
         return replace(self, **columns)
 
     def load(self, index: int) -> NDArray[np.uint8]:
-        """Return the pixels (H, W, 1 or 3) of image ``index``.
-
-        Raises:
-            SourceChangedError: they are not those of the first pass.
-        """
+        """Return the pixels (H, W, 1 or 3) of image ``index``; SourceChangedError if the first pass saw others."""
         position = int(self.positions[index])
         image, _ = _item(_opened_once(self.name, self.root, self.split), position, self.name)
         pixels = _pixels(image, position, self.name)

@@ -73,12 +73,7 @@ class Listing:
 
     @classmethod
     def load(cls, path: Path) -> Listing:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is damaged.
-        """
+        """Read what :meth:`save` wrote; FileNotFoundError if there is none, ValueError if it is damaged."""
         whole = path.read_bytes()
         digest, content = whole[:_HASH_BYTES], whole[_HASH_BYTES:]
         if xxhash.xxh3_128_digest(content) != digest:
