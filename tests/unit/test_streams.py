@@ -184,7 +184,7 @@ def test_rows_of_every_view_are_the_same_images_in_the_same_order(digits: ImageS
     # Supports: views one after the other, inside a view class after class.
     first, second = batch.micro_batches[0].supports.images.chunk(2)
     assert torch.equal(first, second)
-    keys = {digits.read([record])[0].tobytes(): record for record in labelled(digits)}
+    keys = {digits.read_raw([record])[0].tobytes(): record for record in labelled(digits)}
     drawn = np.array([keys[row.numpy().tobytes()] for row in first])
     classes = digits.labels[drawn].reshape(K, PER_CLASS)
     assert np.all(classes == classes[:, :1])
