@@ -18,7 +18,7 @@ from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.heads import PredictionHead, ProjectionHead
 from paws_hpc.models.initialisation import initialise
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.models.resnet import SmallResNet, WideResNet, resnet18, resnet50
+from paws_hpc.models.resnet import BasicBlock, Bottleneck, ResNet, SmallResNet, WideResNet
 from paws_hpc.models.vit import VisionTransformer
 
 
@@ -141,8 +141,8 @@ def _timm(config: ModelConfig, seed: int = 0) -> nn.Module:
 
 
 _BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
-    "resnet50": lambda config: resnet50(width=config.width),
-    "resnet18": lambda config: resnet18(width=config.width),
+    "resnet50": lambda config: ResNet(Bottleneck, [3, 4, 6, 3], width=config.width),
+    "resnet18": lambda config: ResNet(BasicBlock, [2, 2, 2, 2], width=config.width),
     "wide_resnet": lambda config: WideResNet(depth=config.depth, width=config.width),
     "small_resnet": lambda config: SmallResNet([config.width * channels for channels in config.channels]),
     "timm": _timm,

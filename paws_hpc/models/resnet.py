@@ -115,16 +115,6 @@ class ResNet(nn.Module):
         return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
 
 
-def resnet18(*, width: int = 1) -> ResNet:
-    """ResNet-18; ``feature_dim`` is 512 times ``width``."""
-    return ResNet(BasicBlock, [2, 2, 2, 2], width=width)
-
-
-def resnet50(*, width: int = 1) -> ResNet:
-    """ResNet-50; ``feature_dim`` is 2048 times ``width``."""
-    return ResNet(Bottleneck, [3, 4, 6, 3], width=width)
-
-
 class _PreActivationBlock(_Block):
     """bn-relu-conv-bn-relu-conv around a shortcut from the raw input."""
 

@@ -30,14 +30,8 @@ def supervised_nce(z: Tensor, labels: ClassLabels, *, temperature: float) -> Ten
 
     Returns:
         0-d loss in nats, float32 (float64 if z is), with gradients through both sides of the similarity.
-
-    Raises:
-        ValueError: there are fewer than two rows, or rows and labels differ in number.
     """
-    if z.ndim != 2 or z.shape[0] < 2 or labels.shape[0] != z.shape[0]:
-        raise ValueError(
-            f"z {tuple(z.shape)} and labels {labels.shape} must be (R, D) and (R, K) with one R of 2 or more."
-        )
+    assert len(z) == len(labels.classes) > 1
     with full_precision(z):
         logits = cosine_logits(z, z, temperature=temperature).fill_diagonal_(-math.inf)
         log_predictions = log_mixture(logits, labels)
@@ -56,12 +50,8 @@ def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
 
     Returns:
         0-d mean over all 2n rows in nats, float32 (float64 if z is), with gradients through both sides.
-
-    Raises:
-        ValueError: the number of rows is odd or 0.
     """
-    if z.ndim != 2 or z.shape[0] % 2 or z.shape[0] == 0:
-        raise ValueError(f"z {tuple(z.shape)} must be (2n, D): n first views, then their n second views.")
+    assert len(z) % 2 == 0
     with full_precision(z):
         logits = cosine_logits(z, z, temperature=temperature).fill_diagonal_(-math.inf)
         other_view = torch.arange(z.shape[0], device=z.device).roll(z.shape[0] // 2)

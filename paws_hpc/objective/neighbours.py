@@ -9,7 +9,6 @@ logarithms, so that none overflows at small temperatures.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,11 +32,7 @@ def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: T
 
     Returns:
         (Q, K) probabilities, float32 (float64 if the features are).
-
-    Raises:
-        ValueError: the shapes do not go together or the temperature is not positive.
     """
-    _check_supports(queries, supports, support_labels.shape)
     with full_precision(queries):
         logits = cosine_logits(queries, supports, temperature=temperature)
         return F.softmax(logits, dim=-1) @ support_labels.to(logits.dtype)
@@ -52,7 +47,6 @@ def log_soft_nearest_neighbours(
         (Q, K) log-probabilities with gradients to queries and supports; ``-inf`` (with zero gradient) for a class that
         no support bears.
     """
-    _check_supports(queries, supports, support_labels.shape)
     with full_precision(queries):
         return log_mixture(cosine_logits(queries, supports, temperature=temperature), support_labels)
 
@@ -66,11 +60,7 @@ def sharpen(probabilities: Tensor, *, temperature: float) -> Tensor:
 
     Returns:
         (..., K), float32 (float64 if the input is). A uniform row stays uniform.
-
-    Raises:
-        ValueError: the temperature is not positive.
     """
-    check_positive("temperature", temperature)
     probabilities = at_least_float32(probabilities)
     # Relative to the row's largest entry: (1/1000)^(1/T) alone would underflow at small T. The factor cancels in the
     # quotient.
@@ -116,7 +106,6 @@ class _Directions(torch.autograd.Function):
 
 def cosine_logits(queries: Tensor, supports: Tensor, *, temperature: float) -> Tensor:
     """``cos(query, support) / temperature``: (Q, D) and (S, D) to (Q, S); the cosine with a zero vector is 0."""
-    check_positive("temperature", temperature)
     directions = _Directions.apply(at_least_float32(queries))
     support_directions = _Directions.apply(at_least_float32(supports))
     return (directions / temperature) @ support_directions.T
@@ -143,21 +132,3 @@ def full_precision(like: Tensor) -> Iterator[None]:
 def at_least_float32(values: Tensor) -> Tensor:
     """``values`` in float32, or as they are if they are float64."""
     return values if values.dtype == torch.float64 else values.float()
-
-
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a positive finite number."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}={value} is not a positive number.")
-
-
-def _check_supports(queries: Tensor, supports: Tensor, shape: tuple[int, ...]) -> None:
-    if queries.ndim != 2 or supports.ndim != 2 or queries.shape[1] != supports.shape[1]:
-        raise ValueError(
-            f"queries {tuple(queries.shape)} and supports {tuple(supports.shape)} must be (Q, D) and (S, D) of one D."
-        )
-    if len(shape) != 2 or shape[0] != supports.shape[0] or supports.shape[0] == 0:
-        raise ValueError(
-            f"support_labels {tuple(shape)} must be (S, K) with one row for each of the {supports.shape[0]} supports, "
-            "and there must be one at least."
-        )

@@ -27,18 +27,6 @@ from paws_hpc.objective.neighbours import (
 )
 
 
-class TrueClasses(NamedTuple):
-    """The n images' own labels (paper, Appendix D.1).
-
-    Attributes:
-        known: (n,) bool.
-        classes: (n,) int64, positions among the K classes of the supports; read where ``known``.
-    """
-
-    known: Tensor
-    classes: Tensor
-
-
 class PawsLoss(NamedTuple):
     """The objective and its terms: 0-d tensors in nats.
 
@@ -66,7 +54,7 @@ def paws_loss(
     sharpening: float,
     me_max: bool = True,
     target_floor: float = TARGET_FLOOR,
-    true_classes: TrueClasses | None = None,
+    true_classes: tuple[Tensor, Tensor] | None = None,
     entropy_weight: float = 0.0,
     image_weights: Tensor | None = None,
 ) -> PawsLoss:
@@ -77,38 +65,29 @@ def paws_loss(
     equals that of one process on the whole batch. Every rank must hold the same n.
 
     Args:
-        anchors: ((2 + m) n, D) view-major z, the output of the prediction head, for all crops.
+        anchors: ((2 + m) n, D) view-major z of all crops.
         supports: (S, D) z of the supports.
         targets: (2n, K) sharpened predictions of the large crops **in the anchors' order**. A large crop is compared
             with the target of the *other* one; the exchange happens here. No gradient flows to them.
         labels: of the supports.
-        temperature: tau of the similarity classifier.
-        sharpening: T of the mean entropy.
-        me_max: whether to maximise the mean entropy.
+        temperature, sharpening, me_max, entropy_weight: see :class:`PawsConfig`.
         target_floor: target entries below it are set to 0 after small crops' targets are averaged, without
             renormalising. 0 keeps every entry.
-        true_classes: images whose class, as one-hot label, is the target of all their views (Appendix D.1).
-        entropy_weight: of the mean entropy of predictions (Appendix D.2).
+        true_classes: which images have their own class, as one-hot label, as target of all views (Appendix D.1), (n,)
+            bool; and these classes' positions among the K, (n,) int64.
         image_weights: (n,), which multiply each image's share of the consistency.
-
-    Raises:
-        ValueError: anchors are not two large crops, or more, for each pair of targets.
     """
-    views, rest = divmod(2 * len(anchors), max(len(targets), 1))
-    if rest or views < 2 or len(targets) % 2:
-        raise ValueError(
-            f"{len(anchors)} anchor rows and {len(targets)} target rows are not (2 + m) n and 2n: of n images, two "
-            "large crops have targets, and these and m small crops are anchors."
-        )
+    views, rest = divmod(2 * len(anchors), len(targets))
+    assert rest == 0, "anchors are (2 + m) n rows, and targets 2n"
     with full_precision(anchors):
         log_predictions = log_soft_nearest_neighbours(anchors, supports, labels, temperature=temperature)
         first, second = targets.detach().chunk(2)  # a large crop's target is the other one's, a small crop's their mean
         wanted = torch.cat([second, first] + [(first + second) / 2] * (views - 2))
         wanted = wanted.masked_fill(wanted < target_floor, 0)
         if true_classes is not None:
-            one_hot = smooth_labels(true_classes.classes, wanted.shape[1], smoothing=0.0, dtype=wanted.dtype)
-            known = true_classes.known.repeat(views).unsqueeze(1)
-            wanted = torch.where(known, one_hot.repeat(views, 1), wanted)
+            known, classes = true_classes
+            one_hot = smooth_labels(classes, wanted.shape[1], smoothing=0.0, dtype=wanted.dtype)
+            wanted = torch.where(known.repeat(views).unsqueeze(1), one_hot.repeat(views, 1), wanted)
         distances = cross_entropy(wanted, log_predictions)
         if image_weights is not None:
             distances = distances * image_weights.repeat(views)
@@ -154,20 +133,13 @@ class Paws(Objective):
         anchors, h_large = z[rows:].to(wide), h[rows : rows + 2 * images].detach().to(wide)
         true_classes = None
         if config.true_label_targets:
-            true_classes = TrueClasses(on_device(batch.known, z.device), on_device(batch.known_classes, z.device))
+            true_classes = on_device(batch.known, z.device), on_device(batch.known_classes, z.device)
         targets, weights, metrics = self.targets(h_large, target_supports, labels)
         loss = paws_loss(
-            anchors,
-            supports,
-            targets,
-            labels,
-            temperature=config.temperature,
-            sharpening=config.sharpening,
-            me_max=config.me_max,
-            true_classes=true_classes,
-            entropy_weight=config.entropy_weight,
+            anchors, supports, targets, labels, temperature=config.temperature, sharpening=config.sharpening,
+            me_max=config.me_max, true_classes=true_classes, entropy_weight=config.entropy_weight,
             image_weights=weights,
-        )
+        )  # fmt: skip
         total, metrics["train/loss_consistency"] = loss.total, loss.consistency
         if config.me_max:
             metrics["train/loss_me_max"] = loss.me_max
@@ -180,8 +152,12 @@ class Paws(Objective):
             hard = replace(labels, smoothing=0.0)
             metrics["train/loss_support_nce"] = supervised_nce(supports, hard, temperature=config.temperature)
             total = total + warmup * metrics["train/loss_support_nce"]
-        if diagnosed:
-            metrics |= diagnose(anchors[: 2 * images], supports, labels, temperature=config.temperature)
+        if diagnosed:  # figure 4 of the paper; nothing is communicated, and NT-Xent's value depends on n
+            with torch.no_grad():
+                contrast = nt_xent(anchors[: 2 * images], temperature=config.temperature)
+                metrics["train/instance_discrimination"] = contrast
+                classified = supervised_nce(supports, labels, temperature=config.temperature)
+                metrics["train/support_classification"] = classified
             metrics["train/confidence"] = targets.amax(-1).mean()
         return total, metrics
 
@@ -217,22 +193,3 @@ def support_warmup_weight(step: int, *, total_steps: int, fraction: float) -> fl
     """Weight of the support loss: 1 at step 0, falling linearly to 0 at step ``fraction * total_steps``."""
     duration = fraction * total_steps
     return max(0.0, 1 - step / duration) if duration > 0 else 0.0
-
-
-@torch.no_grad()
-def diagnose(large_crops: Tensor, supports: Tensor, labels: ClassLabels, *, temperature: float) -> dict[str, Tensor]:
-    """The paper's figure 4b, in nats; nothing is communicated.
-
-    Args:
-        large_crops: (2n, D) z of this rank's large crops: n first views, then the n second views.
-        supports: (S, D) z of the supports of all ranks.
-        labels: of the supports.
-        temperature: of both contrastive losses.
-
-    Returns:
-        0-dimensional: NT-Xent among the 2n rows of a rank (so that its value depends on n), and supervised NCE.
-    """
-    return {
-        "train/instance_discrimination": nt_xent(large_crops, temperature=temperature),
-        "train/support_classification": supervised_nce(supports, labels, temperature=temperature),
-    }

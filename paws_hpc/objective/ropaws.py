@@ -76,13 +76,9 @@ class Ropaws(Paws):
         views = []
         for own in h.chunk(2):
             every = calibrated_posteriors(
-                distributed.gather_rows(own),
-                supports,
-                matrix,
-                temperature=config.temperature,
-                prior_temperature=config.prior_temperature,
-                label_ratio=config.label_ratio,
-            )
+                distributed.gather_rows(own), supports, matrix, temperature=config.temperature,
+                prior_temperature=config.prior_temperature, label_ratio=config.label_ratio,
+            )  # fmt: skip
             views.append(every[distributed.rank() * len(own) :][: len(own)])
         posteriors = torch.cat(views)
         in_domain = posteriors.sum(1).clamp_max(1)
