@@ -1,14 +1,24 @@
-"""A step's loss of PAWS from its representations alone, and labels in the objective's form."""
+"""A step's loss of PAWS from its representations alone, labels in the objective's form, and golden files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from paws_hpc.objective.labels import ClassLabels, class_labels
 from paws_hpc.objective.paws import PawsLoss, paws_loss, paws_targets
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> dict[str, Tensor]:
+    """A file of tests/golden."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
 def labels_for(classes: Tensor, num_classes: int, smoothing: float) -> ClassLabels:

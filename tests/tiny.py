@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from paws_hpc.config import Config
 from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, DataConfig, LabelsConfig, ViewsConfig
+from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.config import (
     ClassifierConfig,
     OptimizerConfig,
@@ -17,9 +20,13 @@ from paws_hpc.engine.config import (
     SupportConfig,
     TrackingConfig,
 )
+from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models import encoder
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.vit import VisionTransformer
+from paws_hpc.packing import ArraySource, pack
+from paws_hpc.stages.pretrain import make_training
+from paws_hpc.store import ImageStore
 from paws_hpc.trial import Trial
 
 WALL_CLOCK = ("train/images_per_s", "train/data_wait")
@@ -63,6 +70,26 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
 def trial_at(learning_rate: float, epochs: int) -> Trial:
     """A point of the sweeps above."""
     return Trial({"learning_rate": learning_rate, "epochs": epochs})
+
+
+def training_of(config: Config, folder: Path, *, labels_per_class: int = 4, device: str = "cpu") -> Pretraining:
+    """Pre-training before its first step, on a store of ten classes and some of its labels."""
+    store, support = ImageStore.open(folder), config.pretrain.support
+    labelled = np.concatenate([np.flatnonzero(store.labels == label)[:labels_per_class] for label in range(10)])
+    stream = PawsStream(
+        store, labelled, views=config.views, batch_size=config.pretrain.batch_size, support_classes=support.classes,
+        images_per_class=support.images_per_class, seed=config.seed, threads=1,
+        accumulate_steps=config.pretrain.accumulate_steps, device=torch.device(device),
+        compile_augmentation=config.pretrain.compile,
+    )  # fmt: skip
+    return make_training(config, stream)
+
+
+def random_store(folder: Path, *, count: int, size: int, classes: int) -> ImageStore:
+    """Noise, packed; the same for the same arguments."""
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 1), np.uint8)
+    keys, names = [f"{number:05d}" for number in range(count)], tuple("abcdefghij"[:classes])
+    return ImageStore.open(pack(ArraySource("noise", images, np.arange(count) % classes, keys, names), folder).path)
 
 
 @contextmanager

@@ -10,17 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from paws_hpc.data.config import CropConfig, ViewsConfig
-from paws_hpc.data.streams import PawsBatch, PawsStream
+from paws_hpc.data.streams import PawsBatch
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.config import ModelConfig
-from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.objective.config import PawsConfig
-from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.tiny import STILL
+from tests.tiny import tiny_config, training_of
 
 PARTS, BATCH, CLASSES, PER_CLASS, SMALL, VIEWS = 4, 24, 8, 4, 3, 2
 CPU, STEP = torch.device("cpu"), 5
@@ -29,26 +24,15 @@ TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12}  # relative, in the Euclidean norm
 
 def prepared(stores: Stores, *, parts: int, precision: str = "fp64", **changes: Any) -> Pretraining:
     """A training with everything on that couples rows: me-max, several small crops, the support warm-up, weights."""
-    store = ImageStore.open(stores.train)
-    labelled = [index for label in range(10) for index in np.flatnonzero(store.labels == label)[:PER_CLASS]]
-    views = ViewsConfig(
-        large=CropConfig(size=16, count=2, scale=[0.5, 1.0]), small=CropConfig(size=8, count=SMALL, scale=[0.2, 0.5]),
-        support_views=VIEWS, augment=STILL,
+    config = tiny_config(stores.train, stores.test, stores.train)
+    config.seed, config.model.prediction_head, config.objective.support_warmup_fraction = 3, True, 0.5
+    config.views.large.scale, config.views.small.count = [0.5, 1.0], SMALL
+    config.optimizer = OptimizerConfig(name="sgd", peak_lr=0.01, warmup_epochs=0.0)
+    config.pretrain = PretrainConfig(
+        batch_size=BATCH, accumulate_steps=parts, epochs=1, support=SupportConfig(CLASSES, PER_CLASS),
+        precision=precision, **changes,
     )  # fmt: skip
-    stream = PawsStream(
-        store, np.array(labelled), views=views, batch_size=BATCH, support_classes=CLASSES, images_per_class=PER_CLASS,
-        seed=3, threads=1, accumulate_steps=parts,
-    )  # fmt: skip
-    model = ModelConfig(name="small_resnet", channels=[8, 16], prediction_head=True)
-    return Pretraining(
-        build_encoder(model, seed=3), objective=PawsConfig(support_warmup_fraction=0.5),
-        optimizer=OptimizerConfig(name="sgd", peak_lr=0.01, warmup_epochs=0.0),
-        config=PretrainConfig(
-            batch_size=BATCH, accumulate_steps=parts, epochs=1, support=SupportConfig(CLASSES, PER_CLASS),
-            precision=precision, **changes,
-        ),
-        stream=stream, device=CPU,
-    )  # fmt: skip
+    return training_of(config, stores.train, labels_per_class=PER_CLASS)
 
 
 def gradients(training: Pretraining) -> dict[str, Tensor]:

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from paws_hpc.models.config import ModelConfig
-from paws_hpc.models.encoder import build_encoder
-from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
+from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics
 from tests.ranks import results_of, run_on_ranks
 
 CHANNELS = 5
@@ -120,15 +117,6 @@ def other_statistics(rank: int, world: int) -> Results:
     return results
 
 
-def untracked(rank: int, world: int) -> bool:
-    """Whether an untracked pass leaves the running statistics alone."""
-    norm = layer(2)
-    before = {name: value.clone() for name, value in norm.named_buffers()}
-    with untracked_statistics(norm):
-        norm(batch((16, CHANNELS))[0][rank * 8 : rank * 8 + 8])
-    return all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
-
-
 def compiled(rank: int, world: int) -> list[tuple[str, Tensor, Tensor]]:
     """Two training passes, eager and compiled as one graph each: names, eager values and compiled values."""
     found = []
@@ -145,35 +133,11 @@ def compiled(rank: int, world: int) -> list[tuple[str, Tensor, Tensor]]:
     return found
 
 
-def encode(rank: int, world: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """One training step of a whole encoder with the sum of h's fourth powers as loss, gradients summed over ranks."""
-    config = ModelConfig(name="small_resnet", channels=[4, 6])
-    encoder = build_encoder(config, seed=3).double()
-    large, small = encoder_inputs()
-    share = [slice(rank * len(x) // world, (rank + 1) * len(x) // world) for x in (large, small)]
-    h, _ = encoder([large[share[0]], small[share[1]]])
-    h.pow(4).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
-    if world > 1:
-        for gradient in gradients.values():
-            dist.all_reduce(gradient)
-    buffers = {name: buffer for name, buffer in encoder.named_buffers() if buffer.is_floating_point()}
-    return h.detach(), gradients | buffers
-
-
-def encoder_inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    large = torch.randn(8, 3, 16, 16, generator=generator, dtype=torch.float64)
-    return large, torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every rank's results."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(
-        folder, {2: [all_cases, on_gpu, half_precision, other_statistics, untracked, compiled, encode], 4: [all_cases]}
-    )
+    run_on_ranks(folder, {2: [all_cases, on_gpu, half_precision, other_statistics, compiled], 4: [all_cases]})
     return folder
 
 
@@ -251,20 +215,3 @@ def test_compiled_as_one_graph_it_computes_the_same(world: int, finished: Path):
             else:
                 error = (measured - expected).abs().max() / expected.abs().max()
                 assert error < (1e-5 if expected.dtype == torch.float32 else 2e-2), f"{name}: {error:.1e}"
-
-
-def test_an_untracked_pass_over_ranks_moves_no_running_statistic(finished: Path):
-    assert results_of(untracked, 2, finished) == [True, True]
-
-
-def test_an_encoder_trains_the_same_on_two_ranks(finished: Path):
-    ranks = results_of(encode, 2, finished)
-    h, truth = encode(0, 1)
-    joined = torch.cat([ranks[0][0][:4], ranks[1][0][:4], ranks[0][0][4:], ranks[1][0][4:]])
-    torch.testing.assert_close(joined, h, rtol=1e-10, atol=1e-12)
-    for name, value in truth.items():
-        # A bias that batch normalisation takes away again has a gradient of zero, as a sum of terms that cancel: what
-        # is left is the rounding of terms as large as those of the weight beside it.
-        terms = truth[name.removesuffix("bias") + "weight"] if name.endswith("bias") else value
-        scale = max(value.abs().max().item(), terms.abs().max().item())
-        torch.testing.assert_close(ranks[0][1][name], value, rtol=1e-9, atol=1e-11 * scale, msg=name)

@@ -6,27 +6,20 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from paws_hpc.distributed import gather_rows, gather_rows_and_constants
 from paws_hpc.objective.nce import supervised_nce
-from tests.objective import labels_for, step_loss
+from tests.objective import labels_for, load_golden, step_loss
 from tests.ranks import results_of, run_on_ranks
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 WORLDS = [2, 4]
 GOLDEN_NAMES = ["dist2_unique_v1", "dist2_nonunique_v1"]
 CLASSES, IMAGES_PER_CLASS, IMAGES, SMALL, INPUTS, D = 8, 4, 8, 2, 7, 6
 CASES = list(product(["disjoint", "shared"], [1, 2]))
 """How ranks divide the classes, and the number of support views."""
-
-
-def load(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
 def losses(weight: Tensor, inputs: Tensor, classes: Tensor, num_classes: int, small: int) -> dict[str, Tensor]:
@@ -51,7 +44,7 @@ def losses(weight: Tensor, inputs: Tensor, classes: Tensor, num_classes: int, sm
 
 
 def golden_rank(name: str, rank: int) -> dict[str, Tensor]:
-    golden = load(name)
+    golden = load_golden(name)
     per_rank, images, distinct = (int(golden[key]) for key in ("classes_per_rank", "imgs_per_class", "unique_classes"))
     classes = torch.arange(per_rank).repeat(images * int(golden["support_views"])) + rank * per_rank * distinct
     num_classes = per_rank * 2 if distinct else per_rank
@@ -128,7 +121,7 @@ def test_ranks_together_are_one_process(ranks: list[dict[str, Any]], division: s
 @two_ranks
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_two_ranks_are_the_single_process_of_the_golden_files(ranks: list[dict[str, Any]], name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     assert_equal(mean(ranks, name, "consistency"), golden["single_process_ploss"])
     assert_equal(mean(ranks, name, "me_max"), golden["single_process_rloss"])
     assert_equal(mean(ranks, name, "weight_gradient_total"), golden["single_process_grad_weight"])
@@ -137,7 +130,7 @@ def test_two_ranks_are_the_single_process_of_the_golden_files(ranks: list[dict[s
 @two_ranks
 def test_two_ranks_are_the_two_ranks_of_the_reference(ranks: list[dict[str, Any]]) -> None:
     """Where the reference is right (distinct classes, one view), each rank's own numbers agree too."""
-    golden = load("dist2_unique_v1")
+    golden = load_golden("dist2_unique_v1")
     for rank, results in enumerate(ranks):
         ours = results["dist2_unique_v1"]
         assert_equal(ours["consistency"], golden["ploss"][rank])

@@ -14,19 +14,14 @@ import torch.distributed as dist
 
 from paws_hpc import distributed
 from paws_hpc.cluster.rank import join
-from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
-from paws_hpc.data.streams import PawsStream
+from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
-from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models.config import ModelConfig
-from paws_hpc.models.encoder import build_encoder
 from paws_hpc.objective.config import PawsConfig
-from paws_hpc.store import ImageStore
 from tests.ranks import Collectives
-from tests.tiny import small_vit
+from tests.tiny import small_vit, tiny_config, training_of
 
-STEPS, BATCH, CLASSES, IMAGES_PER_CLASS, LABELS_PER_CLASS = 10, 32, 10, 4, 6
-
+STEPS = 10
 
 RECIPES = {
     "resnet": (
@@ -58,29 +53,17 @@ def main(folder: Path, rank: int, world: int, dtype: str, accumulate_steps: int,
             folder, start=f"{world}-{dtype}-{accumulate_steps}-{recipe}", rank=rank, world_size=world,
             one_node=True, device=cpu, timeout_s=120,
         )  # fmt: skip
-    store = ImageStore.open(folder / "store")
-    labelled = [index for label in range(10) for index in (store.labels == label).nonzero()[0][:LABELS_PER_CLASS]]
+    config = tiny_config(folder / "store", folder / "store", folder)
+    config.seed, (config.model, config.optimizer, config.objective) = 3, RECIPES[recipe]
     grey = AugmentConfig(saturation=0.0, hue=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
-    views = ViewsConfig(
-        large=CropConfig(size=16, count=2, scale=[0.5, 1.0]), small=CropConfig(size=8, count=2, scale=[0.2, 0.5]),
-        support_views=2, augment=grey,
+    config.views.large.scale, config.views.augment = [0.5, 1.0], grey
+    config.pretrain = PretrainConfig(
+        batch_size=32, epochs=1, support=SupportConfig(10, 4), precision=dtype, accumulate_steps=accumulate_steps,
+        ema=0.8,
     )  # fmt: skip
-    stream = PawsStream(
-        store, torch.tensor(labelled).numpy(), views=views, batch_size=BATCH, support_classes=CLASSES,
-        images_per_class=IMAGES_PER_CLASS, seed=3, threads=1, accumulate_steps=accumulate_steps,
-    )  # fmt: skip
-    model, optimizer, objective = RECIPES[recipe]
     with small_vit():
-        encoder = build_encoder(model, seed=3)
-    training = Pretraining(
-        encoder, objective=objective,
-        optimizer=optimizer,
-        config=PretrainConfig(
-            batch_size=BATCH, epochs=1, support=SupportConfig(CLASSES, IMAGES_PER_CLASS), precision=dtype,
-            accumulate_steps=accumulate_steps, ema=0.8,
-        ),
-        stream=stream, device=cpu,
-    )  # fmt: skip
+        training = training_of(config, folder / "store", labels_per_class=6)
+    stream = training.stream
     losses: dict[str, list[torch.Tensor]] = {}
     for step in range(STEPS):
         for name, value in training.step(stream.batch(step)).items():

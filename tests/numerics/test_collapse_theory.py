@@ -18,14 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from paws_hpc.objective.paws import PawsLoss, TrueClasses
+from paws_hpc.objective.paws import PawsLoss
 from tests.objective import labels_for, step_loss
 
 K, PER_CLASS, N, D, SMALL = 4, 3, 5, 6, 2
 S, TAU, T = K * PER_CLASS, 0.1, 0.25
 CLASSES = torch.arange(K).repeat(PER_CLASS)
-KNOWN = TrueClasses(torch.tensor([True, False, False, True, False]), torch.tensor([2, 0, 0, 1, 0]))
-NONE = TrueClasses(torch.zeros(N, dtype=torch.bool), torch.zeros(N, dtype=torch.int64))
+TrueClasses = tuple[Tensor, Tensor]
+KNOWN = torch.tensor([True, False, False, True, False]), torch.tensor([2, 0, 0, 1, 0])
+NONE = torch.zeros(N, dtype=torch.bool), torch.zeros(N, dtype=torch.int64)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -63,8 +64,8 @@ def test_targets_of_labelled_images_are_their_labels_and_entropy_is_of_predictio
         for image in range(N):
             row = p[view * N + image]
             target = {0: sharp[N + image], 1: sharp[image]}.get(view, (sharp[image] + sharp[N + image]) / 2)
-            if known.known[image]:
-                target = np.eye(K)[int(known.classes[image])]
+            if known[0][image]:
+                target = np.eye(K)[int(known[1][image])]
             total -= (target * np.log(row)).sum()
             entropy -= (row * np.log(row)).sum()
             mean += row ** (1 / T) / (row ** (1 / T)).sum()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,16 +10,10 @@ from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import sharpen, soft_nearest_neighbours
 from paws_hpc.objective.paws import paws_targets
-from tests.objective import as_class_labels, step_loss
+from tests.objective import GOLDEN, as_class_labels, load_golden, step_loss
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PAWS_FILES = sorted(path.stem for path in GOLDEN.glob("paws_mc*.npz"))
 SUNCET_FILES = sorted(path.stem for path in GOLDEN.glob("suncet_*.npz"))
-
-
-def load(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
@@ -50,7 +41,7 @@ def test_there_are_golden_files() -> None:
 
 @pytest.mark.parametrize("name", PAWS_FILES)
 def test_loss_terms_and_their_gradients(name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     z = golden["z"].requires_grad_()
     loss = golden_loss(golden, z)
     assert_equal(loss.consistency, golden["ploss"])
@@ -66,7 +57,7 @@ def test_loss_terms_and_their_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAWS_FILES)
 def test_without_the_target_floor_the_loss_is_equation_4(name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     loss = golden_loss(golden, golden["z"], target_floor=0.0, me_max=True)
     assert_equal(loss.consistency, golden["eq4_ploss_no_threshold"])
     assert_equal(loss.me_max, golden["eq4_rloss"])
@@ -74,7 +65,7 @@ def test_without_the_target_floor_the_loss_is_equation_4(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAWS_FILES)
 def test_predictions_and_sharpened_targets(name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     supports, images, tau = len(golden["labels"]), int(golden["n"]), golden["tau"].item()
     z, h = golden["z"], golden["h"]
     predictions = soft_nearest_neighbours(z[supports:], z[:supports], golden["labels"], temperature=tau)
@@ -91,21 +82,9 @@ def test_predictions_and_sharpened_targets(name: str) -> None:
     assert_equal(found.roll(images, 0), golden["targets_sharp"])
 
 
-@pytest.mark.parametrize("name", PAWS_FILES)
-def test_smoothed_labels_of_the_golden_supports(name: str) -> None:
-    golden = load(name)
-    labels = smooth_labels(
-        golden["support_class"],
-        int(golden["num_classes"]),
-        smoothing=golden["smoothing"].item(),
-        dtype=torch.float64,
-    )
-    assert_equal(labels, golden["labels"])
-
-
 @pytest.mark.parametrize("tag", ["a", "b", "c", "e"])  # d records a defect of the reference: rows that sum to 1.1
 def test_label_matrices(tag: str) -> None:
-    golden = load("label_matrices")
+    golden = load_golden("label_matrices")
     per_rank, images, world, distinct, smoothing = golden[f"conf_{tag}"].tolist()
     per_rank, images, world = int(per_rank), int(images), int(world)
     cycle = torch.arange(per_rank).repeat(images)
@@ -115,7 +94,7 @@ def test_label_matrices(tag: str) -> None:
 
 
 def test_exact_collapse_is_stationary() -> None:
-    golden = load("paws_collapse_is_stationary")
+    golden = load_golden("paws_collapse_is_stationary")
     z, supports = golden["z"].requires_grad_(), len(golden["labels"])
     labels = as_class_labels(golden["labels"])
     loss = step_loss(z[supports:], z[:supports], z[supports:].detach(), z[:supports].detach(), labels)
@@ -128,7 +107,7 @@ def test_exact_collapse_is_stationary() -> None:
 
 @pytest.mark.parametrize("name", SUNCET_FILES)
 def test_supervised_nce(name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     z = golden["z"].requires_grad_()
     loss = supervised_nce(z, as_class_labels(golden["labels"]), temperature=golden["temperature"].item())
     assert_equal(loss, golden["loss"])
@@ -136,20 +115,8 @@ def test_supervised_nce(name: str) -> None:
 
 
 def test_nt_xent() -> None:
-    golden = load("simclr_b6")
+    golden = load_golden("simclr_b6")
     z = golden["z"].requires_grad_()
     loss = nt_xent(z, temperature=golden["temperature"].item())
     assert_equal(loss, golden["loss"])
     assert_equal(torch.autograd.grad(loss, z)[0], golden["grad_z_full_ntxent"])
-
-
-def test_nearest_neighbour_evaluation() -> None:
-    golden = load("snn_classifier")
-    labels = smooth_labels(golden["support_label"], 10, smoothing=0.0, dtype=torch.float64)
-    probabilities = soft_nearest_neighbours(
-        golden["query"], golden["support"], labels, temperature=golden["temperature"].item()
-    )
-    assert_equal(probabilities, golden["probs"])
-    predicted = probabilities.argmax(1)
-    assert torch.equal(predicted, golden["pred"])
-    assert (predicted == golden["query_label"]).double().mean() * 100 == golden["top1"]

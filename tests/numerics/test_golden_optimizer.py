@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,15 +10,10 @@ from torch import Tensor, nn
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.optimizer import LARS, build_optimizer
 from paws_hpc.engine.schedule import warmup_cosine
+from tests.objective import load_golden
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TRAJECTORIES = ["lars_heavyball_wd1e-6", "lars_nesterov", "sgd_heavyball_nolars", "sgd_nesterov_finetune"]
 SCHEDULES = ["small", "imagenet100", "cifar600", "cifar_snn", "finetune10pct_50ep"]
-
-
-def load(name: str) -> dict[str, Tensor]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
 
 
 def assert_equal(actual: Tensor, expected: Tensor) -> None:
@@ -64,7 +56,7 @@ def golden_lr(golden: dict[str, Tensor], step: int) -> float:
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
 def test_fifteen_steps(name: str) -> None:
-    golden = load(name)
+    golden = load_golden(name)
     model = golden_model(golden)
     optimizer = golden_optimizer(golden, model)
     for step in range(15):
@@ -86,7 +78,7 @@ def test_fifteen_steps(name: str) -> None:
 
 def test_torch_sgd_takes_another_path() -> None:
     """Why there is a class of our own: with a changing learning rate the two momenta end in different places."""
-    golden = load("sgd_heavyball_nolars")
+    golden = load_golden("sgd_heavyball_nolars")
     ours, torchs = golden["param_fc1_weight"][-1], golden["torchsgd_eq3_final_fc1_weight"]
     travelled = (ours - golden["param_fc1_weight"][0]).norm()
     assert (ours - torchs).norm() > 0.05 * travelled
@@ -94,7 +86,7 @@ def test_torch_sgd_takes_another_path() -> None:
 
 @pytest.mark.parametrize("tag", SCHEDULES)
 def test_schedule(tag: str) -> None:
-    golden = load("schedules")
+    golden = load_golden("schedules")
     start, peak, final, warmup, total = golden[f"{tag}_conf"].tolist()
     for step, expected in zip(golden[f"{tag}_step"].tolist(), golden[f"{tag}_lr"].tolist(), strict=True):
         actual = warmup_cosine(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
 from paws_hpc.engine.averaging import WeightAverage
 from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.engine.config import PretrainConfig
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.stages import prepare, pretrain
@@ -53,12 +51,12 @@ def whole_state(training: Pretraining) -> dict[str, Tensor]:
 def test_training_resumed_from_a_checkpoint_has_the_same_average_to_the_bit(
     digits_stores: Stores, tmp_path: Path
 ) -> None:
-    whole, folder = prepared(digits_stores, CPU, ema=0.9), CheckpointFolder(tmp_path, identity={})
+    whole, folder = prepared(digits_stores, ema=0.9), CheckpointFolder(tmp_path, identity={})
     for step in range(6):
         whole.step(whole.stream.batch(step))
         if step == 2:
             folder.save(3, whole.state_dict())
-    resumed, checkpoint = prepared(digits_stores, CPU, ema=0.9), folder.newest(CPU)
+    resumed, checkpoint = prepared(digits_stores, ema=0.9), folder.newest(CPU)
     assert checkpoint is not None
     resumed.load_state_dict(checkpoint.state)
     for step in range(checkpoint.step, 6):
@@ -66,6 +64,18 @@ def test_training_resumed_from_a_checkpoint_has_the_same_average_to_the_bit(
     expected, found = whole_state(whole), whole_state(resumed)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not torch.equal(expected["backbone.stem.weight"], expected["average.backbone.stem.weight"])
+
+
+def test_an_average_changes_nothing_of_what_is_trained(digits_stores: Stores) -> None:
+    ends = []
+    for ema in (None, 0.9):
+        training = prepared(digits_stores, ema=ema)
+        for step in range(4):
+            training.step(training.stream.batch(step))
+        state = training.state_dict()
+        assert (state["average"] is None) == (ema is None)
+        ends.append(state["encoder"] | state["optimizer"]["state"])
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
 
 
 def test_validation_and_all_stages_after_pre_training_use_the_average(digits_stores: Stores, tmp_path: Path) -> None:
@@ -81,9 +91,3 @@ def test_validation_and_all_stages_after_pre_training_use_the_average(digits_sto
     assert not torch.equal(state["encoder"]["backbone.stem.weight"], state["average"]["backbone.stem.weight"])
     (logged,) = [row for row in read_rows(run.pretrain / "metrics.jsonl") if "val/paws_nn_top1" in row]
     assert logged["val/paws_nn_top1"] == validation_accuracy(encoder, data, CPU)
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])
-def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match=r"pretrain\.ema=.*null to turn it off"):
-        PretrainConfig(ema=decay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import resource
@@ -61,17 +60,13 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def remove_record(path: Path) -> None:
-    path.with_suffix(".json").unlink()
-
-
-def cut_record(path: Path) -> None:
-    record = path.with_suffix(".json")
-    record.write_text(record.read_text()[:20])
-
-
-def empty_record(path: Path) -> None:
-    path.with_suffix(".json").write_text("{}")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": flip_bit,
+    "cut": truncate,
+    "no record": lambda path: path.with_suffix(".json").unlink(),
+    "a cut record": lambda path: truncate(path.with_suffix(".json")),
+    "an empty record": lambda path: path.with_suffix(".json").write_text("{}"),
+}
 
 
 def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
@@ -80,6 +75,9 @@ def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
     assert checkpoint.step == 7
     assert torch.equal(checkpoint.state["weights"], state(7)["weights"])
     assert checkpoint.state["best"] == [0.5, 7]
+    record = read_json(tmp_path / "step-00000007.json")
+    assert (record["step"], record["identity"]) == (7, IDENTITY)
+    assert folder(tmp_path / "new").newest(CPU) is None
 
 
 def test_what_is_read_lies_in_host_memory_wherever_training_runs(tmp_path: Path) -> None:
@@ -102,17 +100,13 @@ def test_what_is_read_lies_in_host_memory_wherever_training_runs(tmp_path: Path)
     }
 
 
-def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
-    assert folder(tmp_path / "new").newest(CPU) is None
-
-
-@pytest.mark.parametrize("damage", [flip_bit, truncate, remove_record, cut_record, empty_record])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_is_passed_over_with_its_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     saved(tmp_path, 10, 20, 30)
-    damage(tmp_path / "step-00000030.pt")
-    damage(tmp_path / "step-00000020.pt")
+    DAMAGES[damage](tmp_path / "step-00000030.pt")
+    DAMAGES[damage](tmp_path / "step-00000020.pt")
     with caplog.at_level(logging.WARNING):
         checkpoint = folder(tmp_path).newest(CPU)
     assert checkpoint.step == 10
@@ -380,12 +374,6 @@ def test_a_process_that_ends_right_after_saving_has_saved(tmp_path: Path) -> Non
     assert folder(tmp_path, identity={}).newest(CPU).step == 2
 
 
-def test_the_record_beside_a_checkpoint_is_plain_json(tmp_path: Path) -> None:
-    saved(tmp_path, 4)
-    record = json.loads((tmp_path / "step-00000004.json").read_text())
-    assert (record["step"], record["identity"]) == (4, IDENTITY)
-
-
 def test_the_record_tells_how_long_saving_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written, fsync = 0.3, os.fsync
 
@@ -397,7 +385,7 @@ def test_the_record_tells_how_long_saving_took(tmp_path: Path, monkeypatch: pyte
     written_once: list[None] = []
     monkeypatch.setattr(os, "fsync", slow)
     saved(tmp_path, 4)
-    seconds = json.loads((tmp_path / "step-00000004.json").read_text())["seconds"]
+    seconds = read_json(tmp_path / "step-00000004.json")["seconds"]
     assert written <= seconds < written + 5
 
 

@@ -76,6 +76,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"pretrain.support.images_per_class=0": lambda: SupportConfig(images_per_class=0),
     r"pretrain.collapse.action='ignore'": lambda: CollapseConfig(action="ignore"),
     r"pretrain.collapse.patience_steps=0": lambda: CollapseConfig(patience_steps=0),
+    r"pretrain.ema=1.0.*null to turn it off": lambda: PretrainConfig(ema=1.0),
     r"pretrain.precision='fp16'.*bf16": lambda: PretrainConfig(precision="fp16"),
     r"pretrain.checkpoint_every_steps=0": lambda: PretrainConfig(checkpoint_every_steps=0),
     r"finetune.sweep.learning_rate=\[\] must be a list of numbers": lambda: swept({"learning_rate": []}),

@@ -19,11 +19,10 @@ from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_se
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.packing import ArraySource, pack
-from paws_hpc.store import ImageStore
+from tests.objective import load_golden
 from tests.ranks import results_of, run_on_ranks
+from tests.tiny import random_store
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 
 
@@ -50,8 +49,7 @@ class Batches(list[Tensor]):
 
 
 def golden_classifier() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with np.load(GOLDEN / "snn_classifier.npz") as file:
-        golden = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    golden = load_golden("snn_classifier")
     return golden, {"num_classes": golden["probs"].shape[1], "temperature": golden["temperature"].item()}
 
 
@@ -97,19 +95,11 @@ def test_representations_are_h_not_z() -> None:
 
 def embeddings(rank: int, world: int) -> list[Tensor]:
     """Of 7 images, 4 at a time, and of 2, on networks whose ranks' statistics are their own."""
-    random = np.random.default_rng(0)
-    source = ArraySource(
-        "digits",
-        random.integers(0, 256, (7, 8, 8, 1), np.uint8),
-        np.arange(7) % 2,
-        [f"{number:05d}" for number in range(7)],
-        ("even", "odd"),
-    )
     encoder = build_encoder(ModelConfig("small_resnet", channels=[4, 6]), seed=0).double()
     set_statistics(encoder, "local")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr("paws_hpc.data.streams._EVALUATION_BATCH", 4)
-        store = ImageStore.open(pack(source, Path(folder) / "store").path)
+        store = random_store(Path(folder) / "store", count=7, size=8, classes=2)
         results = []
         for records in (np.array([5, 0, 3, 6, 1, 2, 4]), np.array([4, 1])):
             images = EvaluationSet(store, records, CenterCropConfig(8, 8), store)

@@ -26,11 +26,10 @@ from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.models.norm import set_statistics
-from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks
-from tests.tiny import WALL_CLOCK
+from tests.tiny import WALL_CLOCK, random_store
 
 CPU = torch.device("cpu")
 Best = tuple[float, int]
@@ -233,17 +232,9 @@ def test_divergence_names_step_rate_and_images_and_keeps_nothing_of_it(digits_st
 
 def three_steps(rank: int, world: int) -> dict[str, Tensor]:
     """Steps of 10 images, which three ranks share as 4, 3 and 3, with batch statistics over all of them."""
-    random = np.random.default_rng(0)
-    source = ArraySource(
-        "digits",
-        random.integers(0, 256, (20, 16, 16, 1), np.uint8),
-        np.arange(20) % 4,
-        [f"{number:05d}" for number in range(20)],
-        tuple("abcd"),
-    )
     config = config_of(0.1, 2, batch_size=10)
     with tempfile.TemporaryDirectory() as folder:
-        store = ImageStore.open(pack(source, Path(folder) / "store").path)
+        store = random_store(Path(folder) / "store", count=20, size=16, classes=4)
         training = training_on(store, np.arange(20), config)
         set_statistics(training.classifier, "global")
         losses = []

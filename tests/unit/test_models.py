@@ -11,6 +11,7 @@ from torch import Tensor
 from paws_hpc.models.blocks import ResidualBlock
 from paws_hpc.models.config import NETWORKS, ModelConfig
 from paws_hpc.models.encoder import Encoder, build_classifier, build_encoder
+from paws_hpc.models.names import to_torchvision
 from paws_hpc.models.norm import GlobalBatchNorm1d, GlobalBatchNorm2d, set_statistics, untracked_statistics
 
 SMALL = ModelConfig(name="small_resnet", channels=[4, 6])
@@ -38,12 +39,16 @@ def test_torchvision_weights_load_strictly_and_give_the_same_features(name: str)
         theirs = torchvision.models.get_model(name, weights=None)
     state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
     theirs.fc = torch.nn.Identity()
-    backbone = build_encoder(ModelConfig(name=name), seed=0).backbone
+    encoder = build_encoder(ModelConfig(name=name, prediction_head=True), seed=0)
+    backbone = encoder.backbone
     backbone.load_state_dict(state, strict=True)
     for training in (False, True):
         x = images(4, 64)
         torch.testing.assert_close(backbone.train(training)(x), theirs.train(training)(x), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(backbone.bn1.running_var, theirs.bn1.running_var)
+    theirs.load_state_dict(to_torchvision(encoder.state_dict()), strict=True)
+    classifier = build_classifier(encoder, 10)
+    assert to_torchvision(classifier.state_dict()).keys() == theirs.state_dict().keys(), "of a fine-tuned one too"
 
 
 def test_images_of_equal_size_share_one_pass_wherever_they_stand():

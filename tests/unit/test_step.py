@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from paws_hpc.data.config import AugmentConfig
-from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.encoder import build_encoder
-from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, training_of
 
 
 def prepared(
-    stores: Stores, device: torch.device, *, augment: AugmentConfig | None = None, **changes: Any
+    stores: Stores, device: str = "cpu", *, augment: AugmentConfig | None = None, **changes: Any
 ) -> Pretraining:
     config = tiny_config(stores.train, stores.test, stores.train)
     config.views.augment = augment or config.views.augment
@@ -29,17 +25,7 @@ def prepared(
     config.pretrain.batch_size, config.objective.support_warmup_fraction = 16, 0.5
     for name, value in changes.items():
         setattr(config.pretrain, name, value)
-    store = ImageStore.open(stores.train)
-    labelled = [index for label in range(10) for index in np.flatnonzero(store.labels == label)[:4]]
-    stream = PawsStream(
-        store, np.array(labelled), views=config.views, batch_size=16, support_classes=10, images_per_class=4, seed=0,
-        threads=1, accumulate_steps=config.pretrain.accumulate_steps,
-        device=device, compile_augmentation=config.pretrain.compile,
-    )  # fmt: skip
-    return Pretraining(
-        build_encoder(config.model, seed=0), objective=config.objective, optimizer=config.optimizer,
-        config=config.pretrain, stream=stream, device=device,
-    )  # fmt: skip
+    return training_of(config, stores.train, device=device)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")
@@ -51,9 +37,7 @@ def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
     digits_stores: Stores, accumulate_steps: int, compiled: bool
 ) -> None:
     all_of_it = AugmentConfig(jitter_probability=0.5, grayscale_probability=0.5, blur_probability=0.5)
-    training = prepared(
-        digits_stores, torch.device("cuda"), augment=all_of_it, accumulate_steps=accumulate_steps, compile=compiled
-    )
+    training = prepared(digits_stores, "cuda", augment=all_of_it, accumulate_steps=accumulate_steps, compile=compiled)
     with training.stream.prefetch(1, 9, training.dtype) as batches:
         try:
             for batch in batches:
@@ -68,13 +52,12 @@ def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
 def test_a_checkpoint_holds_the_state_of_its_moment_though_steps_follow_at_once(
     digits_stores: Stores, tmp_path: Path
 ) -> None:
-    device = torch.device("cuda")
-    training, folder = prepared(digits_stores, device), CheckpointFolder(tmp_path, identity={})
+    training, folder = prepared(digits_stores, "cuda"), CheckpointFolder(tmp_path, identity={})
     for step in range(6):
         before = {name: value.clone() for name, value in training.encoder.state_dict().items()}
         folder.save(step, training.state_dict())
         training.step(training.stream.batch(step))
-        saved = folder.newest(device)
+        saved = folder.newest(training.device)
         assert saved is not None
         assert all(torch.equal(saved.state["encoder"][name], value.cpu()) for name, value in before.items())
 
@@ -83,7 +66,7 @@ def test_a_checkpoint_holds_the_state_of_its_moment_though_steps_follow_at_once(
 def test_views_made_beside_the_step_are_those_made_in_it(digits_stores: Stores) -> None:
     weights = []
     for ahead in (True, False):
-        training = prepared(digits_stores, torch.device("cuda"), precision="fp32")
+        training = prepared(digits_stores, "cuda", precision="fp32")
         with training.stream.prefetch(0, 20, training.dtype if ahead else None) as batches:
             for batch in batches:
                 views = training.stream.augment(batch.micro_batches[0], training.device, training.dtype)
@@ -100,7 +83,7 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
     """Graphs as they are traced, without a backend's kernels; scoring in between, with any size, compiles nothing."""
     ends = []
     for compiled in (False, True):
-        training = prepared(digits_stores, torch.device("cpu"), precision="fp64", accumulate_steps=accumulate_steps)
+        training = prepared(digits_stores, precision="fp64", accumulate_steps=accumulate_steps)
         graphs = 0
 
         def counted(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
