@@ -133,6 +133,11 @@ class Config:
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
         for name in SWEEPS:
             sweep_config(self, name).check(name)
+        if "pretrain" in self.stages and self.optimizer.warmup_epochs > self.pretrain.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} does not fit into pretrain.epochs="
+                f"{self.pretrain.epochs}. Shorten the warm-up, or train for at least as many epochs."
+            )
         self._check_patches()
         drawn = self.labels.per_class
         scarce = drawn is not None and drawn < support.images_per_class

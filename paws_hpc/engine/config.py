@@ -221,6 +221,12 @@ class ClassifierConfig:
                 f"{section}.sweep={{}} has no field to sweep. Give one at least, such as "
                 f"{section}.sweep.learning_rate=[0.05]."
             )
+        for trial in map(self.of_trial, self.trials()):
+            if trial.warmup_epochs > trial.epochs:
+                raise ValueError(
+                    f"{section}.warmup_epochs={trial.warmup_epochs:g} does not fit into a trial of {trial.epochs} "
+                    f"epochs. Shorten it, or give {section}.sweep.epochs of at least as many."
+                )
         if not 0 <= self.min_trials <= len(self.trials()):
             raise ValueError(
                 f"{section}.min_trials={self.min_trials} must be between 0 and the number of trials in the sweep, "

@@ -25,10 +25,7 @@ def warmup_cosine(step: int, *, start: float, peak: float, final: float, warmup_
     if step < 0:
         raise ValueError(f"step={step} is negative; steps count from 0.")
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"a warm-up of {warmup_steps} steps does not fit into a run of {total_steps}. "
-            "Shorten it (optimizer.warmup_epochs) or train for more epochs."
-        )
+        raise ValueError(f"a warm-up of {warmup_steps} steps does not fit into a run of {total_steps}")
     if step >= total_steps:
         return final
     if step < warmup_steps:

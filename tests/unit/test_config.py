@@ -93,6 +93,12 @@ BAD: dict[str, Callable[[], Any]] = {
     r"finetune.sweep=\{\} has no field": lambda: swept({"epochs": None}, min_trials=0),
     r"finetune.min_trials=3 must be between 0 and .* 2": lambda: swept({"epochs": [1, 2]}, min_trials=3),
     r"finetune.validate_every_epochs=0": lambda: swept({"epochs": [1]}, validate_every_epochs=0),
+    r"finetune.warmup_epochs=10 does not fit into a trial of 3 epochs.*finetune.sweep.epochs": lambda: swept(
+        {"epochs": [3, 30]}, warmup_epochs=10
+    ),
+    r"optimizer.warmup_epochs=10 does not fit into pretrain.epochs=9": lambda: Config(
+        pretrain=PretrainConfig(epochs=9)
+    ),
     r"finetune.momentum=1.0": lambda: swept({"epochs": [1]}, momentum=1.0),
     r"tracking.wandb='on'.*online": lambda: TrackingConfig(wandb="on"),
 }

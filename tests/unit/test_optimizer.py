@@ -200,7 +200,7 @@ def test_schedule_of_a_run_that_is_all_warm_up_ends_at_the_final_value() -> None
 
 
 def test_schedule_refuses_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"warm-up of 5 steps does not fit into a run of 4.*optimizer\.warmup_epochs"):
+    with pytest.raises(ValueError, match=r"warm-up of 5 steps does not fit into a run of 4"):
         warmup_cosine(0, start=0.0, peak=1.0, final=0.0, warmup_steps=5, total_steps=4)
     with pytest.raises(ValueError, match="step=-1"):
         warmup_cosine(-1, start=0.0, peak=1.0, final=0.0, warmup_steps=1, total_steps=4)
