@@ -7,7 +7,9 @@ View numbers name the random draws of an image: large crops 0 and 1, small crops
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+from paws_hpc.sizes import check_ranges
 
 FIRST_SMALL_VIEW = 2
 FIRST_SUPPORT_VIEW = 1024
@@ -57,21 +59,16 @@ class DataConfig:
         return stores if self.labelled is None else stores | {"labelled images": self.labelled}
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"data.threads={self.threads} must be at least 1.")
+        check_ranges("data", self, threads="[1, inf)")
         if self.source is not None:
-            _check_source(self.source)
+            from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments don't load
+
+            divided = [source for source, kind in SOURCES.items() if kind.has_splits]
+            if self.source not in divided:
+                raise ValueError(f"data.source={self.source!r} must be null or one of {', '.join(divided)}.")
         for name, allowed in (("order", ("full", "window")), ("support_order", ("paper", "balanced"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"data.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-
-
-def _check_source(name: str) -> None:
-    from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments need not load
-
-    divided = [source for source, kind in SOURCES.items() if kind.has_splits]
-    if name not in divided:
-        raise ValueError(f"data.source={name!r} must be null or one of {', '.join(divided)}.")
 
 
 @dataclass
@@ -96,10 +93,7 @@ class LabelsConfig:
     validation_file: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "validation_per_class"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"labels.{name}={count} must be at least 1.")
+        check_ranges("labels", self, per_class="[1, inf)", validation_per_class="[1, inf)")
 
     def check_complete(self) -> None:
         """Raise ValueError unless each set is given in exactly one way."""
@@ -179,15 +173,9 @@ class AugmentConfig:
     equalize_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"views.augment.{name}={value} must be finite and not negative; 0 is off")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"views.augment.hue={self.hue} must be in [0, 0.5], half the colour circle; 0 is off")
-        for name in ("jitter", "grayscale", "blur", "flip", "solarize", "equalize"):
-            probability = getattr(self, f"{name}_probability")
-            if not 0 <= probability <= 1:
-                raise ValueError(f"views.augment.{name}_probability={probability} must be in [0, 1]")
+        factors = dict.fromkeys(("brightness", "contrast", "saturation"), "[0, inf)")
+        chances = {each.name: "[0, 1]" for each in fields(self) if each.name.endswith("_probability")}
+        check_ranges("views.augment", self, hue="[0, 0.5]", **factors, **chances)
 
 
 @dataclass
@@ -217,5 +205,4 @@ class ViewsConfig:
             raise ValueError(
                 f"views.small.count={self.small.count} must be at most {FIRST_SUPPORT_VIEW - FIRST_SMALL_VIEW}"
             )
-        if not 1 <= self.support_views <= MAX_SUPPORT_VIEWS:
-            raise ValueError(f"views.support_views={self.support_views} must be between 1 and {MAX_SUPPORT_VIEWS}")
+        check_ranges("views", self, support_views=f"[1, {MAX_SUPPORT_VIEWS}]")

@@ -7,7 +7,7 @@ does not change which are labelled, and it records the digest of its data set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from paws_hpc.store import ImageStore
 
 _VERSION = 1
 _LABELLED, _VALIDATION = 11, 12  # so that the two draws of one seed are independent
-_CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,14 @@ def load_split(path: Path) -> Split:
 def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
     """Draw from each class by the order of its keys: the same images however the store was shuffled.
 
-    Memory holds the keys of one class and 4 bytes per record (8 beyond 2^32 records).
+    Memory holds the keys of one class and 8 bytes per record.
     """
     elsewhere = set() if apart_from is None else set(apart_from.keys)
+    count = len(store.classes)
+    narrow = store.labels.astype(np.min_scalar_type(count - 1))  # numpy sorts 8 and 16 bits in linear time
+    by_class = np.split(np.argsort(narrow, kind="stable"), np.cumsum(np.bincount(store.labels, minlength=count))[:-1])
     keys: list[str] = []
-    for label, (name, records) in enumerate(zip(store.classes, _by_class(store), strict=True)):
+    for label, (name, records) in enumerate(zip(store.classes, by_class, strict=True)):
         members = sorted(key for key in store.keys.at(records) if key not in elsewhere)
         if per_class is None:
             keys += members
@@ -157,23 +159,6 @@ def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apa
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]
     return keys
-
-
-def _by_class(store: ImageStore) -> Iterator[Positions]:
-    """The records of each class, ascending: a counting sort that needs little more memory than its result."""
-    labels, classes = store.labels, len(store.classes)
-    narrow = np.min_scalar_type(classes - 1)  # numpy sorts 8 and 16 bits in linear time
-    chunks = [slice(start, start + _CHUNK) for start in range(0, len(labels), _CHUNK)]
-    ends = np.cumsum(sum(np.bincount(labels[chunk], minlength=classes) for chunk in chunks))
-    grouped = np.empty(len(labels), np.min_scalar_type(len(labels)))
-    free = np.concatenate(([0], ends[:-1]))  # per class, where its next record goes
-    for chunk in chunks:
-        counts = np.bincount(labels[chunk], minlength=classes)
-        order = np.argsort(labels[chunk].astype(narrow), kind="stable")
-        slots = np.arange(len(order)) + np.repeat(free - (np.cumsum(counts) - counts), counts)
-        grouped[slots] = chunk.start + order
-        free += counts
-    return (records.astype(np.int64) for records in np.split(grouped, ends[:-1]))
 
 
 def _read_list(path: Path) -> list[str]:
