@@ -12,6 +12,8 @@ import sklearn.datasets
 from numpy.typing import NDArray
 from PIL import Image
 
+from paws_hpc.packing import ArraySource
+
 PHOTOS = [Path(sklearn.datasets.__file__).parent / "images" / name for name in ("china.jpg", "flower.jpg")]
 
 
@@ -37,15 +39,23 @@ def write_tiles(root: Path, count: int, *, classes: tuple[str, ...], png: tuple[
     return root
 
 
-def write_noise(root: Path, count: int) -> Path:
-    """A folder of ``count`` JPEGs of noise in two classes, of several sizes."""
+def write_noise(root: Path, count: int, *, classes: str = "ab") -> Path:
+    """A folder of ``count`` JPEG files of noise by class, all of unlike sizes from 20 to 90 pixels."""
     random = np.random.default_rng(0)
     for number in range(count):
-        path = root / "ab"[number % 2] / f"{number:02d}.jpg"
+        height, width = random.integers(20, 90, size=2)
+        path = root / classes[number % len(classes)] / f"{number:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 256, (*random.integers(20, 90, size=2), 3), np.uint8)
-        Image.fromarray(pixels).save(path, quality=90)
+        Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8)).save(path, quality=90)
     return root
+
+
+def array_source(pixels: NDArray[np.uint8], classes: str = "abcd") -> ArraySource:
+    """Images (n, H, W, C) whose classes take turns."""
+    count = len(pixels)
+    return ArraySource(
+        "digits", pixels, np.arange(count) % len(classes), [f"{number:05d}" for number in range(count)], tuple(classes)
+    )
 
 
 def write_idx(path: Path, values: NDArray[np.uint8]) -> None:

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 
 from paws_hpc.cluster.compose import CONF, compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.packing import ArraySource, ImageFolder, pack
+from paws_hpc.packing import ImageFolder, pack
 from paws_hpc.stages import prepare
 from paws_hpc.stages.context import StageContext
 from paws_hpc.stages.pretrain import make_training, open_stream
 from paws_hpc.stages.run_data import open_data
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
+from tests.pictures import array_source, write_noise
 
 CPU = torch.device("cpu")
 CLASSES, PER_CLASS = 3, 6
@@ -48,19 +48,11 @@ SMALL_PHOTOGRAPHS = (
 
 def pack_images(data: str, folder: Path) -> None:
     """Noise, as raw pixels, or as JPEG files of unlike sizes where the data set has those."""
-    random = np.random.default_rng(0)
     if data in SHAPES:
-        labels = np.arange(CLASSES * PER_CLASS) % CLASSES
-        images = random.integers(0, 256, size=(len(labels), *SHAPES[data]), dtype=np.uint8)
-        keys = [f"{position:05d}" for position in range(len(labels))]
-        pack(ArraySource(data, images, labels, keys, tuple("abc")), folder)
-        return
-    for number in range(CLASSES * PER_CLASS):
-        path = folder.parent / f"{folder.name}-files" / "abc"[number % CLASSES] / f"{number}.jpeg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise = random.integers(0, 256, size=(40 + number, 60 - number, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path, "JPEG")
-    pack(ImageFolder(folder.parent / f"{folder.name}-files"), folder)
+        shape = (CLASSES * PER_CLASS, *SHAPES[data])
+        pack(array_source(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), "abc"), folder)
+    else:
+        pack(ImageFolder(write_noise(folder.parent / "files", CLASSES * PER_CLASS, classes="abc")), folder)
 
 
 @pytest.fixture(scope="module")

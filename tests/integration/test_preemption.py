@@ -19,10 +19,11 @@ from paws_hpc.engine.config import CollapseConfig
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import Row, read_rows
-from paws_hpc.packing import ArraySource, pack
+from paws_hpc.packing import pack
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder, is_done
+from tests.pictures import array_source
 from tests.ranks import results_of, run_on_ranks
 from tests.tiny import WALL_CLOCK, tiny_config
 
@@ -34,8 +35,7 @@ EVALUATION_BATCH = 3  # so that a validation has several boundaries
 def make_store(folder: Path, *, alike: bool, count: int = 36) -> Path:
     """Noise, or one picture many times over, on which predictions are uniform: images in 4 classes."""
     pictures = np.random.default_rng(0).integers(0, 256, (1 if alike else count, 16, 16, 1), np.uint8)
-    images, keys = np.repeat(pictures, count // len(pictures), axis=0), [f"{number:05d}" for number in range(count)]
-    return pack(ArraySource("digits", images, np.arange(count) % 4, keys, tuple("abcd")), folder).path
+    return pack(array_source(np.repeat(pictures, count // len(pictures), axis=0)), folder).path
 
 
 def tiny_run(store: Path, folder: Path) -> tuple[Config, RunFolder]:

@@ -28,7 +28,7 @@ from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsBatch, Pa
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.pictures import tile, write_tiles
+from tests.pictures import array_source, tile, write_tiles
 from tests.tiny import STILL
 
 N, K, PER_CLASS, VIEWS, SMALL = 24, 6, 4, 2, 3
@@ -527,8 +527,7 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
 def test_labels_from_a_grey_store_and_images_from_a_colour_one(photographs: Path, tmp_path: Path) -> None:
     """The two stores need not be alike, not even in encoding."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
-    source = ArraySource("grey", pixels, np.arange(12) % 3, [str(number) for number in range(12)], ("x", "y", "z"))
-    labels = ImageStore.open(pack(source, tmp_path / "labels").path)
+    labels = ImageStore.open(pack(array_source(pixels, "xyz"), tmp_path / "labels").path)
     mixed = stream(
         ImageStore.open(photographs), np.arange(12), batch_size=8, support_classes=3, images_per_class=2,
         supports=StoreImages(labels),
