@@ -37,7 +37,6 @@ from paws_hpc.data.augment import (
     gaussian_blur,
     normalise,
     solarize,
-    to_grayscale,
 )
 from paws_hpc.data.config import AugmentConfig, CropConfig
 
@@ -116,10 +115,6 @@ TORCHVISION: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def row(parameters: Tensor, index: int) -> tuple[Any, ...]:
-    return tuple(parameters[index].tolist())
-
-
 @pytest.mark.parametrize("name", JITTER)
 @pytest.mark.parametrize("channels", [3, 1])
 def test_a_jitter_operation_equals_torchvision_with_a_factor_per_image(name: str, channels: int) -> None:
@@ -128,11 +123,6 @@ def test_a_jitter_operation_equals_torchvision_with_a_factor_per_image(name: str
     result = ours(images, torch.tensor(factors))
     for image, factor, changed in zip(images, factors, result, strict=True):
         assert distance(changed, theirs(image, factor)) <= (2e-6 if name == "hue" else 1e-6)
-
-
-def test_grayscale_equals_torchvision() -> None:
-    images = pictures().float() / 255
-    assert distance(to_grayscale(images), TF.rgb_to_grayscale(images, num_output_channels=3)) <= 1e-6
 
 
 def levels(pixels: Tensor) -> Tensor:
@@ -188,7 +178,8 @@ def test_the_pipeline_equals_torchvision_s_functions_one_by_one(config: str, hei
     result = augment(images, parameters, mean=MEAN, std=STD)
     for index, (image, changed) in enumerate(zip(images, result, strict=True)):
         expected = TF.normalize(by_torchvision(image, parameters, index), MEAN, STD)
-        assert distance(changed, expected) * min(STD) <= 5e-6, row(parameters, index)
+        assert distance(changed, expected) * min(STD) <= 5e-6, parameters[index]
+    assert torch.equal(images, pictures(height, width).repeat(12, 1, 1, 1)), "the input stays as it was"
 
 
 def test_a_grey_store_s_images_get_what_torchvision_does_to_one_channel() -> None:
@@ -198,7 +189,7 @@ def test_a_grey_store_s_images_get_what_torchvision_does_to_one_channel() -> Non
     assert result.shape == (60, 3, 96, 96)
     for index, (image, changed) in enumerate(zip(images, result, strict=True)):
         expected = TF.normalize(by_torchvision(image, parameters, index).expand(3, -1, -1), MEAN, STD)
-        assert distance(changed, expected) * min(STD) <= 5e-6, row(parameters, index)
+        assert distance(changed, expected) * min(STD) <= 5e-6, parameters[index]
 
 
 def test_an_image_is_augmented_alike_in_any_batch_and_memory_layout() -> None:
@@ -310,30 +301,12 @@ def test_a_row_of_the_table_is_all_that_an_operation_needs(monkeypatch: pytest.M
         assert distance(inverted, 1 - images.float() / 255) <= 1e-6
 
 
-def test_augmenting_leaves_the_input_as_it_was() -> None:
-    images = pictures()
-    parameters = draw_parameters(CONFIGS["always"], seed=1, epoch=0, samples=np.arange(6), view=0)
-    augment(images, parameters, mean=MEAN, std=STD)
-    assert torch.equal(images, pictures())
-
-
 def test_normalise_equals_torchvision_and_repeats_a_grey_channel() -> None:
     images = pictures()
     expected = TF.normalize(images.float() / 255, MEAN, STD)
     assert distance(normalise(images, mean=MEAN, std=STD), expected) <= 2e-6
     grey = normalise(images[:, :1], mean=MEAN, std=STD)
     assert distance(grey, TF.normalize(images[:, :1].float().expand(-1, 3, -1, -1) / 255, MEAN, STD)) <= 2e-6
-
-
-def test_parameters_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
-    def draw(samples: list[int], view: int = 2) -> Tensor:
-        return draw_parameters(AugmentConfig(), seed=5, epoch=9, samples=np.array(samples), view=view)
-
-    pair, triple = draw([5, 9]), draw([9, 1, 5])
-    assert [row(pair, 0), row(pair, 1)] == [row(triple, 2), row(triple, 0)]
-    assert row(draw([5], view=3), 0) != row(pair, 0)
-    both = draw_parameters(AugmentConfig(), seed=5, epoch=9, samples=np.array([5, 5]), view=np.array([2, 3]))
-    assert [row(both, 0), row(both, 1)] == [row(pair, 0), row(draw([5], view=3), 0)]
 
 
 def test_parameters_are_distributed_as_configured() -> None:

@@ -54,15 +54,11 @@ def test_a_view_per_sample_equals_one_view_at_a_time() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"seed": 8},
-        {"seed": 7 + (1 << 32)},
+        *({"seed": seed} for seed in (8, 7 + (1 << 32))),
         {"stream": Stream.AUGMENT},
-        {"epoch": 4},
-        {"epoch": (1 << 32) - 1},
-        {"samples": np.arange(10) + 10},
-        {"samples": np.arange(10) + (1 << 39)},
-        {"view": 2},
-        {"view": (1 << 16) - 1},
+        *({"epoch": epoch} for epoch in (4, (1 << 32) - 1)),
+        *({"samples": np.arange(10) + start} for start in (10, 1 << 39)),
+        *({"view": view} for view in (2, (1 << 16) - 1)),
     ],
 )
 def test_every_argument_changes_the_numbers(changes: dict[str, Any]) -> None:
@@ -72,16 +68,10 @@ def test_every_argument_changes_the_numbers(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("seed", -1),
-        ("seed", 1 << 64),
-        ("epoch", -1),
-        ("epoch", 1 << 32),
-        ("samples", np.array([0, 1 << 40])),
-        ("samples", np.array([-1])),
-        ("samples", np.array([0.5])),
-        ("view", 1 << 16),
-        ("view", -1),
-        ("view", np.arange(3)),
+        *(("seed", seed) for seed in (-1, 1 << 64)),
+        *(("epoch", epoch) for epoch in (-1, 1 << 32)),
+        *(("samples", np.array([sample])) for sample in (1 << 40, -1, 0.5)),
+        *(("view", view) for view in (1 << 16, -1, np.arange(3))),
         ("count", -1),
     ],
 )

@@ -12,12 +12,9 @@ import pytest
 from PIL import Image
 
 from paws_hpc.data.config import LabelsConfig
-from paws_hpc.data.samplers import cipher_key, permute
-from paws_hpc.data.splits import Split, _draw, _resolve, labelled_and_validation, load_split
+from paws_hpc.data.splits import Split, labelled_and_validation, load_split
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
-from paws_hpc.store import ImageStore, Keys
-from paws_hpc.store.format import ShardIndex
-from paws_hpc.store.index import join_indexes
+from paws_hpc.store import ImageStore
 
 DRAWN = LabelsConfig(per_class=4, validation_per_class=6)
 CLASSES, PER_CLASS = 5, 12
@@ -100,46 +97,6 @@ def test_what_a_seed_draws_never_changes(
     assert [[int(key) for key in split.keys] for split in drawn] == [labelled, validation]
 
 
-class Listed:
-    """A store's labels and keys, without the store."""
-
-    def __init__(self, labels: np.ndarray, keys: list[str]) -> None:
-        self.labels, self.classes, self.path = labels, tuple("abc"), Path("store")
-        self.keys = Keys(join_indexes([shard_index(labels, keys)]))
-
-
-def shard_index(labels: np.ndarray, keys: list[str]) -> ShardIndex:
-    encoded, zeros = [key.encode() for key in keys], np.zeros(len(keys), "<u4")
-    return ShardIndex(
-        offset=zeros.astype("<u8"), length=zeros, crc32c=zeros, label=labels.astype("<i4"), width=zeros, height=zeros,
-        flags=zeros, key_blob=np.frombuffer(b"".join(encoded), "u1"),
-        key_offset=np.cumsum([0, *map(len, encoded)]).astype("<u8"),
-    )  # fmt: skip
-
-
-def test_drawing_from_many_records_is_drawing_from_each_class_sorted_by_key() -> None:
-    """More records than are grouped at once, of classes of unlike sizes, with keys of unlike lengths and letters."""
-    random = np.random.default_rng(0)
-    count, seed, salt = 300_000, 5, 11
-    labels = np.minimum(random.geometric(0.6, size=count) - 1, 2)
-    keys = [f"{'aZ/é𝄞'[number % 5]}{number}" for number in random.permutation(count).tolist()]
-    store = Listed(labels, keys)
-    taken = Split("taken", {}, "", tuple(keys[:1000]))
-    drawn = _draw(store, 50, seed=seed, salt=salt, apart_from=taken)  # type: ignore[arg-type]
-    for label in range(3):
-        members = sorted(key for key, of in zip(keys[1000:], labels[1000:].tolist(), strict=True) if of == label)
-        places = permute(np.arange(50), len(members), cipher_key(seed, salt, label))
-        assert drawn[50 * label : 50 * (label + 1)] == [members[place] for place in places]
-
-
-def test_a_list_is_looked_up_without_reading_the_keys_of_all_records(
-    store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = listed(tmp_path, "list.txt", ["3"])
-    monkeypatch.setattr(Keys, "__iter__", lambda _: pytest.fail("all keys are read"))
-    assert _resolve(["3"], store, Path(file)) == ["00003"]
-
-
 def test_labels_and_validation_are_drawn_independently(store: ImageStore, tmp_path: Path) -> None:
     """From the same images with the same seed, the two draws differ."""
     file = listed(tmp_path, "list.txt", [store.keys[0]])
@@ -171,7 +128,12 @@ def test_an_edited_split_is_noticed(store: ImageStore) -> None:
         labelled_and_validation(store, DRAWN, seed=0)
 
 
-def test_a_split_of_other_data_is_refused(store: ImageStore, tmp_path: Path) -> None:
+def test_a_split_of_other_data_or_of_a_list_that_has_changed_is_refused(store: ImageStore, tmp_path: Path) -> None:
+    file = listed(tmp_path, "list.txt", ["1", "2"])
+    read_from(store, file)
+    listed(tmp_path, "list.txt", ["1", "3"])
+    with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run needs"):
+        read_from(store, file)
     labelled_and_validation(store, DRAWN, seed=0)
     other = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
     shutil.copytree(store.path / "splits", other.path / "splits")
@@ -185,11 +147,6 @@ def test_a_list_of_keys_is_taken_as_it_is_sorted_by_class(store: ImageStore, tmp
     assert set(split.keys) == set(lines)
     labels = store.labels[split.records(store)]
     assert np.array_equal(labels, np.sort(labels))
-
-
-def test_a_list_of_indices_is_read_as_cifars_lists_are(store: ImageStore, tmp_path: Path) -> None:
-    split = read_from(store, listed(tmp_path, "4000_labels.txt", ["59", "0", "7"]))
-    assert set(split.keys) == {"00059", "00000", "00007"}
 
 
 def test_imagenets_lists_name_files_and_the_class_is_before_the_underscore(
@@ -230,11 +187,6 @@ def test_a_list_that_does_not_fit_is_an_error(
     assert not (store.path / "splits").exists(), "nothing was drawn in its place"
 
 
-def test_a_missing_list_is_never_replaced_by_a_draw(store: ImageStore, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent\.txt does not exist.*never drawn"):
-        read_from(store, str(tmp_path / "absent.txt"))
-
-
 def test_too_few_images_of_a_class_say_which_and_how_many_there_are(store: ImageStore) -> None:
     with pytest.raises(ValueError, match=r"13 images of each class .* class 'a' of .*store has only 12\. .*at most 12"):
         labelled_and_validation(store, LabelsConfig(per_class=13, validation_per_class=1), seed=0)
@@ -271,13 +223,5 @@ def test_several_lists_are_several_seeds_of_one_setting(store: ImageStore, tmp_p
         labelled, validation = labelled_and_validation(store, config, seed=seed)
         assert set(labelled.keys) == {line.zfill(5) for line in lines}
         assert not set(labelled.keys) & set(validation.keys)
-    with pytest.raises(FileNotFoundError, match=r"split\.5\.txt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"split\.5\.txt does not exist.*never drawn"):
         labelled_and_validation(store, config, seed=5)
-
-
-def test_a_changed_list_is_not_taken_for_the_old_one(store: ImageStore, tmp_path: Path) -> None:
-    file = listed(tmp_path, "list.txt", ["1", "2"])
-    read_from(store, file)
-    listed(tmp_path, "list.txt", ["1", "3"])
-    with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run needs"):
-        read_from(store, file)
