@@ -1,9 +1,8 @@
-"""Augmentation, batched on tensors on any device: one table of operations, which every way to augment iterates over.
+"""Augmentation, batched on tensors on any device.
 
-:data:`OPERATIONS` is the order of the pipeline. A row names an operation's config fields and its columns of the random
-numbers, how its parameters are drawn, which function changes which images, and its form for PIL.
-:func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and ``paws_hpc.bench.peers.pil`` know no
-operation by name. To add one, write its fields in ``AugmentConfig``, its function here, and its row.
+:data:`OPERATIONS` is the pipeline. :func:`draw_parameters`, :func:`augment`, :class:`CompiledAugmentation` and
+``paws_hpc.bench.peers.pil`` know no operation by name: to add one, write its fields in ``AugmentConfig``, its function
+here, and its row.
 
 Legend: n images, C channels (3, or 1 for grey stores), H x W pixels. Parameters are drawn on the CPU as pure functions
 of (seed, epoch, sample, view) and decide there which rows each operation touches, so a GPU is never waited for.
@@ -38,19 +37,12 @@ _BLUR_SIGMA = (0.1, 2.0)  # least and greatest, pixels
 
 
 class Change(NamedTuple):
-    """A function of some images of a batch.
+    """A function of some images of a batch."""
 
-    Attributes:
-        function: (m, C, H, W) float32 in [0, 1] and (m,) amounts → the changed images.
-        wanted: (n,) bool, the images that it changes; tensor or array, as are the parameters.
-        amounts: (n,) float32, too.
-        strength: config field; at 0 no image is ever wanted.
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    wanted: Any
-    amounts: Any
-    strength: str
+    function: Callable[[Tensor, Tensor], Tensor]  # (m, C, H, W) float32 in [0, 1] and (m,) amounts → the same
+    wanted: Any  # (n,) bool, the images that it changes; tensor or array, as are the parameters
+    amounts: Any  # (n,) float32, too
+    strength: str  # config field; at 0 no image is ever wanted
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Operation:
     """One operation of the pipeline, for all ways to augment.
 
     Attributes:
-        fields: its fields of ``AugmentConfig``; the first is the probability that an image gets it.
+        fields: of ``AugmentConfig``; the first is the probability that an image gets it.
         columns: the uniform numbers of an image that it uses; the first decides whether the image gets it. Every run's
             result depends on them: a new operation takes the next free ones.
         turns: (n,) bool, which images get it, and (amounts, n) → its changes, turn by turn; those of a turn concern

@@ -56,10 +56,7 @@ def uniform(
         epoch: in [0, 2**32); a step's number where the draw belongs to a step.
         samples: (n,) integers in [0, 2**40), repeats allowed.
         view: in [0, 2**16), one for all samples or (n,) integers, one per sample.
-        count: numbers per sample, at least 0.
-
-    Returns:
-        (n, count) float64.
+        count: numbers per sample: the result is (n, count).
 
     Raises:
         ValueError: an argument lies outside its range.

@@ -84,10 +84,6 @@ class Window:
     block_records: int
     blocks: int
 
-    def __post_init__(self) -> None:
-        if self.block_records < 1 or self.blocks < 1:
-            raise ValueError(f"block_records={self.block_records} and blocks={self.blocks} must be at least 1.")
-
 
 @dataclass(frozen=True)
 class EpochSampler:
@@ -100,11 +96,7 @@ class EpochSampler:
     is drawn from ``blocks * block_records`` records alone. That matters little while they are many times the batch, as
     the packer has shuffled the records. On local disks and in warm caches a window gains nothing.
 
-    Attributes:
-        count: records, N.
-        batch_size: of all ranks, B.
-        seed: of the run.
-        window: None shuffles all records.
+    ``count`` is the number of records, ``batch_size`` B that of all ranks.
     """
 
     count: int
@@ -155,17 +147,11 @@ class EpochSampler:
 
 
 class SupportDraw(NamedTuple):
-    """The global support batch of a step, class-major: S = K * images_per_class rows.
-
-    Attributes:
-        records: (S,) record positions.
-        class_indices: (S,) their classes, as indices into the K drawn ones.
-        repeats: (S,) how often the same record came before in this step; a repeated image is cropped anew.
-    """
+    """The global support batch of a step, class-major: S = K * images_per_class rows."""
 
     records: Positions
-    class_indices: Positions
-    repeats: Positions
+    class_indices: Positions  # among the K drawn ones
+    repeats: Positions  # how often the same record came before in this step; a repeated image is cropped anew
 
 
 class SupportSampler:

@@ -48,10 +48,7 @@ _CPU = torch.device("cpu")
 class MicroBatch:
     """All crops of b of a rank's n images and s of its S support images.
 
-    Attributes:
-        supports: V * s rows, view-major.
-        large: 2b rows, view-major.
-        small: m * b rows, view-major; None without small crops.
+    Rows are view-major: V * s of supports, 2b of large crops and m * b of small ones, None without such.
     """
 
     supports: Crops
@@ -69,7 +66,6 @@ class PawsBatch:
     """One rank's images of one pre-training step.
 
     Attributes:
-        step: 0-based.
         records: (n,) positions of the unlabelled images in their store.
         micro_batches: A of equal size; number a has images a, a + A, a + 2A, ... of the step, and such supports,
             whatever the number of ranks, since each rank's n and S are multiples of A.
@@ -97,14 +93,9 @@ class PawsBatch:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """One rank's images of one step of classifier training.
+    """One rank's images of one step of classifier training: (n,) positions, n crops and (n,) int64 classes.
 
-    Attributes:
-        step: 0-based.
-        records: (n,) positions in the store.
-        crops: n rows.
-        labels: (n,) int64 classes.
-        prefetched: the augmented crops, if they were made ahead of the step.
+    ``prefetched`` is the augmented crops, if they were made ahead of the step.
     """
 
     step: int
@@ -170,8 +161,7 @@ class PawsStream:
             labelled: (M,) positions of the labelled images in their store.
             views: crops and augmentation.
             batch_size: unlabelled images per step over all ranks.
-            support_classes: drawn per step over all ranks, K.
-            images_per_class: drawn from each of them.
+            support_classes, images_per_class: drawn per step over all ranks: K classes, and so many images of each.
             seed: of the run.
             threads: that decode and crop.
             accumulate_steps: micro-batches per step, A.

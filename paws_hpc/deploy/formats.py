@@ -30,8 +30,7 @@ class Format:
 
     Attributes:
         help: what it is, for people.
-        suffix: of the file's name.
-        write: writes a network; the path need not have the suffix.
+        suffix: that the file has unless it is named.
         packages: that are needed beside the project's own.
         of_library: only networks that the library itself has; a ``<path>.json`` beside the file holds the card.
     """
@@ -129,13 +128,13 @@ def _write_torch(network: Network, path: Path, format: str, build: list[str], fa
 
 
 def _write_torchvision(network: Network, path: Path) -> None:
-    build = ["import torch, torchvision", f"model = torchvision.models.{network.card['model']['name']}()"]
-    _write_torch(network, path, "torchvision", build, {})
+    model = f"model = torchvision.models.{network.card['model']['name']}()"
+    _write_torch(network, path, "torchvision", ["import torch, torchvision", model], {})
 
 
 def _write_timm(network: Network, path: Path) -> None:
     name, image = network.card["model"]["name"], network.card["image"]
-    logits = network.head == "classifier"
+    logits = network.card["head"] == "classifier"
     facts = {
         "architecture": name,
         "num_classes": network.card["output_dim"] if logits else 0,
@@ -176,7 +175,7 @@ def _write_onnx(network: Network, path: Path) -> None:
             (torch.zeros(2, 3, side, side),),
             dynamo=True,
             input_names=["images"],
-            output_names=[HEADS[network.head]],
+            output_names=[network.card["output"]],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )

@@ -31,12 +31,10 @@ class Network:
 
     Attributes:
         module: normalised images (B, 3, S, S) float32 to (B, D); its state dict has the names of a run's checkpoints.
-        head: one of :data:`HEADS`.
-        card: plain values: network, classes, how images are prepared, where the weights come from.
+        card: plain values: network, head, classes, how images are prepared, where the weights come from.
     """
 
     module: nn.Module
-    head: str
     card: dict[str, Any]
 
 
@@ -57,7 +55,7 @@ def load_network(run: RunFolder, data: RunData, head: str) -> Network:
     else:
         encoder, weights = (load_neighbours if head == "projection" else load_pretrained)(run, data, cpu)
         module = _cut(encoder, head)
-    return Network(module, head, _card(run, data, module, head=head, weights=weights))
+    return Network(module, _card(run, data, module, head=head, weights=weights))
 
 
 def rebuild(encoder: Encoder, head: str, num_classes: int) -> nn.Module:

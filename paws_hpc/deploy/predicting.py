@@ -21,7 +21,6 @@ from paws_hpc.data.crops import center_crop
 from paws_hpc.data.workers import single_threaded
 from paws_hpc.deploy.files import read_image
 from paws_hpc.engine.evaluate import Representation, evaluation_mode, forward_set, paws_nn
-from paws_hpc.models.encoder import Classifier
 from paws_hpc.objective.neighbours import cosine_logits, full_precision
 from paws_hpc.stages.calibrate import read_calibration
 from paws_hpc.stages.networks import load_neighbours, load_pretrained, load_winner
@@ -82,8 +81,9 @@ class Predictor:
         self._linear: nn.Linear | None = None
         if method == "fine-tuned":
             classifier, _ = load_winner(run, data, device)
-            self._network: nn.Module = _ClassifierFeatures(classifier)
+            self._network: nn.Module = classifier
             self._linear = classifier.linear
+            classifier.add_module("linear", nn.Identity())  # so that the network gives what its last layer would take
         else:
             self._network = Representation(load_neighbours(run, data, device)[0])
         self._calibration = read_calibration(run, device)
@@ -174,14 +174,3 @@ class Predictor:
             return (self._linear(rows) / temperature).softmax(dim=1)
         labels, temperature = self._support_labels.to(rows.device), self._data.config.objective.temperature
         return paws_nn(rows, self._supports, labels, num_classes=len(self._data.classes), temperature=temperature)
-
-
-class _ClassifierFeatures(nn.Module):
-    """Images (n, 3, s, s) to the input of a classifier's last layer, (n, D)."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier.features(images)

@@ -13,33 +13,19 @@ from paws_hpc.trial import Trial
 
 
 class RunFolder:
-    """Paths of one run; nothing here creates them.
-
-    Attributes:
-        path: of the run directory.
-        chain: state of the chain's jobs.
-        config: the frozen config.
-        prepare: folder of the first stage, which leaves only its ``DONE`` there.
-        pretrain: folder of pre-training.
-        checkpoints: of pre-training; the last one is the pre-trained network.
-        tuned: weights of the encoder after SuNCEt fine-tuning, where there was any.
-        selected: the winners of the sweeps.
-        selection: folder of what selection leaves for the report.
-        result: test scores.
-        report: the page.
-    """
+    """Paths of one run; nothing here creates them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.chain = path / "chain.json"
-        self.config = path / "config.yaml"
+        self.chain = path / "chain.json"  # state of the jobs
+        self.config = path / "config.yaml"  # the frozen one
         self.prepare = path / "prepare"
         self.pretrain = path / "pretrain"
-        self.checkpoints = self.pretrain / "checkpoints"
-        self.tuned = path / "tuned.pt"
-        self.selected = path / "selected.json"
-        self.selection = path / "selection"
-        self.result = path / "result.json"
+        self.checkpoints = self.pretrain / "checkpoints"  # the last one is the pre-trained network
+        self.tuned = path / "tuned.pt"  # weights of the encoder after SuNCEt fine-tuning
+        self.selected = path / "selected.json"  # the winners of the sweeps
+        self.selection = path / "selection"  # folder of what selection leaves for the report
+        self.result = path / "result.json"  # test scores
         self.report = path / "report" / "index.html"
 
     def checkpoint(self, steps: int) -> Path:
