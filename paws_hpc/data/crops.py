@@ -126,29 +126,28 @@ def _central_boxes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDA
 def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tensor) -> Tensor:
     """k boxes of each of n images, each resized by antialiased bilinear interpolation.
 
-    Fastest when the images and the crops of ``out`` are laid out as (H, W, C) in memory, as decoders write them. The
-    interpreter is free for other threads meanwhile.
+    Images and crops are laid out as (H, W, C) in memory, as decoders write them. The interpreter is free for other
+    threads meanwhile.
 
     Args:
         images: n of (C, H, W) uint8 on the CPU, any sizes.
         boxes: (n, k, 4), each inside its image.
-        out: (k, n, C, h, w) uint8, written and returned; each crop without gaps.
+        out: (k, n, C, h, w) uint8, written and returned.
 
     Raises:
-        ValueError: dtype, a box or ``out`` do not fit.
+        ValueError: dtype, layout, a box or ``out`` do not fit: torch's kernel would read and write past the ends.
     """
-    n, k = len(images), len(out)
-    if boxes.shape != (n, k, 4) or out.dtype != torch.uint8 or out.ndim != 5 or out.shape[1] != n:
+    n, k, channels = len(images), len(out), out.shape[2]
+    if boxes.shape != (n, k, 4) or out.shape[1] != n:
         raise ValueError(
-            f"{boxes.shape} boxes of {n} images do not make {out.dtype} {tuple(out.shape)}: need (n, k, 4) boxes and "
-            "uint8 (k, n, C, h, w)"
+            f"{boxes.shape} boxes of {n} images cannot fill {tuple(out.shape)}: (n, k, 4) fill (k, n, C, h, w)"
         )
-    interleaved = out.numel() > 0 and out[0, 0].permute(1, 2, 0).is_contiguous()
-    if out.numel() and not interleaved and not out[0, 0].is_contiguous():
-        raise ValueError(f"crops with strides {out.stride()[2:]} have gaps, past which torch's kernel would write")
-    for image in images:
-        if image.dtype != torch.uint8 or image.shape[:1] != out.shape[2:3]:
-            raise ValueError(f"crops of {out.shape[2]} channels, uint8, do not go from {image.dtype} {image.shape}")
+    for each in [*images, out[0, 0]]:
+        if each.dtype != torch.uint8 or len(each) != channels or not each.permute(1, 2, 0).is_contiguous():
+            raise ValueError(
+                f"need uint8 pixels of {channels} channels, laid out as (H, W, C), not {each.dtype} "
+                f"{tuple(each.shape)} with strides {each.stride()}"
+            )
     sides = np.array([image.shape[1:] for image in images], np.int64).reshape(n, 1, 2)
     outside = (boxes[..., :2] < 0) | (boxes[..., 2:] < 1) | (boxes[..., :2] + boxes[..., 2:] > sides)
     if outside.any():
@@ -157,10 +156,6 @@ def resized_crops(images: Sequence[Tensor], boxes: NDArray[np.int64], out: Tenso
             f"box {tuple(boxes[number, view].tolist())} must lie in its image, which is "
             f"{' x '.join(map(str, sides[number, 0].tolist()))}"
         )
-    if interleaved:  # torch's kernel would write a whole planar image past the end of an interleaved crop
-        images = [
-            image.permute(1, 2, 0).contiguous().permute(2, 0, 1) if image.is_contiguous() else image for image in images
-        ]
     _LOOPS.resized_crops(list(images), torch.from_numpy(boxes.ravel()), out)
     return out
 

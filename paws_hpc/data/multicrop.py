@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -137,31 +137,24 @@ class MultiCrop:
         n, shape = len(records), self.store.shape
         heights, widths = self.store.sizes(records) if shape is None else (np.full(n, shape[0]), np.full(n, shape[1]))
         again = np.zeros_like(records) if repeats is None else repeats
-        views = [
-            np.repeat(np.arange(first, first + crop.count), n) + crop.count * np.tile(again, crop.count)
-            for crop, first in crop_groups
-        ]
+        rows: list[dict[str, Any]] = []  # what draws depend on, of the count * n crops of each group
+        for crop, first in crop_groups:
+            view = np.arange(first, first + crop.count)[:, None] + crop.count * again
+            samples = np.tile(records, crop.count)
+            rows.append({"seed": self._seed, "epoch": epoch, "samples": samples, "view": view.reshape(-1)})
         # All at once and in this thread: numpy makes workers wait for each other.
         boxes = [
-            draw_boxes(
-                crop, seed=self._seed, epoch=epoch, samples=np.tile(records, crop.count), view=view,
-                heights=np.tile(heights, crop.count), widths=np.tile(widths, crop.count),
-            )
-            for (crop, _), view in zip(crop_groups, views, strict=True)
-        ]  # fmt: skip
-        wait = None if self._resident is not None else self._begin_cut(records, crop_groups, boxes)
-        parameters = [  # while workers cut
-            draw_parameters(config, seed=self._seed, epoch=epoch, samples=np.tile(records, crop.count), view=view)
-            for (crop, _), view in zip(crop_groups, views, strict=True)
+            draw_boxes(crop, **of, heights=np.tile(heights, crop.count), widths=np.tile(widths, crop.count))
+            for (crop, _), of in zip(crop_groups, rows, strict=True)
         ]
-        if wait is None:
-            assert self._resident is not None
-            resident: list[Crops] = [
-                ResidentCrops(self._resident, records, *of_group)
-                for of_group in zip(boxes, (crop.size for crop, _ in crop_groups), parameters, strict=True)
-            ]
-            return lambda: resident
-        return lambda: [CutCrops(*of_group) for of_group in zip(wait(), parameters, strict=True)]
+        if (resident := self._resident) is not None:
+            parameters = [draw_parameters(config, **of) for of in rows]
+            sizes = [crop.size for crop, _ in crop_groups]
+            crops = [ResidentCrops(resident, records, *each) for each in zip(boxes, sizes, parameters, strict=True)]
+            return lambda: list(crops)
+        wait = self._begin_cut(records, crop_groups, boxes)
+        parameters = [draw_parameters(config, **of) for of in rows]  # while workers cut
+        return lambda: [CutCrops(*each) for each in zip(wait(), parameters, strict=True)]
 
     def abandon(self) -> None:
         """As :meth:`WorkerPool.abandon`."""
