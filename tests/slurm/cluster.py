@@ -168,19 +168,20 @@ class Cluster:
         for daemon in self._daemons.values():
             daemon.wait(timeout=10)
 
-    def stop_controller(self) -> None:
-        """End slurmctld: from now on the scheduler cannot be reached. Jobs run on.
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """End slurmctld for as long as the block lasts: the scheduler cannot be reached, and jobs run on.
 
         It saves its state first. Killed, it would have forgotten the last five seconds, and started jobs again that
         were cancelled in them.
         """
         self._daemons["slurmctld"].terminate()
         self._daemons["slurmctld"].wait(timeout=60)
-
-    def start_controller(self) -> None:
-        """Start slurmctld again, from its saved state."""
-        self._daemon("slurmctld", "-D")
-        self._until(lambda: self.try_run("scontrol", "ping").returncode == 0, "slurmctld")
+        try:
+            yield
+        finally:
+            self._daemon("slurmctld", "-D")
+            self._until(lambda: self.try_run("scontrol", "ping").returncode == 0, "slurmctld")
 
     # Commands
 

@@ -26,6 +26,14 @@ def cluster(cluster_options: ClusterOptions) -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture
+def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, to which commands of this process talk too."""
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    return cluster
+
+
 PRETRAINING = (
     "stages=[prepare,pretrain]",
     "pretrain.epochs=6",  # 60 steps

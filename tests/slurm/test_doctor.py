@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.settings import ClusterOptions
 
 pytestmark = pytest.mark.timeout(240)
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -36,42 +33,24 @@ Checks = dict[str, dict[str, str]]
 Doctor = Callable[..., tuple[int, Checks]]
 
 
-def by_name(printed: str) -> Checks:
-    """The checks that were printed, by name; of several with one name the worst."""
-    order = ("ok", "warning", "problem")
-    checks = sorted(json.loads(printed), key=lambda check: order.index(check["verdict"]))
-    return {check["name"]: check for check in checks}
-
-
 @pytest.fixture
-def doctor(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Doctor:
-    """The command within this process, which has imported torch already; returns exit status and checks."""
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
+def doctor(here: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """The command; returns its exit status and the checks by name, of several with one name the worst."""
+    order = ("ok", "warning", "problem")
 
     def run(*arguments: str) -> tuple[int, Checks]:
         status = main([f"runs={tmp_path}", *arguments, "--json"])
-        return status, by_name(capsys.readouterr().out)
+        checks = sorted(json.loads(capsys.readouterr().out), key=lambda check: order.index(check["verdict"]))
+        return status, {check["name"]: check for check in checks}
 
     return run
 
 
 def test_a_sound_launch_has_nothing_to_mend_and_the_probe_comes_back(
-    cluster: Cluster, tmp_path: Path, good: tuple[str, ...]
+    doctor: Doctor, tmp_path: Path, good: tuple[str, ...]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "paws_hpc.doctor", f"runs={tmp_path}", *good, "--probe", "--json"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    checks = by_name(done.stdout)
+    status, checks = doctor(*good, "--probe")
+    assert status == 0, checks
     assert checks["preemption"]["verdict"] == "ok"
     assert "SIGUSR2 and has 45 s to save" in checks["preemption"]["found"]
     assert checks["probe"]["verdict"] == "ok"
@@ -124,15 +103,12 @@ def test_a_partition_with_a_limit_and_one_that_is_down(cluster: Cluster, doctor:
 def test_without_a_controller_the_rest_is_still_checked(
     cluster: Cluster, doctor: Doctor, good: tuple[str, ...]
 ) -> None:
-    cluster.stop_controller()
-    try:
+    with cluster.without_controller():
         status, checks = doctor(*good, "--probe")
-        assert status == 1
-        assert checks["controller"]["verdict"] == "problem"
-        assert checks["training images"]["verdict"] == "ok"
-        assert "probe" not in checks
-    finally:
-        cluster.start_controller()
+    assert status == 1
+    assert checks["controller"]["verdict"] == "problem"
+    assert checks["training images"]["verdict"] == "ok"
+    assert "probe" not in checks
 
 
 def test_a_misspelt_field_is_one_line(doctor: Doctor) -> None:

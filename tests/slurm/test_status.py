@@ -32,14 +32,6 @@ def cluster_options() -> ClusterOptions:
 
 
 @pytest.fixture
-def here(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    """The cluster, to which commands of this process talk too."""
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    return cluster
-
-
-@pytest.fixture
 def run(cluster: Cluster, tmp_path: Path, digits_stores: Stores) -> Run:
     shutil.copytree(digits_stores.train.parent, tmp_path / "shards")
     return Run(cluster, tmp_path)
@@ -47,17 +39,7 @@ def run(cluster: Cluster, tmp_path: Path, digits_stores: Stores) -> Run:
 
 def status(run: Run, *arguments: str) -> str:
     """What the command prints about a run."""
-    done = subprocess.run(
-        [sys.executable, "-m", "paws_hpc.status", str(run.path), *arguments],
-        env=run.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        cwd=ROOT,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return done.stdout
+    return run.cluster.run(sys.executable, "-m", "paws_hpc.status", str(run.path), *arguments)
 
 
 def job(run: Run, name: str) -> dict[str, Any]:
@@ -83,13 +65,10 @@ def test_status_follows_a_chain_through_preemption_loss_of_the_controller_and_ca
     cluster.release_begin_time(run.job_ids()["pretrain"])
     run.wait_start("pretrain", 2)
 
-    cluster.stop_controller()
-    try:
+    with cluster.without_controller():
         found = job(run, "pretrain")
         assert (found["state"], found["source"]) == ("running", "attempts")
         assert "Slurm cannot be reached" in status(run)
-    finally:
-        cluster.start_controller()
 
     run.launch("cancel=true")
     run.wait_over()
@@ -188,12 +167,9 @@ def test_partitions_and_settings_are_those_of_the_cluster(here: Cluster) -> None
 
 
 def test_a_controller_that_is_gone_is_unreachable_not_a_refusal(here: Cluster) -> None:
-    here.stop_controller()
-    try:
+    with here.without_controller():
         for ask in (scheduler.queue, partitions, settings):
             with pytest.raises(SchedulerUnreachableError, match="Unable to contact slurm controller"):
                 ask()
         with pytest.raises(SchedulerUnreachableError):
             scheduler.requeue("1")
-    finally:
-        here.start_controller()

@@ -7,7 +7,6 @@ import logging
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from paws_hpc.engine import preemption
@@ -83,12 +82,3 @@ def test_only_the_rank_that_writes_asks_whether_it_may(tmp_path: Path) -> None:
     (told,), silent = results_of(left_alone, 2, tmp_path)
     assert "Another rank ended before this one" in told
     assert silent == []
-
-
-def test_a_fence_that_refuses_is_heard() -> None:
-    def refuse() -> None:
-        raise PermissionError("taken over")
-
-    with pytest.raises(PermissionError, match="taken over"):
-        JobControl(fence=refuse).fence()
-    UNATTENDED.fence()

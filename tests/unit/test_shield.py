@@ -32,32 +32,28 @@ else: time.sleep(30)
 """
 
 
-def start(code: str) -> subprocess.Popen[str]:
+def signalled(*numbers: signal.Signals, patience: float) -> tuple[int, str]:
+    """Exit status and output of a rank that gets signals while it starts."""
     script = shield(Path(paws_hpc.__file__).parents[1])
-    command = [sys.executable, "-I", "-S", str(script), sys.executable, "-c", code]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-I", "-S", str(script), sys.executable, "-c", STARTING.format(patience=patience)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    for number in numbers:
+        process.send_signal(number)
+    out, _ = process.communicate("go\n", timeout=30)
+    return process.returncode, out
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_signals_during_start_up_wait_and_children_do_not_die_of_them(number: signal.Signals) -> None:
-    process = start(STARTING.format(patience=20))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(number)
-    process.send_signal(signal.SIGTERM)  # a second one
-    out, _ = process.communicate("go\n", timeout=30)
-    assert out == "lives\nrequested True\n"
-    assert process.returncode == 0
+    assert signalled(number, signal.SIGTERM, patience=20) == (0, "lives\nrequested True\n")
 
 
 def test_a_job_that_reaches_no_place_to_stop_goes_back_on_its_own() -> None:
-    process = start(STARTING.format(patience=0.2))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGUSR2)
-    out, _ = process.communicate("go\n", timeout=30)
+    status, out = signalled(signal.SIGUSR2, patience=0.2)
+    assert status == 3
     assert "overdue\n" in out
-    assert process.returncode == 3
 
 
 def test_jobs_run_the_copy_whatever_is_edited_or_lies_in_their_folder(tmp_path: Path) -> None:
