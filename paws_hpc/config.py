@@ -10,13 +10,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
-from paws_hpc.engine.config import (
-    ClassifierConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    SuncetConfig,
-    TrackingConfig,
-)
+from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SuncetConfig, TrackingConfig
 from paws_hpc.models.config import VIT_PATCH_SIZE, ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
 from paws_hpc.sizes import check_divides, check_ranges
@@ -58,8 +52,7 @@ class StageResources:
     @property
     def ranks(self) -> int:
         """Processes that train together."""
-        nodes, tasks = self.nodes or 1, self.tasks_per_node or 1
-        return nodes * tasks
+        return (self.nodes or 1) * (self.tasks_per_node or 1)
 
 
 @dataclass

@@ -43,7 +43,6 @@ from paws_hpc.stages.prepare import check_images
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
 
 _SEVERAL = ("-m", "--multirun")
-_INTERRUPTED = 130  # as shells say of a program that SIGINT ended
 
 
 def launch(config: Config, launcher: Launcher) -> None:
@@ -114,8 +113,7 @@ def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
         for stage, script in chain.dry_run():
             print(f"# ---- {stage} ----\n{script}")
         return
-    submitted = chain.launch()
-    if not submitted:
+    if not (submitted := chain.launch()):
         print(f"Nothing to submit: all stages of {run.path} are done or in the queue.")
     else:
         table = Table(title=f"{run.path}: {len(submitted)} jobs submitted", title_justify="left")
@@ -149,7 +147,6 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
 def _composed_by_hydra(composed: DictConfig) -> None:
     try:
         config, launcher = composed_run(composed)
-        config.tracking.check_installed()
     except ValueError as error:
         sys.exit(f"error: {error}")
     launch(config, launcher)
@@ -162,7 +159,7 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         saved = str(stop) or "what was not saved yet is done again"
         print(f"interrupted: {saved}; the same command goes on from there", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(130)  # as shells say of a program that SIGINT ended
 
 
 def _main() -> None:
@@ -175,8 +172,6 @@ def _main() -> None:
     try:
         runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
-        for config, _ in composed:
-            config.tracking.check_installed()
     except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:
@@ -185,15 +180,10 @@ def _main() -> None:
     for overrides, (config, launcher) in zip(runs, composed, strict=True):
         try:
             launch(config, launcher)
-        except SystemExit as stop:
+        except (SystemExit, Exception) as stop:  # the other runs do not depend on it; the exit status says so
             if not several:
                 raise
-            print(stop.code, file=sys.stderr)
-            failed.append(" ".join(overrides))
-        except Exception:  # whatever it was, the other runs do not depend on it; the exit status says so
-            if not several:
-                raise
-            traceback.print_exc()
+            print(stop.code if isinstance(stop, SystemExit) else traceback.format_exc(), file=sys.stderr)
             failed.append(" ".join(overrides))
     if several:
         _compare(composed)

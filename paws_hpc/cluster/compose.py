@@ -79,7 +79,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
     """The run that overrides describe, and the fields of its launcher.
 
     Raises:
-        ConfigError: they do not compose, or to a run that cannot be.
+        ValueError: they do not compose, or to a run that cannot be.
     """
     try:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
@@ -97,13 +97,11 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
 
 
 def composed_run(composed: DictConfig) -> tuple[Config, Launcher]:
-    """The run of a config that Hydra has composed, and the fields of its launcher.
-
-    Raises:
-        ConfigError: no run can be so.
-    """
+    """The run of a config that Hydra has composed, and the fields of its launcher; ValueError if no run can be so."""
     launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
-    return to_config(OmegaConf.to_container(composed, resolve=True)), launcher
+    config = to_config(OmegaConf.to_container(composed, resolve=True))
+    config.tracking.check_installed()
+    return config, launcher
 
 
 def parameters_of(overrides: Sequence[str]) -> tuple[Config, dict[str, dict[str, Any]]]:
