@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paws_hpc.files import file_hash, value_digest
+from paws_hpc.packing import ArraySource
+
+
+def noise(count: int, shape: tuple[int, int, int], *, seed: int = 0) -> ArraySource:
+    """A source of ``count`` raw images of random pixels in four classes."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+    labels, keys = np.arange(count, dtype=np.int64) % 4, [f"{place:05d}" for place in range(count)]
+    return ArraySource(f"noise{seed}", pixels, labels, keys, tuple("abcd"))
 
 
 def file_hashes(store: Path) -> dict[str, str]:

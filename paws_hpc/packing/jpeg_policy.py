@@ -40,17 +40,15 @@ QUALITY = 95
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 _EIGHT_BIT_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"))
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, "HFLIP"),
+    3: (Image.Transpose.ROTATE_180, "ROT180"),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, "VFLIP"),
+    5: (Image.Transpose.TRANSPOSE, "TRANSPOSE"),
+    6: (Image.Transpose.ROTATE_270, "ROT90"),
+    7: (Image.Transpose.TRANSVERSE, "TRANSVERSE"),
+    8: (Image.Transpose.ROTATE_90, "ROT270"),
 }
-"""Orientation tag → how PIL turns the image upright."""
-_LOSSLESS_TURNS = {2: "HFLIP", 3: "ROT180", 4: "VFLIP", 5: "TRANSPOSE", 6: "ROT90", 7: "TRANSVERSE", 8: "ROT270"}
-"""The same in the words of libjpeg-turbo, whose rotations are clockwise."""
+"""Orientation tag → how PIL and libjpeg-turbo, whose rotations are clockwise, turn the image upright."""
 
 
 @cache
@@ -167,12 +165,12 @@ def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage |
         return StandardImage(payload, height, width, None, flags, ", ".join(done) or None)
     pixels = decode_jpeg(payload)
     if parts.orientation != 1:
-        turned = None
+        turned, (turn, lossless_turn) = None, _TURNS[parts.orientation]
         if policy.transcode:
             with suppress(ValueError):  # it is not possible to the last pixel
-                turned = _transcoded(payload, _LOSSLESS_TURNS[parts.orientation])
+                turned = _transcoded(payload, lossless_turn)
         if turned is None:
-            image = np.asarray(Image.fromarray(pixels).transpose(_TURNS[parts.orientation]))
+            image = np.asarray(Image.fromarray(pixels).transpose(turn))
             return encoded_anew(image, "turned upright", FLAG_TURNED, policy)
         payload, flags, done = turned, flags | FLAG_TURNED, ["turned upright"]
         pixels = decode_jpeg(payload)

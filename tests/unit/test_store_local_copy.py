@@ -18,31 +18,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from paws_hpc.files import exclusive
-from paws_hpc.packing import ArraySource, PackOptions, pack
+from paws_hpc.packing import PackOptions, pack
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
 from paws_hpc.store.local_copy import CopyStoppedError, _evict, copy_store, open_copy
 from paws_hpc.store.verify import verify
+from tests.stores import noise
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGES = 120
 
 
-def noise(seed: int) -> ArraySource:
-    images = np.random.default_rng(seed).integers(0, 256, (IMAGES, 64, 64, 3), dtype=np.uint8)
-    labels = np.arange(IMAGES, dtype=np.int64) % 4
-    return ArraySource(f"noise{seed}", images, labels, [f"{place:05d}" for place in range(IMAGES)], tuple("abcd"))
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1.4 MiB of noise in eight shards."""
-    return pack(noise(0), tmp_path_factory.mktemp("packed") / "store", options=PackOptions(shard_bytes=190 * KIB)).path
+    return pack(
+        noise(IMAGES, (64, 64, 3)),
+        tmp_path_factory.mktemp("packed") / "store",
+        options=PackOptions(shard_bytes=190 * KIB),
+    ).path
 
 
 @pytest.fixture
@@ -155,7 +153,13 @@ def test_copies_in_use_are_never_evicted_and_others_are(
 ) -> None:
     local, stores = tmp_path / "local", []
     for seed in (1, 2, 3):
-        stores.append(pack(noise(seed), tmp_path / f"other{seed}", options=PackOptions(shard_bytes=500 * KIB)).path)
+        stores.append(
+            pack(
+                noise(IMAGES, (64, 64, 3), seed=seed),
+                tmp_path / f"other{seed}",
+                options=PackOptions(shard_bytes=500 * KIB),
+            ).path
+        )
         copy_store(stores[-1], local)
     used = open_copy(stores[0], local)
     again = pickle.loads(pickle.dumps(used))

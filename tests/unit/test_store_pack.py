@@ -22,7 +22,7 @@ from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.format import FLAG_PROGRESSIVE, FLAG_REENCODED
 from paws_hpc.store.progress import progress
 from tests.pictures import encoded, tile, write_tiles
-from tests.stores import file_hashes
+from tests.stores import file_hashes, noise
 
 KIB = 1 << 10
 
@@ -110,14 +110,13 @@ def test_a_store_is_plain_hdf5_with_the_files_in_aligned_contiguous_data(folder:
 
 
 def test_data_of_four_mib_and_more_is_aligned_to_stripes(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (80, 256, 256, 1), dtype=np.uint8)
-    source = ArraySource("noise", images, np.zeros(80, np.int64), [f"{i:03d}" for i in range(80)], ("noise",))
+    source = noise(80, (256, 256, 1))
     entry = pack(source, tmp_path / "store").manifest.shards[0]
     assert entry.data_bytes == 80 << 16
     assert entry.data_offset is not None
     assert entry.data_offset % (4 << 20) == 0
     store = ImageStore.open(tmp_path / "store")
-    assert np.array_equal(store.read_raw(store.find(source.keys)), images)
+    assert np.array_equal(store.read_raw(store.find(source.keys)), source.images)
 
 
 def test_other_formats_become_colour_jpegs_close_to_the_original() -> None:
