@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import zlib
@@ -21,6 +19,7 @@ from paws_hpc.data.images import CachedImages, StoreImages, available_memory, ca
 from paws_hpc.packing import ImageFolder, pack
 from paws_hpc.store import ImageStore, RecordError
 from tests.pictures import write_noise
+from tests.stores import files_of_at_most
 
 COUNT, LABELLED = 40, np.array([31, 4, 18, 5, 0, 39])
 
@@ -110,14 +109,8 @@ def test_without_room_the_store_is_read_and_that_is_said(
     absent, small, large = (tmp_path / name for name in ("absent", "small", "large"))
     small.mkdir()
     large.mkdir()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk
-    try:
+    with files_of_at_most(20_000):
         assert type(cached_images(store, LABELLED, folders=[absent, small])) is StoreImages
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert "6 labelled images are decoded anew in every step" in caplog.text
     assert "absent" in caplog.text
     assert "File too large" in caplog.text

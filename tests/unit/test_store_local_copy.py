@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
 from paws_hpc.store.local_copy import CopyStoppedError, _evict, copy_store, open_copy
 from paws_hpc.store.verify import verify
-from tests.stores import noise
+from tests.stores import files_of_at_most, noise
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGES = 120
@@ -218,15 +217,8 @@ def test_a_damaged_or_missing_shard_ends_copying_and_is_named(
 def test_a_disk_that_fills_up_is_named_and_what_is_complete_stays(shared: Path, tmp_path: Path) -> None:
     copy = copy_store(shared, tmp_path / "local").path
     (copy / "shard-00005.h5").unlink()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100 * KIB, hard))  # the nearest to a full disk without being root
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*shard-00005.h5: File too large"):
-            copy_store(shared, tmp_path / "local")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    with files_of_at_most(100 * KIB), pytest.raises(OSError, match=r"cannot write .*shard-00005.h5: File too large"):
+        copy_store(shared, tmp_path / "local")
     assert len(shards(tmp_path / "local")) == 7
     assert not list(copy.glob(".*.tmp"))
 
