@@ -165,7 +165,8 @@ class ImageStore:
             RecordError: a record cannot be read, its CRC32C is wrong or it cannot be decoded; shard and key are named.
         """
         if self.encoding == "raw":
-            return list(_three_channels(self.read_raw(indices)))
+            pixels = self.read_raw(indices)
+            return list(np.repeat(pixels, 3 // pixels.shape[-1], axis=-1))
         positions = self._positions(indices)
         rows = self._index.rows(positions)
         heights, widths, images = rows["height"].tolist(), rows["width"].tolist(), []
@@ -296,13 +297,3 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(
             resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
         )
-
-
-def _three_channels(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(n, H, W, C) → (n, H, W, 3); grey is repeated."""
-    if pixels.shape[-1] == 3:
-        return pixels
-    repeated = np.empty((*pixels.shape[:-1], 3), dtype=np.uint8)
-    for channel in range(3):  # half the time of np.repeat along the short axis
-        repeated[..., channel] = pixels[..., 0]
-    return repeated
