@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,13 +37,6 @@ class Checkpoint:
 
     step: int
     state: dict[str, Any]
-
-
-class Resumable(Protocol):
-    """Training whose state was saved."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state."""
 
 
 class CheckpointFolder:
@@ -186,12 +179,12 @@ class CheckpointFolder:
             checkpoint = Checkpoint(step, load_tensors(weights, torch.device("cpu")))
         return checkpoint
 
-    def resume(self, training: Resumable, device: torch.device) -> int:
-        """Restore the newest valid checkpoint and return its steps, 0 if there is none; errors as of :meth:`newest`."""
+    def resume(self, load: Callable[[dict[str, Any]], None], device: torch.device) -> int:
+        """Load the newest valid state and return its steps, 0 if there is none; errors as of :meth:`newest`."""
         checkpoint = self.newest(device)
         if checkpoint is None:
             return 0
-        training.load_state_dict(checkpoint.state)
+        load(checkpoint.state)
         return checkpoint.step
 
     def _weights(self, step: int) -> Path:

@@ -51,9 +51,7 @@ class OptimizerConfig:
     def weight_decay_at(self, step: int, *, total_steps: int) -> float:
         """Of a 0-based step, for the weights that have any."""
         final = self.weight_decay if self.final_weight_decay is None else self.final_weight_decay
-        return warmup_cosine(
-            step, start=self.weight_decay, peak=self.weight_decay, final=final, warmup_steps=0, total_steps=total_steps
-        )
+        return warmup_cosine(step, peak=self.weight_decay, final=final, total_steps=total_steps)
 
 
 @dataclass

@@ -64,17 +64,10 @@ def forward_set(
 ) -> Tensor:
     """Run a network, (n, 3, H, W) → (n, D), over N images in evaluation mode, each rank over its share.
 
-    Args:
-        module: its parameters are on ``device``; images come in their dtype.
-        images: the evaluation set.
-        device: to compute on.
-        control: may interrupt before every batch.
-
-    Returns:
-        (N, D) on every rank, in the order of the set.
+    ``module`` is on ``device``, and images come in its dtype. Returns (N, D) on every rank, in the order of the set.
 
     Raises:
-        Interrupted: by ``control``; the module is as it was before.
+        Interrupted: by ``control``, before a batch; the module is as it was before.
     """
     rows = []
     with evaluation_mode(module):
@@ -102,20 +95,9 @@ def paws_nn(
 ) -> Tensor:
     """PAWS-NN (Appendix A): soft nearest neighbours with all labelled images as one-hot support.
 
-    Args:
-        queries: (N, D) representations.
-        supports: (M, D) representations of the labelled images.
-        support_labels: (M,) classes.
-        num_classes: K.
-        temperature: tau, of the cosine similarities.
-
-    Returns:
-        (N, K) probabilities.
+    Representations of queries (N, D) and of the labelled images (M, D), and their classes (M,), give (N, K)
+    probabilities.
     """
     one_hot = nn.functional.one_hot(support_labels, num_classes).to(supports.dtype)
-    return torch.cat(
-        [
-            soft_nearest_neighbours(rows, supports, one_hot, temperature=temperature)
-            for rows in queries.split(_QUERIES_AT_ONCE)
-        ]
-    )
+    several = queries.split(_QUERIES_AT_ONCE)
+    return torch.cat([soft_nearest_neighbours(rows, supports, one_hot, temperature=temperature) for rows in several])

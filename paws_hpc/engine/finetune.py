@@ -78,7 +78,7 @@ class ClassifierTraining(Training):
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step: cosine to 0."""
         warmup, peak = round(self.config.warmup_epochs * self.stream.steps_per_epoch), self.config.learning_rate
-        return warmup_cosine(step, start=0.0, peak=peak, final=0.0, warmup_steps=warmup, total_steps=self.total_steps)
+        return warmup_cosine(step, peak=peak, final=0.0, warmup_steps=warmup, total_steps=self.total_steps)
 
     def step(self, batch: LabelledBatch) -> dict[str, Tensor]:
         """One step of cross-entropy; returns this rank's loss, which stays on the device."""

@@ -22,7 +22,6 @@ class GpuMeter:
     """Reads this rank's GPU. A value that cannot be read is logged once and left out from then on."""
 
     def __init__(self, device: torch.device) -> None:
-        """Prepare to read ``device``; a CPU has nothing to read."""
         self._device = device
         self._readable = {"utilisation", "memory"}
 
@@ -50,11 +49,7 @@ class GpuMeter:
 def by_node(host: str, utilisation: float, memory_gb: float, device: torch.device) -> Row:
     """Bring together what each rank read; a collective.
 
-    Args:
-        host: name of this rank's node. Nodes are numbered from 0 in the order of ranks.
-        utilisation: share of the time in which this rank's GPU worked, in [0, 1]; NaN if unknown.
-        memory_gb: in use by all processes, 1e9 bytes; NaN if unknown.
-        device: of this rank's tensors.
+    ``host`` names this rank's node; nodes are numbered from 0 in the order of ranks. What is unknown is NaN.
 
     Returns:
         the same on every rank: ``gpu/node0/utilisation``, the mean over the node's ranks, and ``gpu/node0/memory_gb``,

@@ -48,14 +48,8 @@ def linear_probe(
 ) -> Probe:
     """Multinomial logistic regression on standardised features, fitted by L-BFGS, its L2 penalty chosen by validation.
 
-    It minimises ``mean cross-entropy + penalty / 2 * |W|^2``.
-
-    Args:
-        features: (M, D) of the labelled images.
-        labels: (M,) their classes.
-        validation: (N, D) of the local validation split.
-        validation_labels: (N,) their classes.
-        num_classes: K.
+    It minimises ``mean cross-entropy + penalty / 2 * |W|^2``. Features are (M, D) of the labelled images and (N, D) of
+    the local validation split.
     """
     mean, deviation = features.mean(0), features.std(0, unbiased=False)
     scale = torch.where(deviation > 0, deviation, 1.0)
@@ -89,10 +83,7 @@ def _fit(weight: Tensor, bias: Tensor, inputs: Tensor, labels: Tensor, penalty: 
 def nearest_neighbours(
     features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor, *, num_classes: int
 ) -> Probe:
-    """The k most similar labelled images vote for their classes, weighted by ``exp(cos / 0.07)``; k by validation.
-
-    Arguments as in :func:`linear_probe`.
-    """
+    """The k most similar labelled images vote for their classes, weighted by ``exp(cos / 0.07)``; k by validation."""
     supports = F.normalize(features, dim=1)
 
     def votes(rows: Tensor, *, k: int) -> Tensor:

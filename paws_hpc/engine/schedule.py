@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 
 
-def warmup_cosine(step: int, *, start: float, peak: float, final: float, warmup_steps: int, total_steps: int) -> float:
+def warmup_cosine(
+    step: int, *, peak: float, final: float, total_steps: int, start: float = 0.0, warmup_steps: int = 0
+) -> float:
     """Linear warm-up, then half a cosine down to ``final``, where it stays.
 
     ``lr(t) = start + t/w (peak - start)`` for ``t < w``,
     then ``final + (peak - final)/2 (1 + cos(pi (t - w)/(T - w)))``.
 
-    Args:
-        step: t, counted from 0 over the whole run.
-        start: value at step 0 if there is a warm-up.
-        peak: value at step ``warmup_steps``.
-        final: value from step ``total_steps`` on.
-        warmup_steps: w; 0 begins at the peak.
-        total_steps: T.
+    A step t is counted from 0 over the whole run of T steps, of which w are the warm-up; 0 begins at the peak.
 
     Raises:
         ValueError: ``step`` is negative, or the warm-up does not fit into the run.

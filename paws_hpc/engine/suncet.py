@@ -38,21 +38,11 @@ def fine_tune_with_suncet(
     Batch normalisation keeps its statistics; its gains and biases train. Nothing is random but the draw of images,
     which is a function of seed and step, so an interrupted one is repeated from the pre-trained weights.
 
-    Args:
-        encoder: on ``device``; left in evaluation mode.
-        labelled: the labelled images.
-        config: steps and rates.
-        temperature: tau of the loss.
-        seed: of the run.
-        device: to train on.
-        control: checked before every step.
-
-    Returns:
-        The loss before each step, in nats.
+    The encoder is on ``device`` and is left in evaluation mode. Returns the loss before each step, in nats.
 
     Raises:
         ValueError: a class has a single labelled image, or the images of a step do not divide by the ranks.
-        Interrupted: by ``control``.
+        Interrupted: by ``control``, before a step.
     """
     classes = labelled.store.labels[labelled.records]
     counts = np.unique(classes, return_counts=True)[1]
@@ -77,8 +67,8 @@ def fine_tune_with_suncet(
         drawn = order.draw(step)
         images = torch.cat(list(replace(labelled, records=drawn.records).batches(device, dtype)))
         labels = class_labels(torch.from_numpy(drawn.class_indices), len(counts), smoothing=0.0, device=device)
-        rates = {"start": config.learning_rate, "peak": config.learning_rate, "final": 0.0}
-        optimizer.param_groups[0]["lr"] = warmup_cosine(step, **rates, warmup_steps=0, total_steps=config.steps)
+        lr = warmup_cosine(step, peak=config.learning_rate, final=0.0, total_steps=config.steps)
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
         loss = supervised_nce(distributed.gather_rows(replica(images)), labels, temperature=temperature)
         loss.backward()

@@ -46,16 +46,10 @@ class Encoder(nn.Module):
         set_recomputed(self, config.checkpoint_activations)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Encode several batches of images, all of one size together.
+        """Encode batches (B_i, 3, H_i, W_i) to (h, z), both (sum B_i, ``output_dim``), rows in the order of ``inputs``.
 
         Images of equal size go through the network in one pass, wherever they stand in the list, so that in training
         they share their normalisation statistics: supports with both large crops, small crops among themselves.
-
-        Args:
-            inputs: tensors (B_i, 3, H_i, W_i), at least one.
-
-        Returns:
-            (h, z), both (sum B_i, ``output_dim``), rows in the order of ``inputs``. Without a prediction head z is h.
         """
         members: dict[torch.Size, list[int]] = {}
         for index, images in enumerate(inputs):

@@ -59,12 +59,9 @@ def _normalise_over_ranks(network: nn.Module) -> None:
     for name, layer in list(network.named_modules()):
         if not isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             continue
-        ours: nn.Module
+        kind = GlobalBatchNorm2d if isinstance(layer, nn.BatchNorm2d) else GlobalBatchNorm1d
+        ours = kind(layer.num_features, layer.eps, layer.momentum)
         if isinstance(layer, BatchNormAct2d):
             ours = _GlobalBatchNormAct2d(layer)
-        elif isinstance(layer, nn.BatchNorm2d):
-            ours = GlobalBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
-        else:
-            ours = GlobalBatchNorm1d(layer.num_features, layer.eps, layer.momentum)
         ours.load_state_dict(layer.state_dict())
         network.set_submodule(name, ours)

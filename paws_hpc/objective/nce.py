@@ -44,12 +44,8 @@ def supervised_nce(z: Tensor, labels: ClassLabels, *, temperature: float) -> Ten
 def nt_xent(z: Tensor, *, temperature: float) -> Tensor:
     """Find each row's other view among all other rows (normalised temperature-scaled cross-entropy, arXiv:2002.05709).
 
-    Args:
-        z: (2n, D) features of any norm: n first views, then the n second views in the same order.
-        temperature: tau > 0.
-
-    Returns:
-        0-d mean over all 2n rows in nats, float32 (float64 if z is), with gradients through both sides.
+    ``z`` (2n, D) has n first views, then the n second views in the same order. Returns the mean over all rows in nats,
+    float32 (float64 if z is), with gradients through both sides.
     """
     assert len(z) % 2 == 0
     with full_precision(z):

@@ -22,16 +22,9 @@ from paws_hpc.objective.labels import ClassLabels, log_mixture
 
 
 def soft_nearest_neighbours(queries: Tensor, supports: Tensor, support_labels: Tensor, *, temperature: float) -> Tensor:
-    """Class probabilities of each query: its supports' labels, weighted by a softmax over cosine similarities.
+    """Class probabilities (Q, K) of queries (Q, D): labels of supports (S, D), weighted by a softmax over cosines.
 
-    Args:
-        queries: (Q, D), of any norm.
-        supports: (S, D), of any norm.
-        support_labels: (S, K), non-negative rows that sum to 1: one-hot, smoothed or any soft labels.
-        temperature: divides the cosines; > 0.
-
-    Returns:
-        (Q, K) probabilities, float32 (float64 if the features are).
+    ``support_labels`` (S, K) are any rows that sum to 1. The result is float32 (float64 if the features are).
     """
     with full_precision(queries):
         logits = cosine_logits(queries, supports, temperature=temperature)
@@ -43,23 +36,16 @@ def log_soft_nearest_neighbours(
 ) -> Tensor:
     """The logarithm of :func:`soft_nearest_neighbours`, exact also where the probability itself underflows.
 
-    Returns:
-        (Q, K) log-probabilities with gradients to queries and supports; ``-inf`` (with zero gradient) for a class that
-        no support bears.
+    Gradients flow to queries and supports. A class that no support bears is ``-inf``, with zero gradient.
     """
     with full_precision(queries):
         return log_mixture(cosine_logits(queries, supports, temperature=temperature), support_labels)
 
 
 def sharpen(probabilities: Tensor, *, temperature: float) -> Tensor:
-    """Make distributions more confident: ``p_k^(1/T) / sum_j p_j^(1/T)`` (the paper's rho).
+    """Make distributions (..., K) more confident: ``p_k^(1/T) / sum_j p_j^(1/T)`` (the paper's rho).
 
-    Args:
-        probabilities: (..., K), each row with a positive entry.
-        temperature: T; below 1 sharpens, 1 changes nothing; > 0.
-
-    Returns:
-        (..., K), float32 (float64 if the input is). A uniform row stays uniform.
+    T = 1 changes nothing. The result is float32 (float64 if the input is).
     """
     probabilities = at_least_float32(probabilities)
     # Relative to the row's largest entry: (1/1000)^(1/T) alone would underflow at small T. The factor cancels in the
@@ -74,15 +60,7 @@ def log_sharpen(log_probabilities: Tensor, *, temperature: float) -> Tensor:
 
 
 def cross_entropy(targets: Tensor, log_probabilities: Tensor) -> Tensor:
-    """``-sum_k targets_k log p_k`` of each row, where 0 log 0 is 0.
-
-    Args:
-        targets: (R, K), non-negative, constant.
-        log_probabilities: (R, K).
-
-    Returns:
-        (R,); infinite where a target is positive and its probability is exactly zero.
-    """
+    """``-sum_k targets_k log p_k`` of each row, (R, K) to (R,), where 0 log 0 is 0; targets are constant."""
     return -(targets * log_probabilities.masked_fill(targets == 0, 0)).sum(-1)
 
 

@@ -38,13 +38,8 @@ def calibrated_posteriors(
     supports are multiplied by ``label_ratio M / S``. The prior of an image is ``exp((cos - 1) / T)`` of its nearest
     support.
 
-    Args:
-        images: (M, D) h of one view of the images of all ranks.
-        supports: (S, D) h of the supports of all ranks.
-        support_labels: (S, K), rows that sum to 1.
-        temperature: tau.
-        prior_temperature: T.
-        label_ratio: see :class:`RopawsConfig`.
+    Of all ranks these are h of one view of the images (M, D), h of the supports (S, D) and labels (S, K) whose rows sum
+    to 1; ``temperature`` is tau.
 
     Returns:
         (M, K). A row's sum is the probability that the image is of a known class.

@@ -77,7 +77,7 @@ def _train(
         accept_changes=tuple(config.accept_changes),
         fence=control.fence,
     )
-    start = checkpoints.resume(training, device)
+    start = checkpoints.resume(training.load_state_dict, device)
     job = open_trackers(
         config,
         run,

@@ -40,7 +40,7 @@ def _train(run: RunFolder, data: RunData, device: torch.device, control: JobCont
     config, stream, began = data.config, open_stream(data, device), time.monotonic()
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(run, data, control)
-    start = checkpoints.resume(training, device)
+    start = checkpoints.resume(training.load_state_dict, device)
     if distributed.is_main() and not (run.pretrain / "crops.png").exists():
         write_crop_grid(run.pretrain / "crops.png", stream)
     job = open_trackers(
