@@ -9,7 +9,6 @@ import itertools
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from paws_hpc.bench.images import CLASSES, jpegs, read_again
-from paws_hpc.bench.rounds import Round, Work, started, until_exit
+from paws_hpc.bench.rounds import Round, Work
 from paws_hpc.data.config import FIRST_SMALL_VIEW, FIRST_SUPPORT_VIEW, CropConfig, ViewsConfig
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.multicrop import MultiCrop
@@ -117,14 +116,6 @@ def crops(store: str, threads: int) -> Work:
     return work
 
 
-def crops_by_processes(store: str, processes: int) -> Work:
-    """The same by processes of one thread and one core each, which share nothing: as much as the machine can give."""
-    cores = sorted(os.sched_getaffinity(0))[:processes]
-    workers = [until_exit.enter_context(started(partial(crops, store, 1), cores=[core])) for core in cores]
-    pool = until_exit.enter_context(ThreadPoolExecutor(processes))
-    return lambda: sum(done.done for done in pool.map(lambda worker: worker(), workers))
-
-
 def supports(store: str, decoded: bool) -> Work:
     """One 224 crop of images that memory holds decoded, or that are read from the store each time."""
     images = ImageStore.open(store)
@@ -188,8 +179,7 @@ def first_batch(store: str) -> Work:
 def memory_of_epochs(store: str, threads: int) -> Work:
     """``memory_mb`` of this process at the end of each of a few epochs; files' pages are not counted.
 
-    The warm-up has as many batches in use at once as there can ever be: those made ahead, one taken, and one still held
-    by the consumer that takes the next. No later timing of threads can need more.
+    The warm-up has as many batches in use at once as there can ever be: those made ahead, and two that are held.
     """
     stream = _stream(store, threads=threads)
 

@@ -81,18 +81,9 @@ def measure_groups(
     about: Mapping[str, Any],
     file: Path,
 ) -> int:
-    """Measure group after group, print the table of each, and write the figures of all so far.
+    """Measure group after group, print the table of each, and write the figures of all so far, with ``about``, as JSON.
 
-    Args:
-        title: what is measured, for the first line.
-        groups: by name.
-        prepare: makes the images.
-        rounds: that count.
-        about: what ``file`` says beside rounds, machine and figures.
-        file: JSON.
-
-    Returns:
-        The exit status: 1 where a group failed as a whole.
+    ``prepare`` makes the images. Returns the exit status: 1 where a group failed as a whole.
     """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     machine, measured, exit_status = describe_machine(), {}, 0

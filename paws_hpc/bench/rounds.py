@@ -142,14 +142,8 @@ def race(
 ) -> dict[str, Rates]:
     """Let every candidate work once per round, in turns; one more round warms up first and does not count.
 
-    Args:
-        candidates: by name.
-        rounds: that count.
-        cores: how many cores each is bound to while the others wait; None binds to all that this process may use.
-        progress: shows a line of text.
-
-    Returns:
-        by name; a candidate that failed says why and takes no further turn.
+    Each is bound to ``cores`` cores while the others wait; None binds to all that this process may use. A candidate
+    that failed says why and takes no further turn.
     """
     bound = sorted(os.sched_getaffinity(0))[:cores]
     rates = {name: Rates() for name in candidates}

@@ -101,14 +101,10 @@ def _threads(folder: Path, race: Race) -> Measured:
     candidates = {
         "two threads": partial(data_path.crops, store, threads=2),
         "one thread": partial(data_path.crops, store, threads=1),
-        "two processes": partial(data_path.crops_by_processes, store, processes=2),
     }
     rates = race(candidates, cores=2)
-    two, one, processes = rates.values()
-    return rates, [
-        Figure("two threads / one", ratio(two, one), "x", 1.8),
-        Figure("two processes / one thread", ratio(processes, one), "x"),
-    ]
+    two, one = rates.values()
+    return rates, [Figure("two threads / one", ratio(two, one), "x", 1.8)]
 
 
 def _supports(folder: Path, race: Race) -> Measured:

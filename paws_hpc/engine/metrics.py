@@ -23,14 +23,7 @@ Describe = Callable[[Positions], list[str]]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What is known of one training step.
-
-    Attributes:
-        step: 0-based.
-        lr: learning rate.
-        metrics: by name; means over all ranks.
-        fault: why training cannot go on after it; None if it can.
-    """
+    """One training step, 0-based: its metrics, means over all ranks, and the ``fault`` that ends training, or None."""
 
     step: int
     lr: float

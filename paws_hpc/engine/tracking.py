@@ -40,13 +40,10 @@ class MetricsFile(Tracker):
     """
 
     def __init__(self, path: Path, *, resume_step: int, awaits_validation: bool = False) -> None:
-        """Keep the rows before ``resume_step`` (0-based) and append from there.
+        """Keep the rows before ``resume_step`` (0-based), the steps of the checkpoint, and append from there.
 
-        Args:
-            path: of the file.
-            resume_step: steps of the checkpoint from which training goes on.
-            awaits_validation: the checkpoint is from before the validation that follows its last step. A row of that
-                validation, whose names begin with ``val/``, is dropped: it is about to be written again.
+        ``awaits_validation``: the checkpoint is from before the validation that follows its last step. A row of that
+        validation, whose names begin with ``val/``, is dropped too: it is about to be written again.
         """
         kept = [row for row in read_rows(path) if row["step"] < resume_step] if path.exists() else []
         if awaits_validation:

@@ -86,11 +86,8 @@ def reached(folder: Path) -> dict[str, int]:
 def start_process(folder: Path, mode: str, *, patience_s: float) -> subprocess.Popen[str]:
     """Show ``metrics.jsonl`` in the folder of a stage, with ``wandb/run.json``.
 
-    Args:
-        folder: of the stage.
-        mode: ``auto``, ``online`` or ``offline``, which keep a run offline if it cannot be online; or ``upload``,
-            which does not.
-        patience_s: after which the process ends itself if the stage is killed; seconds.
+    With the modes ``auto``, ``online`` and ``offline`` a run that cannot be online is kept offline; with ``upload`` it
+    is not. After ``patience_s`` seconds the process ends itself if the stage is killed.
     """
     limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
     task = {"folder": str(folder), "mode": mode, "patience_s": patience_s, "limits": limits}
@@ -118,13 +115,10 @@ class WandbTracker(Tracker):
     """Shows a stage's ``metrics.jsonl`` in W&B, as a context manager. A failure is logged once and never raised."""
 
     def __init__(self, folder: Path, spec: dict[str, Any], *, mode: str) -> None:
-        """Start the process.
+        """Start the process for the folder of a stage, where ``metrics.jsonl`` is already.
 
-        Args:
-            folder: of the stage; ``metrics.jsonl`` is there already.
-            spec: kept as ``wandb/run.json``, for ``paws_hpc.sync`` too. ``run``: arguments of ``wandb.init``; ``best``:
-                as in :func:`summarise`.
-            mode: as ``TrackingConfig.wandb``.
+        The spec is kept as ``wandb/run.json``, for ``paws_hpc.sync`` too: the arguments of ``wandb.init`` under
+        ``run``, and ``best`` as in :func:`summarise`. The mode is that of ``TrackingConfig.wandb``.
         """
         self._process: subprocess.Popen[str] | None = None
         try:

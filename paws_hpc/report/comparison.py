@@ -82,11 +82,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side.
+    """Runs side by side: a row per setting, in the order in which the runs were named.
 
-    Attributes:
-        rows: one per setting, in the order in which the runs were named.
-        differing: field → run's name → text of its value, for fields with an effect that are not the same in all runs.
+    ``differing``: field → run's name → text of its value, for fields with an effect that are not the same in all runs.
     """
 
     rows: Sequence[Row]

@@ -30,15 +30,9 @@ from paws_hpc.report.tables import DASH
 
 
 def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:
-    """Write ``index.html``, which compares the run directories ``runs``, atomically, and return its path.
+    """Write ``index.html``, which compares run directories, atomically, to ``folder`` or :func:`comparison_folder`.
 
-    Args:
-        runs: at least two.
-        folder: to write to; :func:`comparison_folder` if none.
-
-    Raises:
-        FileNotFoundError: a run is no folder.
-        ValueError: a file of a run is garbled, or two runs have one name; it is named.
+    Raises as :func:`read_run` and :func:`compare`.
     """
     comparison = compare([read_run(run) for run in runs])
     path = (folder or comparison_folder(runs)) / "index.html"

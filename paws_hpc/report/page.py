@@ -44,13 +44,9 @@ def run(context: StageContext) -> None:
 
 
 def build_report(run: Path, folder: Path | None = None) -> Path:
-    """Write the report of the run directory ``run``, atomically, and return its path.
+    """Write the report of a run directory, ``index.html`` in ``folder`` or in ``report/`` of the run, atomically.
 
-    It is ``index.html`` in ``folder``, or in ``report/`` of the run if none is given.
-
-    Raises:
-        FileNotFoundError: ``run`` is no folder.
-        ValueError: a file of the run is garbled or contradicts itself; it is named. An earlier report stays.
+    Raises as :func:`read_run`, and ValueError where files contradict each other; then an earlier report stays.
     """
     page = render(_HERE / "report.html.j2", _context(read_run(run)))
     path = (folder or run / "report") / "index.html"

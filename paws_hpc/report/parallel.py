@@ -50,11 +50,9 @@ class _Axis(NamedTuple):
 
 
 def draw_parallel(lines: Sequence[TrialLine], *, description: str) -> Markup:
-    """Draw at least one line as an ``<svg>`` element, 225 units high; lines with a colour lie on top.
+    """Draw at least one line as an ``<svg>`` element, 225 units high; ``description`` is the alternative text.
 
-    Args:
-        lines: pointing at one shows its values.
-        description: the alternative text.
+    Lines with a colour lie on top; pointing at one shows its values.
     """
     drawn = {
         field: _Axis(

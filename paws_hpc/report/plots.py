@@ -90,13 +90,8 @@ class Plot:
 def draw(name: str, plots: Sequence[Plot], *, xlabel: str, description: str) -> Markup:
     """Draw plots below each other, with a common x axis, as one ``<svg>`` element of 400 by 225 units.
 
-    Args:
-        name: unique in the page; the ids inside the drawing begin with it.
-        plots: at least one, each with at least one curve that has a point.
-        xlabel: the name of the common x axis.
-        description: the alternative text.
-
-    The same input gives the same text: no date, no random id.
+    Every plot has a curve with a point. ``name`` is unique in the page: the ids inside the drawing begin with it.
+    ``description`` is the alternative text. The same input gives the same text: no date, no random id.
     """
     style: Any = {**_STYLE, "svg.hashsalt": name}  # its type hints list every key there is
     with matplotlib.rc_context(style):

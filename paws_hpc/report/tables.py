@@ -149,14 +149,9 @@ def result_table(record: RunRecord) -> list[tuple[str, str]]:
 def sweep_grid(trials: Sequence[TrialRecord], chosen: str | None) -> dict[str, Any]:
     """A sweep as a table: a column for each value of its first field, a row for each combination of the others.
 
-    Args:
-        trials: of the sweep.
-        chosen: the winner's name; None before selection.
-
-    Returns:
-        ``field`` and ``columns``: the first field and its values; ``corner``: the other fields; ``rows``: (their
-        values, a cell for each column). A cell has the ``accuracy`` as text, its ``strength`` in [0, 1] from the
-        lowest to the highest, and its ``state``: done, chosen, missing (no result) or absent (no trial).
+    ``chosen`` is the winner's name, None before selection. ``rows`` of the result are (values of the other fields, a
+    cell for each column). A cell has the ``accuracy`` as text, its ``strength`` in [0, 1] from the lowest to the
+    highest, and its ``state``: done, chosen, missing (no result) or absent (no trial).
     """
     fields = axes([record.trial for record in trials])
     first, *others = fields or [""]

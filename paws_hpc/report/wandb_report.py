@@ -30,12 +30,7 @@ _METHOD = (
 def build(records: Sequence[RunRecord], *, entity: str = "") -> Any:
     """The report of one or several chains, as wandb-workspaces' ``Report``; the first chain says in which project.
 
-    Args:
-        records: of the chains.
-        entity: user or team that holds it; its spec without one can be written where nobody is logged in.
-
-    Raises:
-        ValueError: two chains have one name.
+    ``entity`` is the user or team that holds it; a spec without one can be written where nobody is logged in.
     """
     project = str(records[0].settings.get("tracking.project") or "paws")
     chains = [str(record.chain.get("id")) for record in records]
@@ -104,29 +99,14 @@ def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:
         for field in fields
     ]
     accuracy = wr.SummaryMetric("val/top1.max")
-    scatter = [
-        wr.ScatterPlot(
-            title=f"Validation accuracy by {' and '.join(field.replace('_', ' ') for field in fields[:2])}",
-            x=wr.Config(f"trial.{fields[0]}"),
-            y=wr.Config(f"trial.{fields[1]}"),
-            z=accuracy,
-            log_x=fields[0] == "learning_rate",
-            gradient=[wr.GradientPoint(color="#440154", offset=0), wr.GradientPoint(color="#fde725", offset=100)],
-            layout=wr.Layout(x=12, y=0, w=12, h=8),
-        )
-    ] if len(fields) > 1 else []  # fmt: skip
     return [
         wr.ParallelCoordinatesPlot(
             title="Sweep",
             columns=[*columns, wr.ParallelCoordinatesPlotColumn(accuracy, display_name="validation accuracy")],
             layout=wr.Layout(x=0, y=0, w=12, h=8),
         ),
-        *scatter,
         wr.LinePlot(
-            title="Validation accuracy",
-            x="trainer/epoch",
-            y=["val/top1"],
-            layout=wr.Layout(x=0, y=8, w=24, h=8),
+            title="Validation accuracy", x="trainer/epoch", y=["val/top1"], layout=wr.Layout(x=12, y=0, w=12, h=8)
         ),
     ]
 

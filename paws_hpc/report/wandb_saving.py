@@ -24,21 +24,15 @@ _NOT_ONLINE = ("offline", "disabled", "dryrun")
 def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeout_s: float) -> str:
     """Build a report of run directories, write its spec, and save it in Weights & Biases if possible.
 
-    Saved again it is the same report with new content.
-
-    Args:
-        runs: the first says in which project.
-        folder: for ``wandb.json``, the spec; without it a run's goes to ``report/`` in the run, and that of several
-            to the folder of their comparison.
-        timeout_s: after which an attempt to save it is given up; seconds.
+    Saved again it is the same report with new content. The spec is ``wandb.json`` in ``folder``; without one in
+    ``report/`` of the only run, or in the folder of the runs' comparison.
 
     Returns:
         A sentence that says where the report is; W&B may be offline.
 
     Raises:
-        FileNotFoundError: a run has no folder.
         ValueError: wandb-workspaces is not installed, two runs have one name, or a file of a run is garbled.
-        OSError: W&B did not save it.
+        OSError: a run has no folder, or W&B did not save it within ``timeout_s``.
     """
     try:
         from paws_hpc.report.wandb_report import build  # noqa: PLC0415 - needs an extra that is slow to import

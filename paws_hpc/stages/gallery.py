@@ -67,12 +67,8 @@ def write_gallery(
 ) -> None:
     """Write ``gallery.png`` and then ``gallery.json``, which refers to it, into ``folder``: some 100 KB in all.
 
-    Args:
-        folder: of selection.
-        images: the N test images.
-        supports: the M labelled images.
-        nearest: PAWS-NN of the test images; None without pre-training.
-        predictions: (N, K) probabilities or logits by method.
+    ``nearest`` is PAWS-NN of the test images, None without pre-training; ``predictions`` are (N, K) probabilities or
+    logits by method.
     """
     tiles, truth, classes = _Tiles(images, supports), images.labels, supports.labels
     gallery = {
@@ -127,10 +123,7 @@ def _mistakes(tiles: _Tiles, nearest: NearestNeighbours, truth: Tensor, classes:
 def representation_map(nearest: NearestNeighbours, truth: Tensor, classes: Tensor) -> Json:
     """The representations in the plane, in [0, 1] to three digits; or why there is no such map.
 
-    Args:
-        nearest: PAWS-NN of the test images.
-        truth: (N,) classes of the test images.
-        classes: (M,) classes of the labelled images.
+    ``truth`` are the (N,) classes of the test images, ``classes`` the (M,) classes of the labelled images.
     """
     queries, supports = nearest.queries, nearest.supports
     images, labelled = _evenly(len(queries), _MAP_IMAGES), _evenly(len(supports), _MAP_SUPPORTS)

@@ -37,17 +37,8 @@ def open_trackers(
 ) -> Tracker:
     """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard if the config says so.
 
-    On ranks other than 0 nothing is written.
-
-    Args:
-        config: of the run.
-        run: its folder.
-        folder: of the stage.
-        job: name of the stage or trial.
-        start: steps done already.
-        total_steps: of the stage.
-        awaits_validation: whether the steps done already end with a validation that is still to be done.
-        used: the network that the stage begins with, as :func:`network` describes it.
+    On ranks other than 0 nothing is written. ``start`` steps are done already, and ``awaits_validation`` says whether
+    they end with a validation that is still to be done; ``used`` is the :func:`network` that the stage begins with.
     """
     if not distributed.is_main():
         return Tracker()

@@ -69,7 +69,7 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     grids = [block["metadata"] for block in blocks if block["type"] == "panel-grid"]
     panels = [panel for grid in grids for panel in grid["panelBankSectionConfig"]["panels"]]
     assert saved["displayName"] == f"PAWS: {', '.join(run.name for run in runs)}"[:128]
-    assert {"Parallel Coordinates Plot", "Scatter Plot", "Run Comparer"} <= {panel["viewType"] for panel in panels}
+    assert {"Parallel Coordinates Plot", "Run Comparer"} <= {panel["viewType"] for panel in panels}
     curves = {name for panel in panels for name in panel["config"].get("metrics") or ()}
     wanted = ("train/loss", "train/loss_consistency", "train/loss_me_max", "val/paws_nn_top1", "train/confidence")
     assert set(wanted) <= curves

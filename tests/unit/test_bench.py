@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.data_path import CROP_GROUPS, crops_by_processes, reads
+from paws_hpc.bench.data_path import CROP_GROUPS, crops, reads
 from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.images import jpegs, repeat_store, write_photographs
 from paws_hpc.bench.peers.loaders import Cutter
@@ -43,11 +43,11 @@ def test_peers_make_the_crops_that_we_make(photographs: Path) -> None:
         jpeg = path.read_bytes()
         theirs = cutter.cut(jpeg, number)
         image = torch.from_numpy(decode_jpeg(jpeg)).permute(2, 0, 1)
-        for (crop, _), of_group, crops in zip(CROP_GROUPS, cutter.boxes, theirs, strict=True):
+        for (crop, _), of_group, cut in zip(CROP_GROUPS, cutter.boxes, theirs, strict=True):
             out = torch.empty(crop.count, 1, crop.size, crop.size, 3, dtype=torch.uint8).movedim(4, 2)
             mine = resized_crops([image], of_group[number][None], out)[:, 0]
-            assert crops.shape == (crop.count, 3, crop.size, crop.size)
-            assert (crops.int() - mine.int()).abs().max() <= 1
+            assert cut.shape == (crop.count, 3, crop.size, crop.size)
+            assert (cut.int() - mine.int()).abs().max() <= 1
 
 
 def test_every_candidate_is_in_the_figures_or_the_reason_why_not(
@@ -146,8 +146,7 @@ def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path:
     store, large = ImageStore.open(tmp_path / "store"), ImageStore.open(tmp_path / "large")
     assert len(large) == 1000
     assert large.read_encoded([7, 47, 967]) == store.read_encoded([7, 7, 7])
-    by_processes = partial(crops_by_processes, str(tmp_path / "store"), processes=2)
-    assert run_once(by_processes).done == 0, "of less than a batch"
+    assert run_once(partial(crops, str(tmp_path / "store"), threads=2)).done == 0, "of less than a batch"
 
 
 def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
