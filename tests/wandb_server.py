@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 ENTITY = "tester"
 KEY = "0123456789" * 4
@@ -228,6 +232,14 @@ class _Handler(BaseHTTPRequestHandler):
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     double: WandbServer
+
+
+def outside(patch: pytest.MonkeyPatch, folder: Path, server: WandbServer) -> None:
+    """The environment of a user who is logged in to ``server``, whose home is ``folder``."""
+    for name, value in (server.environment | {"HOME": str(folder), "NETRC": str(folder / "netrc")}).items():
+        patch.setenv(name, value)
+    patch.setenv("WANDB_MODE", "")
+    del os.environ["WANDB_MODE"]  # training may set it, and the patch takes it back
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.test_preemption import make_store, tiny_run
-from tests.integration.test_wandb import outside, own
-from tests.wandb_server import WandbServer, serving
+from tests.integration.test_wandb import own
+from tests.wandb_server import WandbServer, outside, serving
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,6 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         pretrain.run(TorchContext(config, run))
         assert server.operations == [], "offline is offline"
     return run
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    with serving() as double:
-        outside(monkeypatch, tmp_path, double)
-        yield double
 
 
 @pytest.fixture

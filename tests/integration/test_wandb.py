@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from paws_hpc.stages import finetune, pretrain, selection
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.test_preemption import make_store, tiny_run
-from tests.wandb_server import WandbServer, serving
+from tests.wandb_server import WandbServer, outside, serving
 
 CPU = torch.device("cpu")
 SECRET = "hunter2-of-the-test"
@@ -36,14 +35,6 @@ class Watched(NamedTuple):
     run: RunFolder
     config: Config
     curve_after_preemption: list[dict[str, Any]]
-
-
-def outside(patch: pytest.MonkeyPatch, folder: Path, server: WandbServer) -> None:
-    """The environment of a user who is logged in to ``server``, whose home is ``folder``."""
-    for name, value in (server.environment | {"HOME": str(folder), "NETRC": str(folder / "netrc")}).items():
-        patch.setenv(name, value)
-    patch.setenv("WANDB_MODE", "")
-    del os.environ["WANDB_MODE"]  # training may set it, and the patch takes it back
 
 
 @pytest.fixture(scope="module")

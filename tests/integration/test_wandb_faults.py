@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,7 @@ from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.integration.test_preemption import STEPS, ended, make_store, tiny_run
-from tests.integration.test_wandb import outside
-from tests.wandb_server import WandbServer, serving
+from tests.wandb_server import WandbServer
 
 CPU = torch.device("cpu")
 PATIENCE_S = 30.0
@@ -45,14 +44,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(store, folder)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    """A server, and little patience; what tests change of these and of WANDB_* is as before afterwards."""
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little patience with a server; what tests change of it is as before afterwards."""
     monkeypatch.setattr(wandb_run, "_INIT_TIMEOUT_S", 4.0)
     monkeypatch.setattr(wandb_run, "_PATIENCE_S", PATIENCE_S)
-    with serving() as double:
-        outside(monkeypatch, tmp_path, double)
-        yield double
 
 
 def train(store: Path, folder: Path, *, in_between: Callable[[RunFolder], None] | None = None) -> RunFolder:

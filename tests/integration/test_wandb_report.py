@@ -7,23 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from paws_hpc.files import write_json, write_text
 from paws_hpc.report import __main__ as report
-from tests.integration.test_wandb import outside
 from tests.ranks import ROOT
-from tests.wandb_server import WandbServer, serving
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    with serving() as double:
-        outside(monkeypatch, tmp_path, double)
-        yield double
+from tests.wandb_server import WandbServer
 
 
 @pytest.fixture

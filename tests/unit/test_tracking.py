@@ -49,18 +49,12 @@ def test_a_validation_that_is_to_be_done_again_leaves_no_row(tmp_path: Path) -> 
         assert read_rows(tmp_path / "metrics.jsonl") == whole[:-1]
 
 
-def test_every_row_is_on_disk_at_once(tmp_path: Path) -> None:
+def test_every_row_is_on_disk_at_once_and_a_new_run_takes_nothing_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
+    log_steps(path, 0, 5)
     with MetricsFile(path, resume_step=0) as metrics:
         metrics.log(0, {"train/loss": 1.0})
         assert read_rows(path) == [{"step": 0, "train/loss": 1.0}]
-
-
-def test_a_new_run_takes_nothing_over(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log_steps(path, 0, 5)
-    log_steps(path, 0, 1)
-    assert len(read_rows(path)) == 1
 
 
 def test_a_torn_line_in_the_middle_is_named_and_the_file_kept(tmp_path: Path) -> None:
