@@ -204,11 +204,9 @@ def _preemption(
     config: Config, parameters: Parameters, known: Mapping[str, Partition], site: Mapping[str, str], run: RunFolder
 ) -> Iterator[Check]:
     """What happens to jobs of pre-training that must make room, and whether they have the time to save."""
-    partition = _partition(parameters, known)
-    if partition is None:
+    if (partition := _partition(parameters, known)) is None:
         return
-    verdict, found, remedy = _preempted(parameters, partition, site)
-    yield Check("preemption", verdict, found, remedy)
+    yield Check("preemption", *_preempted(parameters, partition, site))
     seen = read_progress(run.pretrain, epochs=config.pretrain.epochs, batch_size=config.pretrain.batch_size)
     for text in grace_warnings("pretrain", seen, partition, site, parameters.get("signal_delay_s")):
         yield Check("time to save", "warning", text)
@@ -254,30 +252,23 @@ def _sweeps(config: Config, site: Mapping[str, str]) -> Iterator[Check]:
             found = f"has {trials} trials, but an array may have {most} (MaxArraySize)"
             remedy = f"Shorten the lists of {sweep}.sweep, or split the sweep over runs."
             yield Check(f"sweep {sweep}", "problem", found, remedy)
-        else:
-            yield Check(f"sweep {sweep}", "ok", f"{trials} trials; an array may have {most}")
 
 
 def _devices(config: Config, by_stage: Mapping[str, Parameters]) -> Iterator[Check]:
     """One GPU per rank, where training is to have GPUs."""
-    shapes: dict[tuple[int, int, bool], list[str]] = {}
-    for stage in (name for name, row in STAGES.items() if row.trains):
-        if stage in by_stage and config.device != "cpu":
-            parameters = by_stage[stage]
-            otherwise = any(parameters.get(name) for name in ("gpus_per_task", "gres"))
-            shape = int(parameters.get("gpus_per_node", 0)), int(parameters.get("tasks_per_node", 1)), otherwise
-            shapes.setdefault(shape, []).append(stage)
-    for (gpus, tasks, otherwise), stages in shapes.items():
-        fields = f"{', '.join(stages)}: gpus_per_node={gpus}, tasks_per_node={tasks}"
-        if gpus == 0 and not otherwise:
+    for stage, parameters in by_stage.items():
+        if not STAGES[stage].trains or config.device == "cpu":
+            continue
+        gpus, tasks = int(parameters.get("gpus_per_node", 0)), int(parameters.get("tasks_per_node", 1))
+        fields = f"{stage}: gpus_per_node={gpus}, tasks_per_node={tasks}"
+        if gpus == 0 and not any(parameters.get(name) for name in ("gpus_per_task", "gres")):
             verdict: Verdict = "problem" if config.device == "cuda" else "warning"
             yield Check("devices", verdict, f"{fields}, so no GPU", "Set hydra.launcher.gpus_per_node, or device=cpu.")
         elif 0 < gpus < tasks:
             yield Check("devices", "problem", f"{fields}, so some ranks would have no GPU", "Set one GPU per task.")
         elif gpus > tasks:
-            yield Check(
-                "devices", "warning", f"{fields}, so {gpus - tasks} GPUs per node idle", "Set one task per GPU."
-            )
+            idle = f"{fields}, so {gpus - tasks} GPUs per node idle"
+            yield Check("devices", "warning", idle, "Set one task per GPU.")
         elif gpus:
             yield Check("devices", "ok", f"{fields}: one GPU per rank")
 

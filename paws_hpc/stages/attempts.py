@@ -39,16 +39,13 @@ class Attempt:
     """An attempt, read from its files.
 
     Attributes:
-        folder: of the job.
+        folder: of the job; ``job`` is its name.
         number: counts from 1.
-        job: name of the job, such as ``pretrain`` or ``finetune/lr=0.05,epochs=30``.
         job_id: the scheduler's; None without a scheduler.
         restart: how often the scheduler has started this id before.
         key: shared by the ranks of this attempt alone; their failures are named by it.
         host: of rank 0, and its ``pid``.
-        ranks: processes that run it together.
         progress: training steps of the newest checkpoint when the attempt began, 0 where there is none.
-        began: ISO time, UTC.
         beat: the last heartbeat (``beat``, ``time``), None before the first.
         end: how it ended (``how``, ``step``, ``seconds``, ``message``), None while it runs or if it was killed.
         failures: why ranks failed (``rank``, ``type``, ``message``, ``permanent``, ``host``, ``time``).

@@ -11,9 +11,13 @@ from paws_hpc.command import error_text
 from paws_hpc.files import atomic_write, file_hash, read_json, value_digest, write_json, write_text
 
 
-def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    write_text(path, "old")
+def test_nobody_sees_a_file_that_is_half_written_and_an_error_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "state.json"
+    with atomic_write(path) as file:
+        file.write(b"old")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"old"
 
     def interrupted() -> None:
         with atomic_write(path) as file:
@@ -23,16 +27,7 @@ def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
-
-
-def test_nobody_sees_a_file_that_is_half_written(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "state.json"
-    with atomic_write(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert not path.exists()
-    assert path.read_bytes() == b"half"
+    assert [entry.name for entry in path.parent.iterdir()] == ["state.json"]
 
 
 def test_an_error_of_the_disk_names_the_file_that_was_asked_for(tmp_path: Path) -> None:

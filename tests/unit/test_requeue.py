@@ -112,18 +112,6 @@ def test_a_killed_rank_is_retried_until_nothing_is_gained(
     assert len(requeued(run)) == 3, "four crashes without a checkpoint are one more than three"
 
 
-def test_preemptions_with_progress_are_not_held_against_a_crash_during_start_up(
-    run: RunFolder, says: Says, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(1, 6):
-        write_attempt(run.path, "pretrain", how="requeued", number=number, job_id="17", progress=10 * number)
-    write_json(run.checkpoints / "step-00000060.json", {})
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
-    says("RUNNING", restarts=5)  # and this one came to an end before it held the lease
-    requeue.after_crash(run.path, 1)
-    assert requeued(run) == ["17"]
-
-
 def test_what_must_fail_again_is_not_retried_and_a_job_that_was_refused_the_lease_does_not_blame_its_holder(
     run: RunFolder, says: Says, caplog: pytest.LogCaptureFixture
 ) -> None:
