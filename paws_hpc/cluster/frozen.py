@@ -60,9 +60,7 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text)
     if unknown:
         name = field.group(1) if field else unknown.group(1)
-        if (refusal := renamed(name)) is not None:
-            return refusal
-        return f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
+        return renamed(name) or f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
     if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
         close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
@@ -91,20 +89,12 @@ def _dotted(value: dict[str, Any], prefix: str) -> list[str]:
 
 
 def read_config(path: Path) -> Config:
-    """Read a frozen config.
-
-    Raises:
-        ConfigError: it does not fit this version's schema.
-    """
+    """Read a frozen config; ConfigError if it does not fit this version's schema."""
     return to_config(OmegaConf.load(path))
 
 
 def freeze(config: Config, path: Path) -> None:
-    """Write the config of a run, once :func:`check_frozen` has nothing against it.
-
-    Raises:
-        ConfigError: it is another experiment than the one with which the run was begun.
-    """
+    """Write the config of a run, once :func:`check_frozen` has nothing against it."""
     check_frozen(config, path)
     kept = dataclasses.replace(config, dry_run=False, cancel=False)  # orders to the launcher, not fields of the run
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))
@@ -121,11 +111,8 @@ def check_frozen(config: Config, path: Path) -> None:
     if not path.exists():
         return
     now, then = identity(config), identity(read_config(path))
-    differing = [
-        name
-        for name in sorted(now.keys() | then.keys())
-        if now.get(name) != then.get(name) and name not in config.accept_changes
-    ]
+    names = sorted((now.keys() | then.keys()) - set(config.accept_changes))
+    differing = [name for name in names if now.get(name) != then.get(name)]
     if differing:
         changes = "; ".join(f"{name} was {then.get(name)!r} and is now {now.get(name)!r}" for name in differing)
         raise ConfigError(

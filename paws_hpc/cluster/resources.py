@@ -26,8 +26,7 @@ _PLACE = (
 def resolve(config: Config, launcher: Launcher) -> Config:
     """Fill what ``resources`` leaves open with the launcher's values, which checks the batch sizes against the ranks.
 
-    Stages of a single task take its partition, time and so on, but not its shape: they have one node, one task, and at
-    most one GPU.
+    Stages of a single task do not take its shape: they have one node, one task, and at most one GPU.
     """
     stages = {}
     for stage, row in STAGES.items():

@@ -93,12 +93,11 @@ def accounting(job_ids: Iterable[str]) -> dict[str, AccountedJob] | None:
 
     An id is ``17``, ``18_0``, or ``18`` for all elements of an array. None where this cluster keeps no accounts.
     """
-    ids = sorted(set(job_ids))
-    if not ids:
+    if not (ids := ",".join(sorted(set(job_ids)))):
         return {}
     fields = "JobID,State,ExitCode"
     try:
-        rows = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", "-o", fields])
+        rows = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={ids}", "-o", fields])
     except SchedulerError as error:
         if _NO_ACCOUNTING.search(str(error)):
             return None

@@ -108,10 +108,9 @@ class SlurmChain:
         return submitted
 
     def dry_run(self) -> Iterator[tuple[str, str]]:
-        """What :meth:`launch` would submit if nothing of the chain were in the queue; writes nothing.
+        """Stages and sbatch scripts that :meth:`launch` would submit if nothing of the chain were in the queue.
 
-        Yields:
-            stage and sbatch script; ids that are not known yet read ``<stage>``.
+        Writes nothing; ids that are not known yet read ``<stage>``.
         """
         check_frozen(self.config, self.run.config)
         ids: dict[str, set[str]] = {}
