@@ -24,10 +24,11 @@ from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.models import encoder
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.vit import VisionTransformer
-from paws_hpc.packing import ArraySource, pack
+from paws_hpc.packing import pack
 from paws_hpc.stages.pretrain import make_training
 from paws_hpc.store import ImageStore
 from paws_hpc.trial import Trial
+from tests.pictures import array_source
 
 WALL_CLOCK = ("train/images_per_s", "train/data_wait")
 """Metrics that two equal runs do not share."""
@@ -88,8 +89,7 @@ def training_of(config: Config, folder: Path, *, labels_per_class: int = 4, devi
 def random_store(folder: Path, *, count: int, size: int, classes: int) -> ImageStore:
     """Noise, packed; the same for the same arguments."""
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 1), np.uint8)
-    keys, names = [f"{number:05d}" for number in range(count)], tuple("abcdefghij"[:classes])
-    return ImageStore.open(pack(ArraySource("noise", images, np.arange(count) % classes, keys, names), folder).path)
+    return ImageStore.open(pack(array_source(images, "abcdefghij"[:classes]), folder).path)
 
 
 @contextmanager

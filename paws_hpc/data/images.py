@@ -157,13 +157,9 @@ def cached_images(
 ) -> StoreImages:
     """The images of a store, with the labelled ``records`` decoded in memory once per node where there is room.
 
-    Where there is none, which is logged, and for raw stores images are read from the store; pixels are the same.
-
-    Args:
-        store: of the images.
-        records: positions of the labelled ones.
-        folders: for the file, in order of preference.
-        limit_bytes: of the file; None: a quarter of the memory that this job may use.
+    Where there is none, which is logged, and for raw stores images are read from the store; pixels are the same. The
+    file is in the first of ``folders`` that has room, and at most ``limit_bytes`` long: None means a quarter of the
+    memory that this job may use.
 
     Raises:
         RecordError: an image is damaged.

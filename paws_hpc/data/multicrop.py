@@ -54,21 +54,13 @@ class CutCrops:
 
 @dataclass(frozen=True)
 class ResidentCrops:
-    """Crops of images that live on a GPU, which are cut there at each use.
+    """Crops of images that live on a GPU, which are cut there at each use."""
 
-    Attributes:
-        store: (N, H, W, C) uint8 on the device.
-        records: (n,) positions in it.
-        boxes: (V * n, 4), view-major.
-        size: pixels.
-        parameters: of the V * n rows.
-    """
-
-    store: Tensor
-    records: Positions
-    boxes: NDArray[np.int64]
-    size: int
-    parameters: Tensor
+    store: Tensor  # (N, H, W, C) uint8 on the device
+    records: Positions  # (n,)
+    boxes: NDArray[np.int64]  # (V * n, 4), view-major
+    size: int  # pixels
+    parameters: Tensor  # of the V * n rows
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -122,14 +114,8 @@ class MultiCrop:
     ) -> Callable[[], list[Crops]]:
         """Begin to cut every group of crops from each record, which is decoded once.
 
-        Begin a batch before you wait for the last one: threads end a batch at different times.
-
-        Args:
-            records: (n,) positions.
-            crop_groups: crop configurations, each with the number of its first view.
-            epoch: of the draw.
-            config: of the augmentation.
-            repeats: (n,) how often the record came before in this batch, so that its crops differ; never if None.
+        Begin a batch before you wait for the last one: threads end a batch at different times. ``repeats`` says how
+        often each of n records came before in this batch, so that its crops differ; None means never.
 
         Returns:
             a function that waits, and gives ``count * n`` crops per group, view-major, once.

@@ -26,19 +26,12 @@ _LABELLED, _VALIDATION = 11, 12  # so that the two draws of one seed are indepen
 
 @dataclass(frozen=True)
 class Split:
-    """A named set of images of one store.
-
-    Attributes:
-        name: of its file.
-        origin: seed and number per class, ``all``, or a list's name and digest.
-        dataset: digest of the store.
-        keys: sorted by class, then in the order drawn or read.
-    """
+    """A named set of images of one store."""
 
     name: str
-    origin: dict[str, Any]
-    dataset: str
-    keys: tuple[str, ...]
+    origin: dict[str, Any]  # seed and number per class, ``all``, or a list's name and digest
+    dataset: str  # digest of the store
+    keys: tuple[str, ...]  # sorted by class, then in the order drawn or read
 
     @property
     def digest(self) -> str:

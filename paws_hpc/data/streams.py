@@ -156,20 +156,10 @@ class PawsStream:
     ) -> None:
         """Prepare; reads nothing yet, unless a store is small enough to live on the GPU.
 
-        Args:
-            store: of the unlabelled images.
-            labelled: (M,) positions of the labelled images in their store.
-            views: crops and augmentation.
-            batch_size: unlabelled images per step over all ranks.
-            support_classes, images_per_class: drawn per step over all ranks: K classes, and so many images of each.
-            seed: of the run.
-            threads: that decode and crop.
-            accumulate_steps: micro-batches per step, A.
-            supports: source of the labelled images; None means ``store``.
-            window: of the unlabelled images' order; None shuffles all of them.
-            balanced_support: supports take turns instead of being drawn anew in each step.
-            device: of training.
-            compile_augmentation: whether augmentation goes through ``torch.compile``.
+        A step has ``batch_size`` images of ``store`` over all ranks, and ``images_per_class`` supports of each of
+        ``support_classes`` classes, K, drawn from the (M,) positions ``labelled`` in the store of ``supports`` (None:
+        in ``store``). Without a ``window`` all unlabelled images are shuffled; with ``balanced_support`` supports take
+        turns instead of being drawn anew in each step.
 
         Raises:
             ValueError: a global size does not divide by the ranks and micro-batches, the labels do not suffice for the
@@ -259,10 +249,8 @@ class PawsStream:
     def prefetch(self, start: int, stop: int, dtype: torch.dtype | None = None) -> Prefetch[PawsBatch]:
         """The batches of steps ``start`` to ``stop - 1``, made ahead; a context manager.
 
-        Args:
-            start, stop: steps.
-            dtype: of the views that are made ahead too; None leaves them to the step, and so do several micro-batches:
-                with them a step must not hold the views of all its images at once.
+        Their views are made ahead too, in ``dtype``, unless that is None, or there are several micro-batches: then a
+        step must not hold the views of all its images at once.
         """
         config, views, channel_bytes = self.views, None, 1
         if dtype is not None and self._accumulate_steps == 1:
@@ -359,23 +347,14 @@ class ClassifierStream:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Images to score, as one centre crop each, without augmentation.
-
-    Attributes:
-        store: of the images.
-        records: (N,) positions.
-        crop: resize and centre crop.
-        training_store: whose mean and standard deviation normalise, as in training.
-        threads: that decode and crop.
-        source: of the pixels; None reads ``store``.
-    """
+    """Images to score, (N,) positions in their store, as one centre crop each, without augmentation."""
 
     store: ImageStore
     records: Positions
     crop: CenterCropConfig
-    training_store: ImageStore
+    training_store: ImageStore  # whose mean and standard deviation normalise
     threads: int = 1
-    source: StoreImages | None = None
+    source: StoreImages | None = None  # of the pixels; None reads ``store``
 
     def __len__(self) -> int:
         return len(self.records)

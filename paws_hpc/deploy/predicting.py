@@ -65,13 +65,7 @@ class Predictor:
     """A network of a finished run that classifies image files as the run's own evaluation classifies packed images."""
 
     def __init__(self, run: RunFolder, data: RunData, *, method: str, device: torch.device) -> None:
-        """Load the network and compute the representations of all labelled images.
-
-        Args:
-            run: folder of the run.
-            data: its stores and splits.
-            method: ``paws-nn``, by the network that this was scored with; ``fine-tuned``, by the one selection chose.
-            device: to compute on.
+        """Load the network by which PAWS-NN was scored, or the fine-tuned one; represent all labelled images by it.
 
         Raises:
             FileNotFoundError: the stage that makes the network has not finished.
@@ -102,10 +96,7 @@ class Predictor:
     def predict(self, paths: Sequence[Path], *, top: int, nearest: int) -> Iterator[Prediction | Failure]:
         """Classify files one after the other; one that cannot be used does not keep the others.
 
-        Args:
-            paths: of image files.
-            top: classes to name, as far as there are.
-            nearest: labelled images to name, as far as there are.
+        At most ``top`` classes and ``nearest`` labelled images are named.
         """
         threads, limit = self._data.config.data.threads, single_threaded()
         with ThreadPoolExecutor(threads, thread_name_prefix="predict", initializer=limit) as pool:

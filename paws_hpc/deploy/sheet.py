@@ -29,17 +29,11 @@ _QUALITY = 80
 
 @dataclass
 class Sheet:
-    """A page about predictions; pictures are encoded at once, so that no pixels are held.
-
-    Attributes:
-        predictor: has the labelled images.
-        title: the run's name.
-        facts: shown below the title.
-    """
+    """A page about predictions; pictures are encoded at once, so that no pixels are held."""
 
     predictor: Predictor
     title: str
-    facts: Sequence[str]
+    facts: Sequence[str]  # below the title
     _cards: list[dict[str, Any]] = field(default_factory=list)
     _failures: list[tuple[str, str]] = field(default_factory=list)
     _supports: dict[int, str] = field(default_factory=dict)

@@ -29,19 +29,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunStores:
-    """The stores and the two splits of a run.
-
-    Attributes:
-        config: of the run.
-        train: store of the unlabelled images.
-        labelled_store: of the labelled images and those for validation; the same object as ``train`` unless the config
-            names another.
-        labelled_split, validation_split: drawn from ``labelled_store``.
-    """
+    """The stores and the two splits of a run, which are drawn from ``labelled_store``."""
 
     config: Config
-    train: ImageStore
-    labelled_store: ImageStore
+    train: ImageStore  # of the unlabelled images
+    labelled_store: ImageStore  # the same object as ``train`` unless the config names another
     labelled_split: Split
     validation_split: Split
 

@@ -64,10 +64,8 @@ class RunData(RunStores):
 def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
     """Open the stores and splits of a run.
 
-    Args:
-        config: of the run.
-        control: of a job that reads the training images again and again. It reads them from copies in ``data.copy_to``,
-            which one process of each node completes first. None reads them where they are.
+    With the ``control`` of a job, which reads the training images again and again, they are copies in ``data.copy_to``,
+    which one process of each node completes first.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.

@@ -89,11 +89,7 @@ def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
 
 
 def find_run(name: str, runs: Path) -> Path:
-    """The folder of a run.
-
-    Args:
-        name: of the run, or its folder.
-        runs: folder of all runs.
+    """The folder of a run, which is given by that or by its name in the folder ``runs``.
 
     Raises:
         FileNotFoundError: there is none; names that are spelled alike are in the message.
