@@ -17,18 +17,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from paws_hpc.data.config import AugmentConfig, CenterCropConfig, CropConfig, ViewsConfig
-from paws_hpc.data.streams import EvaluationSet, PawsStream
-from paws_hpc.engine.config import OptimizerConfig, PretrainConfig, SupportConfig
-from paws_hpc.engine.evaluate import Representation, forward_set, paws_nn, score
-from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.models.config import ModelConfig
-from paws_hpc.models.encoder import build_encoder
-from paws_hpc.objective.config import OBJECTIVES
+from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.store import ImageStore
+from tests.numerics.study import accuracies
 
-CPU, LABELS, BATCH, SIDE, GRID = torch.device("cpu"), 4, 64, 32, 6
+BATCH, SIDE, GRID = 64, 32, 6
 PHOTOGRAPHS = {
     "skimage.data": "astronaut.png chelsea.png coffee.png hubble_deep_field.jpg ihc.png motorcycle_left.png retina.jpg "
     "rocket.jpg",
@@ -76,48 +70,14 @@ def photographs(folder: Path, split: str) -> ImageStore:
     return ImageStore.open(folder)
 
 
-def accuracies(colours: dict[str, float], stores: dict[str, ImageStore], *, epochs: int, seed: int) -> list[float]:
-    """PAWS-NN on validation and test patches, with four labelled patches of each photograph."""
-    train, random = stores["train"], np.random.default_rng(seed)
-    classes = len(train.classes)
-    supports = np.concatenate(
-        [random.permutation(np.flatnonzero(train.labels == label))[:LABELS] for label in range(classes)]
-    )
-    views = ViewsConfig(
+def views_with(colours: dict[str, float]) -> ViewsConfig:
+    return ViewsConfig(
         large=CropConfig(size=SIDE, count=2, scale=[0.75, 1.0]), small=CropConfig(size=18, count=2, scale=[0.3, 0.75]),
         support_views=2,
         augment=AugmentConfig(
             brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur_probability=0.0, **colours  # type: ignore[arg-type]
         ),
     )  # fmt: skip
-    stream = PawsStream(
-        train, supports, views=views, batch_size=BATCH, support_classes=classes, images_per_class=LABELS, seed=seed,
-        threads=1,
-    )  # fmt: skip
-    training = Pretraining(
-        build_encoder(ModelConfig("small_resnet", channels=[16, 32, 64], projection_dim=64), seed=seed),
-        objective=OBJECTIVES["paws"](support_warmup_fraction=0.33),  # type: ignore[call-arg]
-        optimizer=OptimizerConfig("sgd", nesterov=True, start_lr=0.01, peak_lr=0.1, final_lr=0.001, warmup_epochs=1),
-        config=PretrainConfig(
-            batch_size=BATCH, epochs=epochs, support=SupportConfig(classes, LABELS), precision="fp32",
-            log_every_steps=1000,
-        ),
-        stream=stream, device=CPU,
-    )  # fmt: skip
-    for step in range(training.total_steps):
-        training.step(stream.batch(step))
-    encoder, crop = Representation(training.encoder), CenterCropConfig(resize=SIDE, size=SIDE)
-
-    def representations(store: ImageStore, records: NDArray[np.int64]) -> torch.Tensor:
-        return forward_set(encoder, EvaluationSet(store, records, crop, train), CPU)
-
-    h, labels = representations(train, supports), torch.from_numpy(train.labels[supports])
-    results = []
-    for store in (stores["validation"], stores["test"]):
-        queries = representations(store, np.arange(len(store)))
-        predictions = paws_nn(queries, h, labels, num_classes=classes, temperature=0.1)
-        results.append(score(predictions, torch.tensor(store.labels)).top1)
-    return results
 
 
 if __name__ == "__main__":
@@ -127,7 +87,10 @@ if __name__ == "__main__":
         for seed in map(int, sys.argv[2:]):
             for name, colours in COLOURS.items():
                 started = time.monotonic()
-                validation, test = accuracies(colours, stores, epochs=int(sys.argv[1]), seed=seed)
+                validation, test = accuracies(
+                    stores["train"], [stores["validation"], stores["test"]], views=views_with(colours),
+                    classes=len(stores["train"].classes), batch_size=BATCH, epochs=int(sys.argv[1]), seed=seed,
+                )  # fmt: skip
                 seconds = time.monotonic() - started
                 print(
                     f"{name}, seed {seed}: validation {validation:.1%}, test {test:.1%} ({seconds:.0f} s)", flush=True
