@@ -33,12 +33,7 @@ def test_weight_decay_is_swept_and_shown_everywhere(digits_stores: Stores, tmp_p
     selection.run(TorchContext(config, run))
 
     selected, result = read_json(run.selected), read_json(run.result)
-    names = [
-        "lr=0.02,weight_decay=0",
-        "lr=0.02,weight_decay=0.001",
-        "lr=0.1,weight_decay=0",
-        "lr=0.1,weight_decay=0.001",
-    ]
+    names = [f"lr={rate},weight_decay={decay}" for rate in (0.02, 0.1) for decay in (0, 0.001)]
     assert selected["trials"] == names
     winner = selected["trial"]
     own = {"learning_rate": selected["learning_rate"], "weight_decay": selected["weight_decay"]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -75,15 +74,3 @@ def test_a_buffer_of_any_shape_can_be_written_and_is_numpys_too(shape: tuple[int
         assert buffer.dtype == torch.uint8
         buffer.fill_(value)
         np.testing.assert_array_equal(buffer.numpy(), np.full(shape, value, np.uint8))
-
-
-def test_batches_that_threads_hold_for_unlike_times_never_share_memory() -> None:
-    buffers = BufferPool(CPU)
-
-    def hold(number: int, batch: Tensor) -> bool:
-        batch.fill_(number % 251)
-        return all((batch == number % 251).all() for _ in range(1 + number % 7))
-
-    with ThreadPoolExecutor(4) as pool:
-        held = [pool.submit(hold, number, buffers.take(10_000 + number % 13)) for number in range(400)]
-        assert all(future.result() for future in held)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from paws_hpc.data.config import AugmentConfig, CropConfig, ViewsConfig
+from paws_hpc.data.config import CropConfig, ViewsConfig
 from paws_hpc.data.multicrop import ResidentCrops, is_resident
-from paws_hpc.data.streams import ClassifierStream, PawsBatch, PawsStream
+from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
@@ -67,18 +67,6 @@ def test_a_resident_store_gives_the_crops_of_threads(
             assert torch.equal(here.parameters, there.parameters)
             difference = (here.images.int() - there.on(device).cpu().int()).abs().max()
             assert difference <= (1 if device == CUDA else 0)
-
-
-def test_so_it_does_for_a_classifier(digits: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def views() -> torch.Tensor:
-        source = ClassifierStream(
-            digits, np.arange(50, 90), crop=CropConfig(16), augment=AugmentConfig(), batch_size=8, seed=1, threads=1
-        )
-        return source.augment(source.batch(7), CPU, torch.float32)
-
-    expected = views()
-    monkeypatch.setattr("paws_hpc.data.multicrop.is_resident", lambda *_: True)
-    assert torch.equal(views(), expected)
 
 
 def test_a_raw_store_is_resident_where_it_takes_an_eighth_of_a_gpu_s_memory(

@@ -97,14 +97,6 @@ def test_what_a_seed_draws_never_changes(
     assert [[int(key) for key in split.keys] for split in drawn] == [labelled, validation]
 
 
-def test_labels_and_validation_are_drawn_independently(store: ImageStore, tmp_path: Path) -> None:
-    """From the same images with the same seed, the two draws differ."""
-    file = listed(tmp_path, "list.txt", [store.keys[0]])
-    labelled, _ = labelled_and_validation(store, LabelsConfig(per_class=6, validation_file=file), seed=0)
-    _, validation = labelled_and_validation(store, LabelsConfig(file=file, validation_per_class=6), seed=0)
-    assert 5 < len(set(labelled.keys) & set(validation.keys)) < 25  # 15 of 30 expected
-
-
 def test_a_split_is_kept_beside_the_shards_and_taken_up_again(store: ImageStore) -> None:
     labelled, validation = labelled_and_validation(store, DRAWN, seed=0)
     kept = sorted((store.path / "splits").glob("*.json"))

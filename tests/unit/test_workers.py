@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,46 +20,32 @@ from tests.conftest import Stores
 TWO = [slice(0, 1), slice(1, 2)]
 
 
-@pytest.fixture
-def three_threads() -> Iterator[None]:
-    """Of torch, for the test's own thread and for those that have not asked yet."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("three_threads")
-def test_threads_that_cut_have_no_torch_threads_of_their_own() -> None:
-    """With them there would be more than cores, and every step of training would wait for sleeping threads."""
-    threads = WorkerPool(2, "parts")
-    threads.begin(lambda _: None, TWO)()
-    torch.set_num_threads(3)  # of this thread, but what the others had not asked for would change with it
-    assert threads.begin(lambda _: torch.get_num_threads(), TWO)() == [1, 1]
-    assert torch.get_num_threads() == 3
-
-
-@pytest.mark.usefixtures("three_threads")
-def test_nor_has_the_thread_that_prefetches() -> None:
-    with Prefetch(lambda _: torch.get_num_threads, 0, 2) as batches:
-        assert list(batches) == [1, 1]
-    assert torch.get_num_threads() == 3
-
-
-@pytest.mark.usefixtures("three_threads")
-def test_nor_have_those_that_decode_what_is_scored(digits_stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_threads_beside_the_training_one_have_no_torch_threads_of_their_own(
+    digits_stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that cut, that prefetch and that decode what is scored; else every step would wait for sleeping threads."""
+    before, seen = torch.get_num_threads(), []
 
     def noted(pixels: np.ndarray, crop: CenterCropConfig) -> torch.Tensor:
         seen.append(torch.get_num_threads())
         return center_crop(pixels, crop)
 
-    store = ImageStore.open(digits_stores.train)
     monkeypatch.setattr(streams, "center_crop", noted)
-    scored = EvaluationSet(store, np.arange(8), CenterCropConfig(resize=16, size=16), store, threads=2)
-    list(scored.batches(torch.device("cpu"), torch.float32))
-    assert seen == [1] * 8
-    assert torch.get_num_threads() == 3
+    store = ImageStore.open(digits_stores.train)
+    torch.set_num_threads(3)
+    try:
+        threads = WorkerPool(2, "parts")
+        threads.begin(lambda _: None, TWO)()
+        torch.set_num_threads(3)  # of this thread, but what the others had not asked for would change with it
+        assert threads.begin(lambda _: torch.get_num_threads(), TWO)() == [1, 1]
+        with Prefetch(lambda _: torch.get_num_threads, 0, 2) as batches:
+            assert list(batches) == [1, 1]
+        scored = EvaluationSet(store, np.arange(8), CenterCropConfig(resize=16, size=16), store, threads=2)
+        list(scored.batches(torch.device("cpu"), torch.float32))
+        assert seen == [1] * 8
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 _FRESH = """
