@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from paws_hpc.files import write_text
 from paws_hpc.metrics import percent
 from paws_hpc.report.comparison import (
     Comparison,
+    Row,
     Summary,
     compare,
     differences,
@@ -79,27 +81,25 @@ def _sweep(comparison: Comparison, stage: str) -> dict[str, Any]:
     )
     means: dict[tuple[str, str], float] = {}  # by the labels of settings and the names of trials
     lines = []
-    for series, row in enumerate(comparison.rows, start=1):
-        for trial in trials:
-            values = {
-                run.name: record.validation_accuracy
-                for run in row.runs
-                for record in sweeps[run.name][0]
-                if record.trial == trial and record.validation_accuracy is not None
-            }
-            if values:
-                means[row.label, trial.name] = Summary(values).mean
-                lines.append(TrialLine(row.label, trial, means[row.label, trial.name], series))
+    for (series, row), trial in itertools.product(enumerate(comparison.rows, start=1), trials):
+        values = {
+            run.name: record.validation_accuracy
+            for run in row.runs
+            for record in sweeps[run.name][0]
+            if record.trial == trial and record.validation_accuracy is not None
+        }
+        if values:
+            means[row.label, trial.name] = Summary(values).mean
+            lines.append(TrialLine(row.label, trial, means[row.label, trial.name], series))
     low = min(means.values(), default=0.0)
     spread = max(means.values(), default=0.0) - low or 1.0
-    rows = []
-    for row in comparison.rows:
-        cells: list[tuple[str, float, int]] = []
-        for trial in trials:
-            mean = means.get((row.label, trial.name))
-            chosen = sum(sweeps[run.name][1] == trial.name for run in row.runs)
-            cells.append(("", 0.0, 0) if mean is None else (percent(mean), (mean - low) / spread, chosen))
-        rows.append((row.label, cells))
+
+    def cell(row: Row, name: str) -> tuple[str, float, int]:
+        if (mean := means.get((row.label, name))) is None:
+            return "", 0.0, 0
+        return percent(mean), (mean - low) / spread, sum(sweeps[run.name][1] == name for run in row.runs)
+
+    rows = [(row.label, [cell(row, trial.name) for trial in trials]) for row in comparison.rows]
     caption = "A line for each setting and trial, in the setting's colour: the mean over its runs of the best accuracy."
     return {
         "stage": stage,

@@ -355,7 +355,7 @@ def test_a_collapsed_run_says_so_before_any_number(page: Page, tmp_path: Path) -
     assert page.text("#panel-loss svg").count("collapse") == 1
 
 
-def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -> None:
+def test_the_loss_is_drawn_with_the_terms_that_it_has(page: Page, tmp_path: Path) -> None:
     page.open(build_report(write_run(tmp_path, me_max=False)))
     rows = [json.loads(line) for line in (tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     first, last = rows[0]["train/loss"], rows[-1]["train/loss"]
@@ -368,10 +368,7 @@ def test_without_me_max_the_loss_is_drawn_as_it_is(page: Page, tmp_path: Path) -
     ) == ["step", "log K", "loss", "consistency", "support NCE"]
     caption = page.text("#panel-loss figcaption")
     assert caption.endswith("A collapsed run stays at consistency = log K.")
-
-
-def test_entropy_is_a_term_of_the_loss_where_it_is_minimised(page: Page, tmp_path: Path) -> None:
-    page.open(build_report(write_run(tmp_path, entropy_weight=0.1)))
+    page.open(build_report(write_run(tmp_path / "entropy", entropy_weight=0.1)))
     assert "entropy goes from" in page.label("#panel-loss svg")
     caption = page.text("#panel-loss figcaption")
     assert "Entropy is the mean of single predictions (D.2)" in caption
