@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.data.streams import EvaluationSet
@@ -17,9 +18,8 @@ from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.suncet import fine_tune_with_suncet
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import Encoder, build_encoder
-from paws_hpc.packing import SourceConfig, open_source, pack
+from paws_hpc.packing import ArraySource, PackOptions, pack
 from paws_hpc.store import ImageStore
-from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")
@@ -27,10 +27,20 @@ MODEL = ModelConfig("small_resnet", channels=[8, 16], prediction_head=True)
 
 
 def labelled_set(folder: Path, labels_of: list[int]) -> EvaluationSet:
-    """Digits of a store, as many of each of the first classes."""
-    store = ImageStore.open(folder)
-    records = [np.flatnonzero(store.labels == label)[:count] for label, count in enumerate(labels_of)]
-    return EvaluationSet(store, np.concatenate(records), CenterCropConfig(resize=16, size=16), store)
+    """Real digits, as many of each class as asked for."""
+    data = load_digits()
+    chosen = np.concatenate([np.flatnonzero(data.target == label)[:count] for label, count in enumerate(labels_of)])
+    images = np.repeat(np.repeat((data.images[chosen] * 15.9).astype(np.uint8), 2, 1), 2, 2)
+    source = ArraySource(
+        "digits",
+        np.stack([images] * 3, axis=-1),
+        data.target[chosen],
+        [f"{record:05d}" for record in chosen],
+        tuple(map(str, range(len(labels_of)))),
+    )
+    pack(source, folder / "store", options=PackOptions())
+    store = ImageStore.open(folder / "store")
+    return EvaluationSet(store, np.arange(len(store)), CenterCropConfig(resize=16, size=16), store)
 
 
 def tuned(labelled: EvaluationSet, **fields: Any) -> tuple[Encoder, Encoder, list[float]]:
@@ -45,8 +55,8 @@ def tuned(labelled: EvaluationSet, **fields: Any) -> tuple[Encoder, Encoder, lis
 
 
 @pytest.fixture(scope="module")
-def labelled(digits_stores: Stores) -> EvaluationSet:
-    return labelled_set(digits_stores.train, [8] * 10)
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> EvaluationSet:
+    return labelled_set(tmp_path_factory.mktemp("labelled"), [8] * 10)
 
 
 def test_statistics_and_prediction_head_stay_and_all_else_moves(labelled: EvaluationSet) -> None:
@@ -63,10 +73,10 @@ def test_the_same_seed_tunes_to_the_same_bits(labelled: EvaluationSet) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_class_with_fewer_labels_sets_how_many_are_drawn(digits_stores: Stores) -> None:
-    few = labelled_set(digits_stores.train, [8, 3, 8])
+def test_a_class_with_fewer_labels_sets_how_many_are_drawn(tmp_path: Path) -> None:
+    few = labelled_set(tmp_path, [8, 3, 8])
     assert len(tuned(few, images_per_class=64)[2]) == 12
-    scarce = labelled_set(digits_stores.train, [8, 1, 8])
+    scarce = labelled_set(tmp_path / "scarce", [8, 1, 8])
     with pytest.raises(ValueError, match=r"needs two labelled images of every class, and one class has 1"):
         tuned(scarce)
 
@@ -80,8 +90,7 @@ def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
 
 def tuned_by_ranks(rank: int, world: int) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:  # each rank packs the same images
-        pack(open_source(SourceConfig(kind="digits", split="train", size=16)), Path(folder) / "store")
-        _, after, losses = tuned(labelled_set(Path(folder) / "store", [8] * 10), steps=4)
+        _, after, losses = tuned(labelled_set(Path(folder), [8] * 10), steps=4)
     return after.state_dict() | {"losses": torch.tensor(losses, dtype=torch.float64)}
 
 
