@@ -158,14 +158,6 @@ def test_accounts_know_what_the_queue_forgets(here: Cluster) -> None:
     wait_until(accounted, 20, here.queue)
 
 
-def test_partitions_and_settings_are_those_of_the_cluster(here: Cluster) -> None:
-    found = partitions()
-    assert (found["low"].preempt_mode, found["low"].grace_s, found["low"].default) == ("REQUEUE", 0, True)
-    assert (found["low"].nodes, found["low"].groups[0].gpus) == (2, here.options.gpus)
-    assert found["high"].preempt_mode == "OFF"
-    assert settings()["KillWait"] == "2 sec"
-
-
 def test_a_controller_that_is_gone_is_unreachable_not_a_refusal(here: Cluster) -> None:
     with here.without_controller():
         for ask in (scheduler.queue, partitions, settings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from paws_hpc.stages.attempts import (
     LeaseLostError,
     acquire,
     read_attempts,
-    read_beat,
     record_failure,
     stage_state,
 )
@@ -68,15 +66,6 @@ def test_of_many_that_start_at_once_exactly_one_holds_the_job(tmp_path: Path) ->
         assert sum(pool.map(attempt, range(64))) == 1
     assert len(read_attempts(tmp_path)) == 1
     assert not list(tmp_path.glob(".*.tmp"))
-
-
-def test_the_heart_beats_while_the_lease_is_held(tmp_path: Path) -> None:
-    with begin(tmp_path) as lease:
-        deadline = time.monotonic() + 10
-        while (beat := read_beat(tmp_path, lease.number)) is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert beat is not None
-    assert beat["beat"] == 1
 
 
 def test_a_process_that_is_gone_is_dead_and_what_ran_under_the_own_job_id_too(tmp_path: Path) -> None:

@@ -62,15 +62,6 @@ def mean(rank: int, world: int) -> Any:
     return average.detach(), value.grad
 
 
-def divided(rank: int, world: int) -> Any:
-    messages = []
-    for total in (10, 2):
-        with pytest.raises(ValueError, match="does not divide") as caught:
-            distributed.per_rank(total, name="pretrain.batch_size")
-        messages.append(str(caught.value))
-    return distributed.per_rank(12, name="pretrain.batch_size"), messages
-
-
 def failing(rank: int, world: int) -> list[str]:
     """What each rank hears of blocks of which none, one and two fail; and they can still talk afterwards."""
     heard = []
@@ -90,7 +81,7 @@ def failing(rank: int, world: int) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, divided, failing]})
+    run_on_ranks(folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, failing]})
     return folder
 
 
@@ -135,14 +126,6 @@ def test_a_mean_that_all_ranks_use_alike_has_the_gradient_of_the_mean(folder: Pa
     for together, gradient in results_of(mean, WORLD, folder):
         torch.testing.assert_close(together, average)
         torch.testing.assert_close(gradient, 2 * average)
-
-
-def test_a_size_that_does_not_divide_names_those_that_would(folder: Path) -> None:
-    for whole, messages in results_of(divided, WORLD, folder):
-        assert whole == 4
-        assert "pretrain.batch_size=10 does not divide by 3 ranks" in messages[0]
-        assert "pretrain.batch_size=9 or 12 would fit" in messages[0]
-        assert "pretrain.batch_size=3 would fit" in messages[1]
 
 
 def test_alone_nothing_is_changed_copied_or_waited_for() -> None:
