@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
+from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.packing.sources.base import SourceChangedError
 from paws_hpc.store import ImageStore, StoreError
 from tests.pictures import encoded, tile
@@ -41,6 +41,10 @@ def tar(path: Path, files: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tar_bytes(files, kind))
     return path
+
+
+def opened(path: Path, kind: str = "tar") -> Source:
+    return open_source(SourceConfig(kind, str(path)))
 
 
 @pytest.fixture
@@ -92,9 +96,7 @@ def test_archives_give_the_store_that_their_folder_gives(
 ) -> None:
     root = layout(images, tmp_path / "tars")
     before = sorted(path.name for path in (tmp_path / "tars").rglob("*"))
-    packed = pack(
-        open_source(SourceConfig("tar", str(root))), tmp_path / "a", options=PackOptions(shard_bytes=8000, workers=1)
-    )
+    packed = pack(opened(root), tmp_path / "a", options=PackOptions(shard_bytes=8000, workers=1))
     expected = pack(ImageFolder(folder), tmp_path / "b", options=PackOptions(shard_bytes=8000, workers=1))
     assert len(packed.manifest.shards) > 1
     assert packed.manifest.digest == expected.manifest.digest  # keys, labels, classes and bytes, in order
@@ -105,7 +107,7 @@ def test_archives_give_the_store_that_their_folder_gives(
 def test_long_and_unicode_names_survive_in_every_tar_format(tmp_path: Path) -> None:
     names = {"ähnlich/" + "sehr lang " * 20 + ".jpg": jpeg(1), "b/" + "日本" * 60 + ".jpg": jpeg(2)}
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        source = open_source(SourceConfig("tar", str(tar(tmp_path / f"{kind}.tar", names, kind))))
+        source = opened(tar(tmp_path / f"{kind}.tar", names, kind))
         assert sorted(source.keys) == sorted(names)
         assert [source.load(place) for place in range(2)] == [names[key] for key in source.keys]
 
@@ -113,7 +115,7 @@ def test_long_and_unicode_names_survive_in_every_tar_format(tmp_path: Path) -> N
 def test_a_flat_archive_is_refused(images: dict[str, bytes], tmp_path: Path) -> None:
     root = tar(tmp_path / "val.tar", {key.split("/")[1]: content for key, content in images.items()})
     with pytest.raises(StoreError, match=r"is in no class folder.*archives of class folders"):
-        open_source(SourceConfig("tar", str(root)))
+        opened(root)
 
 
 def webdataset(path: Path, *, as_json: bool = False) -> Path:
@@ -131,9 +133,7 @@ def webdataset(path: Path, *, as_json: bool = False) -> Path:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_webdataset_samples_are_images_with_their_labels(tmp_path: Path, as_json: bool) -> None:
-    report = pack(
-        open_source(SourceConfig("webdataset", str(webdataset(tmp_path / "wds", as_json=as_json)))), tmp_path / "s"
-    )
+    report = pack(opened(webdataset(tmp_path / "wds", as_json=as_json), "webdataset"), tmp_path / "s")
     store = ImageStore.open(report.path)
     assert (len(store), store.classes) == (8, ("0", "1", "2"))
     for key, label, content in zip(store.keys, store.labels, store.read_encoded(range(8)), strict=True):
@@ -159,7 +159,7 @@ def test_webdataset_samples_are_images_with_their_labels(tmp_path: Path, as_json
 )
 def test_webdataset_samples_that_make_no_sense_are_named(tmp_path: Path, files: dict[str, bytes], message: str) -> None:
     with pytest.raises(StoreError, match=message):
-        open_source(SourceConfig("webdataset", str(tar(tmp_path / "a.tar", files))))
+        opened(tar(tmp_path / "a.tar", files), "webdataset")
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -199,7 +199,7 @@ def test_hostile_members_and_headers_that_lie_are_named(tmp_path: Path, content:
     path = tmp_path / "lies.tar"
     path.write_bytes(content + bytes(1536))
     with pytest.raises(StoreError, match=rf"lies.tar.*{message}"):
-        open_source(SourceConfig("tar", str(path)))
+        opened(path)
 
 
 def test_a_cut_or_damaged_archive_is_named_wherever_the_fault_is(images: dict[str, bytes], tmp_path: Path) -> None:
@@ -210,45 +210,45 @@ def test_a_cut_or_damaged_archive_is_named_wherever_the_fault_is(images: dict[st
     for stop in range(0, len(whole) - 10_240, 1511):
         path.write_bytes(whole[:stop])
         with pytest.raises(StoreError, match=r"cut off|not a tar"):
-            open_source(SourceConfig("tar", str(path)))
+            opened(path)
         faults += 1
     assert faults > 10
     second = whole.index(b"n00000001.tar")
     path.write_bytes(whole[:second] + b"X" + whole[second + 1 :])
     with pytest.raises(StoreError, match=rf"damaged: byte {second:,} is not a header"):
-        open_source(SourceConfig("tar", str(path)))
+        opened(path)
 
 
 def test_images_that_occur_twice_are_named_with_their_archives(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         tar(tmp_path / "tars" / name, {"cat/x.jpg": jpeg(0), f"dog/{name}.jpg": jpeg(1)})
     with pytest.raises(StoreError, match=r"'cat/x.jpg' occurs twice in a.tar and b.tar"):
-        open_source(SourceConfig("tar", str(tmp_path / "tars")))
+        opened(tmp_path / "tars")
     with tarfile.open(tmp_path / "one.tar", "w") as archive:
         add(archive, "cat/x.jpg", jpeg(0))
         add(archive, "cat/x.jpg", jpeg(1))
     with pytest.raises(StoreError, match=r"'cat/x.jpg' occurs twice in one.tar"):
-        open_source(SourceConfig("tar", str(tmp_path / "one.tar")))
+        opened(tmp_path / "one.tar")
 
 
 def test_compressed_archives_and_other_files_are_named(images: dict[str, bytes], tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as archive:
         add(archive, "cat/x.jpg", jpeg(0))
     with pytest.raises(StoreError, match=r"a.tar is not a tar archive.*decompress it first"):
-        open_source(SourceConfig("tar", str(tmp_path / "a.tar")))
+        opened(tmp_path / "a.tar")
     (tmp_path / "b.tar").write_bytes(jpeg(0) * 9)
     with pytest.raises(StoreError, match=r"b.tar is not a tar archive"):
-        open_source(SourceConfig("tar", str(tmp_path / "b.tar")))
+        opened(tmp_path / "b.tar")
     with pytest.raises(StoreError, match="neither a tar archive nor a folder"):
-        open_source(SourceConfig("tar", str(tmp_path / "absent")))
+        opened(tmp_path / "absent")
     deep = tar_bytes({"b.tar": tar_bytes({"c.jpg": b"x"})})
     with pytest.raises(StoreError, match="two levels deep"):
-        open_source(SourceConfig("tar", str(tar(tmp_path / "deep.tar", {"a.tar": deep}))))
+        opened(tar(tmp_path / "deep.tar", {"a.tar": deep}))
 
 
 def test_an_archive_that_changes_while_it_is_packed_is_noticed(images: dict[str, bytes], tmp_path: Path) -> None:
     path = class_folders(images, tmp_path)
-    source = open_source(SourceConfig("tar", str(path)))
+    source = opened(path)
     shutil.copyfile(path, tmp_path / "again.tar")
     (tmp_path / "again.tar").replace(path)
     with pytest.raises(SourceChangedError, match=r"all.tar changed since the source was listed"):
@@ -258,7 +258,7 @@ def test_an_archive_that_changes_while_it_is_packed_is_noticed(images: dict[str,
 
 def test_an_unreadable_image_in_an_archive_is_named_by_its_path(images: dict[str, bytes], tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", images | {"n00000001/bad.JPEG": b"", "n00000002/._ghost.JPEG": b"resource fork"})
-    report = pack(open_source(SourceConfig("tar", str(path))), tmp_path / "store", options=PackOptions(on_error="skip"))
+    report = pack(opened(path), tmp_path / "store", options=PackOptions(on_error="skip"))
     assert [(omission.key, omission.reason) for omission in report.manifest.skipped] == [
         ("n00000001/bad.JPEG", "it is empty")
     ]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_digits
 
 from paws_hpc.packing import (
     ImageFolder,
@@ -25,21 +25,14 @@ from paws_hpc.packing import (
 )
 from paws_hpc.packing.sources.arrays import FASHION_CLASSES, cifar, digits, idx
 from paws_hpc.store import ImageStore, StoreError
-from tests.pictures import write_idx
+from tests.pictures import write_idx, write_tiles
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
 
-def photo_tiles(count: int, *, seed: int) -> NDArray[np.uint8]:
-    """(count, 32, 32, 3) cut from scikit-learn's photographs."""
-    random = np.random.default_rng(seed)
-    china, flower = load_sample_images().images
-    tiles = []
-    for number in range(count):
-        photo = (china, flower)[number % 2]
-        top, left = random.integers(photo.shape[0] - 32), random.integers(photo.shape[1] - 32)
-        tiles.append(photo[top : top + 32, left : left + 32])
-    return np.stack(tiles)
+def tiles(count: int, *, seed: int) -> NDArray[np.uint8]:
+    """(count, 32, 32, 3) noise."""
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
 def write_cifar10(root: Path, batches: list[NDArray[np.uint8]]) -> NDArray[np.int64]:
@@ -47,10 +40,10 @@ def write_cifar10(root: Path, batches: list[NDArray[np.uint8]]) -> NDArray[np.in
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     labels = []
-    for number, tiles in enumerate(batches, start=1):
-        batch_labels = [(number + place) % 10 for place in range(len(tiles))]
+    for number, pixels in enumerate(batches, start=1):
+        batch_labels = [(number + place) % 10 for place in range(len(pixels))]
         labels += batch_labels
-        planes = tiles.transpose(0, 3, 1, 2).reshape(len(tiles), -1)
+        planes = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
         name = f"data_batch_{number}" if number <= 5 else "test_batch"
         batch = {b"batch_label": b"one of six", b"labels": batch_labels, b"data": planes, b"filenames": [b"x.png"]}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
@@ -83,11 +76,11 @@ def test_digits_keep_sklearns_order_labels_and_strokes() -> None:
 
 
 def test_cifar10_rows_become_images_in_file_order(tmp_path: Path) -> None:
-    tiles = photo_tiles(60, seed=0)
-    labels = write_cifar10(tmp_path, [tiles[start : start + 10] for start in range(0, 60, 10)])
+    pixels = tiles(60, seed=0)
+    labels = write_cifar10(tmp_path, [pixels[start : start + 10] for start in range(0, 60, 10)])
     train, test = cifar(tmp_path, kind="cifar10", split="train"), cifar(tmp_path, kind="cifar10", split="test")
-    assert np.array_equal(train.images, tiles[:50])
-    assert np.array_equal(test.images, tiles[50:])
+    assert np.array_equal(train.images, pixels[:50])
+    assert np.array_equal(test.images, pixels[50:])
     assert np.array_equal(train.labels, labels[:50])
     assert train.keys[42] == "00042"
     assert train.classes[3] == "class 3"
@@ -98,9 +91,9 @@ def test_cifar10_rows_become_images_in_file_order(tmp_path: Path) -> None:
 def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
-    tiles = photo_tiles(4, seed=1)
+    pixels = tiles(4, seed=1)
     batch = {
-        b"data": tiles.transpose(0, 3, 1, 2).reshape(4, -1),
+        b"data": pixels.transpose(0, 3, 1, 2).reshape(4, -1),
         b"fine_labels": [99, 0, 5, 7],
         b"coarse_labels": [1, 2, 3, 4],
     }
@@ -109,7 +102,7 @@ def test_cifar100_uses_the_fine_labels(tmp_path: Path) -> None:
     (folder / "meta").write_bytes(pickle.dumps(meta, protocol=2))
     source = cifar(tmp_path, kind="cifar100", split="train")
     assert source.labels.tolist() == [99, 0, 5, 7]
-    assert np.array_equal(source.images, tiles)
+    assert np.array_equal(source.images, pixels)
 
 
 class Malicious:
@@ -124,7 +117,7 @@ class Malicious:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_malicious_cifar_pickle_is_named_and_does_not_execute(tmp_path: Path, protocol: int) -> None:
-    write_cifar10(tmp_path, [photo_tiles(2, seed=0)] * 6)
+    write_cifar10(tmp_path, [tiles(2, seed=0)] * 6)
     trace = tmp_path / "executed"
     attack = pickle.dumps({b"data": Malicious(trace), b"labels": [0]}, protocol=protocol)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(attack)
@@ -136,7 +129,7 @@ def test_a_malicious_cifar_pickle_is_named_and_does_not_execute(tmp_path: Path, 
 
 
 def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
-    write_cifar10(tmp_path, [photo_tiles(2, seed=0)] * 6)
+    write_cifar10(tmp_path, [tiles(2, seed=0)] * 6)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     whole = batch.read_bytes()
     for content in (whole[: len(whole) // 2], b"", pickle.dumps({b"labels": [1]}), pickle.dumps([1, 2])):
@@ -242,11 +235,7 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     """Packed whole or in parts, and again after damage, from files and from an array."""
     names = ["0", "1", "2"] if options["kind"] == "digits" else ["cat", "dog", "eel"]
     if "root" in options:
-        options = options | {"root": str(tmp_path / options["root"])}
-        for number, tile in enumerate(photo_tiles(9, seed=3)):
-            folder = tmp_path / "photographs" / names[number % 3]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(tile).save(folder / f"{number}.jpg")
+        options = options | {"root": str(write_tiles(tmp_path / options["root"], 9, classes=tuple(names)))}
     chosen = [names[2], names[0]]
     whole = ImageStore.open(pack(open_source(SourceConfig(**options)), tmp_path / "whole").path)
     source = open_source(SourceConfig(**options, classes=chosen))
@@ -255,8 +244,8 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     expected = {key: whole.classes[label] for key, label in zip(whole.keys, whole.labels, strict=True)}
     expected = {key: name for key, name in expected.items() if name in chosen}
     assert {key: part.classes[label] for key, label in zip(part.keys, part.labels, strict=True)} == expected
-    for mine, theirs in zip(images_of(part, sorted(expected)), images_of(whole, sorted(expected)), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    of_both = [store.images(store.find(sorted(expected))) for store in (part, whole)]
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(*of_both, strict=True))
 
     plan_pack(source, tmp_path / "by_part")
     listing = planned_listing(tmp_path / "by_part", options["kind"])
@@ -269,10 +258,6 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     shard.write_bytes(intact[: len(intact) // 2])
     assert repair(tmp_path / "by_part", options.get("root")).whole
     assert shard.read_bytes() == intact
-
-
-def images_of(store: ImageStore, keys: list[str]) -> list[NDArray[np.uint8]]:
-    return list(store.images(store.find(keys)))
 
 
 @pytest.mark.parametrize(
