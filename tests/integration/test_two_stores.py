@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from paws_hpc.config import Config
-from paws_hpc.data.samplers import SupportSampler
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json
@@ -137,20 +136,6 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     result = read_json(run.result)
     assert result["labels"] == len(listed) == 55
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
-    data = open_data(config)
-    stream = pretrain.open_stream(data, CPU)
-    order = SupportSampler(
-        data.labelled, store.labels[data.labelled], num_classes=10, images_per_class=4, seed=config.seed, balanced=True
-    )
-    seen: set[int] = set()
-    for step in range(10):
-        batch, records = stream.batch(step), order.draw(step).records
-        assert torch.equal(batch.support_classes, torch.arange(10).repeat_interleave(4).repeat(2))
-        classes = store.labels[records].reshape(10, 4)
-        assert np.all(classes == classes[:, :1])
-        assert len(np.unique(classes)) == 10
-        seen |= set(records.tolist())
-    assert seen == set(listed), "all of them take part, the ten of a class as well as the only one"
 
 
 def stopping_after(checks: int) -> JobControl:
