@@ -179,7 +179,7 @@ def first_batch(store: str) -> Work:
 def memory_of_epochs(store: str, threads: int) -> Work:
     """``memory_mb`` of this process at the end of each of a few epochs; files' pages are not counted.
 
-    The warm-up has as many batches in use at once as there can ever be: those made ahead, and two that are held.
+    The warm-up has as many batches in use at once as there can ever be: those made ahead, one begun, two held.
     """
     stream = _stream(store, threads=threads)
 
