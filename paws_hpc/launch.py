@@ -90,7 +90,7 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
         several = any(config.resources[stage].ranks > 1 for stage in config.stages)
         on_ranks = several or kind == "LocalLauncher"
         worked = run_chain(config, run, submitit_local(config, run) if on_ranks else partial(run_job, run.path))
-    if not any(STAGES[job.partition("/")[0]].trains for job in worked) and finished:
+    if all(STAGES[job.partition("/")[0]].refreshed for job in worked) and finished:
         print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
     for name, value in result_table(read_run(run.path)):
