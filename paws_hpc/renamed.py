@@ -9,7 +9,7 @@ def renamed(key: str) -> str | None:
     """What to write instead of a dotted key that only earlier versions have, as a sentence; None for any other key."""
     for old, new in RENAMED_KEYS.items():
         if re.fullmatch(old.replace(".", r"\.").replace("*", "[^.]+") + r"(\..*)?", key):
-            return f"{key} is no field of the config any more. Instead of {old}: {new}."
+            return f"{key} is no field of the config any more. Instead: {new}."
     return None
 
 
@@ -21,13 +21,9 @@ RENAMED_KEYS: dict[str, str] = {
     "model.vit": "model=vit_s16 with its published sizes, or another ViT of timm (model=timm)",
     "model.blocks": "nothing: each entry of model.channels is one block",
     "neighbour_tuning": "suncet",
-    "views.large.ratio": "nothing: width/height is from 3/4 to 4/3",
-    "views.small.ratio": "nothing: width/height is from 3/4 to 4/3",
-    "finetune.crop.ratio": "nothing: width/height is from 3/4 to 4/3",
-    "baseline.crop.ratio": "nothing: width/height is from 3/4 to 4/3",
-    "views.augment.blur_sigma": "nothing: it is from 0.1 to 2 pixels",
-    "finetune.augment.blur_sigma": "nothing: it is from 0.1 to 2 pixels",
-    "baseline.augment.blur_sigma": "nothing: it is from 0.1 to 2 pixels",
+    "views.*.ratio": "nothing: width/height is from 3/4 to 4/3",
+    "*.crop.ratio": "nothing: width/height is from 3/4 to 4/3",
+    "*.augment.blur_sigma": "nothing: it is from 0.1 to 2 pixels",
     "data.stage_to": "data.copy_to",
     "finetune.learning_rates": "finetune.sweep.learning_rate",
     "finetune.min_cells": "finetune.min_trials",
