@@ -173,9 +173,7 @@ def test_a_field_that_slurm_does_not_have_is_named() -> None:
 @pytest.mark.parametrize("override", ["old.key=1", "+old.key.below=1", "old/key=group"])
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.setitem(RENAMED_KEYS, "old.key", "new.key")
-    with pytest.raises(
-        ConfigError, match=r"old\.key.* is no field of the config any more\. Instead: new\.key"
-    ):
+    with pytest.raises(ConfigError, match=r"old\.key.* is no field of the config any more\. Instead: new\.key"):
         compose_run(["name=run", override])
     with pytest.raises(ConfigError, match=r"Instead: new\.key"):
         to_config({"old": {"key": 1}})
