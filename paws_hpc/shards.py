@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--workers", type=int, help="threads (default: one per usable core)")
         command.add_argument("--json", action="store_true", help="print the report as JSON")
     mend.add_argument("--root", type=Path, help="where the source is now, as for pack; if its kind needs one")
+    mend.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
     copy = commands.add_parser("copy", help="copy a store to this node's own disk, for data.copy_to")
     copy.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folder of a store; several in turn")
     copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
@@ -102,6 +103,7 @@ _PACKING = (
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"},
     "--size": {"type": int, "default": SourceConfig.size, "help": "side in pixels (%(default)s)"},
+    "--labels": {"metavar": "FILE", "help": "lines '<image>,<class>', for archives without class folders"},
     "--label-field": {"metavar": "FIELD", "default": SourceConfig.label_field, "help": "of .json files (%(default)s)"},
 }
 """Options of some kinds of source."""
@@ -315,7 +317,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _repair(options: argparse.Namespace) -> int:
-    report = repair(options.store, options.root, level=options.level, workers=options.workers, show_progress=True)
+    settings = {name: getattr(options, name) for name in ("labels", "level", "workers")}
+    report = repair(options.store, options.root, **settings, show_progress=True)
     if options.json:
         print(json.dumps(asdict(report), indent=2))
         return 0 if report.whole else 1

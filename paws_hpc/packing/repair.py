@@ -43,6 +43,7 @@ def repair(
     folder: Path,
     root: Path | None,
     *,
+    labels: Path | None = None,
     level: Level = "full",
     workers: int | None = None,
     show_progress: bool = False,
@@ -52,8 +53,8 @@ def repair(
     A shard is replaced, in one step, only by a file that has the manifest's hash. So nothing that can still be read is
     lost, and programs that are reading the store go on.
 
-    ``root`` is where its source is now, None for kinds that need none. ``level`` and ``workers`` are those of
-    :func:`paws_hpc.store.verify.verify`.
+    ``root`` is where its source is now, None for kinds that need none; ``labels`` is the file of labels, if packing
+    was given one. ``level`` and ``workers`` are those of :func:`paws_hpc.store.verify.verify`.
 
     Raises:
         StoreError: the manifest is damaged, or the source cannot be opened.
@@ -66,7 +67,7 @@ def repair(
     damaged = {fault.shard for fault in faults if fault.shard is not None}
     numbers = [number for number, entry in enumerate(manifest.shards) if entry.name in damaged]
     if numbers:
-        source = _open_source(manifest, root)
+        source = _open_source(manifest, root, labels)
         position_of = {key: position for position, key in enumerate(source.keys)}
         keys = _packed_keys(manifest, source) if index is None else Keys(index)
         total = sum(manifest.shards[number].count for number in numbers)
@@ -95,10 +96,11 @@ def repair(
     return report
 
 
-def _open_source(manifest: Manifest, root: Path | None) -> Source:
+def _open_source(manifest: Manifest, root: Path | None, labels: Path | None) -> Source:
     """The source that the manifest names, at the place that the user names."""
     options = {"dataset" if name == "class" else name: value for name, value in manifest.origin.options.items()}
-    return open_source(SourceConfig(kind=manifest.origin.kind, root=None if root is None else str(root), **options))
+    options |= {"root": None if root is None else str(root), "labels": None if labels is None else str(labels)}
+    return open_source(SourceConfig(kind=manifest.origin.kind, **options))
 
 
 def _packed_keys(manifest: Manifest, source: Source) -> list[str]:

@@ -14,8 +14,10 @@ import pytest
 
 from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.packing.sources.base import SourceChangedError
+from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, StoreError
 from tests.pictures import encoded, tile
+from tests.stores import file_hashes, flip_bit
 
 
 def jpeg(number: int) -> bytes:
@@ -112,10 +114,37 @@ def test_long_and_unicode_names_survive_in_every_tar_format(tmp_path: Path) -> N
         assert [source.load(place) for place in range(2)] == [names[key] for key in source.keys]
 
 
-def test_a_flat_archive_is_refused(images: dict[str, bytes], tmp_path: Path) -> None:
-    root = tar(tmp_path / "val.tar", {key.split("/")[1]: content for key, content in images.items()})
-    with pytest.raises(StoreError, match=r"is in no class folder.*archives of class folders"):
-        opened(root)
+def test_a_list_names_the_classes_of_a_flat_archive(images: dict[str, bytes], tmp_path: Path) -> None:
+    flat = {key.split("/")[1]: content for key, content in images.items()}
+    root, labels, to = str(tar(tmp_path / "val.tar", flat)), tmp_path / "labels.csv", str(tmp_path / "store")
+    with pytest.raises(StoreError, match=r"is in no class folder.*--labels FILE"):
+        opened(Path(root))
+    lines = [f"{Path(name).stem},{name.split('_')[0]} 85 1 499 272" for name in flat]  # as Kaggle's solution file
+    labels.write_text("ImageId,PredictionString\n" + "\n".join(lines))
+    assert main(["pack", "tar", "--root", root, "--labels", str(labels), "--to", to]) == 0
+    store = ImageStore.open(Path(to))
+    assert (sorted(store.keys), store.classes) == (sorted(flat), ("n00000000", "n00000001", "n00000002"))
+    assert [store.classes[label] for label in store.labels] == [key.split("_")[0] for key in store.keys]
+    shard, before = Path(to) / store.manifest.shards[0].name, file_hashes(Path(to))
+    flip_bit(shard)
+    assert main(["repair", to, "--root", root, "--labels", str(labels)]) == 0
+    assert file_hashes(Path(to)) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,cat", "has no line for image 'b.jpg'"),
+        ("a,cat\nb", r"line 2: 'b' is not '<image>,<class>'"),
+        ("a,cat\nb.jpg dog\na,dog", r"line 3: 'a dog' .*contradicts"),
+        ("\udcff", r"cannot be read.*'<image>,<class>'"),
+    ],
+)
+def test_a_list_of_labels_that_makes_no_sense_is_named(tmp_path: Path, text: str, message: str) -> None:
+    root, labels = tar(tmp_path / "a.tar", {"a.jpg": b"x", "b.jpg": b"y"}), tmp_path / "labels.csv"
+    labels.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(StoreError, match=rf"labels.csv.*{message}"):
+        open_source(SourceConfig("tar", str(root), labels=str(labels)))
 
 
 def webdataset(path: Path, *, as_json: bool = False) -> Path:

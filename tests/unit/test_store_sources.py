@@ -223,6 +223,7 @@ def test_folders_without_images_are_clear_errors(tmp_path: Path) -> None:
         ({"kind": "digits", "split": "val"}, r"source.split='val'"),
         ({"kind": "folder", "root": "x", "split": "train"}, r"source.split='train' does not apply"),
         ({"kind": "digits", "split": "train", "size": 4}, r"source.size=4"),
+        ({"kind": "folder", "root": "x", "labels": "l"}, r"source.labels='l' does not apply"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused_with_its_field(fields: dict[str, Any], message: str) -> None:

@@ -33,6 +33,8 @@ class SourceConfig:
     """train or test, for the kinds that come divided; a folder is packed whole; a dataset names its own."""
     size: int = 32
     """Side in pixels to which digits are enlarged."""
+    labels: str | None = None
+    """File of image names and classes, for tar archives without class folders."""
     label_field: str = "label"
     """Field of WebDataset's .json files that holds the label, where there is no .cls."""
     dataset: str | None = None
@@ -52,8 +54,9 @@ class SourceConfig:
             raise ValueError(f"source.split={self.split!r}: source.kind={self.kind!r} needs train or test.")
         if not known.has_splits and not known.names_splits and self.split is not None:
             raise ValueError(f"source.split={self.split!r} does not apply to source.kind={self.kind!r}: remove it.")
-        if self.dataset is not None and "dataset" not in known.extra:
-            raise ValueError(f"source.dataset={self.dataset!r} does not apply to source.kind={self.kind!r}: remove it.")
+        for name, given in (("labels", self.labels), ("dataset", self.dataset)):
+            if given is not None and name not in known.extra:
+                raise ValueError(f"source.{name}={given!r} does not apply to source.kind={self.kind!r}: remove it.")
         if self.dataset is None and "dataset" in known.extra:
             raise ValueError(f"source.dataset is needed for source.kind={self.kind!r}: the name of its class.")
         if self.size < 8:
@@ -94,7 +97,7 @@ def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
 
 def _tar(config: SourceConfig, listing: Listing | None) -> Source:
     root = Path(config.root or "")
-    return TarSource("tar", root, listing or list_tars(root), {})
+    return TarSource("tar", root, listing or list_tars(root, Path(config.labels) if config.labels else None), {})
 
 
 def _webdataset(config: SourceConfig, listing: Listing | None) -> Source:
@@ -126,6 +129,7 @@ SOURCES: dict[str, SourceKind] = {
         root_help="the archive, or the folder with *.tar",
         needs_root=True,
         has_splits=False,
+        extra=("labels",),
     ),
     "webdataset": SourceKind(
         help="WebDataset archives: NAME.jpg beside NAME.cls or NAME.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -89,13 +89,13 @@ class _Image:
     size: int
 
 
-def list_tars(root: Path) -> Listing:
+def list_tars(root: Path, labels: Path | None) -> Listing:
     """List the images of an archive, or of all ``*.tar`` below a folder.
 
     An archive of archives, such as ImageNet's training set, is read two levels deep: ``n01440764.tar`` in it, or
     beside others in the folder, is the class ``n01440764``. In any other archive the class is the first folder, below
-    folders that all images share. Keys are the paths that the images would have in a folder source:
-    ``n01440764/n01440764_10026.JPEG``.
+    folders that all images share; or what the file ``labels`` says: lines of image name, comma or blank, class name.
+    Keys are the paths that the images would have in a folder source: ``n01440764/n01440764_10026.JPEG``.
 
     Raises:
         StoreError: an archive is damaged or hostile, or an image has no class.
@@ -109,8 +109,11 @@ def list_tars(root: Path) -> Listing:
                 images.append(_Image(path, number, member.offset, member.size))
     if not images:
         raise StoreError(f"{root} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
-    images = _in_class_folders(root, names, images)
-    class_of = [image.path.split("/")[0] for image in images]
+    if labels is not None:
+        class_of = list(map(_classes_from(labels), images))
+    else:
+        images = _in_class_folders(root, names, images)
+        class_of = [image.path.split("/")[0] for image in images]
     return _listing(root, names, images, class_of, tuple(sorted(set(class_of))))
 
 
@@ -152,8 +155,29 @@ def _in_class_folders(root: Path, names: tuple[str, ...], images: list[_Image]) 
         return [replace(image, path=f"{PurePosixPath(names[image.file]).stem}/{image.path}") for image in images]
     raise StoreError(
         f"{archive_path(root, names[loose[0].file])}: image {loose[0].path!r} is in no class folder, so its class is "
-        "not known. Give archives of class folders, or one archive per class."
+        "not known. Give --labels FILE with a line '<image>,<class>' for each image, or archives of class folders."
     )
+
+
+def _classes_from(labels: Path) -> Callable[[_Image], str]:
+    """Read "<image>,<class>" lines; the result maps an image to its class."""
+    try:
+        lines = [line.replace(",", " ").split() for line in labels.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{labels} cannot be read: {error}. It needs lines of '<image>,<class>'.") from error
+    class_of: dict[str, str] = {}
+    for number, words in enumerate(lines, start=1):
+        if words and (len(words) < 2 or class_of.setdefault(words[0], words[1]) != words[1]):
+            raise StoreError(f"{labels}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
+
+    def of_image(image: _Image) -> str:
+        path = PurePosixPath(image.path)
+        for name in (image.path, path.name, path.stem):
+            if name in class_of:
+                return class_of[name]
+        raise StoreError(f"{labels} has no line for image {image.path!r}.")
+
+    return of_image
 
 
 def _listing(
