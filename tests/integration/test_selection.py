@@ -81,8 +81,6 @@ def test_too_few_finished_trials_are_an_error_that_names_the_others(config: Conf
     missing = r"finetune\.min_trials=3\. Missing: lr=0.02,epochs=1; lr=0.1,epochs=2\."
     with pytest.raises(ValueError, match=rf"2 of the 4 trials .*{missing}"):
         selection.choose(config, run, "finetune")
-    config.baseline.min_trials = 0
-    assert selection.choose(config, run, "baseline") == (None, {"missing": ["lr=0.1,epochs=2"]})
 
 
 @pytest.fixture(scope="module")
@@ -110,24 +108,6 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
         selection.run(TorchContext(config, run))
     assert not run.result.exists()
     assert json.loads(run.selected.read_text())["trial"] == selection.choose(config, run, "finetune")[1]["trial"]
-
-
-def nearest_neighbour_accuracy(config: Config, run: RunFolder, test: EvaluationSet) -> float:
-    """PAWS-NN by its formula, softmax(cos / tau) @ labels, from the files of the run."""
-    data = open_data(config)
-    encoder = build_encoder(config.model, seed=0)
-    (checkpoint,) = run.checkpoints.glob("step-00000010.pt")
-    encoder.load_state_dict(torch.load(checkpoint, weights_only=True)["encoder"])
-
-    def embed(images: EvaluationSet) -> np.ndarray:
-        with torch.no_grad():
-            h = torch.cat([encoder.eval()([batch])[0] for batch in images.batches(CPU, torch.float32)]).double()
-        return torch.nn.functional.normalize(h).numpy()
-
-    supports = data.labelled_images()
-    weights = np.exp(embed(test) @ embed(supports).T / config.objective.temperature)
-    votes = weights @ np.eye(10)[supports.labels]
-    return float(accuracy_score(test.labels, votes.argmax(1)))
 
 
 def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: EvaluationSet) -> None:
@@ -188,7 +168,6 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     assert json.loads((run.prepare / "DONE").read_text()) == {"digests": result["digests"]}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": []}
     check_gallery(config, run, result, images)
-    assert result["test"]["paws_nn"]["top1"] == pytest.approx(nearest_neighbour_accuracy(config, run, images))
 
 
 def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tuple[Config, RunFolder]) -> None:
@@ -217,15 +196,23 @@ def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tup
     assert all(np.sum(result[name]["confusion"]) == 400 for name in ("k_nn", "linear_probe"))
 
 
-def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked_for(
+@pytest.fixture
+def unscored(
     chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
-) -> None:
+) -> tuple[Config, RunFolder, dict[str, Any]]:
+    """The chain before selection, with the test store, and the result that it had."""
     run = RunFolder(tmp_path / "run")
     shutil.copytree(chain[1].path, run.path)
-    expected = json.loads(run.result.read_text())["test"]
+    expected = json.loads(run.result.read_text())
     for path in (run.result, run.selected):
         path.unlink()
-    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    return tiny_config(digits_stores.train, digits_stores.test, tmp_path), run, expected["test"]
+
+
+def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked_for(
+    unscored: tuple[Config, RunFolder, dict[str, Any]],
+) -> None:
+    config, run, expected = unscored
     config.suncet = SuncetConfig(steps=10, learning_rate=0.03)
     selection.run(TorchContext(config, run))
     tuning, result = json.loads(run.selected.read_text())["suncet"], json.loads(run.result.read_text())["test"]
@@ -239,12 +226,9 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
 
 
 def test_scores_are_kept_before_they_are_published_and_published_if_that_was_cut_short(
-    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unscored: tuple[Config, RunFolder, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = RunFolder(tmp_path / "run")
-    shutil.copytree(chain[1].path, run.path)
-    run.result.unlink(missing_ok=True)
-    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config, run, _ = unscored
     config.tracking.wandb = "offline"
     monkeypatch.setenv("WANDB_MODE", "offline")
 
@@ -269,24 +253,20 @@ def test_scores_are_kept_before_they_are_published_and_published_if_that_was_cut
 
 
 def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
-    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
+    unscored: tuple[Config, RunFolder, dict[str, Any]],
 ) -> None:
-    run = chain[1]
-    without = RunFolder(tmp_path / "run")
-    shutil.copytree(run.path, without.path, ignore=shutil.ignore_patterns("baseline", "result.json.*"))
-    for path in (without.result, without.selected):
-        path.unlink(missing_ok=True)
-    alone = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config, run, expected = unscored
+    shutil.rmtree(run.path / "baseline")
     with pytest.raises(
         ValueError, match=r"0 of the 1 trials under .*baseline have finished, but baseline.min_trials=1"
     ):
-        selection.run(TorchContext(alone, without))
-    alone.baseline.min_trials = 0
-    selection.run(TorchContext(alone, without))
-    expected, result = (json.loads(folder.result.read_text()) for folder in (run, without))
-    assert result["test"] == {name: value for name, value in expected["test"].items() if name != "baseline"}
+        selection.run(TorchContext(config, run))
+    config.baseline.min_trials = 0
+    selection.run(TorchContext(config, run))
+    result = json.loads(run.result.read_text())
+    assert result["test"] == {name: value for name, value in expected.items() if name != "baseline"}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": ["lr=0.1,epochs=2"]}
-    build_report(without.path)
+    build_report(run.path)
 
 
 def test_an_unfinished_trial_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:

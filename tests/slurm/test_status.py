@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from paws_hpc.cluster import scheduler
-from paws_hpc.cluster.inventory import partitions, settings
-from paws_hpc.cluster.scheduler import SchedulerError, SchedulerUnreachableError
+from paws_hpc.cluster.scheduler import SchedulerError
 from tests.conftest import Stores
 from tests.slurm.chain import ROOT, Run
 from tests.slurm.cluster import Cluster, wait_until
@@ -156,12 +155,3 @@ def test_accounts_know_what_the_queue_forgets(here: Cluster) -> None:
         return failed in found and found[failed].state == "FAILED" and found[failed].exit_code == "3:0"
 
     wait_until(accounted, 20, here.queue)
-
-
-def test_a_controller_that_is_gone_is_unreachable_not_a_refusal(here: Cluster) -> None:
-    with here.without_controller():
-        for ask in (scheduler.queue, partitions, settings):
-            with pytest.raises(SchedulerUnreachableError, match="Unable to contact slurm controller"):
-                ask()
-        with pytest.raises(SchedulerUnreachableError):
-            scheduler.requeue("1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from errno import ENAMETOOLONG
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ from paws_hpc import distributed
 from tests.ranks import results_of, run_on_ranks
 
 WORLD, ROWS = 3, 2
-
-
-def shares(rank: int, world: int) -> list[tuple[int, int]]:
-    return [(part.start, part.stop) for part in (distributed.share(total) for total in (0, 2, 7, 9))]
 
 
 def joined(rank: int, world: int) -> list[Tensor]:
@@ -55,13 +50,6 @@ def gathered_beside_constants(rank: int, world: int) -> Any:
     return together.detach(), squares, own.grad
 
 
-def mean(rank: int, world: int) -> Any:
-    value = torch.tensor([rank + 1.0, 10.0 * rank], requires_grad=True)
-    average = distributed.mean_over_ranks(value)
-    average.pow(2).sum().backward()
-    return average.detach(), value.grad
-
-
 def failing(rank: int, world: int) -> list[str]:
     """What each rank hears of blocks of which none, one and two fail; and they can still talk afterwards."""
     heard = []
@@ -81,18 +69,8 @@ def failing(rank: int, world: int) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What three ranks returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {WORLD: [shares, joined, gathered, gathered_beside_constants, mean, failing]})
+    run_on_ranks(folder, {WORLD: [joined, gathered, gathered_beside_constants, failing]})
     return folder
-
-
-def test_shares_are_contiguous_cover_everything_and_differ_by_one_at_most(folder: Path) -> None:
-    for case, total in enumerate((0, 2, 7, 9)):
-        parts = [result[case] for result in results_of(shares, WORLD, folder)]
-        assert parts[0][0] == 0
-        assert parts[-1][1] == total
-        assert all(before[1] == after[0] for before, after in pairwise(parts))
-        sizes = [stop - start for start, stop in parts]
-        assert max(sizes) - min(sizes) <= 1
 
 
 def test_rows_of_uneven_shares_come_back_in_order_on_every_rank(folder: Path) -> None:
@@ -118,14 +96,6 @@ def test_constants_travel_with_rows_and_take_no_part_in_gradients(folder: Path) 
         assert torch.equal(together, narrow.double())
         assert torch.equal(squares, narrow.square().double())
         assert torch.equal(gradient, everything.grad[rank * ROWS : (rank + 1) * ROWS].bfloat16())
-
-
-def test_a_mean_that_all_ranks_use_alike_has_the_gradient_of_the_mean(folder: Path) -> None:
-    """Averaged over ranks, as weights' gradients are, it is that of one process: 2 * average / WORLD for each value."""
-    average = torch.tensor([2.0, 10.0])
-    for together, gradient in results_of(mean, WORLD, folder):
-        torch.testing.assert_close(together, average)
-        torch.testing.assert_close(gradient, 2 * average)
 
 
 def test_alone_nothing_is_changed_copied_or_waited_for() -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from paws_hpc.cluster import requeue
 from paws_hpc.cluster.bootstrap import is_permanent
-from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import read_json, write_json
 from paws_hpc.stages.attempts import LeaseHeldError, read_attempts, record_failure
@@ -28,13 +27,12 @@ def says(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
 
-    def say(state: str, *, restarts: int = 0, away: bool = False, refuses: bool = False) -> None:
+    def say(state: str, *, restarts: int = 0, away: bool = False) -> None:
         if away:
             (tmp_path / "away").touch()
-        refusal = 'echo "Requested operation is presently disabled for job 17" >&2; exit 1'
         script = f"""
             if /bin/rm {tmp_path}/away 2>/dev/null; then echo "Unable to contact slurm controller" >&2; exit 1; fi
-            if [ $1 = requeue ]; then {refusal if refuses else f"echo $2 >> {tmp_path}/requeued; exit 0"}; fi"""
+            if [ $1 = requeue ]; then echo $2 >> {tmp_path}/requeued; exit 0; fi"""
         program("scontrol", f"JobId=17 JobState={state} Reason=None Restarts={restarts} ExitCode=0:0", before=script)
 
     say("RUNNING")
@@ -82,12 +80,6 @@ def test_a_chain_that_a_person_cancels_does_not_queue_itself_again(run: RunFolde
     write_json(run.chain, read_json(run.chain) | {"cancelled": "2026-01-02T03:04:05+00:00"})
     assert give_back(run) == ["cancelled"]
     assert requeued(run) == []
-
-
-def test_a_refusal_is_an_error_in_slurms_words(run: RunFolder, says: Says) -> None:
-    says("RUNNING", refuses=True)
-    with pytest.raises(SchedulerError, match="presently disabled"):
-        give_back(run)
 
 
 def test_an_element_goes_back_under_the_array_and_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
