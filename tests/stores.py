@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 
 from paws_hpc.files import file_hash, value_digest
 from paws_hpc.packing import ArraySource
+from paws_hpc.store.format import read_manifest
+from paws_hpc.store.index import load_index
 
 
 @contextmanager
@@ -29,6 +32,13 @@ def files_of_at_most(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
 def noise(count: int, shape: tuple[int, int, int], *, seed: int = 0) -> ArraySource:
     """A source of ``count`` raw images of random pixels in four classes."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
@@ -39,6 +49,16 @@ def noise(count: int, shape: tuple[int, int, int], *, seed: int = 0) -> ArraySou
 def file_hashes(store: Path) -> dict[str, str]:
     """Name → hash of each file of a store."""
     return {path.name: file_hash(path) if path.is_file() else "folder" for path in sorted(store.iterdir())}
+
+
+def place_in_file(store: Path, position: int) -> tuple[Path, int, int]:
+    """Shard file, offset in it and length of one record."""
+    manifest = read_manifest(store)
+    row = load_index(store, manifest).rows(np.array([position]))[0]
+    number = int(np.searchsorted(np.cumsum([shard.count for shard in manifest.shards]), position, side="right"))
+    shard = manifest.shards[number]
+    assert shard.data_offset is not None
+    return store / shard.name, shard.data_offset + int(row["offset"]), int(row["length"])
 
 
 def flip_bit(path: Path, offset: int | None = None) -> None:

@@ -22,7 +22,6 @@ from paws_hpc.store import ImageStore, StoreError
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.format import (
     FLAG_MADE_BASELINE,
-    FLAG_PROGRESSIVE,
     FLAG_RECOVERED,
     FLAG_REENCODED,
     FLAG_SHRUNK,
@@ -100,12 +99,6 @@ def test_progressive_jpegs_become_baseline_without_loss(subsampling: int) -> Non
     assert (image.flags, image.changed) == (FLAG_MADE_BASELINE, "progressive made baseline")
     assert not take_apart(image.payload).progressive
     assert np.array_equal(pixels_of(image), decode_jpeg(content))
-
-
-def test_progressive_jpegs_stay_as_they_are_by_default() -> None:
-    content = encoded(tile(), progressive=True)
-    image = standard_jpeg(content)
-    assert (image.payload, image.flags) == (content, FLAG_PROGRESSIVE)
 
 
 def test_transcoding_is_a_choice_that_the_manifest_names_and_needs_its_extra(
@@ -248,11 +241,9 @@ def test_a_file_has_the_pixels_that_it_would_have_in_a_store(tmp_path: Path) -> 
     pixels = np.stack((gradient, 255 - gradient, gradient // 2), axis=2)
     folder = tmp_path / "images" / "only"
     folder.mkdir(parents=True)
-    exif = Image.Exif()
-    exif[0x0112] = 6
     Image.fromarray(pixels).save(folder / "a.png")
     Image.fromarray(pixels).save(folder / "b.jpg", quality=60)
-    Image.fromarray(pixels).save(folder / "c.jpg", exif=exif)
+    Image.fromarray(pixels).save(folder / "c.jpg", exif=exif(6))
     Image.fromarray(gradient).save(folder / "d.jpg", progressive=True)
     for side in (None, 20):
         pack(

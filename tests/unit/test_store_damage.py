@@ -164,6 +164,7 @@ def test_a_shard_damaged_under_an_open_store_gives_the_packed_images_or_a_named_
             forget_offsets(path)
         with ImageStore.open(path) as store:
             expected = everything(store)
+            assert expected == everything(ImageStore.open(stores[kind]))
             name, _ = inflict(damage, path, "shard*")
             got = everything_or_error(store)
             if isinstance(got, RecordError):

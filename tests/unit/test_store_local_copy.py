@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from paws_hpc.store import ImageStore, RecordError, StoreError
 from paws_hpc.store.format import read_manifest
 from paws_hpc.store.local_copy import CopyStoppedError, _evict, copy_store, open_copy
 from paws_hpc.store.verify import verify
-from tests.stores import files_of_at_most, noise
+from tests.stores import files_of_at_most, noise, wait_until
 
 KIB, MIB = 1 << 10, 1 << 20
 IMAGES = 120
@@ -50,13 +49,6 @@ def shared(packed: Path, tmp_path: Path) -> Path:
 
 def contents(store: ImageStore) -> list[bytes]:
     return [image.tobytes() for image in store.read_raw(range(IMAGES))]
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def shards(folder: Path) -> set[Path]:
@@ -115,7 +107,7 @@ local_copy.copy_store(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
 def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "local"
     leader = subprocess.Popen([sys.executable, "-c", _COPIES_SLOWLY, shared, folder])
-    wait_for(lambda: len(shards(folder)) >= 2)
+    wait_until(lambda: len(shards(folder)) >= 2)
     with ThreadPoolExecutor(1) as pool:
         follower = pool.submit(copy_store, shared, folder)
         time.sleep(0.3)

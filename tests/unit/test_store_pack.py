@@ -161,11 +161,14 @@ def test_an_unreadable_image_stops_packing_and_is_named(folder: Path, tmp_path: 
     source = ImageFolder(folder)
     if content is None:
         path.unlink()
+    options = PackOptions(shard_bytes=7 * KIB, workers=2)
     with pytest.raises(RecordError, match=r"'bee/broken.jpg' cannot be packed: .*--on-error skip") as caught:
-        pack(source, tmp_path / "store")
+        pack(source, tmp_path / "store", options=options)
     assert caught.value.key == "bee/broken.jpg"
     assert not (tmp_path / "store" / "manifest.json").exists()
-    report = pack(source, tmp_path / "store", options=PackOptions(on_error="skip"))
+    done = len(list(tmp_path.glob("store/.packing/shard-*.json")))
+    report = pack(source, tmp_path / "store", options=replace(options, on_error="skip"))
+    assert report.kept == done
     assert [omission.key for omission in report.manifest.skipped] == ["bee/broken.jpg"]
     assert content is not None or report.manifest.skipped[0].reason == "it cannot be read: No such file or directory"
     assert sorted(ImageStore.open(tmp_path / "store").keys) == sorted(set(source.keys) - {"bee/broken.jpg"})
