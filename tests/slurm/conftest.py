@@ -68,7 +68,7 @@ def run(cluster: Cluster, undisturbed: Run, request: pytest.FixtureRequest) -> R
     return Run(cluster, undisturbed.folder, *PRETRAINING, name=request.node.name)
 
 
-_LONGEST_FIRST = ("faults", "chain", "launches", "failures", "cluster", "crashes", "time_limit", "status", "doctor")
+_LONGEST_FIRST = ("faults", "chain", "launches", "failures", "crashes", "time_limit", "status", "doctor")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,12 +74,6 @@ def test_all_stages_are_done_in_order_and_the_report_is_there(finished: Run) -> 
     assert json.loads((finished.path / "selected.json").read_text())["missing"] == []
 
 
-def test_launched_again_a_finished_chain_submits_nothing(finished: Run) -> None:
-    before = finished.job_ids()
-    assert "Nothing to submit" in finished.launch()
-    assert finished.job_ids() == before
-
-
 def test_a_chain_is_preempted_requeued_and_launched_again_while_it_runs(finished: Run) -> None:
     run = Run(finished.cluster, finished.folder, *CHAIN, name="disturbed")
     run.launch()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import pytest
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.scheduler import SchedulerError
 from tests.conftest import Stores
-from tests.slurm.chain import ROOT, Run
+from tests.slurm.chain import Run
 from tests.slurm.cluster import Cluster, wait_until
 from tests.slurm.settings import ClusterOptions
 
@@ -87,41 +84,6 @@ def test_a_failure_is_shown_with_the_end_of_its_log_and_what_it_stopped(run: Run
     text = status(run)
     assert "TrainingStoppedError" in text
     assert re.search(r"^selection +cancelled", text, re.MULTILINE), text
-
-
-def test_on_a_terminal_a_run_is_a_table_that_fits_its_width(run: Run) -> None:
-    run.launch(*LONG)
-    try:
-        run.wait_rows("pretrain", 2)
-        for width in (80, 140):
-            lines = _on_terminal(run, width)
-            assert any("pretrain" in line and "running" in line for line in lines), lines
-            assert max(map(len, lines)) <= width
-    finally:
-        run.launch("cancel=true")
-        run.wait_over()
-
-
-def _on_terminal(run: Run, width: int) -> list[str]:
-    """The lines that the command writes to a terminal."""
-    master, slave = pty.openpty()
-    done = subprocess.Popen(
-        [sys.executable, "-m", "paws_hpc.status", str(run.path)],
-        env={**run.environment(), "COLUMNS": str(width), "TERM": "xterm"},
-        stdout=slave,
-        cwd=ROOT,
-    )
-    os.close(slave)
-    said = b""
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:  # Linux says so when nobody holds the other end any more
-            break
-        said += part
-    os.close(master)
-    assert done.wait(timeout=30) == 0
-    return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r", "").split("\n")
 
 
 def test_jobs_and_elements_of_arrays_are_listed_released_requeued_and_cancelled(here: Cluster) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -197,6 +199,19 @@ def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert status.main(["--runs", str(run.parent)]) == 0
     words = capsys.readouterr().out.splitlines()[1].split()
     assert words == ["first", "running", "pretrain", "30/120", "200", "45", "s"]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_on_a_terminal_a_run_is_a_table_that_fits_its_width(
+    run: Path, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat(write_attempt(run, "pretrain", how=None), ago_s=0)
+    train(run / "pretrain", steps=30, per_epoch=12)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines(run, capsys)]
+    assert any("pretrain" in line and "30/120" in line for line in shown)
+    assert max(map(len, shown)) <= width
 
 
 def test_many_trials_alike_are_one_line_unless_all_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
