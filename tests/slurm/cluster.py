@@ -30,7 +30,7 @@ import pytest
 
 from tests.integration.launching import environment
 from tests.slurm.reaper import environment_of, parent_of, processes_of
-from tests.slurm.settings import NODES, ClusterOptions, slurm_conf, slurmdbd_conf
+from tests.slurm.settings import GPUS, NODES, ClusterOptions, slurm_conf, slurmdbd_conf
 
 _REAPER = Path(__file__).with_name("reaper.py")
 _SYSTEM = "/usr/sbin:/sbin"  # Debian keeps the daemons there, and not every user's PATH has it
@@ -111,7 +111,7 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
         self.conf.write_text(slurm_conf(self.folder, self._ports, self.options))
-        gpus = [self.folder / f"gpu{index}" for index in range(self.options.gpus)]
+        gpus = [self.folder / f"gpu{index}" for index in range(GPUS)]
         for gpu in gpus:
             gpu.touch()  # a record without a file counts as no GPU; any file will do where no cgroup guards devices
         records = [f"NodeName={node} Name=gpu File={gpu}" for node in NODES for gpu in gpus]

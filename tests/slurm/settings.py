@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NODES = ("n1", "n2")
+GPUS = 2  # of each node; requests for them are scheduled, but there is no device
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,6 @@ class ClusterOptions:
         accounting: with slurmdbd and a database of its own.
         requeue_wait_s: a requeued job waits for as long as Slurm's credentials live, by default two minutes; what is
             less than 5 counts as the default.
-        gpus: of each node; requests for them are scheduled, but there is no device.
         extra: further lines of slurm.conf.
     """
 
@@ -28,7 +28,6 @@ class ClusterOptions:
     grace_s: int = 20
     kill_wait_s: int = 5
     requeue_wait_s: int = 5
-    gpus: int = 2
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -82,9 +81,8 @@ def slurm_conf(folder: Path, ports: Sequence[int], options: ClusterOptions) -> s
     else:
         lines["AccountingStorageType"] = "accounting_storage/none"
     lines |= options.extra
-    gres = f" Gres=gpu:{options.gpus}" if options.gpus else ""
     nodes = [
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000{gres}"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000 Gres=gpu:{GPUS}"
         for name, port in zip(NODES, ports[2:], strict=True)
     ]
     partitions = [
