@@ -213,18 +213,13 @@ def test_data_sets_that_hide_their_files_are_found_out(tmp_path: Path, monkeypat
     assert source.load(1) == (base / "jpg" / "image_00006.jpg").read_bytes()
 
 
-def write_mnist(root: Path) -> NDArray[np.uint8]:
+def test_data_sets_of_equal_small_images_stay_pixels_whatever_the_workers(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
-    raw = root / "MNIST" / "raw"
+    raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix in ("train", "t10k"):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", (np.arange(30) % 10).astype(np.uint8))
-    return images
-
-
-def test_data_sets_of_equal_small_images_stay_pixels_whatever_the_workers(tmp_path: Path) -> None:
-    images = write_mnist(tmp_path)
     source = open_source(SourceConfig("dataset", str(tmp_path), split="test", dataset="MNIST"))
     one = pack(source, tmp_path / "one", options=PackOptions(shard_bytes=10_000, workers=1))
     two = pack(source, tmp_path / "two", options=PackOptions(shard_bytes=10_000, workers=2))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +13,10 @@ import pytest
 import xxhash
 
 from paws_hpc.files import value_digest
-from paws_hpc.packing import ArraySource, pack
+from paws_hpc.packing import ArraySource, PackOptions, pack
 from paws_hpc.store import ImageStore
-from paws_hpc.store.format import ShardIndex
-from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, StoreIndex, join_indexes
+from paws_hpc.store.format import read_manifest
+from paws_hpc.store.index import _BLOCK, _HEADER, _LABEL, _MAGIC, ROW, StoreIndex, load_index
 from paws_hpc.store.verify import verify
 
 RECORDS_PER_SHARD = 250_000
@@ -81,51 +81,41 @@ def test_opening_and_reading_cost_the_same_for_ten_and_a_hundred_million_records
     assert memory[100_000_000] < 40 << 20
 
 
+def store_of(folder: Path, count: int, seed: int) -> Path:
+    """A store of black images of one pixel, in three shards."""
+    keys = [f"{number:06d}" for number in range(count)]
+    source = ArraySource("black", np.zeros((count, 1, 1, 1), np.uint8), np.zeros(count, np.int64), keys, ("black",))
+    return pack(source, folder / "store", options=PackOptions(shard_bytes=count // 3, seed=seed)).path
+
+
+def index_and_keys(path: Path) -> tuple[StoreIndex, list[str]]:
+    return load_index(path, read_manifest(path)), list(ImageStore.open(path).keys)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 60,000 records packed with seed 3."""
+    return store_of(tmp_path_factory.mktemp("large"), 60_000, seed=3)
+
+
+@pytest.fixture
+def many(large: Path) -> tuple[StoreIndex, list[str]]:
+    """That store's index and keys."""
+    return index_and_keys(large)
+
+
 @pytest.mark.parametrize("place", [_HEADER.size + 1234, -9, 2_000_000])
 def test_damage_in_a_large_index_is_found_by_verification(
-    tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
+    large: Path, tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A row, a key or a hash; a small index is checked when it is opened."""
-    images = np.zeros((60_000, 1, 1, 1), np.uint8)
-    source = ArraySource("black", images, np.zeros(60_000, np.int64), [f"{n:06d}" for n in range(60_000)], ("black",))
-    path = pack(source, tmp_path / "store").path
+    path = Path(shutil.copytree(large, tmp_path / "store"))
     content = bytearray((path / "index.bin").read_bytes())
     content[place] ^= 1
     (path / "index.bin").write_bytes(content)
     monkeypatch.setattr("paws_hpc.store.index.CHECKED_BYTES", 0)  # as for more than three million records
     [fault] = verify(path, level="full")[0]
     assert "damaged index.bin; remove it" in fault.problem
-
-
-def shard_indexes(count: int, seed: int) -> tuple[list[ShardIndex], list[str]]:
-    """The indexes of shards of ``count`` records in packing order, and their keys."""
-    keys = [f"class{number % 7}/image-{number}.jpg" for number in range(count)]
-    keys.sort(key=lambda key: xxhash.xxh3_64_intdigest(key.encode(), seed))
-    indexes = []
-    for start, stop in pairwise([0, count // 3, count]):
-        encoded = [key.encode() for key in keys[start:stop]]
-        zeros = np.zeros(len(encoded), "<u4")
-        indexes.append(
-            ShardIndex(
-                offset=zeros.astype("<u8"),
-                length=zeros,
-                crc32c=zeros,
-                label=np.arange(start, stop).astype("<i4"),
-                width=zeros,
-                height=zeros,
-                flags=zeros,
-                key_blob=np.frombuffer(b"".join(encoded), "u1"),
-                key_offset=np.cumsum([0, *map(len, encoded)]).astype("<u8"),
-            )
-        )
-    return indexes, keys
-
-
-@pytest.fixture(scope="module")
-def many() -> tuple[StoreIndex, list[str]]:
-    """An index of 60,000 records packed with seed 3, and its keys."""
-    indexes, keys = shard_indexes(60_000, seed=3)
-    return join_indexes(indexes), keys
 
 
 @pytest.mark.parametrize("wanted", [1, 100, 60_000])
@@ -154,14 +144,13 @@ def test_another_seed_is_noticed(many: tuple[StoreIndex, list[str]]) -> None:
     assert (index.find(keys[:50], seed=4) == -1).any()
 
 
-def test_keys_with_the_same_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_with_the_same_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """64-bit hashes of real keys hardly collide; hashes cut to 6 bits do."""
 
     def short(content: bytes, seed: int) -> int:
         return xxhash.xxh3_64_intdigest(content, seed) >> 58 << 58
 
-    indexes, keys = shard_indexes(500, seed=1)
-    index = join_indexes(indexes)
+    index, keys = index_and_keys(store_of(tmp_path, 500, seed=1))
     monkeypatch.setattr("paws_hpc.store.index.xxhash", SimpleNamespace(xxh3_64_intdigest=short))
     for wanted in (range(500), range(0, 500, 60)):
         assert index.find([keys[place] for place in wanted], seed=1).tolist() == list(wanted)
