@@ -40,6 +40,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     preempting: bool = False
     exit_codes: list[int] = field(default_factory=list)
+    uses: list[str] = field(default_factory=list)  # names of artifacts
 
 
 class WandbServer:
@@ -48,11 +49,15 @@ class WandbServer:
     Attributes:
         behaviour: ``ok``; ``401``, ``429`` or ``500``, with which every request is answered; or ``hang``: connections
             are taken and nothing is answered.
+        refused: operations that are answered with an error, whatever the behaviour.
+        artifacts: identifier → what was sent of it, and its state.
     """
 
     def __init__(self, url: str) -> None:
         self.url, self.behaviour = url, "ok"
+        self.refused: set[str] = set()
         self.runs: dict[str, Run] = {}
+        self.artifacts: dict[str, dict[str, Any]] = {}
         self.reports: dict[str, dict[str, Any]] = {}
         self.received: list[bytes] = []  # whatever was sent, as it came
         self.operations: list[str] = []
@@ -83,6 +88,13 @@ class WandbServer:
             "UpsertBucket": self._upsert,
             "CreateRunFiles": self._create_files,
             "ServerFeaturesQuery": lambda _: {"serverInfo": {"features": []}},
+            "ArtifactType": self._artifact_type,
+            "CreateArtifact": self._create_artifact,
+            "ArtifactByID": self._artifact_by_id,
+            "CreateArtifactManifest": self._create_manifest,
+            "UpdateArtifactManifest": self._create_manifest,
+            "CommitArtifact": self._commit_artifact,
+            "UseArtifact": self._use_artifact,
             "GetProjects": self._projects,
             "ProjectInternalId": lambda asked: {"project": self._project(asked["projectName"])},
             "upsertView": self._upsert_view,
@@ -132,6 +144,49 @@ class WandbServer:
         run = self.runs[variables["run"]]
         files = [{"name": name, "uploadUrl": f"{self.url}/storage/{run.name}/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": _opaque("Run", run.name), "uploadHeaders": [], "files": files}}
+
+    def _artifact_type(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"].partition(":")[0]
+        kinds = {sent["artifactCollectionName"]: sent["artifactTypeName"] for sent in self.artifacts.values()}
+        return {"project": {"artifact": {"artifactType": {"name": kinds[name]}} if name in kinds else None}}
+
+    def _create_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sent = variables["input"]
+        identifier = _opaque("Artifact", f"{sent['artifactCollectionName']}/{sent['digest']}")
+        state = self.artifacts.setdefault(identifier, sent | {"state": "PENDING"})["state"]
+        sequence = {"latestArtifact": {"id": identifier} if state == "COMMITTED" else None}
+        return {"createArtifact": {"artifact": {"id": identifier, "state": state, "artifactSequence": sequence}}}
+
+    def _artifact_by_id(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sent = self.artifacts[variables["id"]]
+        name, digest = sent["artifactCollectionName"], sent["digest"]
+        sequence = {"__typename": "ArtifactSequence", "id": _opaque("Collection", name), "name": name}
+        sequence["project"] = self._project("paws")
+        return {"artifact": {
+            "__typename": "Artifact", "id": variables["id"], "artifactSequence": sequence,
+            "versionIndex": 0, "artifactType": {"name": sent["artifactTypeName"]}, "description": None,
+            "metadata": sent["metadata"], "ttlDurationSeconds": -1, "ttlIsInherited": False, "tags": [],
+            "historyStep": None, "state": "COMMITTED", "size": 0, "digest": digest, "digestAlgorithm": "MANIFEST_MD5",
+            "commitHash": digest, "fileCount": 1, "createdAt": _THEN, "updatedAt": None, "aliases": [],
+        }}  # fmt: skip
+
+    def _create_manifest(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sent = variables.get("input") or variables
+        identifier = _opaque("Manifest", sent.get("artifactID") or sent.get("artifactManifestID"))
+        file = {"id": identifier, "name": "wandb_manifest.json", "displayName": "wandb_manifest.json"}
+        file |= {"uploadUrl": f"{self.url}/storage/manifests/{identifier}", "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": identifier, "file": file}}}
+
+    def _commit_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        identifier = (variables.get("input") or variables)["artifactID"]
+        self.artifacts[identifier]["state"] = "COMMITTED"
+        return {"commitArtifact": {"artifact": {"id": identifier, "digest": self.artifacts[identifier]["digest"]}}}
+
+    def _use_artifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        sent = variables.get("input") or variables
+        artifact = self.artifacts[sent["artifactID"]]
+        self.runs[sent["runName"]].uses.append(artifact["artifactCollectionName"])
+        return {"useArtifact": {"artifact": {"id": sent["artifactID"], "digest": artifact["digest"]}}}
 
     def _projects(self, _: dict[str, Any]) -> dict[str, Any]:
         own = {"__typename": "Project", "createdAt": _THEN, "isBenchmark": False, "user": None}
@@ -195,6 +250,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         if path == "/graphql":
             asked = json.loads(body)
+            if asked.get("operationName") in double.refused:
+                self._send(200, {"errors": [{"message": "told to refuse this"}]})
+                return
             with double.lock:
                 try:
                     data = double.answer(asked["query"], asked.get("variables") or {})

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.tracking import Row, Tracker
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import file_hash, read_json, write_json
 from paws_hpc.metrics import is_validation
 
 _LOG = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ class WandbTracker(Tracker):
         """Start the process for the folder of a stage, where ``metrics.jsonl`` is already.
 
         The spec is kept as ``wandb/run.json``, for ``paws_hpc.sync`` too: the arguments of ``wandb.init`` under
-        ``run``, and ``best`` as in :func:`summarise`. The mode is that of ``TrackingConfig.wandb``.
+        ``run``, and ``best`` as in :func:`summarise`. ``used`` is the network that the stage begins with: its name,
+        file and checksum; ``made`` is the one that it makes: its name and its path below ``folder``. Each may be None.
+        The mode is that of ``TrackingConfig.wandb``.
         """
         self._process: subprocess.Popen[str] | None = None
         try:
@@ -204,6 +206,9 @@ class Follower:
                 run.log(logged(row), step=sent, commit=True)
         rows = [json.loads(line) for line in (self._folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
         run.summary.update(summarise(rows, self._spec["best"]))
+        if self._ending["exit_code"] == 0 and (made := self._spec["made"]) is not None:
+            path = self._folder / made["path"]
+            self._link(run, {"name": made["name"], "file": path.name, "checksum": file_hash(path)}, used=False)
         if self._ending["preempted"]:
             run.mark_preempting()
         run.finish(exit_code=self._ending["exit_code"])
@@ -235,6 +240,8 @@ class Follower:
             run = self._init("offline")
         run.define_metric("trainer/*")
         run.define_metric("*", step_metric="trainer/global_step")
+        if (used := self._spec["used"]) is not None and not run.offline:
+            self._link(run, used, used=True)
         return run
 
     def _init(self, mode: Any) -> Any:
@@ -255,6 +262,23 @@ class Follower:
             x_stats_disk_paths=(),
         )
         return wandb.init(**self._spec["run"], dir=self._folder, resume="allow", mode=mode, settings=settings)
+
+    def _link(self, run: Any, network: dict[str, str], *, used: bool) -> None:
+        """Say in the lineage which network the stage used or made; the config names the used one in any case."""
+        import wandb  # noqa: PLC0415 - as above
+
+        artifact = wandb.Artifact(network["name"], type="model", metadata=network)
+        uri = f"paws-hpc:{network['name']}/{network['file']}?xxh3={network['checksum']}"
+        artifact.add_reference(uri, name=network["file"], checksum=False)
+        try:
+            if used:
+                run.use_artifact(artifact, aliases=[network["checksum"]])
+            else:
+                made = run.log_artifact(artifact, aliases=[network["checksum"]])
+                if not run.offline:
+                    made.wait(timeout=self._task["limits"]["finish_timeout"] / 4)
+        except (wandb.errors.Error, ValueError, TimeoutError) as error:
+            self.say(f"Weights & Biases does not show which network this run {'used' if used else 'made'} ({error}).")
 
     def _rows(self) -> Iterator[Row]:
         """Rows of the file as they come, until the stage is over; an unfinished line is not a row yet."""

@@ -87,6 +87,7 @@ def _train(
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
         used=used,
+        made=folder / "best.pt",
     )
     validation = data.validation_images()
 

@@ -51,6 +51,7 @@ def _train(run: RunFolder, data: RunData, device: torch.device, control: JobCont
         start=start,
         total_steps=training.total_steps,
         awaits_validation=training.awaits_validation(start),
+        made=run.checkpoint(training.total_steps),
     )
     with job as tracker:
         train(

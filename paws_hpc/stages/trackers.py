@@ -34,11 +34,13 @@ def open_trackers(
     total_steps: int,
     awaits_validation: bool,
     used: dict[str, str] | None = None,
+    made: Path | None = None,
 ) -> Tracker:
     """``metrics.jsonl`` and progress always, Weights & Biases unless disabled, TensorBoard if the config says so.
 
     On ranks other than 0 nothing is written. ``start`` steps are done already, and ``awaits_validation`` says whether
-    they end with a validation that is still to be done; ``used`` is the :func:`network` that the stage begins with.
+    they end with a validation that is still to be done; ``used`` is the :func:`network` that the stage begins with,
+    ``made`` the file of weights that is there when it has ended well.
     """
     if not distributed.is_main():
         return Tracker()
@@ -50,7 +52,7 @@ def open_trackers(
     if config.tracking.tensorboard:
         trackers.append(TensorboardTracker(folder / "tensorboard", metrics=metrics))
     if is_watched(config):
-        trackers.append(watch(config, run, folder, job=job, used=used))
+        trackers.append(watch(config, run, folder, job=job, used=used, made=made))
     return Trackers(*trackers)
 
 
@@ -60,7 +62,9 @@ def is_watched(config: Config) -> bool:
     return (os.environ.get("WANDB_MODE", mode) if mode == "auto" else mode) != "disabled"
 
 
-def watch(config: Config, run: RunFolder, folder: Path, *, job: str, used: dict[str, str] | None) -> WandbTracker:
+def watch(
+    config: Config, run: RunFolder, folder: Path, *, job: str, used: dict[str, str] | None, made: Path | None = None
+) -> WandbTracker:
     """Show the ``metrics.jsonl`` in a stage's folder in Weights & Biases, as a run of the chain's group."""
     stage, _, trial = job.partition("/")
     own: dict[str, Any] = {"chain": run.describe().get("id")}
@@ -80,6 +84,8 @@ def watch(config: Config, run: RunFolder, folder: Path, *, job: str, used: dict[
             "config": settings(config) | own,
         },
         "best": {metric.pattern: metric.best for metric in catalogue().values()},
+        "used": used,
+        "made": made and {"name": f"network-{run_id(run, job)}", "path": made.relative_to(folder).as_posix()},
     }
     return WandbTracker(folder, spec, mode=config.tracking.wandb)
 
@@ -90,7 +96,7 @@ def run_id(run: RunFolder, job: str) -> str:
 
 
 def network(run: RunFolder, job: str, file: str, checksum: str) -> dict[str, str]:
-    """A file of weights that a job made, as the config of a later one in W&B names it; ``checksum``: ``file_hash``."""
+    """A file of weights that a job made, as W&B's lineage names it; ``checksum``: ``file_hash``."""
     return {"name": f"network-{run_id(run, job)}", "file": file, "checksum": checksum}
 
 

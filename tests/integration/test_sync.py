@@ -76,6 +76,7 @@ def test_an_offline_run_is_replayed_once(
     assert f"run: pretrain: all of {count} rows are online" in capsys.readouterr().out
     assert_whole(run, server)
     assert server.runs["cafe0123-pretrain"].summary["train/loss"]["last"] == rows_of(run)[-2]["train/loss"]
+    assert [artifact["state"] for artifact in server.artifacts.values()] == ["COMMITTED"]
     operations = list(server.operations)
     assert sync.main(["--all", "--runs", str(run.path.parent)]) == 0
     assert server.operations == operations, "a second sync uploads nothing"

@@ -1,4 +1,4 @@
-"""A chain in Weights & Biases, against a double of its server: one group of runs, each unbroken."""
+"""A chain in Weights & Biases, against a double of its server: one group of runs, each unbroken, with its lineage."""
 
 from __future__ import annotations
 
@@ -107,16 +107,20 @@ def test_the_axes_are_steps_and_epochs_and_summaries_are_of_the_whole_run(watche
     assert any(metric.get("2") == "*" for metric in metrics), "every metric has trainer/global_step as its axis"
 
 
-def test_the_config_says_which_network_a_stage_begins_with(watched: Watched) -> None:
-    configs = {name: run.config for name, run in watched.server.runs.items()}
-    trial = configs["cafe0123-finetune-lr-0-02-epochs-1"]
-    assert trial["lineage"]["value"] == {
-        "name": "network-cafe0123-pretrain",
-        "file": "step-00000006.pt",
-        "checksum": file_hash(watched.run.checkpoint(6)),
-    }
+def test_lineage_leads_from_the_checkpoint_to_the_trial_to_selection(watched: Watched) -> None:
+    runs, name, checksum = watched.server.runs, "network-cafe0123-pretrain", file_hash(watched.run.checkpoint(6))
+    tuned = "network-cafe0123-finetune-lr-0-02-epochs-1"
+    artifacts = {sent["artifactCollectionName"]: sent for sent in watched.server.artifacts.values()}
+    assert artifacts.keys() == {name, tuned}
+    network, lineage = artifacts[name], {"name": name, "file": "step-00000006.pt", "checksum": checksum}
+    assert (network["runName"], network["state"]) == ("cafe0123-pretrain", "COMMITTED")
+    assert json.loads(network["metadata"]) == lineage
+    assert checksum in [alias["alias"] for alias in network["aliases"]]
+    assert [run.uses for run in runs.values()] == [[], [name], [tuned]]
+    trial = runs["cafe0123-finetune-lr-0-02-epochs-1"].config
+    assert trial["lineage"]["value"] == lineage
     assert trial["trial"]["value"] == {"learning_rate": 0.02, "epochs": 1}
-    assert configs["cafe0123-selection"]["lineage"]["value"]["name"] == "network-cafe0123-finetune-lr-0-02-epochs-1"
+    assert runs["cafe0123-selection"].config["lineage"]["value"]["name"] == tuned
 
 
 def test_selection_shows_the_test_scores(watched: Watched) -> None:

@@ -162,6 +162,20 @@ def test_a_server_that_fails_meanwhile_delays_neither_a_step_nor_the_end_beyond_
     assert_sync_completes(run, server)
 
 
+def test_a_server_that_refuses_the_network_alone_costs_one_message_and_the_run_is_whole(
+    reference: Reference, server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.refused.add("CreateArtifact")
+    wandb_run._INIT_TIMEOUT_S = 30.0  # as below
+    run = train(reference.store, tmp_path)
+    (message,) = messages(caplog)
+    assert "does not show which network this run made" in message
+    assert "told to refuse this" in message
+    online = server.runs["cafe0123-pretrain"]
+    assert online.exit_codes == [0]
+    assert [row["_step"] for row in online.history] == positions(run)
+
+
 @pytest.mark.parametrize("with_what", [signal.SIGKILL, signal.SIGTERM])
 def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
     with_what: signal.Signals,
