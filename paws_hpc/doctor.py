@@ -24,6 +24,7 @@ from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, Check, Parameters, 
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
+from paws_hpc.command import exit_status
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -34,6 +35,10 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_intermixed_args(arguments)
+    return exit_status(lambda: _doctor(options), interrupted="a probe's job is cancelled")
+
+
+def _doctor(options: argparse.Namespace) -> int:
     checks = list(_checks(options))
     if options.json:
         print(json.dumps([asdict(check) for check in checks], indent=2))

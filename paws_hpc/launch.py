@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
-from paws_hpc.cluster.compose import CONF, compose_run, composed_run, runs_of
+from paws_hpc.cluster.compose import CONF, compose_run, composed_run, for_hydra, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
@@ -166,6 +166,7 @@ def _main() -> None:
     arguments = sys.argv[1:]
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in _SEVERAL]
     if flags:  # Hydra's own questions, such as --help and --cfg
+        sys.argv[1:] = for_hydra(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_composed_by_hydra)()
         return
     several = any(argument in _SEVERAL for argument in arguments)

@@ -52,7 +52,7 @@ _ON_THE_LEFT = ("run", "job", "state", "id", "at")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if there is no such run."""
     options = _parser().parse_args(arguments)
-    return exit_status(lambda: _show(options), interrupted="")
+    return exit_status(lambda: _show(options), interrupted="nothing was changed")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +100,8 @@ def runs_text(runs: Sequence[RunOverview]) -> Group:
         state = f"{run.state}, {failed} failed" if failed and run.state != "failed" else run.state
         own = {"run": run.name, "at": row.get("job", ""), "state": state, "style": _STYLES.get(run.state, "")}
         rows.append(row | own)
+    if not rows:
+        return Group(Text("no runs"))
     return Group(_table(_RUN_COLUMNS, rows), *(Text(line, "yellow") for line in _troubles(runs)))
 
 

@@ -47,8 +47,8 @@ def run_job(path: Path, job: Job) -> None:
     run = RunFolder(path)
     config = read_config(run.config)
     alone = SimpleNamespace(job_id=os.getpid(), num_tasks=1, num_nodes=1, global_rank=0, local_rank=0)
-    heed = interruptible() if STAGES[job.stage].trains else nullcontext()
-    with _attempt(run, job, alone) as lease, heed as requested:
+    stop_requests = interruptible() if STAGES[job.stage].trains else nullcontext()
+    with _attempt(run, job, alone) as lease, stop_requests as requested:
         try:
             _run_rank(config, run, job, alone, lease, requested=requested)
         except PreemptedError as stop:

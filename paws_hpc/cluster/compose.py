@@ -27,7 +27,7 @@ from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
-_OPEN = re.compile(r"^(\w+\.sweep\b|resources\.\w+\.additional_parameters\b)")  # may get new fields: ++ for Hydra
+_OPEN = re.compile(r"^(\w+\.sweep\b|resources\.\w+\.additional_parameters\b)")  # may get new fields
 CONF = (Path(paws_hpc.__file__).parent / "conf").resolve()
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
@@ -75,6 +75,11 @@ def runs_of(arguments: Sequence[str]) -> list[list[str]]:
     return runs
 
 
+def for_hydra(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``++``, Hydra's sign for a field that may be new, where a mapping may get new fields."""
+    return [_OPEN.sub(r"++\1", argument) for argument in arguments]
+
+
 def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
     """The run that overrides describe, and the fields of its launcher.
 
@@ -86,8 +91,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
             if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
                 raise ConfigError(refusal)
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            grown = [_OPEN.sub(r"++\1", override) for override in overrides]
-            composed = hydra.compose("config", overrides=grown, return_hydra_config=True)
+            composed = hydra.compose("config", overrides=for_hydra(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
         with open_dict(composed):
             del composed["hydra"]

@@ -48,21 +48,22 @@ def look_from_node(folder: Path, stores: Sequence[Path], flags: Sequence[str], *
     root = Path(__file__).resolve().parents[2]
     wrapped = f"PYTHONPATH={shlex.quote(str(root))} {shlex.join(command)}"
     own = ["--job-name=probe", "--time=5", "--nodes=1", "--ntasks=1", f"--output={log}"]
-    job_id = scheduler.ask(["sbatch", "--parsable", *own, *flags, f"--wrap={wrapped}"]).strip().partition(";")[0]
-    deadline, ended = time.monotonic() + timeout_s, None
+    deadline, ended, job_id = time.monotonic() + timeout_s, None, None
     try:
+        job_id = scheduler.ask(["sbatch", "--parsable", *own, *flags, f"--wrap={wrapped}"]).strip().partition(";")[0]
         while not answer.exists():
             state = scheduler.job_state(job_id)
             ended = ended or (time.monotonic() if state is None or state in scheduler.ENDED else None)
             if time.monotonic() > deadline or (ended is not None and time.monotonic() > ended + _ARRIVAL_S):
                 reason = scheduler.queue()[job_id].reason if job_id in scheduler.queue() else ""
-                said = log.read_text(errors="replace")[-1000:].strip() if log.exists() else "nothing"
+                said = (log.read_text(errors="replace")[-1000:].strip() if log.exists() else "") or "nothing"
                 raise TimeoutError(f"job {job_id} is {state} {reason} and left no answer in {folder}; it said: {said}")
             time.sleep(_POLL_S)
         seen: dict[str, Any] = json.loads(answer.read_text())
         return seen
     finally:
-        scheduler.cancel([job_id])
+        if job_id is not None:
+            scheduler.cancel([job_id])
         answer.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ PLACE = ("partition", "account", "qos", "constraint", "exclude")
 
 _GPUS = ("gpus_per_node", "gpus_per_task", "gres")
 _SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")
-_PLACE = (
+_FIELDS = (
     "timeout_min", "cpus_per_task", "cpus_per_gpu", "mem_gb", "mem_per_gpu", "mem_per_cpu", *PLACE, "comment",
     "signal_delay_s", "array_parallelism",
 )  # fmt: skip
@@ -26,7 +26,8 @@ _PLACE = (
 def resolve(config: Config, launcher: Launcher) -> Config:
     """Fill what ``resources`` leaves open with the launcher's values, which checks the batch sizes against the ranks.
 
-    Stages of a single task do not take its shape: they have one node, one task, and at most one GPU.
+    Stages of a single task do not take the launcher's nodes, tasks and GPUs: they have one node, one task, and at
+    most one GPU.
     """
     stages = {}
     for stage, row in STAGES.items():
@@ -53,15 +54,16 @@ def stage_parameters(config: Config, launcher: Launcher) -> dict[str, dict[str, 
                 f"hydra.launcher.signal_delay_s={delay_s:g}, but resources.{stage}.timeout_min={timeout_min}: the job "
                 "would get its signal to stop before it began, again and again. Ask for more time, or for less notice."
             )
-        fields = {name: launcher.get(name) for name in (*_PLACE, *(() if row.one_task else _SHAPE))}
+        additional = {name: value for name, value in resources.additional_parameters.items() if value is not None}
+        fields = {name: launcher.get(name) for name in (*_FIELDS, *(() if row.one_task else _SHAPE))}
         fields |= dataclasses.asdict(resources)
-        fields |= {name: value for name, value in resources.additional_parameters.items() if name in PLACE}
+        fields |= {name: value for name, value in additional.items() if name in PLACE}
         del fields["threads_per_rank"]
         # Since 22.05 srun does not take this from the job, and would give each task one core.
         cpus = [] if fields["cpus_per_task"] is None else [f"--cpus-per-task={fields['cpus_per_task']}"]
         parameters[stage] = {name: value for name, value in fields.items() if value is not None} | {
             "stderr_to_stdout": True,
-            "additional_parameters": {"requeue": True, **resources.additional_parameters},
+            "additional_parameters": {"requeue": True, **additional},
             # No --wait: ranks that are through must not have rank 0 ended while it still talks to Slurm.
             "srun_args": ["--kill-on-bad-exit=1", "--wait=0", *cpus],
             "setup": [*(launcher.get("setup") or []), *_SETUP],

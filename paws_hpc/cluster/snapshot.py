@@ -30,7 +30,7 @@ def take_snapshot(run: Path) -> Path:
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".code-", dir=snapshot.parent) as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(_package(), copy / "paws_hpc", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(_package(), copy / "paws_hpc", ignore=_left_out)
         copy.rename(snapshot)  # whole or absent
     return snapshot
 
@@ -38,6 +38,11 @@ def take_snapshot(run: Path) -> Path:
 def shield(snapshot: Path) -> Path:
     """The script of a snapshot through which ranks start."""
     return snapshot / "paws_hpc" / "cluster" / "shield.py"
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    """Caches, and links without a target, as editors make them beside a file that is open."""
+    return [name for name in names if name == "__pycache__" or not Path(folder, name).exists()]
 
 
 def _package() -> Path:

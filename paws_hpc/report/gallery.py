@@ -69,7 +69,8 @@ def opened_png(path: Path) -> Image.Image:
             return file
     except (OSError, SyntaxError) as error:  # PIL's words for a damaged file; they name none
         raise ValueError(
-            f"{path} is not a whole PNG file ({error}). Restore it, or remove it (gallery.json too) to report without."
+            f"{path} is not a whole PNG file ({error}). Restore it, or remove it (gallery.png: gallery.json "
+            "too) to report without."
         ) from error
 
 

@@ -89,7 +89,7 @@ def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
 
 
 def find_run(name: str, runs: Path) -> Path:
-    """The folder of a run, which is given by that or by its name in the folder ``runs``.
+    """The folder of a run; ``name`` is its path, or its name under ``runs``.
 
     Raises:
         FileNotFoundError: there is none; names that are spelled alike are in the message.

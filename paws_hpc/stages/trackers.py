@@ -96,7 +96,7 @@ def run_id(run: RunFolder, job: str) -> str:
 
 
 def network(run: RunFolder, job: str, file: str, checksum: str) -> dict[str, str]:
-    """A file of weights that a job made, as W&B's lineage names it; ``checksum``: ``file_hash``."""
+    """Describe a file of weights that a job made, for W&B's lineage; ``checksum`` is its ``file_hash``."""
     return {"name": f"network-{run_id(run, job)}", "file": file, "checksum": checksum}
 
 
