@@ -85,6 +85,8 @@ def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pyte
     again = plan_snapshot(tmp_path)
     (package / "new.py").write_text("")
     assert plan_snapshot(tmp_path) != again
+    (package / ".#new.py").symlink_to("somebody@a.host")  # an editor's, of a file that is open
+    assert sorted(path.name for path in take_snapshot(tmp_path).rglob("*.py")) == ["__init__.py", "new.py"]
 
 
 def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     shutil.copytree(root / "paws_hpc", tmp_path / "source" / "paws_hpc", symlinks=True)
     shutil.copytree(root / "conf", tmp_path / "source" / "conf")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path / "source")
     pytest.importorskip("setuptools")
     subprocess.run(
