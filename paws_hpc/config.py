@@ -126,6 +126,8 @@ class Config:
             check_divides(size, ranks, name=name, accumulate_steps=self.pretrain.accumulate_steps)
         for name in SWEEPS:
             sweep_config(self, name).check(name)
+            if name in self.stages:
+                sweep_config(self, name).check_warmup(name)
         if "pretrain" in self.stages and self.optimizer.warmup_epochs > self.pretrain.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} does not fit into pretrain.epochs="

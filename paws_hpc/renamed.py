@@ -40,7 +40,7 @@ RENAMED_KEYS: dict[str, str] = {
     "data.cache_gb": "nothing, the memory for labelled images follows from the node's",
     "data.max_substitutes": "nothing, a damaged image is an error (python -m paws_hpc.shards repair mends a store)",
     "data.placement": "nothing, a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
-    "data.prefetch_gb": "nothing, up to three batches of 1 GB together are made ahead",
+    "data.prefetch_gb": "nothing, three batches are made ahead, fewer where they are above 1 GB together",
     "data.block_mb": "nothing, data.order=window keeps 8 MB together",
     **{f"resources.*.{flag}": _FLAG.format(flag) for flag in ("account", "qos", "constraint", "exclude")},
     "data.window_blocks": "nothing, data.order=window shuffles 256 blocks among each other",

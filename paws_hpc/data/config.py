@@ -175,7 +175,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         factors = dict.fromkeys(("brightness", "contrast", "saturation"), "[0, inf)")
         chances = {each.name: "[0, 1]" for each in fields(self) if each.name.endswith("_probability")}
-        check_ranges("views.augment", self, hue="[0, 0.5]", **factors, **chances)
+        check_ranges("augment", self, hue="[0, 0.5]", **factors, **chances)
 
 
 @dataclass

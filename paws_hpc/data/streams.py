@@ -40,7 +40,8 @@ from paws_hpc.data.workers import Prefetch, single_threaded
 from paws_hpc.store import ImageStore
 
 _EVALUATION_BATCH = 256
-_AHEAD, _AHEAD_BYTES = 3, 10**9  # batches that are made ahead, and memory of these crops and their views
+# Batches that are made ahead, and memory of their crops and views; at least one is, and one more is begun.
+_AHEAD, _AHEAD_BYTES = 3, 10**9
 _CPU = torch.device("cpu")
 
 

@@ -45,6 +45,8 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.name={self.name!r} is not known. Choose one of: {', '.join(OPTIMIZERS)}.")
         if self.name == "adamw" and self.nesterov:
             raise ValueError("optimizer.nesterov=true does not go with optimizer.name=adamw: set it to false.")
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov=true needs optimizer.momentum above 0: set it to false.")
         names = ("weight_decay", "final_weight_decay", "start_lr", "peak_lr", "final_lr", "warmup_epochs")
         check_ranges("optimizer", self, momentum="[0, 1)", **dict.fromkeys(names, "[0, inf)"))
 
@@ -219,25 +221,29 @@ class ClassifierConfig:
                 f"{section}.sweep={{}} has no field to sweep. Give one at least, such as "
                 f"{section}.sweep.learning_rate=[0.05]."
             )
-        for trial in map(self.of_trial, self.trials()):
-            if trial.warmup_epochs > trial.epochs:
-                raise ValueError(
-                    f"{section}.warmup_epochs={trial.warmup_epochs:g} does not fit into a trial of {trial.epochs} "
-                    f"epochs. Shorten it, or give {section}.sweep.epochs of at least as many."
-                )
         if not 0 <= self.min_trials <= len(self.trials()):
             raise ValueError(
                 f"{section}.min_trials={self.min_trials} must be between 0 and the number of trials in the sweep, "
                 f"{len(self.trials())}."
             )
 
+    def check_warmup(self, section: str) -> None:
+        """Raise ValueError unless the warm-up of every trial fits into its epochs."""
+        for trial in map(self.of_trial, self.trials()):
+            if trial.warmup_epochs > trial.epochs:
+                raise ValueError(
+                    f"{section}.warmup_epochs={trial.warmup_epochs:g} does not fit into a trial of {trial.epochs} "
+                    f"epochs. Shorten it, or give {section}.sweep.epochs of at least as many."
+                )
+
     def _check_ranges(self, section: str) -> None:
         counts, rates = ("epochs", "batch_size", "validate_every_epochs"), ("weight_decay", "warmup_epochs")
         check_ranges(section, self, **dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(rates, "[0, inf)"))
         check_ranges(section, self, learning_rate="(0, inf)", momentum="[0, 1)")
+        check_ranges(f"{section}.crop", self.crop, count="[1, 1]")
 
     def trials(self) -> list[Trial]:
-        """All combinations, in a fixed order; a single one that sets nothing where the sweep is empty."""
+        """All combinations, in a fixed order."""
         return trials(self.sweep)
 
     def of_trial(self, trial: Trial) -> ClassifierConfig:

@@ -29,6 +29,7 @@ class ClassifierTraining(Training):
         loss_steps: their number.
     """
 
+    EPOCHS = "the trial's epochs"
     REMEDY = "Take this learning rate out of the sweep."
     stream: ClassifierStream
 

@@ -24,10 +24,12 @@ class Training(ABC):
 
     Attributes:
         stream: of batches, a ``PawsStream`` or a ``ClassifierStream``.
-        dtype: of images.
+        dtype: of images, weights and views.
         validated: steps done when the network was last scored.
     """
 
+    EPOCHS: ClassVar[str]
+    """Their config field."""
     REMEDY: ClassVar[str]
     """What a user can do about a loss that is not finite."""
     stream: Any
@@ -51,7 +53,7 @@ class Training(ABC):
         self.validated = 0
 
     def is_due(self, done: int, every: int) -> bool:
-        """Whether ``done`` steps are a multiple of ``every``, or all."""
+        """Whether ``done`` steps are a multiple of ``every``, or all that the run has."""
         return done % every == 0 or done == self.total_steps
 
     def awaits_validation(self, done: int) -> bool:
@@ -76,7 +78,7 @@ class Training(ABC):
 
     @abstractmethod
     def report(self, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
-        """Take in the steps since the last call; raise TrainingStoppedError if one was the last that made sense."""
+        """Take in the steps since the last call; raise TrainingStoppedError if one has no finite loss, or collapsed."""
 
     @abstractmethod
     def score(self, done: int, validate: Validate, tracker: Tracker) -> None:
@@ -112,7 +114,7 @@ def train(
     if start > training.total_steps:
         raise ValueError(
             f"The checkpoint is of step {start}, but {training.epochs} epochs end at step {training.total_steps}. "
-            "Raise the number of epochs, or remove the later checkpoints."
+            f"Raise {training.EPOCHS}, or remove the later checkpoints."
         )
     window = MetricsWindow(describe, remedy=training.REMEDY)
     meter = ThroughputMeter(training.batch_size, training.device)

@@ -35,6 +35,7 @@ class Pretraining(Training):
         collapsed: whether a collapse was reported.
     """
 
+    EPOCHS = "pretrain.epochs"
     REMEDY = "Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs."
     stream: PawsStream
 

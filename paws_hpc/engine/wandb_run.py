@@ -87,7 +87,7 @@ def start_process(folder: Path, mode: str, *, patience_s: float) -> subprocess.P
     """Show ``metrics.jsonl`` in the folder of a stage, with ``wandb/run.json``.
 
     With the modes ``auto``, ``online`` and ``offline`` a run that cannot be online is kept offline; with ``upload`` it
-    is not. After ``patience_s`` seconds the process ends itself if the stage is killed.
+    is not. If the stage is killed, the process ends within ``patience_s`` seconds.
     """
     limits = {"init_timeout": min(_INIT_TIMEOUT_S, patience_s / 2), "finish_timeout": patience_s * 2 / 3}
     task = {"folder": str(folder), "mode": mode, "patience_s": patience_s, "limits": limits}

@@ -38,8 +38,8 @@ def calibrated_posteriors(
     supports are multiplied by ``label_ratio M / S``. The prior of an image is ``exp((cos - 1) / T)`` of its nearest
     support.
 
-    Of all ranks these are h of one view of the images (M, D), h of the supports (S, D) and labels (S, K) whose rows sum
-    to 1; ``temperature`` is tau.
+    ``images`` (M, D), one view each, and ``supports`` (S, D) are h of all ranks; rows of ``support_labels`` (S, K) sum
+    to 1. ``temperature`` is tau, ``prior_temperature`` T; ``label_ratio`` is in ``RopawsConfig``.
 
     Returns:
         (M, K). A row's sum is the probability that the image is of a known class.

@@ -181,7 +181,8 @@ class PackJob:
         Any number of processes may do so at once, or die in it.
 
         Returns:
-            The manifest; the images that were changed, but for metadata taken out; how many JPEGs stayed progressive.
+            The manifest; the images that were changed, those that only lost metadata excepted; how many JPEGs stayed
+            progressive.
 
         Raises:
             StoreError: a shard is missing or damaged, no image could be read, or the shards do not belong together.

@@ -97,9 +97,9 @@ def pack(
     try:
         numbers = range(len(plan))[number - 1 :: of]
         unbuilt = [number for number in numbers if job.result(plan, number) is None]
-        report = replace(report, packed=len(unbuilt), kept=len(numbers) - len(unbuilt))
+        report = replace(report, kept=len(numbers) - len(unbuilt))
         _build(plan, job, unbuilt, options, show_progress)
-        report = replace(report, missing=len(set(range(len(plan))) - job.noted()))
+        report = replace(report, packed=len(unbuilt), missing=len(set(range(len(plan))) - job.noted()))
         # Others may have finished all of it between this task's first look and its beginning.
         if report.missing and of > 1:
             report = replace(report, manifest=_finished_by_others(plan, job, former))

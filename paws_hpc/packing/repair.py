@@ -91,7 +91,9 @@ def repair(
     if not report.refused and index is None:
         (folder / INDEX_NAME).unlink(missing_ok=True)
         load_index(folder, manifest)
-        report.index_made = True
+        report.index_made = (folder / INDEX_NAME).exists()
+        if not report.index_made:
+            report.refused[INDEX_NAME] = "it cannot be written; is the disk full?"
     report.whole = not report.refused and not (faults and verify(folder, level="quick")[0])
     return report
 

@@ -208,7 +208,7 @@ def _prepared(
 ) -> Iterator[list[tuple[int, _Prepared | str]]]:
     """Load and check the images on threads (decoding releases the GIL); yields slices of them in order.
 
-    Each image comes with its position, and is the reason where it is to be left out.
+    An item is (position, image), or (position, reason) for an image that is left out.
     """
     slots = itertools.count()
     mine = threading.local()

@@ -166,7 +166,7 @@ class ImageStore:
         """
         if self.encoding == "raw":
             pixels = self.read_raw(indices)
-            return list(np.repeat(pixels, 3 // pixels.shape[-1], axis=-1))
+            return list(pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1))
         positions = self._positions(indices)
         rows = self._index.rows(positions)
         heights, widths, images = rows["height"].tolist(), rows["width"].tolist(), []

@@ -121,7 +121,7 @@ def _header_problems(contents: ShardContents, manifest: Manifest, entry: ShardEn
 
 def _check_join(manifest: Manifest, indexes: list[ShardIndex]) -> Iterator[Fault]:
     """Compare what all shards give together with the manifest."""
-    joined = join_indexes(indexes)
+    joined = join_indexes(lambda: indexes)
     digest = dataset_digest(joined, encoding=manifest.encoding, shape=manifest.shape, classes=manifest.classes)
     counts = np.bincount(joined.labels, minlength=len(manifest.classes)).tolist()
     for name, found, wanted in (

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from paws_hpc.config import Config, StageResources, identity
-from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
+from paws_hpc.data.config import CropConfig, DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
     ClassifierConfig,
     CollapseConfig,
+    OptimizerConfig,
     PretrainConfig,
     SupportConfig,
     TrackingConfig,
@@ -96,6 +97,8 @@ BAD: dict[str, Callable[[], Any]] = {
     r"finetune.warmup_epochs=10 does not fit into a trial of 3 epochs.*finetune.sweep.epochs": lambda: swept(
         {"epochs": [3, 30]}, warmup_epochs=10
     ),
+    r"finetune.crop.count=2 must be in \[1, 1\]": lambda: swept({"epochs": [1]}, crop=CropConfig(count=2)),
+    r"optimizer.nesterov=true needs optimizer.momentum above 0": lambda: OptimizerConfig(nesterov=True, momentum=0),
     r"optimizer.warmup_epochs=10 does not fit into pretrain.epochs=9": lambda: Config(
         pretrain=PretrainConfig(epochs=9)
     ),

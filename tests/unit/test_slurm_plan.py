@@ -136,7 +136,8 @@ SLURM = ("hydra/launcher=slurm_8gpu", "name=run", "experiment=imagenet_10pct")
 def test_the_launchers_fields_are_defaults_and_resources_override_them_per_stage() -> None:
     _, parameters = parameters_of(
         [*SLURM, "hydra.launcher.account=vision", "resources.pretrain.nodes=8", "resources.finetune.partition=small",
-         "resources.finetune.additional_parameters={nice: 100, qos: long, comment: null}", "resources.selection.timeout_min=30"]
+         "resources.finetune.additional_parameters={nice: 100, qos: long, comment: null}",
+         "resources.selection.timeout_min=30"]
     )  # fmt: skip
     pretrain, finetune, selection, report = (
         parameters[stage] for stage in ("pretrain", "finetune", "selection", "report")

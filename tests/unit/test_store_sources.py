@@ -128,6 +128,21 @@ def test_a_malicious_cifar_pickle_is_named_and_does_not_execute(tmp_path: Path, 
     assert trace.exists()
 
 
+class Pointers:
+    """Unpickled with numpy's own class, its bytes are followed as pointers to objects."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, ((1,), np.dtype(object), b"\0" * 8)
+
+
+def test_a_cifar_pickle_may_not_make_arrays_of_pointers(tmp_path: Path) -> None:
+    write_cifar10(tmp_path, [tiles(2, seed=0)] * 6)
+    batch = {b"data": np.zeros((1, 3072), np.uint8), b"labels": Pointers()}
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(StoreError, match=r"data_batch_3.*cannot be read as plain data"):
+        cifar(tmp_path, kind="cifar10", split="train")
+
+
 def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     write_cifar10(tmp_path, [tiles(2, seed=0)] * 6)
     batch = tmp_path / "cifar-10-batches-py" / "data_batch_2"

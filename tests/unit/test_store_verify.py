@@ -112,7 +112,7 @@ def _make_consistent(store: Path) -> None:
     index = read_shard(path).index
     with h5py.File(path, "r+", locking=False) as shard:
         shard.attrs.modify("uuid", index.uuid)
-    joined = join_indexes([read_shard(path).index for path in sorted(store.glob("*.h5"))])
+    joined = join_indexes(lambda: [read_shard(path).index for path in sorted(store.glob("*.h5"))])
 
     def change(manifest: dict[str, Any]) -> None:
         manifest["shards"][0] |= {"uuid": index.uuid, "bytes": path.stat().st_size, "file_hash": file_hash(path)}

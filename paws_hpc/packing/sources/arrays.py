@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import hashlib
 import math
@@ -234,14 +233,28 @@ def load_plain_pickle(path: Path) -> Any:
         raise StoreError(f"{path} cannot be read as plain data: {error}. Get the data set again.") from error
 
 
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How protocol 2 spells bytes, limited to that use."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+def _reconstruct(array_type: object, shape: tuple[int, ...], type_code: bytes) -> NDArray[Any]:
+    """How pickles begin an array: empty, filled by the state that follows."""
+    if array_type is not _NDARRAY or shape != (0,):
+        raise pickle.UnpicklingError(f"an array of {array_type} {shape}")
+    return np.ndarray((0,), dtype=np.uint8)
+
+
+_NDARRAY = object()  # numpy.ndarray, which pickles name; called, it would take any bytes for pointers
 _PLAIN_GLOBALS: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
+    ("_codecs", "encode"): _encode,
 }
-"""What pickles of numpy arrays name; ``encode`` is how protocol 2 spells bytes."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
