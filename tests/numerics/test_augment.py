@@ -170,26 +170,20 @@ def test_an_image_smaller_than_its_kernel_is_blurred_by_a_shorter_one() -> None:
     assert distance(blurred[1], images[1]) <= 1e-6
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("config", "channels"), [*((config, 3) for config in CONFIGS), ("always", 1)])
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 40)])
-def test_the_pipeline_equals_torchvision_s_functions_one_by_one(config: str, height: int, width: int) -> None:
-    images = pictures(height, width).repeat(12, 1, 1, 1)
+def test_the_pipeline_equals_torchvision_s_functions_one_by_one(
+    config: str, channels: int, height: int, width: int
+) -> None:
+    """A grey store's images get what torchvision does to one channel, three times."""
+    images = pictures(height, width)[:, :channels].repeat(12, 1, 1, 1)
+    before = images.clone()
     parameters = draw_parameters(CONFIGS[config], seed=0, epoch=4, samples=np.arange(72), view=1)
     result = augment(images, parameters, mean=MEAN, std=STD)
     for index, (image, changed) in enumerate(zip(images, result, strict=True)):
-        expected = TF.normalize(by_torchvision(image, parameters, index), MEAN, STD)
-        assert distance(changed, expected) * min(STD) <= 5e-6, parameters[index]
-    assert torch.equal(images, pictures(height, width).repeat(12, 1, 1, 1)), "the input stays as it was"
-
-
-def test_a_grey_store_s_images_get_what_torchvision_does_to_one_channel() -> None:
-    images = pictures()[:, :1].repeat(10, 1, 1, 1)
-    parameters = draw_parameters(CONFIGS["always"], seed=0, epoch=4, samples=np.arange(60), view=1)
-    result = augment(images, parameters, mean=MEAN, std=STD)
-    assert result.shape == (60, 3, 96, 96)
-    for index, (image, changed) in enumerate(zip(images, result, strict=True)):
         expected = TF.normalize(by_torchvision(image, parameters, index).expand(3, -1, -1), MEAN, STD)
         assert distance(changed, expected) * min(STD) <= 5e-6, parameters[index]
+    assert torch.equal(images, before), "the input stays as it was"
 
 
 def test_an_image_is_augmented_alike_in_any_batch_and_memory_layout() -> None:
@@ -301,14 +295,6 @@ def test_a_row_of_the_table_is_all_that_an_operation_needs(monkeypatch: pytest.M
         assert distance(inverted, 1 - images.float() / 255) <= 1e-6
 
 
-def test_normalise_equals_torchvision_and_repeats_a_grey_channel() -> None:
-    images = pictures()
-    expected = TF.normalize(images.float() / 255, MEAN, STD)
-    assert distance(normalise(images, mean=MEAN, std=STD), expected) <= 2e-6
-    grey = normalise(images[:, :1], mean=MEAN, std=STD)
-    assert distance(grey, TF.normalize(images[:, :1].float().expand(-1, 3, -1, -1) / 255, MEAN, STD)) <= 2e-6
-
-
 def test_parameters_are_distributed_as_configured() -> None:
     """Shares within 4.5 standard errors; factors uniform on torchvision's ranges; 24 orders by chi-square."""
     n = 40_000
@@ -337,11 +323,13 @@ def test_parameters_are_distributed_as_configured() -> None:
     assert (np.abs(np.corrcoef(numbers) - np.eye(len(numbers))) < 4.5 / np.sqrt(n)).all()
 
 
-def test_switched_off_operations_leave_the_image_as_it_is() -> None:
-    off = AugmentConfig(0, 0, 0, 0, 1, 0, 0, 0)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_with_operations_switched_off_an_image_is_only_normalised_and_a_grey_one_repeated(channels: int) -> None:
+    off, images = AugmentConfig(0, 0, 0, 0, 1, 0, 0, 0), pictures()[:, :channels]
     parameters = draw_parameters(off, seed=0, epoch=0, samples=np.arange(6), view=0)
-    result = augment(pictures(), parameters, mean=MEAN, std=STD)
-    assert torch.equal(result, normalise(pictures(), mean=MEAN, std=STD))
+    result = augment(images, parameters, mean=MEAN, std=STD)
+    assert torch.equal(result, normalise(images, mean=MEAN, std=STD))
+    assert distance(result, TF.normalize(images.float().expand(-1, 3, -1, -1) / 255, MEAN, STD)) <= 2e-6
 
 
 def test_input_that_cannot_be_augmented_is_a_clear_error() -> None:

@@ -14,7 +14,6 @@ from paws_hpc.objective.config import RopawsConfig
 from paws_hpc.objective.labels import smooth_labels
 from paws_hpc.objective.neighbours import soft_nearest_neighbours
 from paws_hpc.objective.ropaws import Ropaws, calibrated_posteriors
-from tests.numerics.half_blank import nearly_blank
 from tests.ranks import results_of, run_on_ranks
 
 K, IMAGES, SMALL, D = 3, 8, 2, 5
@@ -92,9 +91,3 @@ def test_ranks_together_are_one_process(tmp_path: Path) -> None:
 def test_an_impossible_value_names_its_field(field: str) -> None:
     with pytest.raises(ValueError, match=rf"objective\.{field}=-1"):
         RopawsConfig(**{field: -1.0})
-
-
-def test_the_blanks_of_the_study_are_nearly_blank() -> None:
-    blanks = nearly_blank(20, 16)
-    assert blanks.shape == (20, 16, 16, 1)
-    assert blanks.std((1, 2, 3)).max() < 10
