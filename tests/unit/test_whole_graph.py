@@ -19,7 +19,8 @@ def test_what_is_compiled_runs_as_ever_while_another_thread_compiles() -> None:
     """Slow data: batches are still made when the first step compiles the network."""
     batch = torch.arange(24.0).view(3, 8)
     views = whole_graph(lambda images: images.flip(-1) / 3 + 1, backend="aot_eager")
-    expected, done, wrong, during = views(batch), threading.Event(), list[object](), 0
+    expected, ready, done = views(batch), threading.Event(), threading.Event()
+    wrong, during = list[object](), 0
 
     def make_batches() -> None:
         nonlocal during
@@ -30,10 +31,12 @@ def test_what_is_compiled_runs_as_ever_while_another_thread_compiles() -> None:
                     wrong.append("other views")
             except RuntimeError as error:
                 wrong.append(error)
+            ready.set()  # a thread compiles at its own first call
 
     network = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(30)))
     beside = threading.Thread(target=make_batches)
     beside.start()
+    ready.wait()
     try:
         loss: Tensor = whole_graph(network, backend="aot_eager")(batch).sum()
         loss.backward()
