@@ -130,7 +130,7 @@ def loss_share(rounds: Sequence[Round]) -> float | None:
 
 
 def diagnostics_share(step: Sequence[Round], diagnosed: Sequence[Round], every: int) -> float | None:
-    """Diagnostics in one of ``every`` steps, percent of a step without; None where one of them failed."""
+    """What diagnostics every ``every`` steps add to the mean step, in percent; None if a measurement failed."""
     pairs = [(a.details["parts_s"], b.details["parts_s"]) for a, b in zip(step, diagnosed, strict=False)]
     return median(100 * (b["loss"] - a["loss"]) / (every * a["step"]) for a, b in pairs)
 

@@ -94,7 +94,7 @@ def read_config(path: Path) -> Config:
 
 
 def freeze(config: Config, path: Path) -> None:
-    """Write the config of a run, once :func:`check_frozen` has nothing against it."""
+    """Check the config of a run with :func:`check_frozen`, then write it."""
     check_frozen(config, path)
     kept = dataclasses.replace(config, dry_run=False, cancel=False)  # orders to the launcher, not fields of the run
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))

@@ -13,7 +13,7 @@ Launcher = Mapping[str, Any]
 """The fields of ``hydra/launcher=submitit_slurm`` as Hydra composed them."""
 
 PLACE = ("partition", "account", "qos", "constraint", "exclude")
-"""Where a job may run; a stage gives those after the partition as ``additional_parameters``."""
+"""Fields that say where a job may run. A stage gives all but the partition in ``additional_parameters``."""
 
 _GPUS = ("gpus_per_node", "gpus_per_task", "gres")
 _SHAPE = ("nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres")

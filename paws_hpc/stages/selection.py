@@ -63,8 +63,8 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
         trial: read_json(run.trial(sweep, trial) / "result.json")["validation_accuracy"] for trial in finished
     }
     winner = max(finished, key=lambda trial: accuracies[trial])
-    said = {"trial": winner.name, "validation_accuracy": accuracies[winner]}
-    return winner, {"missing": missing, **winner.values, **said}
+    summary = {"trial": winner.name, "validation_accuracy": accuracies[winner]}
+    return winner, {"missing": missing, **winner.values, **summary}
 
 
 def run(context: TorchContext) -> None:
@@ -145,7 +145,7 @@ def _score(
         "classes": list(data.classes),
         "seed": config.seed,
         "pretrained": encoder is not None,
-        "missing": {sweep: said["missing"] for sweep, (_, said) in choices.items()},
+        "missing": {sweep: summary["missing"] for sweep, (_, summary) in choices.items()},
         "test": {"count": len(test)} | scores,
         "digests": data.digests | {"test": test.store.digest},
     }

@@ -30,7 +30,7 @@ Sample = list[Tensor]
 
 
 class Cutter:
-    """Cuts the images of a folder, each always by the same boxes.
+    """Crops the images of a folder; an image has the same boxes in every pass.
 
     Attributes:
         boxes: per crop group (N, count, 4), of the N images.
