@@ -123,14 +123,11 @@ class CropConfig:
     count: int = 1
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
 
-    def __post_init__(self) -> None:
-        where = "(a crop of views.large, views.small or fine-tuning)"
-        if self.size < 1:
-            raise ValueError(f"size={self.size} {where} must be a positive number of pixels")
-        if self.count < 0:
-            raise ValueError(f"count={self.count} {where} must not be negative; 0 turns these crops off")
+    def check(self, section: str) -> None:
+        """Raise ValueError, naming the field as one of ``section``, if no crop could be made."""
+        check_ranges(section, self, size="[1, inf)", count="[0, inf)")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale={self.scale} {where} must be [least, greatest] share of the area in (0, 1]")
+            raise ValueError(f"{section}.scale={self.scale} must be [least, greatest] share of the area in (0, 1].")
 
 
 @dataclass
@@ -172,10 +169,11 @@ class AugmentConfig:
     solarize_probability: float = 0.0
     equalize_probability: float = 0.0
 
-    def __post_init__(self) -> None:
+    def check(self, section: str) -> None:
+        """Raise ValueError, naming the field as one of ``section``, if a value is out of its range."""
         factors = dict.fromkeys(("brightness", "contrast", "saturation"), "[0, inf)")
         chances = {each.name: "[0, 1]" for each in fields(self) if each.name.endswith("_probability")}
-        check_ranges("augment", self, hue="[0, 0.5]", **factors, **chances)
+        check_ranges(section, self, hue="[0, 0.5]", **factors, **chances)
 
 
 @dataclass
@@ -197,6 +195,9 @@ class ViewsConfig:
     evaluation: CenterCropConfig = field(default_factory=CenterCropConfig)
 
     def __post_init__(self) -> None:
+        self.large.check("views.large")
+        self.small.check("views.small")
+        self.augment.check("views.augment")
         if self.large.count != 2:
             raise ValueError(
                 f"views.large.count={self.large.count} must be 2: each large crop's target is the other's prediction"

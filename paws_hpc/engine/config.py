@@ -240,7 +240,9 @@ class ClassifierConfig:
         counts, rates = ("epochs", "batch_size", "validate_every_epochs"), ("weight_decay", "warmup_epochs")
         check_ranges(section, self, **dict.fromkeys(counts, "[1, inf)"), **dict.fromkeys(rates, "[0, inf)"))
         check_ranges(section, self, learning_rate="(0, inf)", momentum="[0, 1)")
+        self.crop.check(f"{section}.crop")
         check_ranges(f"{section}.crop", self.crop, count="[1, 1]")
+        self.augment.check(f"{section}.augment")
 
     def trials(self) -> list[Trial]:
         """All combinations, in a fixed order."""

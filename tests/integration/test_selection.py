@@ -139,13 +139,25 @@ def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: 
     assert probabilities == sorted(probabilities, reverse=True)
 
 
-def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
-    chain: tuple[Config, RunFolder], digits_stores: Stores
-) -> None:
-    config, run = chain
+@pytest.fixture(scope="module")
+def scored(
+    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, RunFolder]:
+    """A copy of the chain after selection; the test store is out of reach again."""
+    folder = tmp_path_factory.mktemp("scored")
+    run = RunFolder(folder / "run")
+    shutil.copytree(chain[1].path, run.path)
+    config = tiny_config(digits_stores.train, folder / "test", folder)
     Path(config.data.test).symlink_to(digits_stores.test)
     selection.run(TorchContext(config, run))
     Path(config.data.test).unlink()
+    return config, run
+
+
+def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
+    scored: tuple[Config, RunFolder], digits_stores: Stores
+) -> None:
+    config, run = scored
     selection.run(TorchContext(config, run))  # done: the test store is not opened again
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())
     assert selected["missing"] == ["lr=0.02,epochs=1"]
@@ -170,8 +182,8 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     check_gallery(config, run, result, images)
 
 
-def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tuple[Config, RunFolder]) -> None:
-    config, run = chain
+def test_probes_are_chosen_by_validation_and_scored_beside_the_others(scored: tuple[Config, RunFolder]) -> None:
+    config, run = scored
     data = open_data(config)
     selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
     encoder, _ = load_pretrained(run, data, CPU)
@@ -193,11 +205,11 @@ def test_probes_are_chosen_by_validation_and_scored_beside_the_others(chain: tup
 
 @pytest.fixture
 def unscored(
-    chain: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
+    scored: tuple[Config, RunFolder], digits_stores: Stores, tmp_path: Path
 ) -> tuple[Config, RunFolder, dict[str, Any]]:
     """The chain before selection, with the test store, and the result that it had."""
     run = RunFolder(tmp_path / "run")
-    shutil.copytree(chain[1].path, run.path)
+    shutil.copytree(scored[1].path, run.path)
     expected = json.loads(run.result.read_text())
     for path in (run.result, run.selected):
         path.unlink()
@@ -264,8 +276,11 @@ def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
     build_report(run.path)
 
 
-def test_an_unfinished_trial_goes_on_in_a_larger_sweep_but_not_in_another_one(chain: tuple[Config, RunFolder]) -> None:
-    config, run = chain
+def test_an_unfinished_trial_goes_on_in_a_larger_sweep_but_not_in_another_one(
+    chain: tuple[Config, RunFolder], tmp_path: Path
+) -> None:
+    config, run = chain[0], RunFolder(tmp_path / "run")
+    shutil.copytree(chain[1].path, run.path)
     folder = run.path / "finetune" / "lr=0.1,epochs=1"
     result = json.loads((folder / "result.json").read_text())
     for name in ("DONE", "result.json"):

@@ -28,6 +28,7 @@ from paws_hpc.data.crops import (
     resized_crops,
     sample_boxes,
 )
+from paws_hpc.engine.config import ClassifierConfig
 
 RECIPES = {
     "large": CropConfig(scale=[0.14, 1.0]),
@@ -248,14 +249,15 @@ def test_the_default_views_are_the_paper_s_imagenet_recipe() -> None:
 @pytest.mark.parametrize(
     ("build", "field"),
     [
-        (lambda: CropConfig(size=0), "size=0"),
-        (lambda: CropConfig(count=-1), "count=-1"),
-        (lambda: CropConfig(scale=[0.5, 0.1]), "scale"),
-        (lambda: CropConfig(scale=[0.5, 1.1]), "scale"),
+        (lambda: ViewsConfig(small=CropConfig(size=0)), "views.small.size=0"),
+        (lambda: ViewsConfig(small=CropConfig(count=-1)), "views.small.count=-1"),
+        (lambda: ViewsConfig(large=CropConfig(count=2, scale=[0.5, 0.1])), "views.large.scale"),
+        (lambda: ClassifierConfig(crop=CropConfig(scale=[0.5, 1.1])).check("finetune"), "finetune.crop.scale"),
+        (lambda: ClassifierConfig(augment=AugmentConfig(hue=0.6)).check("baseline"), "baseline.augment.hue=0.6"),
         (lambda: CenterCropConfig(resize=200, size=224), "views.evaluation.size=224"),
-        (lambda: AugmentConfig(contrast=-0.1), "views.augment.contrast"),
-        (lambda: AugmentConfig(hue=0.6), "views.augment.hue"),
-        (lambda: AugmentConfig(flip_probability=1.5), "views.augment.flip_probability"),
+        (lambda: ViewsConfig(augment=AugmentConfig(contrast=-0.1)), "views.augment.contrast"),
+        (lambda: ViewsConfig(augment=AugmentConfig(hue=0.6)), "views.augment.hue"),
+        (lambda: ViewsConfig(augment=AugmentConfig(flip_probability=1.5)), "views.augment.flip_probability"),
         (lambda: ViewsConfig(large=CropConfig(count=3)), "views.large.count=3"),
         (lambda: ViewsConfig(small=CropConfig(count=2000)), "views.small.count=2000"),
         (lambda: ViewsConfig(support_views=0), "views.support_views=0"),

@@ -87,7 +87,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"finetune.sweep.epochs=\[30, 30\] repeats a value": lambda: swept({"epochs": [30, 30]}),
     r"finetune.sweep.epochs=\[1.5\] must be a list of whole numbers": lambda: swept({"epochs": [1.5]}),
     r"finetune.sweep.momentum=\[True\] must be a list of numbers": lambda: swept({"momentum": [True]}),
-    r"finetune.sweep.crop.size=\[0\]: size=0": lambda: swept({"crop.size": [0]}),
+    r"finetune.sweep.crop.size=\[0\]: finetune.crop.size=0": lambda: swept({"crop.size": [0]}),
     r"finetune.sweep.rate=\[1\]: there is no such number.*learning_rate, epochs": lambda: swept({"rate": [1]}),
     r"finetune.sweep.min_trials=\[1\]: there is no such number": lambda: swept({"min_trials": [1]}),
     r"finetune.epochs=7 has no effect, as finetune.sweep.epochs=\[3\].*\[7\]": lambda: swept({"epochs": [3]}, epochs=7),
