@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
+from paws_hpc.cluster.chain import Chain, check_begun, forget_untrained
 from paws_hpc.cluster.compose import CONF, compose_run, composed_run, for_hydra, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
@@ -37,10 +38,9 @@ from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.files import exclusive
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
-from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import LeaseHeldError
-from paws_hpc.stages.prepare import check_images
-from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one
+from paws_hpc.stages.prepare import check_before_packing
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, has_trained, is_done
 
 _SEVERAL = ("-m", "--multirun")
 
@@ -79,18 +79,29 @@ def _launch(config: Config, launcher: Launcher) -> None:
 
 def _here(config: Config, run: RunFolder, kind: str) -> None:
     """Run the chain on this machine, and print what came of it."""
-    if config.dry_run or config.cancel:
-        raise ConfigError("dry_run and cancel are for chains on Slurm: add hydra/launcher=submitit_slurm.")
+    if config.cancel:
+        raise ConfigError("cancel is for chains on Slurm: add hydra/launcher=submitit_slurm.")
+    if config.dry_run:
+        check_begun(config, run)
+        check_before_packing(config)
+        print(f"{run.path} would run {', '.join(config.stages)} here. Nothing was written.")
+        return
     with exclusive(run.path / ".lock", busy=f"Another launch of {run.path} is running. Wait for it, or end it."):
-        check_images(config, run)
+        in_queue = run.chain.exists() and Chain(run).is_submitted  # whose jobs would go on with the former settings
+        check_begun(config, run, in_queue=in_queue)
+        forget_untrained(config, run)
         freeze(config, run.config)
-        finished = run.result.exists()
-        if finished and "selection" in config.stages:
+        if run.result.exists() and "selection" in config.stages:
             check_sweep_is_the_scored_one(config, run)  # which selection would find after all the training before it
         several = any(config.resources[stage].ranks > 1 for stage in config.stages)
         on_ranks = several or kind == "LocalLauncher"
-        worked = run_chain(config, run, submitit_local(config, run) if on_ranks else partial(run_job, run.path))
-    if all(STAGES[job.partition("/")[0]].refreshed for job in worked) and finished:
+        try:
+            worked = run_chain(config, run, submitit_local(config, run) if on_ranks else partial(run_job, run.path))
+        except BaseException:
+            if not is_done(run.prepare) and not has_trained(run):
+                run.config.unlink()
+            raise
+    if not worked:
         print(f"All stages of {run.path} were done already.")
     table = Table(title=f"{run.path}", show_header=False, title_justify="left")
     for name, value in result_table(read_run(run.path)):

@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.cluster.frozen import ConfigError
+from paws_hpc.cluster.frozen import ConfigError, check_frozen
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import now
-from paws_hpc.stages.prepare import changed_images
-from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, without_pretraining
+from paws_hpc.stages.prepare import changed_images, check_images
+from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, has_trained, without_pretraining
 from paws_hpc.store.format import MANIFEST_NAME
 from paws_hpc.trial import Trial
 
@@ -68,6 +69,31 @@ def jobs_of(config: Config, stage: str) -> list[Job]:
     return [Job(stage)]
 
 
+def check_begun(config: Config, run: RunFolder, *, in_queue: bool = False) -> None:
+    """Check a launch against how its run was begun, which binds once it trained, or while its jobs are in the queue.
+
+    Raises:
+        ConfigError: other fields differ.
+        ValueError: the run trained on other images.
+    """
+    if in_queue or has_trained(run):
+        check_frozen(config, run.config)
+        check_images(config, run)
+
+
+def forget_untrained(config: Config, run: RunFolder) -> None:
+    """Remove what a launch with other settings froze and prepared, if it trained nothing; its logs stay."""
+    if has_trained(run):
+        return
+    try:
+        check_frozen(config, run.config)
+    except ConfigError:
+        for name, stage in STAGES.items():
+            if name == "prepare" or stage.trains:  # rows of steps that no checkpoint has, pictures of other crops
+                shutil.rmtree(run.path / name, ignore_errors=True)
+        run.config.unlink()
+
+
 class Chain:
     """``chain.json`` of one run; only the launcher writes it.
 
@@ -103,6 +129,11 @@ class Chain:
             }
             write_json(run.chain, value)
         return cls(run)
+
+    @property
+    def is_submitted(self) -> bool:
+        """Whether jobs of it may be in a scheduler's queue: some were submitted, and nobody cancelled them since."""
+        return bool(self.submissions) and "cancelled" not in self._value
 
     def add_submission(self, submission: dict[str, Any]) -> None:
         """Remember jobs that were submitted together."""

@@ -11,13 +11,14 @@ from paws_hpc.cluster.bootstrap import run_job_as_local_rank
 from paws_hpc.cluster.chain import Chain, Job, jobs_of
 from paws_hpc.config import Config
 from paws_hpc.stage_table import STAGES
+from paws_hpc.stages.attempts import stage_state
 from paws_hpc.stages.run_folder import RunFolder
 
 Runner = Callable[[Job], None]
 
 
 def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
-    """Run the config's stages in order, leaving out jobs that are done; returns the names of those that had work to do.
+    """Run the config's stages in order; returns the names of the jobs that were not done.
 
     ``runner`` runs one job and raises if it fails.
     """
@@ -25,9 +26,11 @@ def run_chain(config: Config, run: RunFolder, runner: Runner) -> list[str]:
     worked: list[str] = []
     for stage in (stage for stage in STAGES.values() if stage.name in config.stages):
         jobs = jobs_of(config, stage.name)
-        for job in (job for job in jobs if stage.refreshed or not job.is_done(config, run)):
-            runner(job)
-            worked.append(job.name)
+        for job in jobs:
+            stale = stage.refreshed and (worked or stage_state(run.path / "jobs", job.name)[0] != "done")
+            if stale or not job.is_done(config, run):
+                runner(job)
+                worked.append(job.name)
     return worked
 
 

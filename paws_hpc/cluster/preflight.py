@@ -22,6 +22,7 @@ from paws_hpc.cluster.traces import read_progress
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
 from paws_hpc.stage_table import STAGES, SWEEPS
+from paws_hpc.stages.prepare import check_before_packing
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 
@@ -64,6 +65,10 @@ def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters],
         yield Check("run directory", "problem", f"{there} cannot be written", "Choose another with runs=….")
     for name, path in config.data.stores.items():
         yield _store(name, path, config.data)
+    try:
+        check_before_packing(config)
+    except (OSError, ValueError) as error:
+        yield Check("images and labels", "problem", str(error))
 
 
 def _slurm(config: Config, by_stage: Mapping[str, Parameters], run: RunFolder) -> Iterator[Check]:

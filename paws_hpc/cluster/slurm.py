@@ -21,15 +21,15 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.bootstrap import run_job_on_slurm
-from paws_hpc.cluster.chain import Chain, ToSubmit, dependency, to_submit
-from paws_hpc.cluster.frozen import check_frozen, freeze
+from paws_hpc.cluster.chain import Chain, ToSubmit, check_begun, dependency, forget_untrained, to_submit
+from paws_hpc.cluster.frozen import freeze
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.cluster.scheduler import ENDED, QueuedJob, SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.snapshot import plan_snapshot, shield, take_snapshot
 from paws_hpc.config import Config
 from paws_hpc.files import exclusive
 from paws_hpc.stages.attempts import now
-from paws_hpc.stages.prepare import check_images
+from paws_hpc.stages.prepare import check_before_packing
 from paws_hpc.stages.run_folder import RunFolder
 
 _LEAVING_S = 120.0
@@ -56,9 +56,12 @@ class SlurmChain:
             SchedulerUnreachableError: Slurm cannot be reached.
         """
         with exclusive(self.run.path / ".lock"):  # a launch at the same moment waits here, and then finds these jobs
-            check_frozen(self.config, self.run.config)
-            check_images(self.config, self.run)
-            scheduler.queue()  # first of all: without Slurm nothing is begun
+            queued = scheduler.queue()  # first of all: without Slurm nothing is begun
+            in_queue = self.run.chain.exists() and bool(_jobs_of(Chain(self.run), queued)[0])
+            check_begun(self.config, self.run, in_queue=in_queue)
+            check_before_packing(self.config)
+            if not in_queue:
+                forget_untrained(self.config, self.run)
             chain = Chain.begin(self.run, self.config.name)
             active, orphans = _jobs_of(chain, _settled_queue(chain))
             scheduler.cancel(orphans)
@@ -112,7 +115,8 @@ class SlurmChain:
 
         Writes nothing; ids that are not known yet read ``<stage>``.
         """
-        check_frozen(self.config, self.run.config)
+        check_begun(self.config, self.run)
+        check_before_packing(self.config)
         ids: dict[str, set[str]] = {}
         snapshot = plan_snapshot(self.run.path)
         for each in to_submit(self.config, self.run, {}):

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.data.config import MAX_SUPPORT_VIEWS
+
 _ROUNDS = 8
 _MINIMUM_HALF_BITS = 2  # below this the cipher has too few distinct permutations for classes with a handful of images
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -107,7 +109,7 @@ class EpochSampler:
     def __post_init__(self) -> None:
         if self.batch_size > self.count:
             raise ValueError(
-                f"batch_size={self.batch_size} is larger than the data set of {self.count} images; "
+                f"pretrain.batch_size={self.batch_size} is larger than the data set of {self.count} images; "
                 f"a batch of at most {self.count} would fit."
             )
 
@@ -186,14 +188,14 @@ class SupportSampler:
         self._by_record = np.argsort(self._records)
         if num_classes > len(self._classes):
             raise ValueError(
-                f"support.classes={num_classes}, but only {len(self._classes)} classes have labelled images. "
+                f"pretrain.support.classes={num_classes}, but only {len(self._classes)} classes have labelled images. "
                 f"Ask for at most {len(self._classes)}."
             )
         if not balanced and self._counts.min() < images_per_class:
             scarce = int(self._counts.argmin())
             raise ValueError(
-                f"support.images_per_class={images_per_class}, but class {self._classes[scarce]} has only "
-                f"{self._counts[scarce]} labelled images. Lower support.images_per_class to at most "
+                f"pretrain.support.images_per_class={images_per_class}, but class {self._classes[scarce]} has only "
+                f"{self._counts[scarce]} labelled images. Lower pretrain.support.images_per_class to at most "
                 f"{self._counts[scarce]}, label more images of that class, or set data.support_order=balanced, which "
                 "repeats images of such classes with other crops."
             )
@@ -204,6 +206,15 @@ class SupportSampler:
     def most_repeats(self) -> int:
         """How often a step may hold the same image at most."""
         return int(-(-self.images_per_class // self._counts.min()))
+
+    def check_repeats(self, support_views: int) -> None:
+        """Raise ValueError if a step would hold more crops of an image than there are numbers for."""
+        if self.most_repeats * support_views > MAX_SUPPORT_VIEWS:
+            raise ValueError(
+                f"pretrain.support.images_per_class={self.images_per_class} needs {self.most_repeats} repeats of an "
+                f"image, each with views.support_views={support_views} crops. There are numbers for "
+                f"{MAX_SUPPORT_VIEWS} crops of an image per step: lower pretrain.support.images_per_class."
+            )
 
     def draw(self, step: int) -> SupportDraw:
         """The supports of a 0-based step."""

@@ -43,8 +43,10 @@ class Split:
         return store.find(self.keys)
 
 
-def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: int) -> tuple[Split, Split]:
-    """The two splits of a run, loaded if they exist and otherwise made and saved beside the shards.
+def labelled_and_validation(
+    store: ImageStore, config: LabelsConfig, *, seed: int, save: bool = True
+) -> tuple[Split, Split]:
+    """The two splits of a run, loaded if they exist and otherwise made and, if ``save``, saved beside the shards.
 
     Raises:
         ValueError: a class has too few images, a listed image is not in the store, the two splits overlap, or a saved
@@ -61,8 +63,8 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
         if (file := files[kind]) is not None:
             text = _read_list(file)
             origin = {"file": file.name, "sha256": value_digest(text)}
-            return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file))
-        return _drawn(store, kind, config, seed=seed, apart_from=other)
+            return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file), save=save)
+        return _drawn(store, kind, config, seed=seed, apart_from=other, save=save)
 
     if files["validation"] is None and not config.all:
         labelled = make("labelled", None)
@@ -79,7 +81,9 @@ def labelled_and_validation(store: ImageStore, config: LabelsConfig, *, seed: in
     return labelled, validation
 
 
-def _drawn(store: ImageStore, kind: str, config: LabelsConfig, *, seed: int, apart_from: Split | None) -> Split:
+def _drawn(
+    store: ImageStore, kind: str, config: LabelsConfig, *, seed: int, apart_from: Split | None, save: bool
+) -> Split:
     """The split of a draw that leaves out the images of ``apart_from``; None per class takes all others."""
     per_class = config.per_class if kind == "labelled" else config.validation_per_class
     origin: dict[str, Any] = {"all": True} if per_class is None else {"per_class": per_class, "seed": seed}
@@ -89,11 +93,13 @@ def _drawn(store: ImageStore, kind: str, config: LabelsConfig, *, seed: int, apa
         name += f"-without-{origin['apart_from'][:8]}"
     salt = _LABELLED if kind == "labelled" else _VALIDATION
     make = partial(_draw, store, per_class, seed=seed, salt=salt, apart_from=apart_from)
-    return _load_or_make(store, name, origin, make)
+    return _load_or_make(store, name, origin, make, save=save)
 
 
-def _load_or_make(store: ImageStore, name: str, origin: dict[str, Any], make: Callable[[], list[str]]) -> Split:
-    """Load the split of this name and origin, or make and save it."""
+def _load_or_make(
+    store: ImageStore, name: str, origin: dict[str, Any], make: Callable[[], list[str]], *, save: bool
+) -> Split:
+    """Load the split of this name and origin, or make it, and save it if wanted."""
     path = store.path / "splits" / f"{name}.json"
     if path.exists():
         split = load_split(path)
@@ -104,6 +110,8 @@ def _load_or_make(store: ImageStore, name: str, origin: dict[str, Any], make: Ca
             f"{store.digest[:12]}. Remove it if no run needs it any more."
         )
     split = Split(name, origin, store.digest, tuple(make()))
+    if not save:
+        return split
     content = {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest}
     write_json(path, content | {"keys": list(split.keys)})
     return split

@@ -25,7 +25,6 @@ from paws_hpc.data.config import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
     FIRST_SUPPORT_VIEW,
-    MAX_SUPPORT_VIEWS,
     AugmentConfig,
     CenterCropConfig,
     CropConfig,
@@ -175,13 +174,7 @@ class PawsStream:
             seed=seed, balanced=balanced_support,
         )  # fmt: skip
         self._labels_are_here = supports.store is store
-        repeats = self._support_sampler.most_repeats
-        if repeats * views.support_views > MAX_SUPPORT_VIEWS:
-            raise ValueError(
-                f"pretrain.support.images_per_class needs {repeats} repeats of an image, each with views.support_views="
-                f"{views.support_views} crops. There are numbers for {MAX_SUPPORT_VIEWS} crops of an image per step: "
-                "lower pretrain.support.images_per_class."
-            )
+        self._support_sampler.check_repeats(views.support_views)
         self._multicrop = MultiCrop(images, seed=seed, threads=threads, device=device)
         # A resident store lives on the device once; and workers are shared wherever the images are.
         shared = supports is images or (self._labels_are_here and is_resident(store, device))

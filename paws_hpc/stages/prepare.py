@@ -6,21 +6,21 @@ It does not load torch unless there are weights to start from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from paws_hpc.config import Config
-from paws_hpc.data.samplers import Positions, SupportSampler
+from paws_hpc.config import Config, sweep_config
+from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
 from paws_hpc.data.splits import Split, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
-from paws_hpc.stage_table import import_torch
+from paws_hpc.stage_table import SWEEPS, import_torch
 from paws_hpc.stages.context import StageContext
-from paws_hpc.stages.run_folder import RunFolder, is_done, mark_done
+from paws_hpc.stages.run_folder import RunFolder, has_trained, is_done, mark_done
 from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
@@ -67,8 +67,7 @@ def run(context: StageContext) -> None:
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.
-        ValueError: it does not fit, the stores do not go together, ``data.classes`` is not their number of classes, or
-            the labels do not suffice for the support mini-batches.
+        ValueError: it does not fit, or the images do not suffice for a stage (:func:`check_stages`).
     """
     config, run = context.config, context.run
     if config.model.init is not None:
@@ -87,21 +86,48 @@ def run(context: StageContext) -> None:
                 source = SourceConfig(kind=config.data.source, root=config.data.source_path, split=subset)
                 pack(open_source(source), Path(path), options=PackOptions(), show_progress=True)
     data = open_stores(config)
+    for warning in check_stages(config, data):
+        _LOG.warning("%s", warning)
+    context.fence()
+    mark_done(run.prepare, digests=data.digests | {"test": read_manifest(Path(config.data.test)).digest})
+
+
+def check_before_packing(config: Config) -> None:
+    """Raise what :func:`check_stages` raises, if all stores are there already; nothing is written."""
+    if all((Path(path) / MANIFEST_NAME).exists() for path in config.data.stores.values()):
+        list(check_stages(config, open_stores(config, save_splits=False)))
+
+
+def check_stages(config: Config, data: RunStores) -> Iterator[str]:
+    """Check that the images and labels suffice for every stage of the chain, before the first of them trains.
+
+    Yields:
+        Warnings: what may not end well.
+
+    Raises:
+        ValueError: a stage could not train; the field is named. Or the stores do not go together.
+    """
     if config.data.classes not in (None, len(data.classes)):
         raise ValueError(
             f"data.classes={config.data.classes}, but {data.labelled_store.path} has {len(data.classes)} classes. Set "
             f"data.classes={len(data.classes)}."
         )
-    if "pretrain" in config.stages:
-        _check_support(config, data)  # before a job is started that waits for GPUs
-    test = ImageStore.open(Path(config.data.test))
+    test = read_manifest(Path(config.data.test))
     if test.classes != data.classes:
         raise ValueError(
-            f"{test.path} has the classes {list(test.classes)[:5]}…, but {data.labelled_store.path} has "
+            f"{config.data.test} has the classes {list(test.classes)[:5]}…, but {data.labelled_store.path} has "
             f"{list(data.classes)[:5]}…. Pack both from the same data set."
         )
-    context.fence()
-    mark_done(run.prepare, digests=data.digests | {"test": test.digest})
+    fewest = int(np.unique(data.labelled_store.labels[data.labelled], return_counts=True)[1].min())
+    if "pretrain" in config.stages:
+        yield from _check_pretraining(config, data, fewest)
+    for name in (sweep for sweep in SWEEPS if sweep in config.stages):
+        _check_batches(config, name, len(data.labelled))
+    if config.suncet.steps and "selection" in config.stages and fewest < 2:
+        raise ValueError(
+            f"suncet.steps={config.suncet.steps} classifies labelled images by the others of their class, but a class "
+            "has one labelled image. Label two at least, or set suncet.steps=0."
+        )
 
 
 def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
@@ -127,8 +153,7 @@ def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
 
 def check_images(config: Config, run: RunFolder) -> None:
     """Raise ValueError if the run was trained or scored on other images than its stores now hold."""
-    trained = run.checkpoints.exists() or (run.path / "baseline").exists() or run.result.exists()
-    if trained and (changed := changed_images(config, run)):
+    if has_trained(run) and (changed := changed_images(config, run)):
         stores = ", ".join(dict.fromkeys(changed.values()))
         raise ValueError(
             f"{run.path} was begun with other images than are now in {stores}. Name the stores that it was begun "
@@ -137,8 +162,12 @@ def check_images(config: Config, run: RunFolder) -> None:
         )
 
 
-def open_stores(config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore.open) -> RunStores:
+def open_stores(
+    config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore.open, save_splits: bool = True
+) -> RunStores:
     """Open the stores with the splits of a run; ``open_store`` opens the store at a path, or a local copy of it.
+
+    Splits that are drawn now are kept beside the store unless ``save_splits`` is false.
 
     Raises:
         FileNotFoundError: there is no store; the command that packs one is named.
@@ -146,14 +175,18 @@ def open_stores(config: Config, *, open_store: Callable[[Path], ImageStore] = Im
     """
     train = open_store(Path(config.data.train))
     labelled_store = train if config.data.labelled is None else open_store(Path(config.data.labelled))
-    labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed)
+    labelled, validation = labelled_and_validation(labelled_store, config.labels, seed=config.seed, save=save_splits)
     return RunStores(config, train, labelled_store, labelled, validation)
 
 
-def _check_support(config: Config, data: RunStores) -> None:
-    """Raise ValueError if the labels do not suffice for the support mini-batches; warn of a likely collapse."""
+def _check_pretraining(config: Config, data: RunStores, fewest: int) -> Iterator[str]:
+    """Raise ValueError if there are too few images or labels for a step; yield a warning of a likely collapse.
+
+    ``fewest`` labelled images are in the smallest class.
+    """
     support, labels = config.pretrain.support, data.labelled_store.labels[data.labelled]
-    SupportSampler(
+    EpochSampler(len(data.train), config.pretrain.batch_size, config.seed)
+    sampler = SupportSampler(
         data.labelled,
         labels,
         num_classes=support.classes,
@@ -161,13 +194,25 @@ def _check_support(config: Config, data: RunStores) -> None:
         seed=config.seed,
         balanced=config.data.support_order == "balanced",
     )
-    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    sampler.check_repeats(config.views.support_views)
     if warning := config.objective.few_labels_warning(fewest):
-        _LOG.warning("%s", warning)
+        yield warning
     elif fewest == 1 and config.optimizer.name == "sgd":
-        _LOG.warning(
+        yield (
             "A class has one labelled image: there optimizer.name=lars with the support warm-up was 8 points better "
             "than sgd on digits (docs/results.md). experiment=digits_one_label has it, optimizer=lars_small its rates."
+        )
+
+
+def _check_batches(config: Config, sweep: str, labelled: int) -> None:
+    """Raise ValueError if a step of a trial has fewer than two of the ``labelled`` images for each rank."""
+    ranks, settings = config.resources[sweep].ranks, sweep_config(config, sweep)
+    size = min(labelled, *(settings.of_trial(trial).batch_size for trial in settings.trials()))
+    if size < 2 * ranks:
+        raise ValueError(
+            f"{sweep}.batch_size: a step has {size} of the {labelled} labelled images for {ranks} rank"
+            f"{'s' if ranks > 1 else ''} (resources.{sweep}), and batch normalisation needs two on each. Use larger "
+            "batches, fewer ranks or more labels."
         )
 
 

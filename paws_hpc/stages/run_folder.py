@@ -64,6 +64,13 @@ def mark_done(folder: Path, **facts: Any) -> None:
     write_json(folder / "DONE", facts)
 
 
+def has_trained(run: RunFolder) -> bool:
+    """Whether a run has trained anything that could go on or be used: a checkpoint, a finished network, or scores."""
+    stages = (run.path / name for name, stage in STAGES.items() if stage.trains)
+    kept = ("**/step-*.pt", "**/DONE")
+    return run.result.exists() or any(True for stage in stages for pattern in kept for _ in stage.glob(pattern))
+
+
 def without_pretraining(config: Config, run: RunFolder) -> bool:
     """Whether the supervised baseline is all that a run has to score: it has no pre-training, begun or to come."""
     wanted = {"pretrain", "finetune"} & set(config.stages)

@@ -53,12 +53,13 @@ def test_one_command_leads_from_images_to_a_report(finished: Path) -> None:
 
 def test_running_it_again_changes_nothing_and_says_so(finished: Path) -> None:
     run = finished / "runs/run"
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     again = launch(finished)
     assert again.returncode == 0, again.stderr
     assert "All stages" in again.stdout
     assert "done already" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")} == before
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after == before, "no attempt is added, so no stage takes longer than it did"
 
 
 def test_other_settings_under_the_same_name_are_refused_by_name(finished: Path) -> None:
@@ -83,6 +84,42 @@ def test_the_same_images_may_move_and_other_images_are_refused(finished: Path) -
         assert swapped.returncode == 1
         assert f"begun with other images than are now in {stores / 'test'}." in swapped.stderr
         assert f"accept_changes=[{names}]" in swapped.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ("pretrain.batch_size=5000", "pretrain.batch_size=5000 is larger than the data set of 1397 images"),
+        ("baseline.batch_size=1", "baseline.batch_size: a step has 1 of the 40 labelled images for 1 rank"),
+        ("resources.finetune.tasks_per_node=21", "finetune.batch_size: a step has 40 of the 40 labelled images for 21"),
+        ("labels.validation_per_class=500", "labels.validation_per_class=500 images of each class are to be drawn"),
+        ("baseline.warmup_epochs=3", "baseline.warmup_epochs=3 does not fit into a trial of 2 epochs"),
+    ],
+)
+def test_what_a_later_stage_could_not_do_is_refused_before_the_first_and_by_a_dry_run(
+    finished: Path, tmp_path: Path, wrong: str, field: str
+) -> None:
+    stores = (f"data.train={finished}/shards/train", f"data.test={finished}/shards/test")
+    for dry in (("dry_run=true",), ()):
+        refused = launch(tmp_path, *stores, wrong, *dry)
+        assert refused.returncode == 1
+        assert field in refused.stderr
+        assert not (tmp_path / "runs/run/config.yaml").exists()
+        assert not (tmp_path / "runs/run/pretrain").exists()
+
+
+def test_a_launch_that_trained_nothing_does_not_bind_the_corrected_one(finished: Path, tmp_path: Path) -> None:
+    stores = (f"data.train={finished}/shards/train", f"data.test={finished}/shards/test")
+    refused = launch(tmp_path, *stores, "pretrain.support.images_per_class=5", "data.support_order=paper",
+                     "labels.per_class=null", f"labels.file={tmp_path}/list.txt")  # fmt: skip
+    assert refused.returncode == 1, "there is no such list"
+    first = launch(tmp_path, *stores, "stages=[prepare,pretrain]", "optimizer.peak_lr=1e30", "optimizer.start_lr=1e30")
+    assert "The loss is" in first.stderr, "it was prepared, and diverged before its first checkpoint"
+    done = launch(tmp_path, *stores, "stages=[prepare,pretrain]", "labels.per_class=5", "pretrain.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert read_run(tmp_path / "runs/run").settings["labels.per_class"] == 5
+    bound = launch(tmp_path, *stores, "stages=[prepare,pretrain]", "pretrain.epochs=2")
+    assert "begun with other settings" in bound.stderr, "now it has trained"
 
 
 def test_a_wider_sweep_runs_only_its_new_trials(finished: Path) -> None:
