@@ -28,18 +28,31 @@ class _Moments(NamedTuple):
     counts: Tensor
 
 
-class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+class _TakesStatistics(nn.Module):
+    """A layer that depends on where normalisation takes its statistics from.
+
+    Attributes:
+        statistics: see :func:`set_statistics`. Evaluation mode takes the running ones and communicates nothing.
+    """
+
+    statistics: Statistics = "global"
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether a pass takes the statistics of its own rows."""
+        return self.training and self.statistics != "frozen"
+
+
+class _GlobalBatchNorm(_TakesStatistics, nn.modules.batchnorm._BatchNorm):
     """Batch normalisation with parameters and buffers named as in :class:`torch.nn.BatchNorm2d`.
 
     ``num_batches_tracked`` is kept, so that state dicts are interchangeable with PyTorch's, but never counted up.
 
     Attributes:
-        statistics: see :func:`set_statistics`. Evaluation mode takes the running ones and communicates nothing.
         tracked: whether a training-mode pass moves the running statistics; see :func:`untracked_statistics`.
         tape: statistics of a pass that will run again; see :func:`recomputation`.
     """
 
-    statistics: Statistics = "global"
     tracked: bool = True
     tape: dict[nn.Module, _Moments] | None = None
     momentum: float
@@ -53,13 +66,12 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             ValueError: training with no rows on this rank, or with a single value per channel over all ranks.
         """
         self._check_input_dim(input)
-        training = self.training and self.statistics != "frozen"
-        if training and self.statistics == "global" and world_size() > 1:
+        if self.by_batch and self.statistics == "global" and world_size() > 1:
             return self._normalise_over_ranks(input)
         # The running statistics are (1 - momentum) old + momentum new.
         momentum = self.momentum if self.tracked else 0.0
         return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, training, momentum, self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.by_batch, momentum, self.eps
         )
 
     def _normalise_over_ranks(self, input: Tensor) -> Tensor:
@@ -88,6 +100,14 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_mean.lerp_(moments.mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
+    @torch.no_grad()
+    def track_shift(self, shift: Tensor) -> None:
+        """Make the running mean what it were if the rows just normalised had been larger by ``shift``, (C,)."""
+        assert self.running_mean is not None
+        if self.by_batch and self.tracked:
+            # Through .data: autograd holds the running mean, takes any change for an error, and does not read it here.
+            self.running_mean.data.add_(shift, alpha=self.momentum)
+
 
 class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` over the rows (B, C) of all ranks."""
@@ -97,14 +117,53 @@ class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` over the images (B, C, H, W) of all ranks."""
 
 
+class CancelledBiasConv2d(_TakesStatistics, nn.Conv2d):
+    """A convolution whose bias only normalisation layers see, which subtract it with the mean of their rows.
+
+    So the bias changes no output and has gradient zero while statistics are the batch's. It is not added then: that and
+    its gradient's sum would be a sixth of a step of a wide ResNet. The running means still contain it
+    (:meth:`_GlobalBatchNorm.track_shift`), and it is added where they normalise.
+    """
+
+    bias: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As :class:`torch.nn.Conv2d`."""
+        return self._conv_forward(input, self.weight, None if self.by_batch else self.bias)
+
+
+class _Unmoved(torch.autograd.Function):
+    """The first argument; the others are part of the graph and get no gradient.
+
+    DistributedDataParallel waits for every parameter, and takes one that gets none for zero; on one rank it is None.
+    The optimiser moves such a parameter in neither case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.count
+
+
+def with_cancelled_biases(output: Tensor, network: nn.Module) -> Tensor:
+    """The output of ``network`` from a graph that has the biases which its convolutions left out."""
+    convolutions = [layer for layer in network.modules() if isinstance(layer, CancelledBiasConv2d)]
+    return _Unmoved.apply(output, *[layer.bias for layer in convolutions if layer.by_batch])
+
+
 def set_statistics(module: nn.Module, statistics: Statistics) -> None:
     """Choose where every normalisation layer in ``module`` takes its training-mode statistics from.
 
     "global": the rows of all ranks (pre-training). "local": this rank's (fine-tuning). "frozen": the running
     statistics, which stay fixed while weight and bias train.
     """
-    for layer in _layers(module):
-        layer.statistics = statistics
+    for layer in module.modules():
+        if isinstance(layer, _TakesStatistics):
+            layer.statistics = statistics
 
 
 class _Setting(AbstractContextManager[None]):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paws_hpc.models.blocks import ResidualBlock
-from paws_hpc.models.norm import GlobalBatchNorm2d
+from paws_hpc.models.norm import CancelledBiasConv2d, GlobalBatchNorm2d, with_cancelled_biases
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -118,9 +118,9 @@ class ResNet(nn.Module):
 class _PreActivationBlock(_Block):
     """bn-relu-conv-bn-relu-conv around a shortcut from the raw input."""
 
-    bn1: nn.Module
+    bn1: GlobalBatchNorm2d
     conv1: nn.Module
-    bn2: nn.Module
+    bn2: GlobalBatchNorm2d
     conv2: nn.Module
     shortcut: nn.Module
 
@@ -147,14 +147,28 @@ class SmallBlock(_PreActivationBlock):
 class WideBlock(_PreActivationBlock):
     """As the CIFAR recipe has it, unlike the WRN paper: convolutions have biases, the second one has the stride."""
 
+    conv1: CancelledBiasConv2d
+    conv2: CancelledBiasConv2d
+    shortcut: nn.Sequential
+
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__(inputs, channels, stride)
         self.bn1 = GlobalBatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.conv1 = CancelledBiasConv2d(inputs, channels, 3, padding=1)
         self.bn2 = GlobalBatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
-        changes = stride != 1 or inputs != channels
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, channels, 1, stride=stride)) if changes else nn.Sequential()
+        self.conv2 = CancelledBiasConv2d(channels, channels, 3, stride=stride, padding=1)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != channels:
+            self.shortcut.append(CancelledBiasConv2d(inputs, channels, 1, stride=stride))
+
+    def track_biases(self, shift: Tensor) -> Tensor:
+        """Have the running means contain all biases, where x lacks those before, ``shift``: what the output lacks."""
+        self.bn1.track_shift(shift)
+        self.bn2.track_shift(self.conv1.bias)
+        for conv in self.shortcut:
+            assert isinstance(conv, CancelledBiasConv2d)
+            shift = (conv.weight.flatten(1) * shift).sum(1) + conv.bias  # a product would be bfloat16 in autocast
+        return shift + self.conv2.bias
 
 
 class SmallResNet(nn.Module):
@@ -197,7 +211,7 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks = (depth - 4) // 6
         assert depth == 6 * blocks + 4
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = CancelledBiasConv2d(3, 16, 3, padding=1)
         inputs = 16
         for layer in range(3):
             channels = 16 * width * 2**layer
@@ -212,4 +226,14 @@ class WideResNet(nn.Module):
         x = self.conv1(images)
         for layer in range(3):
             x = self.get_submodule(f"layer{layer + 1}")(x)
-        return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.bn1(x), inplace=True), 1), 1)
+        features = torch.flatten(F.adaptive_avg_pool2d(F.relu(self.bn1(x), inplace=True), 1), 1)
+        return self._with_biases(features) if self.bn1.by_batch else features
+
+    def _with_biases(self, features: Tensor) -> Tensor:
+        """The features; the running means and the graph now contain the biases that were left out."""
+        with torch.no_grad():
+            shift: Tensor = self.conv1.bias
+            for block in self.modules():
+                shift = block.track_biases(shift) if isinstance(block, WideBlock) else shift
+            self.bn1.track_shift(shift)
+        return with_cancelled_biases(features, self)
