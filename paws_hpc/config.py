@@ -101,6 +101,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r} must be auto, cpu or cuda.")
+        self.pretrain.execution_on("cuda" if self.device == "auto" else self.device)
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
         if not 0 <= self.seed < 2**32:

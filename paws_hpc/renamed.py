@@ -34,6 +34,7 @@ RENAMED_KEYS: dict[str, str] = {
     "objective.target_floor": "nothing: it is 1e-4",
     "optimizer.beta2": "nothing: it is 0.999",
     "optimizer.trust_coefficient": "nothing: it is 1e-3",
+    "pretrain.compile": "pretrain.execution=compiled, or eager; auto is compiled and a CUDA graph where there is a GPU",
     "pretrain.keep_checkpoints": "nothing: it is 2",
     "pretrain.collapse.tolerance": "nothing: it is 0.02",
     "pretrain.diagnose_every_steps": "pretrain.log_every_steps",

@@ -56,6 +56,7 @@ def tiny_config(train: Path, test: Path, runs: Path) -> Config:
         optimizer=OptimizerConfig(name="sgd", start_lr=0.1, peak_lr=0.1, final_lr=0.01, warmup_epochs=0.0),
         pretrain=PretrainConfig(
             batch_size=128,
+            execution="eager",
             epochs=1,
             support=SupportConfig(classes=10, images_per_class=4),
             log_every_steps=1,
@@ -81,7 +82,7 @@ def training_of(config: Config, folder: Path, *, labels_per_class: int = 4, devi
         store, labelled, views=config.views, batch_size=config.pretrain.batch_size, support_classes=support.classes,
         images_per_class=support.images_per_class, seed=config.seed, threads=1,
         accumulate_steps=config.pretrain.accumulate_steps, device=torch.device(device),
-        compile_augmentation=config.pretrain.compile,
+        compile_augmentation=config.pretrain.execution_on(device) != "eager",
     )  # fmt: skip
     return make_training(config, stream)
 

@@ -37,6 +37,7 @@ from paws_hpc.data.multicrop import Crops, MultiCrop, is_resident
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler, Window
 from paws_hpc.data.workers import Prefetch, single_threaded
 from paws_hpc.store import ImageStore
+from paws_hpc.whole_graph import or_eager
 
 _EVALUATION_BATCH = 256
 # Batches that are made ahead, and memory of their crops and views; at least one is, and one more is begun.
@@ -190,7 +191,9 @@ class PawsStream:
             accumulate_steps=accumulate_steps,
         )
         self._accumulate_steps = accumulate_steps
-        self._augmentation = CompiledAugmentation(views.augment) if compile_augmentation else augment
+        self._augmentation: Callable[..., Tensor] = augment
+        if compile_augmentation:
+            self._augmentation = or_eager(CompiledAugmentation(views.augment), augment, name="the augmentation")
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from paws_hpc.models.encoder import Encoder
-from paws_hpc.whole_graph import whole_graph
+from paws_hpc.whole_graph import or_eager, whole_graph
 
 
 def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Have a pass over images of one size, backbone and heads, compiled as one graph at its first call.
 
-    A graph break is an error that says where. Sizes of batches and images are constants of the compiled code: a step
-    with large and small crops has two graphs, and what comes with ever other sizes, scoring for instance, belongs under
-    :func:`eager`. Names of parameters and buffers stay as they are.
+    Where the compiler fails, a graph break included, the encoder runs as it is written, and the log says so. Sizes of
+    batches and images are constants of the compiled code: a step with large and small crops has two graphs, and what
+    comes with ever other sizes, scoring for instance, belongs under :func:`eager`. Names of parameters and buffers stay
+    as they are.
 
     Args:
         encoder: compiled in place.
@@ -26,7 +27,8 @@ def compile_passes(encoder: Encoder, *, backend: str | Callable[..., Any] = "ind
     # With DistributedDataParallel it would cut the graph wherever a bucket of gradients is full, and not call that a
     # break. Whole graphs send their gradients at their end.
     torch._dynamo.config.optimize_ddp = False
-    encoder._encode = whole_graph(encoder._encode, backend=backend)  # type: ignore[method-assign]
+    compiled = whole_graph(encoder._encode, backend=backend)
+    encoder._encode = or_eager(compiled, encoder._encode, name="the network")  # type: ignore[method-assign]
 
 
 @contextmanager

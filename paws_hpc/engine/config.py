@@ -12,6 +12,7 @@ from paws_hpc.sizes import check_ranges
 from paws_hpc.trial import Trial, number_fields, trials
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
+EXECUTIONS = ("auto", "eager", "compiled", "graphed")
 
 
 @dataclass
@@ -108,8 +109,11 @@ class PretrainConfig:
             themselves.
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
-        compile: whether the network and the augmentation go through ``torch.compile``, which takes a while at every
-            start (paws_hpc/engine/compiled.py, paws_hpc/data/compiled.py).
+        execution: of a step. ``eager``: operation by operation. ``compiled``: network and augmentation go through
+            ``torch.compile``, which takes a while at every start (paws_hpc/engine/compiled.py). ``graphed``: compiled,
+            and what lies between views and gradients is one CUDA graph, so that the GPU waits for no launch
+            (paws_hpc/engine/graphs.py). ``auto``: graphed on CUDA, eager elsewhere. What fails to compile runs eagerly,
+            and what cannot be a graph, steps of several micro-batches included, is compiled; the log says why.
         log_every_steps: between readings of metrics from the device, and between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
         checkpoint_every_steps: between checkpoints.
@@ -122,7 +126,7 @@ class PretrainConfig:
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     ema: float | None = None
     precision: str = "auto"
-    compile: bool = False
+    execution: str = "auto"
     log_every_steps: int = 10
     validate_every_epochs: int = 10
     checkpoint_every_steps: int = 200
@@ -130,10 +134,22 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("auto", "bf16", "fp32", "fp64"):
             raise ValueError(f"pretrain.precision={self.precision!r} must be auto, bf16, fp32 or fp64.")
+        if self.execution not in EXECUTIONS:
+            raise ValueError(f"pretrain.execution={self.execution!r} must be one of {', '.join(EXECUTIONS)}.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"pretrain.ema={self.ema} must be in (0, 1), such as 0.999, or null to turn it off.")
         counts = [name for name, value in vars(self).items() if type(value) is int]
         check_ranges("pretrain", self, **dict.fromkeys(counts, "[1, inf)"))
+
+    def execution_on(self, device: str) -> str:
+        """``eager``, ``compiled`` or ``graphed``, on ``cpu`` or ``cuda``; ValueError for a CUDA graph without CUDA."""
+        if self.execution == "graphed" and device != "cuda":
+            raise ValueError(
+                f"pretrain.execution=graphed needs a GPU, not device={device}: set it to auto or compiled."
+            )
+        if self.execution != "auto":
+            return self.execution
+        return "graphed" if device == "cuda" else "eager"
 
 
 def _flip_only() -> AugmentConfig:

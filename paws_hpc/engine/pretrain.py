@@ -61,7 +61,7 @@ class Pretraining(Training):
         self.average = None if config.ema is None else WeightAverage(self.encoder, config.ema)
         self.model = replicate(self.encoder, device)
         spread_momentum(self.encoder, config.accumulate_steps)
-        if config.compile:
+        if config.execution_on(device.type) != "eager":
             compile_passes(self.encoder)
         self.optimizer = build_optimizer(self.encoder, optimizer)
         self.collapsed_steps, self.collapsed = 0, False

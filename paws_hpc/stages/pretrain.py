@@ -92,7 +92,7 @@ def open_stream(data: RunData, device: torch.device) -> PawsStream:
         window=order_window(data),
         balanced_support=config.data.support_order == "balanced",
         device=device,
-        compile_augmentation=config.pretrain.compile,
+        compile_augmentation=config.pretrain.execution_on(device.type) != "eager",
     )
 
 

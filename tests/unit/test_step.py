@@ -32,12 +32,14 @@ def prepared(
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
-@pytest.mark.parametrize(("accumulate_steps", "compiled"), [(1, False), (4, False), (1, True)])
+@pytest.mark.parametrize(("accumulate_steps", "execution"), [(1, "eager"), (4, "eager"), (1, "compiled")])
 def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
-    digits_stores: Stores, accumulate_steps: int, compiled: bool
+    digits_stores: Stores, accumulate_steps: int, execution: str
 ) -> None:
     all_of_it = AugmentConfig(jitter_probability=0.5, grayscale_probability=0.5, blur_probability=0.5)
-    training = prepared(digits_stores, "cuda", augment=all_of_it, accumulate_steps=accumulate_steps, compile=compiled)
+    training = prepared(
+        digits_stores, "cuda", augment=all_of_it, accumulate_steps=accumulate_steps, execution=execution
+    )
     with training.stream.prefetch(1, 9, training.dtype) as batches:
         try:
             for batch in batches:
@@ -106,3 +108,24 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
         ends.append(training.encoder.state_dict())
     assert ends[0].keys() == ends[1].keys()
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
+def test_on_a_machine_without_a_compiler_compiled_training_is_eager_training(
+    digits_stores: Stores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes of its own take longer to start
+    all_of_it, ends = AugmentConfig(jitter_probability=0.5, grayscale_probability=0.5, blur_probability=0.5), []
+    for execution in ("eager", "compiled"):
+        training = prepared(digits_stores, augment=all_of_it, execution=execution)
+        for step in range(3):
+            training.step(training.stream.batch(step))
+        ends.append(training.encoder.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    said = [record.message for record in caplog.records if record.name == "paws_hpc.whole_graph"]
+    assert [line.split(",")[0] for line in said] == [
+        "torch.compile fails for the augmentation", "torch.compile fails for the network"
+    ]  # fmt: skip
+    assert [line for line in said if "Compiler" not in line] == []

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx._symbolic_trace import is_fx_tracing
 
-from paws_hpc.whole_graph import whole_graph
+from paws_hpc.whole_graph import or_eager, whole_graph
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -60,3 +64,56 @@ print(other(torch.ones(3)).tolist())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout) == (0, "[3.0, 3.0, 3.0]\n"), done.stderr
+
+
+def make_boxed(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    return make_boxed_func(graph.forward)
+
+
+def no_compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    raise OSError("no such file: gcc\nand a page about it")
+
+
+class Breaking(nn.BatchNorm1d):
+    """A network that cannot be one graph."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        print(end="")
+        return super().forward(rows)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("network", "backend", "reason"),
+    [
+        (nn.BatchNorm1d, no_compiler, "OSError: no such file: gcc)"),
+        (nn.BatchNorm1d, aot_autograd(fw_compiler=make_boxed, bw_compiler=no_compiler), "OSError: no such file: gcc)"),
+        (Breaking, "eager", "Unsupported: "),
+    ],
+    ids=["forward", "backward", "graph break"],
+)
+def test_where_the_compiler_fails_the_function_runs_as_it_is_written_and_the_log_says_so_once(
+    network: type[nn.BatchNorm1d], backend: Any, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = []
+    for compiled in (False, True):
+        norm = network(8)
+        call = or_eager(whole_graph(norm.forward, backend=backend), norm.forward, name="it") if compiled else norm
+        for step in range(3):
+            rows = torch.arange(24.0).view(3, 8) + step
+            (call(rows) ** 2).sum().backward()
+        ends.append([*norm.buffers(), norm.weight.grad, norm.bias.grad])
+    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    (record,) = [record for record in caplog.records if record.name == "paws_hpc.whole_graph"]
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith("torch.compile fails for it, which runs eagerly from here on (")
+    assert reason in record.message
+    assert "\n" not in record.message
+
+
+def test_an_error_of_compiled_code_that_runs_is_raised() -> None:
+    def compiled(rows: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        or_eager(compiled, torch.sin, name="it")(torch.ones(1))
