@@ -56,13 +56,13 @@ def _on_device(workload: Workload, options: argparse.Namespace, *overrides: str)
 
 def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
     steps, cuda = options.steps, workload.device == "cuda"
-    candidates: dict[str, Candidate] = {_STEP: _on_device(workload, options)}
+    candidates: dict[str, Candidate] = {_STEP: _on_device(workload, options, "pretrain.execution=eager")}
     if options.from_store or options.baseline:
         candidates[_FROM_STORE] = partial(training.steps_from_store, workload, steps)
     if options.baseline:
         candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
     if options.compiled:
-        candidates[_COMPILED] = _on_device(workload, options, "pretrain.compile=true")
+        candidates[_COMPILED] = _on_device(workload, options, "pretrain.execution=compiled")
     if workload.recipe == "imagenet":
         candidates[_PLAIN] = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
     rates = race(candidates)
