@@ -57,7 +57,8 @@ def trained(backbone: nn.Module, rank: int, world: int) -> dict[str, Any]:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = model(*crops)
         outputs.pow(3).sum().backward()
-    gradients = {f"{name}.grad": parameter.grad for name, parameter in backbone.named_parameters()}
+    given = {name: parameter.grad for name, parameter in backbone.named_parameters()}
+    gradients = {f"{name}.grad": value for name, value in given.items() if value is not None}
     values = {"outputs": outputs.detach()} | gradients | dict(backbone.named_buffers())
     return {"values": values, "collectives": dict(collectives.counts), "kept": sum(kept.values())}
 
