@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paws_hpc import distributed
 from paws_hpc.data.devices import to_device
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.accumulation import accumulate, rows_of_micro_batches, spread_momentum
@@ -107,24 +108,17 @@ class Pretraining(Training):
         """See :class:`Training`."""
         weight_decay = self.optimizer_config.weight_decay_at(batch.step, total_steps=self.total_steps)
         set_rates(self.optimizer, lr=self.learning_rate(batch.step), weight_decay=weight_decay)
-        self.optimizer.zero_grad(set_to_none=True)
-        if len(batch.micro_batches) == 1:
-            total, metrics = self._losses(batch, *self._encode(self.model, batch, 0))
-            total.backward()
+        inputs = {name: to_device(value, self.device) for name, value in self.objective.inputs(batch).items()}
+        diagnosed = batch.step % self.config.log_every_steps == 0
+        if len(batch.micro_batches) > 1:
+            metrics = self._accumulate(batch, inputs, diagnosed=diagnosed)
         else:
-            total, metrics = accumulate(
-                self.model,
-                encode=lambda network, number: self._encode(network, batch, number),
-                losses=lambda h, z: self._losses(batch, h, z),
-                rows=to_device(self._rows_of_micro_batches(batch), self.device),
-            )
+            views = batch.prefetched.take() if batch.prefetched is not None else self._augment(batch, 0)
+            metrics = self._differentiate(views, inputs, diagnosed=diagnosed)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.encoder, batch.step)
-        with torch.no_grad():
-            gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
-            metrics |= {"train/loss": total, "train/grad_norm": torch.nn.utils.get_total_norm(gradients)}
-        return {name: value.detach() for name, value in metrics.items()}
+        return metrics
 
     def report(self, window: MetricsWindow, meter: ThroughputMeter, tracker: Tracker) -> None:
         """Log the steps since the last call; see :class:`Training`."""
@@ -151,18 +145,48 @@ class Pretraining(Training):
         tracker.log(done - 1, {"epoch": done / self.stream.steps_per_epoch, **scores})
         self.validated = done
 
-    def _encode(self, network: nn.Module, batch: PawsBatch, number: int) -> tuple[Tensor, Tensor]:
-        """(h, z) of one micro-batch."""
-        if batch.prefetched is not None:
-            views = batch.prefetched.take()
-        else:
-            views = self.stream.augment(batch.micro_batches[number], self.device, self.dtype)
+    def _differentiate(self, views: list[Tensor], inputs: dict[str, Tensor], *, diagnosed: bool) -> dict[str, Tensor]:
+        """Give the parameters the gradients of a step, and return its metrics.
+
+        A CUDA graph of this is replayed: no number that differs from step to step may reach it but in its tensors.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total, metrics = self._losses(inputs, *self._encode(self.model, views), diagnosed=diagnosed)
+        total.backward()
+        return self._with_norm(total, metrics)
+
+    def _accumulate(self, batch: PawsBatch, inputs: dict[str, Tensor], *, diagnosed: bool) -> dict[str, Tensor]:
+        """:meth:`_differentiate` in micro-batches, whose views are made one after the other, to save memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, metrics = accumulate(
+            self.model,
+            encode=lambda network, number: self._encode(network, self._augment(batch, number)),
+            losses=lambda h, z: self._losses(inputs, h, z, diagnosed=diagnosed),
+            rows=to_device(self._rows_of_micro_batches(batch), self.device),
+        )
+        return self._with_norm(total, metrics)
+
+    def _augment(self, batch: PawsBatch, number: int) -> list[Tensor]:
+        """Views of one micro-batch."""
+        return self.stream.augment(batch.micro_batches[number], self.device, self.dtype)
+
+    def _encode(self, network: nn.Module, views: list[Tensor]) -> tuple[Tensor, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             h, z = network(views)
         return h, z
 
-    def _losses(self, batch: PawsBatch, h: Tensor, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(batch, h, z, diagnosed=batch.step % self.config.log_every_steps == 0)
+    def _losses(
+        self, inputs: dict[str, Tensor], h: Tensor, z: Tensor, *, diagnosed: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images = self.config.batch_size // distributed.world_size()
+        return self.objective(inputs, h, z, images=images, diagnosed=diagnosed)
+
+    @torch.no_grad()
+    def _with_norm(self, total: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All metrics of a step, without their graph."""
+        gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
+        metrics |= {"train/loss": total, "train/grad_norm": torch.nn.utils.get_total_norm(gradients)}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def _rows_of_micro_batches(self, batch: PawsBatch) -> Tensor:
         views, images = self.stream.views, len(batch.records)

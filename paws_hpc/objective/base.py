@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
 
 
 class Step(Protocol):
-    """What an objective reads of a batch (``paws_hpc.data.batches.PawsBatch``)."""
+    """What an objective reads of a batch (``paws_hpc.data.streams.PawsBatch``)."""
 
     @property
     def step(self) -> int:
         """0-based."""
-
-    @property
-    def records(self) -> Sized:
-        """n, the unlabelled images of this rank."""
-
-    @property
-    def num_support_rows(self) -> int:
-        """Of this rank."""
 
     @property
     def support_classes(self) -> Tensor:
@@ -45,13 +37,24 @@ class Objective(ABC):
     """
 
     @abstractmethod
-    def __call__(self, batch: Step, h: Tensor, z: Tensor, *, diagnosed: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, batch: Step) -> dict[str, Tensor]:
+        """Whatever differs from step to step beside the crops, in host memory: labels, and numbers on a schedule, 0-d.
+
+        The loss is recorded once for each set of names and shapes and replayed with other values
+        (``paws_hpc.engine.graphs``). So a term that a schedule turns off leaves its number out.
+        """
+
+    @abstractmethod
+    def __call__(
+        self, inputs: Mapping[str, Tensor], h: Tensor, z: Tensor, *, images: int, diagnosed: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step.
 
         Args:
-            batch: the step.
+            inputs: what :meth:`inputs` gave for the step, on the device; the host never waits to read them.
             h: (R, D) representations, for targets.
             z: (R, D) representations, for anchors; gradients flow here.
+            images: n, the unlabelled images of this rank.
             diagnosed: whether to measure, too, what is watched and not trained on.
 
         Returns:

@@ -17,7 +17,7 @@ from torch import Tensor
 from paws_hpc import distributed
 from paws_hpc.objective.base import Objective, Step
 from paws_hpc.objective.config import TARGET_FLOOR, PawsConfig
-from paws_hpc.objective.labels import ClassLabels, class_labels, on_device, smooth_labels
+from paws_hpc.objective.labels import ClassLabels, class_labels, smooth_labels
 from paws_hpc.objective.nce import nt_xent, supervised_nce
 from paws_hpc.objective.neighbours import (
     cross_entropy,
@@ -122,18 +122,29 @@ class Paws(Objective):
     def __init__(self, config: PawsConfig, *, num_classes: int, total_steps: int) -> None:
         self.config, self.num_classes, self.total_steps = config, num_classes, total_steps
 
-    def __call__(self, batch: Step, h: Tensor, z: Tensor, *, diagnosed: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def inputs(self, batch: Step) -> dict[str, Tensor]:
+        """Classes of supports, known ones of images, the weight of the support loss; see :class:`Objective`."""
+        labels = class_labels(batch.support_classes, self.num_classes, smoothing=0.0, device=torch.device("cpu"))
+        inputs = {"support_classes": labels.classes, "support_rows": labels.rows}
+        if self.config.true_label_targets:
+            inputs |= {"known": batch.known, "known_classes": batch.known_classes}
+        warmup = support_warmup_weight(
+            batch.step, total_steps=self.total_steps, fraction=self.config.support_warmup_fraction
+        )
+        if warmup > 0:
+            inputs["support_warmup"] = torch.tensor(warmup, dtype=torch.float64)
+        return inputs
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], h: Tensor, z: Tensor, *, images: int, diagnosed: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step, see :class:`Objective`."""
-        config, rows, images = self.config, batch.num_support_rows, len(batch.records)
+        config, rows = self.config, len(inputs["support_classes"]) // distributed.world_size()
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
         supports, target_supports = distributed.gather_rows_and_constants(z[:rows], h[:rows], dtype=wide)
-        labels = class_labels(
-            batch.support_classes, self.num_classes, smoothing=config.label_smoothing, device=z.device
-        )
+        labels = ClassLabels(inputs["support_classes"], inputs["support_rows"], config.label_smoothing)
         anchors, h_large = z[rows:].to(wide), h[rows : rows + 2 * images].detach().to(wide)
-        true_classes = None
-        if config.true_label_targets:
-            true_classes = on_device(batch.known, z.device), on_device(batch.known_classes, z.device)
+        true_classes = (inputs["known"], inputs["known_classes"]) if config.true_label_targets else None
         targets, weights, metrics = self.targets(h_large, target_supports, labels)
         loss = paws_loss(
             anchors, supports, targets, labels, temperature=config.temperature, sharpening=config.sharpening,
@@ -145,13 +156,12 @@ class Paws(Objective):
             metrics["train/loss_me_max"] = loss.me_max
         if config.entropy_weight > 0:
             metrics["train/loss_entropy"] = loss.entropy
-        warmup = support_warmup_weight(
-            batch.step, total_steps=self.total_steps, fraction=config.support_warmup_fraction
-        )
-        if warmup > 0:  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
+        if (
+            "support_warmup" in inputs
+        ):  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
             hard = replace(labels, smoothing=0.0)
             metrics["train/loss_support_nce"] = supervised_nce(supports, hard, temperature=config.temperature)
-            total = total + warmup * metrics["train/loss_support_nce"]
+            total = total + inputs["support_warmup"].to(total.dtype) * metrics["train/loss_support_nce"]
         if diagnosed:  # figure 4 of the paper; nothing is communicated, and NT-Xent's value depends on n
             with torch.no_grad():
                 contrast = nt_xent(anchors[: 2 * images], temperature=config.temperature)

@@ -83,7 +83,8 @@ def in_one_graph(training: Pretraining, batch: PawsBatch) -> None:
         ])
         for which in (0, 1)
     )  # fmt: skip
-    training._losses(batch, h, z)[0].backward()
+    inputs = training.objective.inputs(batch)
+    training._losses(inputs, h, z, diagnosed=False)[0].backward()
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)

@@ -67,12 +67,10 @@ def losses(rank: int, world: int) -> dict[str, Tensor]:
     supports, crops = draw(4, K, 7, seed=4), draw(2 + SMALL, IMAGES, 7, seed=5)
     mine = torch.cat([supports.chunk(world)[rank].flatten(0, 1), crops.chunk(world, 1)[rank].flatten(0, 1)])
     classes = torch.arange(K).repeat(4)
-    batch = SimpleNamespace(
-        step=0, records=range(IMAGES // world), num_support_rows=4 * K // world, support_classes=classes
-    )
+    batch = SimpleNamespace(step=0, support_classes=classes)
     z = mine @ weight
     objective = Ropaws(RopawsConfig(), num_classes=K, total_steps=1)
-    total, metrics = objective(batch, z, z, diagnosed=False)
+    total, metrics = objective(objective.inputs(batch), z, z, images=IMAGES // world, diagnosed=False)
     total.backward()
     assert weight.grad is not None
     return {"total": total.detach(), "gradient": weight.grad} | {key: value.detach() for key, value in metrics.items()}

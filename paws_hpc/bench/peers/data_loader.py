@@ -133,11 +133,10 @@ def loss(model: nn.Module, objective: Objective, views: Views, labelled: tuple[V
     classes = torch.unique(labels, return_inverse=True)[1].repeat(len(rows))
     batch: Any = SimpleNamespace(  # what an objective reads: paws_hpc.objective.base.Step
         step=step,
-        records=range(n),
-        num_support_rows=len(classes),
         support_classes=classes,
         known=torch.zeros(n, dtype=torch.bool),
         known_classes=torch.zeros(n, dtype=torch.int64),
     )
-    total, _ = objective(batch, h, z, diagnosed=False)
+    inputs = {name: value.to(device) for name, value in objective.inputs(batch).items()}
+    total, _ = objective(inputs, h, z, images=n, diagnosed=False)
     return total
