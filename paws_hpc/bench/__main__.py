@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from paws_hpc.bench.memory import bench_memory
 from paws_hpc.bench.rounds import CandidateError
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
@@ -65,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--rounds", type=_at_least(1), default=rounds, help="that count, after one that warms up (%(default)s)"
         )
+    memory = commands.add_parser("memory", help="what a step keeps on each GPU, without one by a dry run")
+    memory.add_argument("--gpus", type=_at_least(1), default=1, help="of the run that the overrides make (1)")
+    memory.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="a run; without any, the published recipes")
+    memory.set_defaults(run=bench_memory)
+    for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for the figures (in FOLDER)")
         command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
     return parser

@@ -130,8 +130,12 @@ def _prefetch(
 
         return finish_with_views
 
-    ahead = min(max(_AHEAD_BYTES // batch_bytes, 1), _AHEAD)
-    return Prefetch(begin_with_views, *steps, abandon=abandon, ahead=ahead)
+    return Prefetch(begin_with_views, *steps, abandon=abandon, ahead=batches_ahead(batch_bytes))
+
+
+def batches_ahead(batch_bytes: int) -> int:
+    """How many batches are made ahead, if one has that many bytes of crops and views."""
+    return min(max(_AHEAD_BYTES // batch_bytes, 1), _AHEAD)
 
 
 class PawsStream:
