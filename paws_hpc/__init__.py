@@ -15,4 +15,4 @@ The layers; a module imports from the lines below its own and never from beside 
 Below ``config`` nobody sees Hydra or OmegaConf: plain dataclasses arrive.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.3.0"

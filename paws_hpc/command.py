@@ -1,10 +1,15 @@
-"""How commands end: an error that a user can cause or repair is one line, and no traceback."""
+"""What commands share: their names, numbers as arguments, and how they end.
+
+An error that a user can cause or repair is one line, and no traceback.
+"""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space and give the same command again: what is complete stays.",
@@ -12,6 +17,22 @@ _REMEDIES = {
     errno.EROFS: "Name a place that can be written.",
     errno.EACCES: "Ask for permission there, or name another place.",
 }
+
+
+def program(name: str) -> str:
+    """How a command was called, for its usage: ``paws NAME`` where that is installed and was used."""
+    return f"paws {name}" if Path(sys.argv[0]).name == "paws" else f"python -m paws_hpc.{name}"
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number that is not below ``least``."""
+
+    def number(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}, a whole number")
+        return int(text)
+
+    return number
 
 
 def exit_status(

@@ -61,6 +61,7 @@ class Config:
 
     Attributes:
         name: of the run directory under ``runs``.
+        runs: folder of all runs.
         seed: of label draw, initialisation, order and augmentation.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         stages: those to run, in the chain's order; what is done already is not done again.

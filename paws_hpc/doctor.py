@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from paws_hpc.cluster.compose import parameters_of
+from paws_hpc.cluster.compose import own_configs, parameters_of
 from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, Check, Parameters, preflight_checks, sbatch_flags
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
-from paws_hpc.command import exit_status
+from paws_hpc.command import exit_status, program
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -48,10 +48,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.doctor", description="Check a cluster before the first submission."
-    )
+    parser = argparse.ArgumentParser(prog=program("doctor"), description="Check a cluster before the first submission.")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=f"as for launch; {_SLURM} goes without")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="of recipes of your own (conf)")
     parser.add_argument("--probe", action="store_true", help="submit a tiny job that looks from a compute node")
     parser.add_argument("--probe-timeout", type=float, default=600.0, metavar="S", help="to wait (%(default)g s)")
     parser.add_argument("--json", action="store_true", help="print a list of checks: name, verdict, found, remedy")
@@ -59,11 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checks(options: argparse.Namespace) -> Iterator[Check]:
-    overrides = list(options.overrides)
+    overrides = [*options.overrides, *([] if options.config_dir is None else [f"--config-dir={options.config_dir}"])]
     if not any(override.startswith("hydra/launcher=") for override in overrides):
         overrides.append(_SLURM)
     try:
-        config, parameters = parameters_of(overrides)
+        config, parameters = parameters_of(own_configs(overrides))
     except ValueError as error:  # a ConfigError, or a size that does not divide by the launcher's ranks
         yield Check("config", "problem", str(error))
         return

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.command import exit_status
+from paws_hpc.command import exit_status, program
 from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
 from paws_hpc.deploy.formats import check_packages
 from paws_hpc.stages.run_data import open_data
@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formats = "; ".join(f"{name}: {kind.help}" for name, kind in FORMATS.items())
     heads = "; ".join(f"{name}: {output}" for name, output in HEADS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.export", description="Write a network of a finished run as a file."
-    )
+    parser = argparse.ArgumentParser(prog=program("export"), description="Write a network of a finished run as a file.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--format", required=True, choices=FORMATS, help=formats)
     parser.add_argument("--head", default="none", choices=HEADS, help=f"what comes out ({heads}; default %(default)s)")

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.chain import Chain, check_begun, forget_untrained
-from paws_hpc.cluster.compose import CONF, compose_run, composed_run, for_hydra, runs_of
+from paws_hpc.cluster.compose import CONF, compose_run, composed_run, for_hydra, own_configs, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
@@ -35,6 +35,7 @@ from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
 from paws_hpc.command import error_text
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
+from paws_hpc.fields import launch_help
 from paws_hpc.files import exclusive
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
@@ -174,9 +175,15 @@ def main() -> None:
 
 
 def _main() -> None:
-    arguments = sys.argv[1:]
+    try:
+        arguments = own_configs(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in _SEVERAL]
-    if flags:  # Hydra's own questions, such as --help and --cfg
+    if {"-h", "--help"} & {*flags}:
+        print(launch_help())
+        return
+    if flags:  # Hydra's own questions, such as --hydra-help and --cfg
         sys.argv[1:] = for_hydra(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_composed_by_hydra)()
         return

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from paws_hpc.cluster.frozen import read_config
-from paws_hpc.command import exit_status
+from paws_hpc.command import at_least, exit_status, program
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
@@ -38,25 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m paws_hpc.predict", description="Classify image files by a finished run."
-    )
+    parser = argparse.ArgumentParser(prog=program("predict"), description="Classify image files by a finished run.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
     parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="which network answers (%(default)s)")
-    parser.add_argument("--top", type=_positive, default=5, metavar="N", help="classes to name (%(default)s)")
-    parser.add_argument("--nearest", type=_positive, default=5, metavar="N", help="labelled images (%(default)s)")
+    parser.add_argument("--top", type=at_least(1), default=5, metavar="N", help="classes to name (%(default)s)")
+    parser.add_argument("--nearest", type=at_least(1), default=5, metavar="N", help="labelled images (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - is standard output")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet, one page without a network")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, ``-dirty`` where files were changed since or are not in it.
+    """The commit of the code that runs, ``-dirty`` where files were changed since, or modules are not in it.
 
-    None outside git or without it.
+    A recipe of one's own in conf/ does not count: a run's frozen config has all of it. None if the code is in no git
+    tree: an installed package is in none, although a tree may be around its environment.
     """
-    if shutil.which("git") is None or not (described := _git("describe", "--always", "--dirty", "--abbrev=12")):
+    if shutil.which("git") is None or not _git("ls-files", "--", "paws_hpc/provenance.py"):
         return None
-    added = _git("status", "--porcelain", "--", "paws_hpc", "conf")  # untracked files, which ``describe`` passes over
+    described = _git("describe", "--always", "--dirty", "--abbrev=12")
+    added = _git("status", "--porcelain", "--", "paws_hpc")  # untracked files, which ``describe`` passes over
     return f"{described}-dirty" if added and not described.endswith("-dirty") else described
 
 

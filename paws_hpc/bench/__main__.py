@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from paws_hpc.bench.memory import bench_memory
@@ -17,7 +17,7 @@ from paws_hpc.bench.rounds import CandidateError
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 from paws_hpc.bench.workloads import RECIPES
-from paws_hpc.command import exit_status
+from paws_hpc.command import at_least, exit_status, program
 
 _SPEED = {
     "step": "a training step and its parts",
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m paws_hpc.bench", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog=program("bench"), description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     store = commands.add_parser("store", help="the image store and the CPU's share of the data path")
-    store.add_argument("--images", type=_at_least(64), default=2400, help="photographs of 110 KB to make (2400)")
+    store.add_argument("--images", type=at_least(64), default=2400, help="photographs of 110 KB to make (2400)")
     store.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}"
     )
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
             "--recipe", choices=RECIPES, default="digits", help="whose training; smaller without a GPU (digits)"
         )
         command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
-        command.add_argument("--steps", type=_at_least(1), help="of a round (by recipe and device)")
+        command.add_argument("--steps", type=at_least(1), help="of a round (by recipe and device)")
         command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
         command.set_defaults(from_store=whole, baseline=whole, compiled=False)
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in commands.choices.items():
         rounds = 5 if name == "store" else 3
         command.add_argument(
-            "--rounds", type=_at_least(1), default=rounds, help="that count, after one that warms up (%(default)s)"
+            "--rounds", type=at_least(1), default=rounds, help="that count, after one that warms up (%(default)s)"
         )
     memory = commands.add_parser("memory", help="what a step keeps on each GPU, without one by a dry run")
     memory.add_argument("--gpus", type=_at_least(1), default=1, help="of the run that the overrides make (1)")
@@ -74,16 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", type=Path, help="file for the figures (in FOLDER)")
         command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def measure_groups(
     """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     machine, measured, exit_status = describe_machine(), {}, 0
-    console.print(f"{title}; {machine['cores']} cores of {machine['processor']}, commit {machine['commit']}")
+    console.print(f"{title}; {machine['cores']} cores of {machine['processor']}, commit {machine['commit'] or 'none'}")
     with console.status("making images") as status:
         prepare()
         for name, measure in groups.items():

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from paws_hpc import __version__
 from paws_hpc.cluster.frozen import ConfigError, check_frozen
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config, sweep_config
@@ -117,7 +118,7 @@ class Chain:
     def begin(cls, run: RunFolder, name: str) -> Chain:
         """Read it, or write the first one."""
         if not run.chain.exists():
-            versions = {"paws_hpc": version("paws-hpc"), "python": platform.python_version()}
+            versions = {"paws_hpc": __version__, "python": platform.python_version()}
             value: dict[str, Any] = {
                 "name": name,
                 "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,34 @@ def runs_of(arguments: Sequence[str]) -> list[list[str]]:
                 name += f"-{key.rpartition('.')[2]}={_UNFIT.sub('-', value).strip('-')}"
             run.append(f"name='{name}'")
     return runs
+
+
+def own_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``--config-dir FOLDER``, or ``conf`` in the working folder, as a place where Hydra searches.
+
+    Shipped files come first, so that their names mean the same everywhere: one of one's own may not bear such a name.
+
+    Raises:
+        ConfigError: there is no such folder, or a file in it has a shipped one's name and says something else.
+    """
+    left, folder = list(arguments), "conf" if Path("conf").is_dir() else None
+    for number, argument in enumerate(left):
+        flag, equals, value = argument.partition("=")
+        if flag in ("-cd", "--config-dir"):
+            folder = value if equals else "".join(left[number + 1 : number + 2])
+            del left[number : number + (1 if equals else 2)]
+            if not folder or not Path(folder).is_dir():
+                raise ConfigError(
+                    f"--config-dir {folder}: there is no such folder. Name the one that has experiment/…."
+                )
+            break
+    if folder is None or Path(folder).resolve() == CONF or any(word.startswith("hydra.searchpath=") for word in left):
+        return left
+    for path in sorted(Path(folder).glob("*/**/*.yaml")):
+        shipped = CONF / path.relative_to(folder)
+        if shipped.exists() and shipped.read_bytes() != path.read_bytes():
+            raise ConfigError(f"{path} has the name of a file of paws_hpc, which would be read instead: rename it.")
+    return [*left, f"hydra.searchpath=['file://{os.path.abspath(folder)}']"]
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:

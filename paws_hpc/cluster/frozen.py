@@ -60,7 +60,7 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in)", text)
     if unknown:
         name = field.group(1) if field else unknown.group(1)
-        return renamed(name) or f"{name} is not a field of the config. Did you mean {nearest(name)!r}?"
+        return renamed(name) or f"{name} is not a field of the config. {hint(name)}"
     if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
         close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
@@ -69,14 +69,17 @@ def explain(error: BaseException) -> str:
     return f"{field.group(1)}: {reason}." if field else reason
 
 
-def nearest(name: str) -> str:
-    """The known dotted field that is spelled most like ``name``."""
+def hint(name: str) -> str:
+    """What to do about the name of no field: the known dotted field that is spelled like it, or where all are."""
     known = _dotted(asdict(Config()), "")
     prefix, _, last = name.rpartition(".")
     siblings = [field for field in known if field.rpartition(".")[0] == prefix]
     if close := difflib.get_close_matches(last, [field.rpartition(".")[2] for field in siblings], n=1):
-        return f"{prefix}.{close[0]}" if prefix else close[0]
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        return f"Did you mean {f'{prefix}.{close[0]}' if prefix else close[0]!r}?"
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+        return f"Did you mean {close[0]!r}?"
+    same = [field for field in known if field.rpartition(".")[2] == last]
+    return f"Did you mean {same[0]!r}?" if len(same) == 1 else "`paws config` lists all fields."
 
 
 def _dotted(value: dict[str, Any], prefix: str) -> list[str]:

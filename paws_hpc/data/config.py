@@ -132,7 +132,12 @@ class CropConfig:
 
 @dataclass
 class CenterCropConfig:
-    """Evaluation: the shorter side resized to ``resize`` pixels, then the central ``size`` x ``size`` pixels."""
+    """Evaluation: the central square of a resized image.
+
+    Attributes:
+        resize: to which the shorter side is resized, pixels.
+        size: side of the square, pixels.
+    """
 
     resize: int = 256
     size: int = 224

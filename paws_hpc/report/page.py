@@ -161,7 +161,7 @@ def _byline(record: RunRecord) -> list[str]:
     facts = [
         str(record.chain.get("created", ""))[:16].replace("T", " "),
         version and f"paws_hpc {version}",
-        f"commit {commit if len(commit) <= 20 else commit[:12]}" if commit else "commit unknown",
+        f"commit {commit if len(commit) <= 20 else commit[:12]}" if commit else "not from a git tree",
         None if seed is None else f"seed {seed}",
     ]
     return [str(fact) for fact in facts if fact]
@@ -221,10 +221,11 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
 def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
     commit, seed = record.chain.get("commit"), record.seed
+    version = record.chain.get("versions", {}).get("paws_hpc", "unknown")
     run = [
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
-        ("commit", str(commit) if commit else "unknown: the code was not run from a git checkout"),
+        ("commit", str(commit) if commit else f"none: version {version}, not from a git tree"),
         ("host cores", str(record.chain.get("host_cores", "unknown"))),
         ("seed", "unknown" if seed is None else str(seed)),
     ]

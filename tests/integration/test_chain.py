@@ -164,7 +164,12 @@ def test_a_commit_with_files_that_are_not_in_it_is_dirty(tmp_path: Path) -> None
     clean = said()
     assert re.fullmatch("[0-9a-f]{12}", clean)
     (tmp_path / "clone/conf/optimizer/mine.yaml").write_text("name: sgd\n")
+    assert said() == clean, "what a recipe says is in the frozen config"
+    (tmp_path / "clone/paws_hpc/mine.py").write_text("")
     assert said() == f"{clean}-dirty"
+    (tmp_path / "clone/paws_hpc/mine.py").unlink()
+    subprocess.run(["git", "-C", str(tmp_path / "clone"), "rm", "-q", "--cached", "-r", "paws_hpc"], check=True)
+    assert said() == "None", "a package that is installed below another repository is in no commit of that"
 
 
 def test_two_ranks_started_by_submitit_train_the_same_run_as_one(tmp_path: Path) -> None:
