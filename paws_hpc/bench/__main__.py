@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             "--rounds", type=at_least(1), default=rounds, help="that count, after one that warms up (%(default)s)"
         )
     memory = commands.add_parser("memory", help="what a step keeps on each GPU, without one by a dry run")
-    memory.add_argument("--gpus", type=_at_least(1), default=1, help="of the run that the overrides make (1)")
+    memory.add_argument("--gpus", type=at_least(1), default=1, help="of the run that the overrides make (1)")
     memory.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="a run; without any, the published recipes")
     memory.set_defaults(run=bench_memory)
     for command in commands.choices.values():
