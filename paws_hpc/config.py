@@ -64,6 +64,8 @@ class Config:
         runs: folder of all runs.
         seed: of label draw, initialisation, order and augmentation.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        deterministic: the same bits from two runs on GPUs of one kind, resumed or not, for some of the speed; an
+            operation that cannot do so is an error that names it. On CPUs it is so anyway.
         stages: those to run, in the chain's order; what is done already is not done again.
         accept_changes: dotted fields in which a run may differ from how it was begun; none by default.
         optimizer: of pre-training.
@@ -81,6 +83,7 @@ class Config:
     runs: str = "runs"
     seed: int = 0
     device: str = "auto"
+    deterministic: bool = False
     stages: list[str] = field(default_factory=lambda: list(DEFAULT_STAGES))
     accept_changes: list[str] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
@@ -169,7 +172,7 @@ def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
 
 
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run
-    "name", "runs", "device", "stages", "accept_changes", "tracking", "resources", "restarts_without_progress",
+    "name", "runs", "device", "deterministic", "stages", "accept_changes", "tracking", "resources", "restarts_without_progress",
     "dry_run", "cancel", "data.name", "data.classes", "data.train", "data.labelled", "data.test", "data.source",
     "data.source_path", "data.threads", "data.copy_to", "pretrain.log_every_steps", "pretrain.validate_every_epochs",
     "pretrain.checkpoint_every_steps", "pretrain.collapse", "finetune.min_trials", "baseline.min_trials",

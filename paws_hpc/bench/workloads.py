@@ -18,6 +18,7 @@ from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.data.multicrop import Crops, CutCrops
 from paws_hpc.data.streams import MicroBatch, PawsBatch, PawsStream
+from paws_hpc.engine.determinism import set_determinism
 from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
 from paws_hpc.stages.run_data import open_data
@@ -122,7 +123,8 @@ def cores() -> int:
 
 
 def use_threads(config: Config) -> None:
-    """Let torch use as many threads as pre-training would on the cores that this process may use."""
+    """Let torch use as many threads as pre-training would on the cores of this process, and its determinism."""
+    set_determinism(config.deterministic)
     torch.set_num_threads(config.resources["pretrain"].threads_per_rank or cores())
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from paws_hpc import distributed
 from paws_hpc.cluster.chain import Job
 from paws_hpc.config import Config
+from paws_hpc.engine.determinism import set_determinism
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.files import read_json, write_json
@@ -45,6 +46,7 @@ def run_stage(
     """
     local_ranks = -(-place.num_tasks // place.num_nodes)
     _set_threads(config, job, local_ranks=local_ranks)
+    set_determinism(config.deterministic)
     device = _device(config, job, local_rank=place.local_rank, local_ranks=local_ranks)
     if place.num_tasks > 1:
         if place.num_nodes == 1:

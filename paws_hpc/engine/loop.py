@@ -94,6 +94,7 @@ def train(
     validate: Validate,
     describe: Describe,
     control: JobControl = UNATTENDED,
+    begun: Callable[[], None] = lambda: None,
 ) -> None:
     """Train from step ``start``, whose state is restored already, to the end.
 
@@ -105,6 +106,7 @@ def train(
         validate: see :data:`Validate`.
         describe: record positions → keys, for error messages.
         control: checked before every step.
+        begun: called once, after the first step.
 
     Raises:
         PreemptedError: by ``control``; the state is saved.
@@ -129,6 +131,8 @@ def train(
                 checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
+                if done == start + 1:
+                    begun()
                 validating, saving = training.awaits_validation(done), training.is_due(done, training.save_every)
                 if validating or saving or training.is_due(done, training.log_every):
                     training.report(window, meter, tracker)

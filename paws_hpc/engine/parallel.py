@@ -32,7 +32,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     After its first step DistributedDataParallel would sort gradients into other buckets, by the order in which they
     came. From three ranks on sums then round differently in the first step of every attempt, and a resumed run would
     differ from one that was not interrupted. Looking for unused parameters keeps the first buckets. That walk over the
-    graph costs a per cent or so of a step on CPUs; on GPUs, where kernels do not promise equal bits anyway, speed wins.
+    graph costs a per cent or so of a step on CPUs; on GPUs speed wins, unless kernels are to promise equal bits.
     """
     if distributed.world_size() == 1:
         return model
@@ -41,7 +41,7 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=device.type == "cpu",
+        find_unused_parameters=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.config import Config
+from paws_hpc.config import Config, identity
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
@@ -32,11 +34,21 @@ def run(context: TorchContext) -> None:
     if is_done(run.pretrain):
         return
     data = open_data(context.config, control=control)
-    with data.caching() as cached:
-        _train(run, cached, context.device, control)
+    with data.caching() as cached, _compiler_cache(run, context.config, context.device) as keep:
+        _train(run, cached, context.device, control, begun=keep)
 
 
-def _train(run: RunFolder, data: RunData, device: torch.device, control: JobControl) -> None:
+def _compiler_cache(run: RunFolder, config: Config, device: torch.device) -> AbstractContextManager[Callable[[], None]]:
+    if not config.pretrain.compile:
+        return nullcontext(lambda: None)
+    from paws_hpc.engine.compiler_cache import compiler_cache  # noqa: PLC0415 - loads the compiler, which takes seconds
+
+    return compiler_cache(run.compiled, identity(config, "views", "model", "objective", "pretrain"), device)
+
+
+def _train(
+    run: RunFolder, data: RunData, device: torch.device, control: JobControl, *, begun: Callable[[], None]
+) -> None:
     config, stream, began = data.config, open_stream(data, device), time.monotonic()
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(run, data, control)
@@ -62,6 +74,7 @@ def _train(run: RunFolder, data: RunData, device: torch.device, control: JobCont
             validate=lambda: {"val/paws_nn_top1": validation_accuracy(training.result, data, device, control)},
             describe=lambda records: [data.train.keys[int(record)] for record in records],
             control=control,
+            begun=begun,
         )
     control.fence()
     if distributed.is_main():

@@ -22,6 +22,7 @@ class RunFolder:
         self.prepare = path / "prepare"
         self.pretrain = path / "pretrain"
         self.checkpoints = self.pretrain / "checkpoints"  # the last one is the pre-trained network
+        self.compiled = path / "compiled"  # what the compiler made, for the next start
         self.tuned = path / "tuned.pt"  # weights of the encoder after SuNCEt fine-tuning
         self.selected = path / "selected.json"  # the winners of the sweeps
         self.selection = path / "selection"  # folder of what selection leaves for the report

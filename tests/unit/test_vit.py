@@ -102,6 +102,12 @@ def test_positions_of_other_sizes_are_those_in_between() -> None:
     torch.testing.assert_close(other[3:-3, :, 0], expected[3:-3], rtol=0, atol=0.05 / 12)
     torch.testing.assert_close(other[..., 1], torch.full((18, 6), 7.0))
     assert backbone.positions(12, 12) is backbone.pos_embed
+    with torch.no_grad():
+        backbone.pos_embed.normal_(generator=torch.Generator().manual_seed(0))
+    grid = backbone.pos_embed[:, 1:].unflatten(1, (12, 12)).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(grid, size=(18, 6), mode="bicubic").flatten(2).mT
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(backbone.positions(18, 6)[:, 1:], theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("small")
