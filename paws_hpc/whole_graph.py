@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,6 +24,10 @@ def whole_graph(function: Callable[_P, _T], *, backend: str | Callable[..., Any]
     A graph break is an error that says where; :func:`or_eager` falls back. To be called in a thread that lasts as long
     as the process; what it returns may run in any.
     """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # a container that runs under any user's number; torch names a folder by the name
+        os.environ["USER"] = f"uid{os.getuid()}"
     # While one thread compiles, torch 2.11 takes compiled functions that others call for a part of what it traces, and
     # refuses them. With this, which is for the whole process and for good, they run as they are compiled. It also
     # leaves out a check of custom operators' aliases, of which there are none here.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 import torch
@@ -15,7 +16,20 @@ from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source
 from paws_hpc.stages.catalogue import metric
 from tests.pictures import write_tiles
 
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # for tests of deterministic=true: cuBLAS reads it as it starts
 torch.set_num_threads(1)  # tests run side by side, and one thread gives the same sums everywhere
+
+
+def cannot_run(reason: str, *, without: str) -> NoReturn:
+    """Skip the test; fail it where the environment's ``MUST_RUN`` has ``without``, which is ``gpu`` or ``slurm``."""
+    if without in os.environ.get("MUST_RUN", "").split(","):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_gpu") and not torch.cuda.is_available():
+        cannot_run("There is no GPU that torch can use.", without="gpu")
 
 
 class Stores(NamedTuple):

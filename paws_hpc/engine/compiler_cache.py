@@ -33,8 +33,6 @@ _LOG = logging.getLogger(__name__)
 def compiler_cache(folder: Path, shapes: dict[str, Any], device: torch.device) -> Iterator[Callable[[], None]]:
     """While the block runs, torch compiles into a folder of this process, which begins with what ``folder`` keeps.
 
-    The folder of torch itself needs a name for the user, which not every container has for its user's number.
-
     Args:
         folder: ``compiled`` of the run.
         shapes: the config that decides what is compiled.

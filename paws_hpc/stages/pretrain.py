@@ -39,7 +39,7 @@ def run(context: TorchContext) -> None:
 
 
 def _compiler_cache(run: RunFolder, config: Config, device: torch.device) -> AbstractContextManager[Callable[[], None]]:
-    if not config.pretrain.compile:
+    if config.pretrain.execution_on(device.type) == "eager":
         return nullcontext(lambda: None)
     from paws_hpc.engine.compiler_cache import compiler_cache  # noqa: PLC0415 - loads the compiler, which takes seconds
 

@@ -153,10 +153,9 @@ def test_ranks_together_equal_one_process_on_the_whole_batch(world: int, finishe
         compare([results[name] for results in every], truth, name, tolerance=1e-12)
 
 
+@pytest.mark.needs_gpu
 def test_ranks_together_equal_one_process_on_a_gpu(finished: Path):
     every = results_of(on_gpu, 2, finished)
-    if every[0] is None:
-        pytest.skip("needs a GPU")
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for name, (shape, _, _, constant) in CASES.items():
             rows, upstream = (tensor.double() for tensor in gpu_batch(shape, dtype, constant))

@@ -44,9 +44,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS = AugmentConfig(saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
 DEVICES = [
     pytest.param(torch.device("cpu"), marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")),
-    pytest.param(
-        torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's kernels")
-    ),
+    pytest.param(torch.device("cuda"), marks=pytest.mark.needs_gpu),
 ]
 CONFIGS = {"imagenet": AugmentConfig(), "digits": DIGITS, "always": AugmentConfig(0.8, 0.8, 0.8, 0.2, 1, 0.5, 1)}
 JITTER: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, float], Tensor], list[float]]] = {
@@ -224,8 +222,6 @@ def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(config:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(
     device: torch.device, monkeypatch: pytest.MonkeyPatch

@@ -24,10 +24,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
-
+from tests.conftest import cannot_run
 from tests.integration.launching import environment
 from tests.slurm.reaper import environment_of, parent_of, processes_of
 from tests.slurm.settings import GPUS, NODES, ClusterOptions, slurm_conf, slurmdbd_conf
@@ -41,20 +39,13 @@ _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def require_slurm(options: ClusterOptions | None = None) -> None:
-    """Skip the test where no cluster can be started; see :func:`cannot_run`."""
+    """Skip the test where no cluster can be started."""
     programs = (*_DAEMONS, *(_ACCOUNTING if options and options.accounting else ()))
     if missing := [name for name in programs if shutil.which(name, path=_path()) is None]:
         packages = "slurm-wlm munge slurmdbd mariadb-server"
-        cannot_run(f"Slurm's {', '.join(missing)} cannot be found: apt-get install {packages}")
+        cannot_run(f"Slurm's {', '.join(missing)} cannot be found: apt-get install {packages}", without="slurm")
     if os.geteuid() != 0:
-        cannot_run("A Slurm of one's own needs root.")
-
-
-def cannot_run(reason: str) -> NoReturn:
-    """Skip the test for this reason; with ``MUST_RUN=slurm`` in the environment, as in CI, fail it."""
-    if "slurm" in os.environ.get("MUST_RUN", ""):
-        pytest.fail(reason)
-    pytest.skip(reason)
+        cannot_run("A Slurm of one's own needs root.", without="slurm")
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import cannot_run
 from tests.slurm.chain import Run
-from tests.slurm.cluster import Cluster, cannot_run
+from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(900)  # of which they need a tenth on a machine of their own
 
@@ -71,7 +72,7 @@ def mounted(path: Path, *, megabytes: int) -> Iterator[None]:
         check=False,
     )
     if done.returncode != 0:
-        cannot_run(f"No file system can be mounted here: {done.stderr.strip()}")
+        cannot_run(f"No file system can be mounted here: {done.stderr.strip()}", without="slurm")
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ def test_a_gpu_that_cannot_be_read_is_told_once(caplog: pytest.LogCaptureFixture
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.needs_gpu
 def test_a_gpu_is_read() -> None:
     row = ThroughputMeter(8, torch.device("cuda", 0)).read(1)
     assert 0 <= row["gpu/node0/utilisation"] <= 1

@@ -13,7 +13,6 @@ from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +20,7 @@ def digits(digits_stores: Stores) -> ImageStore:
     return ImageStore.open(digits_stores.train)
 
 
-@pytest.fixture(params=["on a CPU as if it were a GPU", pytest.param("on a GPU", marks=needs_gpu)])
+@pytest.fixture(params=["on a CPU as if it were a GPU", pytest.param("on a GPU", marks=pytest.mark.needs_gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where a raw store is resident."""
     if request.param == "on a GPU":

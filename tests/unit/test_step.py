@@ -11,6 +11,7 @@ import torch
 from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.compiled import compile_passes, eager
+from paws_hpc.engine.determinism import set_determinism
 from paws_hpc.engine.pretrain import Pretraining
 from tests.conftest import Stores
 from tests.tiny import tiny_config, training_of
@@ -28,10 +29,8 @@ def prepared(
     return training_of(config, stores.train, device=device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts waits for a GPU, and there is none")
+@pytest.mark.needs_gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
 @pytest.mark.parametrize(("accumulate_steps", "execution"), [(1, "eager"), (4, "eager"), (1, "compiled")])
 def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
     digits_stores: Stores, accumulate_steps: int, execution: str
@@ -50,7 +49,7 @@ def test_a_step_and_the_views_made_beside_it_never_wait_for_the_gpu(
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's streams")
+@pytest.mark.needs_gpu
 def test_a_checkpoint_holds_the_state_of_its_moment_though_steps_follow_at_once(
     digits_stores: Stores, tmp_path: Path
 ) -> None:
@@ -64,19 +63,53 @@ def test_a_checkpoint_holds_the_state_of_its_moment_though_steps_follow_at_once(
         assert all(torch.equal(saved.state["encoder"][name], value.cpu()) for name, value in before.items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's streams")
-def test_views_made_beside_the_step_are_those_made_in_it(digits_stores: Stores) -> None:
-    weights = []
-    for ahead in (True, False):
-        training = prepared(digits_stores, "cuda", precision="fp32")
-        with training.stream.prefetch(0, 20, training.dtype if ahead else None) as batches:
-            for batch in batches:
-                views = training.stream.augment(batch.micro_batches[0], training.device, training.dtype)
-                if batch.prefetched is not None:
-                    assert all(torch.equal(*pair) for pair in zip(batch.prefetched.take(), views, strict=True))
-                training.step(batch)
-        weights.append(training.encoder.projection.fc1.weight.detach().cpu())
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-3)
+def train_twenty_steps(training: Pretraining, *, ahead: bool) -> torch.Tensor:
+    """A weight after 20 steps whose views were made ahead of them, beside the steps, or in them."""
+    with training.stream.prefetch(0, 20, training.dtype if ahead else None) as batches:
+        for batch in batches:
+            training.step(batch)
+    return training.encoder.projection.fc1.weight.detach().cpu()
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_views_made_beside_the_step_are_those_made_in_it(
+    digits_stores: Stores, poisoned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal bits, since rounding alone drives two runs apart as far as one wrong pixel would (the test below).
+
+    ``poisoned`` fills memory with NaN when it is allocated, so that a view whose memory is given away too early is NaN.
+    If both pass, the views are right, and runs without deterministic kernels differ by their order of sums. If only
+    ``poisoned`` fails, memory is used again too early. If both fail and steps without views ahead equal each other, it
+    is that, or a wait between the streams that is missing. If these differ too, as the message says, a kernel of the
+    step has no fixed order in spite of the setting, and nothing is known about the views.
+    """
+    set_determinism(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", poisoned)
+    try:
+        beside, within, again = (
+            train_twenty_steps(prepared(digits_stores, "cuda", precision="fp32", execution="eager"), ahead=ahead)
+            for ahead in (True, False, False)
+        )
+    finally:
+        set_determinism(False)
+    spread = f"{(within - again).abs().max():.1e}, and beside it {(beside - within).abs().max():.1e}"
+    assert torch.equal(within, again), f"steps without views ahead differ from each other by {spread}"
+    assert torch.equal(beside, within), f"steps without views ahead are equal, and those with them differ by {spread}"
+
+
+def test_rounding_alone_drives_runs_apart_so_that_only_bits_can_be_compared(digits_stores: Stores) -> None:
+    """1e-6 of each weight in each step, as another order of sums on a GPU gives, becomes 0.1 in 20 steps."""
+    ends = []
+    for rounding in (0.0, 0.0, 1e-6):
+        training, noise = prepared(digits_stores), torch.Generator().manual_seed(0)
+        for step in range(20):
+            training.step(training.stream.batch(step))
+            for parameter in training.encoder.parameters():
+                parameter.data.mul_(1 + rounding * torch.randn(parameter.shape, generator=noise))
+        ends.append(training.encoder.projection.fc1.weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert (ends[0] - ends[2]).abs().max() > 0.02
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -111,7 +144,6 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
 def test_on_a_machine_without_a_compiler_compiled_training_is_eager_training(
     digits_stores: Stores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
