@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,11 +41,12 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 1e-6,
         nesterov: bool = False,
     ) -> None:
-        """See the class; tensors of one group share a device."""
+        """See the class; tensors of one group share device and dtype, and lie in memory without gaps."""
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "adapt": True,
         }  # fmt: skip
         super().__init__(params, defaults)
+        self._tensors_of_rows: dict[tuple[int, ...], Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -56,13 +58,18 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        decayed = gradients
+        flat, steps = _side_by_side(parameters)
+        torch._foreach_copy_(steps, gradients)
         if group["weight_decay"]:
-            decayed = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            torch._foreach_add_(steps, parameters, alpha=group["weight_decay"])
         if group["adapt"]:
-            steps = list(torch._foreach_mul(decayed, _scales(group, gradients, parameters)))
+            # All at once: a list of tensors times a list of factors would be a launch per tensor. Every row of ``flat``
+            # is of one tensor, as its length divides all of theirs.
+            lengths = [p.numel() for p in parameters]
+            rows = flat.view(-1, math.gcd(*lengths))
+            rows.mul_(_scales(group, gradients, parameters)[self._tensor_of_row(lengths, rows), None])
         else:
-            steps = list(torch._foreach_mul(decayed, group["lr"]))
+            flat.mul_(group["lr"])
         buffers = [self._buffer(p) for p in parameters]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, steps)
@@ -78,9 +85,26 @@ class LARS(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
+    def _tensor_of_row(self, lengths: list[int], rows: Tensor) -> Tensor:
+        """(rows,) int64: the number of the tensor that each row is of. Kept: the next step has the same."""
+        key = tuple(lengths)
+        if key not in self._tensors_of_rows:
+            counts = torch.tensor(lengths) // rows.shape[1]
+            numbers = torch.arange(len(lengths)).repeat_interleave(counts, output_size=len(rows))
+            self._tensors_of_rows[key] = numbers.to(rows.device)
+        return self._tensors_of_rows[key]
 
-def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
-    """What each decayed gradient is multiplied with, learning rate included; 0-dimensional."""
+
+def _side_by_side(parameters: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """New memory without values, as one tensor (N,) and as tensors that are laid out like the parameters."""
+    lengths = [p.numel() for p in parameters]
+    flat = parameters[0].new_empty(sum(lengths))
+    pieces = zip(flat.split(lengths), parameters, strict=True)
+    return flat, [piece.as_strided(p.shape, p.stride(), piece.storage_offset()) for piece, p in pieces]
+
+
+def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]) -> Tensor:
+    """What each decayed gradient is multiplied with, learning rate included; (tensors,)."""
     weight_norms = torch.stack(torch._foreach_norm(parameters))
     gradient_norms = torch.stack(torch._foreach_norm(gradients))
     decayed_norms = gradient_norms + group["weight_decay"] * weight_norms + _EPS
@@ -88,7 +112,7 @@ def _scales(group: dict[str, Any], gradients: list[Tensor], parameters: list[Ten
     # Chosen on the device: asking "is this norm zero?" on the host would wait for the GPU once per tensor. Without a
     # gradient nothing moves, decay included; without a weight there is no decay either, and the gradient is the step.
     usable = (weight_norms > 0) & (gradient_norms > 0)
-    return list((group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))).unbind())
+    return group["lr"] * torch.where(usable, scales, (gradient_norms > 0).to(scales.dtype))
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

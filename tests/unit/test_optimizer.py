@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paws_hpc.engine.config import OptimizerConfig
 from paws_hpc.engine.optimizer import LARS, build_optimizer, set_rates, split_parameters
@@ -163,6 +165,39 @@ def test_a_step_reads_nothing_back_from_the_device() -> None:
             model, optimizer = new(**settings)
             model(torch.randn(2, 3, 5, 5)).mean().backward()
             optimizer.step()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that CUDA launches: of a function of lists one, if all tensors that go together are alike."""
+
+    count = 0
+    NONE = ("new_empty", "split", "as_strided", "view", "unsqueeze", "unbind", "empty", "detach", "_record_function")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lists = [each for each in args if isinstance(each, list)]
+        if function._opname.startswith("_foreach"):
+            alike = all(len({(one.shape, one.stride()) for one in row}) == 1 for row in zip(*lists, strict=True))
+            self.count += 1 if alike else len(lists[0])
+        elif not function._opname.startswith(self.NONE):
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_launches_as_many_kernels_for_many_tensors_as_for_few(nesterov: bool) -> None:
+    counts = []
+    for tensors in (2, 40):
+        parameters = [nn.Parameter(torch.randn(8, 1 + n, 1, 1)) for n in range(tensors)]
+        excluded = [nn.Parameter(torch.randn(2 + n)) for n in range(tensors)]
+        for parameter in parameters + excluded:
+            parameter.grad = torch.ones_like(parameter).contiguous(memory_format=torch.contiguous_format)
+        groups = [{"params": parameters}, {"params": excluded, "adapt": False, "weight_decay": 0.0}]
+        optimizer = LARS(groups, lr=0.1, nesterov=nesterov)
+        optimizer.step()
+        with Launches() as launches:
+            optimizer.step()
+        counts.append(launches.count)
+    assert counts[0] == counts[1] < 40
 
 
 @pytest.mark.parametrize(
