@@ -44,10 +44,11 @@ class StageResources:
     partition: str | None = None
     additional_parameters: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def check(self, section: str) -> None:
+        """Raise ValueError, naming the field as one of ``section``, if a value is out of its range."""
         counts = ("nodes", "tasks_per_node", "threads_per_rank", "cpus_per_task", "timeout_min")
         ranges = dict.fromkeys(counts, "[1, inf)") | {"gpus_per_node": "[0, inf)", "mem_gb": "[0, inf)"}
-        check_ranges("resources", self, **ranges)
+        check_ranges(section, self, **ranges)
 
     @property
     def ranks(self) -> int:
@@ -108,6 +109,8 @@ class Config:
         self.pretrain.execution_on("cuda" if self.device == "auto" else self.device)
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"stages={self.stages}: {unknown[0]!r} is not one of {', '.join(STAGES)}.")
+        if not self.stages:
+            raise ValueError(f"stages=[] names no stage. Name some of {', '.join(STAGES)}, or leave it out for all.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
         if wrong := self.resources.keys() - STAGES.keys():
@@ -115,6 +118,8 @@ class Config:
             near = get_close_matches(name, STAGES, n=1, cutoff=0.0)
             raise ValueError(f"resources.{name} is of no stage. Did you mean {near[0]!r}? Known: {', '.join(STAGES)}.")
         self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
+        for name, resources in self.resources.items():
+            resources.check(f"resources.{name}")
         alone = [name for name, stage in STAGES.items() if not stage.torch]
         if any(self.resources[name].ranks > 1 for name in alone):
             raise ValueError(

@@ -42,8 +42,12 @@ from paws_hpc.report.tables import result_table
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.prepare import check_before_packing
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, has_trained, is_done
+from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _SEVERAL = ("-m", "--multirun")
+_HYDRAS = (
+    "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"
+)  # fmt: skip
 
 
 def launch(config: Config, launcher: Launcher) -> None:
@@ -82,6 +86,12 @@ def _here(config: Config, run: RunFolder, kind: str) -> None:
     """Run the chain on this machine, and print what came of it."""
     if config.cancel:
         raise ConfigError("cancel is for chains on Slurm: add hydra/launcher=submitit_slurm.")
+    if apart := [stage for stage in config.stages if (config.resources[stage].nodes or 1) > 1]:
+        resources = config.resources[apart[0]]
+        raise ConfigError(
+            f"resources.{apart[0]}.nodes={resources.nodes}, but this machine is one node. Add hydra/launcher="
+            f"submitit_slurm, or start all ranks here with nodes=1 and tasks_per_node={resources.ranks}."
+        )
     if config.dry_run:
         check_begun(config, run)
         check_before_packing(config)
@@ -156,6 +166,25 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
             print(f"error: there is no comparison: {error}", file=sys.stderr)
 
 
+def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a store that an override names is not there, and nothing says that it is to be packed."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for field in ("train", "labelled", "test"):
+        path = Path(getattr(config.data, field) or ".")
+        if f"data.{field}" not in given or (path / MANIFEST_NAME).exists() or (path / UNDERWAY_NAME).exists():
+            continue
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"data.{field}={path} is a folder of other files and no store. Pack them into another folder, "
+                f"`paws pack folder --root {path} --to shards/{path.resolve().name}`, and name that."
+            )
+        if config.data.source is not None and not {"data", "data.source"} & given and field != "labelled":
+            raise ConfigError(
+                f"data.{field}={path} does not exist. Correct the path; or give data.source={config.data.source} as "
+                "well, to pack that data set into it."
+            )
+
+
 def _composed_by_hydra(composed: DictConfig) -> None:
     try:
         config, launcher = composed_run(composed)
@@ -183,6 +212,8 @@ def _main() -> None:
     if {"-h", "--help"} & {*flags}:
         print(launch_help())
         return
+    if unknown := [flag for flag in flags if flag.partition("=")[0] not in _HYDRAS]:
+        sys.exit(f"error: {unknown[0]} is no option of launch. Fields are given as FIELD=VALUE; --help says more.")
     if flags:  # Hydra's own questions, such as --hydra-help and --cfg
         sys.argv[1:] = for_hydra(arguments)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_composed_by_hydra)()
@@ -191,6 +222,8 @@ def _main() -> None:
     try:
         runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
+        for overrides, (config, _) in zip(runs, composed, strict=True):
+            _check_named_stores(config, overrides)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:

@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import paws_hpc
-from paws_hpc.cluster.frozen import ConfigError, explain, to_config
+from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
 from paws_hpc.objective.config import OBJECTIVES
@@ -125,6 +126,8 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         with open_dict(composed):
             del composed["hydra"]
         return composed_run(composed)
+    except YAMLError as error:
+        raise ConfigError(yaml_fault(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
@@ -61,12 +63,32 @@ def explain(error: BaseException) -> str:
     if unknown:
         name = field.group(1) if field else unknown.group(1)
         return renamed(name) or f"{name} is not a field of the config. {hint(name)}"
-    if absent := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if absent := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
-        close = difflib.get_close_matches(absent.group(2), known, n=1, cutoff=0.0)
-        return f"{absent.group(1)}={absent.group(2)} does not exist. Did you mean {''.join(close)!r}? Known: {known}."
-    reason = str(chain).splitlines()[0]
-    return f"{field.group(1)}: {reason}." if field else reason
+        close = difflib.get_close_matches(absent.group(2), known, n=1)
+        meant = f"Did you mean {close[0]!r}? " if close else ""
+        listed = f"Known: {', '.join(known)}." if known else "Leave it out, or name a file of conf/."
+        return f"{absent.group(1)}={absent.group(2)} does not exist. {meant}{listed}"
+    reason = str(chain).splitlines()[0].rstrip(".")
+    if override := getattr(error, "override", None):
+        return f"{override!r} is no FIELD=VALUE, such as pretrain.epochs=3. Mind the shell: quote brackets and spaces."
+    wanted = next((words for sign, words in _WANTED.items() if re.search(sign, reason)), None)
+    if field and wanted:
+        value = re.search(r"value: (.*)$", reason)
+        given = value.group(1) if value else json.dumps(getattr(chain, "value", None), default=str)
+        return f"{field.group(1)}={given} must be {wanted.format(field.group(1))}."
+    return f"{field.group(1)}: {reason}." if field else f"{reason}."
+
+
+_WANTED = {  # what OmegaConf says → what a field is
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool|converted to Bool": "true or false",
+    "not Optional|Incompatible value 'None'": "given: it has no null",
+    "is not a ListConfig": "a list, such as {0}=[…]",
+    "Cannot assign|Cannot merge": "a mapping, such as '{0}={{…: …}}'",
+    "is not a subclass": "a section; one of its fields can be given as {0}.FIELD=VALUE",
+}
 
 
 def hint(name: str) -> str:
@@ -78,6 +100,8 @@ def hint(name: str) -> str:
         return f"Did you mean {f'{prefix}.{close[0]}' if prefix else close[0]!r}?"
     if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
         return f"Did you mean {close[0]!r}?"
+    if name.startswith("hydra.launcher."):
+        return "Launchers on Slurm have such fields: add hydra/launcher=submitit_slurm."
     same = [field for field in known if field.rpartition(".")[2] == last]
     return f"Did you mean {same[0]!r}?" if len(same) == 1 else "`paws config` lists all fields."
 
@@ -92,8 +116,16 @@ def _dotted(value: dict[str, Any], prefix: str) -> list[str]:
 
 
 def read_config(path: Path) -> Config:
-    """Read a frozen config; ConfigError if it does not fit this version's schema."""
-    return to_config(OmegaConf.load(path))
+    """Read a frozen config; ConfigError if it is no YAML, or does not fit this version's schema."""
+    try:
+        return to_config(OmegaConf.load(path))
+    except YAMLError as error:
+        raise ConfigError(yaml_fault(error)) from error
+
+
+def yaml_fault(error: YAMLError) -> str:
+    """Where a YAML file has its fault, in one line."""
+    return f"{' '.join(str(error).split())}. Mend this YAML file."
 
 
 def freeze(config: Config, path: Path) -> None:

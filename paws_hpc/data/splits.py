@@ -92,7 +92,7 @@ def _drawn(
         origin["apart_from"] = value_digest(apart_from.keys)
         name += f"-without-{origin['apart_from'][:8]}"
     salt = _LABELLED if kind == "labelled" else _VALIDATION
-    make = partial(_draw, store, per_class, seed=seed, salt=salt, apart_from=apart_from)
+    make = partial(_draw, store, config, per_class, seed=seed, salt=salt, apart_from=apart_from)
     return _load_or_make(store, name, origin, make, save=save)
 
 
@@ -105,9 +105,12 @@ def _load_or_make(
         split = load_split(path)
         if split.origin == origin and split.dataset == store.digest:
             return split
+        if split.dataset != store.digest:
+            raise ValueError(
+                f"{path} was drawn from other images than {store.path} has now. Remove it if no run needs it any more."
+            )
         raise ValueError(
-            f"{path} was made for {split.origin} of data set {split.dataset[:12]}, but this run needs {origin} of "
-            f"{store.digest[:12]}. Remove it if no run needs it any more."
+            f"{path} was made for {split.origin}, but this run needs {origin}. Remove it if no run needs it any more."
         )
     split = Split(name, origin, store.digest, tuple(make()))
     if not save:
@@ -136,7 +139,27 @@ def load_split(path: Path) -> Split:
     return split
 
 
-def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None) -> list[str]:
+def _check_enough(
+    store: ImageStore, config: LabelsConfig, per_class: int, *, labelled: bool, apart_from: Split | None
+) -> None:
+    """Raise ValueError, with a number that suits all classes and both sets, if a class has too few images to draw."""
+    counts = np.bincount(store.labels, minlength=len(store.classes))
+    if apart_from is not None:
+        counts -= np.bincount(store.labels[apart_from.records(store)], minlength=len(store.classes))
+    scarce = int(counts.argmin())
+    if (fewest := int(counts[scarce])) < per_class:
+        field = "labels.per_class" if labelled else "labels.validation_per_class"
+        kept = (config.validation_per_class or 0) if labelled and apart_from is None else 0
+        apart = f", of which {kept} are for validation" if kept else " others" if apart_from else ""
+        raise ValueError(
+            f"{field}={per_class} images of each class are to be drawn, but class {store.classes[scarce]!r} of "
+            f"{store.path} has only {fewest}{apart}. Draw at most {max(fewest - kept, 0)} per class."
+        )
+
+
+def _draw(
+    store: ImageStore, config: LabelsConfig, per_class: int | None, *, seed: int, salt: int, apart_from: Split | None
+) -> list[str]:
     """Draw from each class by the order of its keys: the same images however the store was shuffled.
 
     Memory holds the keys of one class and 8 bytes per record.
@@ -146,17 +169,13 @@ def _draw(store: ImageStore, per_class: int | None, *, seed: int, salt: int, apa
     narrow = store.labels.astype(np.min_scalar_type(count - 1))  # numpy sorts 8 and 16 bits in linear time
     by_class = np.split(np.argsort(narrow, kind="stable"), np.cumsum(np.bincount(store.labels, minlength=count))[:-1])
     keys: list[str] = []
-    for label, (name, records) in enumerate(zip(store.classes, by_class, strict=True)):
+    if per_class is not None:
+        _check_enough(store, config, per_class, labelled=salt == _LABELLED, apart_from=apart_from)
+    for label, records in enumerate(by_class):
         members = sorted(key for key in store.keys.at(records) if key not in elsewhere)
         if per_class is None:
             keys += members
             continue
-        if len(members) < per_class:
-            field = "labels.per_class" if salt == _LABELLED else "labels.validation_per_class"
-            raise ValueError(
-                f"{field}={per_class} images of each class are to be drawn, but class {name!r} of {store.path} has "
-                f"only {len(members)}{' others' if apart_from else ''}. Draw at most {len(members)} per class."
-            )
         drawn = permute(np.arange(per_class), len(members), cipher_key(seed, salt, label))
         keys += [members[position] for position in drawn]
     return keys

@@ -8,6 +8,7 @@ from pathlib import Path
 TINY = (
     "experiment=digits",
     "seed=0",
+    "data.source=digits",  # is packed where command() says
     "tracking.wandb=disabled",
     "model.channels=[8,16]",
     "views.large.size=16",

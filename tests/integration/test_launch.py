@@ -59,7 +59,7 @@ def test_the_imagenet_recipe_is_the_papers() -> None:
         ("optimzer.peak_lr=1", "optimzer is not a field of the config. Did you mean 'optimizer'?"),
         ("experiment=digit", "experiment=digit does not exist. Did you mean 'digits'?"),
         ("model.name=resnt50", "model.name='resnt50' is no model. Did you mean 'resnet50'?"),
-        ("pretrain.epochs=many", "pretrain.epochs: Value 'many'"),
+        ("pretrain.epochs=many", 'pretrain.epochs="many" must be a whole number'),
         ("stages=[pretrian]", "stages=['pretrian']: 'pretrian' is not one of"),
         ("pretrain.batch_size=5000", "batch_size=5000 is larger than the data set of 1397 images"),
         ("pretrain.support.classes=11", "support.classes=11, but only 10 classes have labelled images"),

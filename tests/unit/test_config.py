@@ -61,7 +61,8 @@ BAD: dict[str, Callable[[], Any]] = {
     ),
     r"objective.entropy_weight=-1": lambda: PawsConfig(entropy_weight=-1),
     r"data.threads=0": lambda: DataConfig(threads=0),
-    r"resources.nodes=0": lambda: StageResources(nodes=0),
+    r"resources.pretrain.nodes=0": lambda: Config(resources={"pretrain": StageResources(nodes=0)}),
+    r"stages=\[\] names no stage": lambda: Config(stages=[]),
     r"labels.per_class=0": lambda: LabelsConfig(per_class=0),
     r"labels.per_class=4, labels.file=list.txt, labels.all=False: give exactly one": lambda: LabelsConfig(
         per_class=4, file="list.txt", validation_per_class=1

@@ -123,7 +123,7 @@ def test_a_split_of_other_data_or_of_a_list_that_has_changed_is_refused(store: I
     labelled_and_validation(store, DRAWN, seed=0)
     other = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
     shutil.copytree(store.path / "splits", other.path / "splits")
-    with pytest.raises(ValueError, match=f"was made for .* of data set {store.digest[:12]}, but this run needs"):
+    with pytest.raises(ValueError, match=f"was drawn from other images than {other.path} has now"):
         labelled_and_validation(other, DRAWN, seed=0)
 
 
@@ -173,11 +173,14 @@ def test_a_list_that_does_not_fit_is_an_error(
     assert not (store.path / "splits").exists(), "nothing was drawn in its place"
 
 
-def test_too_few_images_of_a_class_say_which_and_how_many_there_are(store: ImageStore) -> None:
-    with pytest.raises(ValueError, match=r"13 images of each class .* class 'a' of .*store has only 12\. .*at most 12"):
+def test_too_few_images_of_a_class_say_which_and_the_number_that_suits(store: ImageStore) -> None:
+    few = r"13 images of each class .* class 'a' of .*store has only 12, of which 1 are for validation\. .*at most 11"
+    with pytest.raises(ValueError, match=few):
         labelled_and_validation(store, LabelsConfig(per_class=13, validation_per_class=1), seed=0)
+    labelled_and_validation(store, LabelsConfig(per_class=11, validation_per_class=1), seed=0)
     with pytest.raises(ValueError, match=r"9 images of each class .* class 'a' .* only 8 others\. .*at most 8"):
         labelled_and_validation(store, LabelsConfig(per_class=4, validation_per_class=9), seed=0)
+    labelled_and_validation(store, LabelsConfig(per_class=4, validation_per_class=8), seed=0)
 
 
 def test_an_image_may_not_both_train_and_validate(store: ImageStore, tmp_path: Path) -> None:
