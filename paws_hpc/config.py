@@ -113,19 +113,7 @@ class Config:
             raise ValueError(f"stages=[] names no stage. Name some of {', '.join(STAGES)}, or leave it out for all.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} must be in [0, 2**32).")
-        if wrong := self.resources.keys() - STAGES.keys():
-            name = min(wrong)
-            near = get_close_matches(name, STAGES, n=1, cutoff=0.0)
-            raise ValueError(f"resources.{name} is of no stage. Did you mean {near[0]!r}? Known: {', '.join(STAGES)}.")
-        self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
-        for name, resources in self.resources.items():
-            resources.check(f"resources.{name}")
-        alone = [name for name, stage in STAGES.items() if not stage.torch]
-        if any(self.resources[name].ranks > 1 for name in alone):
-            raise ValueError(
-                f"{' and '.join(f'resources.{name}' for name in alone)} must have nodes=1 and tasks_per_node=1: one "
-                "process does their work."
-            )
+        self._check_resources()
         if self.restarts_without_progress < 0:
             raise ValueError(f"restarts_without_progress={self.restarts_without_progress} must be 0 or more.")
         ranks, support = self.resources["pretrain"].ranks, self.pretrain.support
@@ -156,6 +144,21 @@ class Config:
         self.objective.check_run(rows_per_class=rows, labelled=self.data.labelled)
         if not self.name or self.name.startswith(".") or "/" in self.name:
             raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+
+    def _check_resources(self) -> None:
+        if wrong := self.resources.keys() - STAGES.keys():
+            name = min(wrong)
+            near = get_close_matches(name, STAGES, n=1, cutoff=0.0)
+            raise ValueError(f"resources.{name} is of no stage. Did you mean {near[0]!r}? Known: {', '.join(STAGES)}.")
+        self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
+        for name, resources in self.resources.items():
+            resources.check(f"resources.{name}")
+        alone = [name for name, stage in STAGES.items() if not stage.torch]
+        if any(self.resources[name].ranks > 1 for name in alone):
+            raise ValueError(
+                f"{' and '.join(f'resources.{name}' for name in alone)} must have nodes=1 and tasks_per_node=1: one "
+                "process does their work."
+            )
 
     def _check_patches(self) -> None:
         if self.model.name != "vit_s16":

@@ -46,7 +46,8 @@ from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _SEVERAL = ("-m", "--multirun")
 _HYDRAS = (
-    "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--shell-completion", "-sc"
+    "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i",
+    "--shell-completion", "-sc",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault

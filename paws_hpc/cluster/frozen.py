@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
