@@ -112,8 +112,8 @@ class PretrainConfig:
         execution: of a step. ``eager``: operation by operation. ``compiled``: network and augmentation go through
             ``torch.compile``, which takes a while at every start (paws_hpc/engine/compiled.py). ``graphed``: compiled,
             and what lies between views and gradients is one CUDA graph, so that the GPU waits for no launch
-            (paws_hpc/engine/graphs.py). ``auto``: graphed on CUDA, eager elsewhere. What fails to compile runs eagerly,
-            and what cannot be a graph, steps of several micro-batches included, is compiled; the log says why.
+            (paws_hpc/engine/graphs.py). ``auto``: graphed on CUDA, eager elsewhere. Steps of several micro-batches are
+            compiled, and no graph. Where compiling or capturing fails, training goes on without; the log says why.
         log_every_steps: between readings of metrics from the device, and between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
         checkpoint_every_steps: between checkpoints.

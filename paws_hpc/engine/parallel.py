@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -24,8 +25,8 @@ def move(model: ModuleT, device: torch.device, dtype: torch.dtype) -> ModuleT:
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model  # type: ignore[call-overload]
 
 
-def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """Average gradients over ranks after backward; the model itself when alone.
+def replicate(model: nn.Module, device: torch.device, *, stream: torch.cuda.Stream | None = None) -> nn.Module:
+    """Average gradients over ranks after backward; the model itself when alone. ``stream`` is that of captures.
 
     Buffers are not broadcast: batch statistics are either global, and so equal already, or meant to be local.
 
@@ -36,13 +37,17 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if distributed.world_size() == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
-    )
+    with nullcontext() if stream is None else torch.cuda.stream(stream):
+        replica = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
+        )
+    if stream is not None:
+        torch.cuda.current_stream(device).wait_stream(stream)
+    return replica
 
 
 def synchronise_buffers(model: nn.Module) -> None:

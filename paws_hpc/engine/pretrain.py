@@ -18,6 +18,7 @@ from paws_hpc.engine.averaging import WeightAverage
 from paws_hpc.engine.compiled import compile_passes, eager
 from paws_hpc.engine.config import OptimizerConfig, PretrainConfig
 from paws_hpc.engine.errors import TrainingStoppedError
+from paws_hpc.engine.graphs import CudaCapture, Differentiate, StepGraphs
 from paws_hpc.engine.loop import Training, Validate
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.optimizer import build_optimizer, set_rates
@@ -34,6 +35,7 @@ class Pretraining(Training):
     Attributes:
         collapsed_steps: consecutive steps, up to the last one read, at which the objective had collapsed.
         collapsed: whether a collapse was reported.
+        differentiate: from the views of a step to its gradients, maybe by a CUDA graph.
     """
 
     EPOCHS = "pretrain.epochs"
@@ -60,10 +62,16 @@ class Pretraining(Training):
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         self.encoder = move(encoder, device, self.dtype)
         self.average = None if config.ema is None else WeightAverage(self.encoder, config.ema)
-        self.model = replicate(self.encoder, device)
+        execution = config.execution_on(device.type)
+        # The views of several micro-batches are not in memory together, as inputs of a graph would be.
+        capture = CudaCapture(device) if execution == "graphed" and config.accumulate_steps == 1 else None
+        self.model = replicate(self.encoder, device, stream=None if capture is None else capture.stream)
         spread_momentum(self.encoder, config.accumulate_steps)
-        if config.execution_on(device.type) != "eager":
+        if execution != "eager":
             compile_passes(self.encoder)
+        self.differentiate: Differentiate = self._differentiate
+        if capture is not None:
+            self.differentiate = StepGraphs(self._differentiate, self.encoder.parameters(), device, capture=capture)
         self.optimizer = build_optimizer(self.encoder, optimizer)
         self.collapsed_steps, self.collapsed = 0, False
 
@@ -114,7 +122,7 @@ class Pretraining(Training):
             metrics = self._accumulate(batch, inputs, diagnosed=diagnosed)
         else:
             views = batch.prefetched.take() if batch.prefetched is not None else self._augment(batch, 0)
-            metrics = self._differentiate(views, inputs, diagnosed=diagnosed)
+            metrics = self.differentiate(views, inputs, diagnosed=diagnosed)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.encoder, batch.step)

@@ -1,0 +1,206 @@
+"""A step that is captured and replayed is the step; on a CPU by a recorder that knows memory only, as a graph does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from paws_hpc.data.config import AugmentConfig
+from paws_hpc.engine.compiled import eager
+from paws_hpc.engine.graphs import CudaCapture, Metrics, StepGraphs
+from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.objective.config import PawsConfig, RopawsConfig
+from tests.conftest import Stores
+from tests.tiny import tiny_config, training_of
+
+CPU, STEPS = torch.device("cpu"), 30
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operation with its arguments: tensors as they lie in memory, numbers as they are at the moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.made: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs, given = tensors(result), {memory(each) for each in tensors((args, kwargs))}
+        self.operations.append((func, args, kwargs or {}, outputs))
+        self.made += [each.detach() for each in outputs if memory(each) not in given]
+        return result
+
+    def replay(self) -> None:
+        """Do the operations again on the same memory, and write the results to where they were."""
+        with torch.no_grad():
+            for func, args, kwargs, outputs in self.operations:
+                if func.is_view or func is torch.ops.aten.lift_fresh.default:
+                    continue
+                for output, new in zip(outputs, tensors(func(*args, **kwargs)), strict=True):
+                    if memory(new) != memory(output):
+                        output.copy_(new)
+
+
+class CpuCapture:
+    """Like a CUDA graph's, the capture does nothing: what the work moved is moved back, and its results are NaN."""
+
+    def __init__(self, training: Pretraining) -> None:
+        self.training, self.captured = training, 0
+
+    def __call__(self, work: Callable[[], Metrics]) -> tuple[Metrics, Callable[[], None]]:
+        self.captured += 1
+        before = {name: value.clone() for name, value in self.training.encoder.state_dict().items()}
+        with Recorder() as recorder:
+            metrics = work()
+        for made in recorder.made:
+            if made.is_floating_point():
+                made.fill_(torch.nan)
+        self.training.encoder.load_state_dict(before)
+        return metrics, recorder.replay
+
+
+def training(
+    stores: Stores, objective: PawsConfig, optimizer: str, *, device: str = "cpu", **changes: Any
+) -> Pretraining:
+    config = tiny_config(stores.train, stores.test, stores.train)
+    config.views.augment, config.objective, config.optimizer.name = AugmentConfig(), objective, optimizer
+    config.optimizer.peak_lr, config.optimizer.warmup_epochs = {"adamw": 1e-3, "lars": 1.0}[optimizer], 0.2
+    config.pretrain.batch_size, config.pretrain.ema, config.pretrain.log_every_steps = 16, 0.9, 3
+    config.model.prediction_head = True
+    for name, value in changes.items():
+        setattr(config.pretrain, name, value)
+    return training_of(config, stores.train, device=device)
+
+
+def graphed(made: Pretraining) -> CpuCapture:
+    capture = CpuCapture(made)
+    made.differentiate = StepGraphs(made._differentiate, made.encoder.parameters(), CPU, capture=capture)
+    return capture
+
+
+def steps(made: Pretraining, start: int, stop: int) -> list[dict[str, Tensor]]:
+    return [made.step(made.stream.batch(step)) for step in range(start, stop)]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """To the bit, in all that a checkpoint holds."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+OBJECTIVES = [
+    PawsConfig(support_warmup_fraction=0.16, true_label_targets=True),  # ends after 14 of the epoch's 87 steps
+    RopawsConfig(support_warmup_fraction=0.16),
+]
+CASES = pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+BOTH = pytest.mark.parametrize("objective", OBJECTIVES, ids=["paws", "ropaws"])
+
+
+@BOTH
+@CASES
+def test_replayed_steps_are_the_eager_ones_to_the_bit(
+    digits_stores: Stores, objective: PawsConfig, optimizer: str
+) -> None:
+    """Support warm-up ends on the way, diagnosed steps stand between others, rates and labels change at every step."""
+    plain, replayed = (training(digits_stores, objective, optimizer) for _ in range(2))
+    capture = graphed(replayed)
+    expected, found = steps(plain, 0, STEPS), steps(replayed, 0, STEPS)
+    assert capture.captured == 4, "with and without support warm-up, diagnosed and not"
+    assert len({tuple(row) for row in expected}) == 4
+    assert_same(found, expected)
+    assert_same(replayed.state_dict(), plain.state_dict())
+
+
+def test_an_interrupted_run_and_one_that_is_scored_on_the_way_are_the_same_to_the_bit(digits_stores: Stores) -> None:
+    whole, first, second = (training(digits_stores, OBJECTIVES[0], "lars") for _ in range(3))
+    captures = [graphed(each) for each in (whole, first, second)]
+    steps(whole, 0, STEPS)
+    steps(first, 0, 17)
+    with eager(first.encoder), torch.no_grad():  # with other sizes, after graphs were captured
+        first.encoder.eval()([torch.zeros(5, 3, 16, 16)])
+    first.encoder.train()
+    second.load_state_dict(first.state_dict())
+    steps(second, 17, STEPS)
+    assert_same(second.state_dict(), whole.state_dict())
+    first.load_state_dict(training(digits_stores, OBJECTIVES[0], "lars").state_dict())
+    steps(first, 0, STEPS)  # into a run whose graphs exist already: they know the parameters' memory
+    assert_same(first.state_dict(), whole.state_dict())
+    assert min(capture.captured for capture in captures) >= 2
+
+
+def test_a_number_that_is_no_input_would_be_noticed(digits_stores: Stores) -> None:
+    """The recorder's own test: a loss that reads its step otherwise does not train as eagerly."""
+    ends = []
+    for replayed in (False, True):
+        made = training(digits_stores, PawsConfig(), "lars")
+        losses, calls = made._losses, []
+
+        def baked(*given: Any, losses: Any = losses, calls: list[None] = calls, **named: Any) -> Any:
+            calls.append(None)
+            total, metrics = losses(*given, **named)
+            return total * (1 + len(calls)), metrics
+
+        made._losses = baked  # type: ignore[method-assign]
+        if replayed:
+            graphed(made)
+        steps(made, 0, 12)
+        ends.append(made.encoder.projection.fc1.weight.detach())
+    assert not torch.equal(*ends)
+
+
+def test_where_a_capture_fails_training_goes_on_as_eagerly_and_the_log_says_why_once(
+    digits_stores: Stores, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, other = (training(digits_stores, PawsConfig(), "lars") for _ in range(2))
+
+    def fails(work: Callable[[], Metrics]) -> Any:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    other.differentiate = StepGraphs(other._differentiate, other.encoder.parameters(), CPU, capture=fails)
+    assert_same(steps(other, 0, 12), steps(plain, 0, 12))
+    assert_same(other.state_dict(), plain.state_dict())
+    (record,) = [record for record in caplog.records if record.name == "paws_hpc.engine.graphs"]
+    assert record.message.endswith("(RuntimeError: operation not permitted).")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
+@BOTH
+def test_cuda_graphs_of_steps_are_the_steps(
+    digits_stores: Stores, objective: PawsConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the bit with deterministic algorithms, captured as they are written and compiled."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for execution in ("eager", "compiled"):
+        ends = []
+        for replayed in (False, True):
+            made = training(digits_stores, objective, "lars", device="cuda", execution=execution)
+            if replayed:
+                capture = CudaCapture(made.device)
+                made.differentiate = StepGraphs(
+                    made._differentiate, made.encoder.parameters(), made.device, capture=capture
+                )
+            torch.use_deterministic_algorithms(mode=True)
+            try:
+                metrics = steps(made, 0, STEPS)
+            finally:
+                torch.use_deterministic_algorithms(mode=False)
+            ends.append((metrics, made.state_dict()))
+        assert_same(*ends)
+    assert not [record for record in caplog.records if record.name.startswith("paws_hpc")]
