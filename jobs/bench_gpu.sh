@@ -16,5 +16,5 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 for recipe in imagenet cifar digits; do
-  .venv/bin/python -m paws_hpc.bench all --device cuda --compiled --recipe "$recipe" "$@"
+  .venv/bin/python -m paws_hpc.bench all --device cuda --recipe "$recipe" "$@"
 done

@@ -58,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
             command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
-            command.add_argument(
-                "--compiled", action="store_true", help="with pretrain.execution=compiled too: minutes on a CPU"
-            )
+            command.add_argument("--compiled", action="store_true", help="on a CPU, compiled too, which takes minutes")
     for name, command in commands.choices.items():
         rounds = 5 if name == "store" else 3
         command.add_argument(

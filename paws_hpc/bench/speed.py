@@ -21,7 +21,7 @@ from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, media
 from paws_hpc.bench.step_parts import PARTS
 from paws_hpc.bench.workloads import Workload, describe_sizes, make_images, plain_images
 
-_STEP, _COMPILED = "paws_hpc, data on the device", "paws_hpc, data on the device, compiled"
+_STEP = "paws_hpc, data on the device"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
 _PLAIN = "plain ResNet-50"
 _DIAGNOSED = "with diagnostics in every step"
@@ -56,23 +56,26 @@ def _on_device(workload: Workload, options: argparse.Namespace, *overrides: str)
 
 def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
     steps, cuda = options.steps, workload.device == "cuda"
-    candidates: dict[str, Candidate] = {_STEP: _on_device(workload, options, "pretrain.execution=eager")}
+    usual = workload.config().pretrain.execution_on(workload.device)
+    others = ("compiled", "graphed") if cuda else ("compiled",) if options.compiled else ()
+    names = {execution: f"{_STEP}, {execution}" for execution in ("eager", *others, usual)}
+    candidates: dict[str, Candidate] = {
+        name: _on_device(workload, options, f"pretrain.execution={execution}") for execution, name in names.items()
+    }
     if options.from_store or options.baseline:
         candidates[_FROM_STORE] = partial(training.steps_from_store, workload, steps)
     if options.baseline:
         candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
-    if options.compiled:
-        candidates[_COMPILED] = _on_device(workload, options, "pretrain.execution=compiled")
     if workload.recipe == "imagenet":
         candidates[_PLAIN] = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
     rates = race(candidates)
-    mine, figures = rates[_STEP], part_figures(rates[_STEP].rounds)
+    eager, mine = rates[names.pop("eager")], rates[f"{_STEP}, {usual}"]
+    figures = part_figures(eager.rounds)
+    figures += [Figure(f"{execution} / eager", ratio(rates[name], eager), "x") for execution, name in names.items()]
     on_imagenet, on_cifar = (
         None if cuda and workload.recipe == recipe else f"{name} recipe, one H100"
         for recipe, name in (("imagenet", "ImageNet"), ("cifar", "CIFAR"))
     )
-    if _COMPILED in rates:
-        figures.append(Figure(f"{_COMPILED} / eager", ratio(rates[_COMPILED], mine), "x"))
     if _PLAIN in rates:
         figures.append(plain_figure(mine, rates[_PLAIN], plain_images(workload.config()), only_on=on_imagenet))
     if _FROM_STORE in rates:
@@ -109,9 +112,10 @@ def part_figures(rounds: Sequence[Round]) -> list[Figure]:
 
 
 def _loss(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
+    eager = "pretrain.execution=eager"  # whose parts can be told apart
     candidates = {
-        _STEP: _on_device(workload, options, f"pretrain.log_every_steps={10**9}"),
-        _DIAGNOSED: _on_device(workload, options, "pretrain.log_every_steps=1"),
+        _STEP: _on_device(workload, options, eager, f"pretrain.log_every_steps={10**9}"),
+        _DIAGNOSED: _on_device(workload, options, eager, "pretrain.log_every_steps=1"),
     }
     rates, every = race(candidates), workload.config().pretrain.log_every_steps
     step, diagnosed = rates[_STEP].rounds, rates[_DIAGNOSED].rounds

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from paws_hpc.engine.pretrain import Pretraining
 
-PARTS = ("augmentation", "forward", "loss", "loss, backward", "backward", "optimiser", "metrics")
-"""In their order. ``loss`` holds the gather of supports; ``backward`` begins at the encoder's output."""
+PARTS = ("augmentation", "forward", "loss", "loss, backward", "backward", "metrics", "optimiser")
+"""In their order. ``loss`` holds the gather of supports; ``backward`` begins at the encoder's output; ``metrics`` are
+the gradient's norm, and the weight average after the optimiser."""
 
 _END = "end"
 
@@ -114,6 +115,7 @@ def marked(training: Pretraining, line: Timeline) -> Iterator[None]:
             (training, "model", _MarkedModel(training.model, line)),
             (training.stream, "augment", marking("augmentation", training.stream.augment)),
             (torch.autograd, "backward", marking("loss, backward", torch.autograd.backward)),
+            (torch.nn.utils, "get_total_norm", marking("metrics", torch.nn.utils.get_total_norm)),
         ):
             undo.enter_context(patch.object(owner, name, observed))
         undo.callback(optimizer.register_step_pre_hook(lambda *_: line.mark("optimiser")).remove)

@@ -177,10 +177,8 @@ def test_where_a_capture_fails_training_goes_on_as_eagerly_and_the_log_says_why_
     assert record.message.endswith("(RuntimeError: operation not permitted).")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.needs_gpu
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # are left unused on purpose
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of the compiler's own imports
 @BOTH
 def test_cuda_graphs_of_steps_are_the_steps(
     digits_stores: Stores, objective: PawsConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
