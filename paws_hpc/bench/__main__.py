@@ -14,6 +14,7 @@ from pathlib import Path
 
 from paws_hpc.bench.memory import bench_memory
 from paws_hpc.bench.rounds import CandidateError
+from paws_hpc.bench.scaling import bench_scaling
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 from paws_hpc.bench.workloads import RECIPES
@@ -68,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--gpus", type=at_least(1), default=1, help="of the run that the overrides make (1)")
     memory.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="a run; without any, the published recipes")
     memory.set_defaults(run=bench_memory)
+    scaling = commands.add_parser("scaling", help="a model of the ImageNet recipe's step on 8 to 1,024 GPUs")
+    scaling.add_argument("--constants", type=Path, help="file of bench collectives --json, or of some constants")
+    scaling.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
+    scaling.set_defaults(run=bench_scaling)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for the figures (in FOLDER)")
         command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")

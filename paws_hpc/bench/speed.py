@@ -167,8 +167,14 @@ def _collectives(workload: Workload, options: argparse.Namespace, race: Race) ->
     if workload.device == "cuda" and (ranks := torch.cuda.device_count()) < 2:
         return {}, [Figure("collectives", None, absent="they need two GPUs, and this machine has one")]
     seconds = collectives.measure(workload, ranks=ranks, repeats=max(5, options.steps))
+    small, large = (seconds.pop(name) for name in (collectives.SMALL, collectives.LARGE))
     whole = sum(seconds.values())
-    return {}, [Figure(name, 1000 * value, "ms", share=value / whole) for name, value in seconds.items()]
+    bandwidth = 2 * collectives.LARGE_BYTES * (ranks - 1) / ranks / large
+    return {}, [
+        *(Figure(name, 1000 * value, "ms", share=value / whole) for name, value in seconds.items()),
+        Figure(collectives.SMALL, 1000 * small, "ms"),
+        Figure("bandwidth of an all-reduce", bandwidth / 1e9, "GB/s"),
+    ]
 
 
 MEASURE: dict[str, Callable[[Workload, argparse.Namespace, Race], Measured]] = {
