@@ -182,9 +182,9 @@ def sweep_config(config: Config, sweep: str) -> ClassifierConfig:
 _WITHOUT_EFFECT = (  # on the result: these may change between two launches of one run
     "name", "runs", "device", "deterministic", "stages", "accept_changes", "tracking", "resources",
     "restarts_without_progress", "dry_run", "cancel", "data.name", "data.classes", "data.train", "data.labelled",
-    "data.test", "data.source", "data.source_path", "data.threads", "data.copy_to", "pretrain.log_every_steps",
-    "pretrain.validate_every_epochs", "pretrain.checkpoint_every_steps", "pretrain.collapse", "finetune.min_trials",
-    "baseline.min_trials",
+    "data.test", "data.source", "data.source_path", "data.root", "data.unlabelled", "data.labels", "data.folders",
+    "data.threads", "data.copy_to", "pretrain.log_every_steps", "pretrain.validate_every_epochs",
+    "pretrain.checkpoint_every_steps", "pretrain.collapse", "finetune.min_trials", "baseline.min_trials",
 )  # fmt: skip
 
 Identity = dict[str, Any]

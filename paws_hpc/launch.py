@@ -25,10 +25,11 @@ from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.chain import Chain, check_begun, forget_untrained
-from paws_hpc.cluster.compose import CONF, compose_run, composed_run, for_hydra, own_configs, runs_of
+from paws_hpc.cluster.compose import CONF, compose_run, composed_run, derivation, for_hydra, own_configs, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
+from paws_hpc.cluster.own_images import Derived
 from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
@@ -150,6 +151,16 @@ def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
     print(f"Watch it: python -m paws_hpc.status {run.path}")
 
 
+def _print_derived(table: Sequence[Derived]) -> None:
+    """Show what was derived from own images; any of these fields can be given instead."""
+    if not table:
+        return
+    print("Derived from the images (give FIELD=VALUE for another):")
+    wide = max(len(f"{each.field}={each.value}") for each in table)
+    for each in table:
+        print(f"  {f'{each.field}={each.value}':<{wide}}  {each.reason}")
+
+
 def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
     """Write the page that compares runs launched together or, where they were only submitted, print its command."""
     folders = dict.fromkeys(Path(config.runs) / config.name for config, _ in composed)
@@ -225,7 +236,8 @@ def _main() -> None:
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
         for overrides, (config, _) in zip(runs, composed, strict=True):
             _check_named_stores(config, overrides)
-    except ValueError as error:
+        _print_derived(derivation(tuple(runs[0]))[1])
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if len(runs) > 1 and not several:
         sys.exit(f"error: these arguments ask for {len(runs)} runs: add -m to launch them all.")

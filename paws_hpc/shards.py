@@ -103,7 +103,7 @@ _PACKING = (
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"},
     "--size": {"type": int, "default": SourceConfig.size, "help": "side in pixels (%(default)s)"},
-    "--labels": {"metavar": "FILE", "help": "lines '<image>,<class>', for archives without class folders"},
+    "--labels": {"metavar": "FILE", "help": "lines '<image>,<class>', where no folder is a class"},
     "--label-field": {"metavar": "FIELD", "default": SourceConfig.label_field, "help": "of .json files (%(default)s)"},
 }
 """Options of some kinds of source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -22,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault
+from paws_hpc.cluster.own_images import Derived, derived, is_own
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
 from paws_hpc.objective.config import OBJECTIVES
@@ -110,6 +112,27 @@ def for_hydra(arguments: Sequence[str]) -> list[str]:
     return [_OPEN.sub(r"++\1", argument) for argument in arguments]
 
 
+@functools.cache
+def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Derived, ...]]:
+    """The overrides with those that follow from a folder of own images that they name, and what was derived from it.
+
+    Raises:
+        ValueError: the folder has no shape that is understood, or the overrides cannot be parsed.
+        FileNotFoundError: there is no such folder.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    given = {each.key_or_group.replace("/", "."): each.value() for each in parsed if not each.is_delete()}
+    if not is_own(given):
+        return overrides, ()
+    gpu = Path("/dev/nvidiactl").exists()
+    if "hydra.launcher" in given:
+        own = [str(each.input_line) for each in parsed if each.key_or_group.startswith("hydra")]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            gpu = bool(hydra.compose("config", own, return_hydra_config=True).hydra.launcher.get("gpus_per_node"))
+    before, after, table = derived(given, gpu=gpu and given.get("device") != "cpu")
+    return (*before, *overrides, *after), tuple(table)
+
+
 def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
     """The run that overrides describe, and the fields of its launcher.
 
@@ -120,6 +143,7 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
                 raise ConfigError(refusal)
+        overrides, _ = derivation(tuple(overrides))
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides=for_hydra(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there

@@ -27,10 +27,16 @@ class DataConfig:
         train: store of the training images; without ``labelled`` the labelled ones are among them.
         labelled: a store of its own for labelled and validation images. Classes are this store's then, and labels of
             ``train`` are never read. All images are normalised by the statistics of ``train``.
-        test: store of the test images, read once, after selection.
+        test: store of the test images, read once, after selection. None: there are none, and nothing is scored on any.
         source: kind of source with a train and a test split, from which missing stores are packed. None: a missing
             store is an error.
         source_path: its folder; None for a source that a package ships.
+        root: folder of own images, which are packed into ``shards/`` on first use: ``train/`` and ``test/`` with a
+            folder per class, one folder per class, or images without folders and ``labels``. A recipe is derived from
+            them unless ``experiment=`` names one (docs/own_images.md).
+        unlabelled: or the folder of own images without labels, with ``labelled`` a folder of one folder per class.
+        labels: list of ``<image>,<label>`` lines for those of the images that have a label.
+        folders: where missing stores ``train``, ``labelled`` and ``test`` are packed from; follows from these.
         threads: that decode and crop, per rank.
         copy_to: folder on each node's own disk; pre-training first copies its stores there. ``$NAMES`` of the node's
             environment are filled in. None: no copies.
@@ -44,9 +50,13 @@ class DataConfig:
     classes: int | None = None
     train: str = "shards/digits/train"
     labelled: str | None = None
-    test: str = "shards/digits/test"
+    test: str | None = "shards/digits/test"
     source: str | None = None
     source_path: str | None = None
+    root: str | None = None
+    unlabelled: str | None = None
+    labels: str | None = None
+    folders: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     copy_to: str | None = None
     order: str = "full"
@@ -55,8 +65,8 @@ class DataConfig:
     @property
     def stores(self) -> dict[str, str]:
         """Paths of the stores that a run reads, by content."""
-        stores = {"training images": self.train, "test images": self.test}
-        return stores if self.labelled is None else stores | {"labelled images": self.labelled}
+        stores = {"training images": self.train, "test images": self.test, "labelled images": self.labelled}
+        return {name: path for name, path in stores.items() if path is not None}
 
     def __post_init__(self) -> None:
         check_ranges("data", self, threads="[1, inf)")
@@ -77,6 +87,7 @@ class LabelsConfig:
 
     Give each set either a number per class, drawn from the run's seed, or a file with one image per line: a key of the
     store, ImageNet's ``nXXXXXXXX_id.JPEG``, or an index (CIFAR). In a file's name ``{seed}`` stands for the run's seed.
+    Without images for validation the labelled ones choose, by cross-validation (``paws_hpc.data.splits.folds``).
 
     Attributes:
         per_class: labelled images of each class.
@@ -95,17 +106,22 @@ class LabelsConfig:
     def __post_init__(self) -> None:
         check_ranges("labels", self, per_class="[1, inf)", validation_per_class="[1, inf)")
 
+    @property
+    def validated(self) -> bool:
+        """Whether images are held out for validation."""
+        return self.validation_per_class is not None or self.validation_file is not None
+
     def check_complete(self) -> None:
-        """Raise ValueError unless each set is given in exactly one way."""
+        """Raise ValueError unless the labelled images are given in exactly one way, and those for validation in one."""
         if [self.per_class is not None, self.file is not None, self.all].count(True) != 1:
             raise ValueError(
                 f"labels.per_class={self.per_class}, labels.file={self.file}, labels.all={self.all}: give exactly one "
                 "of them, and null or false for the others."
             )
-        if (self.validation_per_class is None) == (self.validation_file is None):
+        if self.validation_per_class is not None and self.validation_file is not None:
             raise ValueError(
                 f"labels.validation_per_class={self.validation_per_class} and labels.validation_file="
-                f"{self.validation_file}: give exactly one of them, the other as null."
+                f"{self.validation_file}: give one of them at most, and null for the other."
             )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.samplers import Positions, cipher_key, permute
@@ -21,7 +22,8 @@ from paws_hpc.files import read_json, value_digest, write_json
 from paws_hpc.store import ImageStore
 
 _VERSION = 1
-_LABELLED, _VALIDATION = 11, 12  # so that the two draws of one seed are independent
+_LABELLED, _VALIDATION, _FOLDS = 11, 12, 13  # so that the draws of one seed are independent
+_MOST_FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Split:
 
 def labelled_and_validation(
     store: ImageStore, config: LabelsConfig, *, seed: int, save: bool = True
-) -> tuple[Split, Split]:
-    """The two splits of a run, loaded if they exist and otherwise made and, if ``save``, saved beside the shards.
+) -> tuple[Split, Split | None]:
+    """The two splits of a run, the second None if nothing is held out.
+
+    They are loaded if they exist and otherwise made and, if ``save``, saved beside the shards.
 
     Raises:
         ValueError: a class has too few images, a listed image is not in the store, the two splits overlap, or a saved
@@ -66,6 +70,8 @@ def labelled_and_validation(
             return _load_or_make(store, f"{kind}-{file.stem}", origin, lambda: _resolve(text, store, file), save=save)
         return _drawn(store, kind, config, seed=seed, apart_from=other, save=save)
 
+    if not config.validated:
+        return make("labelled", None), None
     if files["validation"] is None and not config.all:
         labelled = make("labelled", None)
         validation = make("validation", labelled)
@@ -118,6 +124,26 @@ def _load_or_make(
     content = {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest}
     write_json(path, content | {"keys": list(split.keys)})
     return split
+
+
+def folds(labels: Positions, *, seed: int) -> list[NDArray[np.bool_]]:
+    """Divide (M,) labelled images for cross-validation: masks (M,) of the images that each fold holds out.
+
+    Every class is spread evenly over four folds, or as many as its labels where one has fewer.
+
+    Raises:
+        ValueError: a class has one label, so that none would be left to learn from.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError(
+            f"class {classes[counts.argmin()]} has one labelled image, and cross-validation holds some out in turn. "
+            "Label two of each class, or hold out images with labels.validation_per_class or labels.validation_file."
+        )
+    number, of = min(_MOST_FOLDS, int(counts.min())), np.empty(len(labels), np.int64)
+    for label, count in zip(classes, counts, strict=True):
+        of[labels == label] = permute(np.arange(count), int(count), cipher_key(seed, _FOLDS, int(label))) % number
+    return [of == fold for fold in range(number)]
 
 
 def load_split(path: Path) -> Split:

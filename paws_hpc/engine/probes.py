@@ -1,10 +1,11 @@
-"""Classifiers of frozen features: a linear probe and k nearest neighbours, each chosen on the local validation split.
+"""Classifiers of frozen features: a linear probe and k nearest neighbours, each chosen by validation.
 
 Legend: M labelled images, N others, D features, K classes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ _ITERATIONS = 200
 _AT_ONCE = 1024
 
 Predict = Callable[[Tensor], Tensor]
+Candidate = tuple[dict[str, float], Predict]
+"""A setting, and the classifier that was fitted with it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,10 @@ class Probe:
         return self.setting | {"validation_accuracy": self.validation_accuracy}
 
 
-def linear_probe(
-    features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor, *, num_classes: int
-) -> Probe:
-    """Multinomial logistic regression on standardised features, fitted by L-BFGS, its L2 penalty chosen by validation.
+def linear_probes(features: Tensor, labels: Tensor, *, num_classes: int) -> list[Candidate]:
+    """Multinomial logistic regression on standardised features (M, D), fitted by L-BFGS, for each L2 penalty.
 
-    It minimises ``mean cross-entropy + penalty / 2 * |W|^2``. Features are (M, D) of the labelled images and (N, D) of
-    the local validation split.
+    It minimises ``mean cross-entropy + penalty / 2 * |W|^2``.
     """
     mean, deviation = features.mean(0), features.std(0, unbiased=False)
     scale = torch.where(deviation > 0, deviation, 1.0)
@@ -60,12 +60,12 @@ def linear_probe(
     inputs = (features - mean) / scale
     weight = inputs.new_zeros(num_classes, inputs.shape[1], requires_grad=True)
     bias = inputs.new_zeros(num_classes, requires_grad=True)
-    candidates: list[tuple[dict[str, float], Predict]] = []
+    candidates: list[Candidate] = []
     for penalty in PENALTIES:
         _fit(weight, bias, inputs, labels, penalty)
         fitted = partial(logits, weight=weight.detach().clone(), bias=bias.detach().clone())
         candidates.append(({"penalty": penalty}, fitted))
-    return _best(candidates, validation, validation_labels)
+    return candidates
 
 
 def _fit(weight: Tensor, bias: Tensor, inputs: Tensor, labels: Tensor, penalty: float) -> None:
@@ -80,10 +80,8 @@ def _fit(weight: Tensor, bias: Tensor, inputs: Tensor, labels: Tensor, penalty: 
     optimizer.step(closure)
 
 
-def nearest_neighbours(
-    features: Tensor, labels: Tensor, validation: Tensor, validation_labels: Tensor, *, num_classes: int
-) -> Probe:
-    """The k most similar labelled images vote for their classes, weighted by ``exp(cos / 0.07)``; k by validation."""
+def nearest_neighbours(features: Tensor, labels: Tensor, *, num_classes: int) -> list[Candidate]:
+    """The k most similar labelled images vote for their classes, weighted by ``exp(cos / 0.07)``, for each k."""
     supports = F.normalize(features, dim=1)
 
     def votes(rows: Tensor, *, k: int) -> Tensor:
@@ -95,11 +93,27 @@ def nearest_neighbours(
         return torch.cat(scores)
 
     counts = [k for k in NEIGHBOURS if k <= len(features)]
-    return _best([({"k": k}, partial(votes, k=k)) for k in counts], validation, validation_labels)
+    return [({"k": k}, partial(votes, k=k)) for k in counts]
 
 
-def _best(candidates: Sequence[tuple[dict[str, float], Predict]], validation: Tensor, labels: Tensor) -> Probe:
-    """The candidate with the best validation accuracy; of equals the first."""
+def cross_validated(
+    fit: Callable[..., list[Candidate]], features: Tensor, labels: Tensor, folds: Sequence[Tensor], *, num_classes: int
+) -> Probe:
+    """Fitted to all M labelled images, with the setting that classifies most of them while its fold is held out.
+
+    ``folds`` are masks (M,) of the images that each holds out. Of equals the first.
+    """
+    right: Counter[tuple[tuple[str, float], ...]] = Counter()
+    for held_out in folds:
+        for setting, predict in fit(features[~held_out], labels[~held_out], num_classes=num_classes):
+            right[tuple(setting.items())] += int((predict(features[held_out]).argmax(1) == labels[held_out]).sum())
+    candidates = fit(features, labels, num_classes=num_classes)
+    setting, predict = max(candidates, key=lambda candidate: right[tuple(candidate[0].items())])
+    return Probe(predict, setting, right[tuple(setting.items())] / len(labels))
+
+
+def best(candidates: Sequence[Candidate], validation: Tensor, labels: Tensor) -> Probe:
+    """The candidate with the best accuracy on (N, D) validation images; of equals the first."""
     probes = [
         Probe(predict, setting, (predict(validation).argmax(1) == labels).double().mean().item())
         for setting, predict in candidates

@@ -24,6 +24,7 @@ from paws_hpc.report.tables import (
     Score,
     confused_pairs,
     duration,
+    labels_text,
     result_table,
     scores,
     sweep_grid,
@@ -75,6 +76,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "byline": _byline(record),
         "notices": notices(record),
         "facts": dict(result_table(record)),
+        "labels": labels_text(record),
         "methods": methods,
         "gains": _gains(methods),
         "floor": min((int(10 * score.low) * 10 for score in methods), default=0),  # percent: the ten below the lowest

@@ -123,24 +123,39 @@ def timed_stages(record: RunRecord) -> dict[str, tuple[str, float | None]]:
     return {stage: entry for stage, entry in record.stages.items() if stage != "report"}
 
 
+def labels_text(record: RunRecord) -> str:
+    """All labels that a run used, such as ``40 labels and 100 for validation``."""
+    labels, validation = record.result.get("labels"), record.result.get("validation_labels")
+    if labels is None:
+        return f"{DASH} labels"
+    return f"{labels:,} labels" + (f" and {validation:,} for validation" if validation else ", which chose too")
+
+
 def result_table(record: RunRecord) -> list[tuple[str, str]]:
     """The final table of a run as (row, value): labels, test images, each method's accuracy, seconds per stage.
 
     Values that do not exist yet are a dash. The terminal prints exactly this, and reports show the same strings.
     Raises ValueError where a file of the run contradicts itself.
     """
-    result = record.result
+    result, selected = record.result, record.selected
     counts = {
         "labels": result.get("labels"),
         "labels for validation": result.get("validation_labels"),
         "test images": result.get("test", {}).get("count"),
     }
     rows = [(name, DASH if count is None else f"{count:,}") for name, count in counts.items()]
+    if result.get("folds"):
+        rows[1] = "labels for validation", f"none more: cross-validation of the labels, {result['folds']} folds, chose"
+    if counts["test images"] == 0:
+        rows[2] = "test images", "none: nothing is scored on images that chose nothing"
+    unseen = {"fine_tuned": selected, **{name: selected.get(name, {}) for name in ("linear_probe", "k_nn", "baseline")}}
     scored = {score.key: score for score in scores(record)}
     for key, name in METHODS.items():
         if score := scored.get(key):
             label = f"{name} ({score.setting})" if score.setting else name
             rows.append((label, f"{percent(score.top1)} (95 % interval {score.interval})"))
+        elif counts["test images"] == 0 and (accuracy := unseen.get(key, {}).get("validation_accuracy")) is not None:
+            rows.append((name, f"{percent(accuracy)} in validation, which chose it: too good by some"))
         else:
             rows.append((name, DASH))
     return rows + [(f"stage {stage}", duration(seconds)) for stage, (_, seconds) in timed_stages(record).items()]

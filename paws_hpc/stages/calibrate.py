@@ -71,13 +71,20 @@ def run(context: TorchContext) -> None:
             mark_done(folder)
         return
     data = open_data(context.config)
+    validation, test = data.validation_images(), data.test_images()
+    if validation is None or test is None:
+        if distributed.is_main():
+            lacking = "validation" if validation is None else "test"
+            write_exhibits(folder, [text("Calibration", f"Nothing is calibrated: the run has no {lacking} images.")])
+            mark_done(folder)
+        return
     classifier, winner = load_winner(run, data, device)
     encoder, pretrained = load_pretrained(run, data, device)
     of = {"fine_tuned": file_hash(winner), "pretrained": file_hash(pretrained)}
     written = folder / "calibration.json"
     if is_done(folder) and written.exists() and read_json(written).get("of") == of:
         return
-    images = {"validation": data.validation_images(), "test": data.test_images()}
+    images = {"validation": validation, "test": test}
     labels = {split: own.labels for split, own in images.items()}
     logits = {split: forward_set(classifier, own, device, control).double().cpu() for split, own in images.items()}
     temperature = fit_temperature(logits["validation"], labels["validation"])
@@ -164,7 +171,7 @@ def nearest_distances(features: Tensor, references: Tensor) -> NDArray[np.float6
 def _reference_images(data: RunData) -> EvaluationSet:
     """Training images without those for validation, evenly spread over the store where it has more than needed."""
     records = np.arange(len(data.train))
-    if data.labelled_store is data.train:
+    if data.labelled_store is data.train and data.validation_split is not None:
         records = np.setdiff1d(records, data.validation_split.records(data.train))
     count = min(len(records), _MOST_REFERENCES)
     spread = np.unique(np.linspace(0, len(records) - 1, count).round().astype(int))

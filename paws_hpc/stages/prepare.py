@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from paws_hpc.config import Config, sweep_config
+from paws_hpc.data.config import DataConfig
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
-from paws_hpc.data.splits import Split, labelled_and_validation
+from paws_hpc.data.splits import Split, folds, labelled_and_validation
 from paws_hpc.files import exclusive, read_json
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from paws_hpc.stage_table import SWEEPS, import_torch
@@ -35,7 +36,7 @@ class RunStores:
     train: ImageStore  # of the unlabelled images
     labelled_store: ImageStore  # the same object as ``train`` unless the config names another
     labelled_split: Split
-    validation_split: Split
+    validation_split: Split | None  # None: cross-validation of the labelled images
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -53,8 +54,9 @@ class RunStores:
         digests = {
             "train": self.train.digest,
             "labelled": self.labelled_split.digest,
-            "validation": self.validation_split.digest,
         }
+        if self.validation_split is not None:
+            digests["validation"] = self.validation_split.digest
         if self.labelled_store is not self.train:
             digests["labelled_store"] = self.labelled_store.digest
         return digests
@@ -75,25 +77,35 @@ def run(context: StageContext) -> None:
         from paws_hpc.stages.networks import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
 
         starting_encoder(config)
-    labelled = config.data.labelled
-    if labelled is not None and not (Path(labelled) / MANIFEST_NAME).exists():
-        raise _not_packed("labelled", Path(labelled))
-    for subset, path in (("train", config.data.train), ("test", config.data.test)):
+    stores = {"labelled": config.data.labelled, "train": config.data.train, "test": config.data.test}
+    for subset, path in ((subset, path) for subset, path in stores.items() if path is not None):
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
-                if config.data.source is None:
+                if subset in config.data.folders:
+                    source = folder_source(config.data, subset)
+                elif config.data.source is None or subset == "labelled":
                     raise _not_packed(subset, Path(path))
-                source = SourceConfig(kind=config.data.source, root=config.data.source_path, split=subset)
+                else:
+                    source = SourceConfig(kind=config.data.source, root=config.data.source_path, split=subset)
                 pack(open_source(source), Path(path), options=PackOptions(), show_progress=True)
     data = open_stores(config)
     for warning in check_stages(config, data):
         _LOG.warning("%s", warning)
     context.fence()
-    mark_done(run.prepare, digests=data.digests | {"test": read_manifest(Path(config.data.test)).digest})
+    test = {} if config.data.test is None else {"test": read_manifest(Path(config.data.test)).digest}
+    mark_done(run.prepare, digests=data.digests | test)
+
+
+def folder_source(data: DataConfig, subset: str) -> SourceConfig:
+    """What the store ``train``, ``labelled`` or ``test`` is packed from, of images in a folder."""
+    unlabelled = subset == "train" and data.labelled is not None
+    listed = data.labels if subset != "test" and not unlabelled else None
+    return SourceConfig("flat" if unlabelled or listed else "folder", root=data.folders[subset], labels=listed)
 
 
 def check_before_packing(config: Config) -> None:
     """Raise what :func:`check_stages` raises, if all stores are there already; nothing is written."""
+    config.labels.check_complete()
     if all((Path(path) / MANIFEST_NAME).exists() for path in config.data.stores.values()):
         list(check_stages(config, open_stores(config, save_splits=False)))
 
@@ -112,17 +124,21 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
             f"data.classes={config.data.classes}, but {data.labelled_store.path} has {len(data.classes)} classes. Set "
             f"data.classes={len(data.classes)}."
         )
-    test = read_manifest(Path(config.data.test))
-    if test.classes != data.classes:
+    classes = data.classes if config.data.test is None else read_manifest(Path(config.data.test)).classes
+    if classes != data.classes:
         raise ValueError(
-            f"{config.data.test} has the classes {list(test.classes)[:5]}…, but {data.labelled_store.path} has "
+            f"{config.data.test} has the classes {list(classes)[:5]}…, but {data.labelled_store.path} has "
             f"{list(data.classes)[:5]}…. Pack both from the same data set."
         )
     fewest = int(np.unique(data.labelled_store.labels[data.labelled], return_counts=True)[1].min())
     if "pretrain" in config.stages:
         yield from _check_pretraining(config, data, fewest)
+    labelled = len(data.labelled)
+    if data.validation_split is None:
+        held_out = folds(data.labelled_store.labels[data.labelled], seed=config.seed)
+        labelled -= max(int(mask.sum()) for mask in held_out)
     for name in (sweep for sweep in SWEEPS if sweep in config.stages):
-        _check_batches(config, name, len(data.labelled))
+        _check_batches(config, name, labelled)
     if config.suncet.steps and "selection" in config.stages and fewest < 2:
         raise ValueError(
             f"suncet.steps={config.suncet.steps} classifies labelled images by the others of their class, but a class "
@@ -139,7 +155,7 @@ def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
     if not is_done(run.prepare):
         return {}
     then, data = read_json(run.prepare / "DONE")["digests"], config.data
-    paths = {"train": data.train, "test": data.test}
+    paths = {"train": data.train} | ({} if data.test is None else {"test": data.test})
     if data.labelled is not None or "labelled_store" in then:
         paths["labelled_store"] = data.labelled or data.train
     return {

@@ -14,6 +14,7 @@ from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.engine.tracking import Row
 from paws_hpc.files import write_json
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
@@ -65,13 +66,18 @@ def _train(
         awaits_validation=training.awaits_validation(start),
         made=run.checkpoint(training.total_steps),
     )
+
+    def validate() -> Row:
+        accuracy = validation_accuracy(training.result, data, device, control)
+        return {} if accuracy is None else {"val/paws_nn_top1": accuracy}
+
     with job as tracker:
         train(
             training,
             checkpoints=checkpoints,
             tracker=tracker,
             start=start,
-            validate=lambda: {"val/paws_nn_top1": validation_accuracy(training.result, data, device, control)},
+            validate=validate,
             describe=lambda records: [data.train.keys[int(record)] for record in records],
             control=control,
             begun=begun,

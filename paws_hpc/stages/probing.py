@@ -53,19 +53,30 @@ def nearest_neighbours(
 
 def validation_accuracy(
     encoder: Encoder, data: RunData, device: torch.device, control: JobControl = UNATTENDED
-) -> float:
-    """PAWS-NN's accuracy on the local validation split, a fraction; ``control`` may interrupt."""
+) -> float | None:
+    """PAWS-NN's accuracy on the local validation split, a fraction, or None without one; ``control`` may interrupt.
+
+    The labelled images are no substitute: the encoder was trained to classify them.
+    """
     images = data.validation_images()
+    if images is None:
+        return None
     return score(nearest_neighbours(encoder, data, images, device, control).predictions, images.labels).top1
 
 
 def fit_probes(encoder: Encoder, data: RunData, device: torch.device, control: JobControl) -> dict[str, probes.Probe]:
-    """Linear probe and k nearest neighbours on the labelled images, chosen by the local validation split."""
+    """Linear probe and k nearest neighbours on the labelled images, chosen by validation."""
     labelled, validation = data.labelled_images(), data.validation_images()
     features = forward_set(encoder.backbone, labelled, device, control), labelled.labels.to(device)
+    fits = {"linear_probe": probes.linear_probes, "k_nn": probes.nearest_neighbours}
+    if validation is None:
+        masks = [torch.from_numpy(mask).to(device) for mask in data.folds()]
+        return {
+            name: probes.cross_validated(fit, *features, masks, num_classes=len(data.classes))
+            for name, fit in fits.items()
+        }
     held_out = forward_set(encoder.backbone, validation, device, control), validation.labels.to(device)
-    fits = {"linear_probe": probes.linear_probe, "k_nn": probes.nearest_neighbours}
-    return {name: fit(*features, *held_out, num_classes=len(data.classes)) for name, fit in fits.items()}
+    return {name: probes.best(fit(*features, num_classes=len(data.classes)), *held_out) for name, fit in fits.items()}
 
 
 def tune(

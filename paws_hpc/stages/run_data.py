@@ -11,10 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paws_hpc.config import Config, Identity
 from paws_hpc.data.images import StoreImages, cached_images
 from paws_hpc.data.samplers import Positions, Window
+from paws_hpc.data.splits import folds
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import Interrupted, JobControl
@@ -41,12 +43,20 @@ class RunData(RunStores):
         """The labelled images, one centre crop each."""
         return replace(self.images(self.labelled_store, self.labelled), source=self.supports)
 
-    def validation_images(self) -> EvaluationSet:
-        """The local validation split, one centre crop each."""
+    def validation_images(self) -> EvaluationSet | None:
+        """The local validation split, one centre crop each; None where labelled images are cross-validated instead."""
+        if self.validation_split is None:
+            return None
         return self.images(self.labelled_store, self.validation_split.records(self.labelled_store))
 
-    def test_images(self) -> EvaluationSet:
-        """The test split, which is opened now, one centre crop each."""
+    def folds(self) -> list[NDArray[np.bool_]]:
+        """Which of the (M,) labelled images each fold of the cross-validation holds out."""
+        return folds(self.labelled_store.labels[self.labelled], seed=self.config.seed)
+
+    def test_images(self) -> EvaluationSet | None:
+        """The test split, which is opened now, one centre crop each; None where there is none."""
+        if self.config.data.test is None:
+            return None
         store = ImageStore.open(Path(self.config.data.test))
         return self.images(store, np.arange(len(store)))
 

@@ -117,6 +117,12 @@ def _score(
     """
     config, run, device, control = context.config, context.run, context.device, context.control
     test, nearest = data.test_images(), None
+    if test is None:
+        control.fence()
+        if distributed.is_main():
+            write_json(run.result, _result(data, choices, pretrained=encoder is not None))
+            publish_scores(config, run)
+        return
     predictions: dict[str, Tensor] = {}  # (N, K) scores by method
     settings: dict[str, Mapping[str, float]] = {method: probe.setting for method, probe in probes.items()}
     if neighbours is not None:
@@ -139,18 +145,26 @@ def _score(
         method: {**asdict(score(values, test.labels)), **settings.get(method, {})}
         for method, values in predictions.items()
     }
-    result = {
-        "labels": len(data.labelled),
-        "validation_labels": len(data.validation_split.keys),
-        "classes": list(data.classes),
-        "seed": config.seed,
-        "pretrained": encoder is not None,
-        "missing": {sweep: summary["missing"] for sweep, (_, summary) in choices.items()},
-        "test": {"count": len(test)} | scores,
-        "digests": data.digests | {"test": test.store.digest},
-    }
+    result = _result(data, choices, pretrained=encoder is not None)
+    result |= {"test": {"count": len(test)} | scores, "digests": data.digests | {"test": test.store.digest}}
     write_json(run.result, result)
     publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
+
+
+def _result(data: RunData, choices: dict[str, Choice], *, pretrained: bool) -> dict[str, Any]:
+    """``result.json`` of a run without test images, which has no scores."""
+    validation = data.validation_split
+    return {
+        "labels": len(data.labelled),
+        "validation_labels": 0 if validation is None else len(validation.keys),
+        "folds": len(data.folds()) if validation is None else None,  # of the cross-validation
+        "classes": list(data.classes),
+        "seed": data.config.seed,
+        "pretrained": pretrained,
+        "missing": {sweep: summary["missing"] for sweep, (_, summary) in choices.items()},
+        "test": {"count": 0},
+        "digests": data.digests,
+    }
 
 
 def _choices(config: Config, run: RunFolder) -> dict[str, Choice]:

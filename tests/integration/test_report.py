@@ -220,7 +220,7 @@ def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
 def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Path) -> None:
     page.open(report)
     shown = page.text("#result")
-    assert "Accuracy on 360 test images from 40 labels (labels for validation: 90)" in shown
+    assert "Accuracy on 360 test images from 40 labels and 90 for validation" in shown
     table = result_table(read_run(report.parent.parent))
     assert dict(table)["PAWS-NN"] == "96.1 % (95 % interval 93.6\N{EN DASH}97.7 %)"
     assert [name for name, _ in table] == [

@@ -70,8 +70,8 @@ BAD: dict[str, Callable[[], Any]] = {
     r"labels.per_class=4, labels.file=None, labels.all=True: give exactly one": lambda: LabelsConfig(
         per_class=4, all=True, validation_per_class=1
     ).check_complete(),
-    r"labels.validation_per_class=None and labels.validation_file=None": lambda: LabelsConfig(
-        per_class=4
+    r"labels.validation_per_class=4 and labels.validation_file=list.txt": lambda: LabelsConfig(
+        per_class=4, validation_per_class=4, validation_file="list.txt"
     ).check_complete(),
     r"views.support_views=0": lambda: ViewsConfig(support_views=0),
     r"pretrain.support.classes=1": lambda: SupportConfig(classes=1),

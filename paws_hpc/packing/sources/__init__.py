@@ -10,7 +10,7 @@ from pathlib import Path
 from paws_hpc.packing.sources.arrays import FASHION_CLASSES, ArraySource, cifar, digits, idx
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.dataset import DEFAULT_MODULE, dataset
-from paws_hpc.packing.sources.imagefolder import ImageFolder
+from paws_hpc.packing.sources.imagefolder import ImageFolder, flat_listing
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.sources.subset import OfClasses
 from paws_hpc.packing.sources.tars import TarSource, list_tars, list_webdataset
@@ -26,7 +26,7 @@ class SourceConfig:
     """Which images to pack; ``kind`` decides which of the other fields apply."""
 
     kind: str = "digits"
-    """folder, tar, webdataset, cifar10, cifar100, idx, fashion_mnist, dataset or digits."""
+    """folder, flat, tar, webdataset, cifar10, cifar100, idx, fashion_mnist, dataset or digits."""
     root: str | None = None
     """Folder with the images or files; digits need none, fashion_mnist defaults to Debian's package."""
     split: str | None = None
@@ -34,7 +34,7 @@ class SourceConfig:
     size: int = 32
     """Side in pixels to which digits are enlarged."""
     labels: str | None = None
-    """File of image names and classes, for tar archives without class folders."""
+    """File of image names and classes, for flat folders and tar archives without class folders."""
     label_field: str = "label"
     """Field of WebDataset's .json files that holds the label, where there is no .cls."""
     dataset: str | None = None
@@ -95,6 +95,11 @@ def open_source(config: SourceConfig, listing: Listing | None = None) -> Source:
     return whole if config.classes is None else OfClasses(whole, tuple(config.classes))
 
 
+def _flat(config: SourceConfig, listing: Listing | None) -> Source:
+    root, labels = Path(config.root or ""), Path(config.labels) if config.labels else None
+    return ImageFolder(root, listing or flat_listing(root, labels), kind="flat")
+
+
 def _tar(config: SourceConfig, listing: Listing | None) -> Source:
     root = Path(config.root or "")
     return TarSource("tar", root, listing or list_tars(root, Path(config.labels) if config.labels else None), {})
@@ -121,6 +126,14 @@ SOURCES: dict[str, SourceKind] = {
         root_help="the folder with one folder per class",
         needs_root=True,
         has_splits=False,
+    ),
+    "flat": SourceKind(
+        help="a folder of image files whose folders mean nothing: those with a label in --labels, or all without one",
+        open=_flat,
+        root_help="the folder with the images",
+        needs_root=True,
+        has_splits=False,
+        extra=("labels",),
     ),
     "tar": SourceKind(
         help="tar archives, read without unpacking: ImageNet's archive of class archives, class archives beside each "

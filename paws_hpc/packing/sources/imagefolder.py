@@ -1,10 +1,11 @@
-"""A folder with one subfolder of image files per class."""
+"""Folders of image files: one subfolder per class, or flat with a list of labels or none."""
 
 from __future__ import annotations
 
+import csv
 import os
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,11 @@ from numpy.typing import NDArray
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
 from paws_hpc.packing.sources.listing import ListedSource, Listing
 from paws_hpc.store.format import StoreError
+
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""Usual names of a folder of test images beside ``train``, the likeliest first."""
+UNLABELLED = "unlabelled"
+"""The only class of a store whose labels nobody knows."""
 
 
 class ImageFolder(ListedSource):
@@ -44,6 +50,8 @@ class ImageFolder(ListedSource):
 def _list(root: Path) -> Listing:
     """Walk the class folders; sorted, so that the order does not depend on the file system."""
     classes = _class_names(root)
+    if "train" in classes and set(classes) <= {"train", *TEST_FOLDERS}:
+        raise StoreError(f"{root} has {' and '.join(f'{name}/' for name in classes)}, which are no classes. Pack each.")
     files: list[tuple[str, int, int]] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -56,6 +64,68 @@ def _list(root: Path) -> Listing:
         files += found
         labels += [label] * len(found)
     return folder_listing(classes, files, np.array(labels, dtype=np.int64))
+
+
+def flat_listing(root: Path, labels: Path | None) -> Listing:
+    """List the images anywhere below ``root``, whose folders mean nothing: all, or those that ``labels`` has.
+
+    Without labels all are of one class, :data:`UNLABELLED`.
+
+    Raises:
+        StoreError: there are no images, or ``labels`` cannot be read or names a file that is not there.
+    """
+    if not root.is_dir():
+        raise StoreError(f"{root} is not a folder. Point to the folder of the images.")
+    files = sorted(_images_below(root, "."))
+    if not files:
+        raise StoreError(f"{root} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
+    if labels is None:
+        return folder_listing((UNLABELLED,), files, np.zeros(len(files), dtype=np.int64))
+    class_of = read_labels(labels)
+    by_name: dict[str, list[tuple[str, int, int]]] = {}
+    for file in files:
+        for name in {file[0], PurePosixPath(file[0]).name}:
+            by_name.setdefault(name, []).append(file)
+    heading = next(iter(class_of), "")
+    if heading not in by_name:
+        class_of.pop(heading, None)
+    for name in class_of:
+        if len(by_name.get(name, ())) != 1:
+            found = f"{len(by_name[name])} images of that name" if name in by_name else "no such image"
+            raise StoreError(f"{labels} has a label for {name!r}, but {root} has {found}. Correct the list.")
+    classes = tuple(sorted(set(class_of.values())))
+    listed = sorted((by_name[name][0], label) for name, label in class_of.items())
+    return folder_listing(
+        classes, [file for file, _ in listed], np.array([classes.index(label) for _, label in listed], np.int64)
+    )
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Image → label of a list: comma-separated lines '<image>,<label>', of which the first may be a heading.
+
+    A line without a comma is divided at its first blank. Of a heading ``…,PredictionString``, as Kaggle writes it, the
+    first word is the label.
+
+    Raises:
+        StoreError: the file cannot be read, or a line does not give a label, or another one than before.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = [row if len(row) > 1 else " ".join(row).split(maxsplit=1) for row in csv.reader(lines)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StoreError(
+            f"{path} cannot be read: {error}. It needs lines of '<image>,<class>', saved as UTF-8."
+        ) from error
+    kaggle = bool(rows) and rows[0][-1:] == ["PredictionString"]
+    label_of: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        words = [word.strip() for word in row[:2]]
+        if not any(words):
+            continue
+        label = words[-1].split()[0] if kaggle and words[-1] else words[-1]
+        if len(words) < 2 or not all(words) or label_of.setdefault(words[0], label) != label:
+            raise StoreError(f"{path}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
+    return label_of
 
 
 def folder_listing(classes: tuple[str, ...], files: list[tuple[str, int, int]], labels: NDArray[np.int64]) -> Listing:
@@ -97,7 +167,8 @@ def _images_below(root: Path, name: str) -> list[tuple[str, int, int]]:
                 f"{folder} is a link to a folder that was listed already: its images would be packed twice."
             )
         walked.add((status.st_dev, status.st_ino))
-        folders.sort()  # so that an error is the same everywhere
+        # Hidden folders and a NAS's thumbnails are no images; sorted, so that an error is the same everywhere.
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "@eaDir")))
         for file in files:
             path = Path(folder, file)
             if path.suffix.lower() in IMAGE_EXTENSIONS and not file.startswith("."):

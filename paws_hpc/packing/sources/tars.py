@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.files import read_at
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
+from paws_hpc.packing.sources.imagefolder import read_labels
 from paws_hpc.packing.sources.listing import ListedSource, Listing
 from paws_hpc.packing.sources.tarwalk import Member, tar_members
 from paws_hpc.store.format import StoreError
@@ -160,15 +161,8 @@ def _in_class_folders(root: Path, names: tuple[str, ...], images: list[_Image]) 
 
 
 def _classes_from(labels: Path) -> Callable[[_Image], str]:
-    """Read "<image>,<class>" lines; the result maps an image to its class."""
-    try:
-        lines = [line.replace(",", " ").split() for line in labels.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{labels} cannot be read: {error}. It needs lines of '<image>,<class>'.") from error
-    class_of: dict[str, str] = {}
-    for number, words in enumerate(lines, start=1):
-        if words and (len(words) < 2 or class_of.setdefault(words[0], words[1]) != words[1]):
-            raise StoreError(f"{labels}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
+    """What maps an image to its class by a list (:func:`read_labels`)."""
+    class_of = read_labels(labels)
 
     def of_image(image: _Image) -> str:
         path = PurePosixPath(image.path)

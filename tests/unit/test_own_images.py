@@ -1,0 +1,207 @@
+"""A folder of own images: which shapes are understood, what is derived from them, and what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from paws_hpc.cluster.compose import compose_run, derivation
+from paws_hpc.cluster.own_images import OwnImages, recipe
+from paws_hpc.packing import SourceConfig, open_source
+from paws_hpc.stages.prepare import folder_source
+from paws_hpc.store.format import StoreError
+from tests.pictures import tile, write_tiles
+
+
+def flat(root: Path, count: int = 12) -> Path:
+    root.mkdir(parents=True)
+    for number in range(count):
+        tile(5 * number, 40, 100, 80, photo=number % 2).save(root / f"{number:02d}.jpg")
+    return root
+
+
+def own(**changes: object) -> OwnImages:
+    fields = {"name": "x", "folders": {}, "digest": "", "images": 1000, "side": 300, "grey": False}
+    fields |= {"classes": ("a", "b", "c", "d"), "fewest": 4, "labels": 16, "tests": None}
+    return OwnImages(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and shards go to a folder beside the images."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    derivation.cache_clear()
+
+
+def test_train_and_test_with_a_folder_per_class(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "photos/train", 24, classes=("cat", "dog"))
+    write_tiles(tmp_path / "photos/test", 6, classes=("cat", "dog"))
+    config, _ = compose_run([f"data.root={tmp_path}/photos", "labels.per_class=3", "seed=5"])
+    assert config.data.folders == {name: f"{tmp_path}/photos/{name}" for name in ("train", "test")}
+    assert config.data.train.startswith("shards/photos-")
+    assert config.data.test == config.data.train.replace("/train", "/test")
+    assert (config.name, config.data.classes, config.data.labelled) == ("photos-seed5", 2, None)
+    assert (config.labels.per_class, config.labels.all, config.labels.validated) == (3, False, False)
+    assert (config.pretrain.support.classes, config.pretrain.support.images_per_class) == (2, 3)
+
+
+def test_one_folder_per_class_has_no_test_images_and_the_store_is_named_after_its_content(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    before, _ = compose_run([f"data.root={root}"])
+    assert before.data.test is None
+    assert before.labels.all
+    (root / "cat/000.jpg").unlink()
+    derivation.cache_clear()
+    assert compose_run([f"data.root={root}"])[0].data.train != before.data.train
+
+
+def test_a_flat_folder_and_a_list_with_a_heading_blanks_and_a_byte_order_mark(tmp_path: Path) -> None:
+    root, labels = flat(tmp_path / "photos"), tmp_path / "labels.csv"
+    lines = ["file,label", "00.jpg,great white shark", '01.jpg,"egret, great"', "02.jpg,great white shark"]
+    labels.write_text("\n".join(lines), encoding="utf-8-sig")
+    config, _ = compose_run([f"data.root={root}", f"data.labels={labels}"])
+    source = open_source(folder_source(config.data, "labelled"))
+    assert source.classes == ("egret, great", "great white shark")
+    assert list(zip(source.keys, source.labels.tolist(), strict=True)) == [("00.jpg", 1), ("01.jpg", 0), ("02.jpg", 1)]
+    everything = open_source(folder_source(config.data, "train"))
+    assert len(everything.keys) == 12
+    assert everything.classes == ("unlabelled",)
+    assert config.data.classes == 2
+
+
+def test_unlabelled_images_beside_a_folder_of_classes(tmp_path: Path) -> None:
+    labelled = write_tiles(tmp_path / "labelled", 8, classes=("cat", "dog"))
+    config, _ = compose_run([f"data.unlabelled={flat(tmp_path / 'all')}", f"data.labelled={labelled}"])
+    assert config.data.folders == {"train": f"{tmp_path}/all", "labelled": str(labelled)}
+    assert config.data.labelled == config.data.train.replace("/train", "/labelled")
+    assert config.name == "all-seed0"
+
+
+def test_every_derived_value_can_be_given_and_what_depends_on_it_follows(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    given = [f"data.root={root}", "views.large.size=32", "pretrain.batch_size=8", "name=mine", "optimizer.peak_lr=0.2"]
+    config, _ = compose_run(given)
+    assert (config.views.large.size, config.views.small.size, config.finetune.crop.size) == (32, 16, 32)
+    assert (config.pretrain.batch_size, config.name, config.optimizer.peak_lr) == (8, "mine", 0.2)
+    assert {"views.large.size", "pretrain.batch_size"}.isdisjoint(each.field for each in derivation(tuple(given))[1])
+
+
+def test_a_named_experiment_means_what_its_file_says(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    config, _ = compose_run([f"data.root={root}", "experiment=digits"])
+    plain, _ = compose_run(["experiment=digits"])
+    assert (config.views, config.pretrain, config.finetune) == (plain.views, plain.pretrain, plain.finetune)
+    assert config.data.folders == {"train": str(root)}
+
+
+def test_the_recipe_follows_images_sizes_and_labels() -> None:
+    def of(*, gpu: bool = False, given: dict[str, object] | None = None, **changes: object) -> dict[str, str]:
+        return {each.field: each.value for each in recipe(own(**changes), given or {}, gpu=gpu)}
+
+    few, many = of(), of(fewest=50, labels=200)
+    assert few["labels.validation_per_class"] == "null"
+    assert many["labels.validation_per_class"] == "10"
+    assert (few["views.large.size"], of(side=30)["views.large.size"], of(gpu=True)["views.large.size"]) == (
+        "48", "32", "224",
+    )  # fmt: skip
+    assert (few["model"], of(gpu=True)["model"], of(gpu=True, side=80)["model"]) == (
+        "small_resnet", "resnet18", "wrn28_2",
+    )  # fmt: skip
+    assert of(fewest=1, labels=4)["optimizer"] == "lars_small"
+    assert "optimizer" not in few
+    assert of(images=40)["pretrain.batch_size"] == "10"
+    assert int(of(images=100_000)["pretrain.epochs"]) < int(few["pretrain.epochs"])
+    assert "views.augment" in of(grey=True)
+
+
+def nested(root: Path) -> list[str]:
+    write_tiles(root / "animals", 8, classes=("cat", "dog"))
+    write_tiles(root / "plants", 8, classes=("oak", "fir"))
+    return []
+
+
+def one_class(root: Path) -> list[str]:
+    write_tiles(root, 8, classes=("cat",))
+    return []
+
+
+def empty_class(root: Path) -> list[str]:
+    write_tiles(root, 8, classes=("cat", "dog"))
+    (root / "cow").mkdir()
+    return []
+
+
+def loose(root: Path) -> list[str]:
+    write_tiles(root, 8, classes=("cat", "dog"))
+    tile(0, 0, 50, 50).save(root / "one.jpg")
+    return []
+
+
+def only_loose(root: Path) -> list[str]:
+    flat(root)
+    return []
+
+
+def other_test_classes(root: Path) -> list[str]:
+    write_tiles(root / "train", 8, classes=("cat", "dog"))
+    write_tiles(root / "test", 8, classes=("cat", "cow"))
+    return []
+
+
+def unknown_file(root: Path) -> list[str]:
+    flat(root)
+    (root / "labels.csv").write_text("file,label\n00.jpg,cat\n99.jpg,dog\n")
+    return [f"data.labels={root}/labels.csv"]
+
+
+def utf16(root: Path) -> list[str]:
+    flat(root)
+    (root / "labels.csv").write_text("00.jpg,cat\n01.jpg,dog\n", encoding="utf-16")
+    return [f"data.labels={root}/labels.csv"]
+
+
+def inside(root: Path) -> list[str]:
+    write_tiles(root.parent / "here", 8, classes=("cat", "dog"))
+    root.symlink_to(root.parent / "here")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nested, "animals has no images but the folders cat, dog with images"),
+        (one_class, "has images of one class only (cat)"),
+        (empty_class, "cow has no images"),
+        (loose, "has 2 folders and 1 images beside them"),
+        (only_loose, "has 12 images and no folder per class. Say which images are what: data.labels=FILE"),
+        (other_test_classes, "has the classes ['cat', 'cow'], but the training images have ['cat', 'dog']"),
+        (unknown_file, "has a label for '99.jpg', but"),
+        (utf16, "labels.csv cannot be read"),
+        (inside, "inside itself. Launch elsewhere"),
+    ],
+)
+def test_another_shape_is_refused_in_one_line_before_anything_is_packed(
+    make: object, message: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "photos"
+    more = make(root)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        compose_run([f"data.root={root}", *more])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "here/shards").exists()
+
+
+def test_train_and_test_are_no_classes(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "photos/train", 8, classes=("cat", "dog"))
+    write_tiles(tmp_path / "photos/test", 8, classes=("cat", "dog"))
+    with pytest.raises(StoreError, match=r"has test/ and train/, which are no classes"):
+        open_source(SourceConfig("folder", str(tmp_path / "photos")))
+
+
+def test_hidden_folders_and_thumbnails_in_a_class_are_passed_over(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 8, classes=("cat", "dog"))
+    for name in (".ipynb_checkpoints", "@eaDir"):
+        (root / "cat" / name).mkdir()
+        tile(0, 0, 50, 50).save(root / "cat" / name / "copy.jpg")
+    assert len(open_source(SourceConfig("folder", str(root))).keys) == 8
