@@ -190,6 +190,11 @@ def _task(text: str) -> tuple[int, int]:
 def _pack(options: argparse.Namespace) -> int:
     given = vars(options)
     config = SourceConfig(**{field.name: given[field.name] for field in fields(SourceConfig) if field.name in given})
+    inside = config.kind in ("folder", "flat") and options.to.resolve().is_relative_to(
+        Path(config.root or "").resolve()
+    )
+    if inside:
+        raise ValueError(f"--to {options.to} is inside --root {config.root}, where it would be listed. Choose another.")
     pack_options = PackOptions(
         shard_bytes=round(options.shard_mib * (1 << 20)),
         **{field: given[field] for field in map(_field, _PACK_OPTIONS)},

@@ -130,7 +130,8 @@ def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Deriv
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             gpu = bool(hydra.compose("config", own, return_hydra_config=True).hydra.launcher.get("gpus_per_node"))
     before, after, table = derived(given, gpu=gpu and given.get("device") != "cpu")
-    return (*before, *overrides, *after), tuple(table)
+    named = (override.replace("${hydra:runtime.choices.experiment}", "${data.name}") for override in overrides)
+    return (*before, *named, *after), tuple(table)
 
 
 def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:

@@ -298,7 +298,7 @@ def derived(given: Mapping[str, Any], *, gpu: bool) -> tuple[list[str], list[str
         for each in recipe(own, given, gpu=gpu)
         if not any(each.field == field or each.field.startswith(f"{field}.") for field in given)
     ]
-    before = [f"experiment={_EXPERIMENT}", f"name={own.name}-seed{given.get('seed', 0)}"]
+    before = [f"experiment={_EXPERIMENT}", "name='${data.name}-seed${seed}'"]
     return before + [f"{each.field}={each.value}" for each in table], after, table
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paws_hpc.cluster.compose import compose_run, derivation
+from paws_hpc.cluster.compose import compose_run, derivation, runs_of
 from paws_hpc.cluster.own_images import OwnImages, recipe
 from paws_hpc.packing import SourceConfig, open_source
 from paws_hpc.stages.prepare import folder_source
@@ -85,6 +85,13 @@ def test_every_derived_value_can_be_given_and_what_depends_on_it_follows(tmp_pat
     assert (config.views.large.size, config.views.small.size, config.finetune.crop.size) == (32, 16, 32)
     assert (config.pretrain.batch_size, config.name, config.optimizer.peak_lr) == (8, "mine", 0.2)
     assert {"views.large.size", "pretrain.batch_size"}.isdisjoint(each.field for each in derivation(tuple(given))[1])
+
+
+def test_runs_of_a_sweep_are_named_after_the_folder_and_what_is_swept(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    runs = runs_of([f"data.root={root}", "seed=1,2", "objective.me_max=true,false"])
+    names = [compose_run(overrides)[0].name for overrides in runs]
+    assert names == [f"photos-seed{seed}-me_max={me_max}" for seed in (1, 2) for me_max in (True, False)]
 
 
 def test_a_named_experiment_means_what_its_file_says(tmp_path: Path) -> None:
