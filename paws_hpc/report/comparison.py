@@ -153,7 +153,7 @@ def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
         for record in records
     ]
     # A run that has not begun knows no store's digest; it belongs to those with its fields.
-    begun = [number for number, own in enumerate(stores) if _NAMED_STORES["train"] in own]
+    begun = [number for number, own in enumerate(stores) if own]
     for number, own in enumerate(fields):
         if number not in begun:
             stores[number] = next((stores[other] for other in begun if fields[other] == own), {})
