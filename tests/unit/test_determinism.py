@@ -15,7 +15,7 @@ from paws_hpc.data.devices import BufferPool
 from paws_hpc.engine.checkpoint import CheckpointFolder
 from paws_hpc.engine.determinism import set_determinism
 from paws_hpc.engine.pretrain import Pretraining
-from paws_hpc.engine.probes import linear_probe, nearest_neighbours
+from paws_hpc.engine.probes import best, linear_probes, nearest_neighbours
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.objective.config import RopawsConfig
 from tests.conftest import Stores
@@ -104,8 +104,8 @@ def test_steps_have_deterministic_kernels_and_read_no_memory_that_they_did_not_w
 def test_probes_have_deterministic_kernels(device: str) -> None:
     features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).to(device)
     labels = torch.arange(40, device=device) % 4
-    for probe in (linear_probe, nearest_neighbours):
-        probe(features, labels, features, labels, num_classes=4)
+    for probes in (linear_probes, nearest_neighbours):
+        best(probes(features, labels, num_classes=4), features, labels)
 
 
 def test_the_whole_chain_with_suncet_and_classifiers_runs(digits_stores: Stores, tmp_path: Path) -> None:
