@@ -102,9 +102,8 @@ class StepGraphs:
         torch._foreach_copy_(buffers, [value for _, value in given])
         if key not in self._graphs:
             fixed = dict(zip(inputs, buffers[len(views) :], strict=True))
-            self._record(key, lambda: self._differentiate(buffers[: len(views)], fixed, diagnosed=diagnosed))
-        if key not in self._graphs:
-            return self._differentiate(views, inputs, diagnosed=diagnosed)
+            if not self._record(key, lambda: self._differentiate(buffers[: len(views)], fixed, diagnosed=diagnosed)):
+                return self._differentiate(views, inputs, diagnosed=diagnosed)
         metrics, replay = self._graphs[key]
         replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -117,7 +116,8 @@ class StepGraphs:
             self._buffers[name, value.shape] = torch.empty_like(value)
         return self._buffers[name, value.shape]
 
-    def _record(self, key: Hashable, work: Callable[[], Metrics]) -> None:
+    def _record(self, key: Hashable, work: Callable[[], Metrics]) -> bool:
+        """Capture ``work``, on all ranks or on none; whether that succeeded."""
         assert self._capture is not None
 
         def with_gradients() -> Metrics:
@@ -133,7 +133,7 @@ class StepGraphs:
 
         try:
             with distributed.failing_together(self._device):
-                self._graphs[key] = self._capture(with_gradients)
+                captured = self._capture(with_gradients)
         except RuntimeError as error:
             cause: BaseException = error
             while cause.__context__ is not None:  # what ends a broken capture says that it is broken, not why
@@ -143,3 +143,6 @@ class StepGraphs:
             self._capture = None
             self._graphs.clear()
             self._buffers.clear()
+            return False
+        self._graphs[key] = captured
+        return True
