@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from paws_hpc.bench.bars import bench_bars
 from paws_hpc.bench.memory import bench_memory
 from paws_hpc.bench.rounds import CandidateError
 from paws_hpc.bench.scaling import bench_scaling
@@ -54,12 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--steps", type=at_least(1), help="of a round (by recipe and device)")
         command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
-        command.set_defaults(from_store=whole, baseline=whole, compiled=False)
+        command.set_defaults(from_store=whole, baseline=whole, compiled=False, deterministic=False)
         if name == "step":
             command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
             command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
             command.add_argument("--compiled", action="store_true", help="on a CPU, compiled too, which takes minutes")
+            command.add_argument("--deterministic", action="store_true", help="with deterministic=true too")
     for name, command in commands.choices.items():
         rounds = 5 if name == "store" else 3
         command.add_argument(
@@ -73,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_argument("--constants", type=Path, help="file of bench collectives --json, or of some constants")
     scaling.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
     scaling.set_defaults(run=bench_scaling)
+    bars = commands.add_parser("bars", help="the bars of GPU training, from what jobs/gpu_check.sh left in a folder")
+    bars.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where it ran (cuda)")
+    bars.set_defaults(run=bench_bars)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, help="file for the figures (in FOLDER)")
         command.add_argument("--folder", type=Path, default=Path("bench"), help="for images and stores (bench)")

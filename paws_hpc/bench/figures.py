@@ -20,7 +20,7 @@ from paws_hpc.bench.rounds import PEERS, CandidateError, Rates, median, race
 from paws_hpc.files import write_json
 from paws_hpc.provenance import commit
 
-_WIDTH = 120  # of a table in a file
+WIDTH = 120  # of a table in a file
 _PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow", *PEERS.values())
 
 
@@ -85,7 +85,7 @@ def measure_groups(
 
     ``prepare`` makes the images. Returns the exit status: 1 where a group failed as a whole.
     """
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     machine, measured, exit_status = describe_machine(), {}, 0
     console.print(f"{title}; {machine['cores']} cores of {machine['processor']}, commit {machine['commit'] or 'none'}")
     with console.status("making images") as status:
@@ -105,7 +105,7 @@ def measure_groups(
             }
             write_json(file, {**about, "rounds": rounds, "machine": machine, "groups": measured})
             status.stop()
-            _print_table(console, name, rates, figures)
+            print_table(console, name, rates, figures)
             status.start()
     console.print(f"figures: {file}")
     return exit_status
@@ -134,7 +134,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _print_table(console: Console, title: str, rates: Mapping[str, Rates], figures: Sequence[Figure]) -> None:
+def print_table(console: Console, title: str, rates: Mapping[str, Rates], figures: Sequence[Figure]) -> None:
+    """Rates of candidates, then figures with targets and verdicts."""
     table = Table(title=title, title_justify="left", show_edge=False)
     table.add_column("")
     for head in ("", "lowest to highest, or share", "target"):

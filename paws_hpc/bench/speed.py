@@ -23,7 +23,8 @@ from paws_hpc.bench.workloads import Workload, describe_sizes, make_images, plai
 
 _STEP = "paws_hpc, data on the device"
 _FROM_STORE, _BASELINE = "paws_hpc, from the store", "DataLoader, PIL, per image"
-_PLAIN = "plain ResNet-50"
+_DETERMINISTIC = "paws_hpc, data on the device, deterministic"
+_PLAIN, _PLAIN_COMPILED = "plain ResNet-50", "plain ResNet-50, compiled"
 _DIAGNOSED = "with diagnostics in every step"
 
 
@@ -68,6 +69,10 @@ def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
         candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
     if workload.recipe == "imagenet":
         candidates[_PLAIN] = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
+        if others:
+            candidates[_PLAIN_COMPILED] = partial(candidates[_PLAIN], compiled=True)
+    if options.deterministic:
+        candidates[_DETERMINISTIC] = _on_device(workload, options, "deterministic=true")
     rates = race(candidates)
     eager, mine = rates[names.pop("eager")], rates[f"{_STEP}, {usual}"]
     figures = part_figures(eager.rounds)
@@ -76,8 +81,15 @@ def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
         None if cuda and workload.recipe == recipe else f"{name} recipe, one H100"
         for recipe, name in (("imagenet", "ImageNet"), ("cifar", "CIFAR"))
     )
-    if _PLAIN in rates:
-        figures.append(plain_figure(mine, rates[_PLAIN], plain_images(workload.config()), only_on=on_imagenet))
+    if _DETERMINISTIC in rates:
+        figures.append(Figure("deterministic / default", ratio(rates[_DETERMINISTIC], mine), "x"))
+    share, times = loss_share(eager.rounds), ratio(mine, eager)
+    of_default = None if share is None or times is None else share * times
+    figures.append(Figure("loss, gather and LARS, of the default step", of_default, "%"))
+    for name, title in ((_PLAIN, None), (_PLAIN_COMPILED, "default step / compiled plain ResNet-50")):
+        if name in rates:
+            limit = plain_figure(mine, rates[name], plain_images(workload.config()), only_on=on_imagenet)
+            figures.append(replace(limit, name=title or limit.name))
     if _FROM_STORE in rates:
         stored = rates[_FROM_STORE]
         wait = median(100 * each.details["data_wait"] for each in stored.rounds)

@@ -94,7 +94,7 @@ def steps_from_store(workload: Workload, steps: int) -> TimedWork:
     return work
 
 
-def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
+def plain_resnet50(device: str, batch_size: int, steps: int, *, compiled: bool = False) -> TimedWork:
     """torchvision's ResNet-50 on 224-pixel images that are on the device: cross-entropy, SGD with momentum.
 
     Precision and layout are those of our step: bf16 autocast and channels-last on a GPU, fp32 and contiguous on a CPU.
@@ -106,6 +106,8 @@ def plain_resnet50(device: str, batch_size: int, steps: int) -> TimedWork:
     torch.set_num_threads(cores())
     layout = torch.channels_last if cuda else torch.contiguous_format
     model = torchvision.models.resnet50().to(there, memory_format=layout)
+    if compiled:
+        model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     images = torch.randn(batch_size, 3, 224, 224, device=there).to(memory_format=layout)
     labels = torch.randint(1000, (batch_size,), device=there)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from paws_hpc.bench.speed import diagnostics_share, loss_share, part_figures, pl
 from paws_hpc.bench.step_parts import PARTS, Timeline, marked
 from paws_hpc.bench.training import plain_resnet50, saving, steps_from_store, steps_on_device
 from paws_hpc.bench.workloads import Workload, make_images, on_device, opened_stream, plain_images, rows_by_crop_group
+from paws_hpc.files import write_json
 from paws_hpc.stages.pretrain import make_training
 
 TINY = (
@@ -199,3 +201,32 @@ def test_ratios_and_shares_are_taken_within_rounds() -> None:
     assert loss_share(rounds(2.0, 1.0)) == pytest.approx(100 * 3 / len(PARTS))
     assert diagnostics_share(rounds(2.0, 1.0), rounds(2.0, 1.0, loss=1.5), 10) == pytest.approx(5 / len(PARTS))
     assert diagnostics_share([], rounds(1.0), 10) is None
+
+
+def test_the_bars_of_a_gpu_are_what_the_parts_of_the_check_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every row of the table is there, reached or missed, and one whose part did not end says so."""
+
+    def bars(device: str = "cuda") -> dict[str, Any]:
+        assert main(["bars", "--device", device, "--folder", str(tmp_path)]) == 0
+        return {bar["name"]: bar for bar in json.loads((tmp_path / "bars.json").read_text())["bars"]}
+
+    nothing = bars()
+    assert len(nothing) == 9
+    assert {bar["value"] for bar in nothing.values()} == {None}
+    assert "not measured: it did not end" in capsys.readouterr().out
+    figures = [
+        {"name": "deterministic / default", "value": 0.7},
+        {"name": "from the store / step alone", "value": 0.98},
+    ]
+    write_json(tmp_path / "imagenet-cuda-step.json", {"groups": {"step": {"figures": figures}}})
+    write_json(tmp_path / "start.json", {"eager": 10.0, "cold": 120.0, "warm": 25.0})
+    write_json(tmp_path / "checks.json", {"equal": False})
+    measured = bars()
+    assert measured["ImageNet deterministic / default"]["reached"] is False
+    assert measured["ImageNet from JPEG shards / step alone"]["reached"] is True
+    assert measured["second start, compiled - eager"]["value"] == 15.0
+    assert measured["second start, compiled - eager"]["reached"] is True
+    assert measured["killed and resumed = uninterrupted, to the bit"]["reached"] is False
+    assert bars("cpu")["second start, compiled - eager"]["reached"] is None
