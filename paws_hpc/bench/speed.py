@@ -68,9 +68,10 @@ def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
     if options.baseline:
         candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
     if workload.recipe == "imagenet":
-        candidates[_PLAIN] = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
+        plain = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
+        candidates[_PLAIN] = plain
         if others:
-            candidates[_PLAIN_COMPILED] = partial(candidates[_PLAIN], compiled=True)
+            candidates[_PLAIN_COMPILED] = partial(plain, compiled=True)
     if options.deterministic:
         candidates[_DETERMINISTIC] = _on_device(workload, options, "deterministic=true")
     rates = race(candidates)
