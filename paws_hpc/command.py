@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,19 +41,26 @@ def exit_status(
 ) -> int:
     """Run a command; returns its exit status: the action's (0 for None), 1 after an error, 130 if it was interrupted.
 
+    It is 141, as shells say of a program that SIGPIPE ended, if what read the output, such as ``head``, has ended.
+
     Args:
-        action: the command.
-        interrupted: what is left behind then.
+        action: the command; the text of its KeyboardInterrupt, if any, says what is left behind.
+        interrupted: what is left behind where it has none.
         errors: that a user can cause or repair.
     """
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # Python would flush the rest of the output as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except errors as error:
         print(f"error: {error_text(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or interrupted}", file=sys.stderr)
         return 130
+    return status
 
 
 def error_text(error: BaseException) -> str:

@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.chain import Chain, check_begun, forget_untrained
-from paws_hpc.cluster.compose import CONF, compose_run, composed_run, derivation, for_hydra, own_configs, runs_of
+from paws_hpc.cluster.compose import compose_run, derivation, own_configs, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
@@ -33,7 +31,7 @@ from paws_hpc.cluster.own_images import Derived
 from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
-from paws_hpc.command import error_text
+from paws_hpc.command import error_text, exit_status, program
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.fields import launch_help
@@ -46,27 +44,16 @@ from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one,
 from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _SEVERAL = ("-m", "--multirun")
-_HYDRAS = (
-    "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i",
-    "--shell-completion", "-sc",
-)  # fmt: skip
+_USER_ERRORS = (ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError)
 
 
 def launch(config: Config, launcher: Launcher) -> None:
-    """Launch one chain. User errors exit with a one-line message, and a traceback if HYDRA_FULL_ERROR is set.
+    """Launch one chain.
 
     Raises:
+        ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError: a user can repair it.
         KeyboardInterrupt: a person ended it; its text says what of it is saved.
     """
-    try:
-        _launch(config, launcher)
-    except (ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR"):
-            raise
-        sys.exit(f"error: {error_text(error)}")
-
-
-def _launch(config: Config, launcher: Launcher) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     run = RunFolder(Path(config.runs) / config.name)
     kind = str(launcher["_target_"]).rpartition(".")[2]
@@ -148,7 +135,7 @@ def _on_slurm(config: Config, run: RunFolder, launcher: Launcher) -> None:
         Console().print(table)
     for warning in overviews([run.path], details=True)[0].warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"Watch it: python -m paws_hpc.status {run.path}")
+    print(f"Watch it: {program('status')} {run.path}")
 
 
 def _print_derived(table: Sequence[Derived]) -> None:
@@ -168,7 +155,7 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
     config, launcher = composed[0]
     if config.dry_run or config.cancel or len(runs) < 2:
         return
-    print(f"Compare them: {shlex.join(['python', '-m', 'paws_hpc.report', *map(str, runs)])}")
+    print(f"Compare them: {program('report')} {shlex.join(map(str, runs))}")
     if not str(launcher["_target_"]).endswith("SlurmLauncher"):
         from paws_hpc.report.comparison_page import build_comparison  # noqa: PLC0415 - imports matplotlib: seconds
 
@@ -188,7 +175,7 @@ def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(
                 f"data.{field}={path} is a folder of other files and no store. Pack them into another folder, "
-                f"`paws pack folder --root {path} --to shards/{path.resolve().name}`, and name that."
+                f"`{program('shards')} pack folder --root {path} --to shards/{path.resolve().name}`, and name that."
             )
         if config.data.source is not None and not {"data", "data.source"} & given and field != "labelled":
             raise ConfigError(
@@ -197,64 +184,50 @@ def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
             )
 
 
-def _composed_by_hydra(composed: DictConfig) -> None:
-    try:
-        config, launcher = composed_run(composed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    launch(config, launcher)
+def main() -> int:
+    """Launch every run of the arguments, one after another; one that fails does not keep the others from running.
+
+    Returns the exit status. A user's error is one line, or a traceback if HYDRA_FULL_ERROR is set.
+    """
+    left = "what was not saved yet is done again; the same command goes on from there"
+    return exit_status(_main, interrupted=left, errors=() if os.environ.get("HYDRA_FULL_ERROR") else _USER_ERRORS)
 
 
-def main() -> None:
-    """Launch every run of the arguments, one after another; one that fails does not keep the others from running."""
-    try:
-        _main()
-    except KeyboardInterrupt as stop:
-        saved = str(stop) or "what was not saved yet is done again"
-        print(f"interrupted: {saved}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)  # as shells say of a program that SIGINT ended
-
-
-def _main() -> None:
-    try:
-        arguments = own_configs(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def _main() -> int:
+    arguments = own_configs(sys.argv[1:])
     flags = [argument for argument in arguments if argument.startswith("-") and argument not in _SEVERAL]
     if {"-h", "--help"} & {*flags}:
         print(launch_help())
-        return
-    if unknown := [flag for flag in flags if flag.partition("=")[0] not in _HYDRAS]:
-        sys.exit(f"error: {unknown[0]} is no option of launch. Fields are given as FIELD=VALUE; --help says more.")
-    if flags:  # Hydra's own questions, such as --hydra-help and --cfg
-        sys.argv[1:] = for_hydra(arguments)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_composed_by_hydra)()
-        return
+        return 0
+    if flags:
+        raise ConfigError(
+            f"{flags[0]} is no option of launch. Fields are given as FIELD=VALUE; --help says more, and "
+            f"{program('config')} FIELD=VALUE shows what they make."
+        )
     several = any(argument in _SEVERAL for argument in arguments)
-    try:
-        runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
-        composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
-        for overrides, (config, _) in zip(runs, composed, strict=True):
-            _check_named_stores(config, overrides)
-        _print_derived(derivation(tuple(runs[0]))[1])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
+    composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
+    for overrides, (config, _) in zip(runs, composed, strict=True):
+        _check_named_stores(config, overrides)
+    _print_derived(derivation(tuple(runs[0]))[1])
     if len(runs) > 1 and not several:
-        sys.exit(f"error: these arguments ask for {len(runs)} runs: add -m to launch them all.")
+        raise ConfigError(f"these arguments ask for {len(runs)} runs: add -m to launch them all.")
     failed = []
     for overrides, (config, launcher) in zip(runs, composed, strict=True):
         try:
             launch(config, launcher)
-        except (SystemExit, Exception) as stop:  # the other runs do not depend on it; the exit status says so
+        except Exception as error:  # the other runs do not depend on it; the exit status says so
             if not several:
                 raise
-            print(stop.code if isinstance(stop, SystemExit) else traceback.format_exc(), file=sys.stderr)
+            text = f"error: {error_text(error)}" if isinstance(error, _USER_ERRORS) else traceback.format_exc()
+            print(text, file=sys.stderr)
             failed.append(" ".join(overrides))
     if several:
         _compare(composed)
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+        raise ConfigError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -54,7 +54,7 @@ def run_job(path: Path, job: Job) -> None:
         except PreemptedError as stop:
             assert lease is not None, "the only rank"
             lease.end("interrupted", step=stop.step)
-            raise KeyboardInterrupt(f"{job.name} {stop}") from stop
+            raise KeyboardInterrupt(f"{job.name} {stop}; the same command goes on from there") from stop
 
 
 def run_job_as_local_rank(path: Path, job: Job) -> None:

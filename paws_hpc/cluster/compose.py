@@ -31,7 +31,7 @@ from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
-_OPEN = re.compile(r"^(\w+\.sweep\b|resources\.\w+\.additional_parameters\b)")  # may get new fields
+_OPEN = re.compile(r"^(\w+\.sweep\b|resources\.\w+\.additional_parameters\b)")  # may get new fields: ++
 CONF = (Path(paws_hpc.__file__).parent / "conf").resolve()
 
 Plugins.instance()  # so that they have registered their configs, and do not do so later
@@ -107,11 +107,6 @@ def own_configs(arguments: Sequence[str]) -> list[str]:
     return [*left, f"hydra.searchpath=['file://{os.path.abspath(folder)}']"]
 
 
-def for_hydra(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``++``, Hydra's sign for a field that may be new, where a mapping may get new fields."""
-    return [_OPEN.sub(r"++\1", argument) for argument in arguments]
-
-
 @functools.cache
 def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Derived, ...]]:
     """The overrides with those that follow from a folder of own images that they name, and what was derived from it.
@@ -144,24 +139,19 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
                 raise ConfigError(refusal)
-        overrides, _ = derivation(tuple(overrides))
+        overrides = [_OPEN.sub(r"++\1", override) for override in derivation(tuple(overrides))[0]]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra.compose("config", overrides=for_hydra(overrides), return_hydra_config=True)
+            composed = hydra.compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
         with open_dict(composed):
             del composed["hydra"]
-        return composed_run(composed)
+        launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
+        config = to_config(OmegaConf.to_container(composed, resolve=True))
+        config.tracking.check_installed()
     except YAMLError as error:
         raise ConfigError(yaml_fault(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-
-
-def composed_run(composed: DictConfig) -> tuple[Config, Launcher]:
-    """The run of a config that Hydra has composed, and the fields of its launcher; ValueError if no run can be so."""
-    launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
-    config = to_config(OmegaConf.to_container(composed, resolve=True))
-    config.tracking.check_installed()
     return config, launcher
 
 

@@ -11,9 +11,9 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from paws_hpc.cluster.compose import CONF
 from paws_hpc.cluster.frozen import to_config
 from paws_hpc.config import Config
-from paws_hpc.launch import CONF
 from paws_hpc.stages.attempts import read_attempts
 from tests.conftest import Stores
 from tests.integration.launching import command, environment, launch

@@ -100,6 +100,15 @@ LAUNCH = {  # arguments → parts of the answer
     "pretrain.epochs==3": ["'pretrain.epochs==3' is no FIELD=VALUE"],
     "pretrain:epochs=3": ["'pretrain:epochs=3' is no FIELD=VALUE"],
     "--epochs 3": ["--epochs is no option of launch", "FIELD=VALUE"],
+    "--cfg job": ["--cfg is no option of launch", "paws config FIELD=VALUE shows"],
+    "data.root=photos -c job": ["-c is no option of launch"],
+    **{
+        flag: [f"{flag} is no option of launch"]
+        for flag in (
+            "--hydra-help", "--version", "--resolve", "--package", "-p", "--run", "-r", "--info", "-i", "--config-path",
+            "-cp", "--config-name", "-cn", "--shell-completion", "-sc", "--experimental-rerun",
+        )
+    },
     "--config-dir nowhere": ["--config-dir nowhere: there is no such folder"],
     "experiment=broken": ["conf/experiment/broken.yaml", "line 3", "Mend this YAML file"],
     "experiment=misspelt": ["pretrain.epcohs is not a field", "Did you mean 'pretrain.epochs'?"],

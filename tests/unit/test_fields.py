@@ -127,9 +127,14 @@ def test_a_recipe_cannot_silently_stand_for_a_shipped_one(own: Path) -> None:
         own_configs(["--config-dir", "nowhere"])
 
 
-def test_help_is_ours_and_hydras_questions_are_answered_still(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_is_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["paws", "launch", "-h"])
-    launch.main()
+    assert launch.main() == 0
     assert capsys.readouterr().out.startswith("usage: paws launch [experiment=NAME]")
+
+
+@pytest.mark.parametrize("command", ["launch --help", "config"])
+def test_a_reader_that_has_enough_ends_a_command_without_a_traceback(command: str) -> None:
+    line = f"{sys.executable} -m paws_hpc {command} | head -c 0; exit ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (141, "")
