@@ -110,10 +110,11 @@ class PretrainConfig:
         precision: ``auto`` (bf16 autocast on CUDA, fp32 elsewhere), ``bf16``, ``fp32`` or ``fp64``. The loss is fp32
             or wider in every case.
         execution: of a step. ``eager``: operation by operation. ``compiled``: network and augmentation go through
-            ``torch.compile``, which takes a while at every start (paws_hpc/engine/compiled.py). ``graphed``: compiled,
-            and what lies between views and gradients is one CUDA graph, so that the GPU waits for no launch
-            (paws_hpc/engine/graphs.py). ``auto``: graphed on CUDA, eager elsewhere. Steps of several micro-batches are
-            compiled, and no graph. Where compiling or capturing fails, training goes on without; the log says why.
+            ``torch.compile`` (paws_hpc/engine/compiled.py), which takes a while at the first start of a run; the run
+            folder keeps what it makes. ``graphed``: compiled, and what lies between views and gradients is one CUDA
+            graph, so that the GPU waits for no launch (paws_hpc/engine/graphs.py). ``auto``: graphed on CUDA, eager
+            elsewhere. Steps of several micro-batches are compiled, and no graph. Where compiling or capturing fails,
+            training goes on without; the log says why.
         log_every_steps: between readings of metrics from the device, and between the diagnostics of Fig. 4.
         validate_every_epochs: between PAWS-NN scores on the local validation split.
         checkpoint_every_steps: between checkpoints.

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from paws_hpc import distributed
-from paws_hpc.config import Config, identity
+from paws_hpc.config import Config
 from paws_hpc.data.streams import PawsStream
 from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
@@ -44,7 +44,7 @@ def _compiler_cache(run: RunFolder, config: Config, device: torch.device) -> Abs
         return nullcontext(lambda: None)
     from paws_hpc.engine.compiler_cache import compiler_cache  # noqa: PLC0415 - loads the compiler, which takes seconds
 
-    return compiler_cache(run.compiled, identity(config, "views", "model", "objective", "pretrain"), device)
+    return compiler_cache(run.compiled, device)
 
 
 def _train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,10 +11,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from paws_hpc.data.augment import augment
 from paws_hpc.engine.compiler_cache import compiler_cache
 from paws_hpc.engine.loop import Training
+from paws_hpc.files import read_json, write_json
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.whole_graph import whole_graph
@@ -26,9 +27,9 @@ from tests.tiny import tiny_config
 CPU = torch.device("cpu")
 
 
-def start(folder: Path, shapes: dict[str, int] | None = None) -> bool:
+def start(folder: Path) -> bool:
     """A start whose compiler leaves one file, if it does not find it; returns whether it found it."""
-    with compiler_cache(folder, shapes or {"width": 8}, CPU) as keep:
+    with compiler_cache(folder, CPU) as keep:
         graph = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "fxgraph" / "graph"
         found = graph.exists()
         if not found:
@@ -59,7 +60,7 @@ def test_what_one_start_compiles_the_next_one_finds_though_its_user_has_no_name(
         counters.clear()
         # One process: others take long to start. No header made beforehand: it takes longer than this function.
         with (
-            compiler_cache(tmp_path, {}, CPU) as keep,
+            compiler_cache(tmp_path, CPU) as keep,
             inductor.patch(compile_threads=1, cpp_cache_precompile_headers=False),
         ):
             assert torch.equal(whole_graph(lambda x: (3 * x).relu() + 1)(values), (3 * values).relu() + 1)
@@ -90,11 +91,14 @@ DAMAGES = {
     "No such file or directory": lambda kept: kept.with_suffix(".json").unlink(),
     "is not valid JSON": lambda kept: kept.with_suffix(".json").write_text("{"),
     "xxh3_128": lambda kept: kept.with_suffix(".json").write_text("{}"),
+    f"it was made by torch 2.0, not {torch.__version__}": lambda kept: write_json(
+        kept.with_suffix(".json"), read_json(kept.with_suffix(".json")) | {"torch": "2.0"}
+    ),
 }
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_file_is_left_alone_and_replaced(
+def test_a_damaged_file_or_one_of_another_version_is_left_alone_and_replaced(
     message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path)
@@ -107,17 +111,33 @@ def test_a_damaged_file_is_left_alone_and_replaced(
     assert start(tmp_path)
 
 
-def test_a_file_of_another_user_or_of_other_settings_is_not_used(
+def test_a_file_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start(tmp_path)
-    caplog.set_level(logging.INFO, "paws_hpc")
-    assert not start(tmp_path, {"width": 16})
-    assert "of other versions, devices or settings" in caplog.messages[-1]
     owner = os.getuid()
     monkeypatch.setattr("os.getuid", lambda: owner + 1)
     assert not start(tmp_path)
-    assert f"its owner is user {owner}, not {owner + 1}" in caplog.messages[-1]
+    assert f"its owner is user {owner}, not {owner + 1}: start the run as its owner" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("outside", [None, "/scratch/triton"])
+def test_tritons_kernels_are_kept_too_and_its_folder_is_the_users_afterwards(
+    outside: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch sets the variable by itself where it is not set, as it does here."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", outside or "")
+    if outside is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    for number in range(2):
+        with compiler_cache(tmp_path, CPU) as keep:
+            os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
+            kernel = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+            assert kernel.exists() == (number == 1)
+            kernel.parent.mkdir(exist_ok=True)
+            kernel.touch()
+            keep()
+        assert os.environ.get("TRITON_CACHE_DIR") == outside
 
 
 def test_a_full_disk_does_not_end_the_run(
