@@ -21,6 +21,7 @@ from paws_hpc.bench.step_parts import Timeline, marked, medians, synchronise
 from paws_hpc.bench.workloads import Workload, cores, on_device, opened_stream
 from paws_hpc.data.streams import PawsBatch, PawsStream
 from paws_hpc.engine.checkpoint import CheckpointFolder
+from paws_hpc.engine.graphs import StepGraphs
 from paws_hpc.engine.metrics import MetricsWindow, ThroughputMeter
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.files import read_json
@@ -36,8 +37,7 @@ _SAVE_LIMIT_S = 600.0
 def steps_on_device(workload: Workload, steps: int) -> TimedWork:
     """Steps on uint8 crops that are on the device; ``parts_s`` of the round, medians over its steps, unless graphed."""
     training, batches = training_with_data(workload)
-    for _ in range(2):  # memory is allocated, and whatever compiles is compiled
-        training.step(next(batches))
+    _prepare(training, batches)
 
     def work() -> Round:
         if training.config.execution_on(training.device.type) == "graphed":  # one launch, which has no parts
@@ -64,6 +64,15 @@ def training_with_data(workload: Workload) -> tuple[Pretraining, Iterator[PawsBa
     return training, (replace(held[step % _BATCHES], step=step) for step in itertools.count())
 
 
+def _prepare(training: Pretraining, batches: Iterator[PawsBatch]) -> None:
+    """Take steps until memory is allocated, what compiles is compiled, and both kinds of steps have their graph."""
+    graphs = training.differentiate
+    for _ in range(graphs.first_steps if isinstance(graphs, StepGraphs) else 0):
+        training.step(next(batches))
+    for step in (0, 1):  # diagnosed, and not
+        training.step(replace(next(batches), step=step))
+
+
 def _training(workload: Workload) -> tuple[Pretraining, PawsStream]:
     config = workload.config()
     stream = until_exit.enter_context(opened_stream(config))
@@ -74,6 +83,7 @@ def steps_from_store(workload: Workload, steps: int) -> TimedWork:
     """The training loop from the packed store: read, decode, crop, augment, train, read metrics, as in pre-training."""
     training, stream = _training(workload)
     config, numbers, window = training.config, itertools.count(), MetricsWindow(lambda _: [], remedy="")
+    _prepare(training, itertools.repeat(on_device(stream.batch(0), training.device)))
 
     def work() -> Round:
         first = next(numbers) * (steps + _WARM_STEPS)
@@ -141,6 +151,7 @@ def saving(workload: Workload, steps: int) -> TimedWork:
     training, batches = training_with_data(workload)
     path = Path(until_exit.enter_context(TemporaryDirectory(dir=workload.folder)))
     checkpoints, numbers = CheckpointFolder(path, identity={}, keep=1), itertools.count(1)
+    _prepare(training, batches)
 
     def step_s() -> float:
         synchronise(training.device)

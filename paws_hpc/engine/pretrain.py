@@ -100,6 +100,11 @@ class Pretraining(Training):
         """The encoder that is scored and handed on: the average of the weights if there is one, or the weights."""
         return self.encoder if self.average is None else self.average.module
 
+    def close(self) -> None:
+        """Let CUDA graphs go, which ranks cannot part with."""
+        if isinstance(self.differentiate, StepGraphs):
+            self.differentiate.close()
+
     def learning_rate(self, step: int) -> float:
         """Of a 0-based step."""
         schedule = self.optimizer_config

@@ -156,9 +156,8 @@ class Paws(Objective):
             metrics["train/loss_me_max"] = loss.me_max
         if config.entropy_weight > 0:
             metrics["train/loss_entropy"] = loss.entropy
-        if (
-            "support_warmup" in inputs
-        ):  # ours, not the paper's: keeps few-label runs from collapsing in their first epochs
+        if "support_warmup" in inputs:
+            # Ours, not the paper's: it keeps few-label runs from collapsing in their first epochs.
             hard = replace(labels, smoothing=0.0)
             metrics["train/loss_support_nce"] = supervised_nce(supports, hard, temperature=config.temperature)
             total = total + inputs["support_warmup"].to(total.dtype) * metrics["train/loss_support_nce"]

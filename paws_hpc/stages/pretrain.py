@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
@@ -71,7 +71,7 @@ def _train(
         accuracy = validation_accuracy(training.result, data, device, control)
         return {} if accuracy is None else {"val/paws_nn_top1": accuracy}
 
-    with job as tracker:
+    with closing(training), job as tracker:
         train(
             training,
             checkpoints=checkpoints,

@@ -21,6 +21,10 @@ from paws_hpc.bench.speed import diagnostics_share, loss_share, part_figures, pl
 from paws_hpc.bench.step_parts import PARTS, Timeline, marked
 from paws_hpc.bench.training import plain_resnet50, saving, steps_from_store, steps_on_device
 from paws_hpc.bench.workloads import Workload, make_images, on_device, opened_stream, plain_images, rows_by_crop_group
+from paws_hpc.config import Config
+from paws_hpc.data.streams import PawsStream
+from paws_hpc.engine.graphs import Metrics, StepGraphs
+from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.files import write_json
 from paws_hpc.stages.pretrain import make_training
 
@@ -100,6 +104,28 @@ def test_a_round_counts_the_images_of_its_steps(prepare: Callable[..., Work], wo
         assert done.details["parts_s"]["step"] <= done.seconds
     if prepare is steps_from_store:
         assert 0 <= done.details["data_wait"] <= 1
+
+
+@pytest.mark.parametrize("prepare", [steps_on_device, steps_from_store])
+def test_graphs_are_captured_before_a_round(
+    prepare: Callable[..., Work], workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = list[int]()
+
+    def capture(work: Callable[[], Metrics]) -> tuple[Metrics, Callable[[], None]]:
+        captured.append(1)
+        return work(), lambda: None
+
+    def graphed(config: Config, stream: PawsStream) -> Pretraining:
+        made = make_training(config, stream)
+        made.differentiate = StepGraphs(made._differentiate, made.encoder.parameters(), CPU, capture=capture)
+        return made
+
+    monkeypatch.setattr("paws_hpc.bench.training.make_training", graphed)
+    work = prepare(workload, steps=12)  # of which at least one is diagnosed
+    assert len(captured) == 2, "diagnosed and not"
+    work()
+    assert len(captured) == 2
 
 
 def test_a_save_is_timed_and_weighed(workload: Workload) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.compiled import eager
+from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.graphs import CudaCapture, Metrics, StepGraphs
+from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.objective.config import PawsConfig, RopawsConfig
+from paws_hpc.stages import pretrain
+from paws_hpc.stages.context import TorchContext
+from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
 from tests.tiny import tiny_config, training_of
 
@@ -59,8 +67,9 @@ class Recorder(TorchDispatchMode):
 class CpuCapture:
     """Like a CUDA graph's, the capture does nothing: what the work moved is moved back, and its results are NaN."""
 
-    def __init__(self, training: Pretraining) -> None:
-        self.training, self.captured = training, 0
+    def __init__(self, training: Pretraining, *, fails_at: tuple[int, ...] = ()) -> None:
+        self.training, self.fails_at, self.captured = training, fails_at, 0
+        self.recorders = list[weakref.ref[Recorder]]()
 
     def __call__(self, work: Callable[[], Metrics]) -> tuple[Metrics, Callable[[], None]]:
         self.captured += 1
@@ -71,6 +80,9 @@ class CpuCapture:
             if made.is_floating_point():
                 made.fill_(torch.nan)
         self.training.encoder.load_state_dict(before)
+        if self.captured in self.fails_at:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        self.recorders.append(weakref.ref(recorder))
         return metrics, recorder.replay
 
 
@@ -87,8 +99,8 @@ def training(
     return training_of(config, stores.train, device=device)
 
 
-def graphed(made: Pretraining) -> CpuCapture:
-    capture = CpuCapture(made)
+def graphed(made: Pretraining, *, fails_at: tuple[int, ...] = ()) -> CpuCapture:
+    capture = CpuCapture(made, fails_at=fails_at)
     made.differentiate = StepGraphs(made._differentiate, made.encoder.parameters(), CPU, capture=capture)
     return capture
 
@@ -166,15 +178,63 @@ def test_where_a_capture_fails_training_goes_on_as_eagerly_and_the_log_says_why_
     digits_stores: Stores, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, other = (training(digits_stores, PawsConfig(), "lars") for _ in range(2))
-
-    def fails(work: Callable[[], Metrics]) -> Any:
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
-
-    other.differentiate = StepGraphs(other._differentiate, other.encoder.parameters(), CPU, capture=fails)
+    capture = graphed(other, fails_at=(2,))  # of the diagnosed steps, which ran before
     assert_same(steps(other, 0, 12), steps(plain, 0, 12))
     assert_same(other.state_dict(), plain.state_dict())
     (record,) = [record for record in caplog.records if record.name == "paws_hpc.engine.graphs"]
     assert record.message.endswith("(RuntimeError: operation not permitted).")
+    assert capture.captured == 2
+    assert [recorder() for recorder in capture.recorders] == [None], "the others' memory is free again"
+
+
+def test_a_kind_of_step_that_comes_late_is_captured_when_it_comes_or_the_next_time(
+    digits_stores: Stores, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second step's memory beside that of the graphs would not be there."""
+    plain, at_once, later = (training(digits_stores, PawsConfig(), "lars", log_every_steps=5) for _ in range(3))
+    expected = steps(plain, 1, 17)
+    for made, fails_at, captures in ((at_once, (), 2), (later, (2,), 4)):  # steps 4, 5; 4, 5, 6, 10
+        ran = list[int]()
+        differentiate = made._differentiate
+
+        def counted(*given: Any, differentiate: Any = differentiate, ran: list[int] = ran, **named: Any) -> Any:
+            ran.append(1)
+            return differentiate(*given, **named)
+
+        made._differentiate = counted  # type: ignore[method-assign]
+        capture = graphed(made, fails_at=fails_at)
+        assert_same(steps(made, 1, 17), expected)
+        assert_same(made.state_dict(), plain.state_dict())
+        assert capture.captured == captures
+        assert len(ran) == 3 + captures + len(fails_at)
+    assert all(record.levelno < logging.WARNING for record in caplog.records)
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_no_graph_outlives_its_stage(
+    digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: bool
+) -> None:
+    """NCCL would wait for it when ranks part. After a preemption, the error that is on its way holds the training."""
+    captures, make = list[CpuCapture](), pretrain.make_training
+
+    def made_with_graphs(*given: Any) -> Pretraining:
+        made = make(*given)
+        captures.append(graphed(made))
+        return made
+
+    monkeypatch.setattr(pretrain, "make_training", made_with_graphs)
+    config, run = tiny_config(digits_stores.train, digits_stores.test, tmp_path), RunFolder(tmp_path / "run")
+    control = JobControl(lambda: preempted and bool(captures[0].recorders))
+    try:
+        pretrain.run(TorchContext(config, run, control=control))
+        assert not preempted
+    except PreemptedError:
+        assert preempted
+        assert {recorder() for recorder in captures[0].recorders} == {None}
+    finally:
+        control.close()
+    assert {recorder() for recorder in captures[0].recorders} == {None}
+    assert all(parameter.grad is None for parameter in captures[0].training.encoder.parameters())
 
 
 @pytest.mark.needs_gpu
