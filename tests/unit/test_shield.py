@@ -89,16 +89,14 @@ def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pyte
     assert sorted(path.name for path in take_snapshot(tmp_path).rglob("*.py")) == ["__init__.py", "new.py"]
 
 
-def test_a_snapshot_has_the_recipes_and_a_wheel_the_job_scripts_too(tmp_path: Path) -> None:
+def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     recipes = {path.relative_to(root) for path in (root / "conf").rglob("*.yaml")}
     snapshot = take_snapshot(tmp_path)
     assert all((snapshot / "paws_hpc" / recipe).is_file() for recipe in recipes)
-    assert not (snapshot / "paws_hpc/jobs").exists(), "what starts jobs is no code of theirs"
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     shutil.copytree(root / "paws_hpc", tmp_path / "source" / "paws_hpc", symlinks=True)
-    for name in ("conf", "jobs"):
-        shutil.copytree(root / name, tmp_path / "source" / name)
+    shutil.copytree(root / "conf", tmp_path / "source" / "conf")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path / "source")
     pytest.importorskip("setuptools")
@@ -108,7 +106,6 @@ def test_a_snapshot_has_the_recipes_and_a_wheel_the_job_scripts_too(tmp_path: Pa
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"paws_hpc-{paws_hpc.__version__}-")
     packed = zipfile.ZipFile(wheel)
-    carried = recipes | {path.relative_to(root) for path in (root / "jobs").iterdir()}
-    assert {f"paws_hpc/{path}" for path in carried} <= set(packed.namelist())
+    assert {f"paws_hpc/{path}" for path in recipes} <= set(packed.namelist())
     (scripts,) = (name for name in packed.namelist() if name.endswith("entry_points.txt"))
     assert "paws = paws_hpc.__main__:main" in packed.read(scripts).decode()
