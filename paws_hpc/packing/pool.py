@@ -24,8 +24,8 @@ _ORPHANED = 113
 _DEAF_TO = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Slurm and terminals signal all processes of a job. The parent decides; the workers end with it."""
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-_PID, _DONE, _CURRENT = 0, 1, 2
-"""Columns of a worker's progress: process number, images done, then for each thread the position of its image + 1."""
+_PID, _DONE = 0, 1
+"""Columns of a worker's progress: process number, images done."""
 
 
 def build_shards(
@@ -39,28 +39,27 @@ def build_shards(
     Raises:
         RecordError, SourceChangedError, StoreError, OSError: as :func:`paws_hpc.packing.write.build_shard`, of the
             first shard if several fail at once. All workers end.
-        StoreError: a worker was killed or crashed; the images that it was looking at are named.
+        StoreError: a worker was killed or crashed; its shard is named.
     """
     if processes == 1:
         for task in tasks:
             yield build_shard(task, threads=threads, advance=advance)
         return
     context = multiprocessing.get_context("spawn")  # a fresh interpreter, which inherits no threads and no locks
-    columns = _CURRENT + threads
-    shared = context.RawArray("q", processes * columns)
-    rows = _rows(shared, columns)
+    shared = context.RawArray("q", 2 * processes)
+    rows = _rows(shared)
     life, parents_end = context.Pipe(duplex=False)
     running: dict[Future[ShardResult], tuple[ShardTask, int]] = {}
     workers: dict[int | None, BaseProcess] = {}
     free, remaining, seen = list(range(processes)), iter(tasks), 0
     with _started_processes_are_deaf():
-        pool = ProcessPoolExecutor(processes, context, _begin, (shared, columns, life, os.getcwd()))
+        pool = ProcessPoolExecutor(processes, context, _begin, (shared, life, os.getcwd()))
     try:
         while True:
             for task in itertools.islice(remaining, len(free)):
                 slot = free.pop()
                 with _started_processes_are_deaf():
-                    running[pool.submit(_work, task, slot)] = task, slot
+                    running[pool.submit(_work, task, slot, threads)] = task, slot
                 workers |= {process.pid: process for process in multiprocessing.active_children()}
             if not running:
                 break
@@ -81,19 +80,17 @@ def build_shards(
             for left in task.path.parent.glob(f".{task.path.name}.{rows[slot][_PID]}-*.tmp"):  # see files.atomic_write
                 left.unlink(missing_ok=True)
         if isinstance(error, BrokenProcessPool):
-            raise _death(
-                [(task, rows[slot], workers.get(rows[slot][_PID])) for task, slot in running.values()]
-            ) from None
+            raise _death([(task, workers.get(rows[slot][_PID])) for task, slot in running.values()]) from None
         raise
     finally:
         parents_end.close()
         life.close()
 
 
-def _rows(shared: Any, columns: int) -> list[memoryview]:
+def _rows(shared: Any) -> list[memoryview]:
     """One row of int64 for each worker."""
     cells = memoryview(shared).cast("B").cast("q")
-    return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    return [cells[start : start + 2] for start in range(0, len(cells), 2)]
 
 
 @contextmanager
@@ -113,17 +110,16 @@ def _started_processes_are_deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # multiprocessing unblocks some
 
 
-def _death(running: list[tuple[ShardTask, memoryview, BaseProcess | None]]) -> StoreError:
-    """Say which worker ended first, and at which images; all have ended by now."""
-    for task, row, process in running:
+def _death(running: list[tuple[ShardTask, BaseProcess | None]]) -> StoreError:
+    """Say which worker ended first, and how; all have ended by now."""
+    for task, process in running:
         status = None if process is None else process.exitcode
         if status is None or status == _ORPHANED:
             continue
-        keys = [repr(task.keys[position - 1]) for position in row[_CURRENT:] if position]
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return StoreError(
-            f"the process that packed {task.path.name} {how} while it looked at {', '.join(keys) or 'no image'}. "
-            "SIGKILL means that memory ran out: use fewer --workers. Otherwise one of these images breaks the decoder."
+            f"the process that packed {task.path.name} {how}. SIGKILL means that memory ran out: use fewer --workers. "
+            f"Otherwise one of its {len(task.keys):,} images, such as {task.keys[0]!r}, breaks the decoder."
         )
     return StoreError(
         "the worker processes ended before they began; what they printed says why. A script that packs needs "
@@ -135,10 +131,10 @@ _row_of: list[memoryview] = []
 """In a worker: the rows of all workers."""
 
 
-def _begin(shared: Any, columns: int, life: Connection[Any, Any], folder: str) -> None:
+def _begin(shared: Any, life: Connection[Any, Any], folder: str) -> None:
     """Begin the work of a worker process, in the folder in which the parent works now."""
     os.chdir(folder)
-    _row_of.extend(_rows(shared, columns))
+    _row_of.extend(_rows(shared))
     threading.Thread(target=_end_with_parent, args=(life,), daemon=True).start()
 
 
@@ -148,13 +144,12 @@ def _end_with_parent(life: Connection[Any, Any]) -> None:
     os._exit(_ORPHANED)
 
 
-def _work(task: ShardTask, slot: int) -> ShardResult:
+def _work(task: ShardTask, slot: int, threads: int) -> ShardResult:
     """Build a shard in a worker process."""
     row = _row_of[slot]
     row[_PID] = os.getpid()
-    row[_CURRENT:] = memoryview(bytes(row[_CURRENT:].nbytes)).cast("q")
 
     def advance(images: int) -> None:
         row[_DONE] += images
 
-    return build_shard(task, threads=len(row) - _CURRENT, advance=advance, current=row[_CURRENT:])
+    return build_shard(task, threads=threads, advance=advance)

@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.packing.jpeg_policy import transcoder
 from paws_hpc.packing.plan import packing_order, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, Manifest, StoreError, read_manifest
-from paws_hpc.store.index import Keys, StoreIndex, key_hashes, load_index, read_cached_index
+from paws_hpc.store.index import Keys, key_hashes, load_index, read_cached_index
 from paws_hpc.store.progress import progress
-from paws_hpc.store.shard import read_shard
 from paws_hpc.store.verify import Level, verify
 from paws_hpc.store.workers import usable_cores
 
@@ -82,7 +80,10 @@ def repair(
                         os.replace(built, folder / entry.name)
                         report.repaired.append(entry.name)
                     else:
-                        report.refused[entry.name] = _difference(built, manifest, number, source.digest, index)
+                        report.refused[entry.name] = (
+                            f"what the source gives now is not what was packed: its digest is {source.digest[:16]}, "
+                            f"the manifest says {manifest.origin.digest[:16]}; equal ones mean another packer"
+                        )
                 except StoreError as error:
                     report.refused[entry.name] = str(error)
                 finally:
@@ -160,26 +161,3 @@ def _counted(manifest: Manifest, first: int, keys: Sequence[str]) -> NDArray[np.
     before = np.searchsorted(np.sort(key_hashes(skipped, seed)), hashes)
     places = first + np.arange(len(keys)) + before
     return places % statistics_stride(manifest.encoding, manifest.count + len(skipped)) == 0
-
-
-def _difference(built: Path, manifest: Manifest, number: int, digest: str, index: StoreIndex | None) -> str:
-    """Say how a shard that was built from the source of ``digest`` differs from the one that was packed."""
-    lines = ["what the source gives now is not what was packed"]
-    if digest != manifest.origin.digest:
-        lines.append(f"the source's digest is {digest[:16]}, the manifest says {manifest.origin.digest[:16]}")
-    packed_with = manifest.packing.transcoder
-    if packed_with is not None and packed_with != transcoder():
-        lines.append(f"packing used {packed_with}, this environment has {transcoder()}")
-    if index is None:
-        return "; ".join([*lines, f"{INDEX_NAME}, which could name the images, is missing or damaged"])
-    now = read_shard(built).index
-    positions = _first(manifest, number) + np.arange(len(now))
-    packed, rows = index.keys(positions), index.rows(positions)
-    changed = np.flatnonzero(rows["crc32c"] != now.crc32c)
-    if len(changed):
-        lines.append(f"image {packed[changed[0]].decode()!r} gives other bytes, and {len(changed) - 1:,} more")
-    else:
-        lines.append(
-            "all records are the same, the rest of the file is not: another version of this program or of HDF5?"
-        )
-    return "; ".join(lines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -114,12 +112,10 @@ def build_shard(
     *,
     threads: int,
     advance: Callable[[int], None] = lambda _: None,
-    current: list[int] | memoryview | None = None,
 ) -> ShardResult:
     """Load, check and store the images of one shard; its file appears when it is whole.
 
-    ``advance`` is called with the number of images done since the last call. ``current`` has one number per thread,
-    kept at the position of its image + 1, or 0 where it has none.
+    ``advance`` is called with the number of images done since the last call.
 
     Raises:
         RecordError: an image cannot be read and ``packing.on_error`` is ``stop``; its key is named.
@@ -133,7 +129,7 @@ def build_shard(
     histogram: NDArray[np.int64] | None = None
     with closing(task.images), atomic_write(task.path) as file:
         writer = ShardWriter(file)
-        for batch in _prepared(task, threads, [0] * threads if current is None else current):
+        for batch in _prepared(task, threads):
             for position, prepared in batch:
                 key = task.keys[position]
                 if isinstance(prepared, str):
@@ -203,28 +199,16 @@ def _index(keys: Sequence[bytes], rows: Sequence[tuple[int, ...]]) -> ShardIndex
     )
 
 
-def _prepared(
-    task: ShardTask, threads: int, current: list[int] | memoryview
-) -> Iterator[list[tuple[int, _Prepared | str]]]:
+def _prepared(task: ShardTask, threads: int) -> Iterator[list[tuple[int, _Prepared | str]]]:
     """Load and check the images on threads (decoding releases the GIL); yields slices of them in order.
 
     An item is (position, image), or (position, reason) for an image that is left out.
     """
-    slots = itertools.count()
-    mine = threading.local()
-
-    def take_slot() -> None:
-        mine.slot = next(slots)
 
     def prepare(positions: Sequence[int]) -> list[tuple[int, _Prepared | str]]:
-        outcomes = []
-        for position in positions:
-            current[mine.slot] = position + 1
-            outcomes.append((position, _prepare(task, position)))
-        current[mine.slot] = 0
-        return outcomes
+        return [(position, _prepare(task, position)) for position in positions]
 
-    with ThreadPoolExecutor(threads, initializer=take_slot) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         yield from in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -409,9 +410,9 @@ def start_fatal(folder: Path, tmp_path: Path, how: str) -> subprocess.Popen[str]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def test_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> None:
+def test_the_shard_of_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> None:
     printed, _ = start_fatal(folder, tmp_path, "dying").communicate(timeout=120)
-    assert "was ended by SIGSEGV while it looked at 'c1/001.jpg'" in printed
+    assert re.search(r"the process that packed shard-\d+\.h5 was ended by SIGSEGV\. .*, breaks the decoder", printed)
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 
