@@ -22,7 +22,7 @@ _REMEDIES = {
 
 def program(name: str) -> str:
     """How a command was called, for its usage: ``paws NAME`` where that is installed and was used."""
-    return f"paws {name}" if Path(sys.argv[0]).name == "paws" else f"python -m paws_hpc.{name}"
+    return f"paws {name}" if Path(sys.argv[0]).name == "paws" else f"python -m paws_hpc {name}"
 
 
 def at_least(least: int) -> Callable[[str], int]:

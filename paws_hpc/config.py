@@ -148,8 +148,8 @@ class Config:
     def _check_resources(self) -> None:
         if wrong := self.resources.keys() - STAGES.keys():
             name = min(wrong)
-            near = get_close_matches(name, STAGES, n=1, cutoff=0.0)
-            raise ValueError(f"resources.{name} is of no stage. Did you mean {near[0]!r}? Known: {', '.join(STAGES)}.")
+            meant = "".join(f"Did you mean {near!r}? " for near in get_close_matches(name, STAGES, n=1))
+            raise ValueError(f"resources.{name} is of no stage. {meant}Known: {', '.join(STAGES)}.")
         self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
         for name, resources in self.resources.items():
             resources.check(f"resources.{name}")

@@ -175,7 +175,7 @@ def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(
                 f"data.{field}={path} is a folder of other files and no store. Pack them into another folder, "
-                f"`{program('shards')} pack folder --root {path} --to shards/{path.resolve().name}`, and name that."
+                f"`{program('pack')} folder --root {path} --to shards/{path.resolve().name}`, and name that."
             )
         if config.data.source is not None and not {"data", "data.source"} & given and field != "labelled":
             raise ConfigError(

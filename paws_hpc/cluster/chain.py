@@ -77,9 +77,17 @@ def check_begun(config: Config, run: RunFolder, *, in_queue: bool = False) -> No
         ConfigError: other fields differ.
         ValueError: the run trained on other images.
     """
-    if in_queue or has_trained(run):
+    trained = has_trained(run)
+    if not (in_queue or trained):
+        return
+    try:
         check_frozen(config, run.config)
-        check_images(config, run)
+    except ConfigError as error:
+        if trained:
+            raise
+        end = "Or end its jobs on Slurm first, if any are left: hydra/launcher=submitit_slurm cancel=true."
+        raise ConfigError(f"{error} {end}") from error
+    check_images(config, run)
 
 
 def forget_untrained(config: Config, run: RunFolder) -> None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from paws_hpc.command import program
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
 from paws_hpc.objective.config import objective_config
@@ -103,7 +104,7 @@ def hint(name: str) -> str:
     if name.startswith("hydra.launcher."):
         return "Launchers on Slurm have such fields: add hydra/launcher=submitit_slurm."
     same = [field for field in known if field.rpartition(".")[2] == last]
-    return f"Did you mean {same[0]!r}?" if len(same) == 1 else "`paws config` lists all fields."
+    return f"Did you mean {same[0]!r}?" if len(same) == 1 else f"`{program('config')}` lists all fields."
 
 
 def _dotted(value: dict[str, Any], prefix: str) -> list[str]:

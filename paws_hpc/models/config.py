@@ -52,10 +52,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
-            near = difflib.get_close_matches(self.name, NETWORKS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"model.name={self.name!r} is no model. Did you mean {near!r}? Known are {', '.join(NETWORKS)}."
-            )
+            meant = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(self.name, NETWORKS, n=1))
+            raise ValueError(f"model.name={self.name!r} is no model. {meant}Known are {', '.join(NETWORKS)}.")
         check_ranges("model", self, **dict.fromkeys(("width", "projection_hidden_dim", "projection_dim"), "[1, inf)"))
         if (self.name == "timm") != (self.timm is not None):
             raise ValueError(

@@ -22,8 +22,9 @@ def timm_backbone(name: str, *, seed: int = 0) -> nn.Module:
         ValueError: timm has no such network, or it takes images of one size only or draws random numbers in training.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
-        raise ValueError(f"model.timm={name!r} is no network of timm {timm.__version__}. Did you mean {near!r}?")
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "timm.list_models() has their names."
+        raise ValueError(f"model.timm={name!r} is no network of timm {timm.__version__}. {hint}")
     config = timm.get_pretrained_cfg(name)
     options = {"dynamic_img_size": True} if config is not None and config.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

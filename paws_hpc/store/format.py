@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from paws_hpc.command import program
 from paws_hpc.files import read_json, value_digest
 
 FORMAT = "paws-hpc-store"
@@ -58,7 +59,7 @@ INDEX_COLUMNS: dict[str, str] = {
 }
 """Data sets below ``/index`` of a shard and their little-endian types; each has n entries."""
 
-REMEDY = "`python -m paws_hpc.shards verify --full` names all faults; restore the file or pack again with --force."
+REMEDY = f"`{program('verify')} --full` names all faults; restore the file or pack again with --force."
 """What to do about a damaged store."""
 
 LARGE_ALIGNMENT = 4 << 20
@@ -224,7 +225,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise StoreError(
             f"{folder} is not a complete image store: it has no {MANIFEST_NAME}. "
-            "Check the path, or (re)pack it with `python -m paws_hpc.shards pack`."
+            f"Check the path, or (re)pack it with `{program('pack')}`."
         ) from error
     except (UnicodeDecodeError, ValueError) as error:
         raise StoreError(f"{path} is damaged ({error}). Restore it or pack the store again with --force.") from error

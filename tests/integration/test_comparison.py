@@ -197,7 +197,7 @@ def test_runs_launched_together_are_compared_even_before_they_have_results(tmp_p
     done = launch(tmp_path, "-m", "seed=0,1", "stages=[prepare]", "name=together-${seed}")
     assert done.returncode == 0, done.stderr
     runs = [str(tmp_path / "runs" / f"together-{seed}") for seed in (0, 1)]
-    assert f"Compare them: python -m paws_hpc.report {' '.join(runs)}" in done.stdout
+    assert f"Compare them: python -m paws_hpc report {' '.join(runs)}" in done.stdout
     written = tmp_path / "runs" / "comparisons" / "together" / "index.html"
     assert f"Comparison: {written}" in done.stdout.replace("\n", "")
     assert "2 of 2 runs have no test scores" in written.read_text()

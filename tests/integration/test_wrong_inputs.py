@@ -55,6 +55,7 @@ LAUNCH = {  # arguments → parts of the answer
     "model.channels=[]": ["model.channels=[] needs one positive number per layer"],
     "model=resnet51": ["model=resnet51 does not exist", "Did you mean 'resnet50'?"],
     "model.name=resnt50": ["model.name='resnt50' is no model", "Did you mean 'resnet50'?"],
+    "model.name=foo": ["model.name='foo' is no model. Known are resnet50, resnet18"],
     "optimizer=adam": ["optimizer=adam does not exist", "Did you mean 'adamw'?"],
     "data=cifar": ["data=cifar does not exist", "Did you mean 'cifar10'?"],
     "labels=five": ["labels=five does not exist. Known: four_hundred_per_class"],

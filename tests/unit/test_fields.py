@@ -43,7 +43,10 @@ def test_fields_show_the_value_in_an_experiment_beside_the_default(capsys: pytes
     assert fields.main(["pretrain.epoch"]) == 0
     assert "pretrain.epochs=100" in capsys.readouterr().out, "part of a name finds it"
     assert fields.main(["quaternion"]) == 1
-    assert capsys.readouterr().err == "error: quaternion is the name of no field. `paws config` lists all fields.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: quaternion is the name of no field. `python -m paws_hpc config` lists all fields.\n"
+    )
 
 
 def test_tabs_complete_commands_experiments_fields_and_runs(

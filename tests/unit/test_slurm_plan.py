@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from paws_hpc.cluster.chain import dependency, jobs_of, to_submit
+from paws_hpc.cluster.chain import check_begun, dependency, jobs_of, to_submit
 from paws_hpc.cluster.compose import compose_run, parameters_of, runs_of
-from paws_hpc.cluster.frozen import ConfigError, to_config
+from paws_hpc.cluster.frozen import ConfigError, freeze, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config
 from paws_hpc.engine.config import ClassifierConfig
@@ -77,6 +78,14 @@ def test_what_runs_or_waits_is_left_alone(config: Config, run: RunFolder) -> Non
     active |= {name: QueuedJob("9", name, "PENDING", "Dependency", 0, "") for name in TRIALS}
     active["baseline/lr=0.1,epochs=3"] = QueuedJob("8", "b", "COMPLETING", "", 0, "")
     assert planned(config, run, active) == {}
+
+
+def test_jobs_that_may_be_in_the_queue_bind_a_launch_which_says_how_to_end_them(config: Config, run: RunFolder) -> None:
+    freeze(config, run.config)
+    changed = replace(config, seed=1)
+    check_begun(changed, run)
+    with pytest.raises(ConfigError, match=r"seed was 0 and is now 1.*hydra/launcher=submitit_slurm cancel=true"):
+        check_begun(changed, run, in_queue=True)
 
 
 def test_a_failed_trial_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
