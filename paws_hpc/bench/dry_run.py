@@ -8,6 +8,7 @@ GPU; what a GPU changes is set: autocast to bfloat16, and the normalisation's ke
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ _PARTS = {"paws_hpc.models.norm": BATCH_NORM, "paws_hpc.distributed": LOSS}
 _BUCKETS = [1 << 20, 25 << 20]  # bytes: the first of DistributedDataParallel, and the others
 _BLOCK = 512  # bytes, to multiples of which torch's allocator for CUDA rounds
 _STEP = 1  # early: with the support warm-up, and without diagnostics
+_MEASURED_STEPS = 10  # every other one with diagnostics: enough for both kinds of step to become CUDA graphs
 _CPU = torch.device("cpu")
 
 
@@ -172,21 +174,31 @@ def dry_run(config: Config, *, ranks: int, cuda: bool = True) -> tuple[StepMemor
 
 
 def measured_peak(config: Config, *, ranks: int) -> int:
-    """Bytes that torch had allocated on this GPU at the most in steps on one rank's share of a step of ``ranks``.
+    """Bytes that torch's allocator had taken from this GPU at the most, in steps on :func:`one_share` of ``ranks``.
 
-    The rank is alone: its supports are all there are.
+    They run as they do in training, with CUDA graphs and their memory, some with diagnostics.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit.
     """
-    pretrain = config.pretrain
-    support = replace(pretrain.support, classes=pretrain.support.classes // ranks)
-    alone = replace(pretrain, batch_size=pretrain.batch_size // ranks, support=support, execution="eager")
-    config, device = replace(config, pretrain=alone), torch.device("cuda", torch.cuda.current_device())
+    config, device = one_share(config, ranks=ranks), torch.device("cuda", torch.cuda.current_device())
+    torch.compiler.reset()  # of the same code it would not compile many networks
+    gc.collect()  # what was measured before
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    training, batch, views = _prepared(config, _Sizes(config, device).batch(), device)
-    for _ in range(2):
-        training.step(batch)
-    del views
-    return torch.cuda.max_memory_allocated()
+    training, batch, _ = _prepared(config, _Sizes(config, device).batch(), device)
+    for step in range(_MEASURED_STEPS):
+        training.step(replace(batch, step=step))
+    return torch.cuda.max_memory_reserved()
+
+
+def one_share(config: Config, *, ranks: int) -> Config:
+    """A run by one rank alone, of as many images and supports as each of ``ranks`` has. Every support has its class."""
+    pretrain = config.pretrain
+    rows = pretrain.support.classes * pretrain.support.images_per_class // ranks
+    support = replace(pretrain.support, classes=rows, images_per_class=1)
+    alone = replace(pretrain, batch_size=pretrain.batch_size // ranks, support=support, log_every_steps=2)
+    return replace(config, pretrain=alone)
 
 
 def _prepared(

@@ -11,6 +11,7 @@ import torch
 from paws_hpc.bench.dry_run import StepMemory, dry_run, measured_peak
 from paws_hpc.bench.figures import describe_machine
 from paws_hpc.cluster.compose import compose_run
+from paws_hpc.config import Config
 from paws_hpc.files import write_json
 
 GPUS_GB = (16, 24, 40, 80, 141)
@@ -48,31 +49,42 @@ def bench_memory(options: argparse.Namespace) -> int:
     """Print the table of the published recipes, or of the run that ``options.overrides`` make, and write JSON."""
     overrides = tuple(options.overrides)
     settings = [Setting("the run", options.gpus, overrides)] if overrides else PUBLISHED
-    rows, records = [], []
+    records, machine = [], describe_machine()
+    print(markdown(("network, GPUs and setting", *StepMemory.__annotations__, "measured peak", "fits in"), []))
     for setting in settings:
         config, _ = compose_run(list(setting.overrides))
         memory, _ = dry_run(config, ranks=setting.gpus)
-        peak = measured_peak(config, ranks=setting.gpus) if torch.cuda.is_available() else None
-        rows.append(_row(setting, memory, peak))
+        peak = _measured(config, setting.gpus) if torch.cuda.is_available() else None
+        print(_line(_cells(setting, memory, peak)), flush=True)
         records.append(asdict(setting) | {"estimated": asdict(memory), "measured_peak": peak})
-    write_json(options.json or options.folder / "memory.json", {"machine": describe_machine(), "settings": records})
-    head = ("network, GPUs and setting", *StepMemory.__annotations__, "measured peak", "fits in")
-    print(markdown(head, rows))
-    print("\nGB per GPU, estimated by a dry run of the step; a measured peak is of one rank's share alone.")
+        write_json(options.json or options.folder / "memory.json", {"machine": machine, "settings": records})
+    print("\nGB per GPU, estimated by a dry run of the step; a measured peak is of one rank's share alone, as it runs.")
     return 0
 
 
-def _row(setting: Setting, memory: StepMemory, measured: int | None) -> list[str]:
+def _measured(config: Config, gpus: int) -> int | str:
+    """Bytes, or that they are too many for this GPU."""
+    try:
+        return measured_peak(config, ranks=gpus)
+    except torch.OutOfMemoryError:
+        return "does not fit"
+
+
+def _cells(setting: Setting, memory: StepMemory, measured: int | str | None) -> list[str]:
     changes = [each for each in setting.overrides if not each.startswith(("experiment=", "model="))]
     fits = [size for size in GPUS_GB if memory.peak <= _USABLE * size * 1e9]
     return [
         ", ".join([setting.network, str(setting.gpus), *changes]),
         *(f"{value / 1e9:.3g}" for value in asdict(memory).values()),
-        "" if measured is None else f"{measured / 1e9:.3g}",
+        f"{measured / 1e9:.3g}" if isinstance(measured, int) else measured or "",
         f"{fits[0]} GB" if fits else "none of these",
     ]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as it stands in ``docs/``."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---", *["--:"] * (len(head) - 1)], *rows))
+    return "\n".join(_line(cells) for cells in (head, ["---", *["--:"] * (len(head) - 1)], *rows))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

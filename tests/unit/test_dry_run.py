@@ -11,12 +11,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from paws_hpc.bench import memory
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.dry_run import GRADIENTS, Collective, Recorder, dry_run
+from paws_hpc.bench.dry_run import GRADIENTS, Collective, Recorder, dry_run, one_share
 from paws_hpc.bench.training import training_with_data
 from paws_hpc.bench.workloads import Workload, make_images
+from paws_hpc.cluster.compose import compose_run
 from paws_hpc.config import Config
 from paws_hpc.engine.pretrain import Pretraining
+from paws_hpc.files import read_json
 from paws_hpc.models.config import ModelConfig
 from tests.ranks import results_of, run_on_ranks
 from tests.tiny import random_store, small_vit, tiny_config, training_of
@@ -117,6 +120,38 @@ def test_two_ranks_communicate_what_the_dry_run_says(tmp_path: Path) -> None:
         for found in results_of(work, 2, tmp_path):
             assert Counter(Collective(**each) for each in found) == Counter(expected), network
     assert sum(each.part == GRADIENTS for each in expected) == 1
+
+
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_one_share_alone_has_as_many_rows_as_each_rank(ranks: int) -> None:
+    """Of supports too, where ranks do not divide classes: what is measured on one GPU is what a rank needs."""
+    config, _ = compose_run(["experiment=cifar10_4000", "model=small_resnet"])
+    alone, shared = dry_run(one_share(config, ranks=ranks), ranks=1)[0], dry_run(config, ranks=ranks)[0]
+    assert alone.views == shared.views
+
+
+def test_bench_memory_goes_on_after_a_run_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tuple(memory.Setting(f"run {number}", 1, ("experiment=digits",)) for number in (1, 2))
+    peaks = iter([torch.OutOfMemoryError("CUDA out of memory"), 3_000_000_000])
+
+    def measured(config: Config, *, ranks: int) -> int:
+        if isinstance(peak := next(peaks), Exception):
+            raise peak
+        return peak
+
+    monkeypatch.setattr(memory, "PUBLISHED", settings)
+    monkeypatch.setattr(memory, "measured_peak", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "describe_machine", dict)
+    assert main(["memory", "--folder", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[2:4]
+    assert first.startswith("| run 1, 1 |")
+    assert "| does not fit |" in first
+    assert second.startswith("| run 2, 1 |")
+    assert "| 3 |" in second
+    assert [each["measured_peak"] for each in read_json(tmp_path / "memory.json")["settings"]] == ["does not fit", 3e9]
 
 
 def test_bench_memory_prints_what_it_writes_and_refuses_what_does_not_divide(

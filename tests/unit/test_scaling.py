@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from paws_hpc.bench import scaling
 from paws_hpc.bench.__main__ import main
-from paws_hpc.bench.dry_run import BATCH_NORM, GRADIENTS, Collective, dry_run
+from paws_hpc.bench.dry_run import BATCH_NORM, GRADIENTS, LOSS, Collective, dry_run
 from paws_hpc.bench.scaling import (
     Constants,
     collective_s,
@@ -33,26 +34,36 @@ def test_the_page_has_the_tables_that_the_command_prints(tmp_path: Path, capsys:
     assert list(written["steps"]) == ["8", "8, accumulate_steps=8", "64", "512", "1024"]
 
 
-def test_a_collective_takes_its_hops_and_its_bytes() -> None:
-    constants = Constants(launch_s=1, node_hop_s=10, network_hop_s=100, tree_hop_s=1000, node_bandwidth=8)
-    constants = Constants(**vars(constants) | {"network_bandwidth": 4})
+def test_a_collective_takes_its_launch_its_hops_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = scaling.Protocol(1, ring_s=(10, 100), tree_s=(10, 1000), most=(8, 4))
+    monkeypatch.setattr(scaling, "PROTOCOLS", {"only": only})
+    monkeypatch.setattr(scaling, "_POST_S", 20)
+    constants = Constants(call_s=0.5)
     gather, total = Collective(BATCH_NORM, "allgather_base", 64), Collective(BATCH_NORM, "allreduce", 64)
-    assert collective_s(gather, 8, constants) == 1 + 7 * 10 + 64 * 7 / 8 / 8
-    assert collective_s(total, 8, constants) == 1 + 2 * 7 * 10 + 2 * 64 * 7 / 8 / 8
-    assert collective_s(gather, 16, constants) == 1 + 13 * 10 + 2 * 100 + 64 * 15 / 16 / 4
-    assert collective_s(total, 1024, constants) == 1 + 2 * (7 * 10 + 7 * 1000) + 2 * 64 * 1023 / 1024 / 4
+    assert collective_s(gather, 8, constants) == 1.5 + 7 * 10 + 64 * 7 / 8 / 8
+    assert collective_s(total, 8, constants) == 1.5 + 2 * 7 * 10 + 2 * 64 * 7 / 8 / 8
+    assert collective_s(gather, 16, constants) == 1.5 + 14 * 20 + 100 + 64 * 15 / 16 / 4
+    assert collective_s(total, 1024, constants) == 1.5 + 2 * (7 * 10 + 7 * 1000) + 2 * 64 * 1023 / 1024 / 4
 
 
-def test_gradients_hide_behind_the_backward_pass_but_for_the_last() -> None:
-    bucket = Collective(GRADIENTS, "allreduce", 8)
-    free = {"launch_s": 1, "node_hop_s": 0, "network_hop_s": 0, "node_bandwidth": 1e99}
-    for step_s, left in ((30.0, 1), (3.0, 4 - 2 + 1)):
-        constants = Constants(step_s=step_s, backward_share=2 / 3, **free)
-        found = predict([bucket] * 5, gpus=8, constants=constants)
-        assert found.gradients_s == pytest.approx(left)
-        assert found.step_s == pytest.approx(step_s + left)
-    divided = predict([bucket] * 5, gpus=8, constants=constants, accumulate_steps=4)
-    assert divided.compute_s == pytest.approx(4 * (3 + 1)), "each micro-batch goes forward once more"
+@pytest.mark.parametrize(("port", "bandwidth"), [(50e9, 331e9), (25e9, 200e9)])
+def test_large_messages_use_all_network_ports_of_a_node_up_to_what_its_gpus_can_send(
+    port: float, bandwidth: float
+) -> None:
+    one, two = (
+        collective_s(Collective(LOSS, "allgather_base", size), 64, Constants(network_bandwidth=port))
+        for size in (10**9, 2 * 10**9)
+    )
+    assert two - one == pytest.approx(10**9 * 63 / 64 / bandwidth)
+
+
+def test_nothing_overlaps_and_micro_batches_run_without_a_graph() -> None:
+    bucket, constants = Collective(GRADIENTS, "allreduce", 1 << 20), Constants(step_s=3, compiled_s=6)
+    found = predict([bucket] * 5, gpus=64, constants=constants)
+    assert found.gradients_s == pytest.approx(5 * collective_s(bucket, 64, constants))
+    assert found.step_s == pytest.approx(3 + found.gradients_s)
+    divided = predict([bucket] * 5, gpus=64, constants=constants, accumulate_steps=4)
+    assert divided.compute_s == pytest.approx(4 * (6 + 2)), "each micro-batch goes forward once more"
 
 
 def test_on_more_gpus_what_is_gathered_grows() -> None:
@@ -76,13 +87,17 @@ def test_micro_batches_communicate_what_the_dry_run_says(tmp_path: Path) -> None
 
 def test_measured_constants_replace_the_models(tmp_path: Path) -> None:
     file = tmp_path / "constants.json"
-    file.write_text('{"step_s": 0.5, "launch_s": 1e-5}')
-    assert read_constants(file) == Constants(step_s=0.5, launch_s=1e-5)
+    file.write_text('{"step_s": 0.5, "call_s": 1e-5}')
+    assert read_constants(file) == Constants(step_s=0.5, call_s=1e-5)
     figures = [("small all-reduce", 0.02), ("bandwidth of an all-reduce", 300.0), ("batch normalisation", 1.0)]
-    group = {"figures": [{"name": name, "value": value} for name, value in figures]}
-    file.write_text(json.dumps({"groups": {"collectives": group}}))
+    measured = {"groups": {"collectives": {"figures": [{"name": name, "value": value} for name, value in figures]}}}
+    file.write_text(json.dumps(measured | {"machine": {"gpus": ["H100"] * 4}}))
     found = read_constants(file)
-    assert (found.launch_s, found.node_bandwidth) == (pytest.approx(2e-5), 300e9)
+    assert (found.gpus_per_node, found.node_bandwidth) == (4, 300e9)
+    assert collective_s(Collective(LOSS, "allreduce", 4), 4, found) == pytest.approx(2e-5), "hops are not added again"
+    file.write_text(json.dumps(measured | {"machine": {"gpus": []}}))
+    with pytest.raises(ValueError, match="no collectives of GPUs"):
+        read_constants(file)
     file.write_text('{"latency": 1}')
     with pytest.raises(ValueError, match="'latency' is no constant of the model"):
         read_constants(file)
