@@ -58,7 +58,7 @@ LAUNCH = {  # arguments → parts of the answer
     "model.name=foo": ["model.name='foo' is no model. Known are resnet50, resnet18"],
     "optimizer=adam": ["optimizer=adam does not exist", "Did you mean 'adamw'?"],
     "data=cifar": ["data=cifar does not exist", "Did you mean 'cifar10'?"],
-    "labels=five": ["labels=five does not exist. Known: four_hundred_per_class"],
+    "labels=five": ["labels=five does not exist. Known: all, four_hundred_per_class"],
     "experiment=digit": ["experiment=digit does not exist", "Did you mean 'digits'?"],
     "experiment=mine": ["experiment=mine does not exist. Known: ", "cifar10_4000"],
     "experiment=": ["experiment= does not exist"],
