@@ -8,6 +8,7 @@ python -m paws_hpc.bench step --recipe imagenet --from-store --baseline [FIELD=V
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
         command.add_argument("--steps", type=at_least(1), help="of a round (by recipe and device)")
+        command.add_argument("--limit", type=float, default=math.inf, help="seconds for all candidates to get ready")
         command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
         command.set_defaults(from_store=whole, baseline=whole, compiled=False, deterministic=False)
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--from-store", action="store_true", help="the step fed from the packed store as well")
             command.add_argument("--baseline", action="store_true", help="and a DataLoader with PIL beside it")
         if name in ("step", "all"):
-            command.add_argument("--compiled", action="store_true", help="on a CPU, compiled too, which takes minutes")
+            command.add_argument(
+                "--compiled", action="store_true", help="compiled, and no graph, too; it takes minutes"
+            )
             command.add_argument("--deterministic", action="store_true", help="with deterministic=true too")
     for name, command in commands.choices.items():
         rounds = 5 if name == "store" else 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -78,12 +79,14 @@ def measure_groups(
     *,
     prepare: Callable[[], object],
     rounds: int,
+    limit_s: float = math.inf,
     about: Mapping[str, Any],
     file: Path,
 ) -> int:
     """Measure group after group, print the table of each, and write the figures of all so far, with ``about``, as JSON.
 
-    ``prepare`` makes the images. Returns the exit status: 1 where a group failed as a whole.
+    ``prepare`` makes the images; a group's candidates have ``limit_s`` to get ready. Returns the exit status: 1 where a
+    group failed as a whole.
     """
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     machine, measured, exit_status = describe_machine(), {}, 0
@@ -93,7 +96,7 @@ def measure_groups(
         for name, measure in groups.items():
             status.update(name)
             try:
-                rates, figures = measure(partial(race, rounds=rounds, progress=status.update))
+                rates, figures = measure(partial(race, rounds=rounds, limit_s=limit_s, progress=status.update))
             except CandidateError as error:  # the other groups are worth as much without this one
                 rates, figures = {}, [Figure(name, None, absent=f"failed: {error}")]
                 exit_status = 1

@@ -5,6 +5,7 @@ This module imports nothing that starts threads: a candidate's process loads it 
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import statistics
@@ -15,11 +16,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from threading import Thread
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 PEERS = {"litdata": "litdata", "streaming": "mosaicml-streaming", "webdataset": "webdataset"}
 """Modules that need not be installed, and their packages."""
+
+
+_LIMIT_S = 1200.0  # for one answer of a candidate
 
 
 class CandidateError(RuntimeError):
@@ -69,34 +73,36 @@ def ratio(candidate: Rates, baseline: Rates) -> float | None:
 
 
 @contextmanager
-def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = 1200.0) -> Iterator[Callable[[], Round]]:
-    """A prepared candidate in a process of its own, bound to ``cores`` with all that it starts; a call is one round.
+def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = _LIMIT_S) -> Iterator[Callable[..., Round]]:
+    """A prepared candidate in a process of its own, bound to ``cores`` with all that it starts.
+
+    A call is one round; ``limit_s`` holds for it too, unless it is given another.
 
     Raises:
         CandidateError: it fails, or gives no answer within ``limit_s``; then it is killed.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_bind, initargs=(cores,)) as pool:
 
-        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        def call(limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
             answer = pool.submit(function, *arguments)
             try:
                 error = answer.exception(limit_s)
             except TimeoutError:
                 os.killpg(process, signal.SIGKILL)
-                raise CandidateError(f"no answer within {limit_s:g} s") from None
+                raise CandidateError(f"no answer within {limit_s:.3g} s") from None
             if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
                 raise CandidateError(f"not installed: pip install {PEERS[error.name]}, or `make bench`") from error
             if error is not None:
                 raise CandidateError(f"{type(error).__name__}: {error}") from error
             return answer.result()
 
-        process: int = call(os.getpid)
+        process: int = call(_LIMIT_S, os.getpid)
         try:
-            call(_prepare, candidate)
-            yield lambda: call(_work_once)
+            call(limit_s, _prepare, candidate)
+            yield lambda limit_s=limit_s: call(limit_s, _work_once)
         finally:  # processes that the candidate started would keep its own from ending
             with suppress(CandidateError, BrokenExecutor):
-                call(_close)
+                call(_LIMIT_S, _close)
 
 
 until_exit = ExitStack()
@@ -138,13 +144,24 @@ def _work_once() -> Round:
 
 
 def race(
-    candidates: Mapping[str, Candidate], *, rounds: int, cores: int | None = None, progress: Callable[[str], object]
+    candidates: Mapping[str, Candidate],
+    *,
+    rounds: int,
+    cores: int | None = None,
+    limit_s: float = math.inf,
+    progress: Callable[[str], object],
 ) -> dict[str, Rates]:
-    """Let every candidate work once per round, in turns; one more round warms up first and does not count.
+    """Let every candidate work once per round, in turns, after a round that warms it up and does not count.
 
     Each is bound to ``cores`` cores while the others wait; None binds to all that this process may use. A candidate
-    that failed says why and takes no further turn.
+    that failed says why and takes no further turn. So does one that is not warm when ``limit_s`` is over: compilers
+    take minutes, and those that are ready are measured all the same.
     """
+    ready = monotonic() + limit_s
+
+    def left() -> float:
+        return min(_LIMIT_S, max(0.0, ready - monotonic()))
+
     bound = sorted(os.sched_getaffinity(0))[:cores]
     rates = {name: Rates() for name in candidates}
     with ExitStack() as running:
@@ -152,23 +169,22 @@ def race(
         for name, candidate in candidates.items():
             progress(f"{name}: preparing")
             try:
-                workers[name] = running.enter_context(started(candidate, cores=bound))
+                work = running.enter_context(started(candidate, cores=bound, limit_s=left()))
+                work(left())
+                workers[name] = work
             except CandidateError as error:
                 rates[name] = Rates(failure=str(error))
-        for number in range(rounds + 1):
+        for number in range(1, rounds + 1):
             first = number % len(candidates)  # nobody always follows the same one
             for name in list(rates)[first:] + list(rates)[:first]:
                 if name not in workers:
                     continue
                 progress(f"{name}: round {number} of {rounds}")
                 try:
-                    measured = workers[name]()
+                    rates[name].rounds.append(workers[name](_LIMIT_S))
                 except CandidateError as error:
                     del workers[name]
                     rates[name] = Rates(failure=str(error))
-                    continue
-                if number:
-                    rates[name].rounds.append(measured)
     return rates
 
 

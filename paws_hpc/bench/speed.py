@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from paws_hpc.bench import collectives, training
+from paws_hpc.bench import bars, collectives, training
 from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.peers import data_loader
 from paws_hpc.bench.rounds import Candidate, CandidateError, Rates, Round, median, ratio
@@ -42,6 +42,7 @@ def bench_speed(options: argparse.Namespace) -> int:
         {name: partial(MEASURE[name], workload, options) for name in options.groups},
         prepare=partial(make_images, workload),
         rounds=options.rounds,
+        limit_s=options.limit,
         about={
             "recipe": options.recipe, "device": device, "sizes": sizes, "overrides": list(options.overrides),
             "steps": options.steps,
@@ -58,20 +59,19 @@ def _on_device(workload: Workload, options: argparse.Namespace, *overrides: str)
 def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measured:
     steps, cuda = options.steps, workload.device == "cuda"
     usual = workload.config().pretrain.execution_on(workload.device)
-    others = ("compiled", "graphed") if cuda else ("compiled",) if options.compiled else ()
-    names = {execution: f"{_STEP}, {execution}" for execution in ("eager", *others, usual)}
+    others = ("compiled",) if options.compiled else ()
+    names = {execution: f"{_STEP}, {execution}" for execution in ("eager", usual, *others)}
     candidates: dict[str, Candidate] = {
         name: _on_device(workload, options, f"pretrain.execution={execution}") for execution, name in names.items()
     }
+    plain = _PLAIN if usual == "eager" else _PLAIN_COMPILED
+    if workload.recipe == "imagenet":
+        sizes = (256, 20) if cuda else (2, 1)
+        candidates[plain] = partial(training.plain_resnet50, workload.device, *sizes, compiled=plain == _PLAIN_COMPILED)
     if options.from_store or options.baseline:
         candidates[_FROM_STORE] = partial(training.steps_from_store, workload, steps)
     if options.baseline:
         candidates[_BASELINE] = partial(data_loader.training_steps, workload, steps)
-    if workload.recipe == "imagenet":
-        plain = partial(training.plain_resnet50, workload.device, *((256, 20) if cuda else (2, 1)))
-        candidates[_PLAIN] = plain
-        if others:
-            candidates[_PLAIN_COMPILED] = partial(plain, compiled=True)
     if options.deterministic:
         candidates[_DETERMINISTIC] = _on_device(workload, options, "deterministic=true")
     rates = race(candidates)
@@ -87,20 +87,18 @@ def _step(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
     share, times = loss_share(eager.rounds), ratio(mine, eager)
     of_default = None if share is None or times is None else share * times
     figures.append(Figure("loss, gather and LARS, of the default step", of_default, "%"))
-    for name, title in ((_PLAIN, None), (_PLAIN_COMPILED, "default step / compiled plain ResNet-50")):
-        if name in rates:
-            limit = plain_figure(mine, rates[name], plain_images(workload.config()), only_on=on_imagenet)
-            figures.append(replace(limit, name=title or limit.name))
+    if plain in rates:
+        figures.append(plain_figure(mine, rates[plain], plain_images(workload.config()), only_on=on_imagenet))
     if _FROM_STORE in rates:
         stored = rates[_FROM_STORE]
         wait = median(100 * each.details["data_wait"] for each in stored.rounds)
         figures += [
-            Figure("from the store / step alone", ratio(stored, mine), "x", 0.95, only_on=on_imagenet),
+            Figure("from the store / step alone", ratio(stored, mine), "x", bars.FROM_STORE, only_on=on_imagenet),
             Figure("data wait, from the store", wait, "%", 2.0, at_most=True, only_on=on_cifar),
         ]
     if _BASELINE in rates:
         end_to_end = ratio(rates[_FROM_STORE], rates[_BASELINE])
-        figures.append(Figure("from the store / DataLoader", end_to_end, "x", 10.0, only_on=on_cifar))
+        figures.append(Figure("from the store / DataLoader", end_to_end, "x", bars.BASELINE, only_on=on_cifar))
     return rates, figures
 
 
@@ -108,7 +106,7 @@ def plain_figure(ours: Rates, plain: Rates, worth: float, *, only_on: str | None
     """Our unlabelled images per second beside the device's rate of plain ResNet-50 images over what one is worth."""
     times = ratio(ours, plain)
     value = None if times is None else times * worth
-    return Figure(f"step / (plain ResNet-50 / {worth:.2f})", value, "x", 0.90, only_on=only_on)
+    return Figure(bars.PLAIN, value, "x", bars.DEVICE_LIMIT, only_on=only_on)
 
 
 def part_figures(rounds: Sequence[Round]) -> list[Figure]:
@@ -131,11 +129,12 @@ def _loss(workload: Workload, options: argparse.Namespace, race: Race) -> Measur
         _DIAGNOSED: _on_device(workload, options, eager, "pretrain.log_every_steps=1"),
     }
     rates, every = race(candidates), workload.config().pretrain.log_every_steps
+    on_gpu = None if workload.device == "cuda" else "one H100 or H200"
     step, diagnosed = rates[_STEP].rounds, rates[_DIAGNOSED].rounds
     diagnostics = diagnostics_share(step, diagnosed, every)
     return rates, [
         *part_figures(step),
-        Figure("loss, gather and LARS, of the step", loss_share(step), "%", 3.0, at_most=True),
+        Figure("loss, gather and LARS, of the step", loss_share(step), "%", bars.LOSS, at_most=True, only_on=on_gpu),
         Figure(f"diagnostics every {every} steps, of the step", diagnostics, "%", 2.0, at_most=True),
     ]
 

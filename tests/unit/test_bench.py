@@ -91,6 +91,15 @@ def test_a_candidate_that_cannot_start_or_fails_is_named_and_the_others_go_on(
     assert ratio(rates["good"], rates["fails later"]) is None
 
 
+def test_what_is_ready_in_time_is_measured_though_another_candidate_is_not() -> None:
+    """Such as one whose compiler takes minutes."""
+    candidates = {"good": partial(bench_work.count, fail_at=None), "slow": bench_work.hang}
+    rates = race(candidates, rounds=1, cores=1, limit_s=20, progress=lambda _: None)
+    assert "no answer within" in str(rates["slow"].failure)
+    assert rates["good"].failure is None
+    assert len(rates["good"].per_s) == 1
+
+
 def test_a_group_that_cannot_be_measured_is_named_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

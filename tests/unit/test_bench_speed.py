@@ -237,7 +237,7 @@ def test_the_bars_of_a_gpu_are_what_the_parts_of_the_check_left(tmp_path: Path) 
         return {bar["name"]: bar for bar in json.loads((tmp_path / "bars.json").read_text())["bars"]}
 
     nothing = bars()
-    assert len(nothing) == 9
+    assert len(nothing) == 10
     assert {bar["value"] for bar in nothing.values()} == {None}
     assert nothing["files of GPU tests passed"]["absent"] == "it did not end"
     figures = [
@@ -245,12 +245,19 @@ def test_the_bars_of_a_gpu_are_what_the_parts_of_the_check_left(tmp_path: Path) 
         {"name": "from the store / step alone", "value": 0.98},
     ]
     write_json(tmp_path / "imagenet-cuda-step.json", {"groups": {"step": {"figures": figures}}})
+    rates = {"paws_hpc, data on the device, graphed": {"median": 12_172.5}}
+    cifar = {"machine": {"gpus": ["NVIDIA H200"]}, "groups": {"step": {"rates": rates}}}
+    write_json(tmp_path / "cifar-cuda-step.json", cifar)
     write_json(tmp_path / "start.json", {"eager": 10.0, "cold": 120.0, "warm": 25.0})
     write_json(tmp_path / "checks.json", {"equal": False})
     measured = bars()
     assert measured["ImageNet deterministic / default"]["reached"] is False
     assert measured["ImageNet from JPEG shards / step alone"]["reached"] is True
+    reference = measured["CIFAR step / 4,869 images/s (an H200, eager, b96581b, with biases)"]
+    assert (reference["value"], reference["reached"]) == (2.5, True)
     assert measured["second start, compiled - eager"]["value"] == 15.0
     assert measured["second start, compiled - eager"]["reached"] is True
     assert measured["killed and resumed = uninterrupted, to the bit"]["reached"] is False
+    write_json(tmp_path / "cifar-cuda-step.json", cifar | {"machine": {"gpus": ["NVIDIA H100"]}})
+    assert bars()[reference["name"]]["reached"] is None
     assert bars("cpu")["second start, compiled - eager"]["reached"] is None
