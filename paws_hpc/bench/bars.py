@@ -45,7 +45,8 @@ def bench_bars(options: argparse.Namespace) -> int:
     per_s = steps["cifar"].get("rates", {}).get("paws_hpc, data on the device, graphed", {}).get("median")
     reference = f"CIFAR step / {_CIFAR_H200:,.0f} images/s (an H200, eager, b96581b, with biases)"
     on_h200 = any("H200" in name for name in records["cifar"].get("machine", {}).get("gpus", []))
-    figures.append(Figure(reference, per_s and per_s / _CIFAR_H200, "x", 2.0, only_on=None if on_h200 else "one H200"))
+    times, only_on = per_s and per_s / _CIFAR_H200, None if on_h200 else "one H200"
+    figures.append(Figure(reference, times, "x", 2.0, only_on=only_on, absent="cifar has no graphed step"))
     start, checks = _read(folder / "start.json"), _read(folder / "checks.json")
     later = start["warm"] - start["eager"] if {"warm", "eager"} <= start.keys() else None
     figures.append(Figure("second start, compiled - eager", later, "s", 20.0, True, elsewhere, absent="no such starts"))
