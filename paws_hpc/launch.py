@@ -169,8 +169,9 @@ def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
     """Raise ConfigError if a store that an override names is not there, and nothing says that it is to be packed."""
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     for field in ("train", "labelled", "test"):
-        path = Path(getattr(config.data, field) or ".")
-        if f"data.{field}" not in given or (path / MANIFEST_NAME).exists() or (path / UNDERWAY_NAME).exists():
+        if f"data.{field}" not in given or (named := getattr(config.data, field)) is None:
+            continue
+        if ((path := Path(named)) / MANIFEST_NAME).exists() or (path / UNDERWAY_NAME).exists():
             continue
         if path.is_dir() and any(path.iterdir()):
             raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc import __version__
-from paws_hpc.cluster.frozen import ConfigError, check_frozen
+from paws_hpc.cluster.frozen import ConfigError, check_frozen, read_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.files import read_json, write_json
@@ -87,7 +87,7 @@ def check_begun(config: Config, run: RunFolder, *, in_queue: bool = False) -> No
             raise
         end = "Or end its jobs on Slurm first, if any are left: hydra/launcher=submitit_slurm cancel=true."
         raise ConfigError(f"{error} {end}") from error
-    check_images(config, run)
+    check_images(config, run, read_config(run.config).data if run.config.exists() else None)
 
 
 def forget_untrained(config: Config, run: RunFolder) -> None:

@@ -20,7 +20,7 @@ from paws_hpc.files import value_digest
 from paws_hpc.packing import open_source
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
 from paws_hpc.packing.sources.imagefolder import TEST_FOLDERS
-from paws_hpc.stages.prepare import folder_source
+from paws_hpc.stages.prepare import check_same_classes, packed_from
 
 SHARDS = Path("shards")
 _EXPERIMENT = "own_images"
@@ -101,7 +101,7 @@ def look(given: Mapping[str, Any]) -> OwnImages:
 
 def _listed(root: str, folders: dict[str, str], labels: str | None) -> OwnImages:
     data = DataConfig(labels=labels, folders=folders, labelled=folders.get("labelled"))
-    sources = {subset: open_source(folder_source(data, subset)) for subset in folders}
+    sources = {subset: open_source(packed_from(data, subset)) for subset in folders}
     train, labelled, test = sources["train"], sources.get("labelled", sources["train"]), sources.get("test")
     counts = np.bincount(labelled.labels, minlength=len(labelled.classes))
     if len(counts) < 2:
@@ -109,11 +109,8 @@ def _listed(root: str, folders: dict[str, str], labels: str | None) -> OwnImages
             f"{folders.get('labelled', folders['train'])} has images of one class only ({labelled.classes[0]}), and "
             "there is nothing to tell apart. Give one folder per class, or a list of labels with data.labels=FILE."
         )
-    if test is not None and test.classes != labelled.classes:
-        raise ValueError(
-            f"{folders['test']} has the classes {list(test.classes)[:5]}, but the training images have "
-            f"{list(labelled.classes)[:5]}. Give both the same folders of classes."
-        )
+    if test is not None:
+        check_same_classes(folders["test"], test.classes, folders.get("labelled", folders["train"]), labelled.classes)
     side, grey = _sizes(Path(folders["train"]), train.keys)
     return OwnImages(
         name=re.sub(r"[^\w.+-]+", "-", Path(root).resolve().name).strip("-.") or "images",

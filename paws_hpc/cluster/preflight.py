@@ -19,12 +19,14 @@ from paws_hpc.cluster.inventory import NodeGroup, Partition, notice_s, partition
 from paws_hpc.cluster.overview import grace_warnings, span
 from paws_hpc.cluster.scheduler import SchedulerError, ask
 from paws_hpc.cluster.traces import read_progress
+from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
 from paws_hpc.stage_table import STAGES, SWEEPS
-from paws_hpc.stages.prepare import check_before_packing
+from paws_hpc.stages.prepare import check_before_packing, packed_from
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
+from paws_hpc.store.format import MANIFEST_NAME
 
 Parameters = Mapping[str, Any]
 """What submitit.SlurmExecutor.update_parameters takes."""
@@ -63,8 +65,8 @@ def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters],
         yield Check("run directory", "ok", f"{run.path} can be written here")
     else:
         yield Check("run directory", "problem", f"{there} cannot be written", "Choose another with runs=….")
-    for name, path in config.data.stores.items():
-        yield _store(name, path, config.data)
+    for subset, path in config.data.stores.items():
+        yield _store(subset, path, config.data)
     try:
         check_before_packing(config)
     except (OSError, ValueError) as error:
@@ -278,12 +280,18 @@ def _devices(config: Config, by_stage: Mapping[str, Parameters]) -> Iterator[Che
             yield Check("devices", "ok", f"{fields}: one GPU per rank")
 
 
-def _store(name: str, path: str, data: DataConfig) -> Check:
-    if data.source is not None and not (Path(path) / "manifest.json").exists():
-        return Check(name, "ok", f"{path} is not there yet; the stage prepare packs it from {data.source}")
+def _store(subset: str, path: str, data: DataConfig) -> Check:
+    name = f"data.{subset}"
+    if not (Path(path) / MANIFEST_NAME).exists():
+        try:
+            source = packed_from(data, subset)
+        except FileNotFoundError as error:
+            return Check(name, "problem", str(error))
+        origin = source.root or source.kind
+        return Check(name, "ok", f"{path} is not there yet; the stage prepare packs it from {origin}")
     try:
         store = ImageStore.open(Path(path))
     except (OSError, ValueError) as error:
-        return Check(name, "problem", str(error), "Look closer with `python -m paws_hpc.shards verify`.")
+        return Check(name, "problem", str(error), f"Look closer with `{program('shards')} verify`.")
     with store:
         return Check(name, "ok", f"{path}: {len(store):,} images of {len(store.classes):,} classes")

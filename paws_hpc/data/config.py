@@ -64,8 +64,8 @@ class DataConfig:
 
     @property
     def stores(self) -> dict[str, str]:
-        """Paths of the stores that a run reads, by content."""
-        stores = {"training images": self.train, "test images": self.test, "labelled images": self.labelled}
+        """Paths of the stores that a run reads, by field."""
+        stores = {"labelled": self.labelled, "train": self.train, "test": self.test}
         return {name: path for name, path in stores.items() if path is not None}
 
     def __post_init__(self) -> None:

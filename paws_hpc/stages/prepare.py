@@ -6,13 +6,14 @@ It does not load torch unless there are weights to start from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
@@ -69,7 +70,8 @@ def run(context: StageContext) -> None:
 
     Raises:
         FileNotFoundError: ``model.init`` is no file.
-        ValueError: it does not fit, or the images do not suffice for a stage (:func:`check_stages`).
+        ValueError: it does not fit, the images do not suffice for a stage (:func:`check_stages`), or they are others
+            than those on which the run trained.
     """
     config, run = context.config, context.run
     if config.model.init is not None:
@@ -77,17 +79,12 @@ def run(context: StageContext) -> None:
         from paws_hpc.stages.networks import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
 
         starting_encoder(config)
-    stores = {"labelled": config.data.labelled, "train": config.data.train, "test": config.data.test}
-    for subset, path in ((subset, path) for subset, path in stores.items() if path is not None):
+    for subset, path in config.data.stores.items():
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
-                if subset in config.data.folders:
-                    source = folder_source(config.data, subset)
-                elif config.data.source is None or subset == "labelled":
-                    raise _not_packed(subset, Path(path))
-                else:
-                    source = SourceConfig(kind=config.data.source, root=config.data.source_path, split=subset)
-                pack(open_source(source), Path(path), options=PackOptions(), show_progress=True)
+                source = open_source(packed_from(config.data, subset))
+                pack(source, Path(path), options=PackOptions(), show_progress=True)
+    check_images(config, run)  # of stores that were packed only now
     data = open_stores(config)
     for warning in check_stages(config, data):
         _LOG.warning("%s", warning)
@@ -96,8 +93,16 @@ def run(context: StageContext) -> None:
     mark_done(run.prepare, digests=data.digests | test)
 
 
-def folder_source(data: DataConfig, subset: str) -> SourceConfig:
-    """What the store ``train``, ``labelled`` or ``test`` is packed from, of images in a folder."""
+def packed_from(data: DataConfig, subset: str) -> SourceConfig:
+    """What the store ``train``, ``labelled`` or ``test`` is packed from; FileNotFoundError if nothing is named."""
+    if subset not in data.folders:
+        if data.source is not None and subset != "labelled":
+            return SourceConfig(kind=data.source, root=data.source_path, split=subset)
+        path, command = getattr(data, subset), program("shards")
+        raise FileNotFoundError(
+            f"data.{subset}={path} is not packed yet. Pack it first: {command} pack KIND --to {path} ({command} pack "
+            "--help lists the kinds)."
+        )
     unlabelled = subset == "train" and data.labelled is not None
     listed = data.labels if subset != "test" and not unlabelled else None
     return SourceConfig("flat" if unlabelled or listed else "folder", root=data.folders[subset], labels=listed)
@@ -124,12 +129,9 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
             f"data.classes={config.data.classes}, but {data.labelled_store.path} has {len(data.classes)} classes. Set "
             f"data.classes={len(data.classes)}."
         )
-    classes = data.classes if config.data.test is None else read_manifest(Path(config.data.test)).classes
-    if classes != data.classes:
-        raise ValueError(
-            f"{config.data.test} has the classes {list(classes)[:5]}…, but {data.labelled_store.path} has "
-            f"{list(data.classes)[:5]}…. Pack both from the same data set."
-        )
+    if config.data.test is not None:
+        test = read_manifest(Path(config.data.test)).classes
+        check_same_classes(config.data.test, test, str(data.labelled_store.path), data.classes)
     fewest = int(np.unique(data.labelled_store.labels[data.labelled], return_counts=True)[1].min())
     if "pretrain" in config.stages:
         yield from _check_pretraining(config, data, fewest)
@@ -146,11 +148,20 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
         )
 
 
-def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
+def check_same_classes(path: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:
+    """Raise ValueError unless test images and labelled images, at two paths, are of the same classes."""
+    if list(classes) != list(others):
+        raise ValueError(
+            f"{path} has the classes {list(classes)[:5]}, but {other} has {list(others)[:5]}. Give both the same."
+        )
+
+
+def changed_images(config: Config, run: RunFolder, begun: DataConfig | None = None) -> dict[str, str]:
     """Stores that hold other images than when the run was prepared, as the checkpoints' fields name their digests.
 
     Returns:
-        ``digest.train``, ``digest.labelled_store`` or ``digest.test`` → path; none for a store that is not there.
+        ``digest.train``, ``digest.labelled_store`` or ``digest.test`` → path. A store that is not there is named only
+        if ``begun``, the fields with which the run was begun, has no such path: nobody knows what will be packed there.
     """
     if not is_done(run.prepare):
         return {}
@@ -158,18 +169,19 @@ def changed_images(config: Config, run: RunFolder) -> dict[str, str]:
     paths = {"train": data.train} | ({} if data.test is None else {"test": data.test})
     if data.labelled is not None or "labelled_store" in then:
         paths["labelled_store"] = data.labelled or data.train
-    return {
-        f"digest.{name}": path
-        for name, path in paths.items()
-        if (Path(path) / MANIFEST_NAME).exists()
-        and read_manifest(Path(path)).digest != then.get(name, then["train"])
-        and f"digest.{name}" not in config.accept_changes
-    }
+
+    def changed(name: str, path: str) -> bool:
+        if (Path(path) / MANIFEST_NAME).exists():
+            return read_manifest(Path(path)).digest != then.get(name, then["train"])
+        return begun is not None and path not in begun.stores.values()
+
+    accepted = {field.removeprefix("digest.") for field in config.accept_changes}
+    return {f"digest.{name}": path for name, path in paths.items() if name not in accepted and changed(name, path)}
 
 
-def check_images(config: Config, run: RunFolder) -> None:
-    """Raise ValueError if the run was trained or scored on other images than its stores now hold."""
-    if has_trained(run) and (changed := changed_images(config, run)):
+def check_images(config: Config, run: RunFolder, begun: DataConfig | None = None) -> None:
+    """Raise ValueError if the run was trained or scored on other images than its stores hold, or will hold."""
+    if has_trained(run) and (changed := changed_images(config, run, begun)):
         stores = ", ".join(dict.fromkeys(changed.values()))
         raise ValueError(
             f"{run.path} was begun with other images than are now in {stores}. Name the stores that it was begun "
@@ -230,10 +242,3 @@ def _check_batches(config: Config, sweep: str, labelled: int) -> None:
             f"{'s' if ranks > 1 else ''} (resources.{sweep}), and batch normalisation needs two on each. Use larger "
             "batches, fewer ranks or more labels."
         )
-
-
-def _not_packed(field: str, path: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"data.{field}={path} is not packed yet. Pack it first: python -m paws_hpc.shards pack KIND --to {path} "
-        "(python -m paws_hpc.shards pack --help lists the kinds)."
-    )

@@ -182,3 +182,10 @@ def test_a_wrong_command_is_answered_by_a_line_of_its_own(
     *usage, line = answer(words, monkeypatch, capsys)
     assert not usage or usage[0].startswith(("usage: paws", "FAULT"))
     assert all(part in "\n".join([*usage, line]) for part in OTHERS[words]), line
+
+
+@pytest.mark.usefixtures("here")
+def test_null_names_no_store(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["paws", "launch", "data.test=null", "data.labelled=null", "dry_run=true"])
+    assert not __main__.main()
+    assert "would run prepare, pretrain" in capsys.readouterr().out

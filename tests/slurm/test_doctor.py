@@ -70,8 +70,8 @@ REST = (
     ("hydra.launcher.account=nobody", "account of prepare, pretrain", "nobody is not yours", "test"),
     ("resources.finetune.additional_parameters={qos: gold}", "qos of finetune", "gold is not yours", "normal"),
     ("finetune.sweep.epochs=[1,2,3]", "sweep finetune", "6 trials, but an array may have 4", "Shorten"),
-    ("data.train=/nowhere/train", "training images", "/nowhere/train", "verify"),
-    ("data.source=null", "training images", "manifest.json", "verify"),
+    ("data.train=/nowhere/train", "data.train", "data.train=/nowhere/train is not packed yet. Pack it first", ""),
+    ("data.source=null", "data.train", "shards pack KIND --to /nowhere/train", ""),
 )
 
 
@@ -107,7 +107,7 @@ def test_without_a_controller_the_rest_is_still_checked(
         status, checks = doctor(*good, "--probe")
     assert status == 1
     assert checks["controller"]["verdict"] == "problem"
-    assert checks["training images"]["verdict"] == "ok"
+    assert checks["data.train"]["verdict"] == "ok"
     assert "probe" not in checks
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from paws_hpc.cluster.compose import compose_run, derivation, runs_of
+from paws_hpc.cluster.compose import compose_run, derivation, parameters_of, runs_of
 from paws_hpc.cluster.own_images import OwnImages, recipe
+from paws_hpc.cluster.preflight import preflight_checks
 from paws_hpc.packing import SourceConfig, open_source
-from paws_hpc.stages.prepare import folder_source
+from paws_hpc.stages.prepare import packed_from
+from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store.format import StoreError
 from tests.pictures import tile, write_tiles
 
@@ -46,6 +48,17 @@ def test_train_and_test_with_a_folder_per_class(tmp_path: Path) -> None:
     assert (config.pretrain.support.classes, config.pretrain.support.images_per_class) == (2, 3)
 
 
+def test_the_doctor_says_that_the_images_are_packed_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    monkeypatch.setenv("PATH", "")  # no Slurm here
+    config, parameters = parameters_of([f"data.root={root}", "hydra/launcher=submitit_slurm"])
+    checks = {check.name: check for check in preflight_checks(config, parameters, RunFolder(tmp_path / "run"))}
+    assert checks["data.train"].verdict == "ok"
+    assert checks["data.train"].found.endswith(f"the stage prepare packs it from {root}")
+
+
 def test_one_folder_per_class_has_no_test_images_and_the_store_is_named_after_its_content(tmp_path: Path) -> None:
     root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
     before, _ = compose_run([f"data.root={root}"])
@@ -61,10 +74,10 @@ def test_a_flat_folder_and_a_list_with_a_heading_blanks_and_a_byte_order_mark(tm
     lines = ["file,label", "00.jpg,great white shark", '01.jpg,"egret, great"', "02.jpg,great white shark"]
     labels.write_text("\n".join(lines), encoding="utf-8-sig")
     config, _ = compose_run([f"data.root={root}", f"data.labels={labels}"])
-    source = open_source(folder_source(config.data, "labelled"))
+    source = open_source(packed_from(config.data, "labelled"))
     assert source.classes == ("egret, great", "great white shark")
     assert list(zip(source.keys, source.labels.tolist(), strict=True)) == [("00.jpg", 1), ("01.jpg", 0), ("02.jpg", 1)]
-    everything = open_source(folder_source(config.data, "train"))
+    everything = open_source(packed_from(config.data, "train"))
     assert len(everything.keys) == 12
     assert everything.classes == ("unlabelled",)
     assert config.data.classes == 2
@@ -182,7 +195,7 @@ def inside(root: Path) -> list[str]:
         (empty_class, "cow has no images"),
         (loose, "has 2 folders and 1 images beside them"),
         (only_loose, "has 12 images and no folder per class. Say which images are what: data.labels=FILE"),
-        (other_test_classes, "has the classes ['cat', 'cow'], but the training images have ['cat', 'dog']"),
+        (other_test_classes, "photos/test has the classes ['cat', 'cow'], but "),
         (unknown_file, "has a label for '99.jpg', but"),
         (utf16, "labels.csv cannot be read"),
         (inside, "inside itself. Launch elsewhere"),
