@@ -27,7 +27,6 @@ from paws_hpc.cluster.compose import compose_run, derivation, own_configs, runs_
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
-from paws_hpc.cluster.own_images import Derived
 from paws_hpc.cluster.resources import Launcher, resolve
 from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.slurm import SlurmChain, cancel_chain
@@ -36,6 +35,7 @@ from paws_hpc.config import Config
 from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.fields import launch_help
 from paws_hpc.files import exclusive
+from paws_hpc.own_images import Derived
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
 from paws_hpc.stages.attempts import LeaseHeldError
@@ -210,7 +210,8 @@ def _main() -> int:
     composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
     for overrides, (config, _) in zip(runs, composed, strict=True):
         _check_named_stores(config, overrides)
-    _print_derived(derivation(tuple(runs[0]))[1])
+    for table in dict.fromkeys(derivation(tuple(overrides))[2] for overrides in runs):
+        _print_derived(table)
     if len(runs) > 1 and not several:
         raise ConfigError(f"these arguments ask for {len(runs)} runs: add -m to launch them all.")
     failed = []

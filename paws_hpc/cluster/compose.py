@@ -23,10 +23,10 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault
-from paws_hpc.cluster.own_images import Derived, derived, is_own
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.config import Config
 from paws_hpc.objective.config import OBJECTIVES
+from paws_hpc.own_images import Derived, derived, is_own
 from paws_hpc.renamed import renamed
 
 _IN_EVERY_NAME = ("experiment", "seed")
@@ -108,8 +108,8 @@ def own_configs(arguments: Sequence[str]) -> list[str]:
 
 
 @functools.cache
-def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Derived, ...]]:
-    """The overrides with those that follow from a folder of own images that they name, and what was derived from it.
+def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any], tuple[Derived, ...]]:
+    """What follows from a folder of own images that overrides name: all overrides, fields of ``data``, and a table.
 
     Raises:
         ValueError: the folder has no shape that is understood, or the overrides cannot be parsed.
@@ -118,15 +118,23 @@ def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Deriv
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     given = {each.key_or_group.replace("/", "."): each.value() for each in parsed if not each.is_delete()}
     if not is_own(given):
-        return overrides, ()
-    gpu = Path("/dev/nvidiactl").exists()
-    if "hydra.launcher" in given:
-        own = [str(each.input_line) for each in parsed if each.key_or_group.startswith("hydra")]
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            gpu = bool(hydra.compose("config", own, return_hydra_config=True).hydra.launcher.get("gpus_per_node"))
-    before, after, table = derived(given, gpu=gpu and given.get("device") != "cpu")
+        return overrides, {}, ()
+    asked = [str(each.input_line) for each in parsed if each.key_or_group.startswith(("hydra", "resources."))]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", [_OPEN.sub(r"++\1", each) for each in asked], return_hydra_config=True)
+    place = {**cast(dict[str, Any], OmegaConf.to_container(composed.hydra.launcher, resolve=False))}
+    place |= {name: value for name, value in composed.resources.pretrain.items() if value is not None}
+    gpu = given.get("device") != "cpu"
+    if str(place["_target_"]).endswith("SlurmLauncher"):
+        gpu = gpu and bool(place["gpus_per_node"])
+    elif gpu:
+        import torch  # noqa: PLC0415 - takes seconds
+
+        gpu = torch.cuda.is_available()
+    ranks = (place.get("nodes") or 1) * (place.get("tasks_per_node") or 1)
+    before, data, table = derived(given, gpu=gpu, ranks=ranks)
     named = (override.replace("${hydra:runtime.choices.experiment}", "${data.name}") for override in overrides)
-    return (*before, *named, *after), tuple(table)
+    return (*before, *named), data, table
 
 
 def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
@@ -139,15 +147,18 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         for override in OverridesParser.create().parse_overrides(list(overrides)):
             if (refusal := renamed(override.key_or_group.replace("/", "."))) is not None:
                 raise ConfigError(refusal)
-        overrides = [_OPEN.sub(r"++\1", override) for override in derivation(tuple(overrides))[0]]
+        everything, data, _ = derivation(tuple(overrides))
+        overrides = [_OPEN.sub(r"++\1", override) for override in everything]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides, return_hydra_config=True)
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
         with open_dict(composed):
             del composed["hydra"]
+            composed.merge_with({"data": data})
         launcher = cast(dict[str, Any], OmegaConf.to_container(HydraConfig.get().launcher))
         config = to_config(OmegaConf.to_container(composed, resolve=True))
         config.tracking.check_installed()
+        config.labels.check_complete()
     except YAMLError as error:
         raise ConfigError(yaml_fault(error)) from error
     except (HydraException, OmegaConfBaseException) as error:

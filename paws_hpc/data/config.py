@@ -70,6 +70,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges("data", self, threads="[1, inf)")
+        for name in ("root", "unlabelled", "labels"):
+            if getattr(self, name) is not None and not self.folders:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} has no effect. Give data.root=FOLDER or data.unlabelled=FOLDER "
+                    "on the command line, with all else that says where own images are."
+                )
         if self.source is not None:
             from paws_hpc.packing import SOURCES  # noqa: PLC0415 - HDF5, which status and a job's last moments don't load
 

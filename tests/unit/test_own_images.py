@@ -1,13 +1,15 @@
 """A folder of own images: which shapes are understood, what is derived from them, and what is refused."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from paws_hpc import own_images
 from paws_hpc.cluster.compose import compose_run, derivation, parameters_of, runs_of
-from paws_hpc.cluster.own_images import OwnImages, recipe
 from paws_hpc.cluster.preflight import preflight_checks
+from paws_hpc.own_images import OwnImages, recipe
 from paws_hpc.packing import SourceConfig, open_source
 from paws_hpc.stages.prepare import packed_from
 from paws_hpc.stages.run_folder import RunFolder
@@ -24,7 +26,7 @@ def flat(root: Path, count: int = 12) -> Path:
 
 def own(**changes: object) -> OwnImages:
     fields = {"name": "x", "folders": {}, "digest": "", "images": 1000, "side": 300, "grey": False}
-    fields |= {"classes": ("a", "b", "c", "d"), "fewest": 4, "labels": 16, "tests": None}
+    fields |= {"classes": ("a", "b", "c", "d"), "counts": (4,) * 4, "tests": None}
     return OwnImages(**(fields | changes))  # type: ignore[arg-type]
 
 
@@ -33,7 +35,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and shards go to a folder beside the images."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
+    forget()
+
+
+def forget() -> None:
+    """A process lists a folder once."""
     derivation.cache_clear()
+    own_images._listed.cache_clear()
 
 
 def test_train_and_test_with_a_folder_per_class(tmp_path: Path) -> None:
@@ -65,18 +73,21 @@ def test_one_folder_per_class_has_no_test_images_and_the_store_is_named_after_it
     assert before.data.test is None
     assert before.labels.all
     (root / "cat/000.jpg").unlink()
-    derivation.cache_clear()
+    forget()
     assert compose_run([f"data.root={root}"])[0].data.train != before.data.train
 
 
 def test_a_flat_folder_and_a_list_with_a_heading_blanks_and_a_byte_order_mark(tmp_path: Path) -> None:
     root, labels = flat(tmp_path / "photos"), tmp_path / "labels.csv"
     lines = ["file,label", "00.jpg,great white shark", '01.jpg,"egret, great"', "02.jpg,great white shark"]
+    lines += ['03.jpg,"egret, great"']
     labels.write_text("\n".join(lines), encoding="utf-8-sig")
     config, _ = compose_run([f"data.root={root}", f"data.labels={labels}"])
     source = open_source(packed_from(config.data, "labelled"))
     assert source.classes == ("egret, great", "great white shark")
-    assert list(zip(source.keys, source.labels.tolist(), strict=True)) == [("00.jpg", 1), ("01.jpg", 0), ("02.jpg", 1)]
+    assert list(zip(source.keys, source.labels.tolist(), strict=True)) == [
+        ("00.jpg", 1), ("01.jpg", 0), ("02.jpg", 1), ("03.jpg", 0),
+    ]  # fmt: skip
     everything = open_source(packed_from(config.data, "train"))
     assert len(everything.keys) == 12
     assert everything.classes == ("unlabelled",)
@@ -97,7 +108,7 @@ def test_every_derived_value_can_be_given_and_what_depends_on_it_follows(tmp_pat
     config, _ = compose_run(given)
     assert (config.views.large.size, config.views.small.size, config.finetune.crop.size) == (32, 16, 32)
     assert (config.pretrain.batch_size, config.name, config.optimizer.peak_lr) == (8, "mine", 0.2)
-    assert {"views.large.size", "pretrain.batch_size"}.isdisjoint(each.field for each in derivation(tuple(given))[1])
+    assert {"views.large.size", "pretrain.batch_size"}.isdisjoint(each.field for each in derivation(tuple(given))[2])
 
 
 def test_runs_of_a_sweep_are_named_after_the_folder_and_what_is_swept(tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_the_recipe_follows_images_sizes_and_labels() -> None:
     def of(*, gpu: bool = False, given: dict[str, object] | None = None, **changes: object) -> dict[str, str]:
         return {each.field: each.value for each in recipe(own(**changes), given or {}, gpu=gpu)}
 
-    few, many = of(), of(fewest=50, labels=200)
+    few, many = of(), of(counts=(50,) * 4)
     assert few["labels.validation_per_class"] == "null"
     assert many["labels.validation_per_class"] == "10"
     assert (few["views.large.size"], of(side=30)["views.large.size"], of(gpu=True)["views.large.size"]) == (
@@ -128,11 +139,47 @@ def test_the_recipe_follows_images_sizes_and_labels() -> None:
     assert (few["model"], of(gpu=True)["model"], of(gpu=True, side=80)["model"]) == (
         "small_resnet", "resnet18", "wrn28_2",
     )  # fmt: skip
-    assert of(fewest=1, labels=4)["optimizer"] == "lars_small"
+    one = {"labels.per_class": 1, "labels.validation_per_class": 2}
+    assert of(given=one)["optimizer"] == "lars_small"
     assert "optimizer" not in few
     assert of(images=40)["pretrain.batch_size"] == "10"
     assert int(of(images=100_000)["pretrain.epochs"]) < int(few["pretrain.epochs"])
     assert "views.augment" in of(grey=True)
+
+
+def test_sizes_divide_by_the_ranks(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 60, classes=("cat", "dog"))
+    given = [f"data.root={root}", "hydra/launcher=slurm_8gpu", "pretrain.accumulate_steps=2"]
+    config, _ = parameters_of(given)
+    assert config.resources["pretrain"].ranks == 8
+    assert config.pretrain.batch_size == 16
+    assert (config.pretrain.support.classes, config.pretrain.support.images_per_class) == (2, 24)
+
+
+def test_given_values_of_the_data_stay(tmp_path: Path) -> None:
+    write_tiles(tmp_path / "photos/train", 24, classes=("cat", "dog"))
+    for name in ("test", "val"):
+        write_tiles(tmp_path / f"photos/{name}", 6, classes=("cat", "dog"))
+    root = f"data.root={tmp_path}/photos"
+    config, _ = compose_run([root, "data.test=null", "data.name=mine"])
+    assert (config.data.test, config.name) == (None, "mine-seed0")
+    assert "test" not in config.data.folders
+    (reason,) = (each.reason for each in derivation((root,))[2] if each.field == "data.classes")
+    assert reason == "cat, dog; 6 test images in test; val is not used"
+
+
+def test_listed_validation_images_take_the_place_of_those_held_out(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 60, classes=("cat", "dog"))
+    config, _ = compose_run([f"data.root={root}", "labels.validation_file=list.txt"])
+    assert (config.labels.validation_per_class, config.labels.validation_file) == (None, "list.txt")
+    config, _ = compose_run([f"data.root={root}", "labels.validation_per_class=null"])
+    assert not config.labels.validated
+    assert config.pretrain.support.images_per_class == 30, "all labels, as nothing is held out"
+
+
+def test_labels_of_no_images_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.labels=labels\.csv has no effect\. Give data\.root=FOLDER"):
+        compose_run(["data.labels=labels.csv"])
 
 
 def nested(root: Path) -> list[str]:
@@ -187,10 +234,38 @@ def inside(root: Path) -> list[str]:
     return []
 
 
+def split_below(root: Path) -> list[str]:
+    for name in ("x", "y"):
+        write_tiles(root / name / "train", 8, classes=("cat", "dog"))
+    return []
+
+
+def misspelt_first_line(root: Path) -> list[str]:
+    flat(root)
+    (root / "labels.csv").write_text("0.jpg,cat\n01.jpg,dog\n02.jpg,cat\n")
+    return [f"data.labels={root}/labels.csv"]
+
+
+def empty_list(root: Path) -> list[str]:
+    flat(root)
+    (root / "labels.csv").write_text("\n")
+    return [f"data.labels={root}/labels.csv"]
+
+
+def refused(*more: str) -> Callable[[Path], list[str]]:
+    """Two classes of twelve images, and these overrides."""
+
+    def make(root: Path) -> list[str]:
+        write_tiles(root, 24, classes=("cat", "dog"))
+        return list(more)
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (nested, "animals has no images but the folders cat, dog with images"),
+        (nested, "animals has no images but the folders cat, dog. If animals is what holds"),
         (one_class, "has images of one class only (cat)"),
         (empty_class, "cow has no images"),
         (loose, "has 2 folders and 1 images beside them"),
@@ -199,6 +274,24 @@ def inside(root: Path) -> list[str]:
         (unknown_file, "has a label for '99.jpg', but"),
         (utf16, "labels.csv cannot be read"),
         (inside, "inside itself. Launch elsewhere"),
+        (split_below, "x has no images but the folders train. If x is what holds the classes, name it"),
+        (misspelt_first_line, "has a label for '0.jpg', but"),
+        (empty_list, "labels.csv has no lines '<image>,<class>'"),
+        (refused("data.train=store"), "and data.train=store: give one of them"),
+        (refused("data.source=digits"), "and data.source=digits: give one of them"),
+        (refused("labels=four_per_class"), "labels=four_per_class is for stores"),
+        (refused("labels.file=f"), "labels.file=f is for stores. Of own images give labels.per_class=N"),
+        (refused("labels.per_class=four"), "labels.per_class=four must be a whole number, at least 1"),
+        (refused("labels.per_class=20"), "labels.per_class=20 need 20 labels of each class, but class 'cat' has 12"),
+        (
+            refused("labels.per_class=2", "labels.validation_per_class=11"),
+            "labels.per_class=2 and labels.validation_per_class=11 need 13 labels of each class, but",
+        ),
+        (refused("labels.per_class=1"), "Cross-validation needs two labels of each class, but labels.per_class=1"),
+        (refused("pretrain.batch_size=0"), "pretrain.batch_size=0 must be a whole number, at least 1"),
+        (refused("pretrain.batch_size=null"), "pretrain.batch_size=null must be given"),
+        (refused("pretrain.support.classes=0"), "pretrain.support.classes=0 must be a whole number, at least 1"),
+        (refused("views.large.size=big"), "views.large.size=big must be a whole number, at least 1"),
     ],
 )
 def test_another_shape_is_refused_in_one_line_before_anything_is_packed(
@@ -221,7 +314,8 @@ def test_train_and_test_are_no_classes(tmp_path: Path) -> None:
 
 def test_hidden_folders_and_thumbnails_in_a_class_are_passed_over(tmp_path: Path) -> None:
     root = write_tiles(tmp_path / "photos", 8, classes=("cat", "dog"))
-    for name in (".ipynb_checkpoints", "@eaDir"):
-        (root / "cat" / name).mkdir()
-        tile(0, 0, 50, 50).save(root / "cat" / name / "copy.jpg")
-    assert len(open_source(SourceConfig("folder", str(root))).keys) == 8
+    for folder in (root / "cat/.ipynb_checkpoints", root / "cat/@eaDir", root / "@eaDir"):
+        folder.mkdir()
+        tile(0, 0, 50, 50).save(folder / "copy.jpg")
+    source = open_source(SourceConfig("folder", str(root)))
+    assert (source.classes, len(source.keys)) == (("cat", "dog"), 8)

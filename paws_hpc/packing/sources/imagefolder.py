@@ -86,9 +86,9 @@ def flat_listing(root: Path, labels: Path | None) -> Listing:
     for file in files:
         for name in {file[0], PurePosixPath(file[0]).name}:
             by_name.setdefault(name, []).append(file)
-    heading = next(iter(class_of), "")
-    if heading not in by_name:
-        class_of.pop(heading, None)
+    heading, *others = class_of
+    if others and heading not in by_name and class_of[heading] not in {class_of[name] for name in others}:
+        del class_of[heading]
     for name in class_of:
         if len(by_name.get(name, ())) != 1:
             found = f"{len(by_name[name])} images of that name" if name in by_name else "no such image"
@@ -125,6 +125,8 @@ def read_labels(path: Path) -> dict[str, str]:
         label = words[-1].split()[0] if kaggle and words[-1] else words[-1]
         if len(words) < 2 or not all(words) or label_of.setdefault(words[0], label) != label:
             raise StoreError(f"{path}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
+    if not label_of:
+        raise StoreError(f"{path} has no lines '<image>,<class>'.")
     return label_of
 
 
@@ -143,17 +145,27 @@ def folder_listing(classes: tuple[str, ...], files: list[tuple[str, int, int]], 
     )
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is passed over: one that begins with a dot, or a NAS's folder of thumbnails."""
+    return name.startswith((".", "@eaDir"))
+
+
+def entries(folder: Path) -> tuple[list[str], int]:
+    """Names of the folders in it, sorted, and how many images are beside them; hidden ones do not count."""
+    with os.scandir(folder) as found:
+        visible = [entry for entry in found if not hidden(entry.name)]
+    images = sum(Path(entry.name).suffix.lower() in IMAGE_EXTENSIONS for entry in visible if not entry.is_dir())
+    return sorted(entry.name for entry in visible if entry.is_dir()), images
+
+
 def _class_names(root: Path) -> tuple[str, ...]:
-    """Sorted names of the folders in ``root``; hidden ones are passed over."""
     if not root.is_dir():
         raise StoreError(f"{root} is not a folder. Point --root to the folder that holds one folder per class.")
-    with os.scandir(root) as entries:
-        names = tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+    names, loose = entries(root)
     if not names:
-        loose = sum(Path(name).suffix.lower() in IMAGE_EXTENSIONS for name in os.listdir(root))
         found = f"only {loose:,} images beside each other" if loose else "neither class folders nor images"
         raise StoreError(f"{root} has {found}. Expected is <root>/<class>/<image>, one folder per class.")
-    return names
+    return tuple(names)
 
 
 def _images_below(root: Path, name: str) -> list[tuple[str, int, int]]:
@@ -167,11 +179,10 @@ def _images_below(root: Path, name: str) -> list[tuple[str, int, int]]:
                 f"{folder} is a link to a folder that was listed already: its images would be packed twice."
             )
         walked.add((status.st_dev, status.st_ino))
-        # Hidden folders and a NAS's thumbnails are no images; sorted, so that an error is the same everywhere.
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "@eaDir")))
+        folders[:] = sorted(name for name in folders if not hidden(name))  # so that an error is the same everywhere
         for file in files:
             path = Path(folder, file)
-            if path.suffix.lower() in IMAGE_EXTENSIONS and not file.startswith("."):
+            if path.suffix.lower() in IMAGE_EXTENSIONS and not hidden(file):
                 found.append((path.relative_to(root).as_posix(), *size_and_stamp(path)))
     return found
 
