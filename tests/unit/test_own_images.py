@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from paws_hpc import own_images
+from paws_hpc.cluster.chain import check_begun
 from paws_hpc.cluster.compose import compose_run, derivation, parameters_of, runs_of
+from paws_hpc.cluster.frozen import freeze
 from paws_hpc.cluster.preflight import preflight_checks
 from paws_hpc.own_images import OwnImages, recipe
 from paws_hpc.packing import SourceConfig, open_source
 from paws_hpc.stages.prepare import packed_from
-from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store.format import StoreError
 from tests.pictures import tile, write_tiles
 
@@ -75,6 +78,24 @@ def test_one_folder_per_class_has_no_test_images_and_the_store_is_named_after_it
     (root / "cat/000.jpg").unlink()
     forget()
     assert compose_run([f"data.root={root}"])[0].data.train != before.data.train
+
+
+def test_other_images_under_a_finished_run_are_refused_before_they_are_packed(tmp_path: Path) -> None:
+    root = write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    config, _ = compose_run([f"data.root={root}"])
+    run = RunFolder(tmp_path / "run")
+    run.prepare.mkdir(parents=True)
+    freeze(config, run.config)
+    mark_done(run.prepare, digests={"train": "of the images then"})
+    run.result.write_text("{}")
+    check_begun(config, run)  # its store is packed again, and compared then
+    (root / "cat/000.jpg").rename(root / "cat/other.jpg")
+    forget()
+    other, _ = compose_run([f"data.root={root}"])
+    with pytest.raises(ValueError, match=r"begun with other images.*accept_changes=\[digest\.train\]"):
+        check_begun(other, run)
+    check_begun(replace(other, accept_changes=["digest.train"]), run)
+    assert not Path("shards").exists()
 
 
 def test_a_flat_folder_and_a_list_with_a_heading_blanks_and_a_byte_order_mark(tmp_path: Path) -> None:
