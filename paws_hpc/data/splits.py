@@ -111,13 +111,10 @@ def _load_or_make(
         split = load_split(path)
         if split.origin == origin and split.dataset == store.digest:
             return split
+        fault = f"was made for {split.origin}, but this run needs {origin}"
         if split.dataset != store.digest:
-            raise ValueError(
-                f"{path} was drawn from other images than {store.path} has now. Remove it if no run needs it any more."
-            )
-        raise ValueError(
-            f"{path} was made for {split.origin}, but this run needs {origin}. Remove it if no run needs it any more."
-        )
+            fault = f"was drawn from other images than {store.path} has now"
+        raise ValueError(f"{path} {fault}. Remove it if no run needs it any more.")
     split = Split(name, origin, store.digest, tuple(make()))
     if not save:
         return split
@@ -141,8 +138,9 @@ def folds(labels: Positions, *, seed: int) -> list[NDArray[np.bool_]]:
             "Label two of each class, or hold out images with labels.validation_per_class or labels.validation_file."
         )
     number, of = min(_MOST_FOLDS, int(counts.min())), np.empty(len(labels), np.int64)
-    for label, count in zip(classes, counts, strict=True):
-        of[labels == label] = permute(np.arange(count), int(count), cipher_key(seed, _FOLDS, int(label))) % number
+    for place, (label, count) in enumerate(zip(classes, counts, strict=True)):  # so that what is over is spread too
+        drawn = permute(np.arange(count), int(count), cipher_key(seed, _FOLDS, int(label)))
+        of[labels == label] = (drawn + place) % number
     return [of == fold for fold in range(number)]
 
 

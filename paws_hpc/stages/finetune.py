@@ -5,7 +5,6 @@ The supervised baseline is the same sweep from the weights that pre-training sta
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 
@@ -158,9 +157,7 @@ def _cross_validate(
     right: list[list[int]] = there["right"] if there.get("identity") == digest else []
     for mask in data.folds()[len(right) :]:
         stream = _stream(data, data.labelled[~mask], settings, device)
-        training = ClassifierTraining(
-            build_classifier(copy.deepcopy(encoder), len(data.classes)), settings, stream, device
-        )
+        training = ClassifierTraining(build_classifier(encoder, len(data.classes)), settings, stream, device)
         left_out, counts = data.images(data.labelled_store, data.labelled[mask]), []
         try:
             with stream.prefetch(0, training.total_steps, training.dtype) as batches:

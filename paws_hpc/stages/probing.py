@@ -6,6 +6,7 @@ Legend: N images, M labelled images (supports), K classes, D features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,8 @@ def fit_probes(encoder: Encoder, data: RunData, device: torch.device, control: J
     fits = {"linear_probe": probes.linear_probes, "k_nn": probes.nearest_neighbours}
     if validation is None:
         masks = [torch.from_numpy(mask).to(device) for mask in data.folds()]
-        return {
-            name: probes.cross_validated(fit, *features, masks, num_classes=len(data.classes))
-            for name, fit in fits.items()
-        }
+        chosen = partial(probes.cross_validated, folds=masks, num_classes=len(data.classes))
+        return {name: chosen(fit, *features) for name, fit in fits.items()}
     held_out = forward_set(encoder.backbone, validation, device, control), validation.labels.to(device)
     return {name: probes.best(fit(*features, num_classes=len(data.classes)), *held_out) for name, fit in fits.items()}
 

@@ -226,6 +226,7 @@ def test_without_validation_each_label_is_held_out_once_and_every_class_is_sprea
         assert max(sizes) - min(sizes) <= 1
     assert all((a == b).all() for a, b in zip(masks, folds(labels, seed=3), strict=True))
     assert any((a != b).any() for a, b in zip(masks, folds(labels, seed=4), strict=True))
+    assert [int(mask.sum()) for mask in folds(np.repeat(np.arange(8), 5), seed=0)] == [10] * 4, "folds are even"
     assert len(folds(np.array([0, 0, 1, 1, 1]), seed=0)) == 2, "as many as the labels of the smallest class"
     with pytest.raises(ValueError, match=r"class 1 has one labelled image.*labels.validation_per_class"):
         folds(np.array([0, 0, 1]), seed=0)
