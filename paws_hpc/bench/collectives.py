@@ -1,15 +1,15 @@
-"""The collectives of one training step, as a dry run counts them, on several ranks of this machine.
+"""The collectives of one training step, as a dry run counts them, and the step, on several ranks of this machine.
 
 Ranks use NCCL on GPUs, one each, and gloo elsewhere.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,18 +17,24 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
 from paws_hpc.bench.dry_run import Collective, dry_run
-from paws_hpc.bench.rounds import CandidateError
+from paws_hpc.bench.rounds import CandidateError, until_exit
 from paws_hpc.bench.step_parts import synchronise
+from paws_hpc.bench.training import training_with_data
 from paws_hpc.bench.workloads import Workload, cores
 from paws_hpc.files import read_json, write_json
+from paws_hpc.models.norm import Statistics, set_statistics
 
 SMALL, LARGE, LARGE_BYTES = "small all-reduce", "large all-reduce", 64 << 20
 """Two all-reduces that the step has not: of one number, and of that many bytes."""
 _WARM, _IN_A_ROW = 2, 100
+STEPS: dict[Statistics, str] = {kind: f"step, {kind} statistics" for kind in ("global", "local")}
+"""The step itself, with normalisation's statistics of all ranks, and with each rank's own."""
 
 
 def measure(workload: Workload, *, ranks: int, repeats: int) -> dict[str, float]:
-    """Seconds of each collective by name, the median of ``repeats``; of the small one when many are issued in a row.
+    """Seconds of each collective, and of each of ``STEPS``, by name: the median of ``repeats``.
+
+    Of the small all-reduce when many are issued in a row.
 
     Raises:
         CandidateError: a rank failed.
@@ -43,7 +49,6 @@ def measure(workload: Workload, *, ranks: int, repeats: int) -> dict[str, float]
 
 
 def _rank(rank: int, workload: Workload, ranks: int, repeats: int, folder: Path) -> None:
-    torch.set_num_threads(max(1, cores() // ranks))
     config = workload.config()
     _, observed = dry_run(config, ranks=ranks, cuda=config.device == "cuda")
     device = torch.device("cuda", rank) if config.device == "cuda" else torch.device("cpu")
@@ -52,8 +57,10 @@ def _rank(rank: int, workload: Workload, ranks: int, repeats: int, folder: Path)
         torch.cuda.set_device(device)
         backend = "nccl"
     dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    steps = {name: _step(workload, kind) for kind, name in STEPS.items()}
+    torch.set_num_threads(max(1, cores() // ranks))
     seconds = {}
-    for name, run in _replays(observed, device, ranks).items():
+    for name, run in (_replays(observed, device, ranks) | steps).items():
         times = []
         for _ in range(_WARM + repeats):
             synchronise(device)
@@ -62,10 +69,18 @@ def _rank(rank: int, workload: Workload, ranks: int, repeats: int, folder: Path)
             run()
             synchronise(device)
             times.append(time.perf_counter() - began)
-        seconds[name] = statistics.median(times[_WARM:]) / (_IN_A_ROW if name == SMALL else 1)
+        seconds[name] = median(times[_WARM:]) / (_IN_A_ROW if name == SMALL else 1)
     if rank == 0:
         write_json(folder / "seconds.json", seconds)
+    until_exit.close()
     dist.destroy_process_group()
+
+
+def _step(workload: Workload, statistics: Statistics) -> Callable[[], object]:
+    """A step of a training of its own, since a CUDA graph keeps the statistics with which it was captured."""
+    training, batches = training_with_data(workload)
+    set_statistics(training.encoder, statistics)
+    return lambda: training.step(next(batches))
 
 
 def _replays(observed: Sequence[Collective], device: torch.device, ranks: int) -> dict[str, Callable[[], object]]:

@@ -7,6 +7,7 @@ target is called not measured.
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -180,12 +181,15 @@ def _collectives(workload: Workload, options: argparse.Namespace, race: Race) ->
         return {}, [Figure("collectives", None, absent="they need two GPUs, and this machine has one")]
     seconds = collectives.measure(workload, ranks=ranks, repeats=max(5, options.steps))
     small, large = (seconds.pop(name) for name in (collectives.SMALL, collectives.LARGE))
+    steps = {name: seconds.pop(name) for name in collectives.STEPS.values()}
     whole = sum(seconds.values())
     bandwidth = 2 * collectives.LARGE_BYTES * (ranks - 1) / ranks / large
     return {}, [
         *(Figure(name, 1000 * value, "ms", share=value / whole) for name, value in seconds.items()),
         Figure(collectives.SMALL, 1000 * small, "ms"),
         Figure("bandwidth of an all-reduce", bandwidth / 1e9, "GB/s"),
+        *(Figure(name, 1000 * value, "ms") for name, value in steps.items()),
+        Figure("global / local statistics", operator.truediv(*steps.values()), "x"),
     ]
 
 

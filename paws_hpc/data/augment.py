@@ -325,8 +325,15 @@ def augment(images: Tensor, parameters: Tensor, *, mean: Sequence[float], std: S
     return _normalised(pixels, mean, std)
 
 
+def augment_groups(
+    images: Sequence[Tensor], parameters: Sequence[Tensor], *, mean: Sequence[float], std: Sequence[float]
+) -> list[Tensor]:
+    """:func:`augment` of each group of crops, which are of one size within a group."""
+    return [augment(crops, each, mean=mean, std=std) for crops, each in zip(images, parameters, strict=True)]
+
+
 class CompiledAugmentation:
-    """:func:`augment` as one graph of ``torch.compile`` per size of batch, compiled at the first batch of each size.
+    """:func:`augment_groups` as one graph of ``torch.compile`` per size of group, compiled at the first of each size.
 
     :func:`augment` gives an operation only the rows that it changes; their number differs from batch to batch. Here
     every operation computes all rows and ``torch.where`` picks: one graph serves every step, and a few fused kernels
@@ -338,17 +345,20 @@ class CompiledAugmentation:
         self._config = config
         self._graph = whole_graph(self._all_rows, backend=backend)
 
-    def __call__(self, images: Tensor, parameters: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """As :func:`augment`."""
-        _require_images(images, mean, std, parameters)
-        values, colours = (
-            to_device(each, images.device) for each in (parameters, torch.tensor((mean, std), dtype=torch.float32))
-        )
-        result: Tensor = self._graph(images, values, colours)
-        return result
+    def __call__(
+        self, images: Sequence[Tensor], parameters: Sequence[Tensor], *, mean: Sequence[float], std: Sequence[float]
+    ) -> list[Tensor]:
+        """As :func:`augment_groups`. Parameters, mean and std of all groups go to the device in one copy."""
+        for crops, each in zip(images, parameters, strict=True):
+            _require_images(crops, mean, std, each)
+        colours = parameters[0].new_zeros(1, parameters[0].shape[1])  # a row as long as the others
+        colours[0, :6] = torch.tensor((*mean, *std))
+        there = to_device(torch.cat([*parameters, colours]), images[0].device)
+        *values, colours = there.split([*map(len, parameters), 1])
+        return [self._graph(crops, each, colours[0, :6]) for crops, each in zip(images, values, strict=True)]
 
     def _all_rows(self, images: Tensor, values: Tensor, colours: Tensor) -> Tensor:
-        """(n, C, H, W) uint8, (n, P) parameters, (2, 3) mean and std → (n, 3, H, W)."""
+        """(n, C, H, W) uint8, (n, P) parameters, (6,) mean and std → (n, 3, H, W)."""
         pixels = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
         for operation, wanted, amounts in _by_operation(values):
             if not getattr(self._config, operation.probability):
@@ -360,7 +370,7 @@ class CompiledAugmentation:
                         everywhere = change.function(pixels, change.amounts)
                         changed = torch.where(change.wanted[:, None, None, None], everywhere, changed)
                 pixels = changed
-        centre, scale = colours[:, :, None, None]
+        centre, scale = colours.view(2, 3, 1, 1)
         layout = torch.channels_last if images.is_cuda else torch.contiguous_format
         return ((pixels - centre) / scale).contiguous(memory_format=layout)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from paws_hpc import distributed
-from paws_hpc.data.augment import CompiledAugmentation, augment, normalise
+from paws_hpc.data.augment import CompiledAugmentation, augment, augment_groups, normalise
 from paws_hpc.data.config import (
     FIRST_FINETUNE_VIEW,
     FIRST_SMALL_VIEW,
@@ -195,9 +195,9 @@ class PawsStream:
             accumulate_steps=accumulate_steps,
         )
         self._accumulate_steps = accumulate_steps
-        self._augmentation: Callable[..., Tensor] = augment
+        self._augmentation: Callable[..., list[Tensor]] = augment_groups
         if compile_augmentation:
-            self._augmentation = or_eager(CompiledAugmentation(views.augment), augment, name="the augmentation")
+            self._augmentation = or_eager(CompiledAugmentation(views.augment), augment_groups, name="the augmentation")
         self.steps_per_epoch = self._sampler.steps_per_epoch
 
     def batch(self, step: int) -> PawsBatch:
@@ -271,10 +271,10 @@ class PawsStream:
 
     def augment(self, micro_batch: MicroBatch, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Augmented views on the device, by group of crops; supports too are normalised by the store's statistics."""
-        return [
-            self._augmentation(crops.on(device), crops.parameters, mean=self.store.mean, std=self.store.std).to(dtype)
-            for crops in micro_batch.crop_groups
-        ]
+        groups = micro_batch.crop_groups
+        images, parameters = [crops.on(device) for crops in groups], [crops.parameters for crops in groups]
+        views = self._augmentation(images, parameters, mean=self.store.mean, std=self.store.std)
+        return [each.to(dtype) for each in views]
 
 
 class ClassifierStream:

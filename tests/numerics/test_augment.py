@@ -209,16 +209,24 @@ class Graphs:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("config", ["imagenet", "digits"])
 @pytest.mark.parametrize("channels", [3, 1])
-def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(config: str, channels: int) -> None:
+def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(
+    config: str, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[Tensor] = []
+    monkeypatch.setattr(module, "to_device", lambda values, _: copies.append(values) or values)
     backend, images = Graphs(), pictures(32, 32)[:, :channels].repeat(6, 1, 1, 1)
     compiled = CompiledAugmentation(CONFIGS[config], backend=backend)
     for epoch in range(4):
         parameters = draw_parameters(CONFIGS[config], seed=0, epoch=epoch, samples=np.arange(36), view=1)
         expected = augment(images, parameters, mean=MEAN, std=STD)
-        assert distance(compiled(images, parameters, mean=MEAN, std=STD), expected) * min(STD) <= 5e-6
-    assert backend.count == 1
+        copies.clear()
+        groups = compiled([images, images[:5]], [parameters, parameters[:5]], mean=MEAN, std=STD)
+        assert len(copies) == 1, "what is drawn for all groups goes to the device in one copy"
+        for views, rows in zip(groups, (slice(36), slice(5)), strict=True):
+            assert distance(views, expected[rows]) * min(STD) <= 5e-6
+    assert backend.count == 2
     with pytest.raises(ValueError, match="5 images need as many parameters, not 36"):
-        compiled(images[:5], parameters, mean=MEAN, std=STD)
+        compiled([images[:5]], [parameters], mean=MEAN, std=STD)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -232,7 +240,7 @@ def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(
     for epoch in range(2):
         parameters = draw_parameters(config, seed=0, epoch=epoch, samples=np.arange(36), view=1)
         expected = augment(images, parameters, mean=MEAN, std=STD)
-        result = compiled(images.to(device), parameters, mean=MEAN, std=STD)
+        (result,) = compiled([images.to(device)], [parameters], mean=MEAN, std=STD)
         assert result.is_contiguous(memory_format=torch.channels_last) == (device.type == "cuda")
         assert distance(result.cpu(), expected) * min(STD) <= 5e-6
 
@@ -247,7 +255,7 @@ def by_each_path(config: AugmentConfig, images: Tensor) -> tuple[Tensor, Tensor,
     """(n, 3, H, W) in [0, 1]: eager, compiled, and by PIL, image by image."""
     parameters = draw_parameters(config, seed=0, epoch=0, samples=np.arange(len(images)), view=0)
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    compiled = CompiledAugmentation(config, backend=Graphs())(images, parameters, **plain)
+    (compiled,) = CompiledAugmentation(config, backend=Graphs())([images], [parameters], **plain)
     whole = CropConfig(images.shape[-1], scale=[1.0, 1.0])
     view = pil.pil_view(whole, config, **plain)
     by_pil = torch.stack([view(TF.to_pil_image(image)) for image in images])

@@ -151,7 +151,7 @@ def test_collectives_of_two_ranks_are_timed_and_a_failing_rank_is_an_error(workl
             "supports and mean prediction: reduce_scatter_base, 1 calls",
         ),
         *("batch normalisation: allreduce, 14 calls", "gradients: allreduce, 1 calls"),
-        *(collectives.SMALL, collectives.LARGE),
+        *(collectives.SMALL, collectives.LARGE, "step, global statistics", "step, local statistics"),
     ]
     assert min(seconds.values()) > 0
     broken = replace(workload, overrides=(*TINY, "pretrain.support.classes=0"))

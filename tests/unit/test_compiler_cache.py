@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
-from paws_hpc.data.augment import augment
+from paws_hpc.data.augment import augment_groups
 from paws_hpc.engine.compiler_cache import compiler_cache
 from paws_hpc.engine.loop import Training
 from paws_hpc.files import read_json, write_json
@@ -153,7 +153,7 @@ def test_pre_training_keeps_what_it_compiled_after_its_first_step(
 ) -> None:
     def compiled(*arguments: Any) -> Any:
         (Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "graph").touch()
-        return augment
+        return augment_groups
 
     steps: list[int] = []
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
