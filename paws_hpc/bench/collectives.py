@@ -80,6 +80,7 @@ def _step(workload: Workload, statistics: Statistics) -> Callable[[], object]:
     """A step of a training of its own, since a CUDA graph keeps the statistics with which it was captured."""
     training, batches = training_with_data(workload)
     set_statistics(training.encoder, statistics)
+    until_exit.callback(training.close)
     return lambda: training.step(next(batches))
 
 
