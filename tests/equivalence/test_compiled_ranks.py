@@ -75,7 +75,7 @@ def kernels(rank: int, world: int) -> dict[str, list[tuple[int, int]]]:
 
     def count(nodes: list[BaseSchedulerNode]) -> None:
         sizes = [
-            max(math.prod(math.prod(sizes) for sizes in part.group[1]) for part in node.get_nodes())
+            max(int(math.prod(math.prod(sizes) for sizes in part.group[1])) for part in node.get_nodes())
             for node in nodes
             if not (node.is_extern() or isinstance(node, NopKernelSchedulerNode))
         ]
