@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+COMPILER_ERRORS = TorchDynamoException, FailOnRecompileLimitHit
 _LOG = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
@@ -60,7 +61,7 @@ def or_eager(compiled: Callable[_P, _T], eager: Callable[_P, _T], *, name: str) 
         if not failed:
             try:
                 return compiled(*inputs, **named)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            except COMPILER_ERRORS as error:
                 failed = True
                 cause = getattr(error, "inner_exception", error)
                 what = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"

@@ -24,7 +24,7 @@ from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from paws_hpc.engine.compiled import compile_passes
 from paws_hpc.engine.parallel import replicate
 from paws_hpc.models.config import ModelConfig
-from paws_hpc.models.encoder import build_encoder
+from paws_hpc.models.encoder import Encoder, build_encoder
 from paws_hpc.models.norm import GlobalBatchNorm2d, set_statistics
 from tests.ranks import results_of, run_on_ranks
 
@@ -53,13 +53,7 @@ def passes(rank: int, world: int) -> dict[bool, tuple[int, list[dict[str, Tensor
             assert sum(parameter.nbytes for parameter in encoder.parameters()) > 4 * 2**20
             if compiled:
                 compile_passes(encoder, backend=counted)
-            model = replicate(encoder, torch.device("cpu"))
-            for step in range(2):
-                random = torch.Generator().manual_seed(10 * step + rank)
-                _, z = model([torch.randn(4, 3, size, size, generator=random, dtype=torch.float64) for size in SIZES])
-                z.pow(3).sum().backward()
-            gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
-            values.append({**gradients, **dict(encoder.named_buffers())})
+            values.append(trained(encoder, rank))
         found[recomputed] = (graphs, values)
     return found
 
@@ -108,10 +102,42 @@ def kernels(rank: int, world: int) -> dict[str, list[tuple[int, int]]]:
     return found
 
 
+def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    raise OSError("no such file: gcc")
+
+
+def failing(rank: int, world: int) -> dict[str, list[dict[str, Tensor]]]:
+    """Gradients and buffers of two steps as written, and where rank 1 has no compiler, or meets a graph break."""
+    config, found = ModelConfig(name="small_resnet", channels=[16, 64, 192]), {}
+    for fault in ("compiler", "graph break"):
+        values = []
+        for compiled in (False, True):
+            torch.compiler.reset()
+            encoder = build_encoder(config, seed=1).double()
+            if compiled:
+                if rank == 1 and fault == "graph break":
+                    encoder.projection.register_forward_pre_hook(lambda *_: print(end=""))
+                compile_passes(encoder, backend=broken if rank == 1 and fault == "compiler" else aot_eager)
+            values.append(trained(encoder, rank))
+        found[fault] = values
+    return found
+
+
+def trained(encoder: Encoder, rank: int) -> dict[str, Tensor]:
+    """Gradients and buffers of two steps on ranks."""
+    model = replicate(encoder, torch.device("cpu"))
+    for step in range(2):
+        random = torch.Generator().manual_seed(10 * step + rank)
+        _, z = model([torch.randn(4, 3, size, size, generator=random, dtype=torch.float64) for size in SIZES])
+        z.pow(3).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    return {**gradients, **dict(encoder.named_buffers())}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {2: [passes]})
+    run_on_ranks(folder, {2: [passes, failing]})
     return folder
 
 
@@ -136,3 +162,12 @@ def test_statistics_of_all_ranks_take_no_pass_over_the_activations_more_than_loc
         assert [passes for passes, _ in found["global"]] == [2, 2]
         more = [there - here for (_, here), (_, there) in zip(found["local"], found["global"], strict=True)]
         assert more == [3, 0]
+
+
+@pytest.mark.parametrize("fault", ["compiler", "graph break"])
+def test_a_compiler_that_fails_on_one_rank_is_used_on_none(folder: Path, fault: str) -> None:
+    """Gradients of several buckets: a compiled rank and one that is not would add up other ones, or wait for ever."""
+    for found in results_of(failing, 2, folder):
+        written, fallen_back = found[fault]
+        for name, expected in written.items():
+            torch.testing.assert_close(fallen_back[name], expected, rtol=0, atol=0)
