@@ -133,20 +133,23 @@ class CancelledBiasConv2d(_TakesStatistics, nn.Conv2d):
 
 
 class _Unmoved(torch.autograd.Function):
-    """The first argument; the others are part of the graph and get no gradient.
+    """The first argument; the others are part of the graph and do not move.
 
-    DistributedDataParallel waits for every parameter, and takes one that gets none for zero; on one rank it is None.
-    The optimiser moves such a parameter in neither case.
+    Their gradient is None on one rank and zero on several: DistributedDataParallel waits for every parameter, and where
+    it looks for unused ones, a gradient that is None has it read from the device at every step, which no graph allows.
     """
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.count = len(parameters)
+        ctx.shapes = [parameter.shape for parameter in parameters]
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, *[None] * ctx.count
+        if world_size() == 1:
+            return gradient, *[None] * len(ctx.shapes)
+        zero = gradient.new_zeros(())
+        return gradient, *[zero.expand(shape) for shape in ctx.shapes]
 
 
 def with_cancelled_biases(output: Tensor, network: nn.Module) -> Tensor:

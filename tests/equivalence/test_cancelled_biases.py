@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from paws_hpc.engine.parallel import replicate
 from paws_hpc.models.blocks import set_recomputed
 from paws_hpc.models.norm import CancelledBiasConv2d, GlobalBatchNorm2d, set_statistics, untracked_statistics
 from paws_hpc.models.resnet import WideResNet
@@ -93,10 +94,19 @@ def both(rank: int, world: int) -> dict[str, tuple[dict[str, Tensor], dict[str, 
     return found
 
 
+def unused(rank: int, world: int) -> list[str]:
+    """Parameters that DistributedDataParallel found unused: it leaves their gradients as they are."""
+    made = network()
+    images = [torch.randn(BATCH, 3, size, size, dtype=torch.float64) for size in (12, 8)]
+    model = replicate(made, torch.device("cpu"))
+    model(images).sin().sum().backward()
+    return [name for name, parameter in made.named_parameters() if parameter.grad is None]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    run_on_ranks(folder, {1: [both], 2: [both]})
+    run_on_ranks(folder, {1: [both], 2: [both, unused]})
     return folder
 
 
@@ -118,6 +128,11 @@ def test_two_ranks_train_it_as_one_does(folder: Path) -> None:
             if "features" not in name:  # a rank has its own
                 mean = expected / 2 if "gradient" in name else expected  # DistributedDataParallel averages sums
                 torch.testing.assert_close(ranks["global"][0][name], mean, rtol=1e-12, atol=1e-12)
+
+
+def test_on_several_ranks_no_parameter_is_unused(folder: Path) -> None:
+    """Of one that is, the step would wait to read whether another rank used it; a CUDA graph cannot."""
+    assert results_of(unused, 2, folder) == [[], []]
 
 
 @pytest.mark.parametrize("frozen", [False, True])
