@@ -37,7 +37,8 @@ RECIPES = [
 SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "fashion_mnist": (28, 28, 1), "digits": (32, 32, 1)}
 SMALL = (
     *(f"data.classes={CLASSES}", "data.threads=1", "device=cpu", "tracking.wandb=disabled"),
-    *("labels.file=null", "labels.validation_file=null", "labels.per_class=3", "labels.validation_per_class=1"),
+    *("labels.file=null", "labels.all=false", "labels.validation_file=null", "labels.per_class=3"),
+    "labels.validation_per_class=1",
     *("pretrain.batch_size=2", "pretrain.support.images_per_class=2"),
 )
 SMALL_PHOTOGRAPHS = (
@@ -52,14 +53,14 @@ def pack_images(data: str, folder: Path) -> None:
         shape = (CLASSES * PER_CLASS, *SHAPES[data])
         pack(array_source(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), "abc"), folder)
     else:
-        pack(ImageFolder(write_noise(folder.parent / "files", CLASSES * PER_CLASS, classes="abc")), folder)
+        pack(ImageFolder(write_noise(folder.parent / f"{data}-files", CLASSES * PER_CLASS, classes="abc")), folder)
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store for each data set of the recipes."""
     folder = tmp_path_factory.mktemp("stores")
-    for data in (*SHAPES, "imagenet"):
+    for data in (*SHAPES, "imagenet", "own_images"):
         pack_images(data, folder / data)
     return folder
 
