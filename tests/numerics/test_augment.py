@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config as inductor
 from PIL import ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -231,10 +232,8 @@ def test_one_graph_augments_whatever_is_drawn_as_the_steps_one_by_one_do(
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes of its own take longer to start
+@inductor.patch(compile_threads=1)  # processes of its own take longer to start
+def test_the_compilers_kernels_augment_as_the_steps_one_by_one_do(device: torch.device) -> None:
     config = CONFIGS["imagenet" if device.type == "cuda" else "digits"]  # those kernels take a CPU's compiler a minute
     compiled, images = CompiledAugmentation(config), pictures(24, 24).repeat(6, 1, 1, 1)
     for epoch in range(2):

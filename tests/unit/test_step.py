@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from paws_hpc.data.config import AugmentConfig
 from paws_hpc.engine.checkpoint import CheckpointFolder
@@ -147,11 +148,10 @@ def test_compiled_without_a_break_the_steps_are_the_same(digits_stores: Stores, 
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@inductor.patch({"cpp.cxx": ("/no/such/compiler",), "compile_threads": 1})  # processes of its own take longer to start
 def test_on_a_machine_without_a_compiler_compiled_training_is_eager_training(
-    digits_stores: Stores, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    digits_stores: Stores, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes of its own take longer to start
     all_of_it, ends = AugmentConfig(jitter_probability=0.5, grayscale_probability=0.5, blur_probability=0.5), []
     for execution in ("eager", "compiled"):
         training = prepared(digits_stores, augment=all_of_it, execution=execution)
