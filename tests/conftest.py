@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -96,6 +97,16 @@ def check_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
         log(file, step, row)
 
     monkeypatch.setattr(MetricsFile, "log", checked)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command that runs in a test's process leaves no handler, which would write to a closed stream."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture
