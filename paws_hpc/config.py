@@ -6,13 +6,13 @@ Defaults stand in those dataclasses once; ``conf/`` states differences. Below th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 from paws_hpc.data.config import DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainConfig, SuncetConfig, TrackingConfig
 from paws_hpc.models.config import VIT_PATCH_SIZE, ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
+from paws_hpc.renamed import did_you_mean
 from paws_hpc.sizes import check_divides, check_ranges
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 
@@ -148,8 +148,9 @@ class Config:
     def _check_resources(self) -> None:
         if wrong := self.resources.keys() - STAGES.keys():
             name = min(wrong)
-            meant = "".join(f"Did you mean {near!r}? " for near in get_close_matches(name, STAGES, n=1))
-            raise ValueError(f"resources.{name} is of no stage. {meant}Known: {', '.join(STAGES)}.")
+            raise ValueError(
+                f"resources.{name} is of no stage. {did_you_mean(name, STAGES)}Known: {', '.join(STAGES)}."
+            )
         self.resources = {name: self.resources.get(name, StageResources()) for name in STAGES}
         for name, resources in self.resources.items():
             resources.check(f"resources.{name}")

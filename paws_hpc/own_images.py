@@ -103,10 +103,8 @@ def _listed(root: str, named: tuple[tuple[str, str], ...], labels: str | None) -
     data = DataConfig(root=root, labels=labels, folders=folders, labelled=folders.get("labelled"))
     sources = {subset: open_source(packed_from(data, subset)) for subset in folders}
     train, labelled, test = sources["train"], sources.get("labelled", sources["train"]), sources.get("test")
-    counts, place = (
-        np.bincount(labelled.labels, minlength=len(labelled.classes)),
-        folders.get("labelled", folders["train"]),
-    )
+    counts = np.bincount(labelled.labels, minlength=len(labelled.classes))
+    place = folders.get("labelled", folders["train"])
     if len(counts) < 2:
         raise ValueError(
             f"{place} has images of one class only ({labelled.classes[0]}), and there is nothing to tell apart. Give "

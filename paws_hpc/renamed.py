@@ -1,8 +1,10 @@
-"""Config keys of earlier versions, each with what to write instead; they are refused wherever a config is read."""
+"""What to write instead of a name that is not known: of keys of earlier versions, and of misspelt names."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 
 def renamed(key: str) -> str | None:
@@ -11,6 +13,11 @@ def renamed(key: str) -> str | None:
         if re.fullmatch(old.replace(".", r"\.").replace("*", "[^.]+") + r"(\..*)?", key):
             return f"{key} is no field of the config any more. Instead: {new}."
     return None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``Did you mean 'NAME'? `` with the known name that is spelled most like ``name``; empty if none is near."""
+    return "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(name, list(known), n=1))
 
 
 _FLAG = "hydra.launcher.{0} for all jobs, resources.STAGE.additional_parameters={{{0}: …}} for those of one stage"

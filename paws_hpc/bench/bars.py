@@ -66,5 +66,5 @@ def bench_bars(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Empty where a part did not come to its end."""
+    """The JSON object in a file; empty if there is none, since what writes it failed or was cut short."""
     return dict(read_json(path)) if path.exists() else {}

@@ -26,6 +26,7 @@ from paws_hpc.models.norm import Statistics, set_statistics
 
 SMALL, LARGE, LARGE_BYTES = "small all-reduce", "large all-reduce", 64 << 20
 """Two all-reduces that the step has not: of one number, and of that many bytes."""
+BANDWIDTH = "bandwidth of an all-reduce"  # the figure in GB/s that the large one gives
 _WARM, _IN_A_ROW = 2, 100
 STEPS: dict[Statistics, str] = {kind: f"step, {kind} statistics" for kind in ("global", "local")}
 """The step itself, with normalisation's statistics of all ranks, and with each rank's own."""

@@ -253,7 +253,10 @@ class _Sizes(PawsStream):
 
 @contextmanager
 def _fake_tensors(*, cuda: bool) -> Iterator[None]:
-    """Make all tensors fake, but for the class numbers that the host sorts, and take the kernels of the device."""
+    """Make tensors fake while the block runs, and choose the kernels of the device.
+
+    Class numbers stay real: the host sorts them.
+    """
 
     def sorted_by_the_host(*inputs: Any, **named: Any) -> ClassLabels:
         with unset_fake_temporarily():

@@ -63,7 +63,7 @@ def bench_memory(options: argparse.Namespace) -> int:
 
 
 def _measured(config: Config, gpus: int) -> int | str:
-    """Bytes, or that they are too many for this GPU."""
+    """The measured peak in bytes, or ``does not fit`` where this GPU has too little memory."""
     try:
         return measured_peak(config, ranks=gpus)
     except torch.OutOfMemoryError:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from paws_hpc.bench.collectives import BANDWIDTH, SMALL
 from paws_hpc.bench.dry_run import BATCH_NORM, GRADIENTS, LOSS, Collective, dry_run
 from paws_hpc.bench.memory import markdown
 from paws_hpc.cluster.compose import compose_run
 from paws_hpc.files import read_json, write_json
 
 _RECIPE_GPUS = 64  # of the published ImageNet recipe: 64 images and 105 supports each
-_SMALL = "small all-reduce"  # in milliseconds, as bench collectives writes it
 _POST_S = 1e-6  # the least that any hop of a ring over several nodes takes, in the same source as the protocols
 
 
@@ -146,7 +146,7 @@ def in_micro_batches(collectives: Sequence[Collective], accumulate_steps: int) -
 
 
 def read_constants(path: Path) -> Constants:
-    """From a JSON object of some fields of :class:`Constants`, or what ``bench collectives --json`` wrote.
+    """Read some fields of :class:`Constants` from a JSON object, or derive them from a file of ``bench collectives``.
 
     Raises:
         ValueError: a field that there is not, or collectives that were not measured on GPUs.
@@ -155,13 +155,13 @@ def read_constants(path: Path) -> Constants:
     if "groups" in values:
         figures = {each["name"]: each["value"] for each in values["groups"]["collectives"]["figures"]}
         gpus = len(values["machine"]["gpus"])
-        if gpus < 2 or _SMALL not in figures:
+        if gpus < 2 or SMALL not in figures:
             raise ValueError(
                 f"{path}: no collectives of GPUs. Run bench collectives --device cuda on a node of several."
             )
-        node = replace(Constants(), gpus_per_node=gpus, node_bandwidth=figures["bandwidth of an all-reduce"] * 1e9)
+        node = replace(Constants(), gpus_per_node=gpus, node_bandwidth=figures[BANDWIDTH] * 1e9)
         modelled = collective_s(Collective(LOSS, "allreduce", 4), gpus, node)
-        return replace(node, call_s=figures[_SMALL] / 1000 - modelled)
+        return replace(node, call_s=figures[SMALL] / 1000 - modelled)
     known = [field.name for field in fields(Constants)]
     if wrong := sorted(set(values) - set(known)):
         raise ValueError(f"{path}: {wrong[0]!r} is no constant of the model. Known are {', '.join(known)}.")

@@ -187,7 +187,7 @@ def _collectives(workload: Workload, options: argparse.Namespace, race: Race) ->
     return {}, [
         *(Figure(name, 1000 * value, "ms", share=value / whole) for name, value in seconds.items()),
         Figure(collectives.SMALL, 1000 * small, "ms"),
-        Figure("bandwidth of an all-reduce", bandwidth / 1e9, "GB/s"),
+        Figure(collectives.BANDWIDTH, bandwidth / 1e9, "GB/s"),
         *(Figure(name, 1000 * value, "ms") for name, value in steps.items()),
         Figure("global / local statistics", operator.truediv(*steps.values()), "x"),
     ]

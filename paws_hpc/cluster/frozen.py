@@ -18,7 +18,7 @@ from paws_hpc.command import program
 from paws_hpc.config import Config, flatten, identity
 from paws_hpc.files import write_text
 from paws_hpc.objective.config import objective_config
-from paws_hpc.renamed import renamed
+from paws_hpc.renamed import did_you_mean, renamed
 from paws_hpc.stage_table import SWEEPS
 
 
@@ -66,8 +66,7 @@ def explain(error: BaseException) -> str:
         return renamed(name) or f"{name} is not a field of the config. {hint(name)}"
     if absent := re.search(r"Could not find '([^']+)/([^'/]*)'", text):
         known = [name for name in re.findall(r"^\t(\S+)$", text, re.MULTILINE) if not name.endswith("_schema")]
-        close = difflib.get_close_matches(absent.group(2), known, n=1)
-        meant = f"Did you mean {close[0]!r}? " if close else ""
+        meant = did_you_mean(absent.group(2), known)
         listed = f"Known: {', '.join(known)}." if known else "Leave it out, or name a file of conf/."
         return f"{absent.group(1)}={absent.group(2)} does not exist. {meant}{listed}"
     reason = str(chain).splitlines()[0].rstrip(".")

@@ -10,17 +10,15 @@ from pathlib import Path
 import paws_hpc
 
 _DIGITS = 12
-_NO_CODE = {"__pycache__", "jobs"}
 
 
 def plan_snapshot(run: Path) -> Path:
     """The folder that :func:`take_snapshot` would make, ``code/<digest of all files>``; writes nothing."""
     digest = hashlib.sha256()
     paths = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
-    for name in sorted({path.relative_to(_package()) for path in paths if path.is_file()}):
-        if not _NO_CODE & {*name.parts}:
-            digest.update(f"{name}\0".encode())
-            digest.update(hashlib.sha256((_package() / name).read_bytes()).digest())
+    for path in sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts}):
+        digest.update(f"{path.relative_to(_package())}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
     return run.resolve() / "code" / digest.hexdigest()[:_DIGITS]
 
 
@@ -43,8 +41,8 @@ def shield(snapshot: Path) -> Path:
 
 
 def _left_out(folder: str, names: list[str]) -> list[str]:
-    """Caches, the scripts of jobs/, and links without a target, as editors make them beside a file that is open."""
-    return [name for name in names if name in _NO_CODE or not Path(folder, name).exists()]
+    """Caches, and links without a target, as editors make them beside a file that is open."""
+    return [name for name in names if name == "__pycache__" or not Path(folder, name).exists()]
 
 
 def _package() -> Path:

@@ -143,7 +143,11 @@ class PretrainConfig:
         check_ranges("pretrain", self, **dict.fromkeys(counts, "[1, inf)"))
 
     def execution_on(self, device: str) -> str:
-        """``eager``, ``compiled`` or ``graphed``, on ``cpu`` or ``cuda``; ValueError for a CUDA graph without CUDA."""
+        """How a step runs on ``cpu`` or ``cuda``: ``eager``, ``compiled`` or ``graphed``.
+
+        Raises:
+            ValueError: ``graphed`` is asked for on a CPU.
+        """
         if self.execution == "graphed" and device != "cuda":
             raise ValueError(
                 f"pretrain.execution=graphed needs a GPU, not device={device}: set it to auto or compiled."

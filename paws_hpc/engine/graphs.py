@@ -46,7 +46,7 @@ class Differentiate(Protocol):
 
 
 class CudaCapture:
-    """A :data:`Capture` by CUDA graphs, which share memory: one is replayed at a time.
+    """A :data:`Capture` with CUDA graphs. They share one memory pool, since only one is replayed at a time.
 
     Attributes:
         stream: of every capture.

@@ -86,7 +86,7 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
     def _tensor_of_row(self, lengths: list[int], rows: Tensor) -> Tensor:
-        """(rows,) int64: the number of the tensor that each row is of. Kept: the next step has the same."""
+        """(rows,) int64: for each row, the index of the tensor that it belongs to; the same at every step."""
         key = tuple(lengths)
         if key not in self._tensors_of_rows:
             counts = torch.tensor(lengths) // rows.shape[1]

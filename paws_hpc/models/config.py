@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from dataclasses import dataclass, field
 
+from paws_hpc.renamed import did_you_mean
 from paws_hpc.sizes import check_ranges
 
 NETWORKS = ("resnet50", "resnet18", "wide_resnet", "small_resnet", "vit_s16", "timm")
@@ -52,7 +52,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.name not in NETWORKS:
-            meant = "".join(f"Did you mean {near!r}? " for near in difflib.get_close_matches(self.name, NETWORKS, n=1))
+            meant = did_you_mean(self.name, NETWORKS)
             raise ValueError(f"model.name={self.name!r} is no model. {meant}Known are {', '.join(NETWORKS)}.")
         check_ranges("model", self, **dict.fromkeys(("width", "projection_hidden_dim", "projection_dim"), "[1, inf)"))
         if (self.name == "timm") != (self.timm is not None):
