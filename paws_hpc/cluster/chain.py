@@ -52,9 +52,11 @@ class Job:
         return run.marker(self.name).exists() and not (self.stage == "prepare" and changed_images(config, run))
 
     def progress(self, run: RunFolder) -> int:
-        """Training steps of its newest checkpoint, 0 where there is none."""
-        saved = (self.folder(run) / "checkpoints").glob("step-*.json")  # written after the weights
-        return max((int(path.stem.removeprefix("step-")) for path in saved), default=0)
+        """Training steps of its newest checkpoint, and of each fold's; 0 where there is none."""
+        newest: dict[Path, int] = {}
+        for path in self.folder(run).glob("**/step-*.json"):  # written after the weights
+            newest[path.parent] = max(newest.get(path.parent, 0), int(path.stem.removeprefix("step-")))
+        return sum(newest.values())
 
 
 def job_called(name: str) -> Job:

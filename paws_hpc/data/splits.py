@@ -7,7 +7,7 @@ does not change which are labelled, and it records the digest of its data set.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,22 +123,24 @@ def _load_or_make(
     return split
 
 
-def folds(labels: Positions, *, seed: int) -> list[NDArray[np.bool_]]:
+def folds(labels: Positions, classes: Sequence[str], *, seed: int) -> list[NDArray[np.bool_]]:
     """Divide (M,) labelled images for cross-validation: masks (M,) of the images that each fold holds out.
 
-    Every class is spread evenly over four folds, or as many as its labels where one has fewer.
+    Every class, of which ``classes`` are the names, is spread evenly over four folds, or as many as its labels where
+    one has fewer.
 
     Raises:
         ValueError: a class has one label, so that none would be left to learn from.
     """
-    classes, counts = np.unique(labels, return_counts=True)
+    present, counts = np.unique(labels, return_counts=True)
     if counts.min() < 2:
         raise ValueError(
-            f"class {classes[counts.argmin()]} has one labelled image, and cross-validation holds some out in turn. "
-            "Label two of each class, or hold out images with labels.validation_per_class or labels.validation_file."
+            f"class {classes[present[counts.argmin()]]!r} has one labelled image, and cross-validation holds some out "
+            "in turn. Label two of each class, or hold out images with labels.validation_per_class or "
+            "labels.validation_file."
         )
     number, of = min(_MOST_FOLDS, int(counts.min())), np.empty(len(labels), np.int64)
-    for place, (label, count) in enumerate(zip(classes, counts, strict=True)):  # so that what is over is spread too
+    for place, (label, count) in enumerate(zip(present, counts, strict=True)):  # so that what is over is spread too
         drawn = permute(np.arange(count), int(count), cipher_key(seed, _FOLDS, int(label)))
         of[labels == label] = (drawn + place) % number
     return [of == fold for fold in range(number)]

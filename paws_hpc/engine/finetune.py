@@ -25,6 +25,7 @@ class ClassifierTraining(Training):
         best: best accuracy on the local validation split so far, and its epoch; None before the first score.
         best_weights: of that moment, on the host. They are in the checkpoint: a file of their own could be newer or
             older than the checkpoint.
+        scores: the accuracies so far, one for each validation.
         loss_sum: of the steps since the last score, in nats.
         loss_steps: their number.
     """
@@ -53,6 +54,7 @@ class ClassifierTraining(Training):
         )
         self.best: tuple[float, int] | None = None
         self.best_weights: dict[str, Tensor] | None = None
+        self.scores: list[float] = []
         self.loss_sum, self.loss_steps = 0.0, 0
         self._rate: Row = {}
 
@@ -63,6 +65,7 @@ class ClassifierTraining(Training):
             "optimizer": self.optimizer.state_dict(),
             "best": None if self.best is None else [*self.best],
             "best_weights": self.best_weights,
+            "scores": [*self.scores],
             "validated": self.validated,
             "loss": [self.loss_sum, self.loss_steps],
         }
@@ -74,6 +77,7 @@ class ClassifierTraining(Training):
         self.best = None if state["best"] is None else tuple(state["best"])
         self.best_weights = None if state["best_weights"] is None else _on_host(state["best_weights"])
         self.validated = state["validated"]
+        self.scores = [*state.get("scores", [])]  # of an older version: validated on held-out images, which need none
         self.loss_sum, self.loss_steps = state["loss"]
 
     def learning_rate(self, step: int) -> float:
@@ -117,6 +121,7 @@ class ClassifierTraining(Training):
         if self.best is None or accuracy > self.best[0]:
             self.best = accuracy, epoch
             self.best_weights = _on_host(self.classifier.state_dict())
+        self.scores.append(accuracy)
         self.validated, self.loss_sum, self.loss_steps = done, 0.0, 0
         tracker.log(done - 1, {"epoch": epoch, **loss, **rate, **scores, **self._rate})
 

@@ -5,7 +5,11 @@ The supervised baseline is the same sweep from the weights that pre-training sta
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,17 +17,15 @@ import torch
 from paws_hpc import distributed
 from paws_hpc.config import Config, Identity, identity, sweep_config
 from paws_hpc.data.samplers import Positions
-from paws_hpc.data.streams import ClassifierStream
+from paws_hpc.data.streams import ClassifierStream, EvaluationSet
 from paws_hpc.engine.checkpoint import CheckpointFolder, save_tensors
-from paws_hpc.engine.config import ClassifierConfig
-from paws_hpc.engine.errors import PreemptedError
+from paws_hpc.engine.config import ClassifierConfig, TrackingConfig
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.finetune import ClassifierTraining
 from paws_hpc.engine.loop import train
-from paws_hpc.engine.parallel import synchronise_buffers
-from paws_hpc.engine.preemption import Interrupted, JobControl
-from paws_hpc.engine.tracking import Row
-from paws_hpc.files import file_hash, read_json, value_digest, write_json
+from paws_hpc.engine.preemption import JobControl
+from paws_hpc.engine.tracking import Tracker
+from paws_hpc.files import file_hash, write_json
 from paws_hpc.models.encoder import Encoder, build_classifier
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.networks import load_pretrained, start_identity, starting_encoder
@@ -52,7 +54,6 @@ def _train(
     run: RunFolder, data: RunData, device: torch.device, control: JobControl, *, sweep: str, trial: Trial
 ) -> None:
     config, began, folder = data.config, time.monotonic(), run.trial(sweep, trial)
-    settings = sweep_config(config, sweep).of_trial(trial)
     used = None
     if sweep == "finetune":
         encoder, weights = load_pretrained(run, data, device)
@@ -64,116 +65,130 @@ def _train(
         start_weights = f"{weights_hash}, seed {config.seed}"
     digests = {f"digest.{name}": digest for name, digest in data.digests.items()}
     determined = _trial_identity(config, sweep, trial) | digests | {"start": start_weights}
-    validation = data.validation_images()
+    settings = sweep_config(config, sweep).of_trial(trial)
+    fit = partial(_fit, data, encoder, settings=settings, device=device, control=control)
     held_out: list[float] = []
-    if validation is None:
-        kept = folder / "folds.json"
-        held_out = _cross_validate(data, encoder, settings, device, control=control, kept=kept, identity=determined)
-    stream = _stream(data, data.labelled, settings, device)
+    if (validation := data.validation_images()) is None:
+        job = f"{sweep}/{trial.name}"
+        held_out = _cross_validate(run, data, control, fit, folder, job=job, identity=determined)
+
+    def accuracy(training: ClassifierTraining) -> float:
+        if validation is None:
+            return held_out[training.validated // training.validate_every]
+        logits = forward_set(training.classifier, validation, device, control)
+        return score(logits.cpu(), validation.labels).top1
+
+    best = folder / "best.pt"
+    track = partial(open_trackers, config, run, folder, job=f"{sweep}/{trial.name}", used=used, made=best)
+    training = fit(data.labelled, folder, identity=determined, track=track, accuracy=accuracy, best_weights=best)
+    control.fence()
+    if distributed.is_main():
+        assert training.best is not None, "the last step is always scored"
+        reached, epoch = training.best
+        result = {"validation_accuracy": reached, "best_epoch": epoch, "seconds": time.monotonic() - began}
+        write_json(folder / "result.json", {**trial.values} | result)
+        mark_done(folder, steps=training.total_steps)
+        for checkpoints in folder.glob("fold-*/checkpoints"):
+            shutil.rmtree(checkpoints)
+
+
+def _fit(
+    data: RunData,
+    encoder: Encoder,
+    labelled: Positions,
+    folder: Path,
+    *,
+    settings: ClassifierConfig,
+    device: torch.device,
+    control: JobControl,
+    identity: Identity,
+    track: Callable[..., Tracker],
+    accuracy: Callable[[ClassifierTraining], float],
+    best_weights: Path | None = None,
+) -> ClassifierTraining:
+    """Train a classifier on labelled images, from the newest checkpoint in ``folder`` if there is one, to the end.
+
+    Args:
+        data: of the run.
+        encoder: whose backbone it begins with, and which stays as it is.
+        labelled: positions of the images.
+        folder: for checkpoints.
+        settings: of the trial.
+        device: of this rank.
+        control: of the job.
+        identity: what determines the result.
+        track: opens the trackers, of ``start``, ``total_steps`` and ``awaits_validation``.
+        accuracy: scores the classifier.
+        best_weights: the file to which the best ones are written, if any.
+
+    Raises:
+        PreemptedError: by ``control``; the state is saved.
+    """
+    store, config = data.labelled_store, data.config
+    stream = ClassifierStream(
+        store,
+        labelled,
+        crop=settings.crop,
+        augment=settings.augment,
+        batch_size=settings.batch_size,
+        seed=config.seed,
+        threads=config.data.threads,
+        images=data.supports,
+        normalised_as=data.train,
+        device=device,
+    )
     training = ClassifierTraining(build_classifier(encoder, len(data.classes)), settings, stream, device)
     checkpoints = CheckpointFolder(
-        folder / "checkpoints",
-        identity=determined,
-        accept_changes=tuple(config.accept_changes),
-        fence=control.fence,
+        folder / "checkpoints", identity=identity, accept_changes=tuple(config.accept_changes), fence=control.fence
     )
     start = checkpoints.resume(training.load_state_dict, device)
-    job = open_trackers(
-        config,
-        run,
-        folder,
-        job=f"{sweep}/{trial.name}",
-        start=start,
-        total_steps=training.total_steps,
-        awaits_validation=training.awaits_validation(start),
-        used=used,
-        made=folder / "best.pt",
-    )
-
-    def validate() -> Row:
-        if validation is None:
-            return {"val/top1": held_out[training.validated // training.validate_every]}
-        logits = forward_set(training.classifier, validation, device, control)
-        return {"val/top1": score(logits.cpu(), validation.labels).top1}
-
-    with job as tracker:
+    awaits = training.awaits_validation(start)
+    with track(start=start, total_steps=training.total_steps, awaits_validation=awaits) as tracker:
         train(
             training,
             checkpoints=checkpoints,
             tracker=tracker,
             start=start,
-            validate=validate,
-            describe=lambda records: [data.labelled_store.keys[int(record)] for record in records],
+            validate=lambda: {"val/top1": accuracy(training)},
+            describe=lambda records: [store.keys[int(record)] for record in records],
             control=control,
         )
-        if distributed.is_main():
-            save_tensors(folder / "best.pt", training.best_weights, fence=control.fence)
-    control.fence()
-    if distributed.is_main():
-        assert training.best is not None, "the last step is always scored"
-        accuracy, epoch = training.best
-        result = {"validation_accuracy": accuracy, "best_epoch": epoch, "seconds": time.monotonic() - began}
-        write_json(folder / "result.json", {**trial.values} | result)
-        mark_done(folder, steps=training.total_steps)
-
-
-def _stream(data: RunData, labelled: Positions, settings: ClassifierConfig, device: torch.device) -> ClassifierStream:
-    return ClassifierStream(
-        data.labelled_store,
-        labelled,
-        crop=settings.crop,
-        augment=settings.augment,
-        batch_size=settings.batch_size,
-        seed=data.config.seed,
-        threads=data.config.data.threads,
-        images=data.supports,
-        normalised_as=data.train,
-        device=device,
-    )
+        if best_weights is not None and distributed.is_main():
+            save_tensors(best_weights, training.best_weights, fence=control.fence)
+    return training
 
 
 def _cross_validate(
+    run: RunFolder,
     data: RunData,
-    encoder: Encoder,
-    settings: ClassifierConfig,
-    device: torch.device,
-    *,
     control: JobControl,
-    kept: Path,
+    fit: Callable[..., ClassifierTraining],
+    folder: Path,
+    *,
+    job: str,
     identity: Identity,
 ) -> list[float]:
     """The share of the labelled images that are classified rightly by the training that leaves out their fold.
 
-    A classifier from the same weights is trained for each fold. Finished folds are in the file ``kept``, with the
-    digest of the ``identity`` that determines them; one that is interrupted begins anew.
+    A classifier from the same weights is trained for each fold, in ``fold-1`` … of the trial's folder.
 
     Returns:
         A fraction for each epoch that is validated, in order.
-
-    Raises:
-        PreemptedError: by ``control``.
     """
-    digest, there = value_digest(identity), read_json(kept) if kept.exists() else {}
-    right: list[list[int]] = there["right"] if there.get("identity") == digest else []
-    for mask in data.folds()[len(right) :]:
-        stream = _stream(data, data.labelled[~mask], settings, device)
-        training = ClassifierTraining(build_classifier(encoder, len(data.classes)), settings, stream, device)
-        left_out, counts = data.images(data.labelled_store, data.labelled[mask]), []
-        try:
-            with stream.prefetch(0, training.total_steps, training.dtype) as batches:
-                for batch in batches:
-                    control.check()
-                    training.step(batch)
-                    if training.is_due(batch.step + 1, training.validate_every):
-                        synchronise_buffers(training.classifier)
-                        logits = forward_set(training.classifier, left_out, device, control).cpu()
-                        counts.append(int((logits.argmax(1) == left_out.labels).sum()))
-        except Interrupted:
-            raise PreemptedError(0) from None
-        right.append(counts)
-        control.fence()
-        if distributed.is_main():
-            write_json(kept, {"identity": digest, "right": right})
+    folds = data.folds()
+    right: list[list[int]] = []
+    quiet = replace(data.config, tracking=TrackingConfig(wandb="disabled"))  # W&B shows trials, not folds
+    for number, mask in enumerate(folds, 1):
+        left_out, place = data.images(data.labelled_store, data.labelled[mask]), folder / f"fold-{number}"
+
+        def accuracy(training: ClassifierTraining, left_out: EvaluationSet = left_out) -> float:
+            logits = forward_set(training.classifier, left_out, training.device, control)
+            return score(logits.cpu(), left_out.labels).top1
+
+        track = partial(open_trackers, quiet, run, place, job=f"{job} fold {number}/{len(folds)}")
+        own = identity | {"fold": f"{number} of {len(folds)}"}
+        training = fit(data.labelled[~mask], place, identity=own, track=track, accuracy=accuracy)
+        right.append([round(accuracy * len(left_out)) for accuracy in training.scores])
     return [sum(counts) / len(data.labelled) for counts in zip(*right, strict=True)]
 
 

@@ -136,7 +136,7 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
         yield from _check_pretraining(config, data, fewest)
     labelled = len(data.labelled)
     if data.validation_split is None:
-        held_out = folds(data.labelled_store.labels[data.labelled], seed=config.seed)
+        held_out = folds(data.labelled_store.labels[data.labelled], data.classes, seed=config.seed)
         labelled -= max(int(mask.sum()) for mask in held_out)
     for name in (sweep for sweep in SWEEPS if sweep in config.stages):
         _check_batches(config, name, labelled)

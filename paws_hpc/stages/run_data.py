@@ -51,7 +51,7 @@ class RunData(RunStores):
 
     def folds(self) -> list[NDArray[np.bool_]]:
         """Which of the (M,) labelled images each fold of the cross-validation holds out."""
-        return folds(self.labelled_store.labels[self.labelled], seed=self.config.seed)
+        return folds(self.labelled_store.labels[self.labelled], self.classes, seed=self.config.seed)
 
     def test_images(self) -> EvaluationSet | None:
         """The test split, which is opened now, one centre crop each; None where there is none."""

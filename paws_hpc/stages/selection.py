@@ -11,6 +11,7 @@ from torch import Tensor
 
 from paws_hpc import distributed
 from paws_hpc.config import Config, sweep_config
+from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
@@ -99,30 +100,43 @@ def run(context: TorchContext) -> None:
     control.fence()
     if distributed.is_main():
         write_json(run.selected, selected)
-    _score(context, data, choices, encoder, neighbours=neighbours, probes=probes)
+    test, validation = data.test_images(), data.validation_split
+    scores = {} if test is None else _score(context, data, test, choices, encoder, neighbours=neighbours, probes=probes)
+    control.fence()
+    if distributed.is_main():
+        result = {
+            "labels": len(data.labelled),
+            "validation_labels": 0 if validation is None else len(validation.keys),
+            "folds": len(data.folds()) if validation is None else None,  # of the cross-validation
+            "classes": list(data.classes),
+            "seed": config.seed,
+            "pretrained": encoder is not None,
+            "missing": {sweep: summary["missing"] for sweep, (_, summary) in choices.items()},
+            "test": {"count": 0 if test is None else len(test)} | scores,
+            "digests": data.digests | ({} if test is None else {"test": test.store.digest}),
+        }
+        write_json(run.result, result)
+        publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
 
 
 def _score(
     context: TorchContext,
     data: RunData,
+    test: EvaluationSet,
     choices: dict[str, Choice],
     encoder: Encoder | None,
     *,
     neighbours: Encoder | None,
     probes: dict[str, Probe],
-) -> None:
+) -> dict[str, Any]:
     """Score the test set by everything that is chosen: test images and test labels are read only here.
 
     ``encoder``, whose features ``probes`` take, and ``neighbours``, for PAWS-NN, are None without pre-training.
+
+    Returns:
+        Scores and chosen settings by method.
     """
-    config, run, device, control = context.config, context.run, context.device, context.control
-    test, nearest = data.test_images(), None
-    if test is None:
-        control.fence()
-        if distributed.is_main():
-            write_json(run.result, _result(data, choices, pretrained=encoder is not None))
-            publish_scores(config, run)
-        return
+    run, device, control, nearest = context.run, context.device, context.control, None
     predictions: dict[str, Tensor] = {}  # (N, K) scores by method
     settings: dict[str, Mapping[str, float]] = {method: probe.setting for method, probe in probes.items()}
     if neighbours is not None:
@@ -137,33 +151,12 @@ def _score(
         features = forward_set(encoder.backbone, test, device, control)
         predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
-    if not distributed.is_main():
-        return
-    shown = {method: values for method, values in predictions.items() if method in _SHOWN}
-    write_gallery(run.selection, test, data.labelled_images(), nearest, shown)
-    scores = {
+    if distributed.is_main():
+        shown = {method: values for method, values in predictions.items() if method in _SHOWN}
+        write_gallery(run.selection, test, data.labelled_images(), nearest, shown)
+    return {
         method: {**asdict(score(values, test.labels)), **settings.get(method, {})}
         for method, values in predictions.items()
-    }
-    result = _result(data, choices, pretrained=encoder is not None)
-    result |= {"test": {"count": len(test)} | scores, "digests": data.digests | {"test": test.store.digest}}
-    write_json(run.result, result)
-    publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
-
-
-def _result(data: RunData, choices: dict[str, Choice], *, pretrained: bool) -> dict[str, Any]:
-    """``result.json`` of a run without test images, which has no scores."""
-    validation = data.validation_split
-    return {
-        "labels": len(data.labelled),
-        "validation_labels": 0 if validation is None else len(validation.keys),
-        "folds": len(data.folds()) if validation is None else None,  # of the cross-validation
-        "classes": list(data.classes),
-        "seed": data.config.seed,
-        "pretrained": pretrained,
-        "missing": {sweep: summary["missing"] for sweep, (_, summary) in choices.items()},
-        "test": {"count": 0},
-        "digests": data.digests,
     }
 
 

@@ -60,11 +60,13 @@ def test_no_test_images_no_score_and_the_labels_that_chose_are_counted(finished:
     assert "Nothing is calibrated: the run has no validation images." in report
     # The choice is the mean over the folds of what was right while it was held out, of all 10 labels.
     for trial in (run / "finetune").iterdir():
-        folds = json.loads((trial / "folds.json").read_text())["right"]
-        accuracies = [sum(epoch) / 10 for epoch in zip(*folds, strict=True)]
-        assert len(folds) == 4
+        folds = [(trial / f"fold-{number}/metrics.jsonl").read_text().splitlines() for number in (1, 2, 3, 4)]
+        sizes = [4, 2, 2, 2]
+        right = [[size * json.loads(row)["val/top1"] for row in rows] for size, rows in zip(sizes, folds, strict=True)]
+        accuracies = [sum(epoch) / 10 for epoch in zip(*right, strict=True)]
         assert len(accuracies) == 2
-        assert json.loads((trial / "result.json").read_text())["validation_accuracy"] == max(accuracies)
+        best = json.loads((trial / "result.json").read_text())["validation_accuracy"]
+        assert best == pytest.approx(max(accuracies))
     assert selected["linear_probe"]["validation_accuracy"] * 10 == pytest.approx(
         round(selected["linear_probe"]["validation_accuracy"] * 10)
     )

@@ -23,13 +23,17 @@ from paws_hpc.engine.finetune import ClassifierTraining
 from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.tracking import MetricsFile, Row, read_rows
+from paws_hpc.files import read_json
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.models.norm import set_statistics
+from paws_hpc.stages import finetune
+from paws_hpc.stages.context import TorchContext
+from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
 from tests.ranks import results_of, run_on_ranks
-from tests.tiny import WALL_CLOCK, random_store
+from tests.tiny import WALL_CLOCK, random_store, tiny_config, trial_at
 
 CPU = torch.device("cpu")
 Best = tuple[float, int]
@@ -250,3 +254,41 @@ def test_ranks_that_share_a_batch_unevenly_train_as_one(tmp_path: Path) -> None:
     for name, value in alone.items():
         torch.testing.assert_close(ranks[0][name], value, rtol=1e-4, atol=1e-5)
         assert torch.equal(ranks[0][name], ranks[2][name])
+
+
+def test_cross_validation_interrupted_anywhere_goes_on_within_its_fold_and_ends_with_the_same_bits(
+    digits_stores: Stores, tmp_path: Path
+) -> None:
+    """The stage itself, without held-out labels: four folds of a trial, then the trial on all labels."""
+
+    point = trial_at(0.1, 40)
+
+    def trial(runs: Path, asked_at: int = 10**6) -> tuple[Path, int]:
+        config = tiny_config(digits_stores.train, digits_stores.test, runs)
+        config.labels.validation_per_class, config.baseline.validate_every_epochs = None, 20
+        run, checks = RunFolder(runs / "run"), itertools.count()
+        control = JobControl(lambda: next(checks) >= asked_at)
+        finetune.run(TorchContext(config, run, "baseline", point, device=CPU, control=control))
+        return run.trial("baseline", point), next(checks)
+
+    whole, checks = trial(tmp_path / "whole")
+    assert checks == 4 * (40 + 2) + 40 * 2, "steps and scores of four folds, steps of the trial"
+    result = read_json(whole / "result.json")
+    assert result["validation_accuracy"] > 0.15, "else this test would not tell one fold from another"
+    rows = [[row["val/top1"] for row in curve(whole / f"fold-{fold}")] for fold in (1, 2, 3, 4)]
+    means = [sum(epoch) / 4 for epoch in zip(*rows, strict=True)]  # of folds of ten images each
+    assert [row["val/top1"] for row in curve(whole)] == pytest.approx(means)
+    assert result["validation_accuracy"] == pytest.approx(max(means))
+    assert not list(whole.glob("fold-*/checkpoints")), "they are large, and of no use any more"
+    repeated = 0
+    for asked_at in range(1, checks, 61):
+        folder = tmp_path / str(asked_at)
+        with pytest.raises(PreemptedError):
+            trial(folder, asked_at)
+        again, further = trial(folder)
+        repeated = max(repeated, further - (checks - asked_at))
+        assert (again / "best.pt").read_bytes() == (whole / "best.pt").read_bytes()
+        assert read_json(again / "result.json") | {"seconds": 0} == result | {"seconds": 0}
+        for fold in (".", "fold-1", "fold-2", "fold-3", "fold-4"):
+            assert curve(again / fold) == curve(whole / fold)
+    assert repeated <= 1, "no step is done again, and no more than the one score that was interrupted"

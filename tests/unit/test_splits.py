@@ -216,20 +216,23 @@ def test_several_lists_are_several_seeds_of_one_setting(store: ImageStore, tmp_p
         labelled_and_validation(store, config, seed=5)
 
 
+NAMES = ["cat", "rabbit", "dog", "eel", "fox", "gnu", "hen", "ibis"]
+
+
 def test_without_validation_each_label_is_held_out_once_and_every_class_is_spread_evenly() -> None:
     labels = np.repeat([0, 2, 5], [9, 8, 5])
-    masks = folds(labels, seed=3)
+    masks = folds(labels, NAMES, seed=3)
     assert len(masks) == 4
     assert (sum(mask.astype(int) for mask in masks) == 1).all()
     for label in (0, 2, 5):
         sizes = [int(mask[labels == label].sum()) for mask in masks]
         assert max(sizes) - min(sizes) <= 1
-    assert all((a == b).all() for a, b in zip(masks, folds(labels, seed=3), strict=True))
-    assert any((a != b).any() for a, b in zip(masks, folds(labels, seed=4), strict=True))
-    assert [int(mask.sum()) for mask in folds(np.repeat(np.arange(8), 5), seed=0)] == [10] * 4, "folds are even"
-    assert len(folds(np.array([0, 0, 1, 1, 1]), seed=0)) == 2, "as many as the labels of the smallest class"
-    with pytest.raises(ValueError, match=r"class 1 has one labelled image.*labels.validation_per_class"):
-        folds(np.array([0, 0, 1]), seed=0)
+    assert all((a == b).all() for a, b in zip(masks, folds(labels, NAMES, seed=3), strict=True))
+    assert any((a != b).any() for a, b in zip(masks, folds(labels, NAMES, seed=4), strict=True))
+    assert [int(mask.sum()) for mask in folds(np.repeat(np.arange(8), 5), NAMES, seed=0)] == [10] * 4, "folds are even"
+    assert len(folds(np.array([0, 0, 1, 1, 1]), NAMES, seed=0)) == 2, "as many as the labels of the smallest class"
+    with pytest.raises(ValueError, match=r"class 'rabbit' has one labelled image.*labels.validation_per_class"):
+        folds(np.array([0, 0, 1]), NAMES, seed=0)
 
 
 def test_nothing_is_held_out_where_no_validation_is_asked_for(store: ImageStore) -> None:
