@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.run_folder import RunFolder
 from tests.conftest import Stores
-from tests.tiny import tiny_config, training_of
+from tests.ranks import results_of, run_on_ranks
+from tests.tiny import random_store, tiny_config, training_of
 
 CPU, STEPS = torch.device("cpu"), 30
 
@@ -39,16 +41,24 @@ def memory(tensor: Tensor) -> int:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operation with its arguments: tensors as they lie in memory, numbers as they are at the moment."""
+    """Keeps every operation with its arguments: tensors as they lie in memory, numbers as they are at the moment.
+
+    Collectives are among them. They write to their arguments, and are over when their ``Work`` has been waited for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.made: list[Tensor] = []
+        self.received = set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         outputs, given = tensors(result), {memory(each) for each in tensors((args, kwargs))}
+        if func.namespace == "c10d":
+            self.received = set(map(memory, outputs))
+        elif func is torch.ops.aten.copy_.default and memory(args[0]) in self.received:
+            return result
         self.operations.append((func, args, kwargs or {}, outputs))
         self.made += [each.detach() for each in outputs if memory(each) not in given]
         return result
@@ -59,7 +69,11 @@ class Recorder(TorchDispatchMode):
             for func, args, kwargs, outputs in self.operations:
                 if func.is_view or func is torch.ops.aten.lift_fresh.default:
                     continue
-                for output, new in zip(outputs, tensors(func(*args, **kwargs)), strict=True):
+                result = func(*args, **kwargs)
+                for work in tree_leaves(result) if func.namespace == "c10d" else ():
+                    if not isinstance(work, Tensor):
+                        work.wait()
+                for output, new in zip(outputs, tensors(result), strict=True):
                     if memory(new) != memory(output):
                         output.copy_(new)
 
@@ -208,6 +222,48 @@ def test_a_kind_of_step_that_comes_late_is_captured_when_it_comes_or_the_next_ti
         assert capture.captured == captures
         assert len(ran) == 3 + captures + len(fails_at)
     assert all(record.levelno < logging.WARNING for record in caplog.records)
+
+
+def replayed_on_ranks(rank: int, world: int) -> dict[str, Any]:
+    return beside_eager_steps()
+
+
+def failing_on_rank_1(rank: int, world: int) -> dict[str, Any]:
+    return beside_eager_steps(fails_at=(2,) if rank == 1 else ())
+
+
+def beside_eager_steps(*, fails_at: tuple[int, ...] = ()) -> dict[str, Any]:
+    """What this rank's steps give, eager and with graphs; support warm-up ends among the replayed ones."""
+    warnings = list[str]()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("paws_hpc").addHandler(handler)
+    with TemporaryDirectory() as name:
+        store = random_store(Path(name) / "store", count=640, size=16, classes=10).path
+        objective = PawsConfig(support_warmup_fraction=0.5)
+        plain, replayed = (training(Stores(store, store), objective, "lars") for _ in range(2))
+        capture = graphed(replayed, fails_at=fails_at)
+        rows = [steps(made, 0, STEPS) for made in (plain, replayed)]
+    logging.getLogger("paws_hpc").removeHandler(handler)
+    states = [{**made.encoder.state_dict(), **made.result.state_dict(prefix="average.")} for made in (plain, replayed)]
+    return {"rows": rows, "states": states, "captured": capture.captured, "warnings": warnings}
+
+
+def test_on_two_ranks_steps_are_replayed_with_their_collectives_or_by_no_rank(tmp_path: Path) -> None:
+    """To the bit the eager ones, over gloo, after a capture that fails on one rank too: each rank logs that once."""
+    run_on_ranks(tmp_path, {2: [replayed_on_ranks, failing_on_rank_1]})
+    for work, captured in ((replayed_on_ranks, 4), (failing_on_rank_1, 2)):
+        results = results_of(work, 2, tmp_path)
+        for rank, result in enumerate(results):
+            assert_same(*result["rows"])
+            assert_same(*result["states"])
+            assert result["captured"] == captured
+            causes = [text.partition("(")[2] for text in result["warnings"]]
+            told = "" if rank == 1 else "OtherRankError: rank 1 failed, and no rank goes on without it: "
+            assert causes == ([] if captured == 4 else [f"{told}RuntimeError: operation not permitted)."])
+        first, second = (result["states"][1] for result in results)
+        assert_same(first, second)
+        assert not torch.equal(*(result["rows"][1][-1]["train/loss_consistency"] for result in results)), "other images"
 
 
 @pytest.mark.parametrize("preempted", [False, True])
