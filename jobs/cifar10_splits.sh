@@ -16,5 +16,5 @@ if [[ -n ${SPLITS:-} ]]; then
   splits=(seed=73,91,152,321,401 labels.per_class=null "labels.file='$(realpath "$SPLITS")/spc.4000_split.{seed}.txt'"
     'name=cifar10_4000-listed-seed${seed}')
 fi
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch -m experiment=cifar10_4000 data.source_path="$cifar" "${splits[@]}" "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch -m experiment=cifar10_4000 data.source_path="$cifar" "${splits[@]}" "$@"

@@ -6,9 +6,9 @@
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; each table is made of its runs: python -m paws_hpc.report runs/digits-seed*-support=*
 set -euo pipefail
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
 launch() {
-  .venv/bin/python -m paws_hpc.launch -m experiment=digits seed=0,1,2,3,4 \
+  "${PYTHON:-python}" -m paws_hpc.launch -m experiment=digits seed=0,1,2,3,4 \
     'stages=[prepare,pretrain,selection,report]' finetune.min_trials=0 baseline.min_trials=0 \
     pretrain.collapse.action=warn "$@"
 }

@@ -6,11 +6,11 @@
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; any of them side by side: python -m paws_hpc.report runs/digits-no_warmup-*
 set -euo pipefail
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
 launch() {
   local name=$1 labels=$2
   shift 2
-  .venv/bin/python -m paws_hpc.launch -m experiment=digits "name=digits-$name-labels\${labels.per_class}-seed\${seed}" \
+  "${PYTHON:-python}" -m paws_hpc.launch -m experiment=digits "name=digits-$name-labels\${labels.per_class}-seed\${seed}" \
     seed=0,1,2,3,4 "labels.per_class=$labels" 'pretrain.support.images_per_class=${labels.per_class}' \
     'stages=[prepare,pretrain,selection,report]' finetune.min_trials=0 baseline.min_trials=0 \
     pretrain.collapse.action=warn "$@"

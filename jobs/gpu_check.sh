@@ -3,7 +3,8 @@
 # Command:  bash jobs/gpu_check.sh                             on this machine
 #           sbatch [--partition=… --account=…] jobs/gpu_check.sh     on a cluster, submitted from the project's folder
 #           DEVICE=cpu STEPS=1 SCALE=10 bash jobs/gpu_check.sh     the same on CPUs, with small sizes: whether the script works
-# Needs:    nothing but the environment (make env): images are made of photographs that scikit-learn ships, and digits.
+# Needs:    the source tree with its tests and environment (make env), and no data: images are made of photographs that
+#           scikit-learn ships, and digits.
 # Cost:     3 GB of disk in OUT (bench/gpu_check), and one GPU and 8 cores for 470 s at most, which is the sum of the limits
 #           below. They follow from 110 s for compiling the ImageNet recipe (an H200, 16 cores); no GPU has run it as a whole.
 # Expected: a table of bars with what was reached; figures in OUT/*.json, logs in OUT/*.log. A part that fails or takes longer

@@ -7,5 +7,5 @@
 # Here:     add resources.pretrain.tasks_per_node=8 (and finetune, baseline) to use eight GPUs of this machine.
 # Run again, it resumes.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch experiment=imagenet_10pct "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch experiment=imagenet_10pct "$@"

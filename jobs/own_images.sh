@@ -6,5 +6,5 @@
 # Slurm:    add hydra/launcher=slurm_cpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch "$@"

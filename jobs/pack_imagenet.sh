@@ -10,12 +10,12 @@
 set -euo pipefail
 : "${IMAGENET:?the folder that holds train/ or ILSVRC2012_img_train.tar, and val/}"
 IMAGENET=$(realpath "$IMAGENET")
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
 for split in train val; do
   source=(folder --root "$IMAGENET/$split")
   if [[ $split == train && -f $IMAGENET/ILSVRC2012_img_train.tar ]]; then
     source=(tar --root "$IMAGENET/ILSVRC2012_img_train.tar")
   fi
-  .venv/bin/python -m paws_hpc.shards pack "${source[@]}" --to "shards/imagenet/$split" "$@"
-  .venv/bin/python -m paws_hpc.shards verify --quick "shards/imagenet/$split"
+  "${PYTHON:-python}" -m paws_hpc.shards pack "${source[@]}" --to "shards/imagenet/$split" "$@"
+  "${PYTHON:-python}" -m paws_hpc.shards verify --quick "shards/imagenet/$split"
 done

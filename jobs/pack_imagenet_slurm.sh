@@ -11,7 +11,8 @@
 set -euo pipefail
 : "${IMAGENET:?the folder that holds train/ or ILSVRC2012_img_train.tar, and val/}"
 IMAGENET=$(realpath "$IMAGENET")
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+python=$(command -v "${PYTHON:-python}") # of a path that the nodes see, too
 parts=${PARTS:-16}
 cores=${CORES:-8}
 mkdir -p shards/imagenet/logs
@@ -20,7 +21,7 @@ for split in train val; do
   if [[ $split == train && -f $IMAGENET/ILSVRC2012_img_train.tar ]]; then
     source=(tar --root "$IMAGENET/ILSVRC2012_img_train.tar")
   fi
-  pack=(.venv/bin/python -m paws_hpc.shards pack "${source[@]}" --to "shards/imagenet/$split")
+  pack=("$python" -m paws_hpc.shards pack "${source[@]}" --to "shards/imagenet/$split")
   "${pack[@]}" --plan-only
   job=$(sbatch --parsable --job-name="pack-$split" --array="1-$parts" --requeue --cpus-per-task="$cores" \
     --time=4:00:00 --open-mode=append --output="shards/imagenet/logs/$split-%a.log" "$@" \
@@ -28,6 +29,6 @@ for split in train val; do
   last=$(sbatch --parsable --job-name="verify-$split" --dependency="afterany:${job%%;*}" --requeue \
     --cpus-per-task="$cores" --time=8:00:00 --open-mode=append \
     --output="shards/imagenet/logs/$split-verify.log" "$@" \
-    --wrap="$(printf '%q ' "${pack[@]}") --part 1/1 && exec .venv/bin/python -m paws_hpc.shards verify --full shards/imagenet/$split")
+    --wrap="$(printf '%q ' "${pack[@]}") --part 1/1 && exec $(printf '%q' "$python") -m paws_hpc.shards verify --full shards/imagenet/$split")
   echo "$split: array ${job%%;*} packs $parts parts, job ${last%%;*} verifies; logs in shards/imagenet/logs"
 done

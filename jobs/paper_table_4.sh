@@ -9,5 +9,5 @@
 # Small:    bash jobs/digits_ablations.sh
 # Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-support=*
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" 'pretrain.support={classes:1000,images_per_class:16},{classes:960,images_per_class:7},{classes:960,images_per_class:4},{classes:448,images_per_class:8}' "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" 'pretrain.support={classes:1000,images_per_class:16},{classes:960,images_per_class:7},{classes:960,images_per_class:4},{classes:448,images_per_class:8}' "$@"

@@ -8,5 +8,5 @@
 # Small:    bash jobs/digits_ablations.sh
 # Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-me_max=*
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" objective.me_max=true,false "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" objective.me_max=true,false "$@"

@@ -9,5 +9,5 @@
 # Small:    bash jobs/digits_labels.sh
 # Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/imagenet_1*pct-seed0-model=*
 set -euo pipefail
-cd "$(dirname "$0")/.."
-exec .venv/bin/python -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" model=resnet50,resnet50_2x,resnet50_4x pretrain.epochs=100,200,300 "$@"
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+exec "${PYTHON:-python}" -m paws_hpc.launch -m experiment="${EXPERIMENTS:-imagenet_1pct,imagenet_10pct}" model=resnet50,resnet50_2x,resnet50_4x pretrain.epochs=100,200,300 "$@"

@@ -11,10 +11,10 @@
 # Slurm:    add hydra/launcher=slurm_8gpu, or a copy of it that fits your cluster (conf/hydra/launcher/).
 # Run again, it resumes; the table is made of the runs: python -m paws_hpc.report runs/NAME-supervised-*
 set -euo pipefail
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
 experiment=${EXPERIMENT:-digits}
 launch() {
-  .venv/bin/python -m paws_hpc.launch -m experiment="$experiment" "name=$experiment-supervised-$1-seed\${seed}" \
+  "${PYTHON:-python}" -m paws_hpc.launch -m experiment="$experiment" "name=$experiment-supervised-$1-seed\${seed}" \
     'stages=[prepare,baseline,selection,report]' "${@:2}"
 }
 launch subset "$@"

@@ -6,7 +6,8 @@
 # Expected: in runs/sync-JOB.log a line per stage, "all of N rows are online"; the job fails if something is left.
 # Run again, it uploads what is left and repeats nothing. Without Slurm: python -m paws_hpc.sync --all
 set -euo pipefail
-cd "$(dirname "$0")/.."
+PATH=$(dirname "$(realpath "$0")")/../.venv/bin:$PATH # the environment of the source tree, where this is in one
+python=$(command -v "${PYTHON:-python}") # of a path that the nodes see, too
 mkdir -p runs
 sbatch --job-name=sync-wandb --cpus-per-task=1 --time=4:00:00 --output=runs/sync-%j.log "$@" \
-  --wrap="exec .venv/bin/python -m paws_hpc.sync $(printf '%q' "${RUN:---all}")"
+  --wrap="exec $(printf '%q' "$python") -m paws_hpc.sync $(printf '%q' "${RUN:---all}")"

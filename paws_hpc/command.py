@@ -1,4 +1,4 @@
-"""What commands share: their names, numbers as arguments, and how they end.
+"""What commands share: their names, options, numbers as arguments, and how they end.
 
 An error that a user can cause or repair is one line, and no traceback.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space and give the same command again: what is complete stays.",
@@ -23,6 +24,14 @@ _REMEDIES = {
 def program(name: str) -> str:
     """How a command was called, for its usage: ``paws NAME`` where that is installed and was used."""
     return f"paws {name}" if Path(sys.argv[0]).name == "paws" else f"python -m paws_hpc {name}"
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a command; wrong ones end it with one line and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command."""
+        self.exit(2, f"error: {message.rstrip('.')}. `{self.prog} --help` says more.\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -24,7 +24,7 @@ from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, Check, Parameters, 
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -48,7 +48,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("doctor"), description="Check a cluster before the first submission.")
+    parser = Parser(prog=program("doctor"), description="Check a cluster before the first submission.")
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=f"as for launch; {_SLURM} goes without")
     parser.add_argument("--config-dir", metavar="FOLDER", help="of recipes of your own (conf)")
     parser.add_argument("--probe", action="store_true", help="submit a tiny job that looks from a compute node")

@@ -13,12 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.cluster.frozen import read_config
-from paws_hpc.command import exit_status, program
-from paws_hpc.deploy import FORMATS, HEADS, load_network, write_export
+from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.deploy import FORMATS, HEADS, write_export
 from paws_hpc.deploy.formats import check_packages
-from paws_hpc.stages.run_data import open_data
-from paws_hpc.stages.run_folder import RunFolder, find_run
+from paws_hpc.finished_run import load_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     formats = "; ".join(f"{name}: {kind.help}" for name, kind in FORMATS.items())
     heads = "; ".join(f"{name}: {output}" for name, output in HEADS.items())
-    parser = argparse.ArgumentParser(prog=program("export"), description="Write a network of a finished run as a file.")
+    parser = Parser(prog=program("export"), description="Write a network of a finished run as a file.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--format", required=True, choices=FORMATS, help=formats)
     parser.add_argument("--head", default="none", choices=HEADS, help=f"what comes out ({heads}; default %(default)s)")
@@ -41,11 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(options: argparse.Namespace) -> None:
     check_packages(options.format)
-    run = RunFolder(find_run(options.run, options.runs))
-    config = read_config(run.config)
-    network = load_network(run, open_data(config), options.head)
-    name = f"{config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
-    for path in write_export(network, options.format, options.to or run.path / "export" / name):
+    run = load_run(options.run, options.runs)
+    network = run.network(options.head)
+    name = f"{run.config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
+    for path in write_export(network, options.format, options.to or run.folder.path / "export" / name):
         print(path)
 
 

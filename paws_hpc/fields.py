@@ -23,7 +23,7 @@ from typing import Any
 
 from paws_hpc.cluster.compose import CONF, compose_run, own_configs
 from paws_hpc.cluster.frozen import hint
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.config import Config, StageResources
 from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.stage_table import STAGES
@@ -132,7 +132,7 @@ def as_markdown() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=program("config"), description="Show the fields of a run.")
+    parser = Parser(prog=program("config"), description="Show the fields of a run.")
     parser.add_argument("words", nargs="*", metavar="PREFIX | FIELD=VALUE", help="of names; or a run, as for launch")
     parser.add_argument("--config-dir", metavar="FOLDER", help="of recipes of your own (conf)")
     parser.add_argument("--markdown", action="store_true", help="print docs/config.md")

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from paws_hpc.cluster.bootstrap import run_job
 from paws_hpc.cluster.chain import Chain, check_begun, forget_untrained
-from paws_hpc.cluster.compose import compose_run, derivation, own_configs, runs_of
+from paws_hpc.cluster.compose import check_named_stores, compose_run, derivation, own_configs, runs_of
 from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.local import run_chain, submitit_local
 from paws_hpc.cluster.overview import overviews
@@ -41,7 +41,6 @@ from paws_hpc.report.tables import result_table
 from paws_hpc.stages.attempts import LeaseHeldError
 from paws_hpc.stages.prepare import check_before_packing
 from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, has_trained, is_done
-from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _SEVERAL = ("-m", "--multirun")
 _USER_ERRORS = (ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError)
@@ -165,26 +164,6 @@ def _compare(composed: Sequence[tuple[Config, Launcher]]) -> None:
             print(f"error: there is no comparison: {error}", file=sys.stderr)
 
 
-def _check_named_stores(config: Config, overrides: Sequence[str]) -> None:
-    """Raise ConfigError if a store that an override names is not there, and nothing says that it is to be packed."""
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    for field in ("train", "labelled", "test"):
-        if f"data.{field}" not in given or (named := getattr(config.data, field)) is None:
-            continue
-        if ((path := Path(named)) / MANIFEST_NAME).exists() or (path / UNDERWAY_NAME).exists():
-            continue
-        if path.is_dir() and any(path.iterdir()):
-            raise ConfigError(
-                f"data.{field}={path} is a folder of other files and no store. Pack them into another folder, "
-                f"`{program('pack')} folder --root {path} --to shards/{path.resolve().name}`, and name that."
-            )
-        if config.data.source is not None and not {"data", "data.source"} & given and field != "labelled":
-            raise ConfigError(
-                f"data.{field}={path} does not exist. Correct the path; or give data.source={config.data.source} as "
-                "well, to pack that data set into it."
-            )
-
-
 def main() -> int:
     """Launch every run of the arguments, one after another; one that fails does not keep the others from running.
 
@@ -209,7 +188,7 @@ def _main() -> int:
     runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
     composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
     for overrides, (config, _) in zip(runs, composed, strict=True):
-        _check_named_stores(config, overrides)
+        check_named_stores(config, overrides)
     for table in dict.fromkeys(derivation(tuple(overrides))[2] for overrides in runs):
         _print_derived(table)
     if len(runs) > 1 and not several:

@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from paws_hpc.cluster.frozen import read_config
-from paws_hpc.command import at_least, exit_status, program
+from paws_hpc.command import Parser, at_least, exit_status, program
 from paws_hpc.deploy.files import image_files, printable, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
 from paws_hpc.files import write_json
-from paws_hpc.stages.run_data import open_data
-from paws_hpc.stages.run_folder import RunFolder, find_run
+from paws_hpc.finished_run import load_run
 
 SOME_FAILED = 3
 
@@ -38,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("predict"), description="Classify image files by a finished run.")
+    parser = Parser(prog=program("predict"), description="Classify image files by a finished run.")
     parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file, or folder of images")
     parser.add_argument("--method", default=METHODS[0], choices=METHODS, help="which network answers (%(default)s)")
@@ -55,10 +53,10 @@ def _predict(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    run = RunFolder(find_run(options.run, options.runs))
-    config, commit = read_config(run.config), run.describe().get("commit")
+    run = load_run(options.run, options.runs)
+    config, commit = run.config, run.folder.describe().get("commit")
     paths = list(image_files(options.images))
-    predictor = Predictor(run, open_data(config), method=options.method, device=device)
+    predictor = Predictor(run.folder, run.data, method=options.method, device=device)
     sheet = None
     if options.html is not None:
         method = {"paws-nn": "PAWS-NN", "fine-tuned": "fine-tuned network"}[options.method]

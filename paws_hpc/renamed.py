@@ -46,7 +46,7 @@ RENAMED_KEYS: dict[str, str] = {
     "pretrain.collapse.tolerance": "nothing: it is 0.02",
     "pretrain.diagnose_every_steps": "pretrain.log_every_steps",
     "data.cache_gb": "nothing, the memory for labelled images follows from the node's",
-    "data.max_substitutes": "nothing, a damaged image is an error (python -m paws_hpc.shards repair mends a store)",
+    "data.max_substitutes": "nothing, a damaged image is an error",
     "data.placement": "nothing, a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
     "data.prefetch_gb": "nothing, three batches are made ahead, fewer where they are above 1 GB together",
     "data.block_mb": "nothing, data.order=window keeps 8 MB together",

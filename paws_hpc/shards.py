@@ -17,7 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.packing import (
     SOURCES,
     PackOptions,
@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("shards"), description="Image stores: pack, info, verify, repair, copy."
-    )
+    parser = Parser(prog=program("shards"), description="Image stores: pack, info, verify, repair, copy.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     packing = commands.add_parser("pack", help="pack a data set into shards")
     sources = packing.add_subparsers(required=True, metavar="SOURCE", dest="kind")

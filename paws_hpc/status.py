@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paws_hpc.cluster.overview import JobOverview, RunOverview, overviews, span
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.stages.run_folder import all_runs, find_run
 
 _UNCUT = 10_000  # columns, where no terminal folds the lines
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("status"), description="What became of a run, or of all runs under runs/."
-    )
+    parser = Parser(prog=program("status"), description="What became of a run, or of all runs under runs/.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--watch", action="store_true", help="look again and again, until interrupted")

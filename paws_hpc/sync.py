@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.engine import wandb_run
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.files import exclusive
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("sync"), description="Upload metrics that Weights & Biases lacks.")
+    parser = Parser(prog=program("sync"), description="Upload metrics that Weights & Biases lacks.")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
     which.add_argument("--all", action="store_true", help="all runs under --runs")

@@ -76,7 +76,7 @@ def trial_at(learning_rate: float, epochs: int) -> Trial:
 
 def training_of(config: Config, folder: Path, *, labels_per_class: int = 4, device: str = "cpu") -> Pretraining:
     """Pre-training before its first step, on a store of ten classes and some of its labels."""
-    store, support = ImageStore.open(folder), config.pretrain.support
+    store, support = ImageStore(folder), config.pretrain.support
     labelled = np.concatenate([np.flatnonzero(store.labels == label)[:labels_per_class] for label in range(10)])
     stream = PawsStream(
         store, labelled, views=config.views, batch_size=config.pretrain.batch_size, support_classes=support.classes,
@@ -90,7 +90,7 @@ def training_of(config: Config, folder: Path, *, labels_per_class: int = 4, devi
 def random_store(folder: Path, *, count: int, size: int, classes: int) -> ImageStore:
     """Noise, packed; the same for the same arguments."""
     images = np.random.default_rng(0).integers(0, 256, (count, size, size, 1), np.uint8)
-    return ImageStore.open(pack(array_source(images, "abcdefghij"[:classes]), folder).path)
+    return ImageStore(pack(array_source(images, "abcdefghij"[:classes]), folder).path)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from paws_hpc.bench.scaling import bench_scaling
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 from paws_hpc.bench.workloads import RECIPES
-from paws_hpc.command import at_least, exit_status, program
+from paws_hpc.command import Parser, at_least, exit_status, program
 
 _SPEED = {
     "step": "a training step and its parts",
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program("bench"), description=__doc__.partition("\n")[0])
+    parser = Parser(prog=program("bench"), description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     store = commands.add_parser("store", help="the image store and the CPU's share of the data path")
     store.add_argument("--images", type=at_least(64), default=2400, help="photographs of 110 KB to make (2400)")

@@ -47,7 +47,7 @@ def batches(records: Positions) -> list[Positions]:
 def reads(store: str, check: bool) -> Work:
     """Every record at random, one by one, with or without its CRC32C."""
     read_again(Path(store).glob("*.h5"))
-    images = ImageStore.open(store, check=check)
+    images = ImageStore(store, check=check)
     order = batches(shuffled(len(images)))
 
     def work() -> int:
@@ -61,7 +61,7 @@ def reads(store: str, check: bool) -> Work:
 
 def flat_file(store: str, check: bool) -> Work:
     """The least that reading at random costs: ``os.preadv`` into one buffer at known offsets, and CRC32C."""
-    images = ImageStore.open(store)
+    images = ImageStore(store)
     path = Path(store).with_suffix(".flat")
     with open(path, "wb") as file:
         lengths = [file.write(record) for record in images.read_encoded(np.arange(len(images)))]
@@ -98,7 +98,7 @@ def plain_files(folder: str) -> Work:
 
 def crops(store: str, threads: int) -> Work:
     """2 x 224 and 6 x 96 crops of every image, without augmentation, which runs batched on the device."""
-    images = ImageStore.open(store)
+    images = ImageStore(store)
     torch.set_num_threads(1)
     multicrop = MultiCrop(StoreImages(images), seed=0, threads=threads, device=_CPU)
     order, epochs = batches(shuffled(len(images))), itertools.count()
@@ -118,7 +118,7 @@ def crops(store: str, threads: int) -> Work:
 
 def supports(store: str, decoded: bool) -> Work:
     """One 224 crop of images that memory holds decoded, or that are read from the store each time."""
-    images = ImageStore.open(store)
+    images = ImageStore(store)
     torch.set_num_threads(1)
     labelled = shuffled(len(images))[: min(600, len(images))]
     source = cached_images(images, labelled) if decoded else StoreImages(images)
@@ -151,7 +151,7 @@ def packing(folder: str, target: str, check: str) -> Work:
 def _stream(path: str, *, threads: int) -> PawsStream:
     """The stream of one of 64 GPUs at ImageNet's recipe: 64 unlabelled images and 105 supports a step."""
     torch.set_num_threads(1)
-    store = ImageStore.open(path)
+    store = ImageStore(path)
     labelled = np.concatenate([np.flatnonzero(store.labels == label)[:12] for label in range(CLASSES)])
     return PawsStream(
         store,

@@ -24,10 +24,12 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
+from paws_hpc.command import program
 from paws_hpc.config import Config
 from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.own_images import Derived, derived, is_own
 from paws_hpc.renamed import renamed
+from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _IN_EVERY_NAME = ("experiment", "seed")
 _UNFIT = re.compile(r"[^\w.+-]+")
@@ -166,8 +168,32 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
     return config, launcher
 
 
+def check_named_stores(config: Config, overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a store that an override names is not there, and nothing says that it is to be packed."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for field in ("train", "labelled", "test"):
+        if f"data.{field}" not in given or (named := getattr(config.data, field)) is None:
+            continue
+        if ((path := Path(named)) / MANIFEST_NAME).exists() or (path / UNDERWAY_NAME).exists():
+            continue
+        if path.is_dir() and any(path.iterdir()):
+            raise ConfigError(
+                f"data.{field}={path} is a folder of other files and no store. Pack them into another folder, "
+                f"`{program('pack')} folder --root {path} --to shards/{path.resolve().name}`, and name that."
+            )
+        if config.data.source is not None and not {"data", "data.source"} & given and field != "labelled":
+            raise ConfigError(
+                f"data.{field}={path} does not exist. Correct the path; or give data.source={config.data.source} as "
+                "well, to pack that data set into it."
+            )
+
+
 def parameters_of(overrides: Sequence[str]) -> tuple[Config, dict[str, dict[str, Any]]]:
-    """The run that overrides describe as it would be submitted, and submitit's parameters for each of its stages."""
+    """The run that overrides describe as it would be submitted, and submitit's parameters for each of its stages.
+
+    Errors as of :func:`compose_run` and :func:`check_named_stores`.
+    """
     config, launcher = compose_run(overrides)
+    check_named_stores(config, overrides)
     config = resolve(config, launcher)
     return config, stage_parameters(config, launcher)

@@ -290,8 +290,8 @@ def _store(subset: str, path: str, data: DataConfig) -> Check:
         origin = source.root or source.kind
         return Check(name, "ok", f"{path} is not there yet; the stage prepare packs it from {origin}")
     try:
-        store = ImageStore.open(Path(path))
+        store = ImageStore(Path(path))
     except (OSError, ValueError) as error:
-        return Check(name, "problem", str(error), f"Look closer with `{program('shards')} verify`.")
+        return Check(name, "problem", str(error), f"Look closer with `{program('verify')}`.")
     with store:
         return Check(name, "ok", f"{path}: {len(store):,} images of {len(store.classes):,} classes")

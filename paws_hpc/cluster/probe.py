@@ -100,7 +100,7 @@ def _images(path: str) -> int | str:
     try:
         from paws_hpc.store import ImageStore  # noqa: PLC0415
 
-        with ImageStore.open(path) as store:
+        with ImageStore(path) as store:
             return len(store)
     except (ImportError, OSError, ValueError) as error:
         return str(error)

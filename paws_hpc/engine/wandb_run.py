@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from paws_hpc.command import program
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.tracking import Row, Tracker
 from paws_hpc.files import file_hash, read_json, write_json
@@ -37,7 +38,7 @@ _PATIENCE_S = 90.0  # the other ranks and the next stage wait meanwhile
 _ARRIVAL_S = 5.0  # for the server to count rows that it took
 _POLL_S = 0.25
 _STARTS_APART_S = 10  # over which the jobs of an array begin
-_LATER = "`python -m paws_hpc.sync RUN` uploads what is missing, from wherever there is a connection."
+_LATER = f"`{program('sync')} RUN` uploads what is missing, from wherever there is a connection."
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -113,6 +113,59 @@ def paws_targets(h: Tensor, supports: Tensor, labels: ClassLabels, *, temperatur
         )
 
 
+def loss(
+    views: Tensor,
+    supports: Tensor,
+    classes: Tensor,
+    *,
+    target_views: Tensor | None = None,
+    target_supports: Tensor | None = None,
+    temperature: float = PawsConfig.temperature,
+    sharpening: float = PawsConfig.sharpening,
+    label_smoothing: float = PawsConfig.label_smoothing,
+    me_max: bool = PawsConfig.me_max,
+) -> PawsLoss:
+    """PAWS as a function of plain tensors: ``loss(views, supports, classes).total.backward()`` in any training loop.
+
+    Args:
+        views: (2 + m, n, D) z of n images: two large crops and m small ones of each. Gradients flow here.
+        supports: (S, D) z of labelled images; gradients flow here, too. With several ranks, gather them first.
+        classes: (S,) integers, their classes, on the same device. K are the different ones among them.
+        target_views: (2, n, D') h of the large crops and
+        target_supports: (S, D') of the supports, where z has a prediction head more; without them z makes the targets.
+        temperature, sharpening, label_smoothing, me_max: see :class:`PawsConfig`.
+
+    Raises:
+        ValueError: shapes do not go together, or a number is out of its range.
+    """
+    PawsConfig(temperature=temperature, sharpening=sharpening, label_smoothing=label_smoothing)  # checks their ranges
+    h, h_supports = (views[:2] if target_views is None else target_views), target_supports
+    h_supports = supports if h_supports is None else h_supports
+    shapes = {
+        "views": views,
+        "supports": supports,
+        "classes": classes,
+        "target_views": h,
+        "target_supports": h_supports,
+    }
+    if (
+        views.ndim != 3 or len(views) < 2 or supports.shape != (len(supports), views.shape[2])
+        or classes.shape != (len(supports),) or classes.is_floating_point()
+        or h.shape[:2] != (2, views.shape[1]) or h_supports.shape != (len(supports), h.shape[2])
+    ):  # fmt: skip
+        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in shapes.items())
+        raise ValueError(
+            f"{given}: give views (2 + m, n, D), supports (S, D) and integers classes (S,); with a prediction head "
+            "also target_views (2, n, E) and target_supports (S, E)."
+        )
+    known, numbers = classes.cpu().unique(return_inverse=True)
+    labels = class_labels(numbers, len(known), smoothing=label_smoothing, device=views.device)
+    targets = paws_targets(h.flatten(0, 1), h_supports, labels, temperature=temperature, sharpening=sharpening)
+    return paws_loss(
+        views.flatten(0, 1), supports, targets, labels, temperature=temperature, sharpening=sharpening, me_max=me_max
+    )
+
+
 _COLLAPSE_TOLERANCE = 0.02  # of log K
 
 

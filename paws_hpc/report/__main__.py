@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.command import exit_status, program
+from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.report.comparison import as_json, as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.page import build_report
@@ -46,9 +46,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("report"), description="Write the report of a run, or one page that compares several."
-    )
+    parser = Parser(prog=program("report"), description="Write the report of a run, or one page that compares several.")
     parser.add_argument("run", nargs="+", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument(

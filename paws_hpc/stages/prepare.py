@@ -98,10 +98,10 @@ def packed_from(data: DataConfig, subset: str) -> SourceConfig:
     if subset not in data.folders:
         if data.source is not None and subset != "labelled":
             return SourceConfig(kind=data.source, root=data.source_path, split=subset)
-        path, command = getattr(data, subset), program("shards")
+        path, command = getattr(data, subset), program("pack")
         raise FileNotFoundError(
-            f"data.{subset}={path} is not packed yet. Pack it first: {command} pack KIND --to {path} ({command} pack "
-            "--help lists the kinds)."
+            f"data.{subset}={path} is not packed yet. Pack it first: {command} KIND --to {path} ({command} --help "
+            "lists the kinds)."
         )
     unlabelled = subset == "train" and data.labelled is not None
     listed = data.labels if subset != "test" and not unlabelled else None
@@ -190,7 +190,7 @@ def check_images(config: Config, run: RunFolder, begun: DataConfig | None = None
 
 
 def open_stores(
-    config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore.open, save_splits: bool = True
+    config: Config, *, open_store: Callable[[Path], ImageStore] = ImageStore, save_splits: bool = True
 ) -> RunStores:
     """Open the stores with the splits of a run; ``open_store`` opens the store at a path, or a local copy of it.
 

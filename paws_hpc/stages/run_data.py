@@ -57,7 +57,7 @@ class RunData(RunStores):
         """The test split, which is opened now, one centre crop each; None where there is none."""
         if self.config.data.test is None:
             return None
-        store = ImageStore.open(Path(self.config.data.test))
+        store = ImageStore(Path(self.config.data.test))
         return self.images(store, np.arange(len(store)))
 
     def images(self, store: ImageStore, records: Positions) -> EvaluationSet:

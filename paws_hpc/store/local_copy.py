@@ -88,7 +88,7 @@ def open_copy(store: Path, folder: Path, *, stop: Stop = lambda: False) -> Image
         report = _copy(store, folder, workers=DEFAULT_WORKERS, show_progress=False, stop=stop)
         if report.copied:
             _LOG.info("Copied %s to %s: %.2f GB in %.0f s.", store, report.path, report.bytes / 1e9, report.seconds)
-        return ImageStore.open(report.path)
+        return ImageStore(report.path)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import math
+import operator
 import os
 import resource
 import threading
@@ -26,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from paws_hpc.store.decode import decode_jpeg
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, USERS_NAME, Encoding, Manifest, RecordError, StoreError, read_manifest
-from paws_hpc.store.index import Keys, StoreIndex, load_index
+from paws_hpc.store.index import Keys, load_index
 from paws_hpc.store.shard import ShardFile
 
 Extent = tuple[int, int, int, int | None]
@@ -40,18 +41,7 @@ class ImageStore:
     ``check`` is whether the CRC32C of every record is compared; ``keys`` are the N keys in store order.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: StoreIndex, *, check: bool, use: _Use | None) -> None:
-        """Use :meth:`open`."""
-        self.path, self.manifest, self.check, self.keys = path, manifest, check, Keys(index)
-        self._index, self._use = index, use
-        self._ends = list(accumulate(shard.count for shard in manifest.shards))
-        self._local = threading.local()
-        # A thread that reads refers to the open shard, whose descriptor is closed with the last reference. So the store
-        # can be closed without a lock, and never closes what a thread is reading.
-        self._files: list[ShardFile] | None = _open_shards(path, manifest)
-
-    @classmethod
-    def open(cls, path: Path | str, *, check: bool = True) -> ImageStore:
+    def __init__(self, path: Path | str, *, check: bool = True) -> None:
         """Open a store, which takes the same time and memory whatever its number of records.
 
         ``check`` compares the CRC32C of every record that is read (about 25 µs per 110 KB).
@@ -60,11 +50,17 @@ class ImageStore:
             StoreError: the store is incomplete, or a shard is missing, truncated or damaged; the shard is named, and
                 where the cached index is at hand the first record that is lost.
         """
-        path = Path(path)
-        use = _Use(path) if (path / USERS_NAME).exists() else None
-        manifest = read_manifest(path)
-        check_sizes(path, manifest)
-        return cls(path, manifest, load_index(path, manifest), check=check, use=use)
+        self.path, self.check = Path(path), check
+        self._use: _Use | None = _Use(self.path) if (self.path / USERS_NAME).exists() else None
+        self.manifest = read_manifest(self.path)
+        check_sizes(self.path, self.manifest)
+        self._index = load_index(self.path, self.manifest)
+        self.keys = Keys(self._index)
+        self._ends = list(accumulate(shard.count for shard in self.manifest.shards))
+        self._local = threading.local()
+        # A thread that reads refers to the open shard, whose descriptor is closed with the last reference. So the store
+        # can be closed without a lock, and never closes what a thread is reading.
+        self._files: list[ShardFile] | None = _open_shards(self.path, self.manifest)
 
     def close(self) -> None:
         """Close the shards; reading afterwards is an error."""
@@ -79,10 +75,16 @@ class ImageStore:
         self.close()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return partial(ImageStore.open, check=self.check), (self.path,)
+        return partial(ImageStore, check=self.check), (self.path,)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def __getitem__(self, index: int) -> NDArray[np.uint8]:
+        """Image ``index``, from the end if it is negative, as in :meth:`images`; IndexError where there is none."""
+        if not -len(self) <= (position := operator.index(index)) < len(self):
+            raise IndexError(f"{self.path}: index {index} is outside the store's {len(self):,} images.")
+        return self.images([position % len(self)])[0]
 
     @property
     def labels(self) -> NDArray[np.int64]:

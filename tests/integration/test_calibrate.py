@@ -82,7 +82,7 @@ def test_photographs_are_unlike_digits_and_digits_are_not(
         for quarter, (top, left) in enumerate([(0, 0), (0, 320), (200, 0), (200, 320)]):
             pixels = photograph[top : top + 220, left : left + 320]
             Image.fromarray(pixels).save(tmp_path / f"photo-{number}-{quarter}.png")
-    store = ImageStore.open(config.data.test)
+    store = ImageStore(config.data.test)
     for number, pixels in enumerate(store.images(range(len(store)))):
         Image.fromarray(pixels[:, :, 0]).save(tmp_path / f"{number:03d}.png")
     for method in ("paws-nn", "fine-tuned"):
@@ -102,7 +102,7 @@ def test_probabilities_of_the_fine_tuned_network_are_calibrated(
     finished: tuple[Config, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = finished
-    store = ImageStore.open(config.data.test)
+    store = ImageStore(config.data.test)
     Image.fromarray(store.images([0])[0][:, :, 0]).save(tmp_path / "0.png")
     command = [str(run.path), str(tmp_path), "--method", "fine-tuned", "--top", "10", "--device", "cpu", "--json", "-"]
 

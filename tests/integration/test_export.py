@@ -87,7 +87,7 @@ def exported(made: Run, capsys: pytest.CaptureFixture[str], *options: str) -> li
 
 def check_card(card: dict[str, Any], made: Run, format: str, head: str, outputs: Tensor) -> None:
     config, run = made
-    train = ImageStore.open(config.data.train)
+    train = ImageStore(config.data.train)
     assert (card["format"], card["head"], card["output"]) == (format, head, HEADS[head])
     assert card["output_dim"] == outputs.shape[1]
     assert card["classes"] == [str(digit) for digit in range(10)]

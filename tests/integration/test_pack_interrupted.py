@@ -96,7 +96,7 @@ def test_killed_again_and_again_it_goes_on_and_gives_the_same_bytes(
         kept = {path: path.stat().st_mtime_ns for path in finished}
         if kept:
             with pytest.raises(StoreError, match="not a complete image store"):
-                ImageStore.open(store)
+                ImageStore(store)
     assert kills >= 2
     assert file_hashes(store) == expected
 
@@ -138,7 +138,7 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
         stopped.setattr(PackJob, "finish", kill)
         with pytest.raises(Killed):
             pack(ImageFolder(folder), template, options=FORCED)
-    assert ImageStore.open(template).manifest.packing.seed == 9  # the old store is whole until the new one is
+    assert ImageStore(template).manifest.packing.seed == 9  # the old store is whole until the new one is
     seeds, refusals, done = set(), [], False
     for calls in range(0, 200, 5):
         store = shutil.copytree(template, tmp_path / f"after-{calls}")
@@ -146,7 +146,7 @@ def test_killed_at_every_step_of_the_end_it_is_finished_by_the_next(
             pack(ImageFolder(folder), store, options=FORCED)
             done = True
         try:
-            seeds.add(ImageStore.open(store).manifest.packing.seed)
+            seeds.add(ImageStore(store).manifest.packing.seed)
         except StoreError as error:
             refusals.append(str(error))
         else:
@@ -312,7 +312,7 @@ def test_parts_do_not_list_the_source_again(
         flip_bit(listing, place)
     for part in ("1/2", "2/2"):
         assert main([*arguments, "--part", part, "--workers", "1"]) == 0
-    assert len(ImageStore.open(store)) == IMAGES
+    assert len(ImageStore(store)) == IMAGES
 
 
 def test_a_part_alone_makes_no_store_and_says_what_is_missing(

@@ -51,7 +51,7 @@ class Made:
 def made(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("run")
     config, run = trained_run(digits_stores, folder, tuning_steps=4)  # so that PAWS-NN has its own network
-    store = ImageStore.open(digits_stores.test)
+    store = ImageStore(digits_stores.test)
     files = [folder / "images" / f"{number:03d}.png" for number in range(len(store))]
     files[0].parent.mkdir()
     for file, pixels in zip(files, store.images(range(len(store))), strict=True):
@@ -77,7 +77,7 @@ def test_probabilities_and_neighbours_are_those_of_the_evaluation(
     encoder = build_encoder(made.config.model, seed=0)
     encoder.load_state_dict(torch.load(made.run.tuned, weights_only=True))
     network, supports = Representation(encoder), data.labelled_images()
-    store = ImageStore.open(made.config.data.test)
+    store = ImageStore(made.config.data.test)
     test = data.images(store, np.arange(len(store)))
     h, h_supports = (forward_set(network, images, CPU) for images in (test, supports))
     expected = paws_nn(h, h_supports, supports.labels, num_classes=10, temperature=made.config.objective.temperature)
@@ -127,7 +127,7 @@ def test_a_file_that_is_no_image_is_named_and_the_others_go_on(made: Made, tmp_p
 
 def test_a_small_file_that_would_fill_the_memory_when_it_is_resized_is_refused(made: Made, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((1, 30_000, 3), np.uint8)).save(tmp_path / "narrow.png")
-    store = ImageStore.open(made.config.data.train)
+    store = ImageStore(made.config.data.train)
     assert read_image(tmp_path / "narrow.png", store, made.config.views.evaluation).shape == (1, 30_000, 3)
     with pytest.raises(ValueError, match="30000 x 1 pixels, too narrow"):
         read_image(tmp_path / "narrow.png", store, CenterCropConfig(resize=256, size=224))

@@ -164,8 +164,8 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     chosen = {"trial": "lr=0.1,epochs=2", "learning_rate": 0.1, "epochs": 2, "missing": []}
     assert selected["baseline"].pop("validation_accuracy") > 0
     assert selected["baseline"] == chosen
-    store = ImageStore.open(digits_stores.test)
-    images = EvaluationSet(store, np.arange(len(store)), config.views.evaluation, ImageStore.open(digits_stores.train))
+    store = ImageStore(digits_stores.test)
+    images = EvaluationSet(store, np.arange(len(store)), config.views.evaluation, ImageStore(digits_stores.train))
     for name, folder in (("fine_tuned", f"finetune/{selected['trial']}"), ("baseline", "baseline/lr=0.1,epochs=2")):
         classifier = build_classifier(build_encoder(config.model, seed=0), 10)
         classifier.load_state_dict(torch.load(run.path / folder / "best.pt", weights_only=True))

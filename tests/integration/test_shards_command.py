@@ -40,7 +40,7 @@ def test_pack_info_and_verify_a_folder(photographs: Path, tmp_path: Path, capsys
     assert "Nothing was done" in capsys.readouterr().out
     assert main(["info", str(store)]) == 0
     table = capsys.readouterr().out
-    assert ImageStore.open(store).digest in table
+    assert ImageStore(store).digest in table
     assert "flower" in table
     assert main(["info", "--json", str(store)]) == 0
     assert json.loads(capsys.readouterr().out)["class_counts"] == [20, 20]
@@ -55,7 +55,7 @@ def test_pack_info_and_verify_a_folder(photographs: Path, tmp_path: Path, capsys
     assert main(["verify", str(store)]) == 1
     faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1
-    key = next(key for key in ImageStore.open(store).keys if f"'{key}'" in faults[0])
+    key = next(key for key in ImageStore(store).keys if f"'{key}'" in faults[0])
     assert faults[0] == f"FAULT shard-00001.h5 record {key!r} is damaged: its CRC32C differs from the index"
 
 
@@ -83,7 +83,7 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "paws_hpc.shards", "pack", "digits", "--split", "test", "--to", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(ImageStore.open(tmp_path)) == 400
+    assert len(ImageStore(tmp_path)) == 400
     wrong = subprocess.run([*command[:-2]], capture_output=True, text=True, timeout=120, check=False)
     assert wrong.returncode == 2
     assert "--to" in wrong.stderr
@@ -94,7 +94,7 @@ def test_site_tools_read_the_shards(photographs: Path, tmp_path: Path) -> None:
     assert main(["pack", "folder", "--root", str(photographs), "--to", str(tmp_path / "store")]) == 0
     command = ["h5dump", "-d", "/index/length", "-y", "-w", "0", str(tmp_path / "store" / "shard-00000.h5")]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    lengths = [len(payload) for payload in ImageStore.open(tmp_path / "store").read_encoded(range(40))]
+    lengths = [len(payload) for payload in ImageStore(tmp_path / "store").read_encoded(range(40))]
     assert ", ".join(map(str, lengths)) in " ".join(printed.split())
 
 
@@ -103,7 +103,7 @@ import hashlib, os, sys, threading
 import numpy as np
 from paws_hpc.store import ImageStore
 
-store = ImageStore.open(sys.argv[1])
+store = ImageStore(sys.argv[1])
 indices = np.arange(2000) * 7919 % len(store)
 
 def checksum():

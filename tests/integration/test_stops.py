@@ -114,7 +114,7 @@ def test_a_run_that_diverges_names_step_rate_and_images_and_its_checkpoints_are_
     message = str(told.value)
     assert f"learning rate {lr:g};" in message
     assert "Lower optimizer.peak_lr or lengthen optimizer.warmup_epochs" in message
-    assert sum(key in message for key in ImageStore.open(digits_stores.train).keys) == 8
+    assert sum(key in message for key in ImageStore(digits_stores.train).keys) == 8
     last = read_rows(run.pretrain / "metrics.jsonl")[-1]
     assert last["step"] == step, "the row that explains the stop is in the file"
     assert (last["train/loss"] == "nan") == (what == "The loss is")

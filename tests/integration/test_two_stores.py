@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def divided(digits_stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Stores:
     """The digits in two stores: 300 with their classes, and the others, all of one class, darker."""
-    folder, whole = tmp_path_factory.mktemp("divided"), ImageStore.open(digits_stores.train)
+    folder, whole = tmp_path_factory.mktemp("divided"), ImageStore(digits_stores.train)
     records = np.random.default_rng(0).permutation(len(whole))
     mine, others = np.sort(records[:300]), np.sort(records[300:])
 
@@ -69,7 +69,7 @@ def test_labels_come_from_one_store_and_images_from_another(
     config.finetune.sweep["epochs"] = [20]
     train(config, run)
     selection.run(TorchContext(config, run))
-    unlabelled, labelled = ImageStore.open(divided.train), ImageStore.open(divided.test)
+    unlabelled, labelled = ImageStore(divided.train), ImageStore(divided.test)
     result = read_json(run.result)
     assert result["labels"] == 40
     assert result["test"]["fine_tuned"]["top1"] > 0.2, "chance is 0.1: labels and images belong together"
@@ -106,7 +106,7 @@ def test_a_list_of_one_to_ten_labels_per_class_trains_on_as_many_supports_of_eac
     digits_stores: Stores, tmp_path: Path
 ) -> None:
     """An imbalanced list, from images to test scores; and in the order of the paper it is refused by name."""
-    store = ImageStore.open(digits_stores.train)
+    store = ImageStore(digits_stores.train)
     listed = [record for label in range(10) for record in np.flatnonzero(store.labels == label)[: label + 1]]
     (tmp_path / "imbalanced.txt").write_text("\n".join(store.keys[int(record)] for record in listed))
     config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)

@@ -67,7 +67,7 @@ def photographs(folder: Path, split: str) -> ImageStore:
     labels = np.repeat(np.arange(len(names)), PATCHES[split])
     keys = [f"{number:05}" for number in range(len(labels))]
     pack(ArraySource("photographs", np.concatenate(images), labels, keys, tuple(names)), folder)
-    return ImageStore.open(folder)
+    return ImageStore(folder)
 
 
 def views_with(colours: dict[str, float]) -> ViewsConfig:

@@ -47,7 +47,7 @@ def half_blank(digits: ImageStore, folder: Path) -> ImageStore:
     labels = np.append(digits.labels, np.full(len(blanks), 10))
     keys = [*digits.keys, *(f"blank{number}" for number in range(len(blanks)))]
     pack(ArraySource("half blank", pixels, labels, keys, (*digits.classes, "blank")), folder)
-    return ImageStore.open(folder)
+    return ImageStore(folder)
 
 
 if __name__ == "__main__":
@@ -55,11 +55,11 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         for split in ("train", "test"):
             pack(open_source(SourceConfig(kind="digits", split=split, size=16)), Path(scratch) / split)
-        digits = ImageStore.open(Path(scratch) / "train")
+        digits = ImageStore(Path(scratch) / "train")
         images = half_blank(digits, Path(scratch) / "half-blank")
         for seed in map(int, sys.argv[2:]):
             (result,) = accuracies(
-                images, [ImageStore.open(Path(scratch) / "test")], objective=sys.argv[1], views=VIEWS, classes=10,
+                images, [ImageStore(Path(scratch) / "test")], objective=sys.argv[1], views=VIEWS, classes=10,
                 batch_size=64, epochs=7, seed=seed,
             )  # fmt: skip
             print(sys.argv[1], seed, f"{result:.2%}", flush=True)

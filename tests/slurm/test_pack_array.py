@@ -71,5 +71,5 @@ def test_the_array_packs_what_one_process_packs_though_a_task_is_lost(cluster: C
     assert {path.name: file_hash(path) for path in train.iterdir()} == {
         path.name: file_hash(path) for path in (tmp_path / "alone").iterdir()
     }
-    assert len(ImageStore.open(project / "shards" / "imagenet" / "val")) == 3
+    assert len(ImageStore(project / "shards" / "imagenet" / "val")) == 3
     shutil.rmtree(project / "shards")

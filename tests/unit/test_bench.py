@@ -152,7 +152,7 @@ def test_a_target_is_reached_missed_or_not_measured(
 def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path: Path) -> None:
     pack(ImageFolder(photographs), tmp_path / "store", options=PackOptions(check="structure"))
     repeat_store(tmp_path / "store", tmp_path / "large", 1000)
-    store, large = ImageStore.open(tmp_path / "store"), ImageStore.open(tmp_path / "large")
+    store, large = ImageStore(tmp_path / "store"), ImageStore(tmp_path / "large")
     assert len(large) == 1000
     assert large.read_encoded([7, 47, 967]) == store.read_encoded([7, 7, 7])
     assert run_once(partial(crops, str(tmp_path / "store"), threads=2)).done == 0, "of less than a batch"

@@ -31,7 +31,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(path: Path) -> ImageStore:
-    return ImageStore.open(path)
+    return ImageStore(path)
 
 
 def files(folder: Path) -> list[Path]:
@@ -91,11 +91,11 @@ def test_none_of_200_flipped_bits_passes_in_silence(store: ImageStore, tmp_path:
 
 def test_a_damaged_record_of_the_store_is_named_and_leaves_nothing(path: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(path, tmp_path / "store"))
-    store = ImageStore.open(copy)
+    store = ImageStore(copy)
     file, offset, _ = place_in_file(copy, 4)
     flip_bit(file, offset + 300)
     with pytest.raises(RecordError, match=f"record '{store.keys[4]}' .* is damaged"):
-        cached_images(ImageStore.open(copy), LABELLED, folders=[tmp_path])
+        cached_images(ImageStore(copy), LABELLED, folders=[tmp_path])
     assert files(tmp_path) == []
 
 
@@ -138,7 +138,7 @@ import numpy as np
 from paws_hpc.data.images import cached_images
 from paws_hpc.store import ImageStore
 
-store = ImageStore.open(sys.argv[1])
+store = ImageStore(sys.argv[1])
 if sys.argv[3] == "stuck":
     images, store.images = store.images, lambda records: images(records) if records[0] < 15 else time.sleep(60)
 with cached_images(store, np.arange(len(store)), folders=[Path(sys.argv[2])]) as cache:

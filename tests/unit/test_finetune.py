@@ -65,7 +65,7 @@ class Training:
     """A classifier trained on 20 digits and validated on 40 others, in a folder of its own."""
 
     def __init__(self, stores: Stores, folder: Path, config: ClassifierConfig) -> None:
-        self.folder, self.store = folder, ImageStore.open(stores.train)
+        self.folder, self.store = folder, ImageStore(stores.train)
         members = [np.flatnonzero(self.store.labels == label) for label in range(10)]
         self.training = training_on(self.store, np.concatenate([rows[:2] for rows in members]), config)
         validation = np.concatenate([rows[2:6] for rows in members])

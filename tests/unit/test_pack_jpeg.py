@@ -251,7 +251,7 @@ def test_a_file_has_the_pixels_that_it_would_have_in_a_store(tmp_path: Path) -> 
             tmp_path / f"store-{side}",
             options=PackOptions(max_short_side=side),
         )
-        store = ImageStore.open(tmp_path / f"store-{side}")
+        store = ImageStore(tmp_path / f"store-{side}")
         for key, packed in zip(store.keys, store.images(range(len(store))), strict=True):
             content = (tmp_path / "images" / key).read_bytes()
             assert np.array_equal(standard_pixels(content, encoding="jpeg", max_short_side=side), packed), key

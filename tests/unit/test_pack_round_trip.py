@@ -87,7 +87,7 @@ def test_every_image_comes_out_as_it_went_in(
         options = PackOptions(shard_bytes=shard_bytes, seed=seed, workers=1)
         report = pack(ImageFolder(root), Path(place) / "store", options=options)
         assert verify(report.path, level="deep") == ([], len(originals))
-        with ImageStore.open(report.path) as store:
+        with ImageStore(report.path) as store:
             assert sorted(store.keys) == sorted(originals)
             everything = range(len(store))
             for key, label, image, flags in zip(
@@ -131,7 +131,7 @@ def test_statistics_of_a_sample_do_not_depend_on_the_shards(tmp_path: Path) -> N
     assert len(many.manifest.shards) > 20
     assert many.manifest.statistics == one.manifest.statistics
     assert (one.manifest.statistics.method, one.manifest.statistics.images) == ("sample", 1_051)
-    store = ImageStore.open(tmp_path / "one")
+    store = ImageStore(tmp_path / "one")
     counted = np.stack(store.images(np.arange(0, 2_101, 2))) / 255
     np.testing.assert_allclose(store.mean, counted.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(store.std, counted.std(axis=(0, 1, 2)), rtol=1e-12)
@@ -141,7 +141,7 @@ def test_a_channel_that_never_changes_is_centred_and_not_divided(tmp_path: Path)
     images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     images[..., 2] = 51
     source = ArraySource("red and green", images, np.zeros(20, np.int64), [str(i) for i in range(20)], ("one",))
-    store = ImageStore.open(pack(source, tmp_path / "store").path)
+    store = ImageStore(pack(source, tmp_path / "store").path)
     assert store.manifest.statistics.std[2] == 0
     assert store.mean[2] == pytest.approx(0.2)
     assert store.std[2] == 1
@@ -224,7 +224,7 @@ def test_data_sets_of_equal_small_images_stay_pixels_whatever_the_workers(tmp_pa
     one = pack(source, tmp_path / "one", options=PackOptions(shard_bytes=10_000, workers=1))
     two = pack(source, tmp_path / "two", options=PackOptions(shard_bytes=10_000, workers=2))
     assert one.manifest == two.manifest
-    store = ImageStore.open(tmp_path / "two")
+    store = ImageStore(tmp_path / "two")
     assert (store.shape, len(store.manifest.shards)) == ((28, 28, 1), 3)
     assert np.array_equal(store.read_raw(store.find([f"{n:05d}" for n in range(30)]))[..., 0], images)
     assert store.classes[3].startswith("3")
@@ -260,7 +260,7 @@ def test_images_of_several_sizes_are_encoded_and_counted(tmp_path: Path, monkeyp
     source = dataset(odd(tmp_path, monkeypatch), tmp_path, "train")
     report = pack(source, tmp_path / "store", options=PackOptions(workers=1))
     assert report.manifest.reencoded == {"pixels of a data set": 5}
-    store = ImageStore.open(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     for key, image in zip(store.keys, store.images(range(5)), strict=True):
         place = int(key)
         assert np.abs(image.astype(int) - FLOWER[: 40 + place, : 50 + place]).mean() < 3

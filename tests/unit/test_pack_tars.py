@@ -122,7 +122,7 @@ def test_a_list_names_the_classes_of_a_flat_archive(images: dict[str, bytes], tm
     lines = [f"{Path(name).stem},{name.split('_')[0]} 85 1 499 272" for name in flat]  # as Kaggle's solution file
     labels.write_text("ImageId,PredictionString\n" + "\n".join(lines))
     assert main(["pack", "tar", "--root", root, "--labels", str(labels), "--to", to]) == 0
-    store = ImageStore.open(Path(to))
+    store = ImageStore(Path(to))
     assert (sorted(store.keys), store.classes) == (sorted(flat), ("n00000000", "n00000001", "n00000002"))
     assert [store.classes[label] for label in store.labels] == [key.split("_")[0] for key in store.keys]
     shard, before = Path(to) / store.manifest.shards[0].name, file_hashes(Path(to))
@@ -137,6 +137,7 @@ def test_a_list_names_the_classes_of_a_flat_archive(images: dict[str, bytes], tm
         ("a,cat", "has no line for image 'b.jpg'"),
         ("a,cat\nb", r"line 2: 'b' is not '<image>,<class>'"),
         ("a,cat\nb.jpg dog\na,dog", r"line 3: 'a dog' .*contradicts"),
+        ("a.jpg cat\nb.jpg great white shark", r"line 2: 'b.jpg great white shark' .*comma where a name has blanks"),
         ("\udcff", r"cannot be read.*'<image>,<class>'"),
     ],
 )
@@ -163,7 +164,7 @@ def webdataset(path: Path, *, as_json: bool = False) -> Path:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_webdataset_samples_are_images_with_their_labels(tmp_path: Path, as_json: bool) -> None:
     report = pack(opened(webdataset(tmp_path / "wds", as_json=as_json), "webdataset"), tmp_path / "s")
-    store = ImageStore.open(report.path)
+    store = ImageStore(report.path)
     assert (len(store), store.classes) == (8, ("0", "1", "2"))
     for key, label, content in zip(store.keys, store.labels, store.read_encoded(range(8)), strict=True):
         assert (content, label) == (jpeg(int(key[:6])), int(key[:6]) % 3)

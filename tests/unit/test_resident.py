@@ -17,7 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(scope="module")
 def digits(digits_stores: Stores) -> ImageStore:
-    return ImageStore.open(digits_stores.train)
+    return ImageStore(digits_stores.train)
 
 
 @pytest.fixture(params=["on a CPU as if it were a GPU", pytest.param("on a GPU", marks=pytest.mark.needs_gpu)])

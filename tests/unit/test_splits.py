@@ -35,7 +35,7 @@ def source() -> ArraySource:
 
 @pytest.fixture
 def store(tmp_path: Path) -> ImageStore:
-    return ImageStore.open(pack(source(), tmp_path / "store").path)
+    return ImageStore(pack(source(), tmp_path / "store").path)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def imagenet(tmp_path: Path) -> ImageStore:
         path = tmp_path / "images" / synset / f"{synset}_{number}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9), (40 * number, 0, 0)).save(path, "JPEG")
-    return ImageStore.open(pack(ImageFolder(tmp_path / "images"), tmp_path / "imagenet").path)
+    return ImageStore(pack(ImageFolder(tmp_path / "images"), tmp_path / "imagenet").path)
 
 
 def listed(folder: Path, name: str, lines: list[str]) -> str:
@@ -64,7 +64,7 @@ def read_from(store: ImageStore, file: str) -> Split:
 
 
 def test_a_draw_is_a_function_of_the_seed_however_the_store_was_shuffled(store: ImageStore, tmp_path: Path) -> None:
-    shuffled = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
+    shuffled = ImageStore(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
     assert list(shuffled.keys) != list(store.keys)
     draws = [
         [split.keys for split in labelled_and_validation(which, DRAWN, seed=seed)]
@@ -121,7 +121,7 @@ def test_a_split_of_other_data_or_of_a_list_that_has_changed_is_refused(store: I
     with pytest.raises(ValueError, match=r"labelled-list\.json was made for .* but this run needs"):
         read_from(store, file)
     labelled_and_validation(store, DRAWN, seed=0)
-    other = ImageStore.open(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
+    other = ImageStore(pack(source(), tmp_path / "other", options=PackOptions(seed=5)).path)
     shutil.copytree(store.path / "splits", other.path / "splits")
     with pytest.raises(ValueError, match=f"was drawn from other images than {other.path} has now"):
         labelled_and_validation(other, DRAWN, seed=0)

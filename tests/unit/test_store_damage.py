@@ -53,7 +53,7 @@ def everything(store: ImageStore) -> dict[str, object]:
 
 def everything_or_error(store: Path | ImageStore) -> dict[str, object] | StoreError:
     try:
-        return everything(store if isinstance(store, ImageStore) else ImageStore.open(store))
+        return everything(store if isinstance(store, ImageStore) else ImageStore(store))
     except StoreError as error:
         return error
 
@@ -110,7 +110,7 @@ def test_a_damaged_store_is_found_by_verification_and_gives_the_packed_images_or
             assert str(path) in str(got)  # it names the place
             assert name != "index.bin"  # which is made anew
         else:
-            assert got == everything(ImageStore.open(stores[kind]))
+            assert got == everything(ImageStore(stores[kind]))
             assert name != "manifest.json" or not faults
 
 
@@ -162,9 +162,9 @@ def test_a_shard_damaged_under_an_open_store_gives_the_packed_images_or_a_named_
         path = Path(shutil.copytree(stores[kind], Path(folder) / "store"))
         if not has_offset:
             forget_offsets(path)
-        with ImageStore.open(path) as store:
+        with ImageStore(path) as store:
             expected = everything(store)
-            assert expected == everything(ImageStore.open(stores[kind]))
+            assert expected == everything(ImageStore(stores[kind]))
             name, _ = inflict(damage, path, "shard*")
             got = everything_or_error(store)
             if isinstance(got, RecordError):
@@ -181,9 +181,9 @@ def test_a_manifest_of_another_pack_is_refused(stores: dict[str, Path], tmp_path
     path = Path(shutil.copytree(stores["raw"], tmp_path / "store"))
     shutil.copy(other / "manifest.json", path)
     with pytest.raises(StoreError, match=r"shard-00000.h5 holds another index than was packed"):
-        ImageStore.open(path)
+        ImageStore(path)
     shutil.copy(other / "index.bin", path)
-    mixed = ImageStore.open(path)
+    mixed = ImageStore(path)
     for place in range(12):
         with pytest.raises(RecordError, match="is damaged: its CRC32C differs"):
             mixed.read_raw([place])
@@ -220,7 +220,7 @@ def test_what_is_no_image_or_a_bomb_is_refused_before_memory_is_taken(content: b
 def test_what_the_system_cannot_read_is_named(stores: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(stores["jpeg"], tmp_path / "jpeg"))
     forget_offsets(path)
-    store = ImageStore.open(path)
+    store = ImageStore(path)
     (path / "shard-00000.h5").unlink()  # under the running reader
     with pytest.raises(RecordError, match=r"shard-00000.h5 cannot be read: .*No such file"):
         store.images([0])

@@ -59,7 +59,7 @@ def test_a_copy_is_a_store_of_its_own_and_a_later_job_finds_it(shared: Path, tmp
     first = copy_store(shared, tmp_path / "local")
     assert (first.copied, first.present) == (8, 0)
     assert verify(first.path, level="full")[0] == []
-    expected = contents(ImageStore.open(shared))
+    expected = contents(ImageStore(shared))
     again = copy_store(shared, tmp_path / "local")
     assert (again.copied, again.present) == (0, 8)
     for path in shared.glob("*.h5"):
@@ -117,7 +117,7 @@ def test_the_next_process_goes_on_when_the_one_that_copies_is_killed(shared: Pat
         report = follower.result(timeout=30)
     assert report.present >= 2
     assert report.present + report.copied == 8
-    assert contents(ImageStore.open(report.path)) == contents(ImageStore.open(shared))
+    assert contents(ImageStore(report.path)) == contents(ImageStore(shared))
 
 
 def test_copying_stops_when_the_job_is_to_stop_also_while_another_copies(shared: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_copies_in_use_are_never_evicted_and_others_are(
     assert "MiB free, the copy needs 257 MiB (256 MiB of them stay free). Make room" in capsys.readouterr().err
     assert [copy.exists() for copy in copies[:2]] == [True, False]
     assert not list(copies[2].glob("*.h5")), "nothing is written where it does not fit"
-    assert contents(again) == contents(ImageStore.open(stores[0]))
+    assert contents(again) == contents(ImageStore(stores[0]))
 
 
 def test_copies_of_other_users_are_left_alone(packed: Path) -> None:

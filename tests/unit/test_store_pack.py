@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def test_digits_come_back_exactly(tmp_path: Path, shard_bytes: int) -> None:
     source = digits(split="test", size=32)
     pack(source, tmp_path / "store", options=PackOptions(shard_bytes=shard_bytes, seed=3))
-    store = ImageStore.open(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     places = store.find(source.keys)
     assert sorted(places.tolist()) == list(range(400))
     assert np.array_equal(store.read_raw(places), source.images)
@@ -75,14 +75,14 @@ def test_images_are_shuffled_before_they_are_divided(tmp_path: Path) -> None:
         source, images=source.images[by_label], labels=source.labels[by_label], keys=[source.keys[i] for i in by_label]
     )
     pack(ordered, tmp_path / "store", options=PackOptions(shard_bytes=8 * KIB))
-    store = ImageStore.open(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     first_shard = Counter(store.labels[: store.manifest.shards[0].count].tolist())
     assert sum(first_shard.values()) == 128
     assert len(first_shard) == 10
     assert max(first_shard.values()) < 30
     # The order depends on seed and key only, not on how the source lists its images.
     pack(source, tmp_path / "unordered", options=PackOptions(shard_bytes=8 * KIB))
-    assert ImageStore.open(tmp_path / "unordered").digest == store.digest
+    assert ImageStore(tmp_path / "unordered").digest == store.digest
 
 
 def test_a_store_is_plain_hdf5_with_the_files_in_aligned_contiguous_data(folder: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_data_of_four_mib_and_more_is_aligned_to_stripes(tmp_path: Path) -> None
     assert entry.data_bytes == 80 << 16
     assert entry.data_offset is not None
     assert entry.data_offset % (4 << 20) == 0
-    store = ImageStore.open(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     assert np.array_equal(store.read_raw(store.find(source.keys)), source.images)
 
 
@@ -171,7 +171,7 @@ def test_an_unreadable_image_stops_packing_and_is_named(folder: Path, tmp_path: 
     assert report.kept == done
     assert [omission.key for omission in report.manifest.skipped] == ["bee/broken.jpg"]
     assert content is not None or report.manifest.skipped[0].reason == "it cannot be read: No such file or directory"
-    assert sorted(ImageStore.open(tmp_path / "store").keys) == sorted(set(source.keys) - {"bee/broken.jpg"})
+    assert sorted(ImageStore(tmp_path / "store").keys) == sorted(set(source.keys) - {"bee/broken.jpg"})
 
 
 def test_duplicate_and_unstorable_keys_are_refused(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_packing_again_does_nothing_and_leftovers_are_replaced(folder: Path, tmp
     (destination / "splits").mkdir()
     (destination / "splits" / "mine.json").write_text("[]")
     with pytest.raises(StoreError, match="has no manifest"):
-        ImageStore.open(destination)
+        ImageStore(destination)
     assert pack(ImageFolder(folder), destination, options=options).packed
     assert (destination / "splits" / "mine.json").read_text() == "[]"
     shutil.rmtree(destination / "splits")
@@ -217,7 +217,7 @@ def test_another_store_is_only_replaced_by_force(folder: Path, tmp_path: Path) -
         pack(digits(split="test", size=8), destination)
     assert file_hashes(destination) == before
     assert pack(digits(split="test", size=8), destination, options=PackOptions(force=True)).packed
-    assert len(ImageStore.open(destination)) == 400
+    assert len(ImageStore(destination)) == 400
 
 
 def test_packing_again_notices_that_the_store_was_truncated(folder: Path, tmp_path: Path) -> None:
@@ -228,12 +228,12 @@ def test_packing_again_notices_that_the_store_was_truncated(folder: Path, tmp_pa
     with pytest.raises(StoreError, match=r"shard-00000.h5 .*bytes instead of"):
         pack(ImageFolder(folder), destination)
     pack(ImageFolder(folder), destination, options=PackOptions(force=True))
-    ImageStore.open(destination)
+    ImageStore(destination)
 
 
 def test_statistics_equal_numpys_over_all_pixels(folder: Path, tmp_path: Path) -> None:
     pack(ImageFolder(folder), tmp_path / "store")
-    store = ImageStore.open(tmp_path / "store")
+    store = ImageStore(tmp_path / "store")
     pixels = np.concatenate([image.reshape(-1, 3) for image in store.images(range(24))]) / 255
     assert store.manifest.statistics.method == "exact"
     np.testing.assert_allclose(store.mean, pixels.mean(axis=0), rtol=1e-12)

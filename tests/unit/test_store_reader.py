@@ -30,7 +30,7 @@ def raw_store(tmp_path: Path) -> Path:
 
 def test_records_come_one_by_one_in_a_buffer_that_is_used_again(jpeg_store: Path, raw_store: Path) -> None:
     for path in (jpeg_store, raw_store):
-        store = ImageStore.open(path)
+        store = ImageStore(path)
         order = np.random.default_rng(0).permutation(30)
         whole = store.read_raw(order) if store.shape else store.read_encoded(order)
         assert [record.tobytes() for record in store.each(order)] == [bytes(record) for record in whole]
@@ -40,8 +40,19 @@ def test_records_come_one_by_one_in_a_buffer_that_is_used_again(jpeg_store: Path
         next(store.each([400]))
 
 
+def test_a_store_is_a_sequence_of_images(jpeg_store: Path, raw_store: Path) -> None:
+    for path in (str(jpeg_store), raw_store):
+        store = ImageStore(path)
+        images = store.images(range(len(store)))
+        assert len(list(store)) == len(images)
+        assert all(np.array_equal(store[place], image) for place, image in enumerate(images))
+        assert np.array_equal(store[-1], images[-1])
+        with pytest.raises(IndexError, match=rf"index {len(store)} is outside the store's {len(store)} images"):
+            store[len(store)]
+
+
 def test_many_tiny_records_are_read_in_milliseconds(raw_store: Path) -> None:
-    store = ImageStore.open(raw_store)
+    store = ImageStore(raw_store)
     indices = np.random.default_rng(0).integers(400, size=1000)
     durations = []
     for _ in range(9):
@@ -52,7 +63,7 @@ def test_many_tiny_records_are_read_in_milliseconds(raw_store: Path) -> None:
 
 
 def test_keys_are_found_wherever_they_lie(jpeg_store: Path) -> None:
-    store = ImageStore.open(jpeg_store)
+    store = ImageStore(jpeg_store)
     order = np.random.default_rng(0).permutation(30)
     assert np.array_equal(store.find([store.keys[place] for place in order]), order)
     assert store.find([]).tolist() == []
@@ -65,7 +76,7 @@ def test_keys_are_found_wherever_they_lie(jpeg_store: Path) -> None:
 
 @pytest.mark.parametrize("indices", [[0, 30], [-1], [0.5], [[1, 2]]])
 def test_indices_outside_the_store_are_refused(jpeg_store: Path, indices: list[int]) -> None:
-    store = ImageStore.open(jpeg_store)
+    store = ImageStore(jpeg_store)
     with pytest.raises(ValueError, match="ind"):
         store.read_encoded(indices)
     assert store.read_encoded([]) == []
@@ -73,28 +84,28 @@ def test_indices_outside_the_store_are_refused(jpeg_store: Path, indices: list[i
 
 def test_raw_and_encoded_stores_are_not_confused(jpeg_store: Path, raw_store: Path) -> None:
     with pytest.raises(ValueError, match="holds encoded images"):
-        ImageStore.open(jpeg_store).read_raw([0])
+        ImageStore(jpeg_store).read_raw([0])
     with pytest.raises(ValueError, match="holds raw pixels"):
-        ImageStore.open(raw_store).read_encoded([0])
+        ImageStore(raw_store).read_encoded([0])
 
 
 @pytest.mark.parametrize("position", [0, 17, 29])
 def test_a_flipped_bit_is_named_with_shard_and_key(jpeg_store: Path, position: int) -> None:
-    store = ImageStore.open(jpeg_store)
+    store = ImageStore(jpeg_store)
     file, offset, length = place_in_file(jpeg_store, position)
     flip_bit(file, offset + length // 2)
     message = rf"record '{store.keys[position]}' in .*{file.name} is damaged: its CRC32C .*verify"
-    damaged = ImageStore.open(jpeg_store)
+    damaged = ImageStore(jpeg_store)
     with pytest.raises(RecordError, match=message) as caught:
         damaged.images([position])
     assert (caught.value.key, caught.value.shard) == (store.keys[position], file.name)
     others = [place for place in range(30) if place != position]
     assert len(damaged.read_encoded(others)) == 29
-    assert len(ImageStore.open(jpeg_store, check=False).read_encoded([position])) == 1
+    assert len(ImageStore(jpeg_store, check=False).read_encoded([position])) == 1
 
 
 def test_a_record_that_cannot_be_decoded_is_named(jpeg_store: Path) -> None:
-    store = ImageStore.open(jpeg_store, check=False)
+    store = ImageStore(jpeg_store, check=False)
     file, offset, _ = place_in_file(jpeg_store, 4)
     flip_bit(file, offset)
     with pytest.raises(RecordError, match=rf"'{store.keys[4]}' in .* cannot be decoded"):
@@ -102,17 +113,17 @@ def test_a_record_that_cannot_be_decoded_is_named(jpeg_store: Path) -> None:
 
 
 def test_a_truncated_or_missing_shard_is_refused_and_the_first_lost_record_named(jpeg_store: Path) -> None:
-    store = ImageStore.open(jpeg_store)
+    store = ImageStore(jpeg_store)
     file, offset, _ = place_in_file(jpeg_store, 12)
     os.truncate(file, offset + 10)
     with pytest.raises(StoreError, match=rf"{file.name} record '{store.keys[12]}' is the first of \d+ that are lost"):
-        ImageStore.open(jpeg_store)
+        ImageStore(jpeg_store)
     # A store that was open when it happened names the record too.
     with pytest.raises(RecordError, match=rf"'{store.keys[12]}' in .*{file.name} is cut off: 10 of"):
         store.read_encoded([12])
     file.unlink()
     with pytest.raises(StoreError, match=rf"{file.name} is missing"):
-        ImageStore.open(jpeg_store)
+        ImageStore(jpeg_store)
 
 
 def test_the_cached_index_is_made_again_when_it_is_absent_damaged_or_of_another_store(
@@ -120,7 +131,7 @@ def test_the_cached_index_is_made_again_when_it_is_absent_damaged_or_of_another_
 ) -> None:
     index = jpeg_store / "index.bin"
     whole = index.read_bytes()
-    keys = list(ImageStore.open(jpeg_store).keys)
+    keys = list(ImageStore(jpeg_store).keys)
     damaged = bytearray(whole)
     damaged[-60] ^= 4
     for content in (None, b"", whole[:500], bytes(damaged), (raw_store / "index.bin").read_bytes()):
@@ -128,21 +139,21 @@ def test_the_cached_index_is_made_again_when_it_is_absent_damaged_or_of_another_
             index.unlink()
         else:
             index.write_bytes(content)
-        assert list(ImageStore.open(jpeg_store).keys) == keys
+        assert list(ImageStore(jpeg_store).keys) == keys
         assert index.read_bytes() == whole
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     jpeg_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = list(ImageStore.open(jpeg_store).keys)
+    keys = list(ImageStore(jpeg_store).keys)
     (jpeg_store / "index.bin").unlink()
 
     def refuse(path: Path) -> None:
         raise PermissionError(30, "Read-only file system", str(path))
 
     monkeypatch.setattr("paws_hpc.store.index.atomic_write", refuse)  # root may write anywhere: modes do not stop it
-    assert list(ImageStore.open(jpeg_store).keys) == keys
+    assert list(ImageStore(jpeg_store).keys) == keys
     assert not (jpeg_store / "index.bin").exists()
 
 
@@ -161,7 +172,7 @@ def test_a_manifest_that_is_not_right_is_named(jpeg_store: Path, change: Callabl
     path = jpeg_store / "manifest.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(StoreError, match=message):
-        ImageStore.open(jpeg_store)
+        ImageStore(jpeg_store)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +191,11 @@ def test_a_manifest_of_other_programs_is_named(
     """The checksum fits, as others can make it fit."""
     edit_manifest(jpeg_store, change)
     with pytest.raises(StoreError, match=message):
-        ImageStore.open(jpeg_store)
+        ImageStore(jpeg_store)
 
 
 def test_a_closed_store_refuses_to_read(jpeg_store: Path) -> None:
-    with ImageStore.open(jpeg_store) as store:
+    with ImageStore(jpeg_store) as store:
         store.read_encoded([0])
     with pytest.raises(ValueError, match="was closed"):
         store.read_encoded([0])
@@ -199,7 +210,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 while len(os.listdir("/proc/self/fd")) < int(sys.argv[2]) - 2:  # room for two more, below the soft limit
     os.open(os.devnull, os.O_RDONLY)
 try:
-    print(len(ImageStore.open(sys.argv[1]).read_encoded([0, 1])))
+    print(len(ImageStore(sys.argv[1]).read_encoded([0, 1])))
 except StoreError as error:
     message = str(error)  # the error itself keeps what was opened
 else:

@@ -41,7 +41,7 @@ def repair(store: Path, source: Path, *options: str) -> int:
 
 @pytest.mark.parametrize("with_index", [True, False])
 def test_damaged_shards_become_what_was_packed(store: Path, source: Path, with_index: bool) -> None:
-    before, reader = file_hashes(store), ImageStore.open(store)
+    before, reader = file_hashes(store), ImageStore(store)
     shards = [store / entry.name for entry in read_manifest(store).shards]
     assert len(shards) >= 5
     flip_bit(shards[0])
@@ -117,7 +117,7 @@ def test_a_shard_whose_source_is_another_is_left_as_it_is_and_the_reason_said(
 ) -> None:
     first, second, *_ = read_manifest(store).shards
     before = file_hashes(store)
-    message = change(source, ImageStore.open(store).keys[first.count])
+    message = change(source, ImageStore(store).keys[first.count])
     flip_bit(store / first.name)
     flip_bit(store / second.name)
     damaged = file_hash(store / second.name)

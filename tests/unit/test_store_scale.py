@@ -67,7 +67,7 @@ def test_opening_and_reading_cost_the_same_for_ten_and_a_hundred_million_records
         before, durations = own_memory(), []
         for _ in range(3):
             started = time.perf_counter()
-            store = ImageStore.open(path, check=False)
+            store = ImageStore(path, check=False)
             durations.append(time.perf_counter() - started)
         seconds[count] = min(durations)
         for seed in range(20):
@@ -89,7 +89,7 @@ def store_of(folder: Path, count: int, seed: int) -> Path:
 
 
 def index_and_keys(path: Path) -> tuple[StoreIndex, list[str]]:
-    return load_index(path, read_manifest(path)), list(ImageStore.open(path).keys)
+    return load_index(path, read_manifest(path)), list(ImageStore(path).keys)
 
 
 @pytest.fixture(scope="module")

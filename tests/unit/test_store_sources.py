@@ -253,9 +253,9 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     if "root" in options:
         options = options | {"root": str(write_tiles(tmp_path / options["root"], 9, classes=tuple(names)))}
     chosen = [names[2], names[0]]
-    whole = ImageStore.open(pack(open_source(SourceConfig(**options)), tmp_path / "whole").path)
+    whole = ImageStore(pack(open_source(SourceConfig(**options)), tmp_path / "whole").path)
     source = open_source(SourceConfig(**options, classes=chosen))
-    part = ImageStore.open(pack(source, tmp_path / "part").path)
+    part = ImageStore(pack(source, tmp_path / "part").path)
     assert part.classes == tuple(chosen)
     expected = {key: whole.classes[label] for key, label in zip(whole.keys, whole.labels, strict=True)}
     expected = {key: name for key, name in expected.items() if name in chosen}
@@ -268,7 +268,7 @@ def test_some_classes_are_the_same_images_under_the_same_keys(options: dict[str,
     assert (listing is not None) == ("root" in options)
     again = open_source(SourceConfig(**options, classes=chosen), listing)
     pack(again, tmp_path / "by_part", task=(1, 1))
-    assert ImageStore.open(tmp_path / "by_part").digest == part.digest
+    assert ImageStore(tmp_path / "by_part").digest == part.digest
     (shard,) = (tmp_path / "by_part").glob("*.h5")
     intact = shard.read_bytes()
     shard.write_bytes(intact[: len(intact) // 2])

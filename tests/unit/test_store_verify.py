@@ -26,7 +26,7 @@ def faults(path: Path, level: str) -> list[tuple[str | None, str | None, str]]:
 
 def test_full_names_every_damaged_record_and_only_those(jpeg_store: Path) -> None:
     first, second = [shard.count for shard in read_manifest(jpeg_store).shards[:2]]
-    places, keys = (first, first + 2, first + second + 1), ImageStore.open(jpeg_store).keys
+    places, keys = (first, first + 2, first + second + 1), ImageStore(jpeg_store).keys
     files = [place_in_file(jpeg_store, place) for place in places]
     for file, offset, _ in files:
         flip_bit(file, offset + 100)
@@ -53,7 +53,7 @@ def test_quick_reads_no_records(tmp_path: Path) -> None:
 
 
 def test_quick_names_truncated_missing_and_replaced_shards(jpeg_store: Path) -> None:
-    keys = ImageStore.open(jpeg_store).keys
+    keys = ImageStore(jpeg_store).keys
     first, second, third = read_manifest(jpeg_store).shards[:3]
     os.truncate(jpeg_store / first.name, first.bytes // 2)
     (jpeg_store / second.name).unlink()
@@ -85,7 +85,7 @@ def test_a_missing_manifest_is_a_fault(jpeg_store: Path) -> None:
 
 def test_only_deep_finds_a_record_that_was_packed_undecodable(jpeg_store: Path) -> None:
     """Spoil a record and make CRC, identity and hashes fit, as a faulty packer would."""
-    file, key = jpeg_store / "shard-00000.h5", ImageStore.open(jpeg_store).keys[1]
+    file, key = jpeg_store / "shard-00000.h5", ImageStore(jpeg_store).keys[1]
     with h5py.File(file, "r+", locking=False) as shard:
         length, start = int(shard["index/length"][1]), int(shard["index/offset"][1])
         shard["data"][start + length // 2 : start + length] = 0
@@ -98,7 +98,7 @@ def test_only_deep_finds_a_record_that_was_packed_undecodable(jpeg_store: Path) 
 
 
 def test_deep_finds_a_size_that_the_index_has_wrong(jpeg_store: Path) -> None:
-    file, key = jpeg_store / "shard-00000.h5", ImageStore.open(jpeg_store).keys[0]
+    file, key = jpeg_store / "shard-00000.h5", ImageStore(jpeg_store).keys[0]
     with h5py.File(file, "r+", locking=False) as shard:
         shard["index/width"][0] = 101
     _make_consistent(jpeg_store)

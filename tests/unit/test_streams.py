@@ -98,7 +98,7 @@ def on_ranks(monkeypatch: pytest.MonkeyPatch) -> OnRanks:
 
 @pytest.fixture
 def digits(digits_stores: Stores) -> ImageStore:
-    return ImageStore.open(digits_stores.train)
+    return ImageStore(digits_stores.train)
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +126,7 @@ def test_a_batch_is_a_function_of_its_step_alone(digits: ImageStore) -> None:
 
 @pytest.mark.parametrize("kind", ["raw", "jpeg"])
 def test_threads_change_nothing(kind: str, digits: ImageStore, photographs: Path) -> None:
-    store = digits if kind == "raw" else ImageStore.open(photographs)
+    store = digits if kind == "raw" else ImageStore(photographs)
     alone, several = stream(store), stream(store, threads=3)
     for step in range(3):
         assert_same(several.batch(step), alone.batch(step))
@@ -305,7 +305,7 @@ def test_when_prefetching_ends_no_thread_reads_any_more(
 
     monkeypatch.setattr(ImageStore, read, slow_read)
     monkeypatch.setattr(multicrop, "draw_parameters", drawn)
-    store = digits if read == "read_raw" else ImageStore.open(photographs)
+    store = digits if read == "read_raw" else ImageStore(photographs)
     source = stream(
         store, support_classes=len(store.classes), threads=2, accumulate_steps=2, supports=StoreImages(store)
     )
@@ -348,7 +348,7 @@ def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
 
 def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     """The fourth small crop of every image of a batch is what PIL cuts from the decoded file, within one level."""
-    store = ImageStore.open(photographs)
+    store = ImageStore(photographs)
     assert len({(int(h), int(w)) for h, w in zip(*store.sizes(range(len(store))), strict=True)}) > 30
     several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
     batch = several.batch(0)
@@ -368,10 +368,10 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
 def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Path) -> None:
     """Two ways to resize, one per encoding: they differ by one of 255 levels at most, where rounding differs."""
     write_tiles(tmp_path / "images", 30, classes=("a", "b"))
-    jpeg = ImageStore.open(pack(ImageFolder(tmp_path / "images"), tmp_path / "jpeg").path)
+    jpeg = ImageStore(pack(ImageFolder(tmp_path / "images"), tmp_path / "jpeg").path)
     everything = np.arange(len(jpeg))
     source = ArraySource("digits", np.stack(jpeg.images(everything)), jpeg.labels, list(jpeg.keys), jpeg.classes)
-    raw = ImageStore.open(pack(source, tmp_path / "raw").path)
+    raw = ImageStore(pack(source, tmp_path / "raw").path)
     assert list(raw.keys) == list(jpeg.keys)
     from_jpeg, from_raw = stream(jpeg).batch(0), stream(raw).batch(0)
     assert np.array_equal(from_jpeg.records, from_raw.records)
@@ -424,7 +424,7 @@ def test_evaluation_crops_the_centre_in_the_given_order_and_normalises_as_for_tr
     digits: ImageStore, photographs: Path, on_ranks: OnRanks
 ) -> None:
     records = np.random.default_rng(0).permutation(len(digits))[:300]  # more than one batch
-    training = ImageStore.open(photographs)
+    training = ImageStore(photographs)
     images = EvaluationSet(digits, records, CenterCropConfig(16, 10), training)
     whole = torch.cat(list(images.batches(CPU, F32)))
     pixels = torch.from_numpy(digits.read_raw(records)[:, None, 3:13, 3:13, 0]) / 255
@@ -490,8 +490,8 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
     pixels = digits.read_raw(records) // 2
     labels = 2 - digits.labels[records]  # other names for the classes
     names = [f"other {record}" for record in records]
-    other = ImageStore.open(pack(ArraySource("digits", pixels, labels, names, ("c", "b", "a")), tmp_path / "a").path)
-    unlabelled = ImageStore.open(digits.path)
+    other = ImageStore(pack(ArraySource("digits", pixels, labels, names, ("c", "b", "a")), tmp_path / "a").path)
+    unlabelled = ImageStore(digits.path)
     unlabelled._labels = None  # type: ignore[assignment]
     whole = CropConfig(size=16, count=2, scale=[1.0, 1.0])
     source = stream(
@@ -510,9 +510,9 @@ def test_labelled_images_may_come_from_another_store(digits: ImageStore, tmp_pat
 def test_labels_from_a_grey_store_and_images_from_a_colour_one(photographs: Path, tmp_path: Path) -> None:
     """The two stores need not be alike, not even in encoding."""
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 1), np.uint8)
-    labels = ImageStore.open(pack(array_source(pixels, "xyz"), tmp_path / "labels").path)
+    labels = ImageStore(pack(array_source(pixels, "xyz"), tmp_path / "labels").path)
     mixed = stream(
-        ImageStore.open(photographs), np.arange(12), batch_size=8, support_classes=3, images_per_class=2,
+        ImageStore(photographs), np.arange(12), batch_size=8, support_classes=3, images_per_class=2,
         supports=StoreImages(labels),
     )  # fmt: skip
     supports, large, _ = mixed.augment(mixed.batch(0).micro_batches[0], CPU, F32)

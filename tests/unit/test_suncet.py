@@ -39,7 +39,7 @@ def labelled_set(folder: Path, labels_of: list[int]) -> EvaluationSet:
         tuple(map(str, range(len(labels_of)))),
     )
     pack(source, folder / "store", options=PackOptions())
-    store = ImageStore.open(folder / "store")
+    store = ImageStore(folder / "store")
     return EvaluationSet(store, np.arange(len(store)), CenterCropConfig(resize=16, size=16), store)
 
 

@@ -31,7 +31,7 @@ def test_threads_beside_the_training_one_have_no_torch_threads_of_their_own(
         return center_crop(pixels, crop)
 
     monkeypatch.setattr(streams, "center_crop", noted)
-    store = ImageStore.open(digits_stores.train)
+    store = ImageStore(digits_stores.train)
     torch.set_num_threads(3)
     try:
         threads = WorkerPool(2, "parts")

@@ -38,7 +38,7 @@ def open_images(workload: Workload) -> tuple[Sequence[tuple[Image.Image, int]], 
     if workload.files is not None:
         files: Any = ImageFolder(str(workload.files))
         return files, files.targets
-    store = ImageStore.open(workload.store)
+    store = ImageStore(workload.store)
     pixels, labels = store.read_raw(np.arange(len(store))), store.labels.tolist()
     images = [Image.fromarray(image.squeeze()).convert("RGB") for image in pixels]
     return list(zip(images, labels, strict=True)), labels
@@ -65,7 +65,7 @@ class _Views(Dataset[tuple[Views, int]]):
 def loaders(config: Config, workload: Workload, batches: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Loaders of unlabelled images and of supports; both give per view a tensor (B, 3, s, s), and labels (B,)."""
     views, support, n = config.views, config.pretrain.support, config.pretrain.batch_size
-    (images, labels), store, draw = open_images(workload), ImageStore.open(workload.store), np.random.default_rng()
+    (images, labels), store, draw = open_images(workload), ImageStore(workload.store), np.random.default_rng()
     large, small = (
         pil_view(crop, views.augment, mean=store.mean, std=store.std) for crop in (views.large, views.small)
     )

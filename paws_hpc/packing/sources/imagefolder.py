@@ -103,7 +103,7 @@ def flat_listing(root: Path, labels: Path | None) -> Listing:
 def read_labels(path: Path) -> dict[str, str]:
     """Image → label of a list: comma-separated lines '<image>,<label>', of which the first may be a heading.
 
-    A line without a comma is divided at its first blank. Of a heading ``…,PredictionString``, as Kaggle writes it, the
+    A line without a comma is two words. Of a heading ``…,PredictionString``, as Kaggle writes it, the
     first word is the label.
 
     Raises:
@@ -111,7 +111,7 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-        rows = [row if len(row) > 1 else " ".join(row).split(maxsplit=1) for row in csv.reader(lines)]
+        rows = list(csv.reader(lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StoreError(
             f"{path} cannot be read: {error}. It needs lines of '<image>,<class>', saved as UTF-8."
@@ -119,12 +119,15 @@ def read_labels(path: Path) -> dict[str, str]:
     kaggle = bool(rows) and rows[0][-1:] == ["PredictionString"]
     label_of: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        words = [word.strip() for word in row[:2]]
+        words = [word.strip() for word in (row[:2] if len(row) > 1 else " ".join(row).split())]
         if not any(words):
             continue
         label = words[-1].split()[0] if kaggle and words[-1] else words[-1]
-        if len(words) < 2 or not all(words) or label_of.setdefault(words[0], label) != label:
-            raise StoreError(f"{path}, line {number}: {' '.join(words)!r} is not '<image>,<class>', or contradicts.")
+        if len(words) != 2 or not all(words) or label_of.setdefault(words[0], label) != label:
+            raise StoreError(
+                f"{path}, line {number}: {' '.join(words)!r} is not '<image>,<class>', with a comma where a name has "
+                "blanks, or contradicts an earlier line."
+            )
     if not label_of:
         raise StoreError(f"{path} has no lines '<image>,<class>'.")
     return label_of

@@ -1,0 +1,124 @@
+"""A run that has trained, opened for commands, programs and notebooks: its networks, rows and representations.
+
+Legend: N images, S the side of the evaluation crop, D features.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from paws_hpc.cluster.frozen import read_config
+from paws_hpc.config import Config
+from paws_hpc.data.augment import normalise
+from paws_hpc.data.crops import center_crop
+from paws_hpc.data.streams import EvaluationSet
+from paws_hpc.deploy import Network, load_network
+from paws_hpc.engine.evaluate import forward_set
+from paws_hpc.engine.tracking import Row
+from paws_hpc.report.run_record import read_run
+from paws_hpc.stages.run_data import RunData, open_data
+from paws_hpc.stages.run_folder import RunFolder, find_run
+
+
+class Embeddings(NamedTuple):
+    """Representations h (N, D) float32 of N images, their classes (N,) int64, both on the CPU, and their keys."""
+
+    features: Tensor
+    labels: Tensor
+    keys: list[str]
+
+
+def load_run(name: str, runs: Path | str = "runs") -> FinishedRun:
+    """Open a run; ``name`` is its folder, or its name below ``runs``. What it holds is read when it is asked for.
+
+    Raises:
+        FileNotFoundError: there is no such run (the message has names that are spelled alike), or it never started.
+        ValueError: its config is damaged, or of another version.
+    """
+    run = RunFolder(find_run(name, Path(runs)))
+    if not run.config.exists():
+        raise FileNotFoundError(f"{run.path} has no {run.config.name}: nothing of it was started. Launch it first.")
+    return FinishedRun(run, read_config(run.config))
+
+
+class FinishedRun:
+    """A run's ``folder`` and ``config``, and what can be made of them.
+
+    Everything but :attr:`metrics` needs the stores that the config names. What a stage makes that has not finished is a
+    FileNotFoundError, and damaged weights are a ValueError.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        self.folder, self.config = folder, config
+
+    @cached_property
+    def data(self) -> RunData:
+        """The stores and splits."""
+        return open_data(self.config)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.data.classes
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        """The network by which PAWS-NN is scored: normalised images (N, 3, S, S) float32 to h (N, D)."""
+        return self.network("projection").module
+
+    def network(self, head: str) -> Network:
+        """Another network of the run, and what to know of it; ``head`` is one of :data:`paws_hpc.deploy.HEADS`."""
+        return load_network(self.folder, self.data, head)
+
+    def transform(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
+        """An image, or its pixels (H, W, 3), to the encoder's input (3, S, S) float32, as this run's scores see it."""
+        pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        crop = center_crop(pixels, self.config.views.evaluation)[None]
+        return normalise(crop, mean=self.data.train.mean, std=self.data.train.std)[0]
+
+    @property
+    def metrics(self) -> list[Row]:
+        """What every stage logged, one flat row for each step or epoch, for ``pandas.DataFrame``.
+
+        ``stage`` is ``pretrain``, ``finetune`` or ``baseline``; rows of the latter two name their ``trial``.
+        """
+        record = read_run(self.folder.path)
+        rows: list[Row] = [{"stage": "pretrain", **row} for row in record.pretrain.rows]
+        for stage in ("finetune", "baseline"):
+            for each in record.sweep(stage)[0]:
+                rows += [{"stage": stage, "trial": each.trial.name, **row} for row in each.metrics.rows]
+        return rows
+
+    def embeddings(self, subset: str = "test") -> Embeddings:
+        """Representations of the ``train``, ``labelled``, ``validation`` or ``test`` images, one centre crop each.
+
+        They are computed where :attr:`encoder` is, which ``run.encoder.cuda()`` moves.
+
+        Raises:
+            ValueError: the run has no such images.
+        """
+        if (images := self._images(subset)) is None:
+            raise ValueError(
+                f"{self.folder.path} has no {subset!r} images. Choose train, labelled, validation or test."
+            )
+        features = forward_set(self.encoder, images, next(self.encoder.parameters()).device)
+        return Embeddings(features.cpu(), images.labels, list(images.store.keys.at(images.records)))
+
+    def _images(self, subset: str) -> EvaluationSet | None:
+        match subset:
+            case "train":
+                return self.data.images(self.data.train, np.arange(len(self.data.train)))
+            case "labelled":
+                return self.data.labelled_images()
+            case "validation":
+                return self.data.validation_images()
+            case "test":
+                return self.data.test_images()
+        return None
