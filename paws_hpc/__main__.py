@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name → what to run, with its first
     "config": ("fields:main", "show the fields of a run: meaning, default, value in an experiment"),
     "doctor": ("doctor:main", "check a cluster before the first submission"),
     "status": ("status:main", "what runs do, or why they do not"),
+    "runs": ("runs:main", "list, rename and remove runs"),
     "report": ("report.__main__:main", "write the report of a run, or one page that compares several"),
     "sync": ("sync:main", "upload what W&B has not got yet"),
     "export": ("export:main", "write a trained network for other programs"),

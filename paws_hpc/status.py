@@ -25,6 +25,7 @@ from rich.text import Text
 
 from paws_hpc.cluster.overview import JobOverview, RunOverview, overviews, span
 from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.metrics import percent
 from paws_hpc.stages.run_folder import all_runs, find_run
 
 _UNCUT = 10_000  # columns, where no terminal folds the lines
@@ -44,9 +45,9 @@ _SOURCES = {
     "attempts": "the jobs' own files",
     "chain": "chain.json",
 }
-_RUN_COLUMNS = ("run", "state", "at", "step", "img/s", "left")
+_RUN_COLUMNS = ("run", "begun", "state", "top-1", "at", "step", "img/s", "left")
 _JOB_COLUMNS = ("job", "state", "restarts", "id", "step", "epoch", "img/s", "left", "val")
-_ON_THE_LEFT = ("run", "job", "state", "id", "at")
+_ON_THE_LEFT = ("run", "begun", "job", "state", "id", "at")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +98,8 @@ def runs_text(runs: Sequence[RunOverview]) -> Group:
         row = {} if run.current is None else _job_row(run.current)
         state = f"{run.state}, {failed} failed" if failed and run.state != "failed" else run.state
         own = {"run": run.name, "at": row.get("job", ""), "state": state, "style": _STYLES.get(run.state, "")}
+        own["begun"] = str(run.created or "")[:16].replace("T", " ")
+        own["top-1"] = "" if run.top1 is None else percent(run.top1)
         rows.append(row | own)
     if not rows:
         return Group(Text("no runs"))

@@ -15,6 +15,7 @@ from typing import Any
 from paws_hpc import __version__
 from paws_hpc.cluster.frozen import ConfigError, check_frozen, read_config
 from paws_hpc.cluster.scheduler import QueuedJob
+from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.files import read_json, write_json
 from paws_hpc.provenance import commit
@@ -76,9 +77,14 @@ def check_begun(config: Config, run: RunFolder, *, in_queue: bool = False) -> No
     """Check a launch against how its run was begun, which binds once it trained, or while its jobs are in the queue.
 
     Raises:
-        ConfigError: other fields differ.
+        ConfigError: other fields differ, or the folder is a copy of another run's.
         ValueError: the run trained on other images.
     """
+    if (named := run.describe().get("name", config.name)) != config.name:
+        raise ConfigError(
+            f"{run.path} is a copy of the run {named}, whose jobs on Slurm and runs in W&B are not its own. Make it a "
+            f"run first: `{program('runs')} rename {run.path} {config.name}`."
+        )
     trained = has_trained(run)
     if not (in_queue or trained):
         return
@@ -155,6 +161,13 @@ class Chain:
     def mark_cancelled(self) -> None:
         """Remember that a person ended this chain."""
         write_json(self._path, self._value | {"cancelled": now()})
+
+    def rename(self, name: str, *, copied: bool) -> None:
+        """Take another name; a copy of a run also gets an id of its own, and none of the original's jobs."""
+        if copied:
+            self._value.pop("cancelled", None)
+            self._value |= {"id": secrets.token_hex(4), "submissions": []}
+        write_json(self._path, self._value | {"name": name})
 
     def job_ids(self) -> dict[str, str]:
         """Job name → the id under which it was last submitted."""

@@ -135,6 +135,12 @@ def freeze(config: Config, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))
 
 
+def rename_frozen(path: Path, name: str) -> None:
+    """Change the run's name in a frozen config; all else stays to the byte, whatever version wrote it."""
+    text = path.read_text(encoding="utf-8")
+    write_text(path, re.sub(r"^name: .*$", lambda _: f"name: {json.dumps(name)}", text, count=1, flags=re.MULTILINE))
+
+
 def check_frozen(config: Config, path: Path) -> None:
     """Check a config against the one with which a run was begun, if it was.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from paws_hpc.cluster import scheduler, traces
 from paws_hpc.cluster.inventory import Partition, notice_s, partitions, settings
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError
 from paws_hpc.cluster.traces import Progress
+from paws_hpc.command import program
 from paws_hpc.files import read_json
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 from paws_hpc.stages.attempts import Attempt, read_attempts
@@ -30,6 +31,7 @@ _SILENT_S = 60.0  # six heartbeats
 _STUCK_S = 900.0
 _LOG_LINES = 12
 _REPEATS = 3  # attempts in a row from the same step
+_HEADLINES = ("fine_tuned", "paws_nn", "baseline")
 _FORGOTTEN = "Slurm no longer knows it"
 _HINTS = {
     "DependencyNeverSatisfied": "a job that it waits for failed",
@@ -85,13 +87,19 @@ class JobOverview:
 
 @dataclass(frozen=True)
 class RunOverview:
-    """A run: its jobs in the order of the chain, and what its files and Slurm have trouble with."""
+    """A run: its jobs in the order of the chain, and what its files and Slurm have trouble with.
+
+    ``copy_of`` is the name of the run whose folder this one is a copy of; None of a run that was launched here.
+    ``top1`` is on the test split (a fraction): of the fine-tuned network, else of PAWS-NN, else of the baseline.
+    """
 
     name: str
+    copy_of: str | None
     path: str
     state: str
     created: str | None
     cancelled: str | None
+    top1: float | None
     jobs: list[JobOverview]
     warnings: list[str]
     trouble: str | None
@@ -147,6 +155,14 @@ class _RunFiles:
         self.path, self.warnings = path, list[str]()
         self.chain = self._mapping("chain.json")
         self.config = self._mapping("config.yaml")
+        self.result = self._mapping("result.json")
+        named = str(self.chain.get("name") or path.resolve().name)
+        self.copy_of = None if named in (path.name, path.resolve().name) else named
+        if self.copy_of is not None:
+            self.chain = {"created": self.chain.get("created")}  # the jobs are the original's
+            self.warnings.append(
+                f"this is a copy of {named}, or was renamed by hand: `{program('runs')} rename` makes it a run"
+            )
         self.submitted: dict[str, dict[str, Any]] = {  # job → what its last submission says
             str(job["job"]): job | {"time": submission.get("time")}
             for submission in self.chain.get("submissions", [])
@@ -216,13 +232,15 @@ def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:
             facts = run.submitted.get(job.job, {})
             partition = slurm.partitions.get(facts["partition"]) if facts.get("partition") else default
             warnings += grace_warnings(job.job, job.progress, partition, slurm.settings, facts.get("notice_s"))
-    cancelled = run.chain.get("cancelled")
+    cancelled, scores = run.chain.get("cancelled"), run.result.get("test", {})
     return RunOverview(
         name=str(run.chain.get("name") or run.path.resolve().name),
+        copy_of=run.copy_of,
         path=str(run.path),
         state=_state_of_run({job.state for job in jobs}, cancelled=cancelled is not None),
         created=run.chain.get("created"),
         cancelled=cancelled,
+        top1=next((scores[method]["top1"] for method in _HEADLINES if method in scores), None),
         jobs=jobs,
         warnings=warnings,
         trouble=slurm.trouble if run.unfinished_ids else None,
@@ -246,7 +264,9 @@ def _job(run: _RunFiles, name: str, slurm: _Slurm) -> JobOverview:
         notes.append(f"its attempts cannot be read: {error}")
     last = attempts[-1] if attempts else None
     silent_s = None
-    if last is not None and last.end is None:
+    if last is not None and last.end is None and run.copy_of is not None:
+        last = replace(last, end={"how": "interrupted", "message": "copied while it ran"})
+    elif last is not None and last.end is None:
         seen = last.beat["time"] if last.beat is not None else last.began
         silent_s = max((datetime.now(UTC) - datetime.fromisoformat(seen)).total_seconds(), 0.0)
     stage, job_id, progress = name.partition("/")[0], run.submitted.get(name, {}).get("job_id"), run.progress(name)

@@ -20,7 +20,7 @@ from paws_hpc.command import Parser, exit_status, program
 from paws_hpc.report.comparison import as_json, as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.page import build_report
-from paws_hpc.report.run_record import read_run
+from paws_hpc.report.run_record import read_runs
 from paws_hpc.report.wandb_saving import save_wandb_report
 from paws_hpc.stages.run_folder import find_run
 
@@ -34,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(options: argparse.Namespace) -> None:
     runs = [find_run(name, options.runs) for name in options.run]
     if options.json:
-        print(json.dumps(as_json(compare([read_run(run) for run in runs])), indent=2))
+        print(json.dumps(as_json(compare(read_runs(runs))), indent=2))
     elif options.markdown:
-        print(as_markdown(compare([read_run(run) for run in runs])), end="")
+        print(as_markdown(compare(read_runs(runs))), end="")
     elif options.wandb:
         print(save_wandb_report(runs, options.to, timeout_s=60 * options.timeout_min))
     elif len(runs) == 1:

@@ -107,16 +107,12 @@ class Comparison:
 
 
 def compare(records: Sequence[RunRecord]) -> Comparison:
-    """Sort runs into rows by their settings.
+    """Sort runs into rows by their settings; no two have one name, as :func:`read_runs` sees to.
 
     Raises:
-        ValueError: a result contradicts itself, or two runs have one name; both are named.
+        ValueError: a result contradicts itself.
     """
     runs = [Compared(record, _values(record)) for record in records]
-    for name, count in Counter(run.name for run in runs).items():
-        if count > 1:
-            folders = ", ".join(str(run.record.folder) for run in runs if run.name == name)
-            raise ValueError(f"{count} runs are called {name}: {folders}. Name each run once.")
     names = [run.name for run in runs]
     differing = differences(dict(zip(names, _settings(records), strict=True)))
     groups: dict[tuple[str, ...], list[Compared]] = {}

@@ -27,16 +27,16 @@ from paws_hpc.report.page import render
 from paws_hpc.report.panels import SWEEP_TITLES, curve_panels, parallel_panel
 from paws_hpc.report.parallel import TrialLine
 from paws_hpc.report.plots import stroke
-from paws_hpc.report.run_record import read_run
+from paws_hpc.report.run_record import read_runs
 from paws_hpc.report.tables import DASH
 
 
 def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:
     """Write ``index.html``, which compares run directories, atomically, to ``folder`` or :func:`comparison_folder`.
 
-    Raises as :func:`read_run` and :func:`compare`.
+    Raises as :func:`read_runs` and :func:`compare`.
     """
-    comparison = compare([read_run(run) for run in runs])
+    comparison = compare(read_runs(runs))
     path = (folder or comparison_folder(runs)) / "index.html"
     write_text(path, render(Path(__file__).with_name("comparison.html.j2"), _context(comparison)))
     return path

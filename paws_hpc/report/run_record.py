@@ -6,7 +6,9 @@ Nothing here computes a result. A file that another stage has not written yet is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +148,23 @@ def read_run(run: Path) -> RunRecord:
         result=_mapping(run / "result.json"),
         exhibits={stage: exhibits for stage in STAGES if (exhibits := read_exhibits(run / stage))},
     )
+
+
+def read_runs(runs: Sequence[Path]) -> list[RunRecord]:
+    """Read several run directories; of those that have one name, the name says in which folder each is.
+
+    Raises:
+        ValueError: as :func:`read_run`, or one run is there twice.
+    """
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise ValueError(f"{', '.join(map(str, runs))}: a run is compared with others. Name each run once.")
+    records = [read_run(run) for run in runs]
+    counts = Counter(record.name for record in records)
+    return [
+        record if counts[record.name] == 1
+        else replace(record, chain=record.chain | {"name": f"{record.name} ({record.folder})"})
+        for record in records
+    ]  # fmt: skip
 
 
 def read_metrics(path: Path, *, axis: str = "step") -> Metrics:

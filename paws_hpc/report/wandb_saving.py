@@ -16,7 +16,7 @@ from pathlib import Path
 
 from paws_hpc.files import read_json, write_json
 from paws_hpc.report.comparison_page import comparison_folder
-from paws_hpc.report.run_record import read_run
+from paws_hpc.report.run_record import read_runs
 
 _NOT_ONLINE = ("offline", "disabled", "dryrun")
 
@@ -41,7 +41,7 @@ def save_wandb_report(runs: Sequence[Path], folder: Path | None = None, *, timeo
             "A Weights & Biases report needs the package wandb-workspaces: pip install 'paws-hpc[report]', or "
             "pip install wandb-workspaces."
         ) from error
-    report = build([read_run(run) for run in runs])
+    report = build(read_runs(runs))
     spec = report._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     path = (folder or (runs[0] / "report" if len(runs) == 1 else comparison_folder(runs))) / "wandb.json"
     kept = {"id": "", "url": None} | (read_json(path) if path.exists() else {}) | {"spec": spec}
@@ -83,7 +83,7 @@ def _save(identifier: str, runs: Sequence[str]) -> dict[str, str]:
 
     from paws_hpc.report.wandb_report import build  # noqa: PLC0415 - as above
 
-    records = [read_run(Path(run)) for run in runs]
+    records = read_runs([Path(run) for run in runs])
     if (mode := wandb.setup().settings.mode) in _NOT_ONLINE:
         return {"offline": f"W&B's settings say mode={mode}"}  # with which login() finds no key either
     if not wandb.login(prompt=False, verify=False):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from paws_hpc.report.comparison import Comparison, as_json, as_markdown, compare, warnings
-from paws_hpc.report.comparison_page import comparison_folder
-from paws_hpc.report.run_record import read_run
+from paws_hpc.report.comparison_page import build_comparison, comparison_folder
+from paws_hpc.report.run_record import read_runs
 
 CONFIG = "name: {name}\nseed: {seed}\ndevice: cpu\noptimizer:\n  peak_lr: 5.0\nlabels:\n  per_class: 4\n"
 
@@ -42,7 +42,7 @@ def write(
 
 
 def compared(*runs: Path) -> Comparison:
-    return compare([read_run(run) for run in runs])
+    return compare(read_runs(runs))
 
 
 def titles(comparison: Comparison) -> list[str]:
@@ -130,8 +130,20 @@ def test_many_differing_fields_are_told_by_the_names_of_runs(tmp_path: Path) -> 
 
 def test_one_run_named_twice_is_refused(tmp_path: Path) -> None:
     run = write(tmp_path, "a")
-    with pytest.raises(ValueError, match=r"2 runs are called a: .* Name each run once"):
-        compared(run, run)
+    with pytest.raises(ValueError, match=r"a, .*a: a run is compared with others\. Name each run once"):
+        compared(run, run.parent / "." / "a")
+
+
+def test_runs_of_one_name_in_different_folders_are_told_apart_by_these(tmp_path: Path) -> None:
+    runs = []
+    for place, right in (("here", 90), ("there", 80)):
+        (tmp_path / place).mkdir()
+        runs.append(write(tmp_path / place, "a", right=right))
+    (row,) = compared(*runs).rows
+    summary = row.summary("paws_nn")
+    assert summary is not None
+    assert summary.values == {f"a ({runs[0]})": 0.9, f"a ({runs[1]})": 0.8}
+    assert build_comparison(runs).parent == tmp_path / "here" / "comparisons" / "a"
 
 
 @pytest.mark.parametrize(

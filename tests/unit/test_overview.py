@@ -198,7 +198,7 @@ def test_every_run_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) ->
     train(run / "pretrain", steps=30, per_epoch=12)
     assert status.main(["--runs", str(run.parent)]) == 0
     words = capsys.readouterr().out.splitlines()[1].split()
-    assert words == ["first", "running", "pretrain", "30/120", "200", "45", "s"]
+    assert words == ["first", "2026-01-02", "running", "pretrain", "30/120", "200", "45", "s"]
 
 
 @pytest.mark.parametrize("width", [80, 140])
