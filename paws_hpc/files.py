@@ -1,7 +1,12 @@
-"""Files that are either whole or absent, and the digests by which they are recognised."""
+"""Files that are either whole or absent, and the checksums by which damage is noticed.
+
+What decides a result carries its own checksum, so that it can be moved and copied: a record (JSON) under ``checksum``,
+and tensors behind their last byte (:mod:`paws_hpc.engine.checkpoint`).
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,6 +19,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+_CHECKSUM = "checksum"
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # from file systems without it
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -24,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is named.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # The process number alone is not unique on a shared file system: jobs on two nodes may have the same one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,12 +45,31 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # a read-only disk has no such file, and will not have it removed either
             temporary.unlink()
         if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, f"cannot write {path}: {os.strerror(error.errno)}", str(path)) from error
+            raise OSError(error.errno, f"cannot write {path}: {error.strerror}", str(path)) from error
         raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with its parents, that survives a power cut."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync(each.parent)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut, where the file system can (some network ones cannot).
+
+    Raises:
+        OSError: it may be lost; it is named.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # makes the rename survive a power cut; some network file systems refuse
-            os.fsync(descriptor)
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise OSError(error.errno or errno.EIO, f"cannot sync {path}: {error.strerror}", str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -118,11 +145,43 @@ def create_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; ValueError names one that is not JSON, with the position of the fault."""
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or is a record that does not fit its checksum; it is named.
+    """
+    return _read(path)[0]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote, without its checksum; errors as of :func:`read_json`."""
+    value, is_record = _read(path)
+    if not is_record:
+        raise ValueError(f"{path} has no checksum: it is damaged or from an older version. Remove it and run again.")
+    return dict(value)
+
+
+def write_record(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with its checksum, atomically."""
+    write_json(path, value | {_CHECKSUM: value_digest(value)})
+
+
+def _read(path: Path) -> tuple[Any, bool]:
+    """What a JSON file holds, and whether it is a record, which fits its checksum."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_in_json)
+    except (ValueError, RecursionError) as error:  # ValueError where it is not UTF-8, too
         raise ValueError(f"{path} is not valid JSON: {error}. Restore it or remove it and run again.") from error
+    if not isinstance(value, dict) or _CHECKSUM not in value:
+        return value, False
+    if value.pop(_CHECKSUM) != value_digest(value):
+        raise ValueError(f"{path} is damaged or was edited: it does not fit its checksum. Restore it or remove it.")
+    return value, True
+
+
+def _not_in_json(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def file_hash(path: Path) -> str:

@@ -13,7 +13,7 @@ from paws_hpc.cluster.chain import Chain
 from paws_hpc.cluster.frozen import freeze
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.engine.checkpoint import save_tensors
-from paws_hpc.files import write_json
+from paws_hpc.files import write_record
 from paws_hpc.models.config import ModelConfig
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.stages import finetune, prepare, pretrain, selection
@@ -64,7 +64,7 @@ def made_up_run(stores: Stores, runs: Path, model: ModelConfig) -> tuple[Config,
     disturb(classifier, seed=3)
     trial = trial_at(0.1, 2)
     save_tensors(run.trial("finetune", trial) / "best.pt", classifier.state_dict())
-    write_json(run.selected, {"trial": trial.name, **trial.values})
+    write_record(run.selected, {"trial": trial.name, **trial.values})
     return config, run
 
 

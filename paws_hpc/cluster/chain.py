@@ -17,7 +17,7 @@ from paws_hpc.cluster.frozen import ConfigError, check_frozen, read_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import read_json, write_record
 from paws_hpc.provenance import commit
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import now
@@ -144,7 +144,7 @@ class Chain:
                 "host_cores": os.cpu_count(),
                 "submissions": [],
             }
-            write_json(run.chain, value)
+            write_record(run.chain, value)
         return cls(run)
 
     @property
@@ -156,18 +156,18 @@ class Chain:
         """Remember jobs that were submitted together."""
         self.submissions.append(submission)
         self._value.pop("cancelled", None)
-        write_json(self._path, self._value)
+        write_record(self._path, self._value)
 
     def mark_cancelled(self) -> None:
         """Remember that a person ended this chain."""
-        write_json(self._path, self._value | {"cancelled": now()})
+        write_record(self._path, self._value | {"cancelled": now()})
 
     def rename(self, name: str, *, copied: bool) -> None:
         """Take another name; a copy of a run also gets an id of its own, and none of the original's jobs."""
         if copied:
             self._value.pop("cancelled", None)
             self._value |= {"id": secrets.token_hex(4), "submissions": []}
-        write_json(self._path, self._value | {"name": name})
+        write_record(self._path, self._value | {"name": name})
 
     def job_ids(self) -> dict[str, str]:
         """Job name → the id under which it was last submitted."""

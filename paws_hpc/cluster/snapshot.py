@@ -8,31 +8,50 @@ import tempfile
 from pathlib import Path
 
 import paws_hpc
+from paws_hpc.files import make_folder, sync
 
 _DIGITS = 12
 
 
 def plan_snapshot(run: Path) -> Path:
     """The folder that :func:`take_snapshot` would make, ``code/<digest of all files>``; writes nothing."""
-    digest = hashlib.sha256()
-    paths = [*_package().rglob("*"), *(_package() / "conf").rglob("*")]  # rglob does not follow the link
-    for path in sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts}):
-        digest.update(f"{path.relative_to(_package())}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return run.resolve() / "code" / digest.hexdigest()[:_DIGITS]
+    return run.resolve() / "code" / _digest(_package())
 
 
 def take_snapshot(run: Path) -> Path:
-    """Copy the package that runs now into the run directory, unless the same code is there already."""
+    """Copy the package that runs now into the run directory, unless the same code is there already.
+
+    Raises:
+        ValueError: what is there has another digest than its name: it is damaged or was edited.
+    """
     snapshot = plan_snapshot(run)
     if snapshot.exists():
+        check_snapshot(snapshot)
         return snapshot
-    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(snapshot.parent)
     with tempfile.TemporaryDirectory(prefix=".code-", dir=snapshot.parent) as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(_package(), copy / "paws_hpc", ignore=_left_out)
+        for path in (copy, *copy.rglob("*")):
+            sync(path)
         copy.rename(snapshot)  # whole or absent
+    sync(snapshot.parent)
     return snapshot
+
+
+def check_snapshot(snapshot: Path) -> None:
+    """Raise ValueError unless the files of a snapshot are those that its name stands for."""
+    if _digest(snapshot / "paws_hpc") != snapshot.name:
+        raise ValueError(f"{snapshot} is damaged or was edited: its digest is not its name. Remove it.")
+
+
+def _digest(package: Path) -> str:
+    digest = hashlib.sha256()
+    paths = [*package.rglob("*"), *(package / "conf").rglob("*")]  # rglob does not follow the link
+    for path in sorted({path for path in paths if path.is_file() and "__pycache__" not in path.parts}):
+        digest.update(f"{path.relative_to(package)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:_DIGITS]
 
 
 def shield(snapshot: Path) -> Path:

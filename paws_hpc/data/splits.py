@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.samplers import Positions, cipher_key, permute
-from paws_hpc.files import read_json, value_digest, write_json
+from paws_hpc.files import read_json, value_digest, write_record
 from paws_hpc.store import ImageStore
 
 _VERSION = 1
@@ -119,7 +119,7 @@ def _load_or_make(
     if not save:
         return split
     content = {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest}
-    write_json(path, content | {"keys": list(split.keys)})
+    write_record(path, content | {"keys": list(split.keys)})
     return split
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from paws_hpc import __version__
-from paws_hpc.files import file_hash, read_json
+from paws_hpc.files import file_hash, read_record
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier
 from paws_hpc.models.heads import ProjectionHead
 from paws_hpc.stages.networks import load_neighbours, load_pretrained, load_winner
@@ -89,7 +89,7 @@ def _cut(encoder: Encoder, head: str) -> nn.Module:
 
 def _card(run: RunFolder, data: RunData, module: nn.Module, *, head: str, weights: Path) -> dict[str, Any]:
     config, chain, crop = data.config, run.describe(), data.config.views.evaluation
-    scores = read_json(run.result)["test"] if run.result.exists() else {}
+    scores = read_record(run.result)["test"] if run.result.exists() else {}
     dims = [layer.out_features for layer in head_layers(module).values() if isinstance(layer, nn.Linear)]
     return {
         "model": asdict(config.model) | {"init": None},  # a path of this machine, and these weights replace it

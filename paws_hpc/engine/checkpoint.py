@@ -4,11 +4,15 @@ A checkpoint is two files: ``step-00001234.pt`` (tensors and plain values, read 
 after it, ``step-00001234.json`` with its checksum and the identity of the experiment. Without a fitting second file the
 first one counts as damaged. Nothing that is read can execute anything.
 
+Every file of tensors ends in :data:`SEAL` and the 16 bytes of the xxh3 of what stands before, which ``torch.load``
+passes over. It is taken of what torch writes, so that what the disk or the memory changes later does not fit.
+
 Training stands still only while its state is copied to host memory: a thread writes the copy.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import pickle
@@ -18,17 +22,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from paws_hpc import distributed
 from paws_hpc.engine.hostcopy import HostCopy
 from paws_hpc.engine.preemption import UNATTENDED
-from paws_hpc.files import atomic_write, file_hash, read_json, write_json
+from paws_hpc.files import atomic_write, make_folder, read_record, write_record
 
 _LOG = logging.getLogger(__name__)
+
+SEAL = b"xxh3-128"
+_SEAL_BYTES = len(SEAL) + 16
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class CheckpointFolder:
         self._writing: Future[None] | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if distributed.is_main():
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             for leftover in path.glob(".step-*.tmp"):
                 leftover.unlink()
 
@@ -132,13 +140,12 @@ class CheckpointFolder:
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         began, weights = time.monotonic(), self._weights(step)
-        save_tensors(weights, state, fence=self._fence)
-        digest = file_hash(weights)
+        digest = save_tensors(weights, state, fence=self._fence)
         seconds = round(time.monotonic() - began, 3)
         record = {"step": step, "xxh3_128": digest, "seconds": seconds, "identity": self.identity}
         self._fence()
         try:
-            write_json(weights.with_suffix(".json"), record)
+            write_record(weights.with_suffix(".json"), record)
         except OSError:
             weights.unlink()  # worth nothing without its record, and the disk may be full
             raise
@@ -175,7 +182,7 @@ class CheckpointFolder:
             return None
         with distributed.failing_together(device):
             weights = self._weights(step)
-            self._check_identity(weights, read_json(weights.with_suffix(".json"))["identity"])
+            self._check_identity(weights, read_record(weights.with_suffix(".json"))["identity"])
             checkpoint = Checkpoint(step, load_tensors(weights, torch.device("cpu")))
         return checkpoint
 
@@ -197,7 +204,7 @@ class CheckpointFolder:
         for step in reversed(self._steps()):
             weights = self._weights(step)
             if fault := _fault(weights):
-                _LOG.warning("%s is passed over: %s.", weights, fault)
+                _LOG.warning("%s is passed over: %s", weights, fault)
             else:
                 return step
         return None
@@ -219,22 +226,33 @@ class CheckpointFolder:
 
 def _fault(weights: Path) -> str | None:
     """What is wrong with a checkpoint, None if nothing is."""
-    record_path = weights.with_suffix(".json")
-    if not record_path.exists():
-        return "its .json is missing, so writing it was interrupted"
     try:
-        record = read_json(record_path)
+        record = read_record(weights.with_suffix(".json"))
+        if record["xxh3_128"] != checked_digest(weights):
+            return f"{weights.with_suffix('.json').name} belongs to another file."
+    except FileNotFoundError:
+        return "its .json is missing, so writing it was interrupted."
     except ValueError as error:
         return str(error)
-    if not isinstance(record, dict) or not {"xxh3_128", "identity"} <= record.keys():
-        return f"{record_path.name} is damaged"
-    if file_hash(weights) != record["xxh3_128"]:
-        return "its checksum does not fit, so it is truncated or damaged"
     return None
 
 
-def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTENDED.fence) -> None:
-    """Write tensors and plain values to ``path``, atomically.
+class _Hashing:
+    """A file to write to, and the hash of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.hash, self._file = xxhash.xxh3_128(), file
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTENDED.fence) -> str:
+    """Write tensors and plain values to ``path``, atomically, and return their checksum (32 hexadecimal digits).
 
     Args:
         path: of the file.
@@ -242,22 +260,60 @@ def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTEND
         fence: called when all is on disk but nothing is visible yet; if it raises, ``path`` stays as it was.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; ``path`` is named.
+        OSError: the folder cannot be written, the disk is full, or what was written reads back otherwise; ``path`` is
+            named.
     """
     with atomic_write(path) as file:
+        hashing = _Hashing(file)
         try:
-            torch.save(value, file)
+            torch.save(value, cast("BinaryIO", hashing))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides the disk's error behind "unexpected pos"
                 raise error.__context__ from error
             raise
+        file.write(SEAL + hashing.hash.digest())
         file.flush()
         os.fsync(file.fileno())  # which may take long, so it comes before the fence
+        try:
+            checked_digest(Path(file.name))
+        except ValueError as error:
+            raise OSError(errno.EIO, "it reads back otherwise than it was written", str(path)) from error
         fence()
+    return hashing.hash.hexdigest()
+
+
+def checked_digest(path: Path) -> str:
+    """The checksum of what :func:`save_tensors` wrote, which fits its bytes.
+
+    Raises:
+        ValueError: it does not, or there is none; the file is named.
+    """
+    found, left = xxhash.xxh3_128(), path.stat().st_size - _SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 8 << 20))):
+            found.update(block)
+            left -= len(block)
+        seal = file.read()
+    if not seal.startswith(SEAL):
+        raise ValueError(f"{path} is cut off, or from an older version: it does not end in a checksum. Make it anew.")
+    if seal != SEAL + found.digest():
+        raise ValueError(f"{path} is damaged: it does not fit its checksum. Restore it or make it anew.")
+    return found.hexdigest()
 
 
 def load_tensors(path: Path, device: torch.device) -> Any:
     """Read what :func:`save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not fit its checksum; or see :func:`load_foreign`.
+    """
+    checked_digest(path)
+    return load_foreign(path, device)
+
+
+def load_foreign(path: Path, device: torch.device) -> Any:
+    """Read a file of ``torch.save`` from anywhere.
 
     Raises:
         ValueError: the file asks for anything but tensors and plain values, which is not executed.

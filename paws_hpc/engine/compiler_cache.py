@@ -26,7 +26,7 @@ from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 from torch._inductor.utils import _set_env
 
 from paws_hpc import distributed
-from paws_hpc.files import atomic_write, file_hash, read_json, write_json
+from paws_hpc.files import atomic_write, file_hash, read_record, write_record
 
 _LOG = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def _fault(kept: Path) -> str | None:
     if (owner := kept.stat().st_uid) != os.getuid():
         remedy = "start the run as its owner, and where a container or file system maps users, without that mapping"
         return f"its owner is user {owner}, not {os.getuid()}: {remedy}"
-    record = read_json(kept.with_suffix(".json"))
+    record = read_record(kept.with_suffix(".json"))
     if record["xxh3_128"] != file_hash(kept):
         return "its checksum is another one"
     for name, here in _versions().items():
@@ -111,6 +111,6 @@ def _pack(folder: Path, kept: Path) -> None:
     try:
         with atomic_write(kept) as file, tarfile.open(fileobj=file, mode="w") as archive:
             archive.add(folder, arcname=".")
-        write_json(kept.with_suffix(".json"), {"xxh3_128": file_hash(kept), **_versions()})
+        write_record(kept.with_suffix(".json"), {"xxh3_128": file_hash(kept), **_versions()})
     except OSError as error:
         _LOG.warning("What was compiled is not kept for the next start: %s", error)

@@ -139,6 +139,7 @@ def train(
                 if validating:
                     training.score(done, validate, tracker)
                 if saving:
+                    tracker.sync()
                     checkpoints.save(done, training.state_dict())
                     saved = done
                 if saving or validating:
@@ -146,6 +147,7 @@ def train(
     except Interrupted:
         training.report(window, meter, tracker)
         if saved != done or checkpoints.lost:  # what is on disk stays as it is: replacing it could lose it
+            tracker.sync()
             checkpoints.save(done, training.state_dict())
         checkpoints.wait()
         raise PreemptedError(done) from None

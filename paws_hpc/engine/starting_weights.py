@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paws_hpc.engine.checkpoint import load_tensors
+from paws_hpc.engine.checkpoint import load_foreign
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.models.names import from_torchvision
 
@@ -78,7 +78,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _content(path: Path) -> Mapping[str, object]:
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else load_tensors(path, torch.device("cpu"))
+        content = load_file(path) if path.suffix == ".safetensors" else load_foreign(path, torch.device("cpu"))
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"model.init={path} is damaged or no file of weights: {error}. Fetch it again.") from error
     return content if isinstance(content, Mapping) else {f"a {type(content).__name__}": type(content)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,9 @@ class Tracker:
 
     def log(self, step: int, row: Row) -> None:
         """Record ``row`` at a 0-based step."""
+
+    def sync(self) -> None:
+        """Make what was recorded survive a power cut; called before a checkpoint, after which no row is made again."""
 
     def close(self, error: BaseException | None) -> None:
         """End; ``error`` is what ended the stage, None if it ended well."""
@@ -56,6 +60,10 @@ class MetricsFile(Tracker):
         """Append one row; values that JSON cannot hold (NaN, infinity) are written as their names."""
         plain = {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps({"step": step, **plain}) + "\n")
+
+    def sync(self) -> None:
+        """Flush the file to disk."""
+        os.fsync(self._file.fileno())
 
     def close(self, error: BaseException | None) -> None:
         """Close the file."""
@@ -104,6 +112,11 @@ class Trackers(Tracker):
         """Record ``row`` with each."""
         for tracker in self._trackers:
             tracker.log(step, row)
+
+    def sync(self) -> None:
+        """Sync each."""
+        for tracker in self._trackers:
+            tracker.sync()
 
     def close(self, error: BaseException | None) -> None:
         """Close each."""

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paws_hpc.files import create_json, read_json, value_digest, write_json, write_text
+from paws_hpc.files import create_json, read_json, read_record, write_json, write_record, write_text
 from paws_hpc.packing.plan import Plan, differences
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.listing import Listing
@@ -132,7 +132,7 @@ class PackJob:
     def keep(self, result: ShardResult) -> None:
         """Note that a shard is done."""
         value = asdict(result)
-        write_json(self.shard_path(result.number).with_suffix(".json"), value | {"checksum": value_digest(value)})
+        write_record(self.shard_path(result.number).with_suffix(".json"), value)
 
     def noted(self) -> set[int]:
         """Numbers of the shards that are noted as done, by a look at the folder only."""
@@ -147,12 +147,10 @@ class PackJob:
         disk before it got its name.
         """
         try:
-            value = read_json(self.shard_path(number).with_suffix(".json"))
-            checksum = value.pop("checksum")
-            result = ShardResult.from_json(value)
+            result = ShardResult.from_json(read_record(self.shard_path(number).with_suffix(".json")))
         except (OSError, AttributeError, KeyError, TypeError, ValueError):
             return None
-        if checksum != value_digest(value) or result.fingerprint != plan.fingerprint(number):
+        if result.fingerprint != plan.fingerprint(number):
             return None
         if result.skipped and plan.packing.on_error != "skip":
             return None

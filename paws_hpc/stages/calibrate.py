@@ -23,7 +23,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.checkpoint import load_tensors, save_tensors
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.exhibits import Exhibit, lines, table, text, write_exhibits
-from paws_hpc.files import file_hash, read_json, write_json
+from paws_hpc.files import file_hash, read_record, write_record
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.networks import load_pretrained, load_winner
 from paws_hpc.stages.run_data import RunData, open_data
@@ -65,7 +65,7 @@ def run(context: TorchContext) -> None:
     """Write ``calibrate/calibration.json``, ``references.pt`` and what the report shows, once for the same networks."""
     run, device, control = context.run, context.device, context.control
     folder = run.path / context.stage
-    if "trial" not in read_json(run.selected):
+    if "trial" not in read_record(run.selected):
         if distributed.is_main():
             write_exhibits(folder, [text("Calibration", "This run has no fine-tuned network to calibrate.")])
             mark_done(folder)
@@ -82,7 +82,7 @@ def run(context: TorchContext) -> None:
     encoder, pretrained = load_pretrained(run, data, device)
     of = {"fine_tuned": file_hash(winner), "pretrained": file_hash(pretrained)}
     written = folder / "calibration.json"
-    if is_done(folder) and written.exists() and read_json(written).get("of") == of:
+    if is_done(folder) and written.exists() and read_record(written).get("of") == of:
         return
     images = {"validation": validation, "test": test}
     labels = {split: own.labels for split, own in images.items()}
@@ -112,7 +112,7 @@ def run(context: TorchContext) -> None:
     control.fence()
     if distributed.is_main():
         save_tensors(folder / "references.pt", {"references": references})
-        write_json(written, result)
+        write_record(written, result)
         write_exhibits(folder, _exhibits(data.classes, logits["test"], labels["test"], result))
         mark_done(folder)
 
@@ -122,7 +122,7 @@ def read_calibration(run: RunFolder, device: torch.device) -> Calibration | None
     folder = run.path / "calibrate"
     if not (folder / "calibration.json").exists():
         return None
-    value = read_json(folder / "calibration.json")
+    value = read_record(folder / "calibration.json")
     references = load_tensors(folder / "references.pt", device)["references"]
     return Calibration(value["temperature"], np.array(value["distances"]), value["threshold"], references)
 

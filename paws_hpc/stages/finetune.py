@@ -25,7 +25,7 @@ from paws_hpc.engine.finetune import ClassifierTraining
 from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.tracking import Tracker
-from paws_hpc.files import file_hash, write_json
+from paws_hpc.files import file_hash, write_record
 from paws_hpc.models.encoder import Encoder, build_classifier
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.networks import load_pretrained, start_identity, starting_encoder
@@ -86,7 +86,7 @@ def _train(
         assert training.best is not None, "the last step is always scored"
         reached, epoch = training.best
         result = {"validation_accuracy": reached, "best_epoch": epoch, "seconds": time.monotonic() - began}
-        write_json(folder / "result.json", {**trial.values} | result)
+        write_record(folder / "result.json", {**trial.values} | result)
         mark_done(folder, steps=training.total_steps)
         for checkpoints in folder.glob("fold-*/checkpoints"):
             shutil.rmtree(checkpoints)

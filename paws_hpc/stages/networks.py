@@ -13,7 +13,7 @@ from paws_hpc.config import Config, Identity, identity
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors
 from paws_hpc.engine.preemption import UNATTENDED, JobControl
 from paws_hpc.engine.starting_weights import load_backbone
-from paws_hpc.files import file_hash, read_json
+from paws_hpc.files import file_hash, read_record
 from paws_hpc.models.encoder import Classifier, Encoder, build_classifier, build_encoder
 from paws_hpc.stages.run_data import RunData, order_identity
 from paws_hpc.stages.run_folder import RunFolder, is_done
@@ -62,7 +62,7 @@ def load_pretrained(run: RunFolder, data: RunData, device: torch.device) -> tupl
     if not is_done(run.pretrain):
         raise FileNotFoundError(f"{run.pretrain} is not done: run the stage 'pretrain' of this run first.")
     checkpoint = checkpoint_folder(run, data).newest(device)
-    steps = read_json(run.pretrain / "DONE")["steps"]
+    steps = read_record(run.pretrain / "DONE")["steps"]
     if checkpoint is None or checkpoint.step != steps:
         raise FileNotFoundError(
             f"{run.checkpoints} holds no valid checkpoint of step {steps}, where pre-training ended. Remove "
@@ -101,7 +101,7 @@ def load_winner(run: RunFolder, data: RunData, device: torch.device) -> tuple[Cl
             f"{run.selected} is missing: no fine-tuned network is chosen yet. Run the stage 'selection' of this run "
             "first."
         )
-    selected = read_json(run.selected)
+    selected = read_record(run.selected)
     if "trial" not in selected:
         raise ValueError(
             f"{run.selected} names no fine-tuned network: selection went on without one, as finetune.min_trials=0 "

@@ -18,7 +18,7 @@ from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
 from paws_hpc.data.splits import Split, folds, labelled_and_validation
-from paws_hpc.files import exclusive, read_json
+from paws_hpc.files import exclusive, read_record
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from paws_hpc.stage_table import SWEEPS, import_torch
 from paws_hpc.stages.context import StageContext
@@ -164,7 +164,7 @@ def changed_images(config: Config, run: RunFolder, begun: DataConfig | None = No
     """
     if not is_done(run.prepare):
         return {}
-    then, data = read_json(run.prepare / "DONE")["digests"], config.data
+    then, data = read_record(run.prepare / "DONE")["digests"], config.data
     paths = {"train": data.train} | ({} if data.test is None else {"test": data.test})
     if data.labelled is not None or "labelled_store" in then:
         paths["labelled_store"] = data.labelled or data.train

@@ -15,7 +15,7 @@ from paws_hpc.engine.loop import train
 from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import Row
-from paws_hpc.files import write_json
+from paws_hpc.files import write_record
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.networks import checkpoint_folder, starting_encoder
@@ -90,7 +90,7 @@ def _train(
             "seconds": time.monotonic() - began,
             "digests": data.digests,
         }
-        write_json(run.pretrain / "summary.json", summary)
+        write_record(run.pretrain / "summary.json", summary)
         mark_done(run.pretrain, steps=training.total_steps)
 
 

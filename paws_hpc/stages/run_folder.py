@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.config import Config
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import read_json, read_record, write_record
 from paws_hpc.stage_table import STAGES
 from paws_hpc.trial import Trial
 
@@ -62,7 +62,7 @@ def is_done(folder: Path) -> bool:
 
 def mark_done(folder: Path, **facts: Any) -> None:
     """Say, as the last thing written and by rank 0 alone, that the stage of this folder has finished."""
-    write_json(folder / "DONE", facts)
+    write_record(folder / "DONE", facts)
 
 
 def has_trained(run: RunFolder) -> bool:
@@ -87,7 +87,7 @@ def fine_tuned_trials(config: Config, run: RunFolder) -> list[str]:
 
 def check_sweep_is_the_scored_one(config: Config, run: RunFolder) -> None:
     """Raise ValueError if ``result.json`` was scored after selection among other trials than the sweep now has."""
-    scored, current = read_json(run.selected)["trials"], fine_tuned_trials(config, run)
+    scored, current = read_record(run.selected)["trials"], fine_tuned_trials(config, run)
     if scored != current:
         before = f"after selection among {scored}" if scored else "without pre-training"
         raise ValueError(

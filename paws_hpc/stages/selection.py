@@ -15,7 +15,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
-from paws_hpc.files import file_hash, read_json, write_json
+from paws_hpc.files import file_hash, read_record, write_record
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import write_gallery
@@ -61,7 +61,7 @@ def choose(config: Config, run: RunFolder, sweep: str) -> Choice:
     if not finished:
         return None, {"missing": missing}
     accuracies = {
-        trial: read_json(run.trial(sweep, trial) / "result.json")["validation_accuracy"] for trial in finished
+        trial: read_record(run.trial(sweep, trial) / "result.json")["validation_accuracy"] for trial in finished
     }
     winner = max(finished, key=lambda trial: accuracies[trial])
     summary = {"trial": winner.name, "validation_accuracy": accuracies[winner]}
@@ -99,7 +99,7 @@ def run(context: TorchContext) -> None:
         selected |= {method: probe.as_dict() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
-        write_json(run.selected, selected)
+        write_record(run.selected, selected)
     test, validation = data.test_images(), data.validation_split
     scores = {} if test is None else _score(context, data, test, choices, encoder, neighbours=neighbours, probes=probes)
     control.fence()
@@ -115,7 +115,7 @@ def run(context: TorchContext) -> None:
             "test": {"count": 0 if test is None else len(test)} | scores,
             "digests": data.digests | ({} if test is None else {"test": test.store.digest}),
         }
-        write_json(run.result, result)
+        write_record(run.result, result)
         publish_scores(config, run)  # last: it may take minutes, and what was scored must not wait for a server
 
 
@@ -176,7 +176,7 @@ def publish_scores(config: Config, run: RunFolder) -> None:
     """Show the test scores of ``result.json`` in Weights & Biases, as a run like those of the other stages."""
     if not is_watched(config):
         return
-    test, selected = read_json(run.result)["test"], read_json(run.selected)
+    test, selected = read_record(run.result)["test"], read_record(run.selected)
     row = {f"test/{method}_top1": scores["top1"] for method, scores in test.items() if method != "count"}
     used = None
     if (name := selected.get("trial")) is not None:

@@ -18,7 +18,7 @@ from paws_hpc.config import Config
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.config import SuncetConfig
 from paws_hpc.engine.evaluate import forward_set
-from paws_hpc.files import write_json
+from paws_hpc.files import read_record, write_record
 from paws_hpc.models.encoder import build_classifier, build_encoder
 from paws_hpc.report.page import build_report
 from paws_hpc.stages import finetune, prepare, pretrain, selection
@@ -38,7 +38,7 @@ def finished(run: RunFolder, accuracies: dict[str, float], *, sweep: str = "fine
     """Write by hand what finished trials leave."""
     for name, accuracy in accuracies.items():
         folder = run.path / sweep / name
-        write_json(folder / "result.json", {"validation_accuracy": accuracy, **others.get(name, {})})
+        write_record(folder / "result.json", {"validation_accuracy": accuracy, **others.get(name, {})})
         mark_done(folder, steps=1)
 
 
@@ -107,7 +107,7 @@ def test_selection_chooses_first_and_then_names_the_test_store_that_is_missing(
     with pytest.raises(ValueError, match=str(config.data.test)):
         selection.run(TorchContext(config, run))
     assert not run.result.exists()
-    assert json.loads(run.selected.read_text())["trial"] == selection.choose(config, run, "finetune")[1]["trial"]
+    assert read_record(run.selected)["trial"] == selection.choose(config, run, "finetune")[1]["trial"]
 
 
 def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: EvaluationSet) -> None:
@@ -159,7 +159,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
 ) -> None:
     config, run = scored
     selection.run(TorchContext(config, run))  # done: the test store is not opened again
-    selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())
+    selected, result = read_record(run.selected), read_record(run.result)
     assert selected["missing"] == ["lr=0.02,epochs=1"]
     chosen = {"trial": "lr=0.1,epochs=2", "learning_rate": 0.1, "epochs": 2, "missing": []}
     assert selected["baseline"].pop("validation_accuracy") > 0
@@ -177,7 +177,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
     assert result["test"]["count"] == len(store) == 400
     assert (result["labels"], result["seed"]) == (40, 0)
     assert result["digests"]["test"] == store.digest
-    assert json.loads((run.prepare / "DONE").read_text()) == {"digests": result["digests"]}
+    assert read_record(run.prepare / "DONE") == {"digests": result["digests"]}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": []}
     check_gallery(config, run, result, images)
 
@@ -185,7 +185,7 @@ def test_the_winner_and_the_baseline_are_scored_on_the_test_store_once(
 def test_probes_are_chosen_by_validation_and_scored_beside_the_others(scored: tuple[Config, RunFolder]) -> None:
     config, run = scored
     data = open_data(config)
-    selected, result = json.loads(run.selected.read_text()), json.loads(run.result.read_text())["test"]
+    selected, result = read_record(run.selected), read_record(run.result)["test"]
     encoder, _ = load_pretrained(run, data, CPU)
 
     def features(images: EvaluationSet) -> np.ndarray:
@@ -210,7 +210,7 @@ def unscored(
     """The chain before selection, with the test store, and the result that it had."""
     run = RunFolder(tmp_path / "run")
     shutil.copytree(scored[1].path, run.path)
-    expected = json.loads(run.result.read_text())
+    expected = read_record(run.result)
     for path in (run.result, run.selected):
         path.unlink()
     return tiny_config(digits_stores.train, digits_stores.test, tmp_path), run, expected["test"]
@@ -222,7 +222,7 @@ def test_the_encoder_is_tuned_for_neighbours_before_their_score_if_that_is_asked
     config, run, expected = unscored
     config.suncet = SuncetConfig(steps=10, learning_rate=0.03)
     selection.run(TorchContext(config, run))
-    tuning, result = json.loads(run.selected.read_text())["suncet"], json.loads(run.result.read_text())["test"]
+    tuning, result = read_record(run.selected)["suncet"], read_record(run.result)["test"]
     assert tuning["steps"] == 10
     assert tuning["loss"][1] < tuning["loss"][0]
     assert result.pop("paws_nn")["confusion"] != expected.pop("paws_nn")["confusion"]
@@ -270,7 +270,7 @@ def test_without_a_baseline_the_winner_is_still_scored_if_that_is_allowed(
         selection.run(TorchContext(config, run))
     config.baseline.min_trials = 0
     selection.run(TorchContext(config, run))
-    result = json.loads(run.result.read_text())
+    result = read_record(run.result)
     assert result["test"] == {name: value for name, value in expected.items() if name != "baseline"}
     assert result["missing"] == {"finetune": ["lr=0.02,epochs=1"], "baseline": ["lr=0.1,epochs=2"]}
     build_report(run.path)
@@ -282,13 +282,13 @@ def test_an_unfinished_trial_goes_on_in_a_larger_sweep_but_not_in_another_one(
     config, run = chain[0], RunFolder(tmp_path / "run")
     shutil.copytree(chain[1].path, run.path)
     folder = run.path / "finetune" / "lr=0.1,epochs=1"
-    result = json.loads((folder / "result.json").read_text())
+    result = read_record(folder / "result.json")
     for name in ("DONE", "result.json"):
         (folder / name).unlink()
     wider = tiny_config(Path(config.data.train), Path(config.data.test), Path(config.runs))
     wider.finetune.sweep["learning_rate"] = [0.02, 0.1, 0.5]
     finetune.run(TorchContext(wider, run, "finetune", trial_at(0.1, 1)))
-    again = json.loads((folder / "result.json").read_text())
+    again = read_record(folder / "result.json")
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
     wider.finetune.min_trials = 2
     (folder / "DONE").unlink()

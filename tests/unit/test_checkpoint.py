@@ -18,12 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from paws_hpc.distributed import OtherRankError
-from paws_hpc.engine.checkpoint import CheckpointFolder
-from paws_hpc.files import file_hash, read_json, write_json
+from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors, save_tensors
+from paws_hpc.files import read_record, write_record
 from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
     assert checkpoint.step == 7
     assert torch.equal(checkpoint.state["weights"], state(7)["weights"])
     assert checkpoint.state["best"] == [0.5, 7]
-    record = read_json(tmp_path / "step-00000007.json")
+    record = read_record(tmp_path / "step-00000007.json")
     assert (record["step"], record["identity"]) == (7, IDENTITY)
     assert folder(tmp_path / "new").newest(CPU) is None
 
@@ -185,12 +186,46 @@ class Malicious:
 def test_a_checkpoint_that_would_execute_code_is_refused_not_executed(tmp_path: Path) -> None:
     proof, weights = tmp_path / "executed", tmp_path / "run" / "step-00000003.pt"
     saved(tmp_path / "run", 3)
-    torch.save({"weights": Malicious(f"touch {proof}")}, weights)  # with a valid checksum, as an intruder would
-    record = read_json(weights.with_suffix(".json"))
-    write_json(weights.with_suffix(".json"), record | {"xxh3_128": file_hash(weights)})
+    digest = save_tensors(weights, {"weights": Malicious(f"touch {proof}")})  # with checksums, as an intruder would
+    record = read_record(weights.with_suffix(".json"))
+    write_record(weights.with_suffix(".json"), record | {"xxh3_128": digest})
     with pytest.raises(ValueError, match=r"step-00000003\.pt holds more than tensors.*never loaded"):
         folder(tmp_path / "run").newest(CPU)
     assert not proof.exists()
+
+
+def test_a_network_with_any_flipped_bit_or_cut_anywhere_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save_tensors(path, {"weight": torch.randn(7, 5), "bias": torch.zeros(3)})
+    assert torch.load(path, weights_only=True)["bias"].equal(torch.zeros(3)), "others read it as ever"
+    whole, drawn = path.read_bytes(), np.random.default_rng(0)
+    damaged = [whole[:size] for size in (0, 1, 23, *drawn.integers(len(whole), size=40), len(whole) - 1)]
+    for bit in (*drawn.integers(8 * len(whole), size=400), 8 * len(whole) - 1):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        damaged.append(bytes(changed))
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"best\.pt is (damaged|cut off)"):
+            load_tensors(path, CPU)
+
+
+def test_a_bit_that_flips_while_a_checkpoint_is_written_is_noticed_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = saved(tmp_path, 3)
+
+    def flipping(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_file() and ".pt" in path.name:
+            flip_bit(path)
+
+    monkeypatch.setattr(os, "fsync", flipping)
+    checkpoints.save(4, state(4))
+    with pytest.raises(OSError, match=r"step-00000004\.pt: it reads back otherwise"):
+        checkpoints.wait()
+    assert folder(tmp_path).newest(CPU).step == 3
+    assert names(tmp_path) == ["step-00000003.json", "step-00000003.pt"]
 
 
 @contextmanager
@@ -385,7 +420,7 @@ def test_the_record_tells_how_long_saving_took(tmp_path: Path, monkeypatch: pyte
     written_once: list[None] = []
     monkeypatch.setattr(os, "fsync", slow)
     saved(tmp_path, 4)
-    seconds = read_json(tmp_path / "step-00000004.json")["seconds"]
+    seconds = read_record(tmp_path / "step-00000004.json")["seconds"]
     assert written <= seconds < written + 5
 
 

@@ -16,7 +16,7 @@ from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from paws_hpc.data.augment import augment_groups
 from paws_hpc.engine.compiler_cache import compiler_cache
 from paws_hpc.engine.loop import Training
-from paws_hpc.files import read_json, write_json
+from paws_hpc.files import read_record, write_record
 from paws_hpc.stages import pretrain
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.whole_graph import whole_graph
@@ -90,9 +90,9 @@ DAMAGES = {
     "its checksum is another": lambda kept: os.truncate(kept, 100),
     "No such file or directory": lambda kept: kept.with_suffix(".json").unlink(),
     "is not valid JSON": lambda kept: kept.with_suffix(".json").write_text("{"),
-    "xxh3_128": lambda kept: kept.with_suffix(".json").write_text("{}"),
-    f"it was made by torch 2.0, not {torch.__version__}": lambda kept: write_json(
-        kept.with_suffix(".json"), read_json(kept.with_suffix(".json")) | {"torch": "2.0"}
+    "has no checksum": lambda kept: kept.with_suffix(".json").write_text("{}"),
+    f"it was made by torch 2.0, not {torch.__version__}": lambda kept: write_record(
+        kept.with_suffix(".json"), read_record(kept.with_suffix(".json")) | {"torch": "2.0"}
     ),
 }
 
@@ -162,7 +162,7 @@ def test_pre_training_keeps_what_it_compiled_after_its_first_step(
     monkeypatch.setattr("paws_hpc.engine.pretrain.compile_passes", compiled)
     monkeypatch.setattr("paws_hpc.data.streams.CompiledAugmentation", compiled)
     monkeypatch.setattr(Training, "is_due", lambda self, done, every: steps.append(done) or done == self.total_steps)
-    monkeypatch.setattr("paws_hpc.engine.compiler_cache.write_json", lambda *_: steps.append(0))
+    monkeypatch.setattr("paws_hpc.engine.compiler_cache.write_record", lambda *_: steps.append(0))
     pretrain.run(TorchContext(config, run))
     assert steps.index(0) < steps.index(2)
     assert next(run.compiled.glob("*.tar")).stat().st_size > 0

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
 from paws_hpc.command import error_text
-from paws_hpc.files import atomic_write, file_hash, read_json, value_digest, write_json, write_text
+from paws_hpc.files import (
+    atomic_write,
+    file_hash,
+    read_json,
+    read_record,
+    value_digest,
+    write_json,
+    write_record,
+    write_text,
+)
 
 
 def test_nobody_sees_a_file_that_is_half_written_and_an_error_keeps_the_old_one(tmp_path: Path) -> None:
@@ -52,6 +63,49 @@ def test_json_has_no_nan_and_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"name": "\xff"}')
     with pytest.raises(ValueError, match=f"{path} is not valid JSON"):
         read_json(path)
+
+
+def test_a_record_with_any_flipped_bit_is_refused_by_name_or_says_the_same(tmp_path: Path) -> None:
+    path, value = tmp_path / "selected.json", {"trial": "lr=0.05,epochs=30", "scores": [0.5, 1.0], "café": None}
+    write_record(path, value)
+    assert read_record(path) == read_json(path) == value
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(changed)
+        with suppress(ValueError):
+            assert read_record(path) == value
+            continue
+        with pytest.raises(ValueError, match=r"selected\.json (is not valid JSON|is damaged|has no checksum)"):
+            read_record(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, "NaN", '{"checksum": 1, "a": Infinity}', "\ud800"],
+    ids=["lists", "objects", "nan", "infinity", "surrogate"],
+)
+def test_hostile_json_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ValueError, match=r"result\.json is not valid JSON"):
+        read_json(path)
+
+
+def test_an_error_of_the_disk_in_keeping_a_name_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EIO means that the rename may be lost; what a file system cannot do is no error."""
+    fsync = os.fsync
+    for code, fails in ((errno.EIO, True), (errno.ENOSPC, True), (errno.EINVAL, False), (errno.ENOTSUP, False)):
+
+        def of_folders(descriptor: int, code: int = code) -> None:
+            if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+                raise OSError(code, os.strerror(code))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", of_folders)
+        with pytest.raises(OSError, match=f"cannot sync {tmp_path}") if fails else nullcontext():
+            write_json(tmp_path / "state.json", {})
 
 
 def test_digests_follow_values_not_spelling(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_jobs_run_the_copy_whatever_is_edited_or_lies_in_their_folder(tmp_path: 
     assert told.stdout == "the copy\n"
 
 
+def test_a_snapshot_that_is_damaged_is_not_trusted_by_its_name(tmp_path: Path) -> None:
+    snapshot = take_snapshot(tmp_path)
+    with open(snapshot / "paws_hpc" / "launch.py", "a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=f"{snapshot} is damaged or was edited"):
+        take_snapshot(tmp_path)
+
+
 def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "paws_hpc"
     package.mkdir()

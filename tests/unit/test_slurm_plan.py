@@ -14,7 +14,7 @@ from paws_hpc.cluster.frozen import ConfigError, freeze, to_config
 from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.config import Config
 from paws_hpc.engine.config import ClassifierConfig
-from paws_hpc.files import write_json
+from paws_hpc.files import write_record
 from paws_hpc.packing import ArraySource, pack
 from paws_hpc.renamed import RENAMED_KEYS
 from paws_hpc.stage_table import STAGES
@@ -42,17 +42,17 @@ def run(config: Config) -> RunFolder:
 def finish(config: Config, run: RunFolder, *stages: str) -> None:
     for stage in stages:
         for job in jobs_of(config, stage):
-            write_json(job.folder(run) / "DONE", {})
+            write_record(job.folder(run) / "DONE", {})
         if stage == "prepare":
             noise = ArraySource("noise", np.ones((2, 8, 8, 1), np.uint8), np.arange(2), ["a", "b"], ("a", "b"))
             stores = {"train": config.data.train, "test": config.data.test}
             digests = {name: read_manifest(pack(noise, Path(path)).path).digest for name, path in stores.items()}
             mark_done(run.prepare, digests=digests)
         if stage == "selection":
-            write_json(run.result, {})
-            write_json(run.selected, {"trials": [trial.name for trial in config.finetune.trials()]})
+            write_record(run.result, {})
+            write_record(run.selected, {"trials": [trial.name for trial in config.finetune.trials()]})
         if stage == "report":
-            write_json(run.report, {})
+            write_record(run.report, {})
 
 
 def queued(**states: str) -> dict[str, QueuedJob]:
@@ -90,7 +90,7 @@ def test_jobs_that_may_be_in_the_queue_bind_a_launch_which_says_how_to_end_them(
 
 def test_a_failed_trial_is_submitted_alone_and_selection_waits_for_it(config: Config, run: RunFolder) -> None:
     finish(config, run, "prepare", "pretrain", "baseline")
-    write_json(run.path / TRIALS[0] / "DONE", {})
+    write_record(run.path / TRIALS[0] / "DONE", {})
     active = queued(selection="PENDING", calibrate="PENDING", report="PENDING")
     todo = to_submit(config, run, active)
     assert [(each.stage, [job.name for job in each.jobs], each.replaces) for each in todo] == [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, Tracker, Trackers, read_rows
 from paws_hpc.engine.wandb_run import position, summarise
 from paws_hpc.metrics import COMMON
+from paws_hpc.stages import pretrain
+from paws_hpc.stages.context import TorchContext
+from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.stages.trackers import settings
+from tests.conftest import Stores
 from tests.tiny import tiny_config
 
 BEST = {metric.pattern: metric.best for metric in COMMON}
@@ -196,3 +202,28 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkey
     TrackingConfig().check_installed()
     with pytest.raises(ValueError, match=r"tracking\.tensorboard=true needs .* pip install 'paws-hpc\[tensorboard\]'"):
         TrackingConfig(tensorboard=True).check_installed()
+
+
+def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(
+    digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a run goes on from its checkpoint, and rows before it are never made again."""
+    synced, fsync = list[tuple[str, int]](), os.fsync
+    run = RunFolder(tmp_path / "run")
+
+    def noted(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, path.stat().st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    config = tiny_config(digits_stores.train, digits_stores.test, tmp_path)
+    config.pretrain.checkpoint_every_steps = 4
+    pretrain.run(TorchContext(config, run))
+    sizes = [size for name, size in synced if name == "metrics.jsonl"]
+    order = [name for name, _ in synced if name == "metrics.jsonl" or ".pt." in name]
+    written = [name for name, _ in groupby(order)]  # a checkpoint is synced twice, before and after its fence
+    assert written[::2] == ["metrics.jsonl"] * len(sizes)
+    assert len(written) == 2 * len(sizes) >= 6
+    assert sorted(set(sizes)) == sizes, "each has rows that the one before had not"
+    assert sizes[-1] == (run.pretrain / "metrics.jsonl").stat().st_size
