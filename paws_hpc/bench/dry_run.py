@@ -152,7 +152,7 @@ def dry_run(config: Config, *, ranks: int, cuda: bool = True) -> tuple[StepMemor
         training.step(batch)  # makes the optimiser's state
         recorder.collectives.clear()
         recorder.peak = recorder.alive
-        gradients = [each.grad for each in training.encoder.parameters() if each.grad is not None]
+        gradients = _bytes([each.grad for each in training.encoder.parameters()])
         if ranks > 1:  # buckets stay where they are, and each is a collective
             training.optimizer.zero_grad = lambda **_: None  # type: ignore[method-assign]
         training.step(batch)
@@ -163,10 +163,10 @@ def dry_run(config: Config, *, ranks: int, cuda: bool = True) -> tuple[StepMemor
             recorder.collectives += [Collective(GRADIENTS, "allreduce", size) for size in sizes]
         memory = StepMemory(
             weights=_bytes(training.encoder.state_dict()),
-            gradients=_bytes(gradients),
+            gradients=gradients,
             optimiser=_bytes(training.optimizer.state_dict()["state"]),
             average=0 if training.average is None else _bytes(training.average.module.state_dict()),
-            views=_bytes(views),
+            views=_bytes(views or training.stream.augment(batch.micro_batches[0], _CPU, training.dtype)),
             activations=max(held),
             peak=recorder.peak,
         )
@@ -204,14 +204,15 @@ def one_share(config: Config, *, ranks: int) -> Config:
 def _prepared(
     config: Config, batch: PawsBatch, device: torch.device
 ) -> tuple[Pretraining, PawsBatch, list[list[Tensor]]]:
-    """Training before its first step, that step's batch, and its views with those that are made ahead."""
+    """Training before its first step, that step's batch, and the views that are there before a step, if any are."""
     stream = _Sizes(config, device)
     training = Pretraining(
         Encoder(config.model), objective=config.objective, optimizer=config.optimizer, config=config.pretrain,
         stream=stream, device=device,
     )  # fmt: skip
-    views = [stream.augment(batch.micro_batches[0], device, training.dtype)]
+    views = []
     if config.pretrain.accumulate_steps == 1:
+        views = [stream.augment(batch.micro_batches[0], device, training.dtype)]
         batch = replace(batch, prefetched=PrefetchedViews(partial(list, views[0]), None))
         size = sum(view.nbytes + view.numel() for view in views[0])  # with the crops they are made of
         views += [stream.augment(batch.micro_batches[0], device, training.dtype) for _ in range(batches_ahead(size))]

@@ -39,22 +39,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def allocated_by_a_step(training: Pretraining) -> int:
-    """The most that torch's allocator has given out during a step, beyond what was there before, in bytes.
+    """The most that torch has given out between a step's operations, beyond what was there before, in bytes.
 
     The views of a single micro-batch are there before: a thread that made them would allocate whenever it had time.
+    What a convolution takes and gives back does not count: mkldnn's copies of its arguments in a layout of its own.
     """
     batch = training.stream.batch(1)
     if len(batch.micro_batches) == 1:
         views = training.stream.augment(batch.micro_batches[0], training.device, training.dtype)
         batch = replace(batch, prefetched=PrefetchedViews(lambda: views, None))
+    training.optimizer.zero_grad(set_to_none=True)  # a profile does not see memory go that was there before it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         training.step(batch)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.device_type() == DeviceType.CPU:
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = most = end_of_convolution = 0
+    for event in events:
+        if "convolution" in event.name() and event.name().startswith("aten::"):
+            end_of_convolution = max(end_of_convolution, event.start_ns() + event.duration_ns())
+        elif event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            if event.start_ns() > end_of_convolution:
+                most = max(most, now)
             now += event.nbytes()
-            most = max(most, now)
     return most
 
 
@@ -66,20 +71,21 @@ def allocated_by_a_step(training: Pretraining) -> int:
         ("optimizer=adamw",),
         ("pretrain.accumulate_steps=4",),
         ("pretrain.precision=bf16", "pretrain.ema=0.9", "model.prediction_head=true"),
+        ("model.checkpoint_activations=true",),
     ],
-    ids=["plain", "adamw", "accumulated", "bf16"],
+    ids=["plain", "adamw", "accumulated", "bf16", "recomputed"],
 )
 def test_the_estimated_peak_is_what_a_step_on_a_cpu_allocates(folder: Path, overrides: tuple[str, ...]) -> None:
-    """To a tenth: mkldnn's workspaces, and what augments a micro-batch, are in one of them only."""
+    """To a hundredth: what augments a micro-batch is in one of them only, and sizes are rounded in the other."""
     workload = Workload("digits", "cpu", folder, ("pretrain.batch_size=64", *overrides))
     make_images(workload)
     training, _ = training_with_data(workload)
     training.step(training.stream.batch(0))
     memory, collectives = dry_run(workload.config(), ranks=1, cuda=False)
     assert not collectives
-    before = memory.weights + memory.gradients + memory.optimiser + memory.average
+    before = memory.weights + memory.optimiser + memory.average
     others = 0 if "pretrain.accumulate_steps=4" in overrides else memory.views  # of this step and of later ones
-    assert memory.peak - others == pytest.approx(before + allocated_by_a_step(training), rel=0.1)
+    assert memory.peak - others == pytest.approx(before + allocated_by_a_step(training), rel=0.01)
     state = training.optimizer.state_dict()["state"].values()
     tensors = [value for each in state for value in each.values()]
     assert memory.optimiser == sum(tensor.nbytes for tensor in tensors)
