@@ -24,7 +24,7 @@ from paws_hpc.cluster.preflight import COMMANDS, CONTROLLER, Check, Parameters, 
 from paws_hpc.cluster.probe import look_from_node
 from paws_hpc.cluster.resources import PLACE
 from paws_hpc.cluster.scheduler import SchedulerError
-from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.command import Parser, above_zero, exit_status, program
 from paws_hpc.config import Config
 from paws_hpc.stages.run_folder import RunFolder
 
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help=f"as for launch; {_SLURM} goes without")
     parser.add_argument("--config-dir", metavar="FOLDER", help="of recipes of your own (conf)")
     parser.add_argument("--probe", action="store_true", help="submit a tiny job that looks from a compute node")
-    parser.add_argument("--probe-timeout", type=float, default=600.0, metavar="S", help="to wait (%(default)g s)")
+    parser.add_argument("--probe-timeout", type=above_zero, default=600.0, metavar="S", help="to wait (%(default)g s)")
     parser.add_argument("--json", action="store_true", help="print a list of checks: name, verdict, found, remedy")
     return parser
 

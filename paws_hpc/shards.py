@@ -17,7 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.command import Parser, above_zero, at_least, exit_status, program
 from paws_hpc.packing import (
     SOURCES,
     PackOptions,
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             levels.add_argument(
                 f"--{level}", dest="level", action="store_const", const=level, default="full", help=depth
             )
-        command.add_argument("--workers", type=int, help="threads (default: one per usable core)")
+        command.add_argument("--workers", type=at_least(1), help="threads (default: one per usable core)")
         command.add_argument("--json", action="store_true", help="print the report as JSON")
     mend.add_argument("--root", type=Path, help="where the source is now, as for pack; if its kind needs one")
     mend.add_argument("--labels", type=Path, help="the file of labels, if pack was given one")
@@ -81,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folder of a store; several in turn")
     copy.add_argument("--to", type=Path, required=True, help="folder on the local disk, for the copies of all stores")
     copy.add_argument(
-        "--workers", type=int, default=DEFAULT_WORKERS, help="shards that are copied at the same time (%(default)s)"
+        "--workers",
+        type=at_least(1),
+        default=DEFAULT_WORKERS,
+        help="shards that are copied at the same time (%(default)s)",
     )
     copy.add_argument("--json", action="store_true", help="print the report as JSON")
     copy.set_defaults(run=_copy)
@@ -128,7 +131,7 @@ _PACK_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "replace another store that is there, once the new one is whole; discard another unfinished one",
     },
     "--workers": {
-        "type": int,
+        "type": at_least(1),
         "help": "processes, of one shard each at a time, or threads for fewer shards (default: one per usable core)",
     },
 }
@@ -157,7 +160,7 @@ def _add_pack_options(source: argparse.ArgumentParser, kind: SourceKind) -> None
     source.add_argument("--to", type=Path, required=True, help="folder of the store, made if needed")
     mib = PackOptions.shard_bytes / (1 << 20)
     source.add_argument(
-        "--shard-mib", type=float, default=mib, help="bytes of the source's images per shard (%(default)g MiB)"
+        "--shard-mib", type=above_zero, default=mib, help="bytes of the source's images per shard (%(default)g MiB)"
     )
     for option, settings in _PACK_OPTIONS.items():
         source.add_argument(option, default=getattr(PackOptions, _field(option)), **settings)

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paws_hpc.cluster.overview import JobOverview, RunOverview, overviews, span
-from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.command import Parser, above_zero, exit_status, program
 from paws_hpc.metrics import percent
 from paws_hpc.stages.run_folder import all_runs, find_run
 
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a run, or its name under --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--watch", action="store_true", help="look again and again, until interrupted")
-    parser.add_argument("--every", type=float, default=10.0, metavar="S", help="seconds between looks (%(default)g)")
+    parser.add_argument(
+        "--every", type=above_zero, default=10.0, metavar="S", help="seconds between looks (%(default)g)"
+    )
     parser.add_argument("--all", action="store_true", help="list every trial of a sweep, also where many are alike")
     parser.add_argument("--json", action="store_true", help="print JSON; with --watch one line per look")
     return parser

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.command import Parser, above_zero, exit_status, program
 from paws_hpc.engine import wandb_run
 from paws_hpc.engine.tracking import read_rows
 from paws_hpc.files import exclusive
@@ -44,16 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only say what is left")
     parser.add_argument(
-        "--timeout-min", type=_minutes, default=30.0, metavar="MIN", help="for one stage, minutes (%(default)g)"
+        "--timeout-min", type=above_zero, default=30.0, metavar="MIN", help="for one stage, minutes (%(default)g)"
     )
     return parser
-
-
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give minutes above 0")
-    return minutes
 
 
 def _sync_all(options: argparse.Namespace) -> int:

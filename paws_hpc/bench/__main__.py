@@ -20,7 +20,7 @@ from paws_hpc.bench.scaling import bench_scaling
 from paws_hpc.bench.speed import MEASURE, bench_speed
 from paws_hpc.bench.store import GROUPS, bench_store
 from paws_hpc.bench.workloads import RECIPES
-from paws_hpc.command import Parser, at_least, exit_status, program
+from paws_hpc.command import Parser, above_zero, at_least, exit_status, program
 
 _SPEED = {
     "step": "a training step and its parts",
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program("bench"), description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="MEASURE")
     store = commands.add_parser("store", help="the image store and the CPU's share of the data path")
     store.add_argument("--images", type=at_least(64), default=2400, help="photographs of 110 KB to make (2400)")
     store.add_argument(
@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--device", choices=("cpu", "cuda"), help="(a GPU if there is one)")
         command.add_argument("--steps", type=at_least(1), help="of a round (by recipe and device)")
-        command.add_argument("--limit", type=float, default=math.inf, help="seconds for all candidates to get ready")
+        command.add_argument(
+            "--limit", type=above_zero, default=math.inf, help="seconds for all candidates to get ready"
+        )
         command.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the recipe's config")
         command.set_defaults(run=bench_speed, command=name, groups=list(MEASURE) if whole else [name])
         command.set_defaults(from_store=whole, baseline=whole, compiled=False, deterministic=False)

@@ -34,7 +34,13 @@ _STEP_BARS = (  # recipe, figure of its group "step", title, unit, bar, whether 
 
 
 def bench_bars(options: argparse.Namespace) -> int:
-    """Print each bar with its value, or why there is none, and write them as JSON; the exit status is always 0."""
+    """Print each bar with its value, or why there is none, and write them as JSON; returns the exit status, 0.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if not options.folder.is_dir():
+        raise FileNotFoundError(f"{options.folder} is no folder. Name the OUT of jobs/gpu_check.sh with --folder.")
     folder, elsewhere = options.folder, None if options.device == "cuda" else "one H100 or H200"
     records = {name: _read(folder / f"{name}-{options.device}-step.json") for name in ("imagenet", "cifar")}
     steps = {name: record.get("groups", {}).get("step", {}) for name, record in records.items()}

@@ -177,9 +177,11 @@ def _check_enough(
         field = "labels.per_class" if labelled else "labels.validation_per_class"
         kept = (config.validation_per_class or 0) if labelled and apart_from is None else 0
         apart = f", of which {kept} are for validation" if kept else " others" if apart_from else ""
+        most = fewest - kept
+        remedy = f"Draw at most {most} per class." if most > 0 else "Label more of it, or pack the others by --classes."
         raise ValueError(
             f"{field}={per_class} images of each class are to be drawn, but class {store.classes[scarce]!r} of "
-            f"{store.path} has only {fewest}{apart}. Draw at most {max(fewest - kept, 0)} per class."
+            f"{store.path} has only {fewest}{apart}. {remedy}"
         )
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paws_hpc.command import Parser, exit_status, program
+from paws_hpc.command import Parser, above_zero, exit_status, program
 from paws_hpc.report.comparison import as_json, as_markdown, compare
 from paws_hpc.report.comparison_page import build_comparison
 from paws_hpc.report.page import build_report
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write no page, but save a report in Weights & Biases (pip install paws-hpc[report])",
     )
     parser.add_argument(
-        "--timeout-min", type=float, default=5.0, metavar="MIN",
+        "--timeout-min", type=above_zero, default=5.0, metavar="MIN",
         help="with --wandb: give up after so many minutes (%(default)g)",
     )  # fmt: skip
     table.add_argument("--json", action="store_true", help="write no page, but print its table and provenance as JSON")

@@ -128,6 +128,11 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
             f"data.classes={config.data.classes}, but {data.labelled_store.path} has {len(data.classes)} classes. Set "
             f"data.classes={len(data.classes)}."
         )
+    if not all(counts := data.labelled_store.manifest.class_counts):
+        empty, command = data.classes[counts.index(0)], f"`{program('pack')} … --classes NAME …`"
+        raise ValueError(
+            f"{data.labelled_store.path} has no image of class {empty!r}. Pack the others alone, by {command}."
+        )
     if config.data.test is not None:
         test = read_manifest(Path(config.data.test)).classes
         check_same_classes(config.data.test, test, str(data.labelled_store.path), data.classes)

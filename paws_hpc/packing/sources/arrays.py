@@ -142,7 +142,7 @@ def _read_idx(root: Path, stem: str, *, dimensions: int) -> tuple[Path, NDArray[
     names = [f"{stem}{separator}idx{dimensions}-ubyte{suffix}" for separator in "-." for suffix in ("", ".gz")]
     path = next((root / name for name in names if (root / name).is_file()), None)
     if path is None:
-        raise StoreError(f"{root} has no {names[0]} (or {', '.join(names[1:])}). Point --root to their folder.")
+        raise StoreError(f"{root} has no {names[0]} (or {', '.join(names[1:])}). Name their folder.")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, OSError, zlib.error) as error:
@@ -219,7 +219,7 @@ def load_plain_pickle(path: Path) -> Any:
         with open(path, "rb") as file:
             return _PlainUnpickler(file, encoding="bytes").load()
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing. Point --root to the folder as torchvision unpacks it.") from error
+        raise StoreError(f"{path} is missing. Name the folder as torchvision unpacks it.") from error
     except (
         pickle.UnpicklingError,
         ArithmeticError,

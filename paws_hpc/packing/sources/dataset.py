@@ -54,6 +54,8 @@ def dataset(name: str, root: Path, split: str | None) -> Source:
         StoreError: the class cannot be imported or opened, or does not give pairs of image and integer label.
     """
     opened = open_dataset(name, root, split)
+    if not hasattr(opened, "__len__") or not hasattr(opened, "__getitem__"):
+        raise StoreError(f"{name} is no data set: it gives {type(opened).__name__}, without a length or items.")
     if not len(opened):
         raise StoreError(f"data set {name} at {root} has no items.")
     files = _listed_files(opened, name)

@@ -163,7 +163,7 @@ def entries(folder: Path) -> tuple[list[str], int]:
 
 def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
-        raise StoreError(f"{root} is not a folder. Point --root to the folder that holds one folder per class.")
+        raise StoreError(f"{root} is not a folder. Name the folder that holds one folder per class.")
     names, loose = entries(root)
     if not names:
         found = f"only {loose:,} images beside each other" if loose else "neither class folders nor images"
