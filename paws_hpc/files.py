@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+import yaml  # type: ignore[import-untyped]
 
 _CHECKSUM = "checksum"
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # from file systems without it
@@ -152,6 +153,20 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON, or is a record that does not fit its checksum; it is named.
     """
     return _read(path)[0]
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file; ValueError says where in it the fault is."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(yaml_fault(error)) from error
+
+
+def yaml_fault(error: yaml.YAMLError) -> str:
+    """Where a YAML file has its fault, in one line."""
+    return f"{' '.join(str(error).split())}. Mend this YAML file."
 
 
 def read_record(path: Path) -> dict[str, Any]:

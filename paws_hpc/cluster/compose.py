@@ -22,10 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 import paws_hpc
-from paws_hpc.cluster.frozen import ConfigError, explain, to_config, yaml_fault
+from paws_hpc.cluster.frozen import ConfigError, explain, to_config
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.command import program
 from paws_hpc.config import Config
+from paws_hpc.files import yaml_fault
 from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.own_images import Derived, derived, is_own
 from paws_hpc.renamed import renamed

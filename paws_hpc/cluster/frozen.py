@@ -16,7 +16,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from paws_hpc.command import program
 from paws_hpc.config import Config, flatten, identity
-from paws_hpc.files import write_text
+from paws_hpc.files import write_text, yaml_fault
 from paws_hpc.objective.config import objective_config
 from paws_hpc.renamed import did_you_mean, renamed
 from paws_hpc.stage_table import SWEEPS
@@ -121,11 +121,6 @@ def read_config(path: Path) -> Config:
         return to_config(OmegaConf.load(path))
     except YAMLError as error:
         raise ConfigError(yaml_fault(error)) from error
-
-
-def yaml_fault(error: YAMLError) -> str:
-    """Where a YAML file has its fault, in one line."""
-    return f"{' '.join(str(error).split())}. Mend this YAML file."
 
 
 def freeze(config: Config, path: Path) -> None:

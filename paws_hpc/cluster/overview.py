@@ -14,14 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-
 from paws_hpc.cluster import scheduler, traces
 from paws_hpc.cluster.inventory import Partition, notice_s, partitions, settings
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError
 from paws_hpc.cluster.traces import Progress
 from paws_hpc.command import program
-from paws_hpc.files import read_json
+from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 from paws_hpc.stages.attempts import Attempt, read_attempts
 from paws_hpc.stages.run_folder import RunFolder
@@ -183,10 +181,10 @@ class _RunFiles:
     def _mapping(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
+            value = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             self.warnings.append(str(error) if name in str(error) else f"{path} cannot be read: {error}")
             return {}
         return value if isinstance(value, dict) else {}

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.exhibits import Exhibit, read_exhibits
-from paws_hpc.files import read_json
+from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import stage_state
 from paws_hpc.trial import Trial
@@ -218,10 +217,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     """The JSON object or YAML mapping in ``path``; empty where there is no such file."""
     if not path.exists():
         return {}
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}. Restore it.") from error
+    value = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(value, dict):
         raise ValueError(  # noqa: TRY004 - the file is wrong, not the program
             f"{path} holds {type(value).__name__}, not fields by name. Restore it or remove it."

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from paws_hpc import __main__, launch
+from tests.pictures import write_tiles
 
 LAUNCH = {  # arguments → parts of the answer
     "+foo=1": ["foo is not a field of the config", "`paws config` lists all fields"],
@@ -129,10 +130,37 @@ OTHERS = {
     "sync run": ["run"],
     "verify nowhere": ["nowhere", "manifest.json"],
     "shards info photos": ["photos is not a complete image store", "Check the path"],
-    "pack folder --root nowhere --to store": ["nowhere is not a folder", "--root"],
+    "pack folder --root nowhere --to store": ["nowhere is not a folder", "Name the folder"],
     "pack folder --root photos --to store": ["class folder photos/cats has no images", "Fill it or remove it"],
     "pack digits --split training --to store": ["--split", "'training'", "train"],
     "pack digits --split test --to store --part 3": ["'3' is not of the form I/N, such as 3/8"],
+    "pack folder --root photos": ["required: --to", "`paws shards pack folder --help` says more"],
+    "pack foldr --root photos --to store": ["invalid choice: 'foldr'", "folder"],
+    "pack folder --root photos --to store --shard-mib 0": ["--shard-mib: 0 must be a number above 0"],
+    "pack folder --root photos --to store --workers 0": ["--workers: 0 must be at least 1, a whole number"],
+    "pack dataset builtins:hash --root photos --to store": ["builtins:hash is no data set: it gives int"],
+    "pack cifar10 --root photos --split train --to store": ["photos/batches.meta is missing. Name the folder"],
+    "pack idx --root photos --split train --to store": ["photos has no train-images-idx3-ubyte", "Name their folder"],
+    "pack tar --root nowhere --to store": ["nowhere is neither a tar archive nor a folder"],
+    "pack flat --root photos --labels nowhere --to store": ["photos has no images"],
+    "verify photos --workers 0": ["--workers: 0 must be at least 1, a whole number"],
+    "shards copy nowhere --to here": ["nowhere is not a complete image store", "Check the path"],
+    "shards repair nowhere": ["nowhere is not a complete image store", "`paws pack`"],
+    "shards stage photos": ["`shards stage` is now `shards copy`"],
+    "doctor data.train=shards/digts/train": ["data.train=shards/digts/train does not", "Correct the path"],
+    "status --every 0": ["--every: 0 must be a number above 0"],
+    "sync run --timeout-min soon": ["--timeout-min: soon must be a number above 0"],
+    "sync": ["RUN --all is required", "`paws sync --help` says more"],
+    "report": ["required: RUN"],
+    "export run": ["required: --format"],
+    "export run --format pickle": ["invalid choice: 'pickle'", "onnx"],
+    "runs rename run": ["required: NAME"],
+    "runs rename run other": ["There is no run run"],
+    "bench": ["required: MEASURE"],
+    "bench steps": ["invalid choice: 'steps'", "'step'"],
+    "bench step --steps 0": ["--steps: 0 must be at least 1"],
+    "bench bars --folder nowhere": ["nowhere is no folder", "jobs/gpu_check.sh"],
+    "bench all pretrain.epoch=3": ["pretrain.epoch is not a field", "Did you mean 'pretrain.epochs'?"],
 }
 
 
@@ -180,8 +208,27 @@ def test_a_wrong_command_is_answered_by_a_line_of_its_own(
     words: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = answer(words, monkeypatch, capsys)
-    assert len(lines) == 1 or lines[0].startswith("FAULT"), lines
+    assert len(lines) == 1 or lines[0].startswith(("FAULT", "problem")), lines
     assert all(part in "\n".join(lines) for part in OTHERS[words]), lines
+
+
+def test_a_class_without_images_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_tiles(here / "pets", 8, classes=("cats", "dogs"))
+    for file in (root / "dogs").iterdir():
+        file.write_bytes(b"no image")
+    monkeypatch.setattr(
+        sys, "argv", ["paws", "pack", "folder", "--root", "pets", "--to", "store", "--on-error", "skip"]
+    )
+    assert __main__.main() == 0
+    launched = "launch data.source=null data.train=store data.test=null data.classes=null pretrain.support.classes=2 "
+    everything = "labels.per_class=null labels.all=true labels.validation_per_class=null dry_run=true"
+    (line,) = answer(launched + everything, monkeypatch, capsys)
+    assert "store has no image of class 'dogs'. Pack the others alone, by `paws pack … --classes NAME …`." in line
+    (line,) = answer(f"{launched} labels.per_class=4 dry_run=true", monkeypatch, capsys)
+    assert "class 'dogs' of store has only 0" in line
+    assert "Label more of it, or pack the others by --classes" in line
 
 
 @pytest.mark.usefixtures("here")
