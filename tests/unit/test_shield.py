@@ -14,6 +14,7 @@ import pytest
 
 import paws_hpc
 from paws_hpc.cluster.snapshot import plan_snapshot, shield, take_snapshot
+from tests.pictures import write_tiles
 from tests.ranks import ROOT
 
 STARTING = """
@@ -97,14 +98,15 @@ def test_a_changed_file_makes_another_snapshot(tmp_path: Path, monkeypatch: pyte
     assert sorted(path.name for path in take_snapshot(tmp_path).rglob("*.py")) == ["__init__.py", "new.py"]
 
 
-def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
+def test_a_snapshot_and_a_wheel_have_the_recipes_and_a_wheel_the_job_scripts(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     recipes = {path.relative_to(root) for path in (root / "conf").rglob("*.yaml")}
     snapshot = take_snapshot(tmp_path)
     assert all((snapshot / "paws_hpc" / recipe).is_file() for recipe in recipes)
     build = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     shutil.copytree(root / "paws_hpc", tmp_path / "source" / "paws_hpc", symlinks=True)
-    shutil.copytree(root / "conf", tmp_path / "source" / "conf")
+    for name in ("conf", "jobs"):
+        shutil.copytree(root / name, tmp_path / "source" / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path / "source")
     pytest.importorskip("setuptools")
@@ -117,3 +119,20 @@ def test_a_snapshot_and_a_wheel_have_the_recipes(tmp_path: Path) -> None:
     assert {f"paws_hpc/{path}" for path in recipes} <= set(packed.namelist())
     (scripts,) = (name for name in packed.namelist() if name.endswith("entry_points.txt"))
     assert "paws = paws_hpc.__main__:main" in packed.read(scripts).decode()
+    packed.extractall(tmp_path / "installed")
+    for folder in tmp_path.glob("installed/*.data/data/*"):
+        folder.rename(tmp_path / "installed" / folder.name)  # as pip does
+    jobs = tmp_path / "installed/share/paws_hpc/jobs"
+    assert {path.name for path in jobs.iterdir()} == {path.name for path in (root / "jobs").iterdir()}
+    write_tiles(tmp_path / "work/photos", 12, classes=("cat", "dog"))
+    own = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "installed"), "PATH": os.environ["PATH"]}
+    for script, arguments, answer in (
+        ("own_images.sh", ["data.root=photos", "device=cpu"], "runs/photos-seed0 would run prepare, pretrain"),
+        ("digits.sh", ["seed=1"], "runs/digits-seed1 would run prepare, pretrain"),
+    ):
+        command = ["bash", str(jobs / script), *arguments, "dry_run=true"]
+        done = subprocess.run(command, cwd=tmp_path / "work", env=own, capture_output=True, text=True, check=True)
+        assert answer in done.stdout
+    ask = [sys.executable, "-c", "import paws_hpc; print(paws_hpc.__file__)"]
+    which = subprocess.run(ask, cwd=tmp_path / "work", env=own, capture_output=True, text=True, check=True).stdout
+    assert which.startswith(str(tmp_path / "installed"))
