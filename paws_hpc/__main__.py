@@ -10,7 +10,7 @@ from paws_hpc import __version__
 COMMANDS: dict[str, tuple[str, str]] = {  # name → what to run, with its first arguments; what it does
     "launch": ("launch:main", "train: run the chain here, or submit it to Slurm"),
     "pack": ("shards:main pack", "pack images into a store"),
-    "verify": ("shards:main verify", "look for damage in a store"),
+    "verify": ("verify:main", "look for damage in a run and its stores, or in a store"),
     "shards": ("shards:main", "also describe, repair and copy stores"),
     "config": ("fields:main", "show the fields of a run: meaning, default, value in an experiment"),
     "doctor": ("doctor:main", "check a cluster before the first submission"),

@@ -21,6 +21,8 @@ import xxhash
 import yaml  # type: ignore[import-untyped]
 
 _CHECKSUM = "checksum"
+_YAML_CHECKSUM = "# checksum of what follows: "
+_MOST_YAML, _MOST_DEPTH = 1 << 20, 20  # bytes, and levels
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # from file systems without it
 
 
@@ -155,15 +157,6 @@ def read_json(path: Path) -> Any:
     return _read(path)[0]
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file; ValueError says where in it the fault is."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(yaml_fault(error)) from error
-
-
 def yaml_fault(error: yaml.YAMLError) -> str:
     """Where a YAML file has its fault, in one line."""
     return f"{' '.join(str(error).split())}. Mend this YAML file."
@@ -193,6 +186,57 @@ def _read(path: Path) -> tuple[Any, bool]:
     if value.pop(_CHECKSUM) != value_digest(value):
         raise ValueError(f"{path} is damaged or was edited: it does not fit its checksum. Restore it or remove it.")
     return value, True
+
+
+def write_yaml_text(path: Path, text: str) -> None:
+    """Write YAML with its checksum in a first line, atomically."""
+    write_text(path, f"{_YAML_CHECKSUM}{_text_digest(text)}\n{text}")
+
+
+def read_yaml(path: Path) -> Any:
+    """Read YAML that a program wrote; errors as of :func:`read_yaml_text`."""
+    try:
+        return yaml.load(read_yaml_text(path), Loader=yaml.CSafeLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {yaml_fault(error)}") from error
+
+
+def read_yaml_text(path: Path) -> str:
+    """Read the text of YAML that a program wrote: plain, and fitting its checksum if it has one.
+
+    Others may have written it, to no good: a short text with aliases can stand for gigabytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not fit its checksum, is not YAML, is large or deeply nested, or has aliases; it is named.
+    """
+    if (size := path.stat().st_size) > _MOST_YAML:
+        raise ValueError(f"{path} has {size:,} bytes, and a config of at most {_MOST_YAML:,} was expected.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        fault = _not_plain(text)
+    except (ValueError, yaml.YAMLError) as error:
+        fault = " ".join(str(error).split())
+    if fault is not None:
+        raise ValueError(f"{path} is damaged or was edited: {fault}.")
+    return text
+
+
+def _not_plain(text: str) -> str | None:
+    if text.startswith(_YAML_CHECKSUM):
+        first, _, rest = text.partition("\n")
+        if first.removeprefix(_YAML_CHECKSUM) != _text_digest(rest):
+            return "it does not fit its checksum. Restore it, or remove its first line if you edited it"
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH or isinstance(event, yaml.AliasEvent):
+            return f"line {event.start_mark.line + 1} has an alias, or is nested too deeply"
+    return None
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _not_in_json(name: str) -> None:

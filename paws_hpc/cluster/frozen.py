@@ -12,14 +12,15 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from paws_hpc.command import program
 from paws_hpc.config import Config, flatten, identity
-from paws_hpc.files import write_text, yaml_fault
+from paws_hpc.files import read_yaml, read_yaml_text, write_yaml_text
 from paws_hpc.objective.config import objective_config
 from paws_hpc.renamed import did_you_mean, renamed
 from paws_hpc.stage_table import SWEEPS
+
+_SECRET = re.compile(r"\$\{oc\.env:[^}]*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -33,9 +34,11 @@ def to_config(composed: Any) -> Config:
         ConfigError: an unknown field (the nearest known one is named), a wrong type, or a value out of range.
     """
     plain: Any = OmegaConf.to_container(OmegaConf.create(composed))
-    for key in flatten(plain):
+    for key, value in flatten(plain).items():
         if (refusal := renamed(key)) is not None:
             raise ConfigError(refusal)
+        if _SECRET.search(str(value)):
+            raise ConfigError(f"{key}={value} would write a secret into the run's files. Leave it in the environment.")
     try:
         composed = OmegaConf.create(composed)
         name = OmegaConf.select(composed, "objective.name", default=Config().objective.name)
@@ -116,24 +119,39 @@ def _dotted(value: dict[str, Any], prefix: str) -> list[str]:
 
 
 def read_config(path: Path) -> Config:
-    """Read a frozen config; ConfigError if it is no YAML, or does not fit this version's schema."""
+    """Read a frozen config.
+
+    Raises:
+        ConfigError: it is damaged, does not fit this version's schema, or has an interpolation: it may be of somebody
+            else, and must not read the environment of who looks at their run.
+    """
     try:
-        return to_config(OmegaConf.load(path))
-    except YAMLError as error:
-        raise ConfigError(yaml_fault(error)) from error
+        config = read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} has no fields: it is no config of a run. Restore it.")
+    for field, value in flatten(config).items():
+        if "${" in str(value):
+            raise ConfigError(
+                f"{path}: {field}={value} has an interpolation, and a frozen config has none. Write its value."
+            )
+    return to_config(config)
 
 
 def freeze(config: Config, path: Path) -> None:
     """Check the config of a run with :func:`check_frozen`, then write it."""
     check_frozen(config, path)
     kept = dataclasses.replace(config, dry_run=False, cancel=False)  # orders to the launcher, not fields of the run
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))
+    write_yaml_text(path, OmegaConf.to_yaml(OmegaConf.structured(kept)))
 
 
 def rename_frozen(path: Path, name: str) -> None:
     """Change the run's name in a frozen config; all else stays to the byte, whatever version wrote it."""
-    text = path.read_text(encoding="utf-8")
-    write_text(path, re.sub(r"^name: .*$", lambda _: f"name: {json.dumps(name)}", text, count=1, flags=re.MULTILINE))
+    text = re.sub(r"\A#.*\n", "", read_yaml_text(path))  # the checksum
+    write_yaml_text(
+        path, re.sub(r"^name: .*$", lambda _: f"name: {json.dumps(name)}", text, count=1, flags=re.MULTILINE)
+    )
 
 
 def check_frozen(config: Config, path: Path) -> None:

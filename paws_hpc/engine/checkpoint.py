@@ -203,7 +203,9 @@ class CheckpointFolder:
     def _newest_valid(self) -> int | None:
         for step in reversed(self._steps()):
             weights = self._weights(step)
-            if fault := _fault(weights):
+            try:
+                check_checkpoint(weights)
+            except ValueError as fault:
                 _LOG.warning("%s is passed over: %s", weights, fault)
             else:
                 return step
@@ -224,17 +226,14 @@ class CheckpointFolder:
             )
 
 
-def _fault(weights: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is."""
+def check_checkpoint(weights: Path) -> None:
+    """Raise ValueError unless a checkpoint is whole and its ``.json`` is its own."""
     try:
         record = read_record(weights.with_suffix(".json"))
-        if record["xxh3_128"] != checked_digest(weights):
-            return f"{weights.with_suffix('.json').name} belongs to another file."
-    except FileNotFoundError:
-        return "its .json is missing, so writing it was interrupted."
-    except ValueError as error:
-        return str(error)
-    return None
+    except FileNotFoundError as error:
+        raise ValueError("its .json is missing, so writing it was interrupted.") from error
+    if record["xxh3_128"] != checked_digest(weights):
+        raise ValueError(f"{weights.with_suffix('.json')} belongs to another file.")
 
 
 class _Hashing:

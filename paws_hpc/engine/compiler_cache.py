@@ -83,27 +83,24 @@ def _unpack(kept: Path, folder: Path) -> None:
     if not kept.exists():
         return
     try:
-        fault = _fault(kept)
-        if fault is None:
-            with tarfile.open(kept) as archive:
-                archive.extractall(folder, filter="data")
-            return
+        check_kept(kept)
+        with tarfile.open(kept) as archive:
+            archive.extractall(folder, filter="data")
     except (OSError, ValueError, LookupError, TypeError, tarfile.TarError) as error:
-        fault = str(error)
-    _LOG.warning("%s is not used, and what it held is compiled anew: %s", kept, fault)
+        _LOG.warning("%s is not used, and what it held is compiled anew: %s", kept, error)
 
 
-def _fault(kept: Path) -> str | None:
+def check_kept(kept: Path) -> None:
+    """Raise ValueError or OSError unless the tar is whole, of this user and these versions."""
     if (owner := kept.stat().st_uid) != os.getuid():
         remedy = "start the run as its owner, and where a container or file system maps users, without that mapping"
-        return f"its owner is user {owner}, not {os.getuid()}: {remedy}"
+        raise ValueError(f"its owner is user {owner}, not {os.getuid()}: {remedy}")
     record = read_record(kept.with_suffix(".json"))
     if record["xxh3_128"] != file_hash(kept):
-        return "its checksum is another one"
+        raise ValueError("its checksum is another one")
     for name, here in _versions().items():
         if record[name] != here:
-            return f"it was made by {name} {record[name]}, not {here}"
-    return None
+            raise ValueError(f"it was made by {name} {record[name]}, not {here}")
 
 
 def _pack(folder: Path, kept: Path) -> None:

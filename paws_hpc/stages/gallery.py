@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from paws_hpc.data.streams import EvaluationSet
-from paws_hpc.files import write_json
+from paws_hpc.files import write_record
 from paws_hpc.stages.crop_grid import write_png
 from paws_hpc.stages.probing import NearestNeighbours
 
@@ -79,7 +79,7 @@ def write_gallery(
         "columns": _COLUMNS,
     }
     tiles.write(folder / "gallery.png")
-    write_json(folder / "gallery.json", gallery)
+    write_record(folder / "gallery.json", gallery)
 
 
 def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:

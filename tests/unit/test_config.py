@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from paws_hpc.cluster.frozen import ConfigError, freeze, read_config, to_config
 from paws_hpc.config import Config, StageResources, identity
 from paws_hpc.data.config import CropConfig, DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
@@ -120,3 +124,50 @@ def test_each_stage_has_resources_and_every_default_is_valid() -> None:
     names = [trial.name for trial in config.finetune.trials()]
     assert len(names) == 10
     assert names[:2] == ["lr=0.01,epochs=30", "lr=0.01,epochs=50"]
+
+
+HOSTILE = {  # what somebody else's frozen config could hold → what is said of it
+    "name: ${oc.env:WANDB_API_KEY}": "name=.*has an interpolation",
+    "data: {copy_to: '${oc.env:HOME}'}": "data.copy_to=.*has an interpolation",
+    "name: &a b\nruns: *a": "line 2 has an alias",
+    "a: " + "[" * 2_000 + "]" * 2_000: "nested too deeply",
+    "name: !!python/object/apply:os.system [exit]": "could not determine a constructor",
+    "- 1": "has no fields",
+    "name: [": "damaged or was edited",
+    "#" * (1 << 21): "2,097,152 bytes",
+    "seed: 1\nepcohs: 3": "epcohs is not a field",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_the_config_of_somebody_elses_run_discloses_and_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=HOSTILE[text]) as caught:
+        read_config(path)
+    assert "0123456789abcdef" not in str(caught.value)
+    assert str(path) in str(caught.value) or "epcohs" in text
+
+
+def test_a_frozen_config_with_a_flipped_bit_is_refused_or_the_same(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.yaml", Config(name="run")
+    freeze(config, path)
+    whole, draws = path.read_bytes(), np.random.default_rng(0)
+    for bit in draws.integers(8 * len(whole), size=60):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(changed)
+        with suppress(ConfigError):
+            assert read_config(path) == config
+            continue
+        with pytest.raises(ConfigError, match=str(path)):
+            read_config(path)
+
+
+def test_a_launch_takes_no_secret_from_the_environment_into_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    with pytest.raises(ConfigError, match=r"name=\$\{oc.env:WANDB_API_KEY\} would write a secret"):
+        to_config({"name": "${oc.env:WANDB_API_KEY}"})
