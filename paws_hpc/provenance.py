@@ -1,7 +1,8 @@
-"""Which code runs."""
+"""Which code runs, and on what."""
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,13 @@ def commit() -> str | None:
     described = _git("describe", "--always", "--dirty", "--abbrev=12")
     added = _git("status", "--porcelain", "--", "paws_hpc")  # untracked files, which ``describe`` passes over
     return f"{described}-dirty" if added and not described.endswith("-dirty") else described
+
+
+def processor() -> str:
+    """The model of this machine's CPU."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*arguments: str) -> str:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from paws_hpc.bench.rounds import PEERS, CandidateError, Rates, median, race
 from paws_hpc.files import write_json
-from paws_hpc.provenance import commit
+from paws_hpc.provenance import commit, processor
 
 WIDTH = 120  # of a table in a file
 _PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow", *PEERS.values())
@@ -116,10 +116,8 @@ def measure_groups(
 
 def describe_machine() -> dict[str, Any]:
     """Processor, usable cores, memory, GPUs, versions and commit; None where one is not known."""
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in cpu if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],

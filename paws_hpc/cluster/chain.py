@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +20,7 @@ from paws_hpc.cluster.scheduler import QueuedJob
 from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.files import read_json, write_record
-from paws_hpc.provenance import commit
+from paws_hpc.provenance import commit, processor
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.prepare import changed_images, check_images
@@ -141,7 +143,9 @@ class Chain:
                 "created": now(),
                 "versions": versions | {package: version(package) for package in _PACKAGES},
                 "commit": commit(),
+                "command": shlex.join([*program("launch").split(), *sys.argv[1:]]),
                 "host_cores": os.cpu_count(),
+                "processor": processor(),
                 "submissions": [],
             }
             write_record(run.chain, value)

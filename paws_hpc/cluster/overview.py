@@ -21,7 +21,7 @@ from paws_hpc.cluster.traces import Progress
 from paws_hpc.command import program
 from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
-from paws_hpc.stages.attempts import Attempt, read_attempts
+from paws_hpc.stages.attempts import Attempt, first_failure, log_of, read_attempts
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.trial import Trial, trials
 
@@ -271,8 +271,8 @@ def _job(run: _RunFiles, name: str, slurm: _Slurm) -> JobOverview:
     state, reason, source = _state(run.marker_state(name), job_id, last, silent_s, slurm)
     queued = slurm.queue.get(job_id or "")
     unlucky = state in ("failed", "interrupted", "lost", "silent")
-    failure = traces.first_failure(last) if last is not None and unlucky else None
-    log = traces.log_of(run.path / "logs" / stage, job_id, failure["rank"] if failure else 0) if unlucky else None
+    failure = first_failure(last) if last is not None and unlucky else None
+    log = log_of(run.path / "logs" / stage, job_id, failure["rank"] if failure else 0) if unlucky else None
     return JobOverview(
         job=name,
         stage=stage,
@@ -360,7 +360,7 @@ def _notes(
     over = attempts[:-1] if state == "running" else attempts if state == "waiting" else []
     crashes = [attempt for attempt in over if attempt.end and attempt.end.get("how") in ("failed", "crashed")]
     if crashes:
-        failure = traces.first_failure(crashes[-1]) or crashes[-1].end or {}
+        failure = first_failure(crashes[-1]) or crashes[-1].end or {}
         kind = f"{failure['type']}: " if "type" in failure else ""
         yield f"attempt {crashes[-1].number} of {len(attempts)} crashed: {kind}{failure.get('message')}"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from paws_hpc.files import read_json
-from paws_hpc.stages.attempts import Attempt
 
 _TAIL_BYTES = 1 << 20  # of a metrics file; holds some tens of epochs
 _LOG_BYTES = 1 << 16
@@ -91,19 +90,6 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
         step_s=batch_size / rate if batch_size and rate and (placed is None or step > placed["epoch"]) else None,
         changed=metrics.stat().st_mtime if metrics.exists() else None,
     )
-
-
-def first_failure(attempt: Attempt) -> dict[str, Any] | None:
-    """The failure of the rank that failed first: the others often fail of its absence."""
-    return min(attempt.failures, key=lambda failure: str(failure.get("time")), default=None)
-
-
-def log_of(logs: Path, job_id: str | None, rank: int) -> Path | None:
-    """The log of a rank in ``logs/<stage>`` of a run; without a job's id, of the newest job there."""
-    if job_id is not None:
-        path = logs / f"{job_id}_{rank}_log.out"
-        return path if path.exists() else None
-    return max(logs.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def last_lines(path: Path, count: int) -> list[str]:

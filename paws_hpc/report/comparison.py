@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from paws_hpc.config import Config, flatten, has_effect
 from paws_hpc.report.run_record import RunRecord
@@ -29,15 +29,32 @@ _NAMED_STORES = {"train": "training images", "labelled_store": "store of labelle
 
 @dataclass(frozen=True)
 class Compared:
-    """One run of a comparison, and its results (fractions, by key of ``COLUMNS``)."""
+    """One run of a comparison, its results (fractions, by key of ``COLUMNS``) and their intervals, as text."""
 
     record: RunRecord
     values: dict[str, float]
+    intervals: dict[str, str]
 
     @property
     def name(self) -> str:
         """Of the run."""
         return self.record.name
+
+
+class Paired(NamedTuple):
+    """Two runs on the same test images: how many only the one, or only the other, classified rightly, of how many.
+
+    ``p`` is of McNemar's exact test, two-sided: how likely so unequal numbers are if neither is better.
+    """
+
+    ours: int
+    theirs: int
+    images: int
+    p: float
+
+    def __str__(self) -> str:
+        points = f"{100 * (self.ours - self.theirs) / self.images:+.1f}".replace("-", "\N{MINUS SIGN}")
+        return f"{points} ({self.ours}:{self.theirs}), p {'< 0.001' if self.p < 0.001 else f'= {self.p:.3f}'}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,17 @@ class Comparison:
         return {key: name for key, name in COLUMNS.items() if any(key in run.values for run in self.runs)}
 
     @property
+    def pairs(self) -> list[tuple[Compared, Compared]]:
+        """Each run that the first setting does not have, and the one of the first setting with its seed.
+
+        Where that has none of its seed, or there is no other setting, it is the first run.
+        """
+        first, *others = self.rows
+        reference = {run.record.seed: run for run in reversed(first.runs)}
+        later = [run for row in others for run in row.runs] or first.runs[1:]
+        return [(run, reference.get(run.record.seed, first.runs[0]) if others else first.runs[0]) for run in later]
+
+    @property
     def fields(self) -> list[str]:
         """The differing fields as columns of the table; none where they are too many to read."""
         return list(self.differing) if len(self.differing) <= _MOST_FIELDS else []
@@ -112,7 +140,7 @@ def compare(records: Sequence[RunRecord]) -> Comparison:
     Raises:
         ValueError: a result contradicts itself.
     """
-    runs = [Compared(record, _values(record)) for record in records]
+    runs = [_compared(record) for record in records]
     names = [run.name for run in runs]
     differing = differences(dict(zip(names, _settings(records), strict=True)))
     groups: dict[tuple[str, ...], list[Compared]] = {}
@@ -156,12 +184,26 @@ def _settings(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     return [own | store for own, store in zip(fields, stores, strict=True)]
 
 
-def _values(record: RunRecord) -> dict[str, float]:
-    values = {score.key: score.top1 for score in scores(record)}
+def _compared(record: RunRecord) -> Compared:
+    scored = scores(record)
+    values = {score.key: score.top1 for score in scored}
     _, validated = record.pretrain.series("val/paws_nn_top1")
     if record.summary and len(validated):  # an unfinished run's last value is of another epoch
         values[VALIDATION] = float(validated[-1])
-    return values
+    return Compared(record, values, {score.key: score.interval for score in scored})
+
+
+def paired(run: RunRecord, other: RunRecord, method: str) -> Paired | None:
+    """Compare two runs image by image; None unless both kept the method's predictions of the same test images."""
+    same = run.digests.get("test") == other.digests.get("test")
+    if not same or method not in run.right or method not in other.right:
+        return None
+    from scipy.stats import binomtest  # noqa: PLC0415 - a second of import time
+
+    ours, theirs = run.right[method], other.right[method]
+    only, others = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    p = binomtest(only, only + others).pvalue if only + others else 1.0
+    return Paired(only, others, len(ours), float(p))
 
 
 def value_text(value: Any) -> str:
@@ -248,7 +290,18 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         }
         for run in comparison.runs
     ]
-    return {"rows": rows, "runs": runs, "warnings": [asdict(notice) for notice in warnings(comparison)]}
+    differences = [
+        {"run": run.name, "other": other.name, "method": method} | result._asdict()
+        for run, other in comparison.pairs
+        for method in METHODS
+        if (result := paired(run.record, other.record, method)) is not None
+    ]
+    return {
+        "rows": rows,
+        "runs": runs,
+        "paired": differences,
+        "warnings": [asdict(notice) for notice in warnings(comparison)],
+    }
 
 
 def as_markdown(comparison: Comparison) -> str:

@@ -18,17 +18,17 @@ from paws_hpc.report.comparison import (
     Summary,
     compare,
     differences,
+    paired,
     short_names,
     value_text,
     warnings,
     without_seed,
 )
 from paws_hpc.report.page import render
-from paws_hpc.report.panels import SWEEP_TITLES, curve_panels, parallel_panel
-from paws_hpc.report.parallel import TrialLine
+from paws_hpc.report.panels import SWEEP_TITLES, curve_panels
 from paws_hpc.report.plots import stroke
 from paws_hpc.report.run_record import read_runs
-from paws_hpc.report.tables import DASH
+from paws_hpc.report.tables import DASH, METHODS
 
 
 def build_comparison(runs: Sequence[Path], folder: Path | None = None) -> Path:
@@ -68,6 +68,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "place": lambda value: f"{100 * (100 * value - floor) / (100 - floor):.2f}",
         "panels": curve_panels(comparison),
         "sweeps": [_sweep(comparison, stage) for stage in SWEEP_TITLES],
+        "paired": _paired(comparison),
         "differing": _differing(comparison),
         "provenance": _provenance(comparison),
     }
@@ -80,8 +81,7 @@ def _sweep(comparison: Comparison, stage: str) -> dict[str, Any]:
         {record.trial for records, _ in sweeps.values() for record in records}, key=lambda trial: trial.rank
     )
     means: dict[tuple[str, str], float] = {}  # by the labels of settings and the names of trials
-    lines = []
-    for (series, row), trial in itertools.product(enumerate(comparison.rows, start=1), trials):
+    for row, trial in itertools.product(comparison.rows, trials):
         values = {
             run.name: record.validation_accuracy
             for run in row.runs
@@ -90,7 +90,6 @@ def _sweep(comparison: Comparison, stage: str) -> dict[str, Any]:
         }
         if values:
             means[row.label, trial.name] = Summary(values).mean
-            lines.append(TrialLine(row.label, trial, means[row.label, trial.name], series))
     low = min(means.values(), default=0.0)
     spread = max(means.values(), default=0.0) - low or 1.0
 
@@ -100,14 +99,22 @@ def _sweep(comparison: Comparison, stage: str) -> dict[str, Any]:
         return percent(mean), (mean - low) / spread, sum(sweeps[run.name][1] == name for run in row.runs)
 
     rows = [(row.label, [cell(row, trial.name) for trial in trials]) for row in comparison.rows]
-    caption = "A line for each setting and trial, in the setting's colour: the mean over its runs of the best accuracy."
     return {
         "stage": stage,
         "title": f"{SWEEP_TITLES[stage]}: sweep",
         "trials": [trial.text for trial in trials],
         "rows": rows,
-        "parallel": parallel_panel(stage, lines, caption, f"No trial in {stage}/ of any run has a result."),
     }
+
+
+def _paired(comparison: Comparison) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Paired tests: names of methods, and (run, the other, a text for each method); none that can be computed."""
+    methods = [method for method in METHODS if method in comparison.columns]
+    rows = [
+        (run.name, other.name, [str(paired(run.record, other.record, method) or DASH) for method in methods])
+        for run, other in comparison.pairs
+    ]
+    return [METHODS[method] for method in methods], [row for row in rows if set(row[2]) != {DASH}]
 
 
 def _differing(comparison: Comparison) -> list[tuple[str, bool, list[tuple[str, str]]]]:

@@ -1,8 +1,9 @@
-"""Test images in the report: the map of their representations, and pictures of mistakes."""
+"""Images in the report: the map of test images' representations, pictures of mistakes, and the labelled images."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from paws_hpc.report.tables import METHODS
 
 _WIDTH, _HEIGHT, _MARGIN = 800, 480, 16
 _MOST_NAMES = 30
+_MOST_PNG_BYTES = 100_000
 _MAP_TITLE = "Map of the test images"
 
 
 def gallery(record: RunRecord) -> dict[str, Any]:
-    """The panels of test images, each a reason why it is missing where selection wrote nothing for it.
+    """The panels of images, each a reason why it is missing where selection wrote nothing for it.
 
-    Pictures are dicts: ``data`` is a PNG as base64, ``text`` the words that stand for it.
+    ``sheet`` holds all pictures, ``columns`` beside each other; one of them is a dict of its place there (``x``, ``y``)
+    and of the words that stand for it (``text``).
 
     Raises:
         ValueError: the files contradict each other or result.json; they are named.
@@ -38,27 +41,44 @@ def gallery(record: RunRecord) -> dict[str, Any]:
         state = record.state("selection")
         missing = f"No pictures yet: selection has not finished. Stage selection writes them; its state is: {state}."
     elif not index.exists() or not sheet_path.exists():
-        missing = "No selection/gallery.json: the test split was scored before selection wrote one."
+        missing = "No selection/gallery.json: there were no test images, or an older version scored them."
     if missing:
-        return {"missing": missing, "map": Panel("map", _MAP_TITLE, missing=missing)}
+        return {"missing": missing, "labelled": [], "map": Panel("map", _MAP_TITLE, missing=missing)}
     sheet, contents = opened_png(sheet_path), read_json(index)
     try:
-        tiles = _tiles(sheet, pixels := int(contents["tile_pixels"]), int(contents["columns"]))
+        columns, pixels = int(contents["columns"]), int(contents["tile_pixels"])
+        places = [(x, y) for y in range(sheet.height // pixels) for x in range(columns)]
         classes = [str(name) for name in record.result.get("classes", [])]
         pairs = [
-            {"method": method, "name": METHODS[method], "pairs": [_pair(tiles, classes, pair) for pair in confused]}
+            {"name": METHODS[method], "method": method, "pairs": [_pair(places, classes, pair) for pair in confused]}
             for method, confused in contents["pairs"].items()
         ]
         mistakes = contents["mistakes"]
         if mistakes is not None:
-            mistakes = [_mistake(tiles, classes, mistake) for mistake in mistakes]
+            mistakes = [_mistake(places, classes, mistake) for mistake in mistakes]
+        labelled = [
+            {"name": (name := classes[own["class"]]), "images": own["images"],
+             "pictures": [_tile(places, tile, f"Labelled image of class {name}") for tile in own["tiles"]]}
+            for own in contents.get("labelled", [])
+        ]  # fmt: skip
         panel = _map(contents["map"], classes)
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(
             f"{folder}: gallery.json does not fit gallery.png or result.json ({error!r}). Remove both of gallery's "
             "files to report without them."
         ) from error
-    return {"missing": "", "pairs": pairs, "mistakes": mistakes, "map": panel, "factor": max(1, 48 // pixels)}
+    shown = {"pairs": pairs, "mistakes": mistakes, "labelled": labelled, "map": panel, "factor": max(1, 48 // pixels)}
+    return shown | {"missing": "", "columns": columns, "sheet": data_uri(sheet_path, sheet)}
+
+
+def data_uri(path: Path, image: Image.Image) -> str:
+    """A PNG for ``src`` or ``url()``; one that is large as WebP, which of photographs is a tenth."""
+    content, kind = path.read_bytes(), "png"
+    if len(content) > _MOST_PNG_BYTES:
+        encoded, kind = BytesIO(), "webp"
+        image.save(encoded, "WEBP", quality=80)
+        content = encoded.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def opened_png(path: Path) -> Image.Image:
@@ -74,15 +94,9 @@ def opened_png(path: Path) -> Image.Image:
         ) from error
 
 
-def _tiles(sheet: Image.Image, pixels: int, columns: int) -> list[str]:
-    """The pictures of a sheet as base64, row by row."""
-    tiles = []
-    for number in range(columns * (sheet.height // pixels)):
-        y, x = divmod(number, columns)
-        encoded = BytesIO()
-        sheet.crop((x * pixels, y * pixels, (x + 1) * pixels, (y + 1) * pixels)).save(encoded, "PNG", optimize=True)
-        tiles.append(base64.b64encode(encoded.getvalue()).decode("ascii"))
-    return tiles
+def _tile(places: Sequence[tuple[int, int]], tile: int, text: str) -> dict[str, Any]:
+    x, y = places[tile]
+    return {"x": x, "y": y, "text": text}
 
 
 def _confused(classes: list[str], entry: dict[str, Any]) -> dict[str, Any]:
@@ -90,22 +104,27 @@ def _confused(classes: list[str], entry: dict[str, Any]) -> dict[str, Any]:
     return {"true": true, "predicted": predicted, "text": f"Test image of class {true}, taken for {predicted}"}
 
 
-def _pair(tiles: list[str], classes: list[str], pair: dict[str, Any]) -> dict[str, Any]:
-    """A class taken for another: the number of such images, and the pictures of some."""
-    confused = _confused(classes, pair)
-    pictures = [{"data": tiles[tile], "text": confused["text"]} for tile in pair["tiles"]]
+def _pair(places: Sequence[tuple[int, int]], classes: list[str], pair: dict[str, Any]) -> dict[str, Any]:
+    """A class taken for another: the number of such images, and some, with the probability of the wrong class."""
+    confused, tiles = _confused(classes, pair), pair["tiles"]
+    sure = [percent(probability) for probability in pair.get("probabilities", [])] or [""] * len(tiles)
+    pictures = [
+        _tile(places, tile, confused["text"]) | {"probability": probability}
+        for tile, probability in zip(tiles, sure, strict=True)
+    ]
     return confused | {"images": int(pair["images"]), "pictures": pictures}
 
 
-def _mistake(tiles: list[str], classes: list[str], mistake: dict[str, Any]) -> dict[str, Any]:
+def _mistake(places: Sequence[tuple[int, int]], classes: list[str], mistake: dict[str, Any]) -> dict[str, Any]:
     """A mistake of PAWS-NN, and the labelled images that were nearest by cosine similarity."""
     supports = []
     for near in mistake["supports"]:
         name, similarity = classes[near["class"]], f"{near['similarity']:.2f}"
-        text = f"Labelled image of class {name}, similarity {similarity}"
-        supports.append({"data": tiles[near["tile"]], "text": text, "name": name, "similarity": similarity})
-    own = {"data": tiles[mistake["tile"]], "probability": percent(mistake["probability"]), "supports": supports}
-    return own | _confused(classes, mistake)
+        tile = _tile(places, near["tile"], f"Labelled image of class {name}, similarity {similarity}")
+        supports.append(tile | {"name": name, "similarity": similarity})
+    confused = _confused(classes, mistake)
+    own = {"probability": percent(mistake["probability"]), "supports": supports}
+    return own | confused | _tile(places, mistake["tile"], confused["text"])
 
 
 def _map(contents: dict[str, Any], classes: list[str]) -> Panel:

@@ -6,22 +6,24 @@ killed: a panel without data says what is missing and which stage writes it. The
 
 from __future__ import annotations
 
-import base64
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from paws_hpc.files import write_text
 from paws_hpc.metrics import percent
-from paws_hpc.report.gallery import gallery, opened_png
-from paws_hpc.report.panels import SWEEP_TITLES, exhibit_panel, pretrain_panels, sweep_panel, trials_panel
+from paws_hpc.report.gallery import data_uri, gallery, opened_png
+from paws_hpc.report.panels import SWEEP_TITLES, exhibit_panel, pretrain_panels, sweep_panel
 from paws_hpc.report.run_record import RunRecord, read_run
 from paws_hpc.report.tables import (
     DASH,
+    METHODS,
     Notice,
     Score,
+    by_class,
     confused_pairs,
     duration,
     labels_text,
@@ -56,7 +58,11 @@ def build_report(run: Path, folder: Path | None = None) -> Path:
 
 
 def render(template: Path, context: dict[str, Any]) -> str:
-    """A page in the project's style: a string of the context is text there, never markup; the head needs ``style``."""
+    """A page in the project's style: a string of the context is text there, never markup; the head needs ``style``.
+
+    Headings of sections make its contents, and each of the glossary's words is explained in the section where it first
+    stands.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
@@ -66,7 +72,39 @@ def render(template: Path, context: dict[str, Any]) -> str:
     )
     style = Markup((_HERE / "report.css").read_text(encoding="utf-8"))
     shown = {"style": style, "percent": percent, "dash": DASH} | context
-    return environment.get_template(template.name).render(shown)
+    page = environment.get_template(template.name).render(shown)
+    headings = re.findall(r'<section id="([^"]+)"[^>]*>\s*<h2 id[^>]*>(.+?)</h2>', page)
+    if not headings:
+        return page
+    links = "".join(f'<li><a href="#{section}">{title}</a></li>' for section, title in headings)
+    contents = f'<nav class="contents" aria-label="Contents"><ol>{links}</ol></nav>'
+    return _explained(page.replace("<main>", f"{contents}\n<main>", 1))
+
+
+def _explained(page: str) -> str:
+    """The page with the words of the glossary below the heading of the section where each first stands."""
+    unknown, sections = glossary(), re.split("(?=<section )", page)
+    for number, section in enumerate(sections):
+        head, heading, body = section.partition("</h2>")
+        text = re.sub(r"<(pre|svg|style)\b.*?</\1>|<[^>]*>", " ", section, flags=re.DOTALL)
+        found = [word for word in unknown if re.search(rf"(?<![\w-]){re.escape(word)}s?(?![\w-])", text, re.IGNORECASE)]
+        if heading and found:
+            meanings = "".join(f"<dt>{escape(word)}</dt><dd>{escape(unknown.pop(word))}</dd>" for word in found)
+            summary = f"<summary>Words: {', '.join(map(escape, found))}</summary>"
+            heading += f'<details class="words">{summary}<dl>{meanings}</dl></details>'
+        sections[number] = f"{head}{heading}{body}"
+    return "".join(sections)
+
+
+def glossary() -> dict[str, str]:
+    """Word → meaning, of the tables of docs/glossary.md that are about PAWS and runs."""
+    text = (_HERE / "glossary.md").read_text(encoding="utf-8")
+    kept = "".join(re.findall(r"^## (?:PAWS|Runs and clusters)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", kept, re.MULTILINE)
+    words = {
+        re.sub(r" \(.*\)", "", word): meaning.replace("`", "") for term, meaning in rows for word in term.split(", ")
+    }
+    return {word: meaning for word, meaning in words.items() if len(word) > 1 and word != "term"}
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
@@ -89,7 +127,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
                 "stage": stage,
                 "title": f"{title}: sweep",
                 "grid": sweep_grid(*record.sweep(stage)),
-                "panels": [trials_panel(record, stage), sweep_panel(record, stage)],
+                "panel": sweep_panel(record, stage),
             }
             for stage, title in SWEEP_TITLES.items()
             if record.pretrained or stage == "baseline"
@@ -102,6 +140,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
             for stage, exhibits in record.exhibits.items()
         },
         "confusion": _confusion(record, methods),
+        "by_class": _by_class(record, methods),
         "gallery": gallery(record),
         "crops": _crops(record.folder / "pretrain" / "crops.png"),
         "provenance": _provenance(record),
@@ -121,7 +160,7 @@ def notices(record: RunRecord) -> list[Notice]:
         listed.append(Notice("alarm", "Collapse", text))
     for stage, (state, _) in record.stages.items():
         if state == "failed":
-            listed.append(Notice("alarm", f"Stage {stage} failed", "Its log in the run directory says why."))
+            listed.append(Notice("alarm", f"Stage {stage} failed", " ".join(record.failures(stage))))
     if not record.pretrained:
         text = "Only the supervised baseline was launched; PAWS-NN, the probes and fine-tuning need pre-training."
         listed.append(Notice("note", "This run has no pre-training", text))
@@ -182,14 +221,24 @@ def _gains(methods: list[Score]) -> dict[str, str]:
     }
 
 
+def _by_class(record: RunRecord, methods: list[Score]) -> dict[str, Any] | None:
+    """Figures by class of the fine-tuned network, without one of the first method that has a confusion matrix."""
+    able = {score.name: score.confusion for score in methods if score.confusion is not None}
+    if not able:
+        return None
+    name = METHODS["fine_tuned"] if METHODS["fine_tuned"] in able else next(iter(able))
+    rows = by_class(able[name], [str(each) for each in record.result["classes"]])
+    return {"name": name, "rows": rows[:_MOST_CLASSES], "of": len(rows)}
+
+
 def _crops(path: Path) -> dict[str, Any] | None:
-    """The grid of crops as base64, with its size in pixels and the whole factor by which a small one is enlarged."""
+    """The grid of crops, with its size in pixels and the whole factor by which a small one is enlarged."""
     if not path.exists():
         return None
     grid = opened_png(path)
     factor = max(1, _CROPS_PIXELS // grid.width)
     size = {"width": grid.width * factor, "height": grid.height * factor, "enlarged": factor > 1}
-    return size | {"data": base64.b64encode(path.read_bytes()).decode("ascii")}
+    return size | {"data": data_uri(path, grid)}
 
 
 def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
@@ -228,13 +277,18 @@ def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else f"none: version {version}, not from a git tree"),
-        ("host cores", str(record.chain.get("host_cores", "unknown"))),
+        ("launched by", str(record.chain.get("command", "unknown"))),
+        ("launched on", f"{record.chain.get('processor', 'unknown')}, {record.chain.get('host_cores', '?')} cores"),
+        ("trained on", str(record.summary.get("device", "unknown"))),
         ("seed", "unknown" if seed is None else str(seed)),
     ]
     tables = [
         ("Run", run),
         ("Versions", text_rows(record.chain.get("versions", {}))),
         ("Digests of data and splits", list(record.digests.items())),
-        ("Pretraining", text_rows({key: value for key, value in record.summary.items() if key != "digests"})),
+        (
+            "Pretraining",
+            text_rows({key: value for key, value in record.summary.items() if key not in ("digests", "device")}),
+        ),
     ]
     return [(caption, rows) for caption, rows in tables if rows]

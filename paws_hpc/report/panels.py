@@ -14,7 +14,6 @@ from paws_hpc.engine.config import SupportConfig
 from paws_hpc.exhibits import Exhibit
 from paws_hpc.metrics import COMMON, Metric, percent
 from paws_hpc.report.comparison import Comparison
-from paws_hpc.report.parallel import TrialLine, draw_parallel
 from paws_hpc.report.plots import Curve, Plot, draw
 from paws_hpc.report.run_record import RunRecord
 from paws_hpc.stages.catalogue import catalogue
@@ -193,42 +192,20 @@ def sweep_panel(record: RunRecord, stage: str) -> Panel:
         if trial.trial.name != chosen:
             curves.append(Curve("", x, y, series=0))
             continue
+        folds = [fold.series("val/top1", axis="epoch") for fold in trial.folds]
+        curves += [Curve("", *fold, faint=True) for fold in folds if len(fold[0])]
         curves.append(Curve("winner", x, y))
         best = trial.validation_accuracy
         reached = "" if best is None else f", {percent(best)} at its best"
         winner = f" The strong line is the winner: {trial.trial.text}{reached}."
+        if folds:
+            winner += f" It is the mean of {len(folds)} folds, the thin lines, each scored on the labels it left out."
     if not curves:
         return Panel(name, title, missing=_missing_text(record, ["val/top1"], stage))
-    count = f"{len(curves)} trials, one line each" if len(curves) > 1 else "One trial"
+    count = f"{len(trials)} trials, one line each" if len(trials) > 1 else "One trial"
     caption = f"On the local validation split. {count}.{winner}"
     svg = draw(name, [Plot("", curves, percent=True)], xlabel="epoch", description=f"{title}. {caption}")
     return Panel(name, title, caption, svg)
-
-
-def trials_panel(record: RunRecord, stage: str) -> Panel:
-    """The trials of a run's sweep as parallel coordinates; the winner stands out."""
-    trials, chosen = record.sweep(stage)
-    lines = []
-    for trial in trials:
-        if trial.validation_accuracy is not None:
-            won = trial.trial.name == chosen
-            lines.append(TrialLine("winner" if won else "", trial.trial, trial.validation_accuracy, int(won)))
-    count = f"{len(lines)} trials with a result, one line each" if len(lines) > 1 else "One trial with a result"
-    caption = f"{count}; accuracy is the best on the local validation split."
-    if any(line.series for line in lines):
-        caption += " The strong line is the winner."
-    state = record.state(stage)
-    missing = f"No trial in {stage}/ has a result.json. Stage {stage} writes them; its state is: {state}."
-    return parallel_panel(stage, lines, caption, missing)
-
-
-def parallel_panel(stage: str, lines: Sequence[TrialLine], caption: str, missing: str) -> Panel:
-    """Trials as parallel coordinates, or what is ``missing`` where there is no line."""
-    name, title = f"{stage}-parallel", f"{SWEEP_TITLES[stage]}: parallel coordinates"
-    if not lines:
-        return Panel(name, title, missing=missing)
-    best = max(lines, key=lambda line: line.accuracy)
-    return Panel(name, title, caption, draw_parallel(lines, description=f"{title}. {caption} Highest: {best.text}."))
 
 
 def exhibit_panel(stage: str, number: int, exhibit: Exhibit) -> Panel:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.exhibits import Exhibit, read_exhibits
 from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import STAGES
-from paws_hpc.stages.attempts import stage_state
+from paws_hpc.stages.attempts import first_failure, log_of, read_attempts, stage_state
 from paws_hpc.trial import Trial
 
 _NOT_FINITE = ("nan", "inf", "-inf")  # as the metrics file spells what JSON cannot hold
@@ -55,11 +56,15 @@ class Metrics:
 
 
 class TrialRecord(NamedTuple):
-    """A trial of a sweep; ``validation_accuracy`` is None where it has no result (yet)."""
+    """A trial of a sweep; ``validation_accuracy`` is None where it has no result (yet).
+
+    ``folds`` are the trainings of its cross-validation, each scored on the images that it left out.
+    """
 
     trial: Trial
     validation_accuracy: float | None
     metrics: Metrics
+    folds: list[Metrics]
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,32 @@ class RunRecord:
         """The digests of stores and splits as far as they are known; ``test`` is the test split's."""
         known = self.result.get("digests") or self.prepared.get("digests") or self.summary.get("digests") or {}
         return {name: str(digest) for name, digest in flatten(known).items()}
+
+    @cached_property
+    def right(self) -> dict[str, NDArray[np.bool_]]:
+        """Method → which test images it classified rightly, in the order of the test store; empty of older runs."""
+        path = self.folder / "selection" / "predictions.npz"
+        if not self.result or not path.exists():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {name: file[name] == file["labels"] for name in file.files if name != "labels"}
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}). Restore it, or remove it to compare without.") from error
+
+    def failures(self, stage: str) -> list[str]:
+        """What the jobs of a stage that failed said, and where their logs are."""
+        said = []
+        for folder in sorted({path.parent for path in (self.folder / "jobs" / stage).rglob("start-*.json")}):
+            last = read_attempts(folder)[-1]
+            if last.end is None or last.end["how"] not in ("failed", "crashed"):
+                continue
+            first = first_failure(last)
+            words = f"{first['type']}: {first['message']}" if first else last.end["message"] or "It left no message."
+            log = log_of(self.folder / "logs" / stage, last.job_id, first["rank"] if first else 0)
+            job = f"{folder.relative_to(self.folder / 'jobs').as_posix()}: " if last.job != stage else ""
+            said.append(f"{job}{words}{f' Its log: {log.relative_to(self.folder)}.' if log else ''}")
+        return said
 
     @cached_property
     def stages(self) -> dict[str, tuple[str, float | None]]:
@@ -208,8 +239,11 @@ def _trials(folder: Path, missing: list[str]) -> list[TrialRecord]:
         except ValueError:  # a folder that somebody else made
             continue
         accuracy = _mapping(folder / name / "result.json").get("validation_accuracy")
-        metrics = read_metrics(folder / name / "metrics.jsonl", axis="epoch")
-        records.append(TrialRecord(trial, None if accuracy is None else float(accuracy), metrics))
+        metrics, *folds = [
+            read_metrics(place / "metrics.jsonl", axis="epoch")
+            for place in (folder / name, *sorted((folder / name).glob("fold-*")))
+        ]
+        records.append(TrialRecord(trial, None if accuracy is None else float(accuracy), metrics, folds))
     return sorted(records, key=lambda record: record.trial.rank)
 
 

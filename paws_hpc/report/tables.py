@@ -211,6 +211,18 @@ def confused_pairs(
     ]
 
 
+def by_class(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, int, float, float, float]]:
+    """Class, its images, precision, recall and F1, the lowest F1 first; 0 where nothing is of a class, or taken for it.
+
+    ``confusion`` is (K, K) with C[true, predicted].
+    """
+    right, images, taken = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    precision, recall = right / np.maximum(taken, 1), right / np.maximum(images, 1)
+    f1 = 2 * right / np.maximum(images + taken, 1)
+    order = np.argsort(f1, kind="stable")
+    return [(classes[k], int(images[k]), float(precision[k]), float(recall[k]), float(f1[k])) for k in order]
+
+
 def text_rows(value: dict[str, Any]) -> list[tuple[str, str]]:
     """A nested mapping as (dotted key, text)."""
     return [

@@ -102,6 +102,19 @@ def read_failures(folder: Path, key: str) -> list[dict[str, Any]]:
     ]
 
 
+def first_failure(attempt: Attempt) -> dict[str, Any] | None:
+    """The failure of the rank that failed first: the others often fail of its absence."""
+    return min(attempt.failures, key=lambda failure: str(failure.get("time")), default=None)
+
+
+def log_of(logs: Path, job_id: str | None, rank: int) -> Path | None:
+    """The log of a rank in ``logs/<stage>`` of a run; without a job's id, of the newest job there."""
+    if job_id is not None:
+        path = logs / f"{job_id}_{rank}_log.out"
+        return path if path.exists() else None
+    return max(logs.glob(f"*_{rank}_log.out"), key=lambda path: path.stat().st_mtime, default=None)
+
+
 def stage_state(jobs: Path, stage: str) -> tuple[str, float | None]:
     """The state of a stage, from the attempts of its jobs in the folder ``jobs``, and the seconds that they took.
 

@@ -1,4 +1,4 @@
-"""How far predictions can be trusted: calibrated probabilities, scores by class, and images unlike the training images.
+"""How far predictions can be trusted: calibrated probabilities, and images unlike the training images.
 
 Everything is chosen on the local validation split; the test split is only reported on.
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -113,7 +112,7 @@ def run(context: TorchContext) -> None:
     if distributed.is_main():
         save_tensors(folder / "references.pt", {"references": references})
         write_record(written, result)
-        write_exhibits(folder, _exhibits(data.classes, logits["test"], labels["test"], result))
+        write_exhibits(folder, _exhibits(logits["test"], labels["test"], result))
         mark_done(folder)
 
 
@@ -178,16 +177,13 @@ def _reference_images(data: RunData) -> EvaluationSet:
     return data.images(data.train, records[spread])
 
 
-def _exhibits(classes: tuple[str, ...], logits: Tensor, labels: Tensor, result: dict[str, Any]) -> list[Exhibit]:
+def _exhibits(logits: Tensor, labels: Tensor, result: dict[str, Any]) -> list[Exhibit]:
     """What the report shows; logits and labels are those of the test split."""
     temperature = result["temperature"]
     curves: dict[str, Any] = {"perfect": ([0.0, 1.0], [0.0, 1.0])}
     for name, values in (("before", logits), (f"temperature {temperature:.3g}", logits / temperature)):
         confidence, accuracy, _ = zip(*reliability(values, labels), strict=True)
         curves[name] = confidence, accuracy
-    scores = precision_recall_fscore_support(
-        labels.numpy(), logits.argmax(dim=1).numpy(), labels=range(len(classes)), zero_division=0.0
-    )
     return [
         lines(
             "Reliability on the test split", curves, x="confidence", y="accuracy",
@@ -203,13 +199,5 @@ def _exhibits(classes: tuple[str, ...], logits: Tensor, labels: Tensor, result: 
             caption=f"Logits are divided by {temperature:.3g}, which was chosen on the validation split. "
             f"{100 * result['test_unlike']:.1f} % of the test images are farther from the training images than "
             f"{100 * _USUAL:.0f} % of the validation images: predict calls such images unlike the training images.",
-        ),
-        table(
-            "Fine-tuned network by class, test split",
-            ["class", "precision", "recall", "F1", "images"],
-            [
-                [name, f"{precision:.3f}", f"{recall:.3f}", f"{f1:.3f}", int(count)]
-                for name, precision, recall, f1, count in zip(classes, *scores, strict=True)
-            ],
         ),
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from paws_hpc.stages.probing import NearestNeighbours
 
 _MAP_IMAGES, _MAP_SUPPORTS = 1000, 300
 _PAIRS, _IMAGES_OF_A_PAIR = 5, 6
+_LABELLED, _LABELLED_OF_A_CLASS = 120, 8
 _MISTAKES, _NEAREST = 12, 4
 _TILE_PIXELS = 48
 _COLUMNS = 16
@@ -67,14 +68,15 @@ def write_gallery(
 ) -> None:
     """Write ``gallery.png`` and then ``gallery.json``, which refers to it, into ``folder``: some 100 KB in all.
 
-    ``nearest`` is PAWS-NN of the test images, None without pre-training; ``predictions`` are (N, K) probabilities or
-    logits by method.
+    ``nearest`` is PAWS-NN of the test images, None without pre-training; ``predictions`` are (N, K) probabilities by
+    method.
     """
     tiles, truth, classes = _Tiles(images, supports), images.labels, supports.labels
     gallery = {
         "map": {"missing": _UNTRAINED} if nearest is None else representation_map(nearest, truth, classes),
         "pairs": {method: _pairs(tiles, values, truth) for method, values in predictions.items()},
         "mistakes": None if nearest is None else _mistakes(tiles, nearest, truth, classes),
+        "labelled": _labelled(tiles, classes),
         "tile_pixels": tiles.pixels,
         "columns": _COLUMNS,
     }
@@ -83,7 +85,7 @@ def write_gallery(
 
 
 def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
-    """The most confused pairs of classes, each with the images whose wrong class stood out most from the true one."""
+    """The most confused pairs of classes, each with the mistakes of which the method was surest, these first."""
     classes, guess = predictions.shape[1], predictions.argmax(1)
     confusion = torch.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes).numpy()
     mistakes = confusion - np.diag(np.diag(confusion))
@@ -91,10 +93,14 @@ def _pairs(tiles: _Tiles, predictions: Tensor, truth: Tensor) -> list[Json]:
     pairs = []
     for true, wrong in (divmod(int(pair), classes) for pair in order if mistakes.flat[pair] > 0):
         members = torch.nonzero((truth == true) & (guess == wrong))[:, 0]
-        margin = predictions[members, wrong] - predictions[members, true]
-        surest = members[margin.argsort(descending=True, stable=True)][:_IMAGES_OF_A_PAIR]
-        shown = [tiles.add("test", position) for position in surest.tolist()]
-        pairs.append({"true": true, "predicted": wrong, "images": int(mistakes[true, wrong]), "tiles": shown})
+        surest = members[predictions[members, wrong].argsort(descending=True, stable=True)][:_IMAGES_OF_A_PAIR]
+        pairs.append({
+            "true": true,
+            "predicted": wrong,
+            "images": int(mistakes[true, wrong]),
+            "tiles": [tiles.add("test", position) for position in surest.tolist()],
+            "probabilities": [round(float(probability), 4) for probability in predictions[surest, wrong]],
+        })  # fmt: skip
     return pairs
 
 
@@ -117,6 +123,18 @@ def _mistakes(tiles: _Tiles, nearest: NearestNeighbours, truth: Tensor, classes:
             ],
         }
         for row, position in enumerate(wrong.tolist())
+    ]
+
+
+def _labelled(tiles: _Tiles, classes: Tensor) -> list[Json]:
+    """Some labelled images of each class that has any, with their number; of very many classes some."""
+    present = classes.unique()
+    shown = present[torch.from_numpy(_evenly(len(present), _LABELLED))].tolist()
+    each = min(_LABELLED // len(shown), _LABELLED_OF_A_CLASS)
+    members = {own: torch.nonzero(classes == own)[:, 0].tolist() for own in shown}
+    return [
+        {"class": own, "images": len(of_it), "tiles": [tiles.add("support", position) for position in of_it[:each]]}
+        for own, of_it in members.items()
     ]
 
 

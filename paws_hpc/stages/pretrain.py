@@ -16,6 +16,7 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import write_record
+from paws_hpc.provenance import processor
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
 from paws_hpc.stages.networks import checkpoint_folder, starting_encoder
@@ -88,6 +89,7 @@ def _train(
             "steps": training.total_steps,
             "collapsed": training.collapsed,
             "seconds": time.monotonic() - began,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "digests": data.digests,
         }
         write_record(run.pretrain / "summary.json", summary)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from paws_hpc import distributed
@@ -15,7 +16,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
-from paws_hpc.files import file_hash, read_record, write_record
+from paws_hpc.files import atomic_write, file_hash, read_record, write_record
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import write_gallery
@@ -152,8 +153,15 @@ def _score(
         predictions |= {method: probe.predict(features).cpu() for method, probe in probes.items()}
     control.fence()
     if distributed.is_main():
-        shown = {method: values for method, values in predictions.items() if method in _SHOWN}
+        shown = {method: predictions[method] for method in _SHOWN if method in predictions}
+        shown |= {method: values.softmax(dim=1) for method, values in shown.items() if method != "paws_nn"}
         write_gallery(run.selection, test, data.labelled_images(), nearest, shown)
+        kind = np.min_scalar_type(len(data.classes))
+        guesses: dict[str, Any] = {
+            method: values.argmax(dim=1).numpy().astype(kind) for method, values in predictions.items()
+        }
+        with atomic_write(run.selection / "predictions.npz") as file:  # in the order of the test store
+            np.savez_compressed(file, labels=test.labels.numpy().astype(kind), **guesses)
     return {
         method: {**asdict(score(values, test.labels)), **settings.get(method, {})}
         for method, values in predictions.items()

@@ -10,12 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from sklearn.metrics import precision_recall_fscore_support
 
 from paws_hpc import predict
 from paws_hpc.config import Config
 from paws_hpc.data.config import LabelsConfig
-from paws_hpc.exhibits import read_exhibits
 from paws_hpc.report.page import build_report
 from paws_hpc.stages import calibrate, finetune, pretrain, selection
 from paws_hpc.stages.calibrate import calibration_error, fit_temperature, read_calibration, reliability
@@ -63,14 +61,6 @@ def test_it_is_chosen_on_validation_and_reported_on_test(finished: tuple[Config,
     assert errors["after"] <= errors["before"] + 0.02
     assert found["test_unlike"] <= 0.05
     assert len(found["distances"]) == 200
-    _, _, classes = read_exhibits(run.path / "calibrate")
-    confusion = np.array(json.loads(run.result.read_text())["test"]["fine_tuned"]["confusion"])
-    true, guess = np.repeat(np.indices(confusion.shape).reshape(2, -1), confusion.ravel(), axis=1)
-    expected = precision_recall_fscore_support(true, guess, zero_division=0.0)
-    for number, (name, precision, recall, f1, count) in enumerate(classes["rows"]):
-        assert name == str(number)
-        assert [precision, recall, f1] == [f"{values[number]:.3f}" for values in expected[:3]]
-        assert count == expected[3][number]
     assert "Reliability on the test split" in build_report(run.path).read_text()
 
 

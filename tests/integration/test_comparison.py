@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 
 from paws_hpc.report.__main__ import main
+from paws_hpc.report.comparison import as_json, compare
 from paws_hpc.report.comparison_page import build_comparison
+from paws_hpc.report.run_record import read_runs
 from tests.browser import CONTRAST, CUT_OFF, Page
 from tests.integration.launching import launch
-from tests.integration.test_report import kill, write_run
+from tests.integration.test_report import kill, save_predictions, scored, write_run
 
 PANELS = [
     "table", "loss", "paws-nn-on-the-local-validation-split", "learning-rate", "gradient-norm", "throughput",
     "waiting-for-data", "consistency", "mean-entropy-maximisation", "support-warm-up-loss",
     "confidence-of-the-targets", "instance-discrimination", "support-classification",
     "finetune-sweep", "baseline-sweep",
-    "finetune-parallel", "baseline-parallel", "fields", "provenance",
+    "paired", "fields", "provenance",
 ]  # fmt: skip
 
 
@@ -36,13 +38,13 @@ def write_seed(folder: Path, seed: int, *, me_max: bool = True, test: str = "33c
     (run / "config.yaml").write_text(config)
     result = json.loads((run / "result.json").read_text())
     _change(run / "result.json", seed=seed, digests={"train": "9f2c" * 8, "test": test * 8})
-    confusion = np.array(result["test"]["paws_nn"]["confusion"])
-    for _ in range(7 * seed + 100 * (not me_max)):  # more mistakes, one by one
-        row = int(confusion.diagonal().argmax())
-        confusion[row, row] -= 1
-        confusion[row, (row + 1) % 10] += 1
-    paws_nn = {"top1": confusion.trace() / 360, "top5": None, "confusion": confusion.tolist()}
-    _change(run / "result.json", test=result["test"] | {"paws_nn": paws_nn})
+    with np.load(run / "selection" / "predictions.npz") as file:
+        guesses = {name: file[name] for name in file.files if name != "labels"}
+    truth = np.arange(360) % 10
+    more = np.flatnonzero(guesses["paws_nn"] == truth)[: 7 * seed + 100 * (not me_max)]
+    guesses["paws_nn"][more] = (truth[more] + 1) % 10
+    save_predictions(run, 10, guesses)
+    _change(run / "result.json", test=result["test"] | {"paws_nn": scored(guesses["paws_nn"], 10)})
     return run
 
 
@@ -61,7 +63,7 @@ def comparison(runs: list[Path]) -> Path:
     return build_comparison(runs)
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 420)])
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_every_panel_is_drawn_and_readable(page: Page, comparison: Path, scheme: str, width: int) -> None:
     page.open(comparison, scheme=scheme, width=width)
     for name in PANELS:
@@ -113,6 +115,32 @@ def test_a_row_per_setting_with_mean_and_deviation_over_seeds(page: Page, compar
     assert "me_max=true ends at 96.1 % at epoch 29.9091; me_max=false ends at" in label
     assert page.text("#panel-finetune-sweep tbody tr").count("chosen by 3") == 1
     assert page.text("#panel-fields tbody th") == "objective.me_max"
+
+
+def test_runs_of_one_seed_are_compared_image_by_image(page: Page, comparison: Path, runs: list[Path]) -> None:
+    page.open(comparison)
+    rows = page.script(
+        "return [...document.querySelectorAll('#panel-paired tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    pairs = [[f"digits-seed{seed}-me_max={value}" for value in (False, True)] for seed in range(3)]
+    assert [row[:2] for row in rows] == pairs
+    assert rows[0][2] == "\N{MINUS SIGN}27.8 (0:100), p < 0.001", "a hundred mistakes more, and no other"
+    assert rows[0][3] == "+0.0 (0:0), p = 1.000"
+    first = as_json(compare(read_runs(runs)))["paired"][0]
+    assert (first["ours"], first["theirs"], first["images"]) == (0, 100, 360)
+    assert first["p"] == pytest.approx(2 * 0.5**100)
+
+
+def test_without_predictions_of_the_same_images_no_paired_test_is_made(
+    page: Page, runs: list[Path], tmp_path: Path
+) -> None:
+    page.open(build_comparison([runs[0], write_seed(tmp_path, 7, test="77dd")], tmp_path / "page"))
+    assert "No paired test can be computed" in page.text("#panel-paired")
+    older = write_seed(tmp_path, 8)
+    (older / "selection" / "predictions.npz").unlink()
+    page.open(build_comparison([runs[0], older], tmp_path / "page"))
+    assert "No paired test can be computed" in page.text("#panel-paired")
+    assert "93.6\N{EN DASH}97.7 %" in build_comparison([runs[0], runs[3]], tmp_path / "page").read_text(), "Wilson's"
 
 
 def test_a_healthy_run_without_me_max_does_not_look_collapsed(

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
+from sklearn.metrics import precision_recall_fscore_support
 
 from paws_hpc.files import write_json
 from paws_hpc.report.page import build_report, notices
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
+from paws_hpc.stages.attempts import record_failure
 from tests.attempts import write_attempt
 from tests.browser import CONTRAST, CUT_OFF, Page
 
@@ -25,9 +27,9 @@ DIGITS = [str(digit) for digit in range(10)]
 STEPS = 330  # thirty epochs of eleven
 PANELS = [
     "loss", "validation-accuracy", "learning-rate", "gradient-norm", "throughput", "confidence", "diagnostics",
-    "finetune-sweep", "baseline-sweep", "finetune-parallel", "baseline-parallel", "finetune-curves", "baseline-curves",
+    "finetune-sweep", "baseline-sweep", "finetune-curves", "baseline-curves",
     "confusion-paws-nn", "confusion-fine-tuned", "confusion-linear-probe", "confusion-k-nn", "confusion-baseline",
-    "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map",
+    "by-class", "crops", "pairs-paws-nn", "pairs-fine-tuned", "mistakes", "map", "labelled",
 ]  # fmt: skip
 
 
@@ -43,7 +45,8 @@ def write_run(
     classes, random = classes or DIGITS, np.random.default_rng(0)
     write_json(run / "chain.json", {
         "name": "digits", "created": "2025-11-22T16:53:07+00:00", "commit": "536bd850a1b2c3d4e5f60718293a4b5c6d7e8f90",
-        "versions": {"paws_hpc": "0.1.0", "torch": "2.11.0"}, "host_cores": 2, "submissions": [],
+        "versions": {"paws_hpc": "0.1.0", "torch": "2.11.0"}, "host_cores": 2, "processor": "Xeon",
+        "command": "paws launch pretrain.epochs=30", "submissions": [],
     })  # fmt: skip
     for stage in ("prepare", "pretrain", "finetune", "baseline", "selection"):
         write_attempt(run, stage, how="done", seconds=21.3)
@@ -53,7 +56,10 @@ def write_run(
         f"objective:\n  me_max: {json.dumps(me_max)}\n  entropy_weight: {entropy_weight}\n"
     )
     _jsonl(run / "pretrain" / "metrics.jsonl", _pretrain_rows(random, collapsed, me_max, entropy_weight))
-    write_json(run / "pretrain" / "summary.json", {"collapsed": collapsed, "steps": STEPS, "seconds": 81.3})
+    write_json(
+        run / "pretrain" / "summary.json",
+        {"collapsed": collapsed, "steps": STEPS, "seconds": 81.3, "device": "NVIDIA H200"},
+    )
     digit = Image.fromarray((load_digits().images[0] * 15.9).astype(np.uint8))
     digit.resize((204, 204)).save(run / "pretrain" / "crops.png")
     _gallery(run / "selection", random)
@@ -71,10 +77,9 @@ def write_run(
         "fine_tuned": {"learning_rate": 0.05, "epochs": 30}, "baseline": {"learning_rate": 0.2, "epochs": 30},
         "linear_probe": {"penalty": 0.01}, "k_nn": {"k": 5},
     }  # fmt: skip
-    scores = {
-        method: _score(random, len(classes), accuracy) | settings.get(method, {})
-        for method, accuracy in accuracies.items()
-    }
+    guesses = {method: _guess(random, len(classes), accuracy) for method, accuracy in accuracies.items()}
+    save_predictions(run, len(classes), guesses)
+    scores = {method: scored(guess, len(classes)) | settings.get(method, {}) for method, guess in guesses.items()}
     write_json(run / "result.json", {
         "labels": 4 * len(classes), "validation_labels": 90, "classes": classes, "seed": 0,
         "test": {"count": 360} | scores, "digests": {"data": "9f2c" * 16, "splits": {"test": "33cc" * 16}},
@@ -125,14 +130,23 @@ def _trial(folder: Path, random: np.random.Generator, rate: float, epochs: int, 
     write_json(trial / "result.json", {"validation_accuracy": float(curve.max())})
 
 
-def _score(random: np.random.Generator, classes: int, accuracy: float) -> dict[str, Any]:
+def _guess(random: np.random.Generator, classes: int, accuracy: float) -> np.ndarray:
     truth = np.arange(360) % classes
     wrong = random.choice(360, size=360 - round(accuracy * 360), replace=False)
     guess = truth.copy()
     guess[wrong] = (truth[wrong] + random.choice([1, 1, 1, 2, 5], size=len(wrong))) % classes
-    confusion = np.zeros((classes, classes), dtype=int)
+    return guess
+
+
+def scored(guess: np.ndarray, classes: int) -> dict[str, Any]:
+    """What result.json says of predictions for the 360 test images."""
+    truth, confusion = np.arange(360) % classes, np.zeros((classes, classes), dtype=int)
     np.add.at(confusion, (truth, guess), 1)
     return {"top1": float((truth == guess).mean()), "top5": None, "confusion": confusion.tolist()}
+
+
+def save_predictions(run: Path, classes: int, guesses: dict[str, Any]) -> None:
+    np.savez_compressed(run / "selection" / "predictions.npz", labels=np.arange(360) % classes, **guesses)
 
 
 def _gallery(folder: Path, random: np.random.Generator) -> None:
@@ -140,7 +154,8 @@ def _gallery(folder: Path, random: np.random.Generator) -> None:
     folder.mkdir(parents=True)
     sheet = np.hstack([np.vstack(load_digits().images[place : place + 32 : 16]) for place in range(16)])
     Image.fromarray((sheet * 15.9).astype(np.uint8)).convert("RGB").save(folder / "gallery.png")
-    pair = {"true": 0, "predicted": 3, "images": 9, "tiles": [0, 10, 20]}
+    pair = {"true": 0, "predicted": 3, "images": 9, "tiles": [0, 10, 20], "probabilities": [0.97, 0.8, 0.55]}
+    other = {"true": 0, "predicted": 4, "images": 1, "tiles": [30], "probabilities": [0.6]}
     supports = [{"tile": 3, "class": 3, "similarity": 0.93}, {"tile": 1, "class": 0, "similarity": 0.5}]
     truth = np.arange(200) % 10
     write_json(folder / "gallery.json", {
@@ -149,7 +164,8 @@ def _gallery(folder: Path, random: np.random.Generator) -> None:
             "predicted": np.where(np.arange(200) < 9, (truth + 1) % 10, truth).tolist(),
             "labelled": random.random((40, 2)).round(3).tolist(), "labelled_classes": (np.arange(40) % 10).tolist(),
         },
-        "pairs": {"paws_nn": [pair], "fine_tuned": [pair, {**pair, "predicted": 4, "images": 1, "tiles": [30]}]},
+        "pairs": {"paws_nn": [pair], "fine_tuned": [pair, other]},
+        "labelled": [{"class": number, "images": 4, "tiles": [number]} for number in range(10)],
         "mistakes": [{"tile": 0, "true": 0, "predicted": 3, "probability": 0.97, "supports": supports}],
         "tile_pixels": 8, "columns": 16,
     })  # fmt: skip
@@ -180,7 +196,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_every_panel_is_drawn_and_readable(page: Page, report: Path, scheme: str, width: int) -> None:
     page.open(report, scheme=scheme, width=width)
     for name in PANELS:
@@ -204,9 +220,9 @@ def test_every_panel_is_drawn_and_readable(page: Page, report: Path, scheme: str
 def test_says_in_words_what_it_shows(page: Page, report: Path) -> None:
     page.open(report)
     texts = page.script(
-        "return [...document.querySelectorAll('svg, img')].map(e => e.getAttribute('aria-label') || e.alt)"
+        "return [...document.querySelectorAll('svg, img, .tile')].map(e => e.getAttribute('aria-label') || e.alt)"
     )
-    assert min(len(text) for text in texts) > 30
+    assert min(len(text) for text in texts) > 20
     assert page.script("return [...document.querySelectorAll('table')].every(t => t.caption.textContent.trim() !== '')")
     assert page.script(
         "return [...document.querySelectorAll('figure')].every(f => f.querySelector('figcaption, caption') !== null)"
@@ -236,27 +252,16 @@ def test_the_page_and_the_terminal_show_the_same_numbers(page: Page, report: Pat
             assert part in shown, (name, part)
 
 
-def test_the_sweep_marks_the_winner_and_the_trial_that_failed_and_draws_a_line_per_result(
-    page: Page, report: Path
-) -> None:
+def test_the_sweep_marks_the_winner_and_the_trial_that_failed(page: Page, report: Path) -> None:
     page.open(report)
     assert page.text("#panel-finetune-sweep td.chosen") == "96.6 %chosen"
     assert page.text("#panel-finetune-sweep td.missing") == "no result"
     assert page.text("#warnings .alarm strong") == "Fine-tuning: 1 trial has no result"
     assert "Missing: lr=0.2,epochs=30." in page.text("#warnings .alarm p")
-    lines = page.texts("#panel-finetune-parallel polyline")
-    assert len(lines) == 5, "the sixth has no result"
-    assert lines[-1] == "winner: lr 0.05, epochs 30, 96.6 %", "on top"
-    heights = page.script(
-        "return [...document.querySelectorAll('#panel-finetune-parallel polyline')]"
-        ".map(line => [...line.points].map(point => point.y))"
+    label = page.label("#panel-finetune-curves svg")
+    assert label.endswith(
+        "6 trials, one line each. The strong line is the winner: lr 0.05, epochs 30, 96.6 % at its best."
     )
-    rate, epochs, accuracy = zip(*heights, strict=True)  # from the top; the winner is the last
-    assert rate[-1] == sorted(set(rate))[1], "the second of three rates"
-    assert epochs[-1] == min(epochs)
-    assert accuracy[-1] == min(accuracy)
-    label = page.label("#panel-finetune-parallel svg")
-    assert label.endswith("Highest: winner: lr 0.05, epochs 30, 96.6 %.")
 
 
 def without_winner(run: Path, *, stages: list[str]) -> Path:
@@ -283,7 +288,8 @@ def test_a_sweep_without_any_result_has_no_winner_and_one_that_was_not_launched_
 
 def test_a_mistake_stands_beside_the_labelled_images_that_explain_it(page: Page, report: Path) -> None:
     page.open(report)
-    assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, among them"
+    assert page.text("#panel-pairs-paws-nn .pair") == "0 taken for 3: 9, first of them"
+    assert page.texts("#panel-pairs-paws-nn .tiles .setting") == ["97.0 %", "80.0 %", "55.0 %"], "the surest first"
     assert page.text("#panel-mistakes li") == "0, taken for 3probability 97.0 % 3 0.93 0 0.50"
     assert page.text("#panel-mistakes .same") == "0", "of the true class"
     assert page.count("#panel-map .wrong") == 9
@@ -317,7 +323,7 @@ def test_a_report_without_pictures_or_before_the_result_says_so(page: Page, tmp_
     shutil.rmtree(run / "selection")
     page.open(build_report(run))
     for panel in ("#panel-mistakes", "#panel-map"):
-        assert "the test split was scored before selection wrote one" in page.text(panel)
+        assert "there were no test images, or an older version scored them" in page.text(panel)
     assert page.text("#result .big") == "96.1 %"
     # Selection writes the pictures first; nothing is wrong with them, and nobody must remove them.
     run = write_run(tmp_path / "between")
@@ -393,9 +399,121 @@ def test_a_killed_run_is_shown_as_far_as_it_got(page: Page, tmp_path: Path) -> N
     assert page.complaints() == []
 
 
+def test_a_failed_stage_says_why_and_where_its_log_is_if_there_is_one(page: Page, tmp_path: Path) -> None:
+    run = kill(write_run(tmp_path))
+    folder = write_attempt(run, "finetune/lr=0.1,epochs=2", how="failed", job_id="17")
+    record_failure(folder, "17-0", 1, RuntimeError("connection closed"), permanent=False)
+    record_failure(folder, "17-0", 0, ValueError("<the disk> is full"), permanent=True)
+    for number, said in ((0, "0.0"), (1, "9.9")):  # rank 1 failed first
+        failure = folder / f"failure-17-0-rank{1 - number}.json"
+        write_json(failure, json.loads(failure.read_text()) | {"time": said[0]})
+    write_attempt(run, "baseline/lr=0.2,epochs=2", how="crashed")
+    page.open(build_report(run))
+    alarms = dict(zip(page.texts("#warnings .alarm strong"), page.texts("#warnings .alarm p"), strict=True))
+    assert alarms["Stage finetune failed"] == "finetune/lr=0.1,epochs=2: RuntimeError: connection closed"
+    assert alarms["Stage baseline failed"] == "baseline/lr=0.2,epochs=2: It left no message."
+    log = run / "logs" / "finetune" / "17_1_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("connection closed")
+    page.open(build_report(run))
+    assert "connection closed Its log: logs/finetune/17_1_log.out." in page.text("#warnings")
+
+
+def test_contents_lead_to_every_section_and_stand_at_the_side_of_a_wide_page(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.texts(".contents a") == page.texts("h2")
+    assert page.count("h2") > 6
+    targets = "[...document.querySelectorAll('.contents a')].map(a => document.querySelector(a.getAttribute('href')))"
+    assert page.script(f"return {targets}.every(section => section !== null && section.querySelector('h2') !== null)")
+    place = "const [nav, main] = ['.contents', 'main'].map(s => document.querySelector(s).getBoundingClientRect());"
+    assert page.script(f"{place} return nav.right < main.left")
+    page.script("scrollTo(0, 3000)")
+    assert page.script(f"{place} return nav.top >= 0 && nav.bottom <= innerHeight"), "it stays in sight"
+    page.open(report, width=390)
+    assert page.script(f"{place} return nav.bottom < main.top")
+
+
+def test_each_word_of_the_glossary_is_explained_once_where_it_first_stands(page: Page, report: Path) -> None:
+    page.open(report)
+    explained = page.texts(".words dt")
+    assert len(explained) == len(set(explained)) > 12
+    assert {"PAWS-NN", "baseline", "k-NN", "top-1"} <= set(page.texts("#result .words dt"))
+    assert {"me-max", "target"} <= set(page.texts("#pretraining .words dt"))
+    source = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text()
+    meanings = page.texts(".words dd")
+    assert all(meaning in source.replace("`", "") for meaning in meanings), "there is no second list"
+    assert page.script("return document.querySelector('#result .words').open") is False
+    assert "collapse" not in explained, "it stands nowhere on this page"
+
+
+def test_the_page_says_by_which_command_and_on_what_the_run_was_made(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.text("header code") == "paws launch pretrain.epochs=30"
+    rows = page.script(
+        "return [...document.querySelectorAll('.facts tr')].map(row => [...row.cells].map(c => c.innerText))"
+    )
+    facts = dict(rows)
+    assert facts["commit"].startswith("536bd850a1b2")
+    assert (facts["launched on"], facts["trained on"], facts["torch"]) == ("Xeon, 2 cores", "NVIDIA H200", "2.11.0")
+
+
+def test_figures_by_class_are_those_of_the_selected_network(page: Page, report: Path) -> None:
+    page.open(report)
+    result = json.loads((report.parents[1] / "result.json").read_text())
+    with np.load(report.parents[1] / "selection" / "predictions.npz") as file:
+        expected = precision_recall_fscore_support(file["labels"], file["fine_tuned"])
+    rows = page.script(
+        "return [...document.querySelectorAll('#panel-by-class tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    )
+    shown = {name: values for name, *values, _ in rows}
+    for number, name in enumerate(result["classes"]):
+        precision, recall, f1, images = (column[number] for column in expected)
+        assert shown[name] == [f"{images}", *(f"{100 * value:.1f} %" for value in (precision, recall, f1))]
+    assert [float(row[4].split()[0]) for row in rows] == sorted(float(row[4].split()[0]) for row in rows)
+
+
+def test_labelled_images_are_shown_by_class(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.texts("#panel-labelled dt") == [f"{digit} 4" for digit in DIGITS]
+    assert page.count("#panel-labelled .tile") == 10
+    picture = page.picture("#panel-labelled .tile")
+    expected = Image.fromarray((load_digits().images[0] * 15.9).astype(np.uint8)).resize(
+        (48, 48), Image.Resampling.NEAREST
+    )
+    assert np.abs(picture[2:-2, 2:-2].astype(int) - np.asarray(expected)[2:-2, 2:-2]).mean() < 2, "its own picture"
+
+
+def test_a_sheet_of_photographs_keeps_the_page_small(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    photograph = Image.fromarray(load_sample_image("flower.jpg")).resize((16 * 48, 20 * 48))
+    photograph.save(run / "selection" / "gallery.png")
+    index = run / "selection" / "gallery.json"
+    write_json(index, json.loads(index.read_text()) | {"tile_pixels": 48})
+    path = build_report(run)
+    assert (run / "selection" / "gallery.png").stat().st_size > 600_000
+    assert path.stat().st_size < 450_000
+    page.open(path)
+    assert any(url.startswith("data:image/webp") for url in page.requests())
+    assert page.complaints() == []
+
+
+def test_folds_of_a_cross_validation_are_thin_lines_below_their_mean(page: Page, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    page.open(build_report(run))
+    before = page.count("#panel-finetune-curves svg path")
+    for number in (1, 2):
+        rows = [{"epoch": epoch, "val/top1": 0.8 + 0.01 * number} for epoch in (10, 20, 30)]
+        _jsonl(run / f"finetune/lr=0.05,epochs=30/fold-{number}/metrics.jsonl", rows)
+    page.open(build_report(run))
+    caption = page.text("#panel-finetune-curves figcaption")
+    assert caption.endswith("It is the mean of 2 folds, the thin lines, each scored on the labels it left out.")
+    assert "6 trials, one line each" in caption
+    assert page.count("#panel-finetune-curves svg path") == before + 2
+
+
 def test_an_empty_run_directory_still_gives_a_page(page: Page, tmp_path: Path) -> None:
     page.open(build_report(tmp_path))
-    assert page.count(".panel.missing") == 15
+    assert page.count(".panel.missing") == 13
     assert "No values of val/paws_nn_top1 in pretrain/metrics.jsonl" in page.text("#panel-validation-accuracy")
     assert page.script("return document.documentElement.scrollWidth <= innerWidth")
 
@@ -408,7 +526,7 @@ def test_names_are_text_and_never_markup(page: Page, tmp_path: Path) -> None:
     page.open(build_report(run))
     assert page.script("return document.scripts.length") == 0
     assert page.script("return [...document.images].every(image => image.src.startsWith('data:image/png'))")
-    alts = page.script("return [...document.querySelectorAll('#panel-pairs-paws-nn img')].map(image => image.alt)")
+    alts = page.script("return [...document.querySelectorAll('#panel-pairs-paws-nn .tile')].map(e => e.ariaLabel)")
     assert alts[0] == f"Test image of class {classes[0]}, taken for {classes[3]}"
     assert page.text("h1") == "<b>run</b> & more"
     names = page.texts("#panel-confusion-baseline tbody th")
