@@ -64,7 +64,7 @@ class TrialRecord(NamedTuple):
     trial: Trial
     validation_accuracy: float | None
     metrics: Metrics
-    folds: list[Metrics]
+    folds: Sequence[Metrics] = ()
 
 
 @dataclass(frozen=True)

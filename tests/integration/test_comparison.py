@@ -124,8 +124,8 @@ def test_runs_of_one_seed_are_compared_image_by_image(page: Page, comparison: Pa
     )
     pairs = [[f"digits-seed{seed}-me_max={value}" for value in (False, True)] for seed in range(3)]
     assert [row[:2] for row in rows] == pairs
-    assert rows[0][2] == "\N{MINUS SIGN}27.8 (0:100), p < 0.001", "a hundred mistakes more, and no other"
-    assert rows[0][3] == "+0.0 (0:0), p = 1.000"
+    assert rows[0][2] == "\N{MINUS SIGN}27.8\n(0:100), p < 0.001", "a hundred mistakes more, and no other"
+    assert rows[0][3] == "+0.0\n(0:0), p = 1.000"
     first = as_json(compare(read_runs(runs)))["paired"][0]
     assert (first["ours"], first["theirs"], first["images"]) == (0, 100, 360)
     assert first["p"] == pytest.approx(2 * 0.5**100)

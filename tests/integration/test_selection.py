@@ -121,6 +121,15 @@ def check_gallery(config: Config, run: RunFolder, result: dict[str, Any], test: 
     assert list(told["pairs"]) == ["paws_nn", "fine_tuned", "baseline"]
     for pair in told["pairs"]["paws_nn"]:
         assert pair["images"] == paws_nn[pair["true"]][pair["predicted"]]
+        assert pair["probabilities"] == sorted(pair["probabilities"], reverse=True), "the surest first"
+    with np.load(run.selection / "predictions.npz", allow_pickle=False) as file:
+        for method in result["test"].keys() - {"count"}:
+            confusion = confusion_matrix(file["labels"], file[method], labels=range(10))
+            assert np.array_equal(confusion, result["test"][method]["confusion"]), method
+        assert np.array_equal(file["labels"], test.labels)
+    assert [(own["class"], own["images"], len(own["tiles"])) for own in told["labelled"]] == [
+        (number, 4, 4) for number in range(10)
+    ]
     with Image.open(run.selection / "gallery.png") as file:
         sheet, pixels = file.convert("RGB"), told["tile_pixels"]
     pictures = {test.crops(test.records[number : number + 1])[0].permute(1, 2, 0).numpy().tobytes(): number
