@@ -104,21 +104,17 @@ class FinishedRun:
         Raises:
             ValueError: the run has no such images.
         """
-        if (images := self._images(subset)) is None:
+        data = self.data
+        match subset:
+            case "train":
+                images: EvaluationSet | None = data.images(data.train, np.arange(len(data.train)))
+            case "labelled" | "validation" | "test":
+                images = getattr(data, f"{subset}_images")()
+            case _:
+                images = None
+        if images is None:
             raise ValueError(
                 f"{self.folder.path} has no {subset!r} images. Choose train, labelled, validation or test."
             )
         features = forward_set(self.encoder, images, next(self.encoder.parameters()).device)
         return Embeddings(features.cpu(), images.labels, list(images.store.keys.at(images.records)))
-
-    def _images(self, subset: str) -> EvaluationSet | None:
-        match subset:
-            case "train":
-                return self.data.images(self.data.train, np.arange(len(self.data.train)))
-            case "labelled":
-                return self.data.labelled_images()
-            case "validation":
-                return self.data.validation_images()
-            case "test":
-                return self.data.test_images()
-        return None

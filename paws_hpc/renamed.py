@@ -21,35 +21,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 _FLAG = "hydra.launcher.{0} for all jobs, resources.STAGE.additional_parameters={{{0}: …}} for those of one stage"
-RENAMED_KEYS: dict[str, str] = {
-    "model.batch_norm": "nothing: statistics are those of all ranks",
+RENAMED_KEYS: dict[str, str] = {  # of 0.1.0; those that came and went between two versions are unknown ones
     "model.prediction_hidden_dim": "nothing: it is a quarter of model.projection_dim",
     "model.stem_stride": "nothing: it is 2",
-    "model.vit": "model=vit_s16 with its published sizes, or another ViT of timm (model=timm)",
     "model.blocks": "nothing: each entry of model.channels is one block",
-    "neighbour_tuning": "suncet",
     "views.*.ratio": "nothing: width/height is from 3/4 to 4/3",
     "*.crop.ratio": "nothing: width/height is from 3/4 to 4/3",
     "*.augment.blur_sigma": "nothing: it is from 0.1 to 2 pixels",
-    "data.stage_to": "data.copy_to",
     "finetune.learning_rates": "finetune.sweep.learning_rate",
-    "finetune.min_cells": "finetune.min_trials",
     "baseline.learning_rates": "baseline.sweep.learning_rate",
-    "baseline.min_cells": "baseline.min_trials",
-    "objective.open_set_weighting": "objective=ropaws",
     "objective.support_warmup_weight": "nothing: it is 1",
     "objective.target_floor": "nothing: it is 1e-4",
-    "optimizer.beta2": "nothing: it is 0.999",
     "optimizer.trust_coefficient": "nothing: it is 1e-3",
-    "pretrain.compile": "pretrain.execution=compiled, or eager; auto is compiled and a CUDA graph where there is a GPU",
     "pretrain.keep_checkpoints": "nothing: it is 2",
     "pretrain.collapse.tolerance": "nothing: it is 0.02",
     "pretrain.diagnose_every_steps": "pretrain.log_every_steps",
-    "data.cache_gb": "nothing, the memory for labelled images follows from the node's",
-    "data.max_substitutes": "nothing, a damaged image is an error",
-    "data.placement": "nothing, a raw store that is small beside a GPU's memory lives there, others are cut on the CPU",
-    "data.prefetch_gb": "nothing, three batches are made ahead, fewer where they are above 1 GB together",
-    "data.block_mb": "nothing, data.order=window keeps 8 MB together",
     **{f"resources.*.{flag}": _FLAG.format(flag) for flag in ("account", "qos", "constraint", "exclude")},
-    "data.window_blocks": "nothing, data.order=window shuffles 256 blocks among each other",
 }

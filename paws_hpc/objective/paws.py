@@ -139,24 +139,17 @@ def loss(
         ValueError: shapes do not go together, or a number is out of its range.
     """
     PawsConfig(temperature=temperature, sharpening=sharpening, label_smoothing=label_smoothing)  # checks their ranges
-    h, h_supports = (views[:2] if target_views is None else target_views), target_supports
-    h_supports = supports if h_supports is None else h_supports
-    shapes = {
-        "views": views,
-        "supports": supports,
-        "classes": classes,
-        "target_views": h,
-        "target_supports": h_supports,
-    }
+    h = views[:2] if target_views is None else target_views
+    h_supports = supports if target_supports is None else target_supports
+    count = len(supports)
     if (
-        views.ndim != 3 or len(views) < 2 or supports.shape != (len(supports), views.shape[2])
-        or classes.shape != (len(supports),) or classes.is_floating_point()
-        or h.shape[:2] != (2, views.shape[1]) or h_supports.shape != (len(supports), h.shape[2])
+        views.ndim != 3 or len(views) < 2 or supports.shape != (count, views.shape[2]) or classes.shape != (count,)
+        or classes.is_floating_point() or h.shape[:2] != (2, views.shape[1]) or h_supports.shape != (count, h.shape[2])
     ):  # fmt: skip
-        given = ", ".join(f"{name} {tuple(value.shape)}" for name, value in shapes.items())
+        given = [tuple(each.shape) for each in (views, supports, classes, h, h_supports)]
         raise ValueError(
-            f"{given}: give views (2 + m, n, D), supports (S, D) and integers classes (S,); with a prediction head "
-            "also target_views (2, n, E) and target_supports (S, E)."
+            "views, supports, classes, target_views and target_supports have the shapes "
+            f"{', '.join(map(str, given))}: give (2 + m, n, D), (S, D), integers (S,), (2, n, E) and (S, E)."
         )
     known, numbers = classes.cpu().unique(return_inverse=True)
     labels = class_labels(numbers, len(known), smoothing=label_smoothing, device=views.device)
