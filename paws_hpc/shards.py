@@ -97,9 +97,8 @@ _LEVELS = {
     "deep": "also decode every image",
 }
 _PACKING = (
-    "The same command goes on after an interruption, without packing finished shards again. Images become baseline "
-    "JPEG files without metadata, upright, with their coefficients unchanged where possible; data sets of small images "
-    "stay raw pixels."
+    "The same command goes on after an interruption, without packing finished shards again. Images become upright and "
+    "lose their metadata; JPEGs keep their coefficients where possible, other formats and small data sets their pixels."
 )
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "dataset": {"metavar": "CLASS", "help": "package.module:Class, or a torchvision.datasets name"},
@@ -112,6 +111,11 @@ _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
 _PACK_OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "help": "seed of the shuffle (%(default)s)"},
     "--on-error": {"choices": ("stop", "skip"), "help": "what to do about an unreadable image (%(default)s)"},
+    "--encoding": {
+        "choices": ("lossless", "jpeg"),
+        "help": "keep the pixels of PNG, TIFF, BMP, GIF, lossless WebP and grey JPEG, or make them colour JPEGs of "
+        "quality 95, which take less room and decode more slowly (%(default)s)",
+    },
     "--check": {
         "choices": ("decode", "structure"),
         "help": "decode every JPEG while packing, or look at its structure only: much faster, finds less (%(default)s)",
@@ -238,7 +242,11 @@ def _print_pack(report: PackReport, manifest: Manifest) -> None:
     for what, count in manifest.rewritten.items():
         print(f"{count:,} images: {what}, pixels unchanged")
     reencoded = [change for change in report.changes if change.flags & FLAG_REENCODED]
-    _print_images("encoded anew as JPEG (quality 95, 4:4:4)", reencoded, all_in=CHANGES_NAME)
+    _print_images(
+        "changed at some loss (JPEG of quality 95 and 4:4:4, shrunk, or scaled from 16 bits)",
+        reencoded,
+        all_in=CHANGES_NAME,
+    )
     if report.progressive:
         print(
             f"{report.progressive:,} images stayed progressive JPEGs, which take about three times as long to decode: "

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.data.config import CenterCropConfig
-from paws_hpc.packing.jpeg_policy import standard_pixels
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
+from paws_hpc.packing.standard import standard_pixels
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import MAX_PIXELS
 
@@ -49,9 +49,7 @@ def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a file")
-    pixels = standard_pixels(
-        path.read_bytes(), encoding=like.encoding, max_short_side=like.manifest.packing.max_short_side
-    )
+    pixels = standard_pixels(path.read_bytes(), like.manifest)
     height, width = pixels.shape[:2]
     if crop.resize**2 * max(height, width) / min(height, width) > MAX_PIXELS:
         raise ValueError(f"it is {width} x {height} pixels, too narrow to be cropped")

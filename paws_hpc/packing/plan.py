@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from paws_hpc import __version__
 from paws_hpc.files import value_digest
-from paws_hpc.packing.jpeg_policy import transcoder
 from paws_hpc.packing.sources.base import Source
+from paws_hpc.packing.standard import transcoder
 from paws_hpc.packing.write import ShardTask
 from paws_hpc.store.format import Encoding, Origin, Packing, StoreError
 from paws_hpc.store.index import key_hashes
@@ -36,6 +36,8 @@ class PackOptions:
     """stop at an image that cannot be read, or skip it and report it."""
     max_short_side: int | None = None
     """Shrinks images whose short side has more pixels, at some loss; None keeps all as they are."""
+    encoding: str = "lossless"
+    """lossless keeps the pixels of grey JPEGs and of formats without loss; jpeg encodes them as colour JPEGs."""
     check: str = "decode"
     """decode every JPEG, so that none is stored that training could not read; or look at its structure only, which is
     several times as fast and leaves damage to be found later."""
@@ -55,7 +57,12 @@ class PackOptions:
             )
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
-        for name, allowed in (("on_error", ("stop", "skip")), ("check", ("decode", "structure"))):
+        allowed_values = {
+            "on_error": ("stop", "skip"),
+            "check": ("decode", "structure"),
+            "encoding": ("lossless", "jpeg"),
+        }
+        for name, allowed in allowed_values.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"pack.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
         for name in ("max_short_side", "workers"):
@@ -82,11 +89,13 @@ class Plan:
 
     def __init__(self, source: Source, options: PackOptions) -> None:
         """Divide the source; StoreError if it has no images, or keys by which they could not be looked up."""
-        if source.encoding == "raw" and options.max_short_side is not None:
-            raise ValueError(
-                f"pack.max_short_side={options.max_short_side} does not apply to the {source.kind} source, which gives "
-                "raw pixels: remove it."
-            )
+        for name in ("max_short_side", "encoding"):
+            value = getattr(options, name)
+            if source.encoding == "raw" and value != getattr(PackOptions, name):
+                raise ValueError(
+                    f"pack.{name}={value} does not apply to the {source.kind} source, which gives raw pixels: remove "
+                    "it."
+                )
         if not len(source.keys):
             raise StoreError(f"the {source.kind} source has no images.")
         assert len(source.labels) == len(source.keys), "a source gives one label per key"
@@ -110,7 +119,8 @@ class Plan:
             check="structure" if options.check == "structure" else "decode",
             transcoder=transcoder() if options.transcode and source.encoding == "jpeg" else None,
         )
-        self.identity: dict[str, Any] = asdict(self.origin) | asdict(self.packing)
+        self.lossless = options.encoding == "lossless"
+        self.identity: dict[str, Any] = asdict(self.origin) | asdict(self.packing) | {"encoding": options.encoding}
         self._identity_digest = value_digest(
             {name: value for name, value in self.identity.items() if name != "on_error"}
         )
@@ -143,6 +153,7 @@ class Plan:
             counted=np.arange(self.bounds[number], self.bounds[number + 1]) % self.stride == 0,
             fingerprint=self.fingerprint(number),
             encoding=self.source.encoding,
+            lossless=self.lossless,
             source_digest=self.origin.digest,
             packing=self.packing,
         )

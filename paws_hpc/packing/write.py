@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paws_hpc.files import atomic_write, file_hash
-from paws_hpc.packing.jpeg_policy import JpegPolicy, StandardImage, encoded_anew, standard_jpeg, transcoder
 from paws_hpc.packing.sources.base import Images
+from paws_hpc.packing.standard import ImagePolicy, StandardImage, encoded_anew, kept, standard_image, transcoder
 from paws_hpc.store.format import (
+    FLAG_GREY,
     FLAG_STRIPPED,
+    FLAGS_OF_VERSION_4,
+    OLDEST_SHARD_VERSION,
+    SHARD_VERSION,
     Encoding,
     Omission,
     Packing,
@@ -50,6 +54,8 @@ class ShardTask:
     fingerprint: str
     """Of the source files at the time; kept with the result."""
     encoding: Encoding
+    lossless: bool
+    """Whether images that are no colour JPEGs keep their pixels."""
     source_digest: str
     packing: Packing
 
@@ -150,7 +156,7 @@ def build_shard(
                 if prepared.histogram is not None:
                     result.counted += 1
                     histogram = prepared.histogram if histogram is None else histogram + prepared.histogram
-                if image.flags == FLAG_STRIPPED:
+                if image.flags & ~FLAG_GREY == FLAG_STRIPPED:
                     result.stripped += 1
                 elif image.changed is not None:
                     result.changes.append(Change(key, image.changed, image.flags))
@@ -164,6 +170,7 @@ def build_shard(
                 shape=result.shape,
                 packer=task.packing.packer,
                 source_digest=task.source_digest,
+                version=SHARD_VERSION if (index.flags & FLAGS_OF_VERSION_4).any() else OLDEST_SHARD_VERSION,
             )
             offset, data_bytes = writer.finish(index, header)
     if not rows:
@@ -237,18 +244,24 @@ def _prepare(task: ShardTask, position: int) -> _Prepared | str:
 
 def _image(task: ShardTask, content: bytes | NDArray[np.uint8], *, count: bool) -> StandardImage:
     """What the store holds of an image; ValueError if it cannot."""
-    policy = JpegPolicy(
+    policy = ImagePolicy(
         max_short_side=task.packing.max_short_side,
         pixels=count,
         decode=task.packing.check == "decode",
         # Repair may run where the transcoder is not installed: shards that do not need it can be repaired.
         transcode=task.packing.transcoder is not None and transcoder() is not None,
+        lossless=task.lossless,
     )
     if isinstance(content, bytes):
         assert task.encoding == "jpeg", "a raw source gives pixels"
-        image = standard_jpeg(content, policy)
+        image = standard_image(content, policy)
     elif task.encoding == "jpeg":
-        image = encoded_anew(content, "pixels of a data set", 0, policy)
+        what = "pixels of a data set"
+        image = (
+            kept(content, what, 0, policy, source_bytes=content.size)
+            if policy.lossless
+            else encoded_anew(content, what, 0, policy)
+        )
     else:
         height, width, _ = content.shape
         image = StandardImage(content.tobytes(), height, width, content, flags=0, changed=None)

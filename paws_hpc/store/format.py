@@ -21,8 +21,9 @@ from paws_hpc.files import read_record, value_digest
 
 FORMAT = "paws-hpc-store"
 SHARD_FORMAT = "paws-hpc-shard"
-VERSION = 3
-SHARD_VERSION = 2
+OLDEST_VERSION, VERSION = 3, 4
+OLDEST_SHARD_VERSION, SHARD_VERSION = 2, 3
+"""Stores and shards that have no records of :data:`FLAGS_OF_VERSION_4` are of the older version, to the byte."""
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 UNDERWAY_NAME = ".packing"
@@ -31,10 +32,10 @@ USERS_NAME = ".users"
 """In a node's local copy of a store: the lock that its readers share."""
 
 Encoding = Literal["jpeg", "raw"]
-"""How one record's bytes are read: a three-component JPEG file, or the H*W*C pixels themselves."""
+"""How records are read: each as its flags say, by default a JPEG file; or all as H*W*C pixels of one shape."""
 
 FLAG_REENCODED = 1
-"""The record is not the source's bytes: the packer wrote a new JPEG from the pixels."""
+"""The pixels are not the source's: encoded as JPEG, reduced in size, or scaled from 16 bits."""
 FLAG_PROGRESSIVE = 2
 """The record is a progressive JPEG, which decodes about three times slower than a baseline one."""
 FLAG_RECOVERED = 4
@@ -47,6 +48,13 @@ FLAG_TURNED = 32
 """The image was turned as the orientation in its metadata says, as viewers show it."""
 FLAG_SHRUNK = 64
 """The image was reduced in size, as the packer was asked to."""
+FLAG_GREY = 128
+"""The record has one channel."""
+FLAG_PIXELS = 256
+"""The record is H*W*C pixels, of an image whose source is no JPEG."""
+FLAG_PNG = 512
+"""The record is a PNG file, of such an image whose file is small beside its pixels."""
+FLAGS_OF_VERSION_4 = FLAG_GREY | FLAG_PIXELS | FLAG_PNG
 
 INDEX_COLUMNS: dict[str, str] = {
     "offset": "<u8",
@@ -189,10 +197,11 @@ class Manifest:
     recovered: tuple[Omission, ...]
     skipped: tuple[Omission, ...]
     shards: tuple[ShardEntry, ...]
+    version: int = OLDEST_VERSION
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values, keys in the order of FORMAT.md, with a checksum of them all at the end."""
-        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        values = {"format": FORMAT, "version": self.version, **asdict(self)}
         return values | {"checksum": value_digest(values)}
 
     @cached_property
@@ -231,9 +240,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path} is damaged ({error}). Restore it or pack the store again with --force.") from error
     if value.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of an image store: 'format' is not {FORMAT!r}.")
-    if value.get("version") != VERSION:
+    if value.get("version") not in range(OLDEST_VERSION, VERSION + 1):
         raise StoreError(
-            f"{path} has store version {value.get('version')!r}, this program reads version {VERSION}: "
+            f"{path} has store version {value.get('version')!r}, this program reads {OLDEST_VERSION} to {VERSION}: "
             "use the matching paws_hpc or pack the store again with --force."
         )
     return _manifest(value, path)
@@ -264,6 +273,7 @@ def _manifest(value: dict[str, Any], path: Path) -> Manifest:
             recovered=tuple(Omission(**entry) for entry in value["recovered"]),
             skipped=tuple(Omission(**entry) for entry in value["skipped"]),
             shards=tuple(ShardEntry(**entry) for entry in value["shards"]),
+            version=value["version"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise StoreError(

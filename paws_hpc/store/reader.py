@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from paws_hpc.store.decode import decode_jpeg
+from paws_hpc.store.decode import decode_record
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import REMEDY, USERS_NAME, Encoding, Manifest, RecordError, StoreError, read_manifest
 from paws_hpc.store.index import Keys, load_index
@@ -171,16 +171,18 @@ class ImageStore:
             return list(pixels if pixels.shape[-1] == 3 else np.repeat(pixels, 3, axis=-1))
         positions = self._positions(indices)
         rows = self._index.rows(positions)
-        heights, widths, images = rows["height"].tolist(), rows["width"].tolist(), []
-        for number, record in enumerate(self._each(positions, rows)):
+        columns, images = [rows[name].tolist() for name in ("height", "width", "flags")], []
+        for number, (record, height, width, flags) in enumerate(
+            zip(self._each(positions, rows), *columns, strict=True)
+        ):
             try:
-                images.append(decode_jpeg(record, size=(heights[number], widths[number])))
+                images.append(decode_record(record, flags=flags, size=(height, width)))
             except ValueError as error:
                 raise self._error(int(positions[number]), f"cannot be decoded: {error}") from error
         return images
 
     def read_encoded(self, indices: ArrayLike) -> list[bytes]:
-        """Read n JPEG files; errors as in :meth:`images`, ValueError also for a raw store."""
+        """Read n records as stored, by default JPEG files; errors as in :meth:`images`, ValueError for a raw store."""
         if self.encoding != "jpeg":
             raise ValueError(f"{self.path} holds raw pixels, not encoded images: use read_raw or images.")
         return [record.tobytes() for record in self.each(indices)]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
+    OLDEST_SHARD_VERSION,
     REMEDY,
     SHARD_FORMAT,
     SHARD_VERSION,
@@ -45,7 +46,7 @@ class ShardHeader:
     """Version of paws_hpc that wrote the file."""
     source_digest: str
     format: str = SHARD_FORMAT
-    version: int = SHARD_VERSION
+    version: int = OLDEST_SHARD_VERSION
 
 
 class ShardWriter:
@@ -188,8 +189,13 @@ def read_shard(path: Path) -> ShardContents:
         raise StoreError(f"{path} is missing. {REMEDY}") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what h5py raises on damaged metadata
         raise StoreError(f"{path} is damaged or not a shard: HDF5 says {error}. {REMEDY}") from error
-    if contents.header.format != SHARD_FORMAT or contents.header.version != SHARD_VERSION:
-        raise StoreError(f"{path} is not a shard of version {SHARD_VERSION}, its attributes are {attributes}. {REMEDY}")
+    if contents.header.format != SHARD_FORMAT or contents.header.version not in range(
+        OLDEST_SHARD_VERSION, SHARD_VERSION + 1
+    ):
+        raise StoreError(
+            f"{path} is not a shard of version {OLDEST_SHARD_VERSION} to {SHARD_VERSION}, its attributes are "
+            f"{attributes}. {REMEDY}"
+        )
     return contents
 
 

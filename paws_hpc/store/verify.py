@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 
 from paws_hpc.files import file_hash
-from paws_hpc.store.decode import decode_jpeg
+from paws_hpc.store.decode import decode_record
 from paws_hpc.store.faults import Fault, size_fault
 from paws_hpc.store.format import (
     INDEX_NAME,
@@ -165,9 +165,8 @@ def _record_problem(file: ShardFile, index: ShardIndex, record: int, *, decode: 
         return "is damaged: its CRC32C differs from the index"
     if decode:
         try:
-            height, width, _ = decode_jpeg(buffer).shape
+            size = int(index.height[record]), int(index.width[record])
+            decode_record(buffer, flags=int(index.flags[record]), size=size)
         except ValueError as error:
             return f"cannot be decoded: {error}"
-        if (height, width) != (index.height[record], index.width[record]):
-            return f"is {width} x {height} pixels, the index says {index.width[record]} x {index.height[record]}"
     return None

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
-from paws_hpc.packing.jpeg_policy import standard_jpeg
 from paws_hpc.packing.sources.arrays import digits
+from paws_hpc.packing.standard import ImagePolicy, standard_image
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
-from paws_hpc.store.format import FLAG_PROGRESSIVE, FLAG_REENCODED
+from paws_hpc.store.format import FLAG_PIXELS, FLAG_PNG, FLAG_PROGRESSIVE, FLAG_REENCODED
 from paws_hpc.store.progress import progress
 from tests.pictures import encoded, tile, write_tiles
 from tests.stores import file_hashes, noise
@@ -119,7 +119,8 @@ def test_data_of_four_mib_and_more_is_aligned_to_stripes(tmp_path: Path) -> None
     assert np.array_equal(store.read_raw(store.find(source.keys)), source.images)
 
 
-def test_other_formats_become_colour_jpegs_close_to_the_original() -> None:
+@pytest.mark.parametrize("lossless", [True, False])
+def test_other_formats_keep_their_pixels_or_become_colour_jpegs(lossless: bool) -> None:
     photo = tile(200, 100, 133, 90, photo=1)
     palette = photo.quantize(64)
     palette.info["transparency"] = bytes(range(64))
@@ -132,7 +133,13 @@ def test_other_formats_become_colour_jpegs_close_to_the_original() -> None:
         (encoded(photo, "WEBP", lossless=True), "WEBP"),
         (encoded(photo.convert("1"), "TIFF"), "TIFF"),
     ):
-        image = standard_jpeg(content)
+        image = standard_image(content, ImagePolicy(lossless=lossless))
+        if lossless and reason != "CMYK JPEG":
+            assert not image.flags & FLAG_REENCODED
+            assert image.pixels is not None
+            assert np.array_equal(image.pixels, Image.open(io.BytesIO(content)).convert("RGBA").convert("RGB"))
+            assert image.payload == content or image.flags & (FLAG_PIXELS | FLAG_PNG)
+            continue
         assert image.changed == reason
         assert image.flags == FLAG_REENCODED
         with Image.open(io.BytesIO(image.payload)) as stored, Image.open(io.BytesIO(content)) as original:
@@ -149,11 +156,11 @@ def test_other_formats_become_colour_jpegs_close_to_the_original() -> None:
         b"GIF89a but no image",
         encoded(tile(0, 0, 61, 83))[:700],
         encoded(tile(0, 0, 61, 83))[:60],
-        encoded(Image.new("I;16", (8, 8)), "TIFF"),
+        encoded(Image.new("F", (8, 8)), "TIFF"),
         encoded(Image.new("RGB", (64, 64), "red"), "PNG")[:90],
         None,
     ],
-    ids=["empty", "no image", "truncated JPEG", "truncated header", "16 bit", "truncated PNG", "missing"],
+    ids=["empty", "no image", "truncated JPEG", "truncated header", "32 bit", "truncated PNG", "missing"],
 )
 def test_an_unreadable_image_stops_packing_and_is_named(folder: Path, tmp_path: Path, content: bytes | None) -> None:
     path = folder / "bee" / "broken.jpg"

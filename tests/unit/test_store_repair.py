@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paws_hpc.files import file_hash
@@ -84,6 +85,22 @@ def test_faults_that_packing_did_not_look_for_are_not_found_by_repairing_either(
     if not with_index:
         (store / "index.bin").unlink()
     assert repair(store, tmp_path / "source") == 0
+    assert file_hashes(store) == before
+
+
+def test_a_store_of_the_version_before_is_read_compared_and_repaired_as_ever(tmp_path: Path) -> None:
+    """There every image that was no colour JPEG was made one; no other images come into it now."""
+    golden = Path(__file__).parents[1] / "golden" / "store-version-3"
+    store = Path(shutil.copytree(golden / "store", tmp_path / "store"))
+    before = file_hashes(store)
+    assert read_manifest(store).reencoded == {"Gray JPEG": 1, "PNG": 2}
+    assert verify(store, level="deep") == ([], 4)
+    with ImageStore(store) as opened:
+        for key, pixels in zip(opened.keys, opened.images(range(4)), strict=True):
+            assert np.abs(pixels.astype(int) - Image.open(golden / "source" / key).convert("RGB")).mean() < 2
+    assert not pack(ImageFolder(golden / "source"), store).made
+    flip_bit(store / "shard-00000.h5")
+    assert repair(store, golden / "source") == 0
     assert file_hashes(store) == before
 
 

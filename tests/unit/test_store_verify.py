@@ -103,7 +103,7 @@ def test_deep_finds_a_size_that_the_index_has_wrong(jpeg_store: Path) -> None:
         shard["index/width"][0] = 101
     _make_consistent(jpeg_store)
     assert faults(jpeg_store, "full") == []
-    assert faults(jpeg_store, "deep") == [(file.name, key, "is 100 x 80 pixels, the index says 101 x 80")]
+    assert faults(jpeg_store, "deep") == [(file.name, key, "cannot be decoded: it is 100 x 80 pixels, not 101 x 80")]
 
 
 def _make_consistent(store: Path) -> None:

@@ -28,7 +28,7 @@ from paws_hpc.data.streams import ClassifierStream, EvaluationSet, PawsBatch, Pa
 from paws_hpc.packing import ArraySource, ImageFolder, pack
 from paws_hpc.store import ImageStore
 from tests.conftest import Stores
-from tests.pictures import array_source, tile, write_tiles
+from tests.pictures import array_source, encoded, tile, write_tiles
 from tests.tiny import STILL
 
 N, K, PER_CLASS, VIEWS, SMALL = 24, 6, 4, 2, 3
@@ -346,9 +346,16 @@ def pil_crop(pixels: np.ndarray, box: Sequence[int], size: int) -> Tensor:
     return torch.from_numpy(np.array(crop.resize((size, size), Image.Resampling.BILINEAR))).permute(2, 0, 1)
 
 
-def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG, colour", "PNG, grey"])
+def test_images_of_any_size_are_cropped(photographs: Path, tmp_path: Path, kind: str) -> None:
     """The fourth small crop of every image of a batch is what PIL cuts from the decoded file, within one level."""
     store = ImageStore(photographs)
+    if kind != "JPEG":
+        for key, pixels in zip(store.keys, store.images(range(len(store))), strict=True):
+            path = tmp_path / "images" / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(Image.fromarray(pixels).convert("L" if kind.endswith("grey") else "RGB"), "PNG"))
+        store = ImageStore(pack(ImageFolder(tmp_path / "images"), tmp_path / "store").path)
     assert len({(int(h), int(w)) for h, w in zip(*store.sizes(range(len(store))), strict=True)}) > 30
     several = stream(store, small=CropConfig(size=8, count=4, scale=[0.1, 0.9]))
     batch = several.batch(0)
@@ -361,8 +368,9 @@ def test_images_of_any_size_are_cropped_from_jpeg(photographs: Path) -> None:
     for row, box, record in zip(
         batch.micro_batches[0].small.images[3 * N :], boxes.tolist(), batch.records, strict=True
     ):
-        encoded = Image.open(io.BytesIO(store.read_encoded([record])[0]))
-        assert (row.int() - pil_crop(np.array(encoded), box, 8).int()).abs().max() <= 1
+        file = store.read_encoded([record])[0] if kind == "JPEG" else tmp_path / "images" / store.keys[record]
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB")
+        assert (row.int() - pil_crop(np.array(image), box, 8).int()).abs().max() <= 1
 
 
 def test_jpeg_and_raw_stores_of_the_same_pixels_give_the_same_crops(tmp_path: Path) -> None:

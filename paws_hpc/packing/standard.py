@@ -1,9 +1,8 @@
-"""Image files → what a JPEG store holds: baseline three-component JPEGs without metadata, unchanged where possible."""
+"""Image files → what a store of images of any size holds: JPEGs with their coefficients unchanged, and pixels."""
 
 from __future__ import annotations
 
 import io
-import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -20,21 +19,29 @@ except ImportError:  # it comes with the extra ``transcode``
     turbojpeg = None
 
 from paws_hpc.packing.jpeg import TooManyScansError, take_apart
-from paws_hpc.store.decode import MAX_PIXELS, decode_jpeg
+from paws_hpc.store.decode import DECODER_ERRORS, MAX_PIXELS, colour, decode_jpeg
 from paws_hpc.store.format import (
+    FLAG_GREY,
     FLAG_MADE_BASELINE,
+    FLAG_PIXELS,
+    FLAG_PNG,
     FLAG_PROGRESSIVE,
     FLAG_RECOVERED,
     FLAG_REENCODED,
     FLAG_SHRUNK,
     FLAG_STRIPPED,
     FLAG_TURNED,
-    Encoding,
+    OLDEST_VERSION,
+    Manifest,
 )
 
 _LONGEST_SIDE = 65_500
 QUALITY = 95
 """JPEG quality of images that are encoded anew, without chroma subsampling."""
+_SIXTEEN_BITS = "16-bit "
+_MOST_GROWTH = 8
+"""Pixels may take so many times the bytes of their file. Files that compress better, such as line drawings, become PNG:
+those decode fast, and a shard does not grow out of all proportion (docs/benchmarks.md)."""
 
 # PIL knows more, of which EPS runs Ghostscript on what it is given, and others raise what nobody expects.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -62,7 +69,7 @@ class StandardImage:
     """One image ready to be stored."""
 
     payload: bytes
-    """The JPEG file, or raw pixels."""
+    """The JPEG or PNG file, or raw pixels."""
     height: int
     width: int
     pixels: NDArray[np.uint8] | None
@@ -74,8 +81,8 @@ class StandardImage:
 
 
 @dataclass(frozen=True)
-class JpegPolicy:
-    """How images become JPEGs of the store."""
+class ImagePolicy:
+    """How images become records of the store."""
 
     max_short_side: int | None = None
     """An image whose short side is longer, in pixels, is reduced to it and encoded anew. None: never."""
@@ -86,10 +93,12 @@ class JpegPolicy:
     transcode: bool = False
     """Whether to rewrite coefficients without loss, so that progressive JPEGs become baseline and images are turned
     upright; needs turbojpeg."""
+    lossless: bool = True
+    """Whether grey JPEGs, and images of formats without loss, keep their pixels; else they become colour JPEGs."""
 
 
-def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> StandardImage:
-    """Turn the bytes of an image file into a three-component JPEG of 8 bits, as the table of shards/FORMAT.md says.
+def standard_image(content: bytes, policy: ImagePolicy = ImagePolicy()) -> StandardImage:
+    """Turn the bytes of an image file into a record of 8 bits per channel, as the table of shards/FORMAT.md says.
 
     Raises:
         ValueError: the bytes are no readable image of 8 bits per channel, or it has absurdly many pixels.
@@ -97,9 +106,10 @@ def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> Standard
     if not content:
         raise ValueError("it is empty")
     flags, changed = 0, None
-    if content[:2] == b"\xff\xd8":
+    is_jpeg = content[:2] == b"\xff\xd8"
+    if is_jpeg:
         try:
-            image = _standard_colour_jpeg(content, policy)
+            image = _standard_jpeg(content, policy)
             if isinstance(image, StandardImage):
                 side = policy.max_short_side
                 if side is None or min(image.height, image.width) <= side:
@@ -115,47 +125,77 @@ def standard_jpeg(content: bytes, policy: JpegPolicy = JpegPolicy()) -> Standard
     pixels, container, turned = _decode_with_pil(content)
     flags |= FLAG_TURNED * turned
     reason = f"{changed or container}{', turned upright' * turned}"
-    return encoded_anew(pixels, reason, flags, policy)
+    if not policy.lossless or is_jpeg or _is_lossy_webp(content):
+        return encoded_anew(pixels, reason, flags, policy)
+    flags |= FLAG_REENCODED * container.startswith(_SIXTEEN_BITS)
+    return kept(pixels, reason, flags, policy, source_bytes=len(content))
 
 
-def standard_pixels(content: bytes, *, encoding: Encoding, max_short_side: int | None = None) -> NDArray[np.uint8]:
+def standard_pixels(content: bytes, like: Manifest) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) uint8, RGB, upright, that training would see of an image file, had it been packed.
 
-    A JPEG store would encode a PNG file anew, at some loss; a raw one would not. Errors as in :func:`standard_jpeg`.
+    A store of version 3 would encode a PNG file anew, at some loss, but for a raw one. Errors as in
+    :func:`standard_image`.
     """
-    image = standard_jpeg(content, JpegPolicy(max_short_side))
-    if encoding == "raw" and image.flags & FLAG_REENCODED:
-        return _decode_with_pil(content)[0]
+    image = standard_image(content, ImagePolicy(like.packing.max_short_side, lossless=like.version > OLDEST_VERSION))
+    if like.encoding == "raw" and image.flags & FLAG_REENCODED:
+        return colour(_decode_with_pil(content)[0])
     assert image.pixels is not None, "they are wanted"
     return image.pixels
 
 
-def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, policy: JpegPolicy) -> StandardImage:
+def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy) -> StandardImage:
     """Encode pixels (H, W, 1 or 3) uint8 with quality 95 and 4:4:4, reduced in size if that is wanted."""
+    pixels, reason, flags = _of_allowed_size(pixels, reason, flags, policy)
     height, width, _ = pixels.shape
-    colour = np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3)))
-    side = policy.max_short_side
-    if side is not None and min(height, width) > side:
-        scale = side / min(height, width)
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        colour = np.asarray(Image.fromarray(colour).resize((width, height), Image.Resampling.LANCZOS))
-        reason, flags = f"{reason}, shrunk to a short side of {side}".removeprefix(", "), flags | FLAG_SHRUNK
-    if max(height, width) > _LONGEST_SIDE:
-        raise ValueError(f"it is {width} x {height} pixels, a JPEG file has at most {_LONGEST_SIDE:,} each way")
-    payload: bytes = simplejpeg.encode_jpeg(colour, quality=QUALITY, colorspace="RGB", colorsubsampling="444")
+    payload: bytes = simplejpeg.encode_jpeg(colour(pixels), quality=QUALITY, colorspace="RGB", colorsubsampling="444")
     decoded = decode_jpeg(payload) if policy.pixels else None
     return StandardImage(payload, height, width, decoded, flags | FLAG_REENCODED, reason)
 
 
-def _standard_colour_jpeg(content: bytes, policy: JpegPolicy) -> StandardImage | str:
-    """Keep a colour JPEG's coefficients; for other JPEGs, name what they are; ValueError if it has faults."""
+def kept(
+    pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy, *, source_bytes: int
+) -> StandardImage:
+    """Keep pixels (H, W, 1 or 3) uint8 as they are, or in a PNG file, reduced in size if that is wanted."""
+    pixels, reason, flags = _of_allowed_size(pixels, reason, flags, policy)
+    height, width, channels = pixels.shape
+    flags |= FLAG_GREY * (channels == 1)
+    if pixels.size <= _MOST_GROWTH * source_bytes:
+        payload, flags = pixels.tobytes(), flags | FLAG_PIXELS
+    else:
+        file = io.BytesIO()
+        Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(file, "PNG")
+        payload, flags = file.getvalue(), flags | FLAG_PNG
+    return StandardImage(payload, height, width, colour(pixels) if policy.pixels else None, flags, reason)
+
+
+def _of_allowed_size(
+    pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy
+) -> tuple[NDArray[np.uint8], str, int]:
+    """Reduce pixels whose short side is longer than the policy's; ValueError if a side is too long for any store."""
+    height, width, channels = pixels.shape
+    side = policy.max_short_side
+    if side is not None and min(height, width) > side:
+        scale = side / min(height, width)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, channels)
+        reason = f"{reason}, shrunk to a short side of {side}".removeprefix(", ")
+        flags |= FLAG_SHRUNK | FLAG_REENCODED
+    if max(height, width) > _LONGEST_SIDE:
+        raise ValueError(f"it is {width} x {height} pixels; a store takes at most {_LONGEST_SIDE:,} each way")
+    return pixels, reason, flags
+
+
+def _standard_jpeg(content: bytes, policy: ImagePolicy) -> StandardImage | str:
+    """Keep a JPEG's coefficients; of one that cannot be kept, name what it is; ValueError if it has faults."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    if colours not in ("YCbCr", "RGB"):
+    if colours not in ("YCbCr", "RGB", *(["Gray"] if policy.lossless else [])):
         return f"{colours} JPEG"
     parts = take_apart(content)
-    payload, flags, done = parts.essential, 0, []
+    payload, flags, done = parts.essential, FLAG_GREY * (colours == "Gray"), []
     if len(payload) != len(content):
-        flags, done = FLAG_STRIPPED, ["metadata taken out"]
+        flags, done = flags | FLAG_STRIPPED, ["metadata taken out"]
     if parts.orientation == 1 and not parts.progressive and not policy.pixels:
         if height * width > MAX_PIXELS:
             raise ValueError(f"it claims {width} x {height} pixels, more than {MAX_PIXELS:,}")
@@ -197,7 +237,7 @@ def _transcoded(payload: bytes, operation: str) -> bytes:
 
 
 def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
-    """Decode any image file to upright (H, W, 3) uint8 RGB; returns also its format and whether it was turned."""
+    """Decode any image file to upright (H, W, 1 or 3) uint8; returns also its format and whether it was turned."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -205,32 +245,32 @@ def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
             name = image.format or "unknown format"
             upright = ImageOps.exif_transpose(image)
             turned = upright is not None and image.getexif().get(0x0112, 1) in _TURNS
-            return np.ascontiguousarray(_eight_bits(upright, name)), name, turned
+            pixels = _eight_bits(upright)
+            name = _SIXTEEN_BITS * upright.mode.startswith("I;16") + name
+            return pixels.reshape(upright.height, upright.width, -1), name, turned
     except UnidentifiedImageError as error:  # whose message has an address in memory
         raise ValueError("it is not a readable image: its format is not known") from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        AssertionError,
-        RuntimeError,
-        Image.DecompressionBombError,
-        Warning,  # where warnings are errors, the bomb warning included
-    ) as error:  # what PIL's readers are known to raise on damaged files
+    except DECODER_ERRORS as error:
         raise ValueError(f"it is not a readable image: {error}") from error
 
 
-def _eight_bits(image: Image.Image, container: str) -> Image.Image:
-    """Convert to RGB of 8 bits per channel."""
-    if image.mode.startswith("I;16") and container == "PNG":
-        # PNG's full scale is 65,535 whatever it holds; colour of 16 bits PIL itself reads as its high bytes.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels (H, W) uint8 of a grey image, (H, W, 3) of all others; transparency is dropped."""
+    if image.mode.startswith("I;16"):
+        # Full scale is 65,535 whatever an image holds. Colour of 16 bits PIL itself reads as its high bytes.
+        return ((np.asarray(image).astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)
     if image.mode not in _EIGHT_BIT_MODES:
         raise ValueError(f"its pixels are of mode {image.mode!r}; convert it to 8 bits per channel first")
+    if image.mode in ("1", "L", "LA"):
+        return np.asarray(image.convert("L"))
     # A palette may hold transparency, which only this step keeps apart from colour.
-    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+    return np.asarray((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
+
+
+def _is_lossy_webp(content: bytes) -> bool:
+    """Whether a WebP file codes its first frame as VP8, at some loss, and not as VP8L (RFC 9649)."""
+    place = 12 if content[8:12] == b"WEBP" else len(content)
+    while (kind := content[place : place + 4]) not in (b"VP8 ", b"VP8L", b""):
+        size = int.from_bytes(content[place + 4 : place + 8], "little")
+        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame's own chunks follow 16 bytes about it
+    return kind == b"VP8 "
