@@ -28,6 +28,8 @@ class DataConfig:
         labelled: a store of its own for labelled and validation images. Classes are this store's then, and labels of
             ``train`` are never read. All images are normalised by the statistics of ``train``.
         test: store of the test images, read once, after selection. None: there are none, and nothing is scored on any.
+        allow_overlap: whether test images may be among the training or labelled images, by equal pixels. They are
+            counted in any case, near duplicates too.
         source: kind of source with a train and a test split, from which missing stores are packed. None: a missing
             store is an error.
         source_path: its folder; None for a source that a package ships.
@@ -51,6 +53,7 @@ class DataConfig:
     train: str = "shards/digits/train"
     labelled: str | None = None
     test: str | None = "shards/digits/test"
+    allow_overlap: bool = False
     source: str | None = None
     source_path: str | None = None
     root: str | None = None

@@ -36,9 +36,8 @@ from paws_hpc.store.format import (
     INDEX_NAME,
     MANIFEST_NAME,
     MOVING_NAME,
-    OLDEST_VERSION,
     UNDERWAY_NAME,
-    VERSION,
+    VERSIONS,
     Manifest,
     Omission,
     ShardEntry,
@@ -289,7 +288,7 @@ def _manifest(
         recovered=tuple(Omission(change.key, change.reason) for change in changes if change.flags & FLAG_RECOVERED),
         skipped=tuple(omission for result in results for omission in result.skipped),
         shards=entries,
-        version=VERSION if (joined["flags"] & FLAGS_OF_VERSION_4).any() else OLDEST_VERSION,
+        version=VERSIONS[bool((joined["flags"] & FLAGS_OF_VERSION_4).any())],
     )
 
 

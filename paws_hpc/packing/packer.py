@@ -16,7 +16,7 @@ from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.write import Change
 from paws_hpc.store.faults import check_sizes
-from paws_hpc.store.format import MANIFEST_NAME, OLDEST_VERSION, Manifest, StoreError, read_manifest
+from paws_hpc.store.format import MANIFEST_NAME, VERSIONS, Manifest, StoreError, read_manifest
 from paws_hpc.store.progress import progress
 from paws_hpc.store.workers import usable_cores
 
@@ -156,7 +156,7 @@ def _same_store(job: PackJob, plan: Plan) -> Manifest | None:
     if plan.packing.transcoder is None or like.transcoder is not None:
         like = replace(like, transcoder=plan.packing.transcoder)
     # A store of the older version may have had nothing to keep.
-    encoding = "lossless" if manifest.version > OLDEST_VERSION else plan.identity["encoding"]
+    encoding = "lossless" if manifest.version > VERSIONS[0] else plan.identity["encoding"]
     differing = differences(plan.identity, asdict(manifest.origin) | asdict(like) | {"encoding": encoding})
     if differing:
         raise StoreError(

@@ -14,7 +14,7 @@ from paws_hpc.packing.plan import packing_order, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
 from paws_hpc.store.faults import Fault
-from paws_hpc.store.format import INDEX_NAME, OLDEST_VERSION, Manifest, StoreError, read_manifest
+from paws_hpc.store.format import INDEX_NAME, VERSIONS, Manifest, StoreError, read_manifest
 from paws_hpc.store.index import Keys, key_hashes, load_index, read_cached_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.verify import Level, verify
@@ -144,7 +144,7 @@ def _task(
         counted=_counted(manifest, first, mine),
         fingerprint="",
         encoding=manifest.encoding,
-        lossless=manifest.version > OLDEST_VERSION,
+        lossless=manifest.version > VERSIONS[0],
         source_digest=manifest.origin.digest,
         packing=replace(manifest.packing, on_error="stop"),
     )

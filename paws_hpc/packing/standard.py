@@ -31,7 +31,7 @@ from paws_hpc.store.format import (
     FLAG_SHRUNK,
     FLAG_STRIPPED,
     FLAG_TURNED,
-    OLDEST_VERSION,
+    VERSIONS,
     Manifest,
 )
 
@@ -116,7 +116,7 @@ def standard_image(content: bytes, policy: ImagePolicy = ImagePolicy()) -> Stand
                     return image
                 # What was done to the file without loss does not matter any more, but for the turn.
                 turned = image.flags & FLAG_TURNED
-                return encoded_anew(decode_jpeg(image.payload), "turned upright" * bool(turned), turned, policy)
+                return from_pixels(decode_jpeg(image.payload), "turned upright" * bool(turned), turned, policy)
             changed = image
         except TooManyScansError:
             raise
@@ -125,10 +125,9 @@ def standard_image(content: bytes, policy: ImagePolicy = ImagePolicy()) -> Stand
     pixels, container, turned = _decode_with_pil(content)
     flags |= FLAG_TURNED * turned
     reason = f"{changed or container}{', turned upright' * turned}"
-    if not policy.lossless or is_jpeg or _is_lossy_webp(content):
-        return encoded_anew(pixels, reason, flags, policy)
+    lossy = is_jpeg or (container == "WEBP" and b"VP8L" not in content)
     flags |= FLAG_REENCODED * container.startswith(_SIXTEEN_BITS)
-    return kept(pixels, reason, flags, policy, source_bytes=len(content))
+    return from_pixels(pixels, reason, flags, policy, kept_from=len(content) * (policy.lossless and not lossy))
 
 
 def standard_pixels(content: bytes, like: Manifest) -> NDArray[np.uint8]:
@@ -137,54 +136,43 @@ def standard_pixels(content: bytes, like: Manifest) -> NDArray[np.uint8]:
     A store of version 3 would encode a PNG file anew, at some loss, but for a raw one. Errors as in
     :func:`standard_image`.
     """
-    image = standard_image(content, ImagePolicy(like.packing.max_short_side, lossless=like.version > OLDEST_VERSION))
+    image = standard_image(content, ImagePolicy(like.packing.max_short_side, lossless=like.version > VERSIONS[0]))
     if like.encoding == "raw" and image.flags & FLAG_REENCODED:
         return colour(_decode_with_pil(content)[0])
     assert image.pixels is not None, "they are wanted"
     return image.pixels
 
 
-def encoded_anew(pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy) -> StandardImage:
-    """Encode pixels (H, W, 1 or 3) uint8 with quality 95 and 4:4:4, reduced in size if that is wanted."""
-    pixels, reason, flags = _of_allowed_size(pixels, reason, flags, policy)
-    height, width, _ = pixels.shape
-    payload: bytes = simplejpeg.encode_jpeg(colour(pixels), quality=QUALITY, colorspace="RGB", colorsubsampling="444")
-    decoded = decode_jpeg(payload) if policy.pixels else None
-    return StandardImage(payload, height, width, decoded, flags | FLAG_REENCODED, reason)
-
-
-def kept(
-    pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy, *, source_bytes: int
+def from_pixels(
+    pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy, *, kept_from: int = 0
 ) -> StandardImage:
-    """Keep pixels (H, W, 1 or 3) uint8 as they are, or in a PNG file, reduced in size if that is wanted."""
-    pixels, reason, flags = _of_allowed_size(pixels, reason, flags, policy)
-    height, width, channels = pixels.shape
-    flags |= FLAG_GREY * (channels == 1)
-    if pixels.size <= _MOST_GROWTH * source_bytes:
-        payload, flags = pixels.tobytes(), flags | FLAG_PIXELS
-    else:
-        file = io.BytesIO()
-        Image.fromarray(pixels if channels == 3 else pixels[..., 0]).save(file, "PNG")
-        payload, flags = file.getvalue(), flags | FLAG_PNG
-    return StandardImage(payload, height, width, colour(pixels) if policy.pixels else None, flags, reason)
+    """A record of pixels (H, W, 1 or 3) uint8, reduced in size if that is wanted.
 
-
-def _of_allowed_size(
-    pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy
-) -> tuple[NDArray[np.uint8], str, int]:
-    """Reduce pixels whose short side is longer than the policy's; ValueError if a side is too long for any store."""
+    It is a JPEG of quality 95 and 4:4:4; or, without loss, pixels or a PNG of a source of ``kept_from`` bytes.
+    """
     height, width, channels = pixels.shape
     side = policy.max_short_side
     if side is not None and min(height, width) > side:
         scale = side / min(height, width)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, channels)
+        shrunk = Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels)
+        pixels = np.asarray(shrunk.resize((width, height), Image.Resampling.LANCZOS)).reshape(height, width, channels)
         reason = f"{reason}, shrunk to a short side of {side}".removeprefix(", ")
         flags |= FLAG_SHRUNK | FLAG_REENCODED
     if max(height, width) > _LONGEST_SIDE:
         raise ValueError(f"it is {width} x {height} pixels; a store takes at most {_LONGEST_SIDE:,} each way")
-    return pixels, reason, flags
+    if not kept_from:
+        payload = simplejpeg.encode_jpeg(colour(pixels), quality=QUALITY, colorspace="RGB", colorsubsampling="444")
+        decoded = decode_jpeg(payload) if policy.pixels else None
+        return StandardImage(payload, height, width, decoded, flags | FLAG_REENCODED, reason)
+    flags |= FLAG_GREY * (channels == 1)
+    if pixels.size <= _MOST_GROWTH * kept_from:
+        payload, flags = pixels.tobytes(), flags | FLAG_PIXELS
+    else:
+        file = io.BytesIO()
+        Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels).save(file, "PNG")
+        payload, flags = file.getvalue(), flags | FLAG_PNG
+    return StandardImage(payload, height, width, colour(pixels) if policy.pixels else None, flags, reason)
 
 
 def _standard_jpeg(content: bytes, policy: ImagePolicy) -> StandardImage | str:
@@ -211,7 +199,7 @@ def _standard_jpeg(content: bytes, policy: ImagePolicy) -> StandardImage | str:
                 turned = _transcoded(payload, lossless_turn)
         if turned is None:
             image = np.asarray(Image.fromarray(pixels).transpose(turn))
-            return encoded_anew(image, "turned upright", FLAG_TURNED, policy)
+            return from_pixels(image, "turned upright", FLAG_TURNED, policy)
         payload, flags, done = turned, flags | FLAG_TURNED, ["turned upright"]
         pixels = decode_jpeg(payload)
     if parts.progressive and not policy.transcode:
@@ -265,12 +253,3 @@ def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(image.convert("L"))
     # A palette may hold transparency, which only this step keeps apart from colour.
     return np.asarray((image.convert("RGBA") if image.mode == "P" else image).convert("RGB"))
-
-
-def _is_lossy_webp(content: bytes) -> bool:
-    """Whether a WebP file codes its first frame as VP8, at some loss, and not as VP8L (RFC 9649)."""
-    place = 12 if content[8:12] == b"WEBP" else len(content)
-    while (kind := content[place : place + 4]) not in (b"VP8 ", b"VP8L", b""):
-        size = int.from_bytes(content[place + 4 : place + 8], "little")
-        place += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame's own chunks follow 16 bytes about it
-    return kind == b"VP8 "

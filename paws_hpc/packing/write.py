@@ -16,13 +16,12 @@ from PIL import Image
 
 from paws_hpc.files import atomic_write, file_hash
 from paws_hpc.packing.sources.base import Images
-from paws_hpc.packing.standard import ImagePolicy, StandardImage, encoded_anew, kept, standard_image, transcoder
+from paws_hpc.packing.standard import ImagePolicy, StandardImage, from_pixels, standard_image, transcoder
 from paws_hpc.store.format import (
     FLAG_GREY,
     FLAG_STRIPPED,
     FLAGS_OF_VERSION_4,
-    OLDEST_SHARD_VERSION,
-    SHARD_VERSION,
+    SHARD_VERSIONS,
     Encoding,
     Omission,
     Packing,
@@ -170,7 +169,7 @@ def build_shard(
                 shape=result.shape,
                 packer=task.packing.packer,
                 source_digest=task.source_digest,
-                version=SHARD_VERSION if (index.flags & FLAGS_OF_VERSION_4).any() else OLDEST_SHARD_VERSION,
+                version=SHARD_VERSIONS[bool((index.flags & FLAGS_OF_VERSION_4).any())],
             )
             offset, data_bytes = writer.finish(index, header)
     if not rows:
@@ -256,12 +255,7 @@ def _image(task: ShardTask, content: bytes | NDArray[np.uint8], *, count: bool) 
         assert task.encoding == "jpeg", "a raw source gives pixels"
         image = standard_image(content, policy)
     elif task.encoding == "jpeg":
-        what = "pixels of a data set"
-        image = (
-            kept(content, what, 0, policy, source_bytes=content.size)
-            if policy.lossless
-            else encoded_anew(content, what, 0, policy)
-        )
+        image = from_pixels(content, "pixels of a data set", 0, policy, kept_from=content.size * task.lossless)
     else:
         height, width, _ = content.shape
         image = StandardImage(content.tobytes(), height, width, content, flags=0, changed=None)

@@ -5,6 +5,7 @@ It does not load torch unless there are weights to start from.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import numpy as np
 from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
+from paws_hpc.data.overlap import NEAR_BITS, shared
 from paws_hpc.data.samplers import EpochSampler, Positions, SupportSampler
 from paws_hpc.data.splits import Split, folds, labelled_and_validation
-from paws_hpc.files import exclusive, read_record
+from paws_hpc.exhibits import text, write_exhibits
+from paws_hpc.files import exclusive, read_record, write_text
 from paws_hpc.packing import PackOptions, SourceConfig, open_source, pack
 from paws_hpc.stage_table import SWEEPS, import_torch
 from paws_hpc.stages.context import StageContext
@@ -27,6 +30,7 @@ from paws_hpc.store import ImageStore
 from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 _LOG = logging.getLogger(__name__)
+_OVERLAP = "overlap.tsv"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def run(context: StageContext) -> None:
     Raises:
         FileNotFoundError: ``model.init`` is no file.
         ValueError: it does not fit, the images do not suffice for a stage (:func:`check_stages`), or they are others
-            than those on which the run trained.
+            than those on which the run trained, or test images are among the others.
     """
     config, run = context.config, context.run
     if config.model.init is not None:
@@ -88,6 +92,7 @@ def run(context: StageContext) -> None:
     data = open_stores(config)
     for warning in check_stages(config, data):
         _LOG.warning("%s", warning)
+    _check_overlap(config, data, run.prepare)
     context.fence()
     test = {} if config.data.test is None else {"test": read_manifest(Path(config.data.test)).digest}
     mark_done(run.prepare, digests=data.digests | test)
@@ -150,6 +155,39 @@ def check_stages(config: Config, data: RunStores) -> Iterator[str]:
             f"suncet.steps={config.suncet.steps} classifies labelled images by the others of their class, but a class "
             "has one labelled image. Label two at least, or set suncet.steps=0."
         )
+
+
+def _check_overlap(config: Config, data: RunStores, folder: Path) -> None:
+    """Look for test images among the training and labelled ones; ``folder`` gets a list of them and an exhibit.
+
+    Raises:
+        ValueError: there are some of equal pixels, and ``data.allow_overlap`` is false.
+    """
+    if config.data.test is None:
+        return
+    test, found = ImageStore(Path(config.data.test)), list[tuple[str, str, str, str]]()
+    others = {"train": (data.train, np.arange(len(data.train)))}
+    if data.labelled_store is not data.train:
+        splits = [split for split in (data.labelled_split, data.validation_split) if split is not None]
+        others["labelled"] = (
+            data.labelled_store,
+            np.concatenate([split.records(data.labelled_store) for split in splits]),
+        )
+    for field, (store, records) in others.items():
+        found += [(kind, mine, field, other) for kind, mine, other in shared(test, store, records, folder)]
+    write_text(folder / _OVERLAP, "".join("\t".join(map(json.dumps, pair)) + "\n" for pair in found))
+    words = []
+    for kind, what in (("same", "equal pixels"), ("near", f"at least {128 - NEAR_BITS} equal bits of a 128-bit hash")):
+        pairs = [f"{mine!r} is {field}'s {other!r}" for of, mine, field, other in found if of == kind]
+        examples = f" ({', '.join(pairs[:3])})" if pairs else ""
+        words.append(f"{len(pairs):,} of {len(test):,} test images are among the others by {what}{examples}")
+    if "same" in {kind for kind, *_ in found} and not config.data.allow_overlap:
+        raise ValueError(
+            f"data.test={config.data.test}: {words[0]}. All are in {folder / _OVERLAP}. Take them out of one of the "
+            "stores, or set data.allow_overlap=true if you mean it."
+        )
+    _LOG.info("%s; %s.", *words)
+    write_exhibits(folder, [text("Test images among the others", f"{'; '.join(words)}. All are in {_OVERLAP}.")])
 
 
 def check_same_classes(path: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:

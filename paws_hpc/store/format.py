@@ -21,9 +21,8 @@ from paws_hpc.files import read_record, value_digest
 
 FORMAT = "paws-hpc-store"
 SHARD_FORMAT = "paws-hpc-shard"
-OLDEST_VERSION, VERSION = 3, 4
-OLDEST_SHARD_VERSION, SHARD_VERSION = 2, 3
-"""Stores and shards that have no records of :data:`FLAGS_OF_VERSION_4` are of the older version, to the byte."""
+VERSIONS, SHARD_VERSIONS = (3, 4), (2, 3)
+"""Stores and shards without records of :data:`FLAGS_OF_VERSION_4` are of the first, to the byte."""
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.bin"
 UNDERWAY_NAME = ".packing"
@@ -197,7 +196,7 @@ class Manifest:
     recovered: tuple[Omission, ...]
     skipped: tuple[Omission, ...]
     shards: tuple[ShardEntry, ...]
-    version: int = OLDEST_VERSION
+    version: int = VERSIONS[0]
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values, keys in the order of FORMAT.md, with a checksum of them all at the end."""
@@ -240,9 +239,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise StoreError(f"{path} is damaged ({error}). Restore it or pack the store again with --force.") from error
     if value.get("format") != FORMAT:
         raise StoreError(f"{path} is not the manifest of an image store: 'format' is not {FORMAT!r}.")
-    if value.get("version") not in range(OLDEST_VERSION, VERSION + 1):
+    if value.get("version") not in VERSIONS:
         raise StoreError(
-            f"{path} has store version {value.get('version')!r}, this program reads {OLDEST_VERSION} to {VERSION}: "
+            f"{path} has store version {value.get('version')!r}, this program reads {VERSIONS}: "
             "use the matching paws_hpc or pack the store again with --force."
         )
     return _manifest(value, path)

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from paws_hpc.store.format import (
     INDEX_COLUMNS,
     LARGE_ALIGNMENT,
-    OLDEST_SHARD_VERSION,
     REMEDY,
     SHARD_FORMAT,
-    SHARD_VERSION,
+    SHARD_VERSIONS,
     SMALL_ALIGNMENT,
     Encoding,
     ShardIndex,
@@ -46,7 +45,7 @@ class ShardHeader:
     """Version of paws_hpc that wrote the file."""
     source_digest: str
     format: str = SHARD_FORMAT
-    version: int = OLDEST_SHARD_VERSION
+    version: int = SHARD_VERSIONS[0]
 
 
 class ShardWriter:
@@ -189,13 +188,8 @@ def read_shard(path: Path) -> ShardContents:
         raise StoreError(f"{path} is missing. {REMEDY}") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what h5py raises on damaged metadata
         raise StoreError(f"{path} is damaged or not a shard: HDF5 says {error}. {REMEDY}") from error
-    if contents.header.format != SHARD_FORMAT or contents.header.version not in range(
-        OLDEST_SHARD_VERSION, SHARD_VERSION + 1
-    ):
-        raise StoreError(
-            f"{path} is not a shard of version {OLDEST_SHARD_VERSION} to {SHARD_VERSION}, its attributes are "
-            f"{attributes}. {REMEDY}"
-        )
+    if contents.header.format != SHARD_FORMAT or contents.header.version not in SHARD_VERSIONS:
+        raise StoreError(f"{path} is no shard of versions {SHARD_VERSIONS}, its attributes are {attributes}. {REMEDY}")
     return contents
 
 

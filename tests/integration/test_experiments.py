@@ -72,8 +72,8 @@ def small(recipe: tuple[str, ...], stores: Path, runs: Path) -> Config:
     sizes = (*SMALL, *(SMALL_PHOTOGRAPHS if data == "imagenet" else ()))
     if recipe[0] != "cifar10_4000":  # whose number of classes follows that of the data set
         sizes += (f"pretrain.support.classes={CLASSES}",)
-    places = (f"data.train={stores / data}", f"data.test={stores / data}", f"runs={runs}", "name=run")
-    return compose_run([*named, *sizes, *places])[0]
+    places = (f"data.train={stores / data}", f"data.test={stores / data}", "data.allow_overlap=true")
+    return compose_run([*named, *sizes, *places, f"runs={runs}", "name=run"])[0]
 
 
 def freeze_the_widest(training: Pretraining) -> None:

@@ -64,7 +64,7 @@ def test_cached_images_are_those_of_the_store(store: ImageStore, tmp_path: Path)
 def test_no_image_is_decoded_twice(store: ImageStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_cache(store, tmp_path) as cache, open_cache(store, tmp_path) as other:
         expected = store.images(LABELLED)
-        monkeypatch.setattr("paws_hpc.store.reader.decode_jpeg", None)
+        monkeypatch.setattr("paws_hpc.store.reader.decode_record", None)
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(lambda _: same(cache.pixels(LABELLED), expected), range(50)))
         assert same(other.pixels(LABELLED), expected)

@@ -249,6 +249,20 @@ def test_a_cut_or_damaged_archive_is_named_wherever_the_fault_is(images: dict[st
         opened(path)
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_bytes_behind_the_end_marker_are_named(images: dict[str, bytes], tmp_path: Path, inner: bool) -> None:
+    """Archives that were joined by cat: every image of the second would be missing."""
+    first, second = (tar_bytes({f"n0/{name}.jpg": jpeg(0)}) for name in "ab")
+    joined = tar(tmp_path / "joined.tar", {"n0.tar": first + second}) if inner else tmp_path / "joined.tar"
+    if not inner:
+        joined.write_bytes(first + second)
+    at = joined.read_bytes().index(second)
+    with pytest.raises(StoreError, match=rf"joined.tar.* {len(second):,} bytes behind it, from byte {at:,} on"):
+        opened(joined)
+    joined.write_bytes(first + bytes(3 << 20))  # as padded by tapes
+    assert len(opened(joined).keys) == 1
+
+
 def test_images_that_occur_twice_are_named_with_their_archives(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar"):
         tar(tmp_path / "tars" / name, {"cat/x.jpg": jpeg(0), f"dog/{name}.jpg": jpeg(1)})

@@ -29,7 +29,6 @@ DEFAULT_MODULE = "torchvision.datasets"
 """Where a name without a module is looked up."""
 
 _LARGEST_RAW = 64 << 10
-_JPEG_SHARE = 8
 _COMPARED = 16
 _FILE_LISTS = ("samples", "imgs", "_samples", "_image_files", "_images", "images")
 _LABEL_LISTS = ("targets", "_labels", "labels", "y")
@@ -43,7 +42,7 @@ def dataset(name: str, root: Path, split: str | None) -> Source:
     Where the class lists its files (torchvision's do under a few names) and a sample of items shows, pixel by pixel,
     that it gives those files, the files themselves are packed; keys are their paths below the folder they share.
     Otherwise every item is read once, for its label and a hash of its pixels. Images of one shape and at most 64 KiB
-    are then stored raw, others encoded as JPEG. Keys are positions.
+    are then stored raw. Keys are positions.
 
     Args:
         name: ``package.module:Class``, or a name in ``torchvision.datasets``.
@@ -191,8 +190,7 @@ def _read_all(opened: Any, name: str, root: Path, split: str | None) -> DatasetS
         classes=_class_names(opened, labels),
         positions=np.arange(len(opened)),
         labels=labels,
-        # A JPEG takes about an eighth of its pixels, which is near enough to decide where shards end.
-        sizes=sizes if raw else -(-sizes // _JPEG_SHARE),
+        sizes=sizes,
         hashes=hashes,
     )
 

@@ -16,7 +16,7 @@ from paws_hpc.store.format import StoreError
 
 BLOCK = 512
 _LONGEST_NAME = 64 << 10
-_LONGEST_PAX = 1 << 20
+_LONGEST_PAX = _READ_BYTES = 1 << 20
 _FILES = frozenset((tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE))
 _REFUSED = {
     tarfile.LNKTYPE: "a hard link (make the archive with --hard-dereference)",
@@ -47,14 +47,14 @@ def tar_members(descriptor: int, archive: str, *, begin: int = 0, end: int | Non
 
     Raises:
         StoreError: the archive is compressed, cut off or damaged, or has members other than files and folders, paths
-            that lead out of it, or sizes beyond its end.
+            that lead out of it, sizes beyond its end, or bytes behind its end marker.
     """
     end = os.fstat(descriptor).st_size if end is None else end
     place, name, size = begin, None, None
     while True:
         block = _read(descriptor, place, BLOCK, end, archive)
         if not any(block):
-            return
+            break
         header = _parse(block, archive, place, first=place == begin)
         content = place + BLOCK
         if header.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
@@ -72,6 +72,14 @@ def tar_members(descriptor: int, archive: str, *, begin: int = 0, end: int | Non
         if header.type in _FILES and not member.name.endswith("/"):
             yield member
         place = content + _padded(0 if header.type == tarfile.DIRTYPE else member.size)
+    for start in range(place, end, _READ_BYTES):
+        part = read_at(descriptor, min(_READ_BYTES, end - start), start)
+        if behind := part.lstrip(b"\0"):
+            first = start + len(part) - len(behind)
+            raise StoreError(
+                f"{archive} has an end marker and {end - first:,} bytes behind it, from byte {first:,} on. If archives "
+                "were joined, give them beside each other."
+            )
 
 
 def _padded(size: int) -> int:
