@@ -88,7 +88,7 @@ def test_a_run_whose_test_images_are_training_images_is_refused_unless_it_is_mea
     config = tiny_config(digits_stores.train, digits_stores.train, tmp_path / "runs")
     run = RunFolder(tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"1,397 of 1,397 test images .* equal pixels: '\d{5}' is .* data.allow_overlap"
+        ValueError, match=r"1,397 of 1,397 test images .* equal pixels .'\d{5}' is .* data.allow_overlap"
     ) as told:
         prepare.run(StageContext(config, run, "prepare"))
     assert "\n" not in str(told.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from paws_hpc.files import value_digest
 from paws_hpc.packing import PackOptions, pack
 from paws_hpc.packing.sources.arrays import digits
 from paws_hpc.store import ImageStore, RecordError, StoreError
@@ -157,15 +159,21 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(
     assert not (jpeg_store / "index.bin").exists()
 
 
+def sealed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest with a checksum that fits it."""
+    manifest.pop("checksum")
+    return json.dumps(manifest | {"checksum": value_digest(manifest)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda text: text[:-30], r"manifest.json is damaged"),
-        (lambda text: text.replace("paws-hpc-store", "other"), r"is not the manifest of an image store"),
-        (lambda text: text.replace('"version": 3', '"version": 2'), r"store version 2, this program reads \(3, 4\)"),
+        (lambda text: sealed(json.loads(text) | {"format": "other"}), r"is not the manifest of an image store"),
+        (lambda text: sealed(json.loads(text) | {"version": 2}), r"store version 2, this program reads \(3, 4\)"),
         (lambda text: text.replace('"count": 30', '"count": 31'), r"manifest.json .* does not fit its checksum"),
-        (lambda text: text.replace('"mean": [', '"mean": [NaN, '), r"manifest.json .* does not fit its checksum"),
-        (lambda text: text.replace('"checksum"', '"chocksum"'), r"manifest.json .* does not fit its checksum"),
+        (lambda text: text.replace('"mean": [', '"mean": [NaN, '), r"manifest.json .* NaN is no number"),
+        (lambda text: text.replace('"checksum"', '"chocksum"'), r"manifest.json has no checksum"),
     ],
 )
 def test_a_manifest_that_is_not_right_is_named(jpeg_store: Path, change: Callable[[str], str], message: str) -> None:
