@@ -76,12 +76,19 @@ def exit_status(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except errors as error:
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        print(f"error: {printable(error_text(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"interrupted: {str(stop) or interrupted}", file=sys.stderr)
         return 130
     return status
+
+
+def printable(text: str) -> str:
+    """``text``, which may be somebody else's, without what a terminal would take for a command."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
 
 
 def error_text(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from paws_hpc.engine.config import ClassifierConfig, OptimizerConfig, PretrainCo
 from paws_hpc.models.config import VIT_PATCH_SIZE, ModelConfig
 from paws_hpc.objective.config import ObjectiveConfig, PawsConfig
 from paws_hpc.renamed import did_you_mean
-from paws_hpc.sizes import check_divides, check_ranges
+from paws_hpc.sizes import check_divides, check_ranges, check_texts
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 
 
@@ -104,6 +104,7 @@ class Config:
     cancel: bool = False
 
     def __post_init__(self) -> None:
+        check_texts(flatten(asdict(self)))
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device!r} must be auto, cpu or cuda.")
         self.pretrain.execution_on("cuda" if self.device == "auto" else self.device)
@@ -142,8 +143,8 @@ class Config:
             )
         rows = self.views.support_views * self.pretrain.support.images_per_class
         self.objective.check_run(rows_per_class=rows, labelled=self.data.labelled)
-        if not self.name or self.name.startswith(".") or "/" in self.name:
-            raise ValueError(f"name={self.name!r} must be a folder name without slashes or a leading dot.")
+        if not self.name or self.name.startswith(".") or "/" in self.name or "%" in self.name:
+            raise ValueError(f"name={self.name!r} must be a folder name without slashes, % or a leading dot.")
 
     def _check_resources(self) -> None:
         if wrong := self.resources.keys() - STAGES.keys():

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from paws_hpc.command import Parser, at_least, exit_status, program
-from paws_hpc.deploy.files import image_files, printable, shown
+from paws_hpc.command import Parser, at_least, exit_status, printable, program
+from paws_hpc.deploy.files import image_files, shown
 from paws_hpc.deploy.predicting import METHODS, Failure, Prediction, Predictor
 from paws_hpc.deploy.sheet import Sheet
 from paws_hpc.files import write_json

@@ -17,7 +17,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from paws_hpc.command import Parser, above_zero, at_least, exit_status, program
+from paws_hpc.command import Parser, above_zero, at_least, exit_status, printable, program
 from paws_hpc.packing import (
     SOURCES,
     PackOptions,
@@ -267,7 +267,7 @@ def _print_images(what: str, images: Sequence[Change | Omission], *, all_in: str
     listed = images if all_in is None else images[:_LISTED]
     print(f"{len(images):,} images {what}:")
     for image in listed:
-        print(f"  {image.key}: {image.reason}")
+        print(printable(f"  {image.key}: {image.reason}"))
     if len(listed) < len(images):
         print(f"  ... and {len(images) - len(listed):,} more, all of them in {all_in}")
 
@@ -297,9 +297,9 @@ def _info(options: argparse.Namespace) -> int:
         "classes": f"{len(manifest.classes):,}, of {min(counts):,} to {max(counts):,} images",
     }
     for name, value in rows.items():
-        print(f"{name:<9} {value}")
+        print(f"{name:<9} {printable(value)}")
     for name, count in list(zip(manifest.classes, counts, strict=True))[:_LISTED]:
-        print(f"  {name:<20} {count:>9,}")
+        print(f"  {printable(name):<20} {count:>9,}")
     if len(counts) > _LISTED:
         print(f"  ... and {len(counts) - _LISTED:,} more")
     print("--json has all else: mean and std, shards, changed and skipped images, how it was packed")
@@ -313,7 +313,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps(report | {"faults": [asdict(fault) for fault in faults]}, indent=2))
         return 1 if faults else 0
     for fault in faults:
-        print(f"FAULT {fault}")
+        print(f"FAULT {printable(str(fault))}")
     looked_at = f"{records:,} records read" if options.level != "quick" else "no records read"
     print(f"{options.store}: {options.level} verification found {len(faults) or 'no'} faults ({looked_at})")
     return 1 if faults else 0
@@ -326,7 +326,7 @@ def _repair(options: argparse.Namespace) -> int:
         print(json.dumps(asdict(report), indent=2))
         return 0 if report.whole else 1
     for fault in report.faults:
-        print(f"FAULT {fault}")
+        print(f"FAULT {printable(str(fault))}")
     for name in report.repaired:
         print(f"repaired {name}: it is what was packed")
     for name, problem in report.refused.items():

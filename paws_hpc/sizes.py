@@ -1,6 +1,24 @@
-"""Checks of numbers in the config. Sizes there are global: what a rank holds must come out even."""
+"""Checks of values in the config. Sizes there are global: what a rank holds must come out even."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_texts(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a text that Slurm, W&B or a shell would take for something else.
+
+    A line break would end a line of an sbatch script and begin another; a tilde would be the name of a folder.
+    """
+    for field, value in fields.items():
+        for text in (field, *(value if isinstance(value, list | tuple) else (value,))):
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(
+                    f"{field}={text!r} has a line break or another character that is not printed: remove it."
+                )
+            if isinstance(text, str) and text.startswith("~"):
+                raise ValueError(f"{field}={text}: ~ is not your home here. Write the folder's whole path, or $HOME.")
 
 
 def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 1) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from paws_hpc.cluster.overview import JobOverview, RunOverview, overviews, span
-from paws_hpc.command import Parser, above_zero, exit_status, program
+from paws_hpc.command import Parser, above_zero, exit_status, printable, program
 from paws_hpc.metrics import percent
 from paws_hpc.stages.run_folder import all_runs, find_run
 
@@ -104,19 +104,24 @@ def runs_text(runs: Sequence[RunOverview]) -> Group:
         own["top-1"] = "" if run.top1 is None else percent(run.top1)
         rows.append(row | own)
     if not rows:
-        return Group(Text("no runs"))
-    return Group(_table(_RUN_COLUMNS, rows), *(Text(line, "yellow") for line in _troubles(runs)))
+        return Group(_text("no runs"))
+    return Group(_table(_RUN_COLUMNS, rows), *(_text(line, "yellow") for line in _troubles(runs)))
 
 
 def run_text(run: RunOverview, *, width: int, everything: bool) -> Group:
     """A run's jobs as a table, then warnings and failures; ``everything`` lists trials also where many are alike."""
     columns = [column for column in _JOB_COLUMNS if column != "epoch" or width >= _NARROW]
     return Group(
-        Text.assemble((run.name, "bold"), ": ", (run.state, _STYLES.get(run.state, "")), f" ({run.path})"),
+        Text.assemble((printable(run.name), "bold"), ": ", (run.state, _STYLES.get(run.state, "")), f" ({run.path})"),
         _table(columns, list(_rows(run, everything=everything))),
-        *(Text(line, "yellow") for line in _remarks(run)),
+        *(_text(line, "yellow") for line in _remarks(run)),
         *(text for job in run.jobs for text in _failure(job)),
     )
+
+
+def _text(words: str, style: str = "") -> Text:
+    """What files of a run say, which may be somebody else's."""
+    return Text(printable(words), style)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -126,7 +131,7 @@ def _table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
     for column in used:
         table.add_column(column, justify="left" if column in _ON_THE_LEFT else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row.get(name, ""), row["style"] if name == "state" else "") for name in used))
+        table.add_row(*(_text(row.get(name, ""), row["style"] if name == "state" else "") for name in used))
     return table
 
 
@@ -195,12 +200,12 @@ def _failure(job: JobOverview) -> Iterator[Text]:
     """Why a job failed: the message of the rank that failed first, then the end of its log."""
     if job.failure is not None:
         where = f"rank {job.failure.get('rank')} on {job.failure.get('host')}"
-        yield Text(f"{job.job} failed ({where}): {job.failure.get('type')}: {job.failure.get('message')}", "red")
+        yield _text(f"{job.job} failed ({where}): {job.failure.get('type')}: {job.failure.get('message')}", "red")
     elif job.log_tail:
-        yield Text(f"{job.job}: {_job_row(job)['state']}", "red")
+        yield _text(f"{job.job}: {_job_row(job)['state']}", "red")
     if job.log is not None:
-        yield Text(f"  last lines of {job.log}:", "dim")
-        yield from (Text(f"    {line}", "dim") for line in job.log_tail)
+        yield _text(f"  last lines of {job.log}:", "dim")
+        yield from (_text(f"    {line}", "dim") for line in job.log_tail)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from paws_hpc import shards
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.cluster.snapshot import check_snapshot
-from paws_hpc.command import Parser, error_text, exit_status, program
+from paws_hpc.command import Parser, error_text, exit_status, printable, program
 from paws_hpc.engine.checkpoint import check_checkpoint, checked_digest
 from paws_hpc.engine.compiler_cache import check_kept
 from paws_hpc.engine.tracking import check_rows
@@ -84,7 +84,7 @@ def _verify(options: argparse.Namespace) -> int:
         whole[kind] += fault is None
         if fault is not None:
             faults += 1
-            print(f"FAULT {kind}: {fault}\n  {remedy}")
+            print(printable(f"FAULT {kind}: {fault}\n  {remedy}"))
     print("whole: " + ", ".join(f"{count:,} {kind}" for kind, count in whole.items()))
     print(f"{run.path}: {faults or 'no'} fault{'s' * (faults != 1)}")
     return 1 if faults else 0

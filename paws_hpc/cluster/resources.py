@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from paws_hpc.config import Config
+from paws_hpc.config import Config, flatten
+from paws_hpc.sizes import check_texts
 from paws_hpc.stage_table import STAGES
 
 Launcher = Mapping[str, Any]
@@ -29,6 +30,7 @@ def resolve(config: Config, launcher: Launcher) -> Config:
     Stages of a single task do not take the launcher's nodes, tasks and GPUs: they have one node, one task, and at
     most one GPU.
     """
+    check_texts({f"hydra.launcher.{name}": value for name, value in flatten(dict(launcher)).items()})
     stages = {}
     for stage, row in STAGES.items():
         own = config.resources[stage]

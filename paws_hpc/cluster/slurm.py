@@ -22,7 +22,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from paws_hpc.cluster import scheduler
 from paws_hpc.cluster.bootstrap import run_job_on_slurm
 from paws_hpc.cluster.chain import Chain, ToSubmit, check_begun, dependency, forget_untrained, to_submit
-from paws_hpc.cluster.frozen import freeze
+from paws_hpc.cluster.frozen import ConfigError, freeze
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.cluster.scheduler import ENDED, QueuedJob, SchedulerError, SchedulerUnreachableError
 from paws_hpc.cluster.snapshot import plan_snapshot, shield, take_snapshot
@@ -45,6 +45,10 @@ class SlurmChain:
         """Prepare; nothing is written or submitted. The launcher's fields fill what ``resources`` leaves open."""
         self.config, self.run = resolve(config, launcher), run
         self.parameters = stage_parameters(self.config, launcher)
+        if "%" in str(run.path.resolve()):
+            raise ConfigError(
+                f"runs={config.runs}: Slurm would expand the % in {run.path.resolve()}. Use another folder."
+            )
 
     def launch(self) -> list[dict[str, Any]]:
         """Submit what is unfinished and not in the queue; returns those jobs: ``job``, ``job_id``, ``after``, …

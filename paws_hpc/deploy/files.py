@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.command import printable
 from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
 from paws_hpc.packing.standard import standard_pixels
@@ -59,11 +60,6 @@ def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[
 def shown(path: Path) -> str:
     """A path as text for people: one line, without what a terminal would take for a command."""
     return printable(os.fsencode(path).decode("utf-8", "replace"))
-
-
-def printable(text: str) -> str:
-    """``text`` with other characters than printable ones replaced."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _refuse(error: OSError) -> None:

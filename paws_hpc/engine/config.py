@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -318,6 +319,12 @@ class TrackingConfig:
         modes = ("auto", "online", "offline", "disabled")
         if self.wandb not in modes:
             raise ValueError(f"tracking.wandb={self.wandb!r} must be one of {', '.join(modes)}.")
+        if not re.fullmatch(r"[^/\\#?%:]{1,128}", self.project):
+            raise ValueError(
+                f"tracking.project={self.project!r} must have 1 to 128 characters, none of / \\ # ? % : (W&B)."
+            )
+        if wrong := [tag for tag in self.tags or () if not 1 <= len(tag) <= 64]:
+            raise ValueError(f"tracking.tags: {wrong[0]!r} must have 1 to 64 characters (W&B).")
 
     def check_installed(self) -> None:
         """Raise ValueError if TensorBoard is wanted and not installed."""

@@ -335,6 +335,8 @@ def main() -> None:
         signal.signal(caught, signal.SIG_IGN)  # the stage says when to end
     messages = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where wandb prints
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_RUN_GROUP", "WANDB_RESUME"):
+        os.environ.pop(name, None)  # of a sweep's agent, say: all stages would be one run
     follower = Follower(json.loads(sys.argv[1]), messages)
     threading.Thread(target=follower.await_ending, args=(sys.stdin,), daemon=True).start()
     try:

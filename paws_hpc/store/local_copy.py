@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from paws_hpc.files import atomic_write, try_lock, value_digest
-from paws_hpc.store.format import MANIFEST_NAME, REMEDY, USERS_NAME, ShardEntry, StoreError, read_manifest
+from paws_hpc.store.format import INDEX_NAME, MANIFEST_NAME, REMEDY, USERS_NAME, ShardEntry, StoreError, read_manifest
 from paws_hpc.store.index import load_index
 from paws_hpc.store.progress import progress
 from paws_hpc.store.reader import ImageStore
@@ -31,6 +33,8 @@ DEFAULT_WORKERS = 4
 
 _LOG = logging.getLogger(__name__)
 _LEADER_NAME = ".leader"
+_COPY_NAME = re.compile(r"[0-9a-f]{32}")
+_COPIED = re.compile(r"shard-\d+\.h5|[\w.-]+\.json|\..+\.tmp|" + "|".join(map(re.escape, (INDEX_NAME, USERS_NAME))))
 _MIB = 1 << 20
 _COPY_BYTES = 4 * _MIB
 _POLL_S = 0.2
@@ -143,7 +147,10 @@ def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop:
 def _make_room(folder: Path, keep: Path, needed: int) -> list[Path]:
     """Evict copies of other stores if their room is needed; returns them."""
     needed += _RESERVE_BYTES
-    users = sorted(folder.glob(f"*/{USERS_NAME}"), key=lambda lock: lock.stat().st_mtime_ns)
+    users = sorted(
+        (lock for lock in folder.glob(f"*/{USERS_NAME}") if _is_copy(lock.parent)),
+        key=lambda lock: lock.stat().st_mtime_ns,
+    )
     others = iter([lock.parent for lock in users if lock.parent != keep])
     evicted = []
     while (free := shutil.disk_usage(folder).free) < needed:
@@ -157,6 +164,20 @@ def _make_room(folder: Path, keep: Path, needed: int) -> list[Path]:
         if _evict(copy):
             evicted.append(copy)
     return evicted
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a folder is a copy that this user made: nothing else is removed, whatever others put there."""
+    status = path.lstat()
+    if not (_COPY_NAME.fullmatch(path.name) and stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()):
+        return False
+    entries = [*os.scandir(path)]
+    splits = [entry for entry in entries if entry.name == "splits" and entry.is_dir(follow_symlinks=False)]
+    files = [
+        *(entry for entry in entries if entry not in splits),
+        *(each for folder in splits for each in os.scandir(folder)),
+    ]
+    return all(_COPIED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False) for entry in files)
 
 
 def _evict(copy: Path) -> bool:

@@ -33,6 +33,10 @@ strings are of fixed length here, and a file with others is refused before HDF5 
 """
 
 
+_MOST_EXPANSION = 64
+"""Of numbers that other tools compressed, over the size of the file: a small file must not ask for all memory."""
+
+
 @dataclass(frozen=True)
 class ShardHeader:
     """The root attributes of a shard."""
@@ -219,12 +223,29 @@ def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
         version=int(attributes["version"]),
     )
     index = ShardIndex(
-        **{column: file[f"index/{column}"][()].astype(kind) for column, kind in INDEX_COLUMNS.items()},
-        key_blob=file["keys/blob"][()].astype("u1"),
-        key_offset=file["keys/offset"][()].astype("<u8"),
+        **{column: _column(file, f"index/{column}")[()].astype(kind) for column, kind in INDEX_COLUMNS.items()},
+        key_blob=_column(file, "keys/blob")[()].astype("u1"),
+        key_offset=_column(file, "keys/offset")[()].astype("<u8"),
     )
-    offset = file["data"].id.get_offset()
-    return ShardContents(header, index, None if offset is None else int(offset), int(file["data"].size))
+    if {len(getattr(index, column)) for column in INDEX_COLUMNS} != {len(index.key_offset) - 1}:
+        raise ValueError("the columns of its index are of unequal lengths")
+    if np.any(np.diff(index.key_offset.astype(np.int64)) < 0) or index.key_offset[-1] != len(index.key_blob):
+        raise ValueError("keys/offset does not divide keys/blob")
+    data = _column(file, "data")
+    offset = data.id.get_offset()
+    return ShardContents(header, index, None if offset is None else int(offset), int(data.size))
+
+
+def _column(file: h5py.File, name: str) -> h5py.Dataset:
+    """Numbers of a shard, kept in its own file: nothing that claims to be large, or is in another file, is read."""
+    found = file[name]
+    if not isinstance(found, h5py.Dataset) or found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"{name} is no list of whole numbers")
+    if found.is_virtual or found.external or found.file.filename != file.filename:
+        raise ValueError(f"{name} refers to another file, which no shard of ours does")
+    if found.nbytes > _MOST_EXPANSION * file.id.get_filesize():
+        raise ValueError(f"{name} claims to have {found.nbytes:,} bytes")
+    return found
 
 
 class ShardFile:
@@ -269,7 +290,8 @@ class ShardFile:
     def _read_through_hdf5(self, length: int, offset: int) -> NDArray[np.uint8]:
         try:
             with h5py.File(self.path, "r", locking=False) as file:
-                part: NDArray[np.uint8] = file["data"][offset : offset + length].astype(np.uint8, copy=False)
+                data = _column(file, "data")
+                part: NDArray[np.uint8] = data[offset : offset + length].astype(np.uint8, copy=False)
                 return part
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # h5py on damaged metadata
             raise OSError(errno.EIO, f"HDF5 says {error}", str(self.path)) from error

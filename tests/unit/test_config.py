@@ -109,6 +109,17 @@ BAD: dict[str, Callable[[], Any]] = {
     ),
     r"finetune.momentum=1.0": lambda: swept({"epochs": [1]}, momentum=1.0),
     r"tracking.wandb='on'.*online": lambda: TrackingConfig(wandb="on"),
+    r"tracking.project='my/proj' must have": lambda: TrackingConfig(project="my/proj"),
+    r"tracking.tags: 'a{65}' must have 1 to 64": lambda: TrackingConfig(tags=["digits", "a" * 65]),
+    r"name='a%u' must be a folder name": lambda: Config(name="a%u"),
+    r"runs=~/runs: ~ is not your home": lambda: Config(runs="~/runs"),
+    r"name='a\\n#SBATCH --qos=x' has a line break": lambda: Config(name="a\n#SBATCH --qos=x"),
+    r"resources.pretrain.additional_parameters.comment='a\\n.* has a line break": lambda: Config(
+        resources={"pretrain": StageResources(additional_parameters={"comment": "a\ntouch x"})}
+    ),
+    r"resources.pretrain.partition='gpu\\r' has a line break": lambda: Config(
+        resources={"pretrain": StageResources(partition="gpu\r")}
+    ),
 }
 
 

@@ -243,3 +243,16 @@ def test_too_little_time_to_save_makes_a_warning_with_the_measured_figures() -> 
 )
 def test_spans_read_as_people_say_them(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_what_files_of_a_run_say_cannot_steer_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(run / "chain.json", {"name": "first", "created": "\x1b]0;owned\x07", "submissions": []})
+    (run / "config.yaml").write_text('stages: ["\\e[2Jgone"]\n')
+    (run / "jobs" / "a\x1b[31m").mkdir(parents=True)
+    write_json(run / "jobs" / "a\x1b[31m" / "start-0001.json", {"time": "2026-01-02T03:00:00+00:00"})
+    for arguments in ([str(run)], ["--runs", str(run.parent)]):
+        capsys.readouterr()
+        assert status.main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert "\x1b" not in shown
+        assert "first" in shown

@@ -176,6 +176,11 @@ def test_a_field_that_slurm_does_not_have_is_named() -> None:
         compose_run(["hydra/launcher=submitit_slurm", "name=run", "hydra.launcher.partion=gpu"])
 
 
+def test_a_line_break_in_a_launchers_field_makes_no_line_of_the_script() -> None:
+    with pytest.raises(ValueError, match=r"hydra.launcher.comment='a\\n#SBATCH --qos=x' has a line break"):
+        parameters_of([*SLURM, 'hydra.launcher.comment="a\n#SBATCH --qos=x"'])
+
+
 @pytest.mark.parametrize("override", ["old.key=1", "+old.key.below=1", "old/key=group"])
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch: pytest.MonkeyPatch, override: str) -> None:
     monkeypatch.setitem(RENAMED_KEYS, "old.key", "new.key")

@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from paws_hpc.packing import PackOptions, pack
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.decode import MAX_PIXELS
-from paws_hpc.store.shard import read_shard
+from paws_hpc.store.shard import ShardFile, read_shard
 from paws_hpc.store.verify import verify
 from tests.stores import forget_offsets, noise
 
@@ -224,3 +225,82 @@ def test_what_the_system_cannot_read_is_named(stores: dict[str, Path], tmp_path:
     (path / "shard-00000.h5").unlink()  # under the running reader
     with pytest.raises(RecordError, match=r"shard-00000.h5 cannot be read: .*No such file"):
         store.images([0])
+
+
+def _group(file: h5py.File, elsewhere: Path) -> None:
+    del file["index"]
+    file["index"] = np.zeros(3)
+
+
+def _scalar(file: h5py.File, elsewhere: Path) -> None:
+    del file["index/width"]
+    file["index/width"] = np.uint32(3)
+
+
+def _text(file: h5py.File, elsewhere: Path) -> None:
+    del file["keys/blob"]
+    file["keys/blob"] = "a text"
+
+
+def _short(file: h5py.File, elsewhere: Path) -> None:
+    kept = file["index/label"][:-1]
+    del file["index/label"]
+    file["index/label"] = kept
+
+
+def _huge(file: h5py.File, elsewhere: Path) -> None:
+    del file["index/offset"]
+    file.create_dataset("index/offset", (1 << 34,), "<u8", chunks=(1 << 16,), fillvalue=0)
+
+
+def _keys(file: h5py.File, elsewhere: Path) -> None:
+    file["keys/offset"][1] = 1 << 40
+
+
+def _external_data(file: h5py.File, elsewhere: Path) -> None:
+    size = file["data"].size
+    del file["data"]
+    file.create_dataset("data", (size,), "u1", external=[(str(elsewhere), 0, size)])
+
+
+def _virtual_data(file: h5py.File, elsewhere: Path) -> None:
+    layout = h5py.VirtualLayout((file["data"].size,), "u1")
+    layout[:] = h5py.VirtualSource(elsewhere.with_suffix(".h5"), "secret", (file["data"].size,))
+    del file["data"]
+    file.create_virtual_dataset("data", layout)
+
+
+def _link(file: h5py.File, elsewhere: Path) -> None:
+    del file["data"]
+    file["data"] = h5py.ExternalLink(str(elsewhere.with_suffix(".h5")), "secret")
+
+
+HOSTILE = {
+    _group: "damaged or not a shard",
+    _scalar: "index/width is no list of whole numbers",
+    _text: "keys/blob is no list of whole numbers",
+    _short: "unequal lengths",
+    _huge: "index/offset claims to have 137,438,953,472 bytes",
+    _keys: "keys/offset does not divide keys/blob",
+    _external_data: "data refers to another file",
+    _virtual_data: "data refers to another file",
+    _link: "data refers to another file",
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_hostile_shard_is_refused_by_name_and_reads_no_other_file(
+    stores: dict[str, Path], tmp_path: Path, change: Callable[[h5py.File, Path], None]
+) -> None:
+    path, secret = tmp_path / "shard-00000.h5", tmp_path / "secret"
+    shutil.copy(next(stores["raw"].glob("*.h5")), path)
+    secret.write_bytes(b"root:x:0:0:" * 1000)
+    with h5py.File(secret.with_suffix(".h5"), "w") as file:
+        file["secret"] = np.arange(10_000) % 256
+    with h5py.File(path, "r+") as file:
+        change(file, secret)
+    with pytest.raises(StoreError, match=HOSTILE[change]) as caught:
+        read_shard(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(OSError, match="HDF5 says") if "data" in HOSTILE[change] else nullcontext():
+        ShardFile(path, None).read_into(np.empty(10, np.uint8), 0)

@@ -22,7 +22,7 @@ from paws_hpc.files import exclusive
 from paws_hpc.packing import PackOptions, pack
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore, RecordError, StoreError
-from paws_hpc.store.format import read_manifest
+from paws_hpc.store.format import USERS_NAME, read_manifest
 from paws_hpc.store.local_copy import CopyStoppedError, _evict, copy_store, open_copy
 from paws_hpc.store.verify import verify
 from tests.stores import files_of_at_most, noise, wait_until
@@ -166,6 +166,32 @@ def test_copies_in_use_are_never_evicted_and_others_are(
     assert [copy.exists() for copy in copies[:2]] == [True, False]
     assert not list(copies[2].glob("*.h5")), "nothing is written where it does not fit"
     assert contents(again) == contents(ImageStore(stores[0]))
+
+
+def test_only_copies_that_this_user_made_are_removed(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write beside the copies must not make others remove what is not one."""
+    local = tmp_path / "local"
+    copy = copy_store(pack(noise(IMAGES, (64, 64, 3), seed=1), tmp_path / "other", options=PackOptions()).path, local)
+    (tmp_path / "elsewhere").mkdir()
+    planted = {
+        "photos": local / "photos" / "a.jpg",  # no copy's name
+        "notes": local / ("0" * 32) / "thesis.txt",  # no store's file
+        "nested": local / ("1" * 32) / "splits" / "deeper" / "a.json",
+        "linked": tmp_path / "elsewhere" / "shard-00000.h5",
+    }
+    for path in planted.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        folder = local / path.relative_to(local).parts[0] if local in path.parents else path.parent
+        (folder / USERS_NAME).touch()
+    (local / ("2" * 32)).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    for users in local.glob(f"*/{USERS_NAME}"):
+        os.utime(users, (0, 0))
+    disk(monkeypatch, local, 2.0)
+    assert copy_store(shared, local).evicted == (copy.path,), "though it was used last"
+    assert all(path.read_text() == "mine" for path in planted.values())
 
 
 def test_copies_of_other_users_are_left_alone(packed: Path) -> None:
