@@ -219,7 +219,10 @@ class _RunFiles:
             with suppress(ValueError):  # a folder that is no trial's
                 section = section | dict(Trial.parse(trial).values)
         sizes = {name: size for name in ("epochs", "batch_size") if isinstance(size := section.get(name), int)}
-        return traces.read_progress(self.path / job, **sizes)
+        folder = self.path / job
+        if not (folder / "metrics.jsonl").exists():  # the folds of its cross-validation come first
+            folder = max(folder.glob("fold-*"), default=folder)
+        return traces.read_progress(folder, **sizes)
 
 
 def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:

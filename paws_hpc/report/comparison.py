@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from paws_hpc.config import Config, flatten, has_effect
 from paws_hpc.report.run_record import RunRecord
-from paws_hpc.report.tables import DASH, METHODS, Notice, markdown, scores
+from paws_hpc.report.tables import DASH, METHODS, Notice, markdown, points, scores
 
 VALIDATION = "validation"
 COLUMNS = METHODS | {VALIDATION: "PAWS-NN, validation"}
@@ -53,8 +53,8 @@ class Paired(NamedTuple):
     p: float
 
     def __str__(self) -> str:
-        points = f"{100 * (self.ours - self.theirs) / self.images:+.1f}".replace("-", "\N{MINUS SIGN}")
-        return f"{points} ({self.ours}:{self.theirs}), p {'< 0.001' if self.p < 0.001 else f'= {self.p:.3f}'}"
+        difference = points((self.ours - self.theirs) / self.images)
+        return f"{difference} ({self.ours}:{self.theirs}), p {'< 0.001' if self.p < 0.001 else f'= {self.p:.3f}'}"
 
 
 @dataclass(frozen=True)

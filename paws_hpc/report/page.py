@@ -27,6 +27,7 @@ from paws_hpc.report.tables import (
     confused_pairs,
     duration,
     labels_text,
+    points,
     result_table,
     scores,
     sweep_grid,
@@ -143,7 +144,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "by_class": _by_class(record, methods),
         "gallery": gallery(record),
         "crops": _crops(record.folder / "pretrain" / "crops.png"),
-        "provenance": _provenance(record),
+        "provenance": provenance(record),
     }
 
 
@@ -213,12 +214,7 @@ def _gains(methods: list[Score]) -> dict[str, str]:
     base = next((score.top1 for score in methods if score.key == "baseline"), None)
     if base is None:
         return {}
-    # A true minus sign, as wide as the plus it stands under.
-    return {
-        score.key: f"{100 * (score.top1 - base):+.1f}".replace("-", "\N{MINUS SIGN}")
-        for score in methods
-        if score.key != "baseline"
-    }
+    return {score.key: points(score.top1 - base) for score in methods if score.key != "baseline"}
 
 
 def _by_class(record: RunRecord, methods: list[Score]) -> dict[str, Any] | None:
@@ -269,7 +265,7 @@ def _confusion(record: RunRecord, methods: list[Score]) -> list[dict[str, Any]]:
     return shown
 
 
-def _provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+def provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
     """Tables of where the numbers come from: (caption, rows)."""
     commit, seed = record.chain.get("commit"), record.seed
     version = record.chain.get("versions", {}).get("paws_hpc", "unknown")

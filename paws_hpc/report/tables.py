@@ -73,6 +73,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:,.0f} s ({minutes // 60} h {minutes % 60:02d} min)"
 
 
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points; a true minus sign is as wide as the plus it stands under."""
+    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
 def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a binomial proportion, as fractions.
 

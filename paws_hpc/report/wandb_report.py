@@ -11,13 +11,13 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
+from paws_hpc.report.page import provenance
 from paws_hpc.report.panels import drawn_metrics
-from paws_hpc.report.run_record import RunRecord, TrialRecord
-from paws_hpc.report.tables import DASH, markdown, result_table, scores, sweep_grid, text_rows
+from paws_hpc.report.run_record import RunRecord
+from paws_hpc.report.tables import markdown, result_table
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.trial import axes
 
-_SIDE_BY_SIDE = 6  # chains whose whole result tables fit beside each other
 _METHOD = (
     "PAWS (Assran et al., 2021) trains an encoder so that two views of an unlabelled image get the same soft class "
     "from its similarity to a few labelled images. **PAWS-NN** classifies with these similarities alone; "
@@ -42,19 +42,13 @@ def build(records: Sequence[RunRecord], *, entity: str = "") -> Any:
 
     tested = [name for name in catalogue() if name.startswith("test/")]
     bars = wr.BarPlot(title="Accuracy on the test split", metrics=tested, layout=wr.Layout(x=0, y=0, w=24, h=8))
-    sweeps = {}
-    for record in records:
-        sweeps[record.name] = record.finetune
-        if record.baseline:
-            sweeps[f"{record.name}, baseline"] = record.baseline
     blocks = [
         wr.H2("Result"),
-        wr.MarkdownBlock(_results(records, comparison)),
+        wr.MarkdownBlock(_results(comparison)),
         wr.PanelGrid(runsets=[runs_of("selection", "selection")], panels=[bars]),
         wr.H2("Pre-training"),
         wr.PanelGrid(runsets=[runs_of("pretrain", "pre-training", groupby=_settings(comparison))], panels=_curves()),
         wr.H2("Sweep"),
-        wr.MarkdownBlock("\n\n".join(_heat_map(name, trials) for name, trials in sweeps.items())),
         wr.PanelGrid(runsets=[runs_of("finetune", "fine-tuning")], panels=_sweep(records, "finetune")),
         wr.H2("Baseline's sweep"),
         wr.PanelGrid(runsets=[runs_of("baseline", "baseline")], panels=_sweep(records, "baseline")),
@@ -111,46 +105,12 @@ def _sweep(records: Sequence[RunRecord], stage: str) -> list[Any]:
     ]
 
 
-def _results(records: Sequence[RunRecord], comparison: Comparison) -> str:
-    """The comparison of several chains; of few chains also the result table of each."""
-    tables = [as_markdown(comparison)] if len(records) > 1 else []
-    if len(records) <= _SIDE_BY_SIDE:
-        columns = [_column(record) for record in records]
-        names = list(dict.fromkeys(name for column in columns for name in column))
-        rows = [[name, *(column.get(name, DASH) for column in columns)] for name in names]
-        tables.append(markdown(["", *(record.name for record in records)], rows))
-    return "\n\n".join(tables)
-
-
-def _column(record: RunRecord) -> dict[str, str]:
-    """A chain's result table; the chosen setting stands beside the value, so that rows of all chains have one name."""
-    chosen = {f"{score.name} ({score.setting})": score for score in scores(record) if score.setting}
-    return {
-        chosen[name].name if name in chosen else name: f"{value}, {chosen[name].setting}" if name in chosen else value
-        for name, value in result_table(record)
-    }
-
-
-def _heat_map(name: str, trials: Sequence[TrialRecord]) -> str:
-    """The sweep as a table, shaded by accuracy as far as Markdown can."""
-    if all(trial.validation_accuracy is None for trial in trials):
-        return f"**{name}**: no trial of the sweep has a result yet."
-    grid = sweep_grid(trials, None)
-    rows = [
-        [head, *(f"{' ░▒▓█'[round(4 * cell['strength'])]} {cell['accuracy']}" if cell["state"] == "done" else DASH
-                 for cell in row)]
-        for head, row in grid["rows"]
-    ]  # fmt: skip
-    columns = [f"{grid['field']} {value}" for value in grid["columns"]]
-    return f"**{name}**\n\n" + markdown([grid["corner"], *columns], rows)
+def _results(comparison: Comparison) -> str:
+    """The comparison of several chains, or the result table of one."""
+    runs = comparison.runs
+    return as_markdown(comparison) if len(runs) > 1 else markdown(["", runs[0].name], result_table(runs[0].record))
 
 
 def _provenance(record: RunRecord) -> str:
-    facts = [
-        ("created", str(record.chain.get("created", "unknown"))),
-        ("commit", str(record.chain.get("commit") or "unknown")),
-        ("seed", "unknown" if record.seed is None else str(record.seed)),
-        *text_rows(record.chain.get("versions", {})),
-        *record.digests.items(),
-    ]
-    return markdown([record.name, ""], [[name, f"`{value}`"] for name, value in facts])
+    rows = [(name, f"`{value}`") for _, table in provenance(record) for name, value in table]
+    return markdown([record.name, ""], rows)

@@ -108,18 +108,9 @@ def _fit(
 ) -> ClassifierTraining:
     """Train a classifier on labelled images, from the newest checkpoint in ``folder`` if there is one, to the end.
 
-    Args:
-        data: of the run.
-        encoder: whose backbone it begins with, and which stays as it is.
-        labelled: positions of the images.
-        folder: for checkpoints.
-        settings: of the trial.
-        device: of this rank.
-        control: of the job.
-        identity: what determines the result.
-        track: opens the trackers, of ``start``, ``total_steps`` and ``awaits_validation``.
-        accuracy: scores the classifier.
-        best_weights: the file to which the best ones are written, if any.
+    The ``encoder``, whose backbone it begins with, stays as it is. ``track`` opens the trackers, of ``start``,
+    ``total_steps`` and ``awaits_validation``; ``accuracy`` scores the classifier; ``best_weights`` is the file for the
+    best ones, if any.
 
     Raises:
         PreemptedError: by ``control``; the state is saved.

@@ -72,15 +72,8 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert chosen == [[chains, stage] for stage in ("selection", "pretrain", "finetune", "baseline", "pretrain")]
     grouped = [[key["name"] for key in runs_of["grouping"]] for runs_of in shown]
     assert grouped == [[], ["objective.value.me_max"], [], [], []], "a curve is the mean of a setting's seeds"
-    results, sweep, provenance = [block["content"] for block in blocks if block["type"] == "markdown-block"]
-    assert "| true | 2 |" in results, "a row of means over seeds"
-    assert f"| {runs[0].name} | {runs[1].name} |" in results
-    probes = [line for line in results.splitlines() if line.startswith("| linear probe")]
-    (probe,) = [line for line in probes if "penalty" in line]
-    assert "penalty 0.01" in probe, "one row of all chains, whatever each has chosen"
-    assert "penalty 1 |" in probe
-    assert "75.0 %" in sweep
-    assert "25.0 %" in sweep.partition(f"{runs[0].name}, baseline")[2]
+    results, provenance = [block["content"] for block in blocks if block["type"] == "markdown-block"]
+    assert "| true | 2 | 50.0 ± 0.0 % |" in results, "a row of means over seeds"
     assert "PAWS-NN" in provenance
     assert "torch" in provenance
 

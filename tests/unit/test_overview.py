@@ -97,6 +97,14 @@ def test_progress_tells_total_rate_and_time_left_to_programs_too(run: Path, caps
     assert value["jobs"][1]["progress"]["seconds_left"] == pytest.approx(45.0)
 
 
+def test_a_trial_that_is_cross_validated_shows_how_far_its_fold_is(run: Path) -> None:
+    for fold, steps in ((1, 4), (2, 3)):
+        train(run / "finetune" / "lr=0.1,epochs=2" / f"fold-{fold}", steps=steps, per_epoch=2)
+    progress = look(run).jobs[2].progress
+    assert progress is not None
+    assert (progress.step, progress.total_steps) == (3, 4)
+
+
 def test_a_sweep_whose_labels_fit_in_one_batch_gives_no_false_time(run: Path) -> None:
     train(run / "finetune" / "lr=0.1,epochs=2", steps=1, per_epoch=1)
     progress = look(run).jobs[2].progress
