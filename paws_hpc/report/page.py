@@ -98,21 +98,20 @@ def _explained(page: str) -> str:
 
 
 def glossary() -> dict[str, str]:
-    """Word → meaning, of the tables of docs/glossary.md that are about PAWS and runs."""
-    text = (_HERE / "glossary.md").read_text(encoding="utf-8")
-    kept = "".join(re.findall(r"^## (?:PAWS|Runs and clusters)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", kept, re.MULTILINE)
+    """Word → meaning, of the tables of docs/glossary.md; of several with one word the first."""
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", (_HERE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     words = {
-        re.sub(r" \(.*\)", "", word): meaning.replace("`", "") for term, meaning in rows for word in term.split(", ")
+        re.sub(r" \(.*\)", "", word): meaning.replace("`", "")
+        for term, meaning in reversed(rows)
+        for word in term.split(", ")
     }
-    return {word: meaning for word, meaning in words.items() if len(word) > 1 and word != "term"}
+    return {word: words[word] for word in sorted(words, key=str.lower) if len(word) > 1 and word != "term"}
 
 
 def _context(record: RunRecord) -> dict[str, Any]:
     methods = scores(record)
     return {
         "record": record,
-        "byline": _byline(record),
         "notices": notices(record),
         "facts": dict(result_table(record)),
         "labels": labels_text(record),
@@ -134,10 +133,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
             if record.pretrained or stage == "baseline"
         ],
         "exhibits": {
-            stage: [
-                exhibit_panel(stage, number, exhibit) if exhibit["kind"] == "lines" else exhibit
-                for number, exhibit in enumerate(exhibits, start=1)
-            ]
+            stage: [exhibit_panel(stage, number, exhibit) for number, exhibit in enumerate(exhibits, start=1)]
             for stage, exhibits in record.exhibits.items()
         },
         "confusion": _confusion(record, methods),
@@ -194,19 +190,6 @@ def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
     if winner is None:
         choice = "None had one when selection chose, so the result has no score of it."
     return [Notice("alarm", f"{title}: {count} no result", f"{choice} Missing: {'; '.join(missing)}.")]
-
-
-def _byline(record: RunRecord) -> list[str]:
-    """When, by which version, from which commit and with which seed the run was made: as far as it is known."""
-    commit, seed = record.chain.get("commit"), record.seed
-    version = record.chain.get("versions", {}).get("paws_hpc")
-    facts = [
-        str(record.chain.get("created", ""))[:16].replace("T", " "),
-        version and f"paws_hpc {version}",
-        f"commit {commit if len(commit) <= 20 else commit[:12]}" if commit else "not from a git tree",
-        None if seed is None else f"seed {seed}",
-    ]
-    return [str(fact) for fact in facts if fact]
 
 
 def _gains(methods: list[Score]) -> dict[str, str]:

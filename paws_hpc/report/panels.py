@@ -208,8 +208,10 @@ def sweep_panel(record: RunRecord, stage: str) -> Panel:
     return Panel(name, title, caption, svg)
 
 
-def exhibit_panel(stage: str, number: int, exhibit: Exhibit) -> Panel:
-    """The line diagram that a stage left for the report as its ``number``-th exhibit."""
+def exhibit_panel(stage: str, number: int, exhibit: Exhibit) -> Panel | Exhibit:
+    """The ``number``-th exhibit that a stage left for the report: a line diagram as a figure, any other as it is."""
+    if exhibit["kind"] != "lines":
+        return exhibit
     curves = [
         Curve(label, np.array(x), np.array(y), series)
         for series, (label, (x, y)) in enumerate(exhibit["curves"].items(), start=1)
