@@ -116,7 +116,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "facts": dict(result_table(record)),
         "labels": labels_text(record),
         "methods": methods,
-        "gains": _gains(methods),
+        "points": points,
         "floor": min((int(10 * score.low) * 10 for score in methods), default=0),  # percent: the ten below the lowest
         "stages": timed_stages(record),
         "total": sum(seconds or 0.0 for _, seconds in timed_stages(record).values()),
@@ -190,14 +190,6 @@ def _missing_trials(record: RunRecord, stage: str, title: str) -> list[Notice]:
     if winner is None:
         choice = "None had one when selection chose, so the result has no score of it."
     return [Notice("alarm", f"{title}: {count} no result", f"{choice} Missing: {'; '.join(missing)}.")]
-
-
-def _gains(methods: list[Score]) -> dict[str, str]:
-    """Percentage points above the baseline, by method; empty without a baseline."""
-    base = next((score.top1 for score in methods if score.key == "baseline"), None)
-    if base is None:
-        return {}
-    return {score.key: points(score.top1 - base) for score in methods if score.key != "baseline"}
 
 
 def _by_class(record: RunRecord, methods: list[Score]) -> dict[str, Any] | None:

@@ -133,8 +133,8 @@ def _labelled(tiles: _Tiles, classes: Tensor) -> list[Json]:
     each = min(_LABELLED // len(shown), _LABELLED_OF_A_CLASS)
     members = {own: torch.nonzero(classes == own)[:, 0].tolist() for own in shown}
     return [
-        {"class": own, "images": len(of_it), "tiles": [tiles.add("support", position) for position in of_it[:each]]}
-        for own, of_it in members.items()
+        {"class": own, "images": len(records), "tiles": [tiles.add("support", position) for position in records[:each]]}
+        for own, records in members.items()
     ]
 
 
