@@ -147,12 +147,10 @@ def _config(options: argparse.Namespace) -> None:
     overrides = [word for word in options.words if "=" in word]
     prefixes = [word for word in options.words if "=" not in word]
     stage = next((name for name in STAGES if f"resources.{name}" in ".".join(prefixes)), "STAGE")
+    words = own_configs(overrides + ([] if options.config_dir is None else [f"--config-dir={options.config_dir}"]))
     values = {}
     if overrides:
-        folder = [] if options.config_dir is None else [f"--config-dir={options.config_dir}"]
-        values = {
-            field.name: field.text for field in fields_of(compose_run(own_configs(overrides + folder))[0], stage=stage)
-        }
+        values = {field.name: field.text for field in fields_of(compose_run(words)[0], stage=stage)}
     shown = [field for field in default_fields(stage=stage) if field.name in values or not values]
     for prefix in prefixes:
         chosen = [field for field in shown if f"{field.name}.".startswith(f"{prefix.rstrip('.')}.")]

@@ -70,19 +70,13 @@ class RunStores:
 def run(context: StageContext) -> None:
     """Pack what is missing, draw or read the splits, and write the digests of all into ``prepare/DONE``.
 
-    Weights to start from are loaded, so that a file that does not fit ends the chain here and not on many nodes.
-
     Raises:
-        FileNotFoundError: ``model.init`` is no file.
-        ValueError: it does not fit, the images do not suffice for a stage (:func:`check_stages`), or they are others
-            than those on which the run trained, or test images are among the others.
+        FileNotFoundError, ValueError: of :func:`_check_network`.
+        ValueError: the images do not suffice for a stage (:func:`check_stages`), are others than those on which the run
+            trained, or test images are among the others.
     """
     config, run = context.config, context.run
-    if config.model.init is not None:
-        import_torch()
-        from paws_hpc.stages.networks import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
-
-        starting_encoder(config)
+    _check_network(config)
     for subset, path in config.data.stores.items():
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
@@ -113,8 +107,18 @@ def packed_from(data: DataConfig, subset: str) -> SourceConfig:
     return SourceConfig("flat" if unlabelled or listed else "folder", root=data.folders[subset], labels=listed)
 
 
+def _check_network(config: Config) -> None:
+    """Make a network of timm, or load weights to start from, so that what does not fit ends the chain here."""
+    if config.model.init is not None or config.model.timm is not None:
+        import_torch()
+        from paws_hpc.stages.networks import starting_encoder  # noqa: PLC0415 - loads torch, which is not needed otherwise
+
+        starting_encoder(config)
+
+
 def check_before_packing(config: Config) -> None:
-    """Raise what :func:`check_stages` raises, if all stores are there already; nothing is written."""
+    """Raise what :func:`_check_network` raises, and :func:`check_stages` if all stores are there; writes nothing."""
+    _check_network(config)
     if all((Path(path) / MANIFEST_NAME).exists() for path in config.data.stores.values()):
         list(check_stages(config, open_stores(config, save_splits=False)))
 
@@ -194,7 +198,8 @@ def check_same_classes(path: str, classes: Sequence[str], other: str, others: Se
     """Raise ValueError unless test images and labelled images, at two paths, are of the same classes."""
     if list(classes) != list(others):
         raise ValueError(
-            f"{path} has the classes {list(classes)[:5]}, but {other} has {list(others)[:5]}. Give both the same."
+            f"{path} has {len(classes)} classes, {list(classes)[:5]} …, but {other} has {len(others)}, "
+            f"{list(others)[:5]} …. Give both the same."
         )
 
 

@@ -291,7 +291,7 @@ def refused(*more: str) -> Callable[[Path], list[str]]:
         (empty_class, "cow has no images"),
         (loose, "has 2 folders and 1 images beside them"),
         (only_loose, "has 12 images and no folder per class. Say which images are what: data.labels=FILE"),
-        (other_test_classes, "photos/test has the classes ['cat', 'cow'], but "),
+        (other_test_classes, "photos/test has 2 classes, ['cat', 'cow'] …, but "),
         (unknown_file, "has a label for '99.jpg', but"),
         (utf16, "labels.csv cannot be read"),
         (inside, "inside itself. Launch elsewhere"),
