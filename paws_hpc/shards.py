@@ -116,10 +116,6 @@ _PACK_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "keep the pixels of PNG, TIFF, BMP, GIF, lossless WebP and grey JPEG, or make them colour JPEGs of "
         "quality 95, which take less room and decode more slowly (%(default)s)",
     },
-    "--check": {
-        "choices": ("decode", "structure"),
-        "help": "decode every JPEG while packing, or look at its structure only: much faster, finds less (%(default)s)",
-    },
     "--max-short-side": {
         "type": int,
         "metavar": "PIXELS",

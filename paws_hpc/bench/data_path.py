@@ -134,13 +134,13 @@ def supports(store: str, decoded: bool) -> Work:
     return work
 
 
-def packing(folder: str, target: str, check: str) -> Work:
+def packing(folder: str, target: str) -> Work:
     """Pack the image folder with two processes; what was packed before is removed first."""
     path = Path(target)
 
     def work() -> int:
         shutil.rmtree(path, ignore_errors=True)
-        options = PackOptions(workers=2, check=check, shard_bytes=64 << 20)  # several shards, as a real set has
+        options = PackOptions(workers=2, shard_bytes=64 << 20)  # several shards, as a real set has
         manifest = pack(ImageFolder(Path(folder)), path, options=options).manifest
         assert manifest is not None, "the whole of it is packed"
         return manifest.count

@@ -19,7 +19,7 @@ from paws_hpc.config import Config
 from paws_hpc.data.multicrop import Crops, CutCrops
 from paws_hpc.data.streams import MicroBatch, PawsBatch, PawsStream
 from paws_hpc.engine.determinism import set_determinism
-from paws_hpc.packing import ImageFolder, PackOptions, Source, SourceConfig, open_source, pack
+from paws_hpc.packing import ImageFolder, Source, SourceConfig, open_source, pack
 from paws_hpc.stages.pretrain import open_stream
 from paws_hpc.stages.run_data import open_data
 
@@ -114,7 +114,7 @@ def make_images(workload: Workload) -> None:
         source = small_photographs(workload.images)
     else:
         source = open_source(SourceConfig(kind="digits", split="train"))
-    pack(source, workload.store, options=PackOptions(check="decode"))
+    pack(source, workload.store)
 
 
 def cores() -> int:

@@ -38,9 +38,6 @@ class PackOptions:
     """Shrinks images whose short side has more pixels, at some loss; None keeps all as they are."""
     encoding: str = "lossless"
     """lossless keeps the pixels of grey JPEGs and of formats without loss; jpeg encodes them as colour JPEGs."""
-    check: str = "decode"
-    """decode every JPEG, so that none is stored that training could not read; or look at its structure only, which is
-    several times as fast and leaves damage to be found later."""
     transcode: bool = False
     """Write progressive JPEGs as baseline ones, which decode three times as fast, and turn images upright, both without
     loss. Needs the extra ``paws-hpc[transcode]``."""
@@ -57,12 +54,7 @@ class PackOptions:
             )
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
-        allowed_values = {
-            "on_error": ("stop", "skip"),
-            "check": ("decode", "structure"),
-            "encoding": ("lossless", "jpeg"),
-        }
-        for name, allowed in allowed_values.items():
+        for name, allowed in (("on_error", ("stop", "skip")), ("encoding", ("lossless", "jpeg"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"pack.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
         for name in ("max_short_side", "workers"):
@@ -116,7 +108,6 @@ class Plan:
             shard_bytes=options.shard_bytes,
             on_error="skip" if options.on_error == "skip" else "stop",
             max_short_side=options.max_short_side,
-            check="structure" if options.check == "structure" else "decode",
             transcoder=transcoder() if options.transcode and source.encoding == "jpeg" else None,
         )
         self.lossless = options.encoding == "lossless"

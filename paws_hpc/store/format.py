@@ -158,7 +158,7 @@ class Packing:
     max_short_side: int | None = None
     """Images with a longer short side, in pixels, were shrunk to it; None: none were."""
     check: Literal["decode", "structure"] = "decode"
-    """How JPEGs that are stored as they are were checked: by decoding them, or by their segments only."""
+    """How JPEGs that are stored as they are were checked: by decoding them, or in older stores by segments only."""
     transcoder: str | None = None
     """What wrote progressive JPEGs as baseline ones and turned images without loss; None: neither was done so."""
 

@@ -18,7 +18,7 @@ from paws_hpc.bench.images import jpegs, repeat_store, write_photographs
 from paws_hpc.bench.peers.loaders import Cutter
 from paws_hpc.bench.rounds import PEERS, CandidateError, Rates, race, ratio, run_once, started
 from paws_hpc.data.crops import resized_crops
-from paws_hpc.packing import ImageFolder, PackOptions, pack
+from paws_hpc.packing import ImageFolder, pack
 from paws_hpc.store import ImageStore, decode_jpeg
 from tests.unit import bench_work
 
@@ -150,7 +150,7 @@ def test_a_target_is_reached_missed_or_not_measured(
 
 
 def test_a_store_of_any_size_is_made_of_a_small_one(photographs: Path, tmp_path: Path) -> None:
-    pack(ImageFolder(photographs), tmp_path / "store", options=PackOptions(check="structure"))
+    pack(ImageFolder(photographs), tmp_path / "store")
     repeat_store(tmp_path / "store", tmp_path / "large", 1000)
     store, large = ImageStore(tmp_path / "store"), ImageStore(tmp_path / "large")
     assert len(large) == 1000

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from paws_hpc.files import file_hash
 from paws_hpc.packing import ImageFolder, PackOptions, SourceConfig, open_source, pack
 from paws_hpc.shards import main
 from paws_hpc.store import ImageStore
-from paws_hpc.store.format import read_manifest
+from paws_hpc.store.format import Packing, read_manifest
 from paws_hpc.store.verify import verify
 from tests.stores import file_hashes, flip_bit
 
@@ -64,7 +65,8 @@ def test_damaged_shards_become_what_was_packed(store: Path, source: Path, with_i
 def test_faults_that_packing_did_not_look_for_are_not_found_by_repairing_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, with_index: bool
 ) -> None:
-    """With ``structure``, of JPEGs with faults only those that are counted in the statistics were encoded anew."""
+    """In older stores of ``structure`` only those JPEGs with faults were encoded anew that the statistics count."""
+    monkeypatch.setattr("paws_hpc.packing.plan.Packing", partial(Packing, check=check))
     monkeypatch.setattr("paws_hpc.packing.plan._STATISTICS_IMAGES", 10)
     tile = np.ascontiguousarray(load_sample_images().images[0][:64, :80])
     for number in range(24):
@@ -73,7 +75,7 @@ def test_faults_that_packing_did_not_look_for_are_not_found_by_repairing_either(
         path = tmp_path / "source" / "a" / f"{number:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no image" if number % 5 == 2 else content)
-    options = PackOptions(shard_bytes=7 * KIB, on_error="skip", check=check)
+    options = PackOptions(shard_bytes=7 * KIB, on_error="skip")
     store = pack(ImageFolder(tmp_path / "source"), tmp_path / "store", options=options).path
     manifest = read_manifest(store)
     assert len(manifest.skipped) == 5
