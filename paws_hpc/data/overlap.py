@@ -24,7 +24,8 @@ from paws_hpc.store.workers import in_order, slices, usable_cores
 
 NEAR_BITS = 4
 """Of 128, in which near duplicates differ at most: JPEG of quality 50 or half the size change 1 (median) to 4."""
-_SHADES, _FEATURES = 2, 16  # differences up to 2 of 255 are noise; an image with fewer than 16 others shows nothing
+_SHADES = 2  # of 255: smaller differences are noise
+_FEATURES = 16  # bits that are set in an image that shows enough to be recognised, unlike a clear sky
 _SUM_BYTES = 16
 _FINGERPRINT = np.dtype([("pixels", "<u8"), ("across", "<u8"), ("down", "<u8")])
 _IMAGES_AT_ONCE, _ROWS, _COLUMNS = 16, 64, 4096  # a block of distances fits a core's cache
@@ -95,7 +96,6 @@ def near_images(these: NDArray[np.void], others: NDArray[np.void]) -> Positions:
     All n * m pairs are compared, on all cores, in blocks of one size: memory does not grow with their number, and time
     does not depend on what the images show.
     """
-
     words = [(these[name][:, None].copy(), others[name].copy()) for name in ("across", "down")]
 
     def nearest(rows: range) -> Positions:

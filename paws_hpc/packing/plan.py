@@ -17,6 +17,7 @@ from paws_hpc.files import value_digest
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.standard import transcoder
 from paws_hpc.packing.write import ShardTask
+from paws_hpc.sizes import check_ranges
 from paws_hpc.store.format import Encoding, Origin, Packing, StoreError
 from paws_hpc.store.index import key_hashes
 
@@ -47,19 +48,11 @@ class PackOptions:
     """Processes that each build one shard at a time, or threads where there are fewer shards; None: one per core."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.shard_bytes <= _LARGEST_SHARD:
-            raise ValueError(
-                f"pack.shard_bytes={self.shard_bytes} must be positive and at most {_LARGEST_SHARD}; "
-                "268435456 (256 MiB) is usual."
-            )
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"pack.seed={self.seed} must lie in [0, 2**64).")
+        most = {"shard_bytes": f"[1, {_LARGEST_SHARD}]", "seed": f"[0, {1 << 64})"}
+        check_ranges("pack", self, **most, max_short_side="[1, inf)", workers="[1, inf)")
         for name, allowed in (("on_error", ("stop", "skip")), ("encoding", ("lossless", "jpeg"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"pack.{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        for name in ("max_short_side", "workers"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"pack.{name}={value} must be at least 1.")
         if self.transcode and transcoder() is None:
             raise ValueError(
                 "pack.transcode=true needs turbojpeg, which is not installed: pip install 'paws-hpc[transcode]' "

@@ -33,7 +33,7 @@ from paws_hpc.store.format import (
 from paws_hpc.store.shard import ShardHeader, ShardWriter
 from paws_hpc.store.workers import in_order, slices
 
-_IMAGES_PER_SLICE = 8
+_IMAGES_PER_SLICE = {"jpeg": 2, "raw": 8}  # few where an image may take tens of megabytes: several slices wait
 _LARGEST_RECORD = (1 << 32) - 1
 
 
@@ -215,7 +215,7 @@ def _prepared(task: ShardTask, threads: int) -> Iterator[list[tuple[int, _Prepar
         return [(position, _prepare(task, position)) for position in positions]
 
     with ThreadPoolExecutor(threads) as pool:
-        yield from in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE))
+        yield from in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE[task.encoding]))
 
 
 def _prepare(task: ShardTask, position: int) -> _Prepared | str:

@@ -182,8 +182,8 @@ def _check_overlap(config: Config, data: RunStores, folder: Path) -> None:
     write_text(folder / _OVERLAP, "".join("\t".join(map(json.dumps, pair)) + "\n" for pair in found))
     words = []
     for kind, what in (("same", "equal pixels"), ("near", f"at least {128 - NEAR_BITS} equal bits of a 128-bit hash")):
-        pairs = [f"{mine!r} is {field}'s {other!r}" for of, mine, field, other in found if of == kind]
-        examples = f" ({', '.join(pairs[:3])})" if pairs else ""
+        pairs = {mine: f"{mine!r} is {field}'s {other!r}" for of, mine, field, other in found if of == kind}
+        examples = f" ({', '.join([*pairs.values()][:3])})" if pairs else ""
         words.append(f"{len(pairs):,} of {len(test):,} test images are among the others by {what}{examples}")
     if "same" in {kind for kind, *_ in found} and not config.data.allow_overlap:
         raise ValueError(

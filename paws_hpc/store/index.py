@@ -141,21 +141,12 @@ class StoreIndex:
         return key_hashes(self.keys(positions), seed)
 
     def _search(self, wanted: NDArray[np.uint64], seed: int) -> NDArray[np.int64]:
-        """First positions (n,) whose rank is at least the wanted one, by interpolation: hashes are spread evenly."""
+        """First positions (n,) whose rank is at least the wanted one, by halving."""
         low, high = np.zeros(len(wanted), np.int64), np.full(len(wanted), len(self), np.int64)
-        low_rank, high_rank = np.zeros(len(wanted)), np.full(len(wanted), 2.0**64)
-        turn = 0
         while (open_ := np.flatnonzero(low < high)).size:
-            span = high[open_] - low[open_]
-            share = (wanted[open_] - low_rank[open_]) / np.maximum(high_rank[open_] - low_rank[open_], 1)
-            if turn % 3 == 2:  # halving ends the search whatever the keys are
-                share = np.full(len(open_), 0.5)
-            guess = low[open_] + np.clip((share * span).astype(np.int64), 0, span - 1)
-            ranks = self._ranks(guess, seed)
-            below = ranks < wanted[open_]
-            low[open_[below]], low_rank[open_[below]] = guess[below] + 1, ranks[below]
-            high[open_[~below]], high_rank[open_[~below]] = guess[~below], ranks[~below]
-            turn += 1
+            middle = (low[open_] + high[open_]) // 2
+            below = self._ranks(middle, seed) < wanted[open_]
+            low[open_[below]], high[open_[~below]] = middle[below] + 1, middle[~below]
         return low
 
     def _settle(

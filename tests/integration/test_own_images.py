@@ -76,7 +76,7 @@ def test_no_test_images_no_score_and_the_labels_that_chose_are_counted(finished:
 
 def test_test_images_are_scored_and_a_flat_folder_with_a_list_works(tmp_path: Path) -> None:
     write_tiles(tmp_path / "in/photos", 40, classes=("x",))
-    write_tiles(tmp_path / "in/test", 12, classes=("cat", "dog"))
+    write_tiles(tmp_path / "in/test", 12, classes=("cat", "dog"), step=11, png=(0,))  # no pixels of the others
     lines = [f"{number:03d}.jpg,{'cat' if number % 2 else 'dog'}" for number in range(12)]
     (tmp_path / "in/labels.csv").write_text("file,label\n" + "\n".join(lines))
     done = launch(
