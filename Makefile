@@ -17,8 +17,7 @@ env: $(INSTALLED) ## make the environment in .venv (a virtual environment, with 
 demo: $(INSTALLED) ## from images to report on this machine, in one to three minutes; it prints where the report is
 	$(BIN)/python -m paws_hpc.launch
 
-bench: $(INSTALLED) ## installs what benchmarks compare with, and measures the image store beside it: about 20 minutes
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
+bench: $(INSTALLED) ## measures the image store beside the least that reading could cost: about 15 minutes
 	$(BIN)/python -m paws_hpc.bench store
 
 test: $(INSTALLED) debian ## all tests

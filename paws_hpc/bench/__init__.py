@@ -1,1 +1,1 @@
-"""Benchmarks: what users measure on their machine; :mod:`paws_hpc.bench.peers` holds other libraries' side."""
+"""Benchmarks: what users measure on their machine; in :mod:`paws_hpc.bench.peers` the same work in the paper's way."""

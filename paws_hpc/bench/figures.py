@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from paws_hpc.bench.rounds import PEERS, CandidateError, Rates, median, race
+from paws_hpc.bench.rounds import CandidateError, Rates, median, race
 from paws_hpc.files import write_json
 from paws_hpc.provenance import commit, processor
 
 WIDTH = 120  # of a table in a file
-_PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow", *PEERS.values())
+_PACKAGES = ("torch", "torchvision", "simplejpeg", "h5py", "numpy", "pillow")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,6 @@ from threading import Thread
 from time import monotonic, perf_counter
 from typing import Any
 
-PEERS = {"litdata": "litdata", "streaming": "mosaicml-streaming", "webdataset": "webdataset"}
-"""Modules that need not be installed, and their packages."""
-
-
 _LIMIT_S = 1200.0  # for one answer of a candidate
 
 
@@ -90,8 +86,6 @@ def started(candidate: Candidate, *, cores: Sequence[int], limit_s: float = _LIM
             except TimeoutError:
                 os.killpg(process, signal.SIGKILL)
                 raise CandidateError(f"no answer within {limit_s:.3g} s") from None
-            if isinstance(error, ModuleNotFoundError) and error.name in PEERS:
-                raise CandidateError(f"not installed: pip install {PEERS[error.name]}, or `make bench`") from error
             if error is not None:
                 raise CandidateError(f"{type(error).__name__}: {error}") from error
             return answer.result()

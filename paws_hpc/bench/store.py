@@ -1,4 +1,4 @@
-"""``bench store``: the image store and the CPU's share of the data path beside other libraries.
+"""``bench store``: the image store and the CPU's share of the data path, beside the least that they could cost.
 
 A group is a set of candidates that do the same work on the same images; a target compares two of them, or one of them
 with a figure.
@@ -16,7 +16,7 @@ from pathlib import Path
 from paws_hpc.bench import data_path
 from paws_hpc.bench.figures import Figure, Measured, Race, measure_groups
 from paws_hpc.bench.images import repeat_store, write_photographs
-from paws_hpc.bench.peers import loaders
+from paws_hpc.bench.peers.pil import pil_augmentation
 from paws_hpc.bench.rounds import median, ratio, run_once
 from paws_hpc.packing import ImageFolder, pack
 
@@ -48,56 +48,45 @@ def bench_store(options: argparse.Namespace) -> int:
     )
 
 
-def _paths(folder: Path) -> tuple[str, str, str]:
-    """The store, the image folder, and room for copies as a peer packs them."""
-    return str(folder / "store"), str(folder / "images"), str(folder / "peers")
+def _paths(folder: Path) -> tuple[str, str]:
+    """The store and the image folder."""
+    return str(folder / "store"), str(folder / "images")
 
 
 def _reads(folder: Path, race: Race) -> Measured:
-    store, images, copies = _paths(folder)
+    store, images = _paths(folder)
     candidates = {
         "paws_hpc": partial(data_path.reads, store, check=False),
         "paws_hpc, CRC32C checked": partial(data_path.reads, store, check=True),
         "os.preadv on one flat file": partial(data_path.flat_file, store, check=False),
         "the same with CRC32C": partial(data_path.flat_file, store, check=True),
         "plain files": partial(data_path.plain_files, images),
-        "WebDataset, sequential": partial(loaders.webdataset_reads, images, copies),
     }
     rates = race(candidates, cores=1)
-    mine, checked, flat, flat_checked, files, webdataset = rates.values()
+    mine, checked, flat, flat_checked, files = rates.values()
     return rates, [
         Figure("random reads / raw preadv", ratio(mine, flat), "x", 0.9),
         Figure("random reads / raw preadv, both with CRC32C", ratio(checked, flat_checked), "x", 0.9),
         Figure("random reads / plain files", ratio(mine, files), "x", 2.0),
-        Figure("random reads / WebDataset's sequential", ratio(mine, webdataset), "x", 1.5),
     ]
 
 
 def _crops(folder: Path, race: Race) -> Measured:
-    store, images, copies = _paths(folder)
+    store, images = _paths(folder)
     candidates = {
         "paws_hpc": partial(data_path.crops, store, threads=1),
-        "PIL, all augmentation": partial(loaders.pil_augmentation, images),
-        "torchvision v2": partial(loaders.torchvision_v2, images),
-        "litdata": partial(loaders.litdata_crops, images, copies),
-        "Mosaic Streaming": partial(loaders.mosaic_crops, images, copies),
-        "WebDataset": partial(loaders.webdataset_crops, images, copies),
+        "PIL, all augmentation": partial(pil_augmentation, images),
     }
     rates = race(candidates, cores=1)
-    mine, by_pil = rates["paws_hpc"], rates["PIL, all augmentation"]
-    peers = list(candidates)[2:]
-    leads = {name: lead for name in peers if (lead := ratio(mine, rates[name])) is not None}
-    best = min(leads, key=lambda name: leads[name], default="nobody")
-    of_peers = f"the same / the best of {len(leads)} of {len(peers)} peers, {best}"
+    mine, by_pil = rates.values()
     return rates, [
         Figure("decode, 2x224 and 6x96 crops, one core", median(mine.per_s), "images/s", 240),
         Figure("the same / PIL with all augmentation", ratio(mine, by_pil), "x", 7),
-        Figure(of_peers, leads.get(best), "x", 1.3),
     ]
 
 
 def _threads(folder: Path, race: Race) -> Measured:
-    store, _, _ = _paths(folder)
+    store, _ = _paths(folder)
     candidates = {
         "two threads": partial(data_path.crops, store, threads=2),
         "one thread": partial(data_path.crops, store, threads=1),
@@ -108,11 +97,11 @@ def _threads(folder: Path, race: Race) -> Measured:
 
 
 def _supports(folder: Path, race: Race) -> Measured:
-    store, images, _ = _paths(folder)
+    store, images = _paths(folder)
     candidates = {
         "decoded in memory": partial(data_path.supports, store, decoded=True),
         "read and decoded each time": partial(data_path.supports, store, decoded=False),
-        "PIL, all augmentation": partial(loaders.pil_augmentation, images, supports=True),
+        "PIL, all augmentation": partial(pil_augmentation, images, supports=True),
     }
     rates = race(candidates, cores=1)
     cached = median(rates["decoded in memory"].per_s)
@@ -120,15 +109,10 @@ def _supports(folder: Path, race: Race) -> Measured:
 
 
 def _pack(folder: Path, race: Race) -> Measured:
-    _, images, copies = _paths(folder)
-    packed = str(folder / "packed")
-    candidates = {
-        "paws_hpc": partial(data_path.packing, images, packed),
-        "litdata": partial(loaders.litdata_packing, images, copies),
-    }
+    candidates = {"paws_hpc": partial(data_path.packing, str(folder / "images"), str(folder / "packed"))}
     rates = race(candidates, cores=2)
-    ours, litdata = rates.values()
-    return rates, [Figure("pack, every JPEG decoded / litdata, two processes", ratio(ours, litdata), "x", 1.5)]
+    packed = median(rates["paws_hpc"].per_s)
+    return rates, [Figure("pack, every JPEG decoded, two processes", packed, "images/s")]
 
 
 def _start(folder: Path, race: Race) -> Measured:

@@ -1,1 +1,1 @@
-"""What other libraries do with the same images: loaders and packers, PIL's augmentation, a DataLoader that trains."""
+"""The paper's way with the same images: PIL's augmentation, and a DataLoader that trains."""
