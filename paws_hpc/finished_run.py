@@ -5,6 +5,7 @@ Legend: N images, S the side of the evaluation crop, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.deploy import Network, load_network
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.engine.tracking import Row
+from paws_hpc.packing.standard import image_pixels
 from paws_hpc.report.run_record import read_run
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, find_run
@@ -79,7 +81,7 @@ class FinishedRun:
 
     def transform(self, image: Image.Image | NDArray[np.uint8]) -> Tensor:
         """An image, or its pixels (H, W, 3), to the encoder's input (3, S, S) float32, as this run's scores see it."""
-        pixels = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+        pixels = image_pixels(image) if isinstance(image, Image.Image) else image
         crop = center_crop(pixels, self.config.views.evaluation)[None]
         return normalise(crop, mean=self.data.train.mean, std=self.data.train.std)[0]
 
@@ -105,14 +107,13 @@ class FinishedRun:
             ValueError: the run has no such images.
         """
         data = self.data
-        match subset:
-            case "train":
-                images: EvaluationSet | None = data.images(data.train, np.arange(len(data.train)))
-            case "labelled" | "validation" | "test":
-                images = getattr(data, f"{subset}_images")()
-            case _:
-                images = None
-        if images is None:
+        makers: dict[str, Callable[[], EvaluationSet | None]] = {
+            "train": lambda: data.images(data.train, np.arange(len(data.train))),
+            "labelled": data.labelled_images,
+            "validation": data.validation_images,
+            "test": data.test_images,
+        }
+        if subset not in makers or (images := makers[subset]()) is None:
             raise ValueError(
                 f"{self.folder.path} has no {subset!r} images. Choose train, labelled, validation or test."
             )

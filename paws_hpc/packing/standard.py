@@ -143,6 +143,12 @@ def standard_pixels(content: bytes, like: Manifest) -> NDArray[np.uint8]:
     return image.pixels
 
 
+def image_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3) uint8, RGB, of an opened image, upright; ValueError if they have no 8 bits to a channel."""
+    upright = ImageOps.exif_transpose(image)
+    return colour(_eight_bits(upright).reshape(upright.height, upright.width, -1))
+
+
 def from_pixels(
     pixels: NDArray[np.uint8], reason: str, flags: int, policy: ImagePolicy, *, kept_from: int = 0
 ) -> StandardImage:

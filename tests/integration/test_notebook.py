@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import paws_hpc
@@ -83,13 +84,25 @@ def test_encoder_and_embeddings_are_those_of_the_scores(run: FinishedRun) -> Non
         run.embeddings("tset")
 
 
-def test_a_transform_takes_pictures_and_pixels(run: FinishedRun) -> None:
+def turned(image: Image.Image, folder: Path) -> Path:
+    """A file that holds an image upside down, and says so."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.transpose(Image.Transpose.ROTATE_180).save(folder / "turned.png", exif=exif)
+    return folder / "turned.png"
+
+
+def test_a_transform_takes_pictures_and_pixels(run: FinishedRun, tmp_path: Path) -> None:
     image, label = paws_hpc.StoreDataset(run.config.data.test)[3]
     store = paws_hpc.ImageStore(run.config.data.test)
     assert label == store.labels[3]
     assert np.array_equal(np.asarray(image), store[3])
     assert torch.equal(run.transform(image), run.transform(store[3]))
-    assert run.transform(image.convert("L")).shape == (3, 16, 16)
+    assert torch.equal(run.transform(image.convert("L")), run.transform(store[3]))  # digits are grey
+    deep = Image.fromarray(store[3][..., 0].astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    assert torch.equal(run.transform(deep), run.transform(store[3]))
+    assert torch.equal(run.transform(Image.open(turned(image, tmp_path))), run.transform(image))
 
 
 def test_metrics_are_flat_rows_of_every_stage(run: FinishedRun) -> None:

@@ -136,7 +136,7 @@ def test_a_server_that_cannot_be_used(
     assert_same(tmp_path, reference.unwatched)
     (told,) = messages(caplog)
     assert "cannot be reached" in told
-    assert "paws_hpc.sync" in told
+    assert "paws_hpc sync" in told
     assert_sync_completes(run, server)
 
 
@@ -195,7 +195,7 @@ def test_a_service_process_that_dies_is_started_again_and_nothing_is_missing(
     assert_same(tmp_path, reference.unwatched)
     told = messages(caplog)[0]
     assert "another is started" in told
-    assert "python -m paws_hpc.sync RUN" in told
+    assert "python -m paws_hpc sync RUN" in told
     assert_sync_completes(run, server)
 
 

@@ -45,16 +45,17 @@ def write_images(folder: Path) -> None:
 def test_the_array_packs_what_one_process_packs_though_a_task_is_lost(cluster: Cluster, tmp_path: Path) -> None:
     project = tmp_path / "project"
     (project / "jobs").mkdir(parents=True)
-    recipe = (PROJECT / "jobs" / "pack_imagenet_slurm.sh").read_text()
-    assert recipe.count('--to "shards/imagenet/$split")') == 1
-    small = recipe.replace('--to "shards/imagenet/$split")', '--to "shards/imagenet/$split" --shard-mib 1)')
+    script = (PROJECT / "jobs" / "pack_imagenet_slurm.sh").read_text()
+    assert script.count('--to "shards/imagenet/$split")') == 1
+    small = script.replace('--to "shards/imagenet/$split")', '--to "shards/imagenet/$split" --shard-mib 1)')
     (project / "jobs" / "pack_imagenet_slurm.sh").write_text(small)
     for name in (".venv", "paws_hpc"):
         (project / name).symlink_to(PROJECT / name)
     (tmp_path / "imagenet").mkdir()
     write_images(tmp_path / "imagenet")
     environment = {"IMAGENET": str(tmp_path / "imagenet"), "PARTS": "3", "CORES": "1"}
-    printed = cluster.run("bash", str(project / "jobs" / "pack_imagenet_slurm.sh"), "--hold", environment=environment)
+    recipe = ["env", f"--chdir={project}", "bash", "jobs/pack_imagenet_slurm.sh", "--hold"]
+    printed = cluster.run(*recipe, environment=environment)
     arrays, lasts = (re.findall(rf"{word} (\d+)", printed) for word in ("array", "job"))
     assert len(arrays) == len(lasts) == 2
     cluster.run("scancel", f"{arrays[0]}_2")
