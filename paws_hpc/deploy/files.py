@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from paws_hpc.command import printable
 from paws_hpc.data.config import CenterCropConfig
-from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS
+from paws_hpc.packing.sources.imagefolder import flat_listing
 from paws_hpc.packing.standard import standard_pixels
 from paws_hpc.store import ImageStore
 from paws_hpc.store.decode import MAX_PIXELS
 
 
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files among ``paths`` whatever their names, and the images in folders among them, sorted, at any depth.
+    """The files among ``paths`` whatever their names, and the images in folders among them, as packing lists them.
 
     Raises:
         ValueError: a folder has no images.
@@ -28,14 +28,7 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        images = []
-        for folder, folders, files in os.walk(path, onerror=_refuse):
-            folders.sort()
-            visible = [file for file in sorted(files) if not file.startswith(".")]
-            images += [Path(folder, file) for file in visible if Path(file).suffix.lower() in IMAGE_EXTENSIONS]
-        if not images:
-            raise ValueError(f"folder {path} has no images (known extensions: {' '.join(sorted(IMAGE_EXTENSIONS))}).")
-        yield from images
+        yield from (path / key for key in flat_listing(path, None).keys)
 
 
 def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[np.uint8]:
@@ -60,8 +53,3 @@ def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[
 def shown(path: Path) -> str:
     """A path as text for people: one line, without what a terminal would take for a command."""
     return printable(os.fsencode(path).decode("utf-8", "replace"))
-
-
-def _refuse(error: OSError) -> None:
-    """A folder that cannot be listed would be left out without a word."""
-    raise error

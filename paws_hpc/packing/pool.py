@@ -113,14 +113,11 @@ def _started_processes_are_deaf() -> Iterator[None]:
 def _death(running: list[tuple[ShardTask, BaseProcess | None]]) -> StoreError:
     """Say which worker ended first, and how; all have ended by now."""
     for task, process in running:
-        status = None if process is None else process.exitcode
-        if status is None or status == _ORPHANED:
-            continue
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return StoreError(
-            f"the process that packed {task.path.name} {how}. SIGKILL means that memory ran out: use fewer --workers. "
-            f"Otherwise one of its {len(task.keys):,} images, such as {task.keys[0]!r}, breaks the decoder."
-        )
+        if process is not None and process.exitcode not in (None, _ORPHANED):
+            return StoreError(
+                f"the process that packed {task.path.name} ended with status {process.exitcode}. -9: memory ran out, "
+                f"use fewer --workers. Else one of its images, such as {task.keys[0]!r}, breaks the decoder."
+            )
     return StoreError(
         "the worker processes ended before they began; what they printed says why. A script that packs needs "
         "`if __name__ == '__main__':` around its calls."

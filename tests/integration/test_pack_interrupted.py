@@ -412,7 +412,7 @@ def start_fatal(folder: Path, tmp_path: Path, how: str) -> subprocess.Popen[str]
 
 def test_the_shard_of_an_image_that_kills_a_worker_is_named(folder: Path, tmp_path: Path) -> None:
     printed, _ = start_fatal(folder, tmp_path, "dying").communicate(timeout=120)
-    assert re.search(r"the process that packed shard-\d+\.h5 was ended by SIGSEGV\. .*, breaks the decoder", printed)
+    assert re.search(r"the process that packed shard-\d+\.h5 ended with status -11\. .*, breaks the decoder", printed)
     assert not list((tmp_path / "store").rglob("*.tmp"))
 
 

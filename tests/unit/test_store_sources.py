@@ -232,7 +232,7 @@ def test_folders_without_images_are_clear_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "cifar"}, r"source.kind='cifar'.*did you mean 'cifar10'"),
+        ({"kind": "cifar"}, r"source.kind='cifar'.*Did you mean 'cifar10'"),
         ({"kind": "folder"}, r"source.root is needed"),
         ({"kind": "digits"}, r"source.split=None.*train or test"),
         ({"kind": "digits", "split": "val"}, r"source.split='val'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from paws_hpc.packing.sources.imagefolder import ImageFolder, flat_listing
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.sources.subset import OfClasses
 from paws_hpc.packing.sources.tars import TarSource, list_tars, list_webdataset
+from paws_hpc.renamed import did_you_mean
 
 __all__ = ["SOURCES", "ArraySource", "ImageFolder", "Source", "SourceConfig", "open_source"]
 
@@ -44,9 +44,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in SOURCES:
-            nearest = difflib.get_close_matches(self.kind, SOURCES, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(SOURCES)}."
-            raise ValueError(f"source.kind={self.kind!r} is not a kind of source: {hint}")
+            hint = did_you_mean(self.kind, SOURCES) or f"Known are {', '.join(SOURCES)}."
+            raise ValueError(f"source.kind={self.kind!r} is not a kind of source. {hint}")
         known = SOURCES[self.kind]
         if known.needs_root and self.root is None:
             raise ValueError(f"source.root is needed for source.kind={self.kind!r}: {known.root_help}.")
