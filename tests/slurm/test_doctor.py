@@ -71,7 +71,7 @@ REST = (
     ("resources.finetune.additional_parameters={qos: gold}", "qos of finetune", "gold is not yours", "normal"),
     ("finetune.sweep.epochs=[1,2,3]", "sweep finetune", "6 trials, but an array may have 4", "Shorten"),
     ("data.train=/nowhere/train", "data.train", "data.train=/nowhere/train is not packed yet. Pack it first", ""),
-    ("data.source=null", "data.train", "shards pack KIND --to /nowhere/train", ""),
+    ("data.source=null", "data.train", "paws_hpc pack KIND --to /nowhere/train", ""),
 )
 
 
