@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import math
 import os
 import sys
@@ -69,6 +70,9 @@ def exit_status(
         interrupted: what is left behind where it has none.
         errors: that a user can cause or repair.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without dashes must not lose a result
     try:
         status = action() or 0
         sys.stdout.flush()

@@ -34,12 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", default="none", choices=HEADS, help=f"what comes out ({heads}; default %(default)s)")
     parser.add_argument("--to", type=Path, metavar="FILE", help="default: RUN/export/NAME-OUTPUT and a suffix")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--stores", type=Path, metavar="FOLDER", help="folder below which the run's stores are now")
     return parser
 
 
 def _export(options: argparse.Namespace) -> None:
     check_packages(options.format)
-    run = load_run(options.run, options.runs)
+    if options.to is not None and options.to.exists():
+        raise FileExistsError(f"--to {options.to} is there already. Name another file, or remove that one first.")
+    run = load_run(options.run, options.runs, options.stores)
     network = run.network(options.head)
     name = f"{run.config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
     for path in write_export(network, options.format, options.to or run.folder.path / "export" / name):

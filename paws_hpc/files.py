@@ -6,6 +6,7 @@ and tensors behind their last byte (:mod:`paws_hpc.engine.checkpoint`).
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -89,6 +90,13 @@ def exclusive(path: Path, *, busy: str | None = None) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise ValueError(busy) from error
+        except OSError as error:
+            raise OSError(
+                error.errno or errno.EIO,
+                f"cannot lock {path}: {error.strerror}. Its file system needs locks (Lustre: mounted with flock; NFS: "
+                "lockd running); otherwise name a folder on another one",
+                str(path),
+            ) from error
         yield
 
 
@@ -117,6 +125,21 @@ def read_at(descriptor: int, count: int, offset: int) -> bytes:
             break
         content += more
     return content
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text as people save it: in UTF-8, or in what its byte order mark says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is of another encoding; it is named.
+    """
+    content = path.read_bytes()
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if utf_16 else "utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}). Save it so.") from error
 
 
 def write_text(path: Path, text: str) -> None:

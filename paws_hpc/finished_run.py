@@ -6,6 +6,7 @@ Legend: N images, S the side of the evaluation crop, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +19,18 @@ from torch import Tensor, nn
 from paws_hpc.cluster.frozen import read_config
 from paws_hpc.config import Config
 from paws_hpc.data.augment import normalise
+from paws_hpc.data.config import DataConfig
 from paws_hpc.data.crops import center_crop
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.deploy import Network, load_network
 from paws_hpc.engine.evaluate import forward_set
 from paws_hpc.engine.tracking import Row
+from paws_hpc.files import read_record
 from paws_hpc.packing.standard import image_pixels
 from paws_hpc.report.run_record import read_run
 from paws_hpc.stages.run_data import RunData, open_data
-from paws_hpc.stages.run_folder import RunFolder, find_run
+from paws_hpc.stages.run_folder import RunFolder, find_run, is_done
+from paws_hpc.store.format import MANIFEST_NAME, read_manifest
 
 
 class Embeddings(NamedTuple):
@@ -37,8 +41,11 @@ class Embeddings(NamedTuple):
     keys: list[str]
 
 
-def load_run(name: str, runs: Path | str = "runs") -> FinishedRun:
+def load_run(name: str, runs: Path | str = "runs", stores: Path | str | None = None) -> FinishedRun:
     """Open a run; ``name`` is its folder, or its name below ``runs``. What it holds is read when it is asked for.
+
+    A store's path counts from the working folder, or from where the run was launched. ``stores`` is a folder below
+    which they are now; they are known by their digests.
 
     Raises:
         FileNotFoundError: there is no such run (the message has names that are spelled alike), or it never started.
@@ -47,7 +54,29 @@ def load_run(name: str, runs: Path | str = "runs") -> FinishedRun:
     run = RunFolder(find_run(name, Path(runs)))
     if not run.config.exists():
         raise FileNotFoundError(f"{run.path} has no {run.config.name}: nothing of it was started. Launch it first.")
-    return FinishedRun(run, read_config(run.config))
+    return FinishedRun(run, read_config(run.config), None if stores is None else Path(stores))
+
+
+def _found(config: Config, run: RunFolder, folder: Path | None) -> DataConfig:
+    """Where the stores of a run are now; FileNotFoundError if one is nowhere."""
+    launched, below = run.path.resolve().parent, Path(config.runs)
+    if not below.is_absolute():
+        launched = [launched, *launched.parents][len(below.parts)]
+    moved = folder.glob(f"**/{MANIFEST_NAME}") if folder is not None else ()
+    by_digest = {read_manifest(path.parent).digest: path.parent for path in moved}
+    digests = read_record(run.prepare / "DONE")["digests"] if is_done(run.prepare) else {}
+    found = replace(config.data)
+    for subset, path in config.data.stores.items():
+        digest = str(digests.get("labelled_store" if subset == "labelled" else subset))
+        choices = (by_digest.get(digest, Path(path)), Path(path), launched / path)
+        place = next((choice for choice in choices if (choice / MANIFEST_NAME).exists()), None)
+        if place is None:
+            raise FileNotFoundError(
+                f"{run.path} was made from data.{subset}={path}, and there is no such store, neither from here nor "
+                f"from {launched}, where it was launched. Name the folder below which it is now with --stores."
+            )
+        setattr(found, subset, str(place))
+    return found
 
 
 class FinishedRun:
@@ -57,13 +86,13 @@ class FinishedRun:
     FileNotFoundError, and damaged weights are a ValueError.
     """
 
-    def __init__(self, folder: RunFolder, config: Config) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: RunFolder, config: Config, stores: Path | None = None) -> None:
+        self.folder, self.config, self._stores = folder, config, stores
 
     @cached_property
     def data(self) -> RunData:
         """The stores and splits."""
-        return open_data(self.config)
+        return open_data(replace(self.config, data=_found(self.config, self.folder, self._stores)))
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a contact sheet, one page without a network")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(%(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs (%(default)s)")
+    parser.add_argument("--stores", type=Path, metavar="FOLDER", help="folder below which the run's stores are now")
     return parser
 
 
@@ -53,7 +54,7 @@ def _predict(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here. Use --device cpu.")
     device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    run = load_run(options.run, options.runs)
+    run = load_run(options.run, options.runs, options.stores)
     config, commit = run.config, run.folder.describe().get("commit")
     paths = list(image_files(options.images))
     predictor = Predictor(run.folder, run.data, method=options.method, device=device)

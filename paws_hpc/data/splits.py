@@ -6,6 +6,8 @@ does not change which are labelled, and it records the digest of its data set.
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ from numpy.typing import NDArray
 
 from paws_hpc.data.config import LabelsConfig
 from paws_hpc.data.samplers import Positions, cipher_key, permute
-from paws_hpc.files import read_json, value_digest, write_record
+from paws_hpc.files import read_json, read_lines, value_digest, write_record
 from paws_hpc.store import ImageStore
 
 _VERSION = 1
 _LABELLED, _VALIDATION, _FOLDS = 11, 12, 13  # so that the draws of one seed are independent
 _MOST_FOLDS = 4
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,12 @@ def _load_or_make(
     if not save:
         return split
     content = {"version": _VERSION, "name": name, "origin": origin, "dataset": split.dataset, "digest": split.digest}
-    write_record(path, content | {"keys": list(split.keys)})
+    try:
+        write_record(path, content | {"keys": list(split.keys)})
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        _LOG.info("%s cannot be written, so the split %s is made again at every start.", path.parent, name)
     return split
 
 
@@ -212,7 +221,7 @@ def _draw(
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"The split file {path} does not exist. Labels are never drawn in place of a list.")
-    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
     if not lines:
         raise ValueError(f"The split file {path} lists no images.")
     return lines

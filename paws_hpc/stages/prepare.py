@@ -78,6 +78,8 @@ def run(context: StageContext) -> None:
     config, run = context.config, context.run
     _check_network(config)
     for subset, path in config.data.stores.items():
+        if (Path(path) / MANIFEST_NAME).exists():
+            continue  # without the lock: a store that others share may be where nobody writes
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
                 source = open_source(packed_from(config.data, subset))

@@ -211,3 +211,13 @@ def test_a_file_that_is_no_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="damaged"):
         load_exported(tmp_path / "damaged.safetensors")
+
+
+def test_a_file_that_is_there_is_not_overwritten(
+    small: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "thesis.safetensors"
+    path.write_text("mine")
+    message = refusal(export.main, capsys, str(small[1].path), "--format", "safetensors", "--to", str(path))
+    assert f"{path} is there already" in message
+    assert path.read_text() == "mine"

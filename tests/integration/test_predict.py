@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from paws_hpc import predict
+from paws_hpc.cluster.frozen import freeze
 from paws_hpc.config import Config
 from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.deploy.files import read_image
@@ -45,6 +46,27 @@ class Made:
         assert predict.main([str(self.run.path), *options, "--device", "cpu", "--json", "-"]) == status
         value: dict[str, Any] = json.loads(capsys.readouterr().out)
         return value
+
+
+def test_a_run_is_used_from_anywhere_and_finds_stores_that_were_moved(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = made.told(capsys, *map(str, made.files[:3]))["images"]
+    launched, run = tmp_path / "launched", RunFolder(tmp_path / "launched" / "runs" / "run")
+    shutil.copytree(made.run.path, run.path)
+    data = replace(made.config.data, train="shards/train", test="shards/test")
+    for name in ("train", "test"):
+        shutil.copytree(getattr(made.config.data, name), launched / "shards" / name)
+    run.config.unlink()
+    freeze(replace(made.config, runs="runs", data=data), run.config)
+    other = replace(made, run=run)
+    monkeypatch.chdir(tmp_path)
+    assert other.told(capsys, *map(str, made.files[:3]))["images"] == expected
+    (launched / "shards").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "train").rename(tmp_path / "moved" / "elsewhere")
+    message = refusal(predict.main, capsys, str(run.path), str(made.files[0]))
+    assert all(word in message for word in ("data.train=shards/train", str(launched), "--stores"))
+    assert other.told(capsys, *map(str, made.files[:3]), "--stores", "moved")["images"] == expected
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,10 @@ import pytest
 from paws_hpc.command import error_text
 from paws_hpc.files import (
     atomic_write,
+    exclusive,
     file_hash,
     read_json,
+    read_lines,
     read_record,
     value_digest,
     write_json,
@@ -106,6 +108,34 @@ def test_an_error_of_the_disk_in_keeping_a_name_is_no_success(tmp_path: Path, mo
         monkeypatch.setattr(os, "fsync", of_folders)
         with pytest.raises(OSError, match=f"cannot sync {tmp_path}") if fails else nullcontext():
             write_json(tmp_path / "state.json", {})
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """As Lustre without -o flock, and NFS without lockd."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(OSError, match=f"cannot lock {tmp_path / 'lock'}: .*Lustre: mounted with flock"),
+        exclusive(tmp_path / "lock"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_lists_are_read_as_editors_save_them(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "labels.csv"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    path.write_bytes((mark + "größe,1\r\nb,2\n").encode(encoding))
+    assert read_lines(path) == ["größe,1", "b,2"]
+    path.write_bytes("größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path} is no text in UTF-8"):
+        read_lines(path)
 
 
 def test_digests_follow_values_not_spelling(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections import Counter
@@ -98,6 +99,20 @@ def test_a_split_is_kept_beside_the_shards_and_taken_up_again(store: ImageStore)
     written = [path.stat().st_mtime_ns for path in kept]
     assert labelled_and_validation(store, DRAWN, seed=0) == (labelled, validation)
     assert [path.stat().st_mtime_ns for path in kept] == written
+
+
+def test_a_store_that_cannot_be_written_gives_the_same_split_at_every_start(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, value: object) -> None:
+        raise OSError(errno.EROFS, f"cannot write {path}: Read-only file system", str(path))
+
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr("paws_hpc.data.splits.write_record", refuse)
+        first, again = (labelled_and_validation(store, DRAWN, seed=0) for _ in range(2))
+    assert first == again
+    assert "cannot be written, so the split" in caplog.text
+    assert first == labelled_and_validation(store, DRAWN, seed=0)
 
 
 def test_an_edited_split_is_noticed(store: ImageStore) -> None:

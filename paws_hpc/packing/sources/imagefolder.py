@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from paws_hpc.files import read_lines
 from paws_hpc.packing.sources.base import IMAGE_EXTENSIONS, LIST_AGAIN, SourceChangedError
 from paws_hpc.packing.sources.listing import ListedSource, Listing
 from paws_hpc.store.format import StoreError
@@ -110,9 +111,9 @@ def read_labels(path: Path) -> dict[str, str]:
         StoreError: the file cannot be read, or a line does not give a label, or another one than before.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
         rows = list(csv.reader(lines))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise StoreError(
             f"{path} cannot be read: {error}. It needs lines of '<image>,<class>', saved as UTF-8."
         ) from error
