@@ -36,6 +36,7 @@ from paws_hpc.engine.errors import TrainingStoppedError
 from paws_hpc.fields import launch_help
 from paws_hpc.files import exclusive
 from paws_hpc.own_images import Derived
+from paws_hpc.progress import Progress
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
 from paws_hpc.stages.attempts import LeaseHeldError
@@ -53,7 +54,10 @@ def launch(config: Config, launcher: Launcher) -> None:
         ValueError, OSError, TrainingStoppedError, LeaseHeldError, SchedulerError: a user can repair it.
         KeyboardInterrupt: a person ended it; its text says what of it is saved.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+    # Unlike a new handler this one asks for sys.stderr at every record, so that progress stays below what it writes.
+    assert logging.lastResort is not None
+    above = [logging.lastResort]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=above, force=True)
     run = RunFolder(Path(config.runs) / config.name)
     kind = str(launcher["_target_"]).rpartition(".")[2]
     match kind:
@@ -186,7 +190,8 @@ def _main() -> int:
         )
     several = any(argument in _SEVERAL for argument in arguments)
     runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
-    composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
+    with Progress("launch", activity="reading the config and what it names", show=sys.stderr.isatty()):
+        composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
     for overrides, (config, _) in zip(runs, composed, strict=True):
         check_named_stores(config, overrides)
     for table in dict.fromkeys(derivation(tuple(overrides))[2] for overrides in runs):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from paws_hpc.cluster.scheduler import SchedulerError
 from paws_hpc.cluster.signals import interruptible
 from paws_hpc.config import Config
 from paws_hpc.engine.errors import PreemptedError, TrainingStoppedError
+from paws_hpc.progress import Progress, doing
 from paws_hpc.stage_table import STAGES, import_torch
 from paws_hpc.stages.attempts import Attempt, Lease, LeaseHeldError, LeaseLostError, acquire, beats, record_failure
 from paws_hpc.stages.context import StageContext
@@ -47,8 +49,7 @@ def run_job(path: Path, job: Job) -> None:
     run = RunFolder(path)
     config = read_config(run.config)
     alone = SimpleNamespace(job_id=os.getpid(), num_tasks=1, num_nodes=1, global_rank=0, local_rank=0)
-    stop_requests = interruptible() if STAGES[job.stage].trains else nullcontext()
-    with _attempt(run, job, alone) as lease, stop_requests as requested:
+    with _attempt(run, job, alone) as lease, stop_requests(job) as requested:
         try:
             _run_rank(config, run, job, alone, lease, requested=requested)
         except PreemptedError as stop:
@@ -57,13 +58,25 @@ def run_job(path: Path, job: Job) -> None:
             raise KeyboardInterrupt(f"{job.name} {stop}; the same command goes on from there") from stop
 
 
-def run_job_as_local_rank(path: Path, job: Job) -> None:
-    """Run a job as one of the ranks that submitit's local executor started."""
+def run_job_as_local_rank(path: Path, job: Job) -> str | None:
+    """Run a job as one of the ranks that submitit's local executor started through ``shield.py``.
+
+    Returns:
+        What is saved, if SIGTERM stopped it; a second one ends this process at once.
+    """
     _log_to_stderr()
     run, place = RunFolder(path), submitit.JobEnvironment()
     config = read_config(run.config)
-    with _attempt(run, job, place) as lease:
-        _run_rank(config, run, job, place, lease)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _attempt(run, job, place) as lease, stop_requests(job) as requested:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        try:
+            _run_rank(config, run, job, place, lease, requested=requested)
+        except PreemptedError as stop:  # saved by all ranks at one step
+            if lease is not None:
+                lease.end("interrupted", step=stop.step)
+            return str(stop)
+    return None
 
 
 def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> None:
@@ -88,6 +101,11 @@ def run_job_on_slurm(path: Path, frozen: Path, job: Job, *, notice_s: float) -> 
     sys.exit(0)
 
 
+def stop_requests(job: Job) -> AbstractContextManager[Callable[[], bool] | None]:
+    """Of a person to a job on this machine, while the block runs; None where it has no step to stop after."""
+    return interruptible() if STAGES[job.stage].trains else nullcontext()
+
+
 @contextmanager
 def _attempt(
     run: RunFolder, job: Job, place: submitit.JobEnvironment, own: SlurmJob | None = None
@@ -102,7 +120,11 @@ def _attempt(
         facts = {"job": job.name, "job_id": job_id, "restart": restart, "key": key}
         facts |= {"ranks": place.num_tasks, "progress": job.progress(run)}
         alive = partial(is_alive, own_job_id=job_id)
-        with acquire(folder, facts, is_alive=alive, wait_s=_LEAVING_S if own else 0.0) as lease:
+        leaving_s = _LEAVING_S if own else 0.0
+        with (
+            Progress(job.name, activity=STAGES[job.stage].description),
+            acquire(folder, facts, is_alive=alive, wait_s=leaving_s) as lease,
+        ):
             try:
                 yield lease
             except BaseException as error:
@@ -157,6 +179,7 @@ def _run_rank(
     if not stage.torch:
         stage.load(StageContext(config, run, job.stage, job.trial, fence))
         return
+    doing("loading PyTorch")
     import_torch()
     from paws_hpc.cluster import rank  # noqa: PLC0415 - torch
 

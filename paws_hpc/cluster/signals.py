@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from paws_hpc.cluster.shield import SIGNALS
+from paws_hpc.progress import doing
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     def request(number: int, frame: FrameType | None) -> None:
         restore()
         requested.set()
-        print("\nstopping after this step; once more to end at once, without saving", file=sys.stderr, flush=True)
+        doing("stopping after this step; once more ends it at once, without saving")
 
     for number in before:
         signal.signal(number, request)

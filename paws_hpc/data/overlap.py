@@ -18,8 +18,8 @@ from PIL import Image
 
 from paws_hpc.data.samplers import Positions
 from paws_hpc.files import atomic_write
+from paws_hpc.progress import Progress
 from paws_hpc.store import ImageStore
-from paws_hpc.store.progress import progress
 from paws_hpc.store.workers import in_order, slices, usable_cores
 
 NEAR_BITS = 4
@@ -63,10 +63,10 @@ def fingerprints(store: ImageStore, folder: Path) -> NDArray[np.void]:
         rows[records.start : records.stop] = [_fingerprint(pixels) for pixels in store.images(records)]
         return len(records)
 
-    show = progress(f"looking at {store.path}", len(store), show=True)
-    with ThreadPoolExecutor(usable_cores()) as pool, show as advance:
+    looking = Progress(f"looking at {store.path}", total=len(store))
+    with ThreadPoolExecutor(usable_cores()) as pool, looking:
         for done in in_order(pool, compute, slices(len(store), _IMAGES_AT_ONCE)):
-            advance(done)
+            looking.advance(done)
     with atomic_write(path) as file:
         file.write(xxhash.xxh3_128_digest(identity.encode() + rows.tobytes()) + rows.tobytes())
     return rows

@@ -131,6 +131,7 @@ def train(
                 checkpoints.check()
                 window.add(batch.step, batch.records, training.learning_rate(batch.step), training.step(batch))
                 done = batch.step + 1
+                tracker.reached(done)
                 if done == start + 1:
                     begun()
                 validating, saving = training.awaits_validation(done), training.is_due(done, training.save_every)

@@ -26,6 +26,9 @@ class Tracker:
     def sync(self) -> None:
         """Make what was recorded survive a power cut; called before a checkpoint, after which no row is made again."""
 
+    def reached(self, done: int) -> None:
+        """So many steps are done; called after each."""
+
     def close(self, error: BaseException | None) -> None:
         """End; ``error`` is what ended the stage, None if it ended well."""
 
@@ -127,6 +130,11 @@ class Trackers(Tracker):
         """Record ``row`` with each."""
         for tracker in self._trackers:
             tracker.log(step, row)
+
+    def reached(self, done: int) -> None:
+        """Tell each."""
+        for tracker in self._trackers:
+            tracker.reached(done)
 
     def sync(self) -> None:
         """Sync each."""

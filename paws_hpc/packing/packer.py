@@ -15,9 +15,9 @@ from paws_hpc.packing.pool import build_shards
 from paws_hpc.packing.sources.base import Source
 from paws_hpc.packing.sources.listing import Listing
 from paws_hpc.packing.write import Change
+from paws_hpc.progress import Progress
 from paws_hpc.store.faults import check_sizes
 from paws_hpc.store.format import MANIFEST_NAME, VERSIONS, Manifest, StoreError, read_manifest
-from paws_hpc.store.progress import progress
 from paws_hpc.store.workers import usable_cores
 
 _OTHERS_FINISH_S = 10.0
@@ -141,8 +141,8 @@ def _build(plan: Plan, job: PackJob, numbers: Sequence[int], options: PackOption
     processes = min(workers, len(numbers))
     images = sum(len(plan.members(number)) for number in numbers)
     tasks = (plan.task(number, job.shard_path(number)) for number in numbers)
-    with progress(f"packing {job.destination.name}", images, show=show_progress) as advance:
-        for result in build_shards(tasks, processes=processes, threads=workers // processes, advance=advance):
+    with Progress(f"packing {job.destination.name}", total=images, show=show_progress) as shown:
+        for result in build_shards(tasks, processes=processes, threads=workers // processes, advance=shown.advance):
             job.keep(result)
 
 

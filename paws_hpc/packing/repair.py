@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from paws_hpc.packing.plan import packing_order, statistics_stride
 from paws_hpc.packing.sources import Source, SourceConfig, open_source
 from paws_hpc.packing.write import ShardTask, build_shard
+from paws_hpc.progress import Progress
 from paws_hpc.store.faults import Fault
 from paws_hpc.store.format import INDEX_NAME, VERSIONS, Manifest, StoreError, read_manifest
 from paws_hpc.store.index import Keys, key_hashes, load_index, read_cached_index
-from paws_hpc.store.progress import progress
 from paws_hpc.store.verify import Level, verify
 from paws_hpc.store.workers import usable_cores
 
@@ -69,7 +69,7 @@ def repair(
         position_of = {key: position for position, key in enumerate(source.keys)}
         keys = _packed_keys(manifest, source) if index is None else Keys(index)
         total = sum(manifest.shards[number].count for number in numbers)
-        with progress(f"repairing {folder.name}", total, show=show_progress) as advance:
+        with Progress(f"repairing {folder.name}", total=total, show=show_progress) as shown:
             for number in numbers:
                 entry = manifest.shards[number]
                 built = folder / f".{entry.name}.repair.tmp"
@@ -88,7 +88,7 @@ def repair(
                     report.refused[entry.name] = str(error)
                 finally:
                     built.unlink(missing_ok=True)
-                advance(entry.count)
+                shown.advance(entry.count)
     if not report.refused and index is None:
         (folder / INDEX_NAME).unlink(missing_ok=True)
         load_index(folder, manifest)

@@ -16,6 +16,7 @@ from paws_hpc.engine.preemption import JobControl
 from paws_hpc.engine.pretrain import Pretraining
 from paws_hpc.engine.tracking import Row
 from paws_hpc.files import write_record
+from paws_hpc.progress import doing
 from paws_hpc.provenance import processor
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.crop_grid import write_crop_grid
@@ -52,6 +53,7 @@ def _train(
     run: RunFolder, data: RunData, device: torch.device, control: JobControl, *, begun: Callable[[], None]
 ) -> None:
     config, stream, began = data.config, open_stream(data, device), time.monotonic()
+    doing("building the network")
     training = make_training(config, stream)
     checkpoints = checkpoint_folder(run, data, control)
     start = checkpoints.resume(training.load_state_dict, device)
@@ -73,6 +75,8 @@ def _train(
         return {} if accuracy is None else {"val/paws_nn_top1": accuracy}
 
     with closing(training), job as tracker:
+        if config.pretrain.execution_on(device.type) != "eager":
+            doing("first step, which is compiled: minutes at the first start, seconds later")
         train(
             training,
             checkpoints=checkpoints,

@@ -20,6 +20,7 @@ from paws_hpc.data.splits import folds
 from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.errors import PreemptedError
 from paws_hpc.engine.preemption import Interrupted, JobControl
+from paws_hpc.progress import doing
 from paws_hpc.stages.prepare import RunStores, open_stores
 from paws_hpc.store import ImageStore
 from paws_hpc.store.local_copy import CopyStoppedError, open_copy
@@ -67,6 +68,7 @@ class RunData(RunStores):
     @contextmanager
     def caching(self) -> Iterator[RunData]:
         """The same with its labelled images in memory that the processes of this node share, where there is room."""
+        doing("decoding the labelled images")
         with cached_images(self.labelled_store, self.labelled) as supports:
             yield replace(self, supports=supports)
 
@@ -82,6 +84,7 @@ def open_data(config: Config, *, control: JobControl | None = None) -> RunData:
         ValueError: store or split is damaged or does not fit the config, or the stores cannot be copied.
         PreemptedError: the job must stop while stores are copied.
     """
+    doing("opening the stores")
     folder = None if control is None else copy_folder(config)
     if control is None or folder is None:
         stores = open_stores(config)

@@ -23,9 +23,9 @@ from pathlib import Path
 import xxhash
 
 from paws_hpc.files import atomic_write, try_lock, value_digest
+from paws_hpc.progress import Progress
 from paws_hpc.store.format import INDEX_NAME, MANIFEST_NAME, REMEDY, USERS_NAME, ShardEntry, StoreError, read_manifest
 from paws_hpc.store.index import load_index
-from paws_hpc.store.progress import progress
 from paws_hpc.store.reader import ImageStore
 
 DEFAULT_WORKERS = 4
@@ -203,11 +203,12 @@ def _copy_shards(
         _copy_shard(store / entry.name, path / entry.name, entry.file_hash, lambda: failed.is_set() or stop())
         return entry.count
 
-    with ThreadPoolExecutor(workers) as pool, progress(f"copying {store.name}", total, show=show_progress) as advance:
+    shown = Progress(f"copying {store.name}", total=total, show=show_progress)
+    with ThreadPoolExecutor(workers) as pool, shown:
         futures = [pool.submit(copy, entry) for entry in entries]
         try:
             for future in as_completed(futures):
-                advance(future.result())
+                shown.advance(future.result())
         except BaseException:
             failed.set()
             pool.shutdown(cancel_futures=True)

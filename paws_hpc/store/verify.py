@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 
 from paws_hpc.files import file_hash
+from paws_hpc.progress import Progress
 from paws_hpc.store.decode import decode_record
 from paws_hpc.store.faults import Fault, size_fault
 from paws_hpc.store.format import (
@@ -23,7 +24,6 @@ from paws_hpc.store.format import (
     read_manifest,
 )
 from paws_hpc.store.index import dataset_digest, join_indexes, read_cached_index
-from paws_hpc.store.progress import progress
 from paws_hpc.store.shard import ShardContents, ShardFile, read_shard
 from paws_hpc.store.workers import in_order, slices, usable_cores
 
@@ -63,7 +63,7 @@ def verify(
         return faults, 0
     with (
         ThreadPoolExecutor(workers or usable_cores()) as pool,
-        progress(f"verifying {folder.name}", sum(map(len, whole)), show=show_progress) as advance,
+        Progress(f"verifying {folder.name}", total=sum(map(len, whole)), show=show_progress) as shown,
     ):
         for entry, index in zip(manifest.shards, indexes, strict=True):
             if index is None:
@@ -73,7 +73,7 @@ def verify(
             for records, found in _check_records(folder / entry.name, entry, index, pool, decode=decode):
                 faults += found
                 damaged = damaged or bool(found)
-                advance(records)
+                shown.advance(records)
             if not damaged and file_hash(folder / entry.name) != entry.file_hash:
                 faults.append(Fault(entry.name, None, "is not the file that was packed, though its records are whole"))
     return faults, sum(map(len, whole))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +19,6 @@ from paws_hpc.packing.sources.arrays import digits
 from paws_hpc.packing.standard import ImagePolicy, standard_image
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
 from paws_hpc.store.format import FLAG_PIXELS, FLAG_PNG, FLAG_PROGRESSIVE, FLAG_REENCODED
-from paws_hpc.store.progress import progress
 from tests.pictures import encoded, tile, write_tiles
 from tests.stores import file_hashes, noise
 
@@ -251,16 +249,3 @@ def test_statistics_equal_numpys_over_all_pixels(folder: Path, tmp_path: Path) -
 def test_options_that_make_no_sense_are_refused_with_their_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"pack.{field}="):
         PackOptions(**{field: value})  # type: ignore[arg-type]
-
-
-def test_progress_in_a_log_is_lines_from_the_first_image_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first report of all may come before any image is done."""
-    monkeypatch.setattr("paws_hpc.store.progress._LINE_INTERVAL_S", 0.0)
-    with progress("packing photos", 10, show=True) as advance:
-        advance(0)
-        advance(5)
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == "packing photos: 0 of 10 images, 0/s"
-    assert re.fullmatch(r"packing photos: 5 of 10 images, [\d,]+/s, 0 s left", second)
