@@ -190,7 +190,7 @@ def _main() -> int:
         )
     several = any(argument in _SEVERAL for argument in arguments)
     runs = runs_of([argument for argument in arguments if argument not in _SEVERAL])
-    with Progress("launch", activity="reading the config and what it names", show=sys.stderr.isatty()):
+    with Progress("launch", "reading the config and what it names", show=sys.stderr.isatty()):
         composed = [compose_run(overrides) for overrides in runs]  # all of them before anything starts
     for overrides, (config, _) in zip(runs, composed, strict=True):
         check_named_stores(config, overrides)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
@@ -16,8 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 _LINE_INTERVAL_S = 10.0
-_RATE_OVER_S = 30.0  # the time left follows the rate of so many seconds,
-_RATE_OVER_MOMENTS = 5  # or of so many moments if they are further apart
+_RATE_OVER_S, _RATE_OVER_MOMENTS = 30.0, 5  # the time left follows the rate of so long, or of so many if they are rare
 _BAR = 20  # columns
 
 _open: list[Progress] = []
@@ -27,33 +25,20 @@ class Progress:
     """A piece of work: what happens, how much is done, how long it has taken, and what is left.
 
     A context manager. What it shows goes to standard error; it ends with one line if it counts something and ends well.
+
+    Attributes:
+        figures: numbers beside it, the most important one first.
     """
 
     def __init__(
-        self,
-        title: str,
-        *,
-        activity: str = "",
-        total: int = 0,
-        done: int = 0,
-        unit: str = "images",
-        show: bool = True,
+        self, title: str, activity: str = "", *, total: int = 0, done: int = 0, unit: str = "images", show: bool = True
     ) -> None:
-        """Prepare.
-
-        Args:
-            title: of the work, before everything that is said of it.
-            activity: what it begins with, or what it is in general; on a terminal only.
-            total: of ``unit``; 0 where nothing is counted.
-            done: before it begins.
-            unit: in the plural.
-            show: whether anything is shown.
-        """
-        self._title, self._total, self._done, self._unit, self._show = title, total, done, unit, show
-        self._activity, self._figures = activity, ""
+        """Prepare to show work, and on a terminal what it is, of which ``total`` is 0 where nothing is counted."""
+        self._title, self._activity, self._total, self._unit, self._show = title, activity, total, unit, show
+        self.figures, self._done = "", done
+        self._live: Live | None = None
         self._began = self._printed = time.monotonic()
         self._moments = deque[tuple[float, int]]()
-        self._live: Live | None = None
 
     def doing(self, activity: str) -> None:
         """Something begins that lasts until more is done."""
@@ -73,11 +58,7 @@ class Progress:
             self._moments.popleft()
         if self._show and not sys.stderr.isatty() and now - self._printed >= _LINE_INTERVAL_S:
             self._printed = now
-            self._say(", ".join(filter(None, [self._counted(), *self._times(), self._figures])))
-
-    def figures(self, text: str) -> None:
-        """Show numbers beside it, the most important one first."""
-        self._figures = text
+            self._say(self._counted(), *self._times(), self.figures)
 
     def _counted(self) -> str:
         return f"{self._done:,} of {self._total:,} {self._unit}"
@@ -90,22 +71,21 @@ class Progress:
             (first, before), (last, _) = self._moments[0], self._moments[-1]
             pieces, rest, since = self._done - before, self._total - self._done, now - last
             each = (last - first) / max(pieces, 1)
-            late = since > each and rest > 0
-            if late:
+            if late := since > each and rest > 0:
                 each = (now - first) / (pieces + 1)
             times.append(f"left {_clock(max(each * rest - since, since if late else 0.0))}")
         return times
 
     def _lines(self) -> Group:
         """What a terminal shows."""
-        what = ": ".join(filter(None, [self._title, self._activity or self._figures]))
+        what = ": ".join(filter(None, [self._title, self._activity or self.figures]))
         done = round(_BAR * self._done / max(self._total, 1))
         how_far = ["━" * done + "╌" * (_BAR - done) + " " + self._counted()] if self._total else []
         lines = (what, "  ".join([*how_far, *self._times()]))
         return Group(*[Text(line, no_wrap=True, overflow="ellipsis") for line in lines])
 
-    def _say(self, text: str) -> None:
-        print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+    def _say(self, *parts: str) -> None:
+        print(f"{self._title}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         if self._show:
@@ -115,16 +95,13 @@ class Progress:
                 self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._show:
             if self._live is not None:
                 self._live.stop()
             _open.remove(self)
             if self._total and kind is None:
-                took = f"{self._counted()} in {_clock(time.monotonic() - self._began)}"
-                self._say(", ".join(filter(None, [took, self._figures])))
+                self._say(f"{self._counted()} in {_clock(time.monotonic() - self._began)}", self.figures)
 
 
 def _innermost() -> Group:

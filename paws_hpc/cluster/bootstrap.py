@@ -122,7 +122,7 @@ def _attempt(
         alive = partial(is_alive, own_job_id=job_id)
         leaving_s = _LEAVING_S if own else 0.0
         with (
-            Progress(job.name, activity=STAGES[job.stage].description),
+            Progress(job.name, STAGES[job.stage].description),
             acquire(folder, facts, is_alive=alive, wait_s=leaving_s) as lease,
         ):
             try:

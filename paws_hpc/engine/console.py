@@ -15,10 +15,9 @@ class ProgressTracker(Tracker):
     def __init__(self, title: str, *, total_steps: int, start: int) -> None:
         """Show ``total_steps`` steps of which ``start`` are done."""
         self._title = title
-        self._metrics = sorted(
-            (each for each in COMMON if each.on_console), key=lambda each: not is_validation(each.name)
-        )
-        self._shown: dict[str, str] = {}
+        self._metrics = [each for each in COMMON if each.on_console]
+        self._metrics.sort(key=lambda each: not is_validation(each.name))
+        self._shown = dict.fromkeys((each.name for each in self._metrics), "")
         self._progress = Progress(title, total=total_steps, done=start, unit="steps").__enter__()
         self._progress.doing("first step")
 
@@ -30,10 +29,10 @@ class ProgressTracker(Tracker):
         """Show a row."""
         if message := row.get("message"):
             print(f"{self._title}: {message}", file=sys.stderr, flush=True)
-        self._shown |= {
-            each.name: f"{each.short} {each.show(row[each.name])}" for each in self._metrics if each.name in row
-        }
-        self._progress.figures(", ".join(self._shown[each.name] for each in self._metrics if each.name in self._shown))
+        for each in self._metrics:  # one that a row lacks keeps its last value
+            if each.name in row:
+                self._shown[each.name] = f"{each.short} {each.show(row[each.name])}"
+        self._progress.figures = ", ".join(filter(None, self._shown.values()))
 
     def close(self, error: BaseException | None) -> None:
         """End with a line, or take it away after an error."""

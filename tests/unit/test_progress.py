@@ -50,7 +50,7 @@ def test_a_log_has_lines_from_the_first_image_on(capsys: pytest.CaptureFixture[s
 
 
 def test_what_happens_before_the_first_step_is_a_line_of_a_log_each(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("pretrain", activity="train the encoder"):
+    with Progress("pretrain", "train the encoder"):
         progress.doing("loading PyTorch")
         progress.doing("loading PyTorch")
         with Progress("hidden", show=False) as hidden:
@@ -111,7 +111,7 @@ PROGRAM = """
 import logging, sys, time
 from paws_hpc.engine.console import ProgressTracker
 from paws_hpc.progress import Progress
-with Progress("finetune/lr=0.1,epochs=30", activity="fine-tune the encoder"):
+with Progress("finetune/lr=0.1,epochs=30", "fine-tune the encoder"):
     tracker = ProgressTracker("finetune/lr=0.1,epochs=30", total_steps=12345, start=0)
     time.sleep(0.5)
     for step in range(12000):
