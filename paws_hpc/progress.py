@@ -24,7 +24,7 @@ _open: list[Progress] = []
 class Progress:
     """A piece of work: what happens, how much is done, how long it has taken, and what is left.
 
-    A context manager. What it shows goes to standard error; it ends with one line if it counts something and ends well.
+    A context manager that shows it on standard error. If it ends well, one line stays of what has figures or took long.
 
     Attributes:
         figures: numbers beside it, the most important one first.
@@ -100,8 +100,9 @@ class Progress:
             if self._live is not None:
                 self._live.stop()
             _open.remove(self)
-            if self._total and kind is None:
-                self._say(f"{self._counted()} in {_clock(time.monotonic() - self._began)}", self.figures)
+            took = time.monotonic() - self._began
+            if self._total and kind is None and (self.figures or took >= _LINE_INTERVAL_S):
+                self._say(f"{self._counted()} in {_clock(took)}", self.figures)
 
 
 def _innermost() -> Group:

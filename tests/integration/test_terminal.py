@@ -26,8 +26,9 @@ def test_it_says_what_it_does_before_the_first_step_and_shows_the_score(tmp_path
     assert any(re.match(r"pretrain: PAWS-NN \d+\.\d %, loss ", line) for line in frames)
     assert any(re.search(r"steps  elapsed \d:\d\d:\d\d  left \d:\d\d:\d\d$", line) for line in frames)
     assert max(map(len, frames)) <= 80
-    assert re.match(r"packing train: 1,397 of 1,397 images in ", left[0])
-    assert re.match(r"pretrain: 20 of 20 steps in \d:\d\d:\d\d, PAWS-NN ", left[2])
+    assert re.match(
+        r"pretrain: 20 of 20 steps in \d:\d\d:\d\d, PAWS-NN ", next(line for line in left if "steps" in line)
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -41,7 +42,7 @@ def test_ctrl_c_saves_on_all_ranks_and_leaves_one_line(tmp_path: Path, ranks: in
     assert terminal.process.returncode == 130, left
     told = re.fullmatch(STOPPED, left[-1])
     assert told is not None, left
-    assert [line for line in left[:-1] if not line.startswith("packing ")] == []
+    assert [line for line in left[:-1] if not line.startswith(("packing ", "looking at "))] == [], "those take long"
     (saved,) = (tmp_path / "runs/run/pretrain/checkpoints").glob("*.pt")
     assert saved.name == f"step-{int(told[1]):08d}.pt"
     assert '"interrupted"' in (tmp_path / "runs/run/jobs/pretrain/end-0001.json").read_text()
