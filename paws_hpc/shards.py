@@ -41,10 +41,6 @@ _LISTED = 20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 1 an error or faults, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] == "stage":
-        print("error: `shards stage` is now `shards copy`.", file=sys.stderr)
-        return 2
     options = _parser().parse_args(arguments)
     left = "what is complete stays, the same command goes on or begins anew"
     return exit_status(lambda: options.run(options), interrupted=left)

@@ -150,7 +150,7 @@ OTHERS = {
     "shards verify photos --workers 0": ["--workers: 0 must be at least 1, a whole number"],
     "shards copy nowhere --to here": ["nowhere is not a complete image store", "Check the path"],
     "shards repair nowhere": ["nowhere is not a complete image store", "`paws pack`"],
-    "shards stage photos": ["`shards stage` is now `shards copy`"],
+    "shards stage photos": ["invalid choice: 'stage'", "copy"],
     "doctor data.train=shards/digts/train": ["data.train=shards/digts/train does not", "Correct the path"],
     "status --every 0": ["--every: 0 must be a number above 0"],
     "sync run --timeout-min soon": ["--timeout-min: soon must be a number above 0"],
