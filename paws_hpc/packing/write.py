@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import google_crc32c
 import numpy as np
@@ -103,13 +103,8 @@ class ShardResult:
         )
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """An image ready to be stored."""
-
-    image: StandardImage
-    crc32c: int
-    histogram: NDArray[np.int64] | None
+_Prepared: TypeAlias = tuple[StandardImage, int, NDArray[np.int64] | None]
+"""An image ready to be stored, the CRC32C of its record, and its histogram if the statistics count it."""
 
 
 def build_shard(
@@ -132,15 +127,19 @@ def build_shard(
     keys: list[bytes] = []
     rows: list[tuple[int, ...]] = []
     histogram: NDArray[np.int64] | None = None
-    with closing(task.images), atomic_write(task.path) as file:
+
+    def prepare(positions: range) -> list[tuple[str, int, _Prepared | str]]:
+        return [(task.keys[at], int(task.labels[at]), _prepare(task, at)) for at in positions]
+
+    with closing(task.images), atomic_write(task.path) as file, ThreadPoolExecutor(threads) as pool:
         writer = ShardWriter(file)
-        for batch in _prepared(task, threads):
-            for position, prepared in batch:
-                key = task.keys[position]
+        # Decoding releases the GIL.
+        for batch in in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE[task.encoding])):
+            for key, label, prepared in batch:
                 if isinstance(prepared, str):
                     result.skipped.append(Omission(key, prepared))
                     continue
-                image = prepared.image
+                image, crc32c, of_image = prepared
                 if task.encoding == "raw":
                     assert image.pixels is not None, "a raw source gives pixels"
                     result.shape = result.shape or image.pixels.shape
@@ -150,11 +149,10 @@ def build_shard(
                         )
                 writer.add(image.payload)
                 keys.append(key.encode())
-                size = len(image.payload), prepared.crc32c, int(task.labels[position])
-                rows.append((*size, image.width, image.height, image.flags))
-                if prepared.histogram is not None:
+                rows.append((len(image.payload), crc32c, label, image.width, image.height, image.flags))
+                if of_image is not None:
                     result.counted += 1
-                    histogram = prepared.histogram if histogram is None else histogram + prepared.histogram
+                    histogram = of_image if histogram is None else histogram + of_image
                 if image.flags & ~FLAG_GREY == FLAG_STRIPPED:
                     result.stripped += 1
                 elif image.changed is not None:
@@ -205,19 +203,6 @@ def _index(keys: Sequence[bytes], rows: Sequence[tuple[int, ...]]) -> ShardIndex
     )
 
 
-def _prepared(task: ShardTask, threads: int) -> Iterator[list[tuple[int, _Prepared | str]]]:
-    """Load and check the images on threads (decoding releases the GIL); yields slices of them in order.
-
-    An item is (position, image), or (position, reason) for an image that is left out.
-    """
-
-    def prepare(positions: Sequence[int]) -> list[tuple[int, _Prepared | str]]:
-        return [(position, _prepare(task, position)) for position in positions]
-
-    with ThreadPoolExecutor(threads) as pool:
-        yield from in_order(pool, prepare, slices(len(task.keys), _IMAGES_PER_SLICE[task.encoding]))
-
-
 def _prepare(task: ShardTask, position: int) -> _Prepared | str:
     """Load and check one image; one that cannot be read stops packing, or gives the reason why it is left out."""
     count = bool(task.counted[position])
@@ -238,7 +223,7 @@ def _prepare(task: ShardTask, position: int) -> _Prepared | str:
     histogram = pixel_histogram(image.pixels) if count and image.pixels is not None else None
     if task.encoding == "jpeg":
         image.pixels = None  # many images wait for their turn
-    return _Prepared(image, google_crc32c.value(image.payload), histogram)
+    return image, google_crc32c.value(image.payload), histogram
 
 
 def _image(task: ShardTask, content: bytes | NDArray[np.uint8], *, count: bool) -> StandardImage:

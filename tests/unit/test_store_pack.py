@@ -18,7 +18,8 @@ from paws_hpc.packing import ArraySource, ImageFolder, PackOptions, pack
 from paws_hpc.packing.sources.arrays import digits
 from paws_hpc.packing.standard import ImagePolicy, standard_image
 from paws_hpc.store import ImageStore, RecordError, StoreError, decode_jpeg
-from paws_hpc.store.format import FLAG_PIXELS, FLAG_PNG, FLAG_PROGRESSIVE, FLAG_REENCODED
+from paws_hpc.store.format import FLAG_PIXELS, FLAG_PNG, FLAG_PROGRESSIVE, FLAG_REENCODED, read_manifest
+from paws_hpc.store.shard import read_shard
 from tests.pictures import encoded, tile, write_tiles
 from tests.stores import file_hashes, noise
 
@@ -44,6 +45,15 @@ def test_digits_come_back_exactly(tmp_path: Path, shard_bytes: int) -> None:
     assert np.array_equal(store.labels[places], source.labels)
     grey = source.images[:7]
     assert np.array_equal(np.stack(store.images(places[:7])), np.concatenate([grey, grey, grey], axis=-1))
+
+
+def test_only_shards_and_stores_with_other_images_than_colour_jpegs_are_of_the_new_version(tmp_path: Path) -> None:
+    for name, png, versions in (("jpeg", (), {2}), ("mixed", (3,), {2, 3})):
+        folder = write_tiles(tmp_path / name, 8, classes=("a", "b"), png=png)
+        store = pack(ImageFolder(folder), tmp_path / f"{name}-store", options=PackOptions(shard_bytes=7 * KIB)).path
+        manifest = read_manifest(store)
+        assert manifest.version == max(versions) + 1
+        assert {read_shard(store / entry.name).header.version for entry in manifest.shards} == versions
 
 
 def test_equal_inputs_give_equal_bytes(folder: Path, tmp_path: Path) -> None:
