@@ -37,6 +37,7 @@ class Progress:
         self._title, self._activity, self._total, self._unit, self._show = title, activity, total, unit, show
         self.figures, self._done = "", done
         self._live: Live | None = None
+        self._ascii = Console(stderr=True).options.ascii_only
         self._began = self._printed = time.monotonic()
         self._moments = deque[tuple[float, int]]()
 
@@ -80,7 +81,8 @@ class Progress:
         """What a terminal shows."""
         what = ": ".join(filter(None, [self._title, self._activity or self.figures]))
         done = round(_BAR * self._done / max(self._total, 1))
-        how_far = ["━" * done + "╌" * (_BAR - done) + " " + self._counted()] if self._total else []
+        full, empty = "#-" if self._ascii else "━╌"
+        how_far = [full * done + empty * (_BAR - done) + " " + self._counted()] if self._total else []
         lines = (what, "  ".join([*how_far, *self._times()]))
         return Group(*[Text(line, no_wrap=True, overflow="ellipsis") for line in lines])
 

@@ -124,6 +124,15 @@ with Progress("finetune/lr=0.1,epochs=30", "fine-tune the encoder"):
 """
 
 
+def test_a_terminal_without_the_bars_characters_has_others(tmp_path: Path) -> None:
+    env = environment() | {"PYTHONIOENCODING": "latin-1"}
+    with Terminal([sys.executable, "-c", PROGRAM], env=env, folder=Path(__file__).parents[2]) as terminal:
+        terminal.end()
+        assert any(
+            line.startswith("###################- 12,000 of 12,345 steps  elapsed ") for line in terminal.frames()
+        )
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_80_columns_show_the_score_and_both_times_and_keep_one_line(tmp_path: Path, stopped: bool) -> None:
     command = [sys.executable, "-c", PROGRAM, *(["stop"] if stopped else [])]
