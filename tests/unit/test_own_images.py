@@ -243,9 +243,9 @@ def unknown_file(root: Path) -> list[str]:
     return [f"data.labels={root}/labels.csv"]
 
 
-def utf16(root: Path) -> list[str]:
+def latin_1(root: Path) -> list[str]:
     flat(root)
-    (root / "labels.csv").write_text("00.jpg,cat\n01.jpg,dog\n", encoding="utf-16")
+    (root / "labels.csv").write_text("00.jpg,kätzchen\n01.jpg,hund\n", encoding="latin-1")
     return [f"data.labels={root}/labels.csv"]
 
 
@@ -293,7 +293,7 @@ def refused(*more: str) -> Callable[[Path], list[str]]:
         (only_loose, "has 12 images and no folder per class. Say which images are what: data.labels=FILE"),
         (other_test_classes, "photos/test has 2 classes, ['cat', 'cow'] …, but "),
         (unknown_file, "has a label for '99.jpg', but"),
-        (utf16, "labels.csv cannot be read"),
+        (latin_1, "labels.csv cannot be read"),
         (inside, "inside itself. Launch elsewhere"),
         (split_below, "x has no images but the folders train. If x is what holds the classes, name it"),
         (misspelt_first_line, "has a label for '0.jpg', but"),
