@@ -17,6 +17,8 @@ from paws_hpc.packing import SourceConfig, open_source
 from paws_hpc.stages.prepare import packed_from
 from paws_hpc.stages.run_folder import RunFolder, mark_done
 from paws_hpc.store.format import StoreError
+from tests.photographs import FOLDERS
+from tests.photographs import make as make_photographs
 from tests.pictures import tile, write_tiles
 
 
@@ -340,3 +342,18 @@ def test_hidden_folders_and_thumbnails_in_a_class_are_passed_over(tmp_path: Path
         tile(0, 0, 50, 50).save(folder / "copy.jpg")
     source = open_source(SourceConfig("folder", str(root)))
     assert (source.classes, len(source.keys)) == (("cat", "dog"), 8)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_real_images_are_the_same_every_time_and_derive_a_recipe(name: str, tmp_path: Path) -> None:
+    """What docs/results.md measures the derived recipes on."""
+    few = replace(FOLDERS[name], train=5, test=2, pixels=(60, 120))
+    for folder in ("first", "second"):
+        make_photographs(few, tmp_path / folder)
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.*"))
+    assert len(files) == 7 * len(few.sources)
+    assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
+    config, _ = compose_run([f"data.root={tmp_path / 'first'}", "labels.per_class=4"])
+    assert config.pretrain.support.classes == len(few.sources)
+    assert config.views.large.size == 48
+    assert (config.views.augment.hue == 0) == few.grey
