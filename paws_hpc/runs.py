@@ -30,6 +30,8 @@ from paws_hpc.stages.attempts import read_attempts
 from paws_hpc.stages.run_folder import RunFolder, all_runs, find_run
 from paws_hpc.status import runs_text
 
+_LOCK = ".lock"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 1 if a run is not there or is at work."""
@@ -81,7 +83,13 @@ def _rename(options: argparse.Namespace) -> None:
 
 def _remove(options: argparse.Namespace) -> None:
     with ExitStack() as held:
-        paths = list(dict.fromkeys(find_run(name, options.runs) for name in options.run))
+        emptied, names = [], list[str]()
+        for name in options.run:
+            if _is_emptied(options.runs / name):
+                emptied.append(options.runs / name)
+            else:
+                names.append(name)
+        paths = list(dict.fromkeys(find_run(name, options.runs) for name in names))
         for path, overview in [(path, held.enter_context(_at_rest(path))) for path in paths]:
             size = sum(file.lstat().st_size for file in path.glob("**/*"))
             print(f"{path}: {overview.state}, {size / 1e6:,.1f} MB")
@@ -95,10 +103,21 @@ def _remove(options: argparse.Namespace) -> None:
             for entry in path.iterdir():
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
-                elif entry != RunFolder(path).chain:  # by which it is still a run if this is interrupted
+                elif entry.name not in ("chain.json", _LOCK):  # by which it is still a run if this is interrupted
                     entry.unlink()
-            shutil.rmtree(path)
-            print(f"{path} is removed.")
+            RunFolder(path).chain.unlink()
+    # NFS keeps a file that is open, under another name, and with it the folder: the locks are closed now.
+    for path in [*emptied, *paths]:
+        (path / _LOCK).unlink(missing_ok=True)
+        path.rmdir()
+        print(f"{path} is removed.")
+
+
+def _is_emptied(path: Path) -> bool:
+    """Whether a folder is what an interrupted removal leaves of a run: at most its lock, perhaps as NFS keeps it."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return all(entry.name == _LOCK or entry.name.startswith(".nfs") for entry in path.iterdir())
 
 
 @contextmanager
@@ -112,10 +131,12 @@ def _at_rest(path: Path) -> Iterator[RunOverview]:
         raise ValueError(f"{path} is a link, which is left alone. Name what it leads to, {path.resolve()}.")
     if not {"id", "submissions"} <= RunFolder(path).describe().keys():
         raise ValueError(f"{path} has no chain.json of a launch, so it may be no run. It is left alone.")
-    with exclusive(path / ".lock", busy=f"A launch of {path} is running. Wait for it, or end it."):
+    with exclusive(path / _LOCK, busy=f"A launch of {path} is running. Wait for it, or end it."):
         (overview,) = overviews([path])
         if overview.trouble is not None:
             raise ValueError(f"Slurm cannot say whether jobs of {path} are in its queue: {overview.trouble}")
+        if overview.state == "unknown":
+            raise ValueError(f"{path} is left alone: {overview.warnings[-1]}")
         for job in overview.jobs:
             active = job.state in ("running", "waiting")
             if job.source == "attempts" and job.silent_s is not None:  # it may have been killed, and wrote no end

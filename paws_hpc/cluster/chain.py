@@ -24,7 +24,13 @@ from paws_hpc.provenance import commit, processor
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import now
 from paws_hpc.stages.prepare import changed_images, check_images
-from paws_hpc.stages.run_folder import RunFolder, check_sweep_is_the_scored_one, has_trained, without_pretraining
+from paws_hpc.stages.run_folder import (
+    RunFolder,
+    check_sweep_is_the_scored_one,
+    has_trained,
+    original_of,
+    without_pretraining,
+)
 from paws_hpc.store.format import MANIFEST_NAME
 from paws_hpc.trial import Trial
 
@@ -82,10 +88,13 @@ def check_begun(config: Config, run: RunFolder, *, in_queue: bool = False) -> No
         ConfigError: other fields differ, or the folder is a copy of another run's.
         ValueError: the run trained on other images.
     """
-    if (named := run.describe().get("name", config.name)) != config.name:
+    chain = run.describe()
+    named = chain.get("name", config.name)
+    original = named if named != config.name else original_of(run.path, chain)
+    if original is not None:
         raise ConfigError(
-            f"{run.path} is a copy of the run {named}, whose jobs on Slurm and runs in W&B are not its own. Make it a "
-            f"run first: `{program('runs')} rename {run.path} {config.name}`."
+            f"{run.path} is a copy of the run {original}, whose jobs on Slurm and runs in W&B are not its own. Make it "
+            f"a run first: `{program('runs')} rename {run.path} {config.name}`."
         )
     trained = has_trained(run)
     if not (in_queue or trained):
@@ -134,11 +143,13 @@ class Chain:
 
     @classmethod
     def begin(cls, run: RunFolder, name: str) -> Chain:
-        """Read it, or write the first one."""
+        """Read it, or write the first one; ``folder`` in it is where the run is, by which a copy is told."""
+        folder = str(run.path.resolve())
         if not run.chain.exists():
             versions = {"paws_hpc": __version__, "python": platform.python_version()}
             value: dict[str, Any] = {
                 "name": name,
+                "folder": folder,
                 "id": secrets.token_hex(4),  # makes W&B run ids unique, and the same across restarts
                 "created": now(),
                 "versions": versions | {package: version(package) for package in _PACKAGES},
@@ -149,7 +160,11 @@ class Chain:
                 "submissions": [],
             }
             write_record(run.chain, value)
-        return cls(run)
+        chain = cls(run)
+        if chain._value.get("folder") != folder:  # it was moved
+            chain._value["folder"] = folder
+            write_record(chain._path, chain._value)
+        return chain
 
     @property
     def is_submitted(self) -> bool:
@@ -171,7 +186,8 @@ class Chain:
         if copied:
             self._value.pop("cancelled", None)
             self._value |= {"id": secrets.token_hex(4), "submissions": []}
-        write_record(self._path, self._value | {"name": name})
+        folder = self._path.parent.resolve().with_name(name)
+        write_record(self._path, self._value | {"name": name, "folder": str(folder)})
 
     def job_ids(self) -> dict[str, str]:
         """Job name → the id under which it was last submitted."""

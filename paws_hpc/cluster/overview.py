@@ -22,7 +22,7 @@ from paws_hpc.command import program
 from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
 from paws_hpc.stages.attempts import Attempt, first_failure, log_of, read_attempts
-from paws_hpc.stages.run_folder import RunFolder
+from paws_hpc.stages.run_folder import RunFolder, original_of
 from paws_hpc.trial import Trial, trials
 
 _SILENT_S = 60.0  # six heartbeats
@@ -86,6 +86,8 @@ class JobOverview:
 @dataclass(frozen=True)
 class RunOverview:
     """A run: its jobs in the order of the chain, and what its files and Slurm have trouble with.
+
+    ``state`` is as of a job, or ``unfinished``; ``unknown`` if the files cannot be understood, as a warning says.
 
     ``copy_of`` is the name of the run whose folder this one is a copy of; None of a run that was launched here.
     ``top1`` is on the test split (a fraction): of the fine-tuned network, else of PAWS-NN, else of the baseline.
@@ -155,19 +157,22 @@ class _RunFiles:
         self.config = self._mapping("config.yaml")
         self.result = self._mapping("result.json")
         named = str(self.chain.get("name") or path.resolve().name)
-        self.copy_of = None if named in (path.name, path.resolve().name) else named
+        original, has_other_name = original_of(path, self.chain), named not in (path.name, path.resolve().name)
+        self.copy_of = named if has_other_name or original is not None else None
         if self.copy_of is not None:
             self.chain = {"created": self.chain.get("created")}  # the jobs are the original's
+            which = named if has_other_name else original
             self.warnings.append(
-                f"this is a copy of {named}, or was renamed by hand: `{program('runs')} rename` makes it a run"
+                f"this is a copy of {which}, or was renamed by hand: `{program('runs')} rename` makes it a run"
             )
         self.submitted: dict[str, dict[str, Any]] = {  # job → what its last submission says
             str(job["job"]): job | {"time": submission.get("time")}
-            for submission in self.chain.get("submissions", [])
-            for job in submission.get("jobs", [])
-            if isinstance(job, dict) and "job" in job
+            for submission in _objects(self.chain.get("submissions"))
+            for job in _objects(submission.get("jobs"))
+            if "job" in job
         }
-        stages = self.config.get("stages") or DEFAULT_STAGES
+        listed = self.config.get("stages")
+        stages = listed if isinstance(listed, list) and listed else DEFAULT_STAGES
         names = [name for stage in STAGES if stage in stages for name in self._jobs_of(stage)]
         begun = {file.parent.relative_to(path / "jobs").as_posix() for file in (path / "jobs").glob("**/start-*.json")}
         order = {stage: number for number, stage in enumerate(STAGES)}
@@ -225,7 +230,30 @@ class _RunFiles:
         return traces.read_progress(folder, **sizes)
 
 
+def _objects(value: object) -> list[dict[str, Any]]:
+    """The objects of a JSON list; whatever else stands there is passed over."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _top1(result: Mapping[str, Any]) -> float | None:
+    """The accuracy that heads a ``result.json``; None if there is none, or it is no number."""
+    test = result.get("test")
+    scores = [test[method] for method in _HEADLINES if method in test] if isinstance(test, dict) else []
+    top1 = scores[0].get("top1") if scores and isinstance(scores[0], dict) else None
+    return top1 if isinstance(top1, int | float) and not isinstance(top1, bool) else None
+
+
 def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:
+    """The state of one run; ``unknown``, with a warning, if its files hold values of other kinds than we write."""
+    try:
+        return _looked_at(run, slurm)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        fault = f"its files cannot be understood: {type(error).__name__}: {error}"
+        name, warnings = run.path.resolve().name, [*run.warnings, fault]
+        return RunOverview(name, run.copy_of, str(run.path), "unknown", None, None, None, [], warnings, None)
+
+
+def _looked_at(run: _RunFiles, slurm: _Slurm) -> RunOverview:
     jobs, warnings = [_job(run, name, slurm) for name in run.names], list(run.warnings)
     default = next((partition for partition in slurm.partitions.values() if partition.default), None)
     for job in jobs:
@@ -233,7 +261,7 @@ def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:
             facts = run.submitted.get(job.job, {})
             partition = slurm.partitions.get(facts["partition"]) if facts.get("partition") else default
             warnings += grace_warnings(job.job, job.progress, partition, slurm.settings, facts.get("notice_s"))
-    cancelled, scores = run.chain.get("cancelled"), run.result.get("test", {})
+    cancelled = run.chain.get("cancelled")
     return RunOverview(
         name=str(run.chain.get("name") or run.path.resolve().name),
         copy_of=run.copy_of,
@@ -241,7 +269,7 @@ def _overview(run: _RunFiles, slurm: _Slurm) -> RunOverview:
         state=_state_of_run({job.state for job in jobs}, cancelled=cancelled is not None),
         created=run.chain.get("created"),
         cancelled=cancelled,
-        top1=next((scores[method]["top1"] for method in _HEADLINES if method in scores), None),
+        top1=_top1(run.result),
         jobs=jobs,
         warnings=warnings,
         trouble=slurm.trouble if run.unfinished_ids else None,

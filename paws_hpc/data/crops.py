@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from paws_hpc.data.config import CenterCropConfig, CropConfig
 from paws_hpc.data.philox import Stream, uniform
+from paws_hpc.store.decode import check_aspect
 
 RATIO = (3 / 4, 4 / 3)  # least and greatest width/height
 ATTEMPTS = 10
@@ -200,7 +201,9 @@ def center_crop(pixels: NDArray[np.uint8], crop: CenterCropConfig) -> Tensor:
     """Resize the shorter side (antialiased bilinear), then take the central square: (H, W, C) uint8 to (C, s, s).
 
     Equal to torchvision's ``Resize(crop.resize)`` followed by ``CenterCrop(crop.size)``.
+    ValueError for an image so narrow that it would fill the memory.
     """
+    check_aspect(*pixels.shape[:2])
     image, size = as_tensor(pixels).permute(2, 0, 1)[None], crop.size
     height, width = image.shape[-2:]
     shorter = min(height, width)

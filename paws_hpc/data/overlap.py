@@ -5,7 +5,7 @@ Legend: N images of a store; n of one store are looked for among m of another.
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from paws_hpc.data.samplers import Positions
+from paws_hpc.data.splits import UNWRITABLE
 from paws_hpc.files import atomic_write
 from paws_hpc.progress import Progress
 from paws_hpc.store import ImageStore
 from paws_hpc.store.workers import in_order, slices, usable_cores
 
+_LOG = logging.getLogger(__name__)
 NEAR_BITS = 4
 """Of 128, in which near duplicates differ at most: JPEG of quality 50 or half the size change 1 (median) to 4."""
 _SHADES = 2  # of 255: smaller differences are noise
@@ -52,11 +54,12 @@ def fingerprints(store: ImageStore, folder: Path) -> NDArray[np.void]:
         RecordError: an image is damaged.
     """
     identity = store.manifest.checksum
-    path = (store.path if os.access(store.path, os.W_OK) else folder) / f"fingerprints-{identity[:16]}.bin"
-    with suppress(FileNotFoundError):
-        content = path.read_bytes()
-        if content[:_SUM_BYTES] == xxhash.xxh3_128_digest(identity.encode() + content[_SUM_BYTES:]):
-            return np.frombuffer(content, _FINGERPRINT, offset=_SUM_BYTES)
+    paths = [place / f"fingerprints-{identity[:16]}.bin" for place in (store.path, folder)]
+    for path in paths:
+        with suppress(FileNotFoundError):
+            content = path.read_bytes()
+            if content[:_SUM_BYTES] == xxhash.xxh3_128_digest(identity.encode() + content[_SUM_BYTES:]):
+                return np.frombuffer(content, _FINGERPRINT, offset=_SUM_BYTES)
     rows = np.empty(len(store), _FINGERPRINT)
 
     def compute(records: range) -> int:
@@ -67,9 +70,20 @@ def fingerprints(store: ImageStore, folder: Path) -> NDArray[np.void]:
     with ThreadPoolExecutor(usable_cores()) as pool, looking:
         for done in in_order(pool, compute, slices(len(store), _IMAGES_AT_ONCE)):
             looking.advance(done)
-    with atomic_write(path) as file:
-        file.write(xxhash.xxh3_128_digest(identity.encode() + rows.tobytes()) + rows.tobytes())
+    content = xxhash.xxh3_128_digest(identity.encode() + rows.tobytes()) + rows.tobytes()
+    try:
+        _write(paths[0], content)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        _LOG.info("%s cannot be written, so %s keeps the fingerprints of its images.", store.path, folder)
+        _write(paths[1], content)
     return rows
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _fingerprint(pixels: NDArray[np.uint8]) -> tuple[int, int, int]:

@@ -26,7 +26,8 @@ from paws_hpc.store import ImageStore
 _VERSION = 1
 _LABELLED, _VALIDATION, _FOLDS = 11, 12, 13  # so that the draws of one seed are independent
 _MOST_FOLDS = 4
-_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+"""Of a store that others share, where this user may write nothing: the run does without what would lie there."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -126,7 +127,7 @@ def _load_or_make(
     try:
         write_record(path, content | {"keys": list(split.keys)})
     except OSError as error:
-        if error.errno not in _READ_ONLY:
+        if error.errno not in UNWRITABLE:
             raise
         _LOG.info("%s cannot be written, so the split %s is made again at every start.", path.parent, name)
     return split

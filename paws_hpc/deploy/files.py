@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paws_hpc.command import printable
-from paws_hpc.data.config import CenterCropConfig
 from paws_hpc.packing.sources.imagefolder import flat_listing
 from paws_hpc.packing.standard import standard_pixels
 from paws_hpc.store import ImageStore
-from paws_hpc.store.decode import MAX_PIXELS
 
 
 def image_files(paths: Sequence[Path]) -> Iterator[Path]:
@@ -31,7 +29,7 @@ def image_files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from (path / key for key in flat_listing(path, None).keys)
 
 
-def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[np.uint8]:
+def read_image(path: Path, like: ImageStore) -> NDArray[np.uint8]:
     """Decode an image file as if it had been packed into ``like``.
 
     Returns:
@@ -39,15 +37,11 @@ def read_image(path: Path, like: ImageStore, crop: CenterCropConfig) -> NDArray[
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not a file, not an image, or would fill the memory when it is resized to ``crop``.
+        ValueError: it is not a file, or no image that a store takes.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a file")
-    pixels = standard_pixels(path.read_bytes(), like.manifest)
-    height, width = pixels.shape[:2]
-    if crop.resize**2 * max(height, width) / min(height, width) > MAX_PIXELS:
-        raise ValueError(f"it is {width} x {height} pixels, too narrow to be cropped")
-    return pixels
+    return standard_pixels(path.read_bytes(), like.manifest)
 
 
 def shown(path: Path) -> str:

@@ -113,7 +113,7 @@ class Predictor:
 
     def _read(self, path: Path) -> tuple[Path, Tensor] | Failure:
         try:
-            pixels = read_image(path, self._data.labelled_store, self._crop)
+            pixels = read_image(path, self._data.labelled_store)
             return path, center_crop(pixels, self._crop)
         except OSError as error:
             return Failure(path, error.strerror or str(error))

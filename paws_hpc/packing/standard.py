@@ -11,7 +11,7 @@ from importlib.metadata import version
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 try:
     import turbojpeg  # type: ignore[import-not-found]
@@ -19,7 +19,7 @@ except ImportError:  # it comes with the extra ``transcode``
     turbojpeg = None
 
 from paws_hpc.packing.jpeg import TooManyScansError, take_apart
-from paws_hpc.store.decode import DECODER_ERRORS, MAX_PIXELS, colour, decode_jpeg
+from paws_hpc.store.decode import DECODER_ERRORS, MAX_PIXELS, check_aspect, colour, decode_jpeg
 from paws_hpc.store.format import (
     FLAG_GREY,
     FLAG_MADE_BASELINE,
@@ -38,7 +38,6 @@ from paws_hpc.store.format import (
 _LONGEST_SIDE = 65_500
 QUALITY = 95
 """JPEG quality of images that are encoded anew, without chroma subsampling."""
-_SIXTEEN_BITS = "16-bit "
 _MOST_GROWTH = 8
 """Pixels may take so many times the bytes of their file. Files that compress better, such as line drawings, become PNG:
 those decode fast, and a shard does not grow out of all proportion (docs/benchmarks.md)."""
@@ -46,6 +45,8 @@ those decode fast, and a shard does not grow out of all proportion (docs/benchma
 # PIL knows more, of which EPS runs Ghostscript on what it is given, and others raise what nobody expects.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 _EIGHT_BIT_MODES = frozenset(("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"))
+_EXACT_MODES = _EIGHT_BIT_MODES - {"La", "RGBa", "CMYK", "YCbCr"}
+"""Of which conversion to grey or RGB keeps the pixels, but for transparency."""
 _TURNS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, "HFLIP"),
     3: (Image.Transpose.ROTATE_180, "ROT180"),
@@ -122,18 +123,17 @@ def standard_image(content: bytes, policy: ImagePolicy = ImagePolicy()) -> Stand
             raise
         except ValueError as error:
             flags, changed = FLAG_RECOVERED, f"JPEG with faults ({error})"
-    pixels, container, turned = _decode_with_pil(content)
-    flags |= FLAG_TURNED * turned
-    reason = f"{changed or container}{', turned upright' * turned}"
+    pixels, container, turned, loss = _decode_with_pil(content)
+    flags |= FLAG_TURNED * turned | FLAG_REENCODED * bool(loss)
+    reason = f"{changed or f'{loss} {container}'.lstrip()}{', turned upright' * turned}"
     lossy = is_jpeg or (container == "WEBP" and b"VP8L" not in content)
-    flags |= FLAG_REENCODED * container.startswith(_SIXTEEN_BITS)
     return from_pixels(pixels, reason, flags, policy, kept_from=len(content) * (policy.lossless and not lossy))
 
 
 def standard_pixels(content: bytes, like: Manifest) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) uint8, RGB, upright, that training would see of an image file, had it been packed.
 
-    A store of version 3 would encode a PNG file anew, at some loss, but for a raw one. Errors as in
+    A store of version 3 takes a PNG file as a JPEG, at some loss, unless it is a raw one. Errors as in
     :func:`standard_image`.
     """
     image = standard_image(content, ImagePolicy(like.packing.max_short_side, lossless=like.version > VERSIONS[0]))
@@ -157,6 +157,7 @@ def from_pixels(
     It is a JPEG of quality 95 and 4:4:4; or, without loss, pixels or a PNG of a source of ``kept_from`` bytes.
     """
     height, width, channels = pixels.shape
+    check_aspect(height, width)
     side = policy.max_short_side
     if side is not None and min(height, width) > side:
         scale = side / min(height, width)
@@ -184,6 +185,7 @@ def from_pixels(
 def _standard_jpeg(content: bytes, policy: ImagePolicy) -> StandardImage | str:
     """Keep a JPEG's coefficients; of one that cannot be kept, name what it is; ValueError if it has faults."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    check_aspect(height, width)
     if colours not in ("YCbCr", "RGB", *(["Gray"] if policy.lossless else [])):
         return f"{colours} JPEG"
     parts = take_apart(content)
@@ -230,22 +232,35 @@ def _transcoded(payload: bytes, operation: str) -> bytes:
     return result
 
 
-def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool]:
-    """Decode any image file to upright (H, W, 1 or 3) uint8; returns also its format and whether it was turned."""
+def _decode_with_pil(content: bytes) -> tuple[NDArray[np.uint8], str, bool, str]:
+    """Decode any image file to upright (H, W, 1 or 3) uint8.
+
+    Returns also its format, whether it was turned, and :func:`_beyond_eight_bits`.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            name = image.format or "unknown format"
+            name, loss = image.format or "unknown format", _beyond_eight_bits(image)
             upright = ImageOps.exif_transpose(image)
             turned = upright is not None and image.getexif().get(0x0112, 1) in _TURNS
             pixels = _eight_bits(upright)
-            name = _SIXTEEN_BITS * upright.mode.startswith("I;16") + name
-            return pixels.reshape(upright.height, upright.width, -1), name, turned
+            return pixels.reshape(upright.height, upright.width, -1), name, turned, loss
     except UnidentifiedImageError as error:  # whose message has an address in memory
         raise ValueError("it is not a readable image: its format is not known") from error
     except DECODER_ERRORS as error:
         raise ValueError(f"it is not a readable image: {error}") from error
+
+
+def _beyond_eight_bits(image: ImageFile.ImageFile) -> str:
+    """What keeps the pixels of an image that was just opened from being grey or RGB of 8 bits; empty if nothing does.
+
+    PIL reads colour of 16 bits as its high bytes: only what its decoders are to read tells.
+    """
+    for codec, _, _, arguments in image.tile:
+        if ";16" in str(arguments) or (codec == "ppm" and isinstance(arguments, tuple) and arguments[1] > 255):
+            return "16-bit"
+    return "" if image.mode in _EXACT_MODES else image.mode
 
 
 def _eight_bits(image: Image.Image) -> NDArray[np.uint8]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,16 @@ class RunFolder:
     def describe(self) -> dict[str, Any]:
         """``chain.json``; empty where the chain was not begun by the launcher."""
         return read_json(self.chain) if self.chain.exists() else {}
+
+
+def original_of(path: Path, chain: Mapping[str, Any]) -> Path | None:
+    """The folder that ``path`` is a copy of, by its ``chain.json``: where the run was, and is; None if it moved."""
+    place = Path(str(chain.get("folder") or path))
+    with suppress(OSError, ValueError):  # no run is there any more
+        there = RunFolder(place).describe()
+        if isinstance(there, dict) and there.get("id") == chain.get("id") and not place.samefile(path):
+            return place
+    return None
 
 
 def is_done(folder: Path) -> bool:

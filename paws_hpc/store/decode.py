@@ -15,6 +15,8 @@ from paws_hpc.store.format import FLAG_GREY, FLAG_PIXELS, FLAG_PNG
 
 MAX_PIXELS = 178_956_970
 """Pixels of the largest image that is decoded: where PIL, too, speaks of a decompression bomb."""
+MAX_ASPECT = 1_000
+"""Longer side over shorter one, at most: resized to a short side of 256, a narrower image would fill the memory."""
 DECODER_ERRORS = (
     OSError, SyntaxError, EOFError, struct.error, LookupError, TypeError, AttributeError, ArithmeticError,
     AssertionError, RuntimeError, Image.DecompressionBombError, Warning,
@@ -42,6 +44,12 @@ def decode_record(record: bytes | NDArray[np.uint8], *, flags: int, size: tuple[
         except DECODER_ERRORS as error:
             raise ValueError(f"it is not a readable PNG file: {error}") from error
     return decode_jpeg(record, size=size)
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Raise ValueError for an image narrower than :data:`MAX_ASPECT` allows."""
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(f"it is {width} x {height} pixels, too narrow to be cropped: at most {MAX_ASPECT:,} to 1")
 
 
 def colour(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,9 @@ DEFAULT_WORKERS = 4
 _LOG = logging.getLogger(__name__)
 _LEADER_NAME = ".leader"
 _COPY_NAME = re.compile(r"[0-9a-f]{32}")
-_COPIED = re.compile(r"shard-\d+\.h5|[\w.-]+\.json|\..+\.tmp|" + "|".join(map(re.escape, (INDEX_NAME, USERS_NAME))))
+_COPIED = re.compile(
+    r"shard-\d+\.h5|[\w.-]+\.json|fingerprints-\w+\.bin|\..+\.tmp|" + "|".join(map(re.escape, (INDEX_NAME, USERS_NAME)))
+)
 _MIB = 1 << 20
 _COPY_BYTES = 4 * _MIB
 _POLL_S = 0.2
@@ -120,7 +122,13 @@ def _copy(store: Path, folder: Path, *, workers: int, show_progress: bool, stop:
     """Make or complete a copy; the caller holds the lock."""
     started, manifest = time.monotonic(), read_manifest(store)
     path = folder / manifest.checksum[:32]
-    path.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        path.mkdir()
+    if not _is_copy(path):  # its name can be foretold, and whoever may write beside it could have put a link there
+        raise StoreError(
+            f"{path} is no copy that this user made, so it is neither read nor written. Remove it, or name another "
+            "folder, such as one with $USER in its path."
+        )
     (path / USERS_NAME).touch()  # also says when the copy was last used
     for temporary in path.glob(".*.tmp"):  # of a process that died
         temporary.unlink()
@@ -167,7 +175,10 @@ def _make_room(folder: Path, keep: Path, needed: int) -> list[Path]:
 
 
 def _is_copy(path: Path) -> bool:
-    """Whether a folder is a copy that this user made: nothing else is removed, whatever others put there."""
+    """Whether ``path`` is a copy that this user made: a real folder of theirs with known contents.
+
+    Only such folders are written, read and evicted.
+    """
     status = path.lstat()
     if not (_COPY_NAME.fullmatch(path.name) and stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()):
         return False

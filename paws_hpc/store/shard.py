@@ -211,16 +211,16 @@ def _attributes(file: h5py.File) -> dict[str, Any]:
 
 def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
     """Read everything but the records from an open shard."""
-    shape = attributes.get("shape")
+    shape = _whole_numbers(attributes, "shape", 3) if "shape" in attributes else None
     header = ShardHeader(
-        count=int(attributes["count"]),
+        count=_whole_numbers(attributes, "count")[0],
         uuid=str(attributes["uuid"]),
         encoding=attributes["encoding"],
-        shape=None if shape is None else (int(shape[0]), int(shape[1]), int(shape[2])),
+        shape=None if shape is None else (shape[0], shape[1], shape[2]),
         packer=str(attributes["packer"]),
         source_digest=str(attributes["source_digest"]),
         format=str(attributes["format"]),
-        version=int(attributes["version"]),
+        version=_whole_numbers(attributes, "version")[0],
     )
     index = ShardIndex(
         **{column: _column(file, f"index/{column}")[()].astype(kind) for column, kind in INDEX_COLUMNS.items()},
@@ -236,15 +236,25 @@ def _contents(file: h5py.File, attributes: dict[str, Any]) -> ShardContents:
     return ShardContents(header, index, None if offset is None else int(offset), int(data.size))
 
 
+def _whole_numbers(attributes: dict[str, Any], name: str, count: int = 1) -> list[int]:
+    """An attribute of ``count`` whole numbers; ValueError if it is anything else."""
+    value = np.asarray(attributes[name])
+    if value.dtype.kind not in "iu" or value.shape != (() if count == 1 else (count,)):
+        raise ValueError(f"attribute {name!r} is {attributes[name]!r}, not {count} whole numbers")
+    return [int(number) for number in value.flat]
+
+
 def _column(file: h5py.File, name: str) -> h5py.Dataset:
-    """Numbers of a shard, kept in its own file: nothing that claims to be large, or is in another file, is read."""
+    """A 1-d integer data set; external, virtual and oversized ones are refused before they are read."""
     found = file[name]
     if not isinstance(found, h5py.Dataset) or found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError(f"{name} is no list of whole numbers")
     if found.is_virtual or found.external or found.file.filename != file.filename:
         raise ValueError(f"{name} refers to another file, which no shard of ours does")
-    if found.nbytes > _MOST_EXPANSION * file.id.get_filesize():
-        raise ValueError(f"{name} claims to have {found.nbytes:,} bytes")
+    # HDF5 allocates whole chunks, which may be longer than a data set that can grow.
+    claimed = max(found.nbytes, found.dtype.itemsize * (found.chunks or (0,))[0])
+    if claimed > _MOST_EXPANSION * file.id.get_filesize():
+        raise ValueError(f"{name} claims to have {claimed:,} bytes")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -98,6 +99,29 @@ def test_removing_asks_on_a_terminal_and_nowhere_else(
     assert not path.exists()
 
 
+def test_a_removal_closes_its_lock_before_it_removes_it_and_goes_on_after_an_interruption(
+    begun: tuple[Config, RunFolder], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that is open, and its folder with it."""
+    path, unlink = begun[1].path, Path.unlink
+
+    def interrupted(file: Path, missing_ok: bool = False) -> None:
+        if file.name == ".lock":
+            with exclusive(file, busy="it is still open"):
+                raise OSError(errno.EBUSY, "Device or resource busy", str(file))
+        unlink(file, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        assert "Device or resource busy" in refusal(runs.main, capsys, "remove", "--yes", "run")
+    assert [file.name for file in path.iterdir()] == [".lock"]
+    (path / "thesis.txt").write_text("mine")
+    assert "There is no run" in refusal(runs.main, capsys, "remove", "--yes", "run")
+    (path / "thesis.txt").unlink()
+    assert runs.main(["remove", "--yes", "run"]) == 0
+    assert not path.exists()
+
+
 def test_links_are_not_followed_and_what_is_no_run_is_left_alone(
     begun: tuple[Config, RunFolder], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -138,6 +162,33 @@ def test_a_run_at_work_is_left_alone_and_a_killed_one_is_not(
     write_json(folder / "start-0001.json", start | {"pid": 2**22 + 1})  # beyond what Linux gives: it was killed
     assert runs.main(["remove", "--yes", "run"]) == 0
     assert not run.path.exists()
+
+
+def test_a_copy_of_the_same_name_in_another_folder_is_a_copy_and_a_moved_run_is_not(
+    begun: tuple[Config, RunFolder], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, run = begun
+    elsewhere = replace(config, runs=str(tmp_path / "elsewhere"))
+    copy = RunFolder(Path(shutil.copytree(run.path, tmp_path / "elsewhere" / "run")))
+    assert status.main(["--runs", "elsewhere", "run"]) == 0
+    assert f"this is a copy of {run.path.resolve()}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=rf"is a copy of the run {run.path.resolve()}, .* rename .*elsewhere/run run"):
+        check_begun(elsewhere, copy)
+    check_begun(config, run)
+    assert runs.main(["rename", "--runs", "elsewhere", "run", "run"]) == 0
+    check_begun(elsewhere, copy)
+    assert Chain.begin(copy, "run").id != Chain(run).id
+    shutil.rmtree(copy.path)
+    identity = Chain(run).id
+    (tmp_path / "linked").symlink_to(tmp_path / "runs")
+    check_begun(config, RunFolder(tmp_path / "linked" / "run"))
+    shutil.move(run.path, copy.path)
+    check_begun(elsewhere, copy)
+    assert Chain.begin(copy, "run").id == identity, "moved, it goes on as the run it was"
+    shutil.copytree(copy.path, run.path)
+    with pytest.raises(ConfigError, match="is a copy of the run"):  # also where it came from
+        check_begun(config, run)
+    check_begun(elsewhere, copy)
 
 
 def test_a_copy_shows_no_jobs_of_the_original_and_becomes_a_run_of_its_own(

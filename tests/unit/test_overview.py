@@ -145,6 +145,42 @@ def test_a_start_of_an_earlier_submission_says_nothing_of_this_one(run: Path) ->
     assert look(run).jobs[1].state == "submitted"
 
 
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        *(("result.json", {"test": test}) for test in (None, [], 3, "text", {"fine_tuned": []}, {"fine_tuned": None})),
+        *(("result.json", {"test": {"fine_tuned": {"top1": top1}}}) for top1 in (None, "0.9", [1], {}, True)),
+        *(("result.json", value) for value in ([], None, "text")),
+        *(
+            ("chain.json", {"name": "first", "id": "1", "submissions": made})
+            for made in (None, 3, [None], [{"jobs": 7}])
+        ),
+        *(("chain.json", {"name": value, "folder": value, "created": value}) for value in ([], {}, 3)),
+        (
+            "chain.json",
+            {"name": "first", "submissions": [{"jobs": [{"job": "pretrain", "job_id": [1], "partition": []}]}]},
+        ),
+        ("config.yaml", {"stages": 5}),
+        ("config.yaml", {"stages": [[], {}], "finetune": {"sweep": 3}, "pretrain": [1]}),
+        ("jobs/pretrain/start-0001.json", []),
+        ("jobs/pretrain/start-0001.json", {"attempt": "x", "began": 3}),
+        ("pretrain/checkpoints/step-00000001.json", []),
+        ("pretrain/metrics.jsonl", 3),
+    ],
+)
+def test_one_damaged_run_hides_no_other(
+    run: Path, capsys: pytest.CaptureFixture[str], file: str, value: object
+) -> None:
+    write_json(run.parent / "second" / "chain.json", {"name": "second", "id": "4567", "submissions": []})
+    write_json(run / file, value)
+    assert status.main(["--runs", str(run.parent)]) == 0
+    listed = capsys.readouterr().out.splitlines()[1:]
+    assert len(listed) >= 2
+    assert any(line.startswith("second") for line in listed)
+    assert status.main([str(run)]) == 0
+    assert status.main([str(run), "--json"]) == 0
+
+
 def test_markers_say_done_whatever_else_is_there(run: Path) -> None:
     write_attempt(run, "pretrain", how="failed")
     for marker in ("prepare/DONE", "pretrain/DONE", "result.json", "report/index.html"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,37 @@ def test_sixteen_bits_are_scaled_to_eight_over_the_full_scale_and_counted(kind: 
     image = standard_image(encoded(Image.fromarray(every), kind))
     assert np.array_equal(pixels_of(image)[..., 1], np.rint(every / 257))
     assert (image.flags, image.changed) == (FLAG_PIXELS | FLAG_GREY | FLAG_REENCODED, f"16-bit {kind}")
+
+
+def test_colour_that_eight_bits_of_rgb_cannot_hold_is_counted_as_a_loss() -> None:
+    """PIL itself cuts 16 bits of colour to their high bytes, and says nothing of it."""
+    tags = [(256, 2), (257, 2), (259, 1), (262, 2), (273, 134), (277, 3), (278, 2), (279, 24)]
+    entries = sorted([*((tag, 3, 1, value) for tag, value in tags), (258, 3, 3, 128)])
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    tiff = b"II*\0" + struct.pack("<I", 8) + directory + bytes(4)
+    sixteen, pixels = (16, 16, 16), bytes(range(24))
+    tiff = tiff.ljust(128, b"\0") + struct.pack("<3H", *sixteen) + pixels
+    row = b"\0" + bytes(range(12))
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(row + row)) + chunk(b"IEND", b"")
+    cmyk = encoded(tile(20, 30).convert("CMYK"), "TIFF")
+    files = {"16-bit TIFF": tiff, "16-bit PNG": png, "16-bit PPM": b"P6 2 2 65535\n" + pixels, "CMYK TIFF": cmyk}
+    for changed, content in files.items():
+        image = standard_image(content)
+        assert image.changed == changed
+        assert image.flags & FLAG_REENCODED
+    assert not standard_image(b"P6 2 2 255\n" + pixels[:12]).flags & FLAG_REENCODED
+
+
+@pytest.mark.parametrize("size", [(65_400, 1), (2, 2_001)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_too_narrow_to_be_cropped_is_not_packed(size: tuple[int, int], kind: str) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels, too narrow"):
+        standard_image(encoded(Image.new("RGB", size), kind))
 
 
 def test_a_misnamed_animation_gives_its_first_frame() -> None:

@@ -253,6 +253,24 @@ def _huge(file: h5py.File, elsewhere: Path) -> None:
     file.create_dataset("index/offset", (1 << 34,), "<u8", chunks=(1 << 16,), fillvalue=0)
 
 
+def _huge_chunk(file: h5py.File, elsewhere: Path) -> None:
+    kept = file["index/offset"][:]
+    del file["index/offset"]
+    file.create_dataset("index/offset", data=kept, chunks=(1 << 28,), maxshape=(None,), compression="gzip")
+
+
+def _shape_of_one(file: h5py.File, elsewhere: Path) -> None:
+    file.attrs["shape"] = 3
+
+
+def _shape_of_two(file: h5py.File, elsewhere: Path) -> None:
+    file.attrs["shape"] = [8, 8]
+
+
+def _endless(file: h5py.File, elsewhere: Path) -> None:
+    file.attrs["count"] = np.inf
+
+
 def _keys(file: h5py.File, elsewhere: Path) -> None:
     file["keys/offset"][1] = 1 << 40
 
@@ -281,6 +299,10 @@ HOSTILE = {
     _text: "keys/blob is no list of whole numbers",
     _short: "unequal lengths",
     _huge: "index/offset claims to have 137,438,953,472 bytes",
+    _huge_chunk: "index/offset claims to have 2,147,483,648 bytes",
+    _shape_of_one: "attribute 'shape' is .*3.*, not 3 whole numbers",
+    _shape_of_two: "attribute 'shape' is .*not 3 whole numbers",
+    _endless: "attribute 'count' is .*inf.*, not 1 whole numbers",
     _keys: "keys/offset does not divide keys/blob",
     _external_data: "data refers to another file",
     _virtual_data: "data refers to another file",

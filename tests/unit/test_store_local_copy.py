@@ -194,6 +194,30 @@ def test_only_copies_that_this_user_made_are_removed(
     assert all(path.read_text() == "mine" for path in planted.values())
 
 
+@pytest.mark.parametrize("planted", ["link", "link to nothing", "file", "folder of other things"])
+def test_what_others_put_where_a_copy_would_lie_is_neither_read_nor_written(
+    shared: Path, tmp_path: Path, planted: str
+) -> None:
+    place, precious = tmp_path / "local" / read_manifest(shared).checksum[:32], tmp_path / "precious"
+    place.parent.mkdir()
+    precious.mkdir()
+    (precious / ".draft.tmp").write_text("mine")
+    match planted:
+        case "link":
+            place.symlink_to(precious)
+        case "link to nothing":
+            place.symlink_to(tmp_path / "nowhere")
+        case "file":
+            place.write_text("mine")
+        case _:
+            shutil.copytree(precious, place)
+            (place / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is no copy that this user made"):
+        copy_store(shared, tmp_path / "local")
+    assert [path.name for path in precious.iterdir()] == [".draft.tmp"]
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_copies_of_other_users_are_left_alone(packed: Path) -> None:
     """As a shared /local is used: what may not be removed is no reason not to copy."""
     if os.geteuid() != 0:
