@@ -1,7 +1,7 @@
 """Files that are either whole or absent, and the checksums by which damage is noticed.
 
 What decides a result carries its own checksum, so that it can be moved and copied: a record (JSON) under ``checksum``,
-and tensors behind their last byte (:mod:`paws_hpc.engine.checkpoint`).
+YAML in its first line, and arrays and tensors in a seal behind their last byte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import xxhash
 import yaml  # type: ignore[import-untyped]
 
+SEAL = b"xxh3-128"
+_SEAL_BYTES = len(SEAL) + 16
 _CHECKSUM = "checksum"
 _YAML_CHECKSUM = "# checksum of what follows: "
 _MOST_YAML, _MOST_DEPTH = 1 << 20, 20  # bytes, and levels
@@ -142,6 +144,69 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is no text in UTF-8 ({error}). Save it so.") from error
 
 
+class UnsealedError(ValueError):
+    """A file has no checksum: it is cut off, damaged, or from an older version."""
+
+
+class Sealing:
+    """A file to write to, and the hash of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.hash, self._file = xxhash.xxh3_128(), file
+
+    def write(self, data: bytes) -> int:
+        """Append ``data``."""
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """Give what was written to the system."""
+        self._file.flush()
+
+
+@contextmanager
+def sealed_write(path: Path, *, fence: Callable[[], None] = lambda: None) -> Iterator[Sealing]:
+    """As :func:`atomic_write`, with a seal at the file's end: :data:`SEAL` and the xxh3 of what stands before.
+
+    The hash is of what the block writes, and the file is read back, so that a bit that flips on the way is noticed.
+    ``fence`` is called when all is on disk but nothing is visible yet; if it raises, ``path`` stays as it was.
+
+    Raises:
+        OSError: the folder cannot be written, the disk is full, or the file reads back otherwise; ``path`` is named.
+    """
+    with atomic_write(path) as file:
+        sealing = Sealing(file)
+        yield sealing
+        file.write(SEAL + sealing.hash.digest())
+        file.flush()
+        os.fsync(file.fileno())  # which may take long, so it comes before the fence
+        try:
+            sealed_digest(Path(file.name))
+        except ValueError as error:
+            raise OSError(errno.EIO, "it reads back otherwise than it was written", str(path)) from error
+        fence()
+
+
+def sealed_digest(path: Path) -> str:
+    """The checksum of what :func:`sealed_write` wrote, which fits its bytes (32 hexadecimal digits).
+
+    Raises:
+        UnsealedError: it does not end in a seal.
+        ValueError: the seal does not fit.
+    """
+    found, left = xxhash.xxh3_128(), path.stat().st_size - _SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 8 << 20))):
+            found.update(block)
+            left -= len(block)
+        seal = file.read()
+    if not seal.startswith(SEAL):
+        raise UnsealedError(f"{path} is cut off, or from an older version: it has no checksum. Make it anew.")
+    if seal != SEAL + found.digest():
+        raise ValueError(f"{path} is damaged: it does not fit its checksum. Restore it or make it anew.")
+    return found.hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_write(path) as file:
@@ -189,7 +254,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """Read what :func:`write_record` wrote, without its checksum; errors as of :func:`read_json`."""
     value, is_record = _read(path)
     if not is_record:
-        raise ValueError(f"{path} has no checksum: it is damaged or from an older version. Remove it and run again.")
+        raise UnsealedError(f"{path} has no checksum: it is damaged or from an older version. Remove it and run again.")
     return dict(value)
 
 

@@ -6,6 +6,7 @@ Legend: N images, S the side of the evaluation crop, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from paws_hpc.packing.standard import image_pixels
 from paws_hpc.report.run_record import read_run
 from paws_hpc.stages.run_data import RunData, open_data
 from paws_hpc.stages.run_folder import RunFolder, find_run, is_done
-from paws_hpc.store.format import MANIFEST_NAME, read_manifest
+from paws_hpc.store.format import MANIFEST_NAME, StoreError, read_manifest
 
 
 class Embeddings(NamedTuple):
@@ -57,26 +58,40 @@ def load_run(name: str, runs: Path | str = "runs", stores: Path | str | None = N
     return FinishedRun(run, read_config(run.config), None if stores is None else Path(stores))
 
 
-def _found(config: Config, run: RunFolder, folder: Path | None) -> DataConfig:
-    """Where the stores of a run are now; FileNotFoundError if one is nowhere."""
-    launched, below = run.path.resolve().parent, Path(config.runs)
-    if not below.is_absolute():
-        launched = [launched, *launched.parents][len(below.parts)]
-    moved = folder.glob(f"**/{MANIFEST_NAME}") if folder is not None else ()
-    by_digest = {read_manifest(path.parent).digest: path.parent for path in moved}
+def stores_of(run: RunFolder, config: Config, folder: Path | None = None) -> DataConfig:
+    """Where the stores of a run are now: at their paths from here or from where it was launched, or below ``folder``.
+
+    A store at such a place counts only if it has the digest of the one that the run was prepared with.
+
+    Raises:
+        FileNotFoundError: one is nowhere.
+    """
     digests = read_record(run.prepare / "DONE")["digests"] if is_done(run.prepare) else {}
+    launched, below = run.path.resolve().parent, () if Path(config.runs).is_absolute() else Path(config.runs).parts
+    here = [Path()]
+    if below and launched.parts[-len(below) :] == below:  # a relative path, and nobody moved the run
+        here.append(launched.parents[len(below) - 1])
+    moved = [path.parent for path in folder.expanduser().glob(f"**/{MANIFEST_NAME}")] if folder is not None else []
     found = replace(config.data)
     for subset, path in config.data.stores.items():
-        digest = str(digests.get("labelled_store" if subset == "labelled" else subset))
-        choices = (by_digest.get(digest, Path(path)), Path(path), launched / path)
-        place = next((choice for choice in choices if (choice / MANIFEST_NAME).exists()), None)
+        digest = digests.get("labelled_store" if subset == "labelled" else subset)
+        places = [*(place / path for place in here), *moved]
+        place = next((place for place in places if _has_digest(place, digest)), None)
         if place is None:
+            looked = " nor ".join(f"from {each.resolve()}" for each in here)
             raise FileNotFoundError(
-                f"{run.path} was made from data.{subset}={path}, and there is no such store, neither from here nor "
-                f"from {launched}, where it was launched. Name the folder below which it is now with --stores."
+                f"{run.path} was made from data.{subset}={path}, and that store is not there {looked}, or is another "
+                "by now. Name the folder below which it is with --stores."
             )
         setattr(found, subset, str(place))
     return found
+
+
+def _has_digest(store: Path, digest: str | None) -> bool:
+    """Whether there is a store with this digest, or with any where the run has not noted one."""
+    with suppress(StoreError):
+        return read_manifest(store).digest == digest or digest is None
+    return False
 
 
 class FinishedRun:
@@ -92,7 +107,7 @@ class FinishedRun:
     @cached_property
     def data(self) -> RunData:
         """The stores and splits."""
-        return open_data(replace(self.config, data=_found(self.config, self.folder, self._stores)))
+        return open_data(replace(self.config, data=stores_of(self.folder, self.config, self._stores)))
 
     @property
     def classes(self) -> tuple[str, ...]:

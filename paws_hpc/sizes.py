@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+"""In the names of what nobody else should read."""
+
+_FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:([^},]*)")
+_PATHS = ("runs", "data", "labels", "model")  # sections with folders and files
 
 
 def check_texts(fields: Mapping[str, Any]) -> None:
@@ -13,12 +21,21 @@ def check_texts(fields: Mapping[str, Any]) -> None:
     """
     for field, value in fields.items():
         for text in (field, *(value if isinstance(value, list | tuple) else (value,))):
-            if isinstance(text, str) and not text.isprintable():
-                raise ValueError(
-                    f"{field}={text!r} has a line break or another character that is not printed: remove it."
-                )
-            if isinstance(text, str) and text.startswith("~"):
+            if not isinstance(text, str):
+                continue
+            if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
+                raise ValueError(f"{field}={text!r} has a line break or another control character: remove it.")
+            if text.startswith("~") and field.partition(".")[0] in _PATHS:
                 raise ValueError(f"{field}={text}: ~ is not your home here. Write the folder's whole path, or $HOME.")
+            if "${" in text and not field.startswith("hydra."):  # Hydra's own stand for its folders
+                raise ValueError(f"{field}={text} has braces that stand for a value here. Write $NAME without them.")
+
+
+def check_no_secret(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError if a field, as it is written, takes a secret from the environment: it would be kept and sent."""
+    for field, value in fields.items():
+        if (found := _FROM_ENVIRONMENT.search(str(value))) and SECRET.search(found.group(1)):
+            raise ValueError(f"{field}={value} would write a secret into the run's files. Leave it in the environment.")
 
 
 def check_divides(total: int, ranks: int, *, name: str, accumulate_steps: int = 1) -> None:

@@ -25,11 +25,12 @@ import paws_hpc
 from paws_hpc.cluster.frozen import ConfigError, explain, to_config
 from paws_hpc.cluster.resources import Launcher, resolve, stage_parameters
 from paws_hpc.command import program
-from paws_hpc.config import Config
+from paws_hpc.config import Config, flatten
 from paws_hpc.files import yaml_fault
 from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.own_images import Derived, derived, is_own
 from paws_hpc.renamed import renamed
+from paws_hpc.sizes import check_no_secret
 from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _IN_EVERY_NAME = ("experiment", "seed")
@@ -154,6 +155,8 @@ def compose_run(overrides: Sequence[str]) -> tuple[Config, Launcher]:
         overrides = [_OPEN.sub(r"++\1", override) for override in everything]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides, return_hydra_config=True)
+        written = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False))
+        check_no_secret(flatten(written | {"hydra": {"launcher": written["hydra"]["launcher"]}}))
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in conf/ asks there
         with open_dict(composed):
             del composed["hydra"]

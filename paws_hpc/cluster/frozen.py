@@ -15,12 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paws_hpc.command import program
 from paws_hpc.config import Config, flatten, identity
-from paws_hpc.files import read_yaml, read_yaml_text, write_yaml_text
+from paws_hpc.files import read_yaml, write_yaml_text
 from paws_hpc.objective.config import objective_config
 from paws_hpc.renamed import did_you_mean, renamed
 from paws_hpc.stage_table import SWEEPS
-
-_SECRET = re.compile(r"\$\{oc\.env:[^}]*(KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -34,11 +32,9 @@ def to_config(composed: Any) -> Config:
         ConfigError: an unknown field (the nearest known one is named), a wrong type, or a value out of range.
     """
     plain: Any = OmegaConf.to_container(OmegaConf.create(composed))
-    for key, value in flatten(plain).items():
+    for key in flatten(plain):
         if (refusal := renamed(key)) is not None:
             raise ConfigError(refusal)
-        if _SECRET.search(str(value)):
-            raise ConfigError(f"{key}={value} would write a secret into the run's files. Leave it in the environment.")
     try:
         composed = OmegaConf.create(composed)
         name = OmegaConf.select(composed, "objective.name", default=Config().objective.name)
@@ -74,7 +70,10 @@ def explain(error: BaseException) -> str:
         return f"{absent.group(1)}={absent.group(2)} does not exist. {meant}{listed}"
     reason = str(chain).splitlines()[0].rstrip(".")
     if override := getattr(error, "override", None):
-        return f"{override!r} is no FIELD=VALUE, such as pretrain.epochs=3. Mind the shell: quote brackets and spaces."
+        return (
+            f"{override!r} is no FIELD=VALUE, such as pretrain.epochs=3. Mind the shell: quote brackets and spaces, "
+            "and other letters than English ones twice: \"name='größe'\"."
+        )
     wanted = next((words for sign, words in _WANTED.items() if re.search(sign, reason)), None)
     if field and wanted:
         value = re.search(r"value: (.*)$", reason)
@@ -147,11 +146,8 @@ def freeze(config: Config, path: Path) -> None:
 
 
 def rename_frozen(path: Path, name: str) -> None:
-    """Change the run's name in a frozen config; all else stays to the byte, whatever version wrote it."""
-    text = re.sub(r"\A#.*\n", "", read_yaml_text(path))  # the checksum
-    write_yaml_text(
-        path, re.sub(r"^name: .*$", lambda _: f"name: {json.dumps(name)}", text, count=1, flags=re.MULTILINE)
-    )
+    """Change the run's name in a frozen config; all else stays, whatever version wrote it."""
+    write_yaml_text(path, OmegaConf.to_yaml(read_yaml(path) | {"name": name}))
 
 
 def check_frozen(config: Config, path: Path) -> None:

@@ -30,7 +30,8 @@ def resolve(config: Config, launcher: Launcher) -> Config:
     Stages of a single task do not take the launcher's nodes, tasks and GPUs: they have one node, one task, and at
     most one GPU.
     """
-    check_texts({f"hydra.launcher.{name}": value for name, value in flatten(dict(launcher)).items()})
+    fields = {name: value for name, value in launcher.items() if name != "setup"}  # lines of shell, as they are
+    check_texts({f"hydra.launcher.{name}": value for name, value in flatten(fields).items()})
     stages = {}
     for stage, row in STAGES.items():
         own = config.resources[stage]

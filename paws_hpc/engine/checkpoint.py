@@ -4,8 +4,7 @@ A checkpoint is two files: ``step-00001234.pt`` (tensors and plain values, read 
 after it, ``step-00001234.json`` with its checksum and the identity of the experiment. Without a fitting second file the
 first one counts as damaged. Nothing that is read can execute anything.
 
-Every file of tensors ends in :data:`SEAL` and the 16 bytes of the xxh3 of what stands before, which ``torch.load``
-passes over. It is taken of what torch writes, so that what the disk or the memory changes later does not fit.
+Every file of tensors is sealed (:func:`paws_hpc.files.sealed_write`); ``torch.load`` passes over the seal.
 
 Training stands still only while its state is copied to host memory: a thread writes the copy.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -26,17 +24,13 @@ from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
-import xxhash
 
 from paws_hpc import distributed
 from paws_hpc.engine.hostcopy import HostCopy
 from paws_hpc.engine.preemption import UNATTENDED
-from paws_hpc.files import atomic_write, make_folder, read_record, write_record
+from paws_hpc.files import UnsealedError, make_folder, read_record, sealed_digest, sealed_write, write_record
 
 _LOG = logging.getLogger(__name__)
-
-SEAL = b"xxh3-128"
-_SEAL_BYTES = len(SEAL) + 16
 
 
 @dataclass(frozen=True)
@@ -205,7 +199,11 @@ class CheckpointFolder:
             weights = self._weights(step)
             try:
                 check_checkpoint(weights)
-            except ValueError as fault:
+            except UnsealedError:
+                raise  # of an older version: to train anew in its place would lose it
+            except (OSError, ValueError) as fault:
+                if isinstance(fault, OSError) and fault.errno != errno.EIO:
+                    raise  # nothing is wrong with the file
                 _LOG.warning("%s is passed over: %s", weights, fault)
             else:
                 return step
@@ -227,27 +225,25 @@ class CheckpointFolder:
 
 
 def check_checkpoint(weights: Path) -> None:
-    """Raise ValueError unless a checkpoint is whole and its ``.json`` is its own."""
+    """Raise ValueError unless a checkpoint is whole and its ``.json`` is its own.
+
+    Raises:
+        UnsealedError: neither has a checksum: an older version wrote them.
+        ValueError: anything else.
+    """
     try:
         record = read_record(weights.with_suffix(".json"))
     except FileNotFoundError as error:
         raise ValueError("its .json is missing, so writing it was interrupted.") from error
-    if record["xxh3_128"] != checked_digest(weights):
+    except UnsealedError as error:
+        sealed_digest(weights)
+        raise ValueError(str(error)) from error
+    try:
+        digest = sealed_digest(weights)
+    except UnsealedError as error:
+        raise ValueError(str(error)) from error
+    if record["xxh3_128"] != digest:
         raise ValueError(f"{weights.with_suffix('.json')} belongs to another file.")
-
-
-class _Hashing:
-    """A file to write to, and the hash of what was written."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.hash, self._file = xxhash.xxh3_128(), file
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTENDED.fence) -> str:
@@ -262,42 +258,14 @@ def save_tensors(path: Path, value: Any, *, fence: Callable[[], None] = UNATTEND
         OSError: the folder cannot be written, the disk is full, or what was written reads back otherwise; ``path`` is
             named.
     """
-    with atomic_write(path) as file:
-        hashing = _Hashing(file)
+    with sealed_write(path, fence=fence) as file:
         try:
-            torch.save(value, cast("BinaryIO", hashing))
+            torch.save(value, cast("BinaryIO", file))
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # torch hides the disk's error behind "unexpected pos"
                 raise error.__context__ from error
             raise
-        file.write(SEAL + hashing.hash.digest())
-        file.flush()
-        os.fsync(file.fileno())  # which may take long, so it comes before the fence
-        try:
-            checked_digest(Path(file.name))
-        except ValueError as error:
-            raise OSError(errno.EIO, "it reads back otherwise than it was written", str(path)) from error
-        fence()
-    return hashing.hash.hexdigest()
-
-
-def checked_digest(path: Path) -> str:
-    """The checksum of what :func:`save_tensors` wrote, which fits its bytes.
-
-    Raises:
-        ValueError: it does not, or there is none; the file is named.
-    """
-    found, left = xxhash.xxh3_128(), path.stat().st_size - _SEAL_BYTES
-    with open(path, "rb") as file:
-        while left > 0 and (block := file.read(min(left, 8 << 20))):
-            found.update(block)
-            left -= len(block)
-        seal = file.read()
-    if not seal.startswith(SEAL):
-        raise ValueError(f"{path} is cut off, or from an older version: it does not end in a checksum. Make it anew.")
-    if seal != SEAL + found.digest():
-        raise ValueError(f"{path} is damaged: it does not fit its checksum. Restore it or make it anew.")
-    return found.hexdigest()
+    return file.hash.hexdigest()
 
 
 def load_tensors(path: Path, device: torch.device) -> Any:
@@ -307,7 +275,7 @@ def load_tensors(path: Path, device: torch.device) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: it does not fit its checksum; or see :func:`load_foreign`.
     """
-    checked_digest(path)
+    sealed_digest(path)
     return load_foreign(path, device)
 
 

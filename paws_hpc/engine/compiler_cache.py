@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
@@ -83,21 +84,27 @@ def _unpack(kept: Path, folder: Path) -> None:
     if not kept.exists():
         return
     try:
-        check_kept(kept)
+        _check_usable(kept)
         with tarfile.open(kept) as archive:
             archive.extractall(folder, filter="data")
     except (OSError, ValueError, LookupError, TypeError, tarfile.TarError) as error:
         _LOG.warning("%s is not used, and what it held is compiled anew: %s", kept, error)
 
 
-def check_kept(kept: Path) -> None:
+def check_whole(kept: Path) -> dict[str, Any]:
+    """Raise ValueError or OSError unless the tar is whole; returns its record."""
+    record = read_record(kept.with_suffix(".json"))
+    if record["xxh3_128"] != file_hash(kept):
+        raise ValueError("its checksum is another one")
+    return record
+
+
+def _check_usable(kept: Path) -> None:
     """Raise ValueError or OSError unless the tar is whole, of this user and these versions."""
     if (owner := kept.stat().st_uid) != os.getuid():
         remedy = "start the run as its owner, and where a container or file system maps users, without that mapping"
         raise ValueError(f"its owner is user {owner}, not {os.getuid()}: {remedy}")
-    record = read_record(kept.with_suffix(".json"))
-    if record["xxh3_128"] != file_hash(kept):
-        raise ValueError("its checksum is another one")
+    record = check_whole(kept)
     for name, here in _versions().items():
         if record[name] != here:
             raise ValueError(f"it was made by {name} {record[name]}, not {here}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -99,25 +97,12 @@ def parse_rows(path: Path) -> tuple[list[Row], bool]:
             if last:
                 return rows, True
             raise ValueError(f"{path}, line {number} is not JSON ({error}). {remedy}") from error
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             if last:
                 return rows, True
-            raise ValueError(f"{path}, line {number} is not a JSON object but {line.decode()}. {remedy}")
+            raise ValueError(f"{path}, line {number} is not an object with a step, but {line.decode()}. {remedy}")
         rows.append(row)
     return rows, False
-
-
-def check_rows(path: Path) -> None:
-    """Raise ValueError where a ``metrics.jsonl`` is no rows, or lacks some between others.
-
-    Rows come every so many steps, and some between them: a gap that is larger than all that occur twice is a hole.
-    """
-    steps = sorted({row["step"] for row in read_rows(path)})
-    gaps = Counter(after - before for before, after in pairwise(steps))
-    usual = max((gap for gap, count in gaps.items() if count > 1), default=math.inf)
-    for before, after in pairwise(steps):
-        if after - before > usual:
-            raise ValueError(f"{path} has no rows between the steps {before} and {after}.")
 
 
 class Trackers(Tracker):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from paws_hpc.config import Identity, flatten
 from paws_hpc.engine.tracking import Row, parse_rows
 from paws_hpc.exhibits import Exhibit, read_exhibits
-from paws_hpc.files import read_json, read_yaml
+from paws_hpc.files import read_json, read_yaml, sealed_digest
 from paws_hpc.stage_table import STAGES
 from paws_hpc.stages.attempts import first_failure, log_of, read_attempts, stage_state
 from paws_hpc.trial import Trial
@@ -124,11 +123,9 @@ class RunRecord:
         path = self.folder / "selection" / "predictions.npz"
         if not self.result or not path.exists():
             return {}
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return {name: file[name] == file["labels"] for name in file.files if name != "labels"}
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}). Restore it, or remove it to compare without.") from error
+        sealed_digest(path)
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] == file["labels"] for name in file.files if name != "labels"}
 
     def failures(self, stage: str) -> list[str]:
         """What the jobs of a stage that failed said, and where their logs are."""

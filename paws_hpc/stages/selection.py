@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from paws_hpc.data.streams import EvaluationSet
 from paws_hpc.engine.evaluate import forward_set, score
 from paws_hpc.engine.probes import Probe
 from paws_hpc.engine.tracking import MetricsFile, read_rows
-from paws_hpc.files import atomic_write, file_hash, read_record, write_record
+from paws_hpc.files import file_hash, read_record, sealed_write, write_record
 from paws_hpc.models.encoder import Encoder
 from paws_hpc.stages.context import TorchContext
 from paws_hpc.stages.gallery import write_gallery
@@ -160,8 +161,10 @@ def _score(
         guesses: dict[str, Any] = {
             method: values.argmax(dim=1).numpy().astype(kind) for method, values in predictions.items()
         }
-        with atomic_write(run.selection / "predictions.npz") as file:  # in the order of the test store
-            np.savez_compressed(file, labels=test.labels.numpy().astype(kind), **guesses)
+        content = io.BytesIO()
+        np.savez_compressed(content, labels=test.labels.numpy().astype(kind), **guesses)  # in the test store's order
+        with sealed_write(run.selection / "predictions.npz") as file:
+            file.write(content.getvalue())
     return {
         method: {**asdict(score(values, test.labels)), **settings.get(method, {})}
         for method, values in predictions.items()

@@ -14,6 +14,7 @@ from paws_hpc.engine.console import ProgressTracker
 from paws_hpc.engine.event_file import TensorboardTracker
 from paws_hpc.engine.tracking import MetricsFile, Tracker, Trackers
 from paws_hpc.engine.wandb_run import WandbTracker
+from paws_hpc.sizes import SECRET
 from paws_hpc.stages.catalogue import catalogue
 from paws_hpc.stages.run_folder import RunFolder
 from paws_hpc.trial import Trial
@@ -21,7 +22,6 @@ from paws_hpc.trial import Trial
 _MACHINE = ("nodes", "tasks_per_node", "threads_per_rank", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
 _HOME = re.compile(r"/(?:home|Users)/[^/\s:;,'\"]+")  # of other users
 _WORD = re.compile(r"(?!file:)\w+://[^\s'\",;]*|[^\s'\",;:=()<>|\[\]]+")  # a URL, or what may be a path
-_SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 
 
 def open_trackers(
@@ -45,14 +45,12 @@ def open_trackers(
     if not distributed.is_main():
         return Tracker()
     metrics = folder / "metrics.jsonl"
-    trackers: list[Tracker] = [
-        MetricsFile(metrics, resume_step=start, awaits_validation=awaits_validation),
-        ProgressTracker(job, total_steps=total_steps, start=start),
-    ]
+    trackers: list[Tracker] = [MetricsFile(metrics, resume_step=start, awaits_validation=awaits_validation)]
     if config.tracking.tensorboard:
         trackers.append(TensorboardTracker(folder / "tensorboard", metrics=metrics))
     if is_watched(config):
         trackers.append(watch(config, run, folder, job=job, used=used, made=made))
+    trackers.append(ProgressTracker(job, total_steps=total_steps, start=start))  # last: it takes the terminal
     return Trackers(*trackers)
 
 
@@ -111,7 +109,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def _public(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items() if not _SECRET.search(str(key))}
+        return {key: _public(item) for key, item in value.items() if not SECRET.search(str(key))}
     if isinstance(value, list):
         return [_public(item) for item in value]
     return _without_folders(value) if isinstance(value, str) else value

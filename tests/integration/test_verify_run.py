@@ -15,7 +15,7 @@ import torch
 from paws_hpc import verify
 from paws_hpc.cluster.snapshot import take_snapshot
 from paws_hpc.engine.compiler_cache import compiler_cache
-from paws_hpc.files import write_record
+from paws_hpc.files import read_record, write_record
 from paws_hpc.store.format import MANIFEST_NAME
 from tests.conftest import Stores
 from tests.finished import trained_run
@@ -48,7 +48,7 @@ def test_a_whole_run_is_whole(run: Path, verified) -> None:
     status, out = verified("--deep")
     assert status == 0, out
     assert out.endswith(f"{run}: no faults\n")
-    kinds = {check.kind for check in verify.CHECKS} - {"references"}  # without a stage calibrate
+    kinds = {check.kind for check in verify.CHECKS} - {"attempt"}  # without a launch
     assert all(f" {kind}" in out for kind in {*kinds, "store train", "store test", "splits"})
 
 
@@ -76,22 +76,47 @@ def test_one_flipped_bit_in_any_file_of_a_run_or_its_stores_is_found_and_named(r
     assert verified()[0] == 0
 
 
-def test_a_hole_in_the_curves_and_images_of_another_store_are_found(run: Path, verified) -> None:
-    path = run / "pretrain" / "metrics.jsonl"
-    whole = path.read_text()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    steps = sorted({row["step"] for row in rows})
-    middle = steps[len(steps) // 2]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] != middle))
+MISSING = {
+    "selected.json": "result.json is there",
+    "tuned.pt": "selected.json has its score",
+    "finetune/*/best.pt": "DONE is there",
+    "finetune/*/result.json": "DONE is there",
+    "pretrain/checkpoints/*.pt": "DONE is there",
+    "config.yaml": "every run has it",
+}
+
+
+@pytest.mark.parametrize("pattern", MISSING)
+def test_a_file_that_others_say_is_there_is_missed(run: Path, verified, pattern: str) -> None:
+    path = sorted(run.glob(pattern))[-1]
+    whole = path.read_bytes()
+    path.unlink()
     status, out = verified()
-    path.write_text(whole)
-    assert (status, out.count("FAULT")) == (1, 1)
-    assert "has no rows between the steps" in out
+    path.write_bytes(whole)
+    assert status == 1
+    assert f"FAULT missing: {path} is missing, though" in out
+    assert MISSING[pattern] in out
+
+
+def test_splits_and_stores_other_than_the_runs_are_found(run: Path, verified) -> None:
     done = run / "prepare" / "DONE"
     kept = done.read_bytes()
-    digests = json.loads(kept)["digests"]
-    write_record(done, {"digests": digests | {"test": "0" * 64}})
+    for name, found in (("labelled", "labelled is not what the run was prepared with"), ("test", "data.test=")):
+        digests = json.loads(kept)["digests"]
+        write_record(done, {"digests": digests | {name: "0" * 64}})
+        status, out = verified()
+        done.write_bytes(kept)
+        assert status == 1
+        assert found in out
+
+
+def test_a_run_is_whole_from_anywhere_and_with_what_another_version_compiled(
+    run: Path, verified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (kept,) = run.glob("compiled/*.json")
+    before = kept.read_bytes()
+    write_record(kept, read_record(kept) | {"torch": "2.0"})
     status, out = verified()
-    done.write_bytes(kept)
-    assert status == 1
-    assert "holds other images than the run was made from (digest.test)" in out
+    kept.write_bytes(before)
+    assert status == 0, out

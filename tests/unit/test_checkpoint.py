@@ -24,7 +24,7 @@ import torch
 
 from paws_hpc.distributed import OtherRankError
 from paws_hpc.engine.checkpoint import CheckpointFolder, load_tensors, save_tensors
-from paws_hpc.files import read_record, write_record
+from paws_hpc.files import file_hash, read_record, write_json, write_record
 from tests.ranks import results_of, run_on_ranks
 
 CPU = torch.device("cpu")
@@ -208,6 +208,15 @@ def test_a_network_with_any_flipped_bit_or_cut_anywhere_is_refused_by_name(tmp_p
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"best\.pt is (damaged|cut off)"):
             load_tensors(path, CPU)
+
+
+def test_checkpoints_of_an_older_version_are_not_trained_over(tmp_path: Path) -> None:
+    torch.save(state(7), tmp_path / "step-00000007.pt")
+    record = {"step": 7, "identity": IDENTITY, "seconds": 1.0, "xxh3_128": file_hash(tmp_path / "step-00000007.pt")}
+    write_json(tmp_path / "step-00000007.json", record)
+    with pytest.raises(ValueError, match=r"step-00000007\.pt is cut off, or from an older version"):
+        folder(tmp_path).newest(CPU)
+    assert names(tmp_path) == ["step-00000007.json", "step-00000007.pt"]
 
 
 def test_a_bit_that_flips_while_a_checkpoint_is_written_is_noticed_then(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from paws_hpc.cluster.frozen import ConfigError, freeze, read_config, to_config
+from paws_hpc.cluster.compose import compose_run
+from paws_hpc.cluster.frozen import ConfigError, freeze, read_config, rename_frozen
+from paws_hpc.cluster.resources import resolve
 from paws_hpc.config import Config, StageResources, identity
 from paws_hpc.data.config import CropConfig, DataConfig, LabelsConfig, ViewsConfig
 from paws_hpc.engine.config import (
@@ -113,6 +115,7 @@ BAD: dict[str, Callable[[], Any]] = {
     r"tracking.tags: 'a{65}' must have 1 to 64": lambda: TrackingConfig(tags=["digits", "a" * 65]),
     r"name='a%u' must be a folder name": lambda: Config(name="a%u"),
     r"runs=~/runs: ~ is not your home": lambda: Config(runs="~/runs"),
+    r"data.copy_to=\$\{TMPDIR\}/x has braces": lambda: Config(data=DataConfig(copy_to="${TMPDIR}/x")),
     r"name='a\\n#SBATCH --qos=x' has a line break": lambda: Config(name="a\n#SBATCH --qos=x"),
     r"resources.pretrain.additional_parameters.comment='a\\n.* has a line break": lambda: Config(
         resources={"pretrain": StageResources(additional_parameters={"comment": "a\ntouch x"})}
@@ -178,7 +181,38 @@ def test_a_frozen_config_with_a_flipped_bit_is_refused_or_the_same(tmp_path: Pat
             read_config(path)
 
 
-def test_a_launch_takes_no_secret_from_the_environment_into_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    with pytest.raises(ConfigError, match=r"name=\$\{oc.env:WANDB_API_KEY\} would write a secret"):
-        to_config({"name": "${oc.env:WANDB_API_KEY}"})
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.name=${oc.env:WANDB_API_KEY}",
+        "hydra.launcher.setup=['export X=${oc.env:HF_TOKEN}']",
+        "tracking.tags=['${oc.env:DB_PASSWORD,none}']",
+    ],
+)
+def test_a_launch_takes_no_secret_from_the_environment_into_its_config(
+    monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD"):
+        monkeypatch.setenv(name, "0123456789abcdef")
+    with pytest.raises(ValueError, match="would write a secret into the run's files") as caught:
+        compose_run(["hydra/launcher=submitit_slurm", override])
+    assert "0123456789abcdef" not in str(caught.value)
+
+
+def test_texts_that_people_use_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of folders in any script, with the blanks that systems put in, and lines of shell."""
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    setup = "hydra.launcher.setup=['~/bin/x.sh', \"if true; then\\n\\tmodule load cuda\\nfi\"]"
+    config, launcher = compose_run([
+        "hydra/launcher=submitit_slurm", "name='größe'", "data.train='写真　2024/Bildschirmfoto\u202fx'", setup,
+        "runs=${oc.env:SCRATCH}/runs", "data.copy_to=$TMPDIR", "tracking.tags=['~new']",
+    ])  # fmt: skip
+    resolve(config, launcher)
+    assert config.runs == "/scratch/runs"
+
+
+def test_renaming_keeps_every_value(tmp_path: Path) -> None:
+    path, config = tmp_path / "config.yaml", Config(name="a " * 60 + "z")
+    freeze(config, path)
+    rename_frozen(path, "b " * 60 + "z")
+    assert read_config(path) == replace(config, name="b " * 60 + "z")

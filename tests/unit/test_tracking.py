@@ -204,6 +204,14 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkey
         TrackingConfig(tensorboard=True).check_installed()
 
 
+@pytest.mark.parametrize("row", ['{"stfp": 3}', '{"step": "3"}', '{"step": null}'])
+def test_a_row_without_a_step_is_named(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{row}\n{{"step": 5}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not an object with a step"):
+        read_rows(path)
+
+
 def test_rows_are_on_disk_before_the_checkpoint_that_counts_on_them(
     digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
