@@ -73,16 +73,19 @@ def submitit_local(config: Config, run: RunFolder) -> Runner:
 
 def _wait(submitted: submitit.Job[str | None], job: Job, shown: Progress, requested: Callable[[], bool]) -> None:
     """Wait for the ranks, show what the first one says, and pass a request to stop on to them."""
-    log, said, asked = submitted.task(0).paths.stderr, 0, False
+    log, place, asked = submitted.task(0).paths.stderr, 0, False
     while not submitted.done():
         if requested() and not asked:
             asked = True
             _ask_to_stop(submitted)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        for line in lines[said:]:
-            if line.startswith(f"{job.name}: "):
-                shown.doing(line.removeprefix(f"{job.name}: "))
-        said = len(lines)
+        if log.exists():
+            with open(log, "rb") as file:
+                file.seek(place)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            place += len(whole + newline)
+            for line in whole.decode(errors="replace").splitlines():
+                if line.startswith(f"{job.name}: "):
+                    shown.doing(line.removeprefix(f"{job.name}: "))
         time.sleep(_LOOK_EVERY_S)
 
 

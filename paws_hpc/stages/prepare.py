@@ -192,7 +192,7 @@ def _check_overlap(config: Config, data: RunStores, folder: Path) -> None:
             f"data.test={config.data.test}: {words[0]}. All are in {folder / _OVERLAP}. Take them out of one of the "
             "stores, or set data.allow_overlap=true if you mean it."
         )
-    _LOG.info("%s; %s.", *words)
+    _LOG.log(logging.WARNING if found else logging.INFO, "%s; %s.", *words)
     write_exhibits(folder, [text("Test images among the others", f"{'; '.join(words)}. All are in {_OVERLAP}.")])
 
 
