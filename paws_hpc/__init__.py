@@ -35,7 +35,7 @@ _HOMES = {"ImageStore": "store", "StoreDataset": "data.dataset", "load_run": "fi
 
 
 def __getattr__(name: str) -> object:
-    """Load what is asked for, when it is."""
+    """Import the public names on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'paws_hpc' has no attribute {name!r}")
     return getattr(import_module(f"paws_hpc.{_HOMES[name]}"), name)

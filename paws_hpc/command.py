@@ -89,7 +89,7 @@ def exit_status(
 
 
 def printable(text: str) -> str:
-    """``text``, which may be somebody else's, without what a terminal would take for a command."""
+    """Replace control characters: the text may come from another user's files."""
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
     )

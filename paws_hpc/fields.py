@@ -79,11 +79,12 @@ def default_fields(*, stage: str = "STAGE") -> list[Field]:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """What the section ``Attributes`` of a docstring says, by name."""
+    """What the section ``Attributes`` of a docstring says, by name, in words of YAML."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     found: dict[str, str] = {}
     for names, text in re.findall(r"^ {4}([\w, ]+): ?(.*(?:\n {8}.*)*)", section, re.MULTILINE):
-        found |= dict.fromkeys(names.split(", "), " ".join(text.replace("``", "`").split()))
+        shown = re.sub(r":\w+:(?=`)", "", re.sub(r"\bNone\b", "null", text.replace("``", "`")))
+        found |= dict.fromkeys(names.split(", "), " ".join(shown.split()))
     return found
 
 

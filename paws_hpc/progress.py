@@ -42,17 +42,17 @@ class Progress:
         self._moments = deque[tuple[float, int]]()
 
     def doing(self, activity: str) -> None:
-        """Something begins that lasts until more is done."""
+        """Show an activity until the count changes."""
         if self._show and activity != self._activity and not sys.stderr.isatty():
             self._say(activity)
         self._activity = activity
 
     def advance(self, count: int) -> None:
-        """So much more is done."""
+        """Add to the count of what is done."""
         self.reached(self._done + count)
 
     def reached(self, done: int) -> None:
-        """So much is done."""
+        """Set the count of what is done."""
         now, self._done, self._activity = time.monotonic(), done, ""
         self._moments.append((now, done))
         while len(self._moments) > _RATE_OVER_MOMENTS and now - self._moments[0][0] > _RATE_OVER_S:

@@ -120,7 +120,7 @@ def run_text(run: RunOverview, *, width: int, everything: bool) -> Group:
 
 
 def _text(words: str, style: str = "") -> Text:
-    """What files of a run say, which may be somebody else's."""
+    """Text without control characters: it may come from another user's files."""
     return Text(printable(words), style)
 
 

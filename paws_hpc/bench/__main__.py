@@ -1,4 +1,4 @@
-"""Command: measure this program, side by side with what people use instead.
+"""Command: measure this program, beside PIL and a DataLoader.
 
 python -m paws_hpc.bench store --images 200 --rounds 1 --only reads
 python -m paws_hpc.bench all

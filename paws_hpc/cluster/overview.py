@@ -17,7 +17,7 @@ from typing import Any
 from paws_hpc.cluster import scheduler, traces
 from paws_hpc.cluster.inventory import Partition, notice_s, partitions, settings
 from paws_hpc.cluster.scheduler import AccountedJob, QueuedJob, SchedulerError
-from paws_hpc.cluster.traces import Progress
+from paws_hpc.cluster.traces import JobProgress
 from paws_hpc.command import program
 from paws_hpc.files import read_json, read_yaml
 from paws_hpc.stage_table import DEFAULT_STAGES, STAGES, SWEEPS
@@ -76,7 +76,7 @@ class JobOverview:
     nodes: str
     seconds: float
     silent_s: float | None
-    progress: Progress | None
+    progress: JobProgress | None
     failure: dict[str, Any] | None
     log: str | None
     log_tail: list[str]
@@ -213,7 +213,7 @@ class _RunFiles:
             submitted = datetime.fromisoformat(str(self.submitted.get(job, {}).get("time"))).timestamp()
         return "done" if made >= submitted else "stale"
 
-    def progress(self, job: str) -> Progress | None:
+    def progress(self, job: str) -> JobProgress | None:
         """Of a job that trains."""
         stage, _, trial = job.partition("/")
         if stage not in STAGES or not STAGES[stage].trains:
@@ -372,7 +372,7 @@ def _of_attempts(
 
 
 def _notes(
-    state: str, reason: str, attempts: Sequence[Attempt], silent_s: float | None, progress: Progress | None
+    state: str, reason: str, attempts: Sequence[Attempt], silent_s: float | None, progress: JobProgress | None
 ) -> Iterator[str]:
     if reason in _HINTS:
         yield f"{reason}: {_HINTS[reason]}"
@@ -397,7 +397,7 @@ def _notes(
 
 
 def grace_warnings(
-    job: str, progress: Progress, partition: Partition | None, site: Mapping[str, str], signal_delay_s: float | None
+    job: str, progress: JobProgress, partition: Partition | None, site: Mapping[str, str], signal_delay_s: float | None
 ) -> list[str]:
     """Warnings for a user whose job cannot save in time; empty if it can, or if nothing was measured yet.
 

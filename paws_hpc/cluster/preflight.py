@@ -7,8 +7,8 @@ used but not relied on.
 from __future__ import annotations
 
 import getpass
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +22,7 @@ from paws_hpc.cluster.traces import read_progress
 from paws_hpc.command import program
 from paws_hpc.config import Config, sweep_config
 from paws_hpc.data.config import DataConfig
+from paws_hpc.files import try_lock
 from paws_hpc.stage_table import STAGES, SWEEPS
 from paws_hpc.stages.prepare import check_before_packing, packed_from
 from paws_hpc.stages.run_folder import RunFolder
@@ -61,10 +62,13 @@ def preflight_checks(config: Config, stage_parameters: Mapping[str, Parameters],
     yield from _slurm(config, by_stage, run)
     yield from _devices(config, by_stage)
     there = next(parent for parent in (run.path, *run.path.resolve().parents) if parent.exists())
-    if os.access(there, os.W_OK | os.X_OK):
-        yield Check("run directory", "ok", f"{run.path} can be written here")
-    else:
-        yield Check("run directory", "problem", f"{there} cannot be written", "Choose another with runs=….")
+    try:
+        with tempfile.TemporaryFile(dir=there) as probe:
+            try_lock(probe)  # which launches need; Lustre may be mounted without
+        yield Check("run directory", "ok", f"{run.path} can be written and locked here")
+    except OSError as error:
+        fault = f"{there} cannot be written or locked: {error.strerror}"
+        yield Check("run directory", "problem", fault, "Choose another with runs=….")
     for subset, path in config.data.stores.items():
         yield _store(subset, path, config.data)
     try:

@@ -21,7 +21,7 @@ _VALIDATION = ("val/paws_nn_top1", "val/top1")
 
 
 @dataclass(frozen=True)
-class Progress:
+class JobProgress:
     """How far a training job came. None is not in its files (yet).
 
     Attributes:
@@ -54,7 +54,7 @@ class Progress:
         return max(self.total_steps - self.step, 0) * self.step_s
 
 
-def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | None = None) -> Progress:
+def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | None = None) -> JobProgress:
     """How far the job came that writes to ``folder`` (``pretrain``, or a trial of a sweep).
 
     Args:
@@ -78,7 +78,7 @@ def read_progress(folder: Path, *, epochs: int | None = None, batch_size: int | 
         total = round(epochs * (placed["step"] + 1) / placed["epoch"])
     rate = _last(rows, "train/images_per_s")
     best = _mapping(folder / "result.json").get("validation_accuracy")
-    return Progress(
+    return JobProgress(
         step=step if total is None else min(step, total),
         saved_step=saved_step,
         total_steps=total,

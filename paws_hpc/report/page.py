@@ -58,6 +58,10 @@ def build_report(run: Path, folder: Path | None = None) -> Path:
     return path
 
 
+LAUNCHED_BY = "launched by"
+"""Row of :func:`provenance` with the command line, which may name folders and accounts."""
+
+
 def render(template: Path, context: dict[str, Any]) -> str:
     """A page in the project's style: a string of the context is text there, never markup; the head needs ``style``.
 
@@ -98,8 +102,9 @@ def _explained(page: str) -> str:
 
 
 def glossary() -> dict[str, str]:
-    """Word → meaning, of the tables of docs/glossary.md; of several with one word the first."""
-    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", (_HERE / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    """Word → meaning, of the tables of docs/glossary.md but that of benchmarks; of several with one word the first."""
+    page = (_HERE / "glossary.md").read_text(encoding="utf-8").partition("\n## Benchmarks")[0]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", page, re.MULTILINE)
     words = {
         re.sub(r" \(.*\)", "", word): meaning.replace("`", "")
         for term, meaning in reversed(rows)
@@ -248,7 +253,7 @@ def provenance(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         ("name", record.name),
         ("created", str(record.chain.get("created", "unknown"))),
         ("commit", str(commit) if commit else f"none: version {version}, not from a git tree"),
-        ("launched by", str(record.chain.get("command", "unknown"))),
+        (LAUNCHED_BY, str(record.chain.get("command", "unknown"))),
         ("launched on", f"{record.chain.get('processor', 'unknown')}, {record.chain.get('host_cores', '?')} cores"),
         ("trained on", str(record.summary.get("device", "unknown"))),
         ("seed", "unknown" if seed is None else str(seed)),

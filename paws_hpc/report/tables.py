@@ -217,7 +217,7 @@ def confused_pairs(
 
 
 def by_class(confusion: NDArray[np.int64], classes: Sequence[str]) -> list[tuple[str, int, float, float, float]]:
-    """Class, its images, precision, recall and F1, the lowest F1 first; 0 where nothing is of a class, or taken for it.
+    """Class, its images, precision, recall and F1, the lowest F1 first; 0 for a class without images or predictions.
 
     ``confusion`` is (K, K) with C[true, predicted].
     """

@@ -11,7 +11,7 @@ from typing import Any
 import wandb_workspaces.reports.v2 as wr
 
 from paws_hpc.report.comparison import Comparison, as_markdown, compare
-from paws_hpc.report.page import provenance
+from paws_hpc.report.page import LAUNCHED_BY, provenance
 from paws_hpc.report.panels import drawn_metrics
 from paws_hpc.report.run_record import RunRecord
 from paws_hpc.report.tables import markdown, result_table
@@ -112,5 +112,6 @@ def _results(comparison: Comparison) -> str:
 
 
 def _provenance(record: RunRecord) -> str:
-    rows = [(name, f"`{value}`") for _, table in provenance(record) for name, value in table]
+    """As on the page, but for the command, whose paths and accounts are not to be published."""
+    rows = [(name, f"`{value}`") for _, table in provenance(record) for name, value in table if name != LAUNCHED_BY]
     return markdown([record.name, ""], rows)

@@ -79,7 +79,7 @@ def run(context: StageContext) -> None:
     _check_network(config)
     for subset, path in config.data.stores.items():
         if (Path(path) / MANIFEST_NAME).exists():
-            continue  # without the lock: a store that others share may be where nobody writes
+            continue  # without the lock: a shared store may be read-only
         with exclusive(Path(path).parent / f".{Path(path).name}.lock"):  # runs that start together pack once
             if not (Path(path) / MANIFEST_NAME).exists():
                 source = open_source(packed_from(config.data, subset))

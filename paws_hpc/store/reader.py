@@ -269,7 +269,11 @@ class _Use:
     def __init__(self, path: Path) -> None:
         self.descriptor: int | None = None
         self.descriptor = os.open(path / USERS_NAME, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+        except OSError as error:
+            fault = f"{path} cannot be locked: {error.strerror}. Name a folder for local copies on another file system."
+            raise StoreError(fault) from error
 
     def __del__(self) -> None:
         if self.descriptor is not None:

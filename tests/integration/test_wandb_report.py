@@ -16,6 +16,8 @@ from paws_hpc.report import __main__ as report
 from tests.ranks import ROOT
 from tests.wandb_server import WandbServer
 
+COMMAND = "paws launch data.root=/home/me/images hydra.launcher.account=ab1234"
+
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
@@ -23,7 +25,10 @@ def runs(tmp_path: Path) -> list[Path]:
     made = []
     for number, (seed, me_max) in enumerate(itertools.product((0, 1), ("true", "false"))):
         run = tmp_path / f"digits-seed{seed}-me_max={me_max}"
-        write_json(run / "chain.json", {"name": run.name, "id": f"cafe000{number}", "versions": {"torch": "2.11"}})
+        write_json(
+            run / "chain.json",
+            {"name": run.name, "id": f"cafe000{number}", "versions": {"torch": "2.11"}, "command": COMMAND},
+        )
         config = f"seed: {seed}\ntracking:\n  project: paws\n  entity: null\nobjective:\n  me_max: {me_max}\n"
         write_text(run / "config.yaml", config)
         for rate, accuracy in ((0.02, 0.5), (0.1, 0.75)):
@@ -76,6 +81,7 @@ def test_offline_the_spec_is_kept_and_the_same_command_saves_it_later_as_one_rep
     assert "| true | 2 | 50.0 ± 0.0 % |" in results, "a row of means over seeds"
     assert "PAWS-NN" in provenance
     assert "torch" in provenance
+    assert not any(word in saved["spec"] for word in ("/home/me", "ab1234")), "no folders and accounts"
 
     assert command(runs).returncode == 0
     assert len(server.reports) == 1, "saved again it is the same report"

@@ -13,7 +13,7 @@ import pytest
 from paws_hpc import status
 from paws_hpc.cluster.inventory import Partition
 from paws_hpc.cluster.overview import RunOverview, grace_warnings, overviews, span
-from paws_hpc.cluster.traces import Progress
+from paws_hpc.cluster.traces import JobProgress
 from paws_hpc.files import write_json
 from paws_hpc.stages.attempts import record_failure
 from tests.attempts import write_attempt
@@ -271,7 +271,7 @@ SETTINGS = {"PreemptType": "preempt/partition_prio", "KillWait": "5 sec"}
 
 def test_too_little_time_to_save_makes_a_warning_with_the_measured_figures() -> None:
     def warn(save_s: float | None, signal_delay_s: float) -> list[str]:
-        return grace_warnings("pretrain", Progress(save_s=save_s, step_s=2.0), PARTITION, SETTINGS, signal_delay_s)
+        return grace_warnings("pretrain", JobProgress(save_s=save_s, step_s=2.0), PARTITION, SETTINGS, signal_delay_s)
 
     assert warn(6.0, 60.0) == []  # 14 s of the 15 s that GraceTime and KillWait leave
     assert warn(None, 1.0) == []

@@ -1,5 +1,6 @@
 """A folder of own images: which shapes are understood, what is derived from them, and what is refused."""
 
+import errno
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,6 +71,26 @@ def test_the_doctor_says_that_the_images_are_packed_at_the_start(
     checks = {check.name: check for check in preflight_checks(config, parameters, RunFolder(tmp_path / "run"))}
     assert checks["data.train"].verdict == "ok"
     assert checks["data.train"].found.endswith(f"the stage prepare packs it from {root}")
+
+
+def test_the_doctor_finds_a_file_system_without_locks_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: object) -> bool:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # as Lustre without the mount option says
+
+    monkeypatch.setenv("PATH", "")  # no Slurm here
+    config, parameters = parameters_of(["hydra/launcher=submitit_slurm"])
+    (tmp_path / "runs").mkdir()
+
+    def found() -> tuple[str, str]:
+        checks = preflight_checks(config, parameters, RunFolder(tmp_path / "runs" / "run"))
+        return next((check.verdict, check.found) for check in checks if check.name == "run directory")
+
+    assert found() == ("ok", f"{tmp_path / 'runs' / 'run'} can be written and locked here")
+    monkeypatch.setattr("paws_hpc.cluster.preflight.try_lock", refuse)
+    assert found() == ("problem", f"{tmp_path / 'runs'} cannot be written or locked: Function not implemented")
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_one_folder_per_class_has_no_test_images_and_the_store_is_named_after_its_content(tmp_path: Path) -> None:
