@@ -187,12 +187,13 @@ def _check_overlap(config: Config, data: RunStores, folder: Path) -> None:
         pairs = {mine: f"{mine!r} is {field}'s {other!r}" for of, mine, field, other in found if of == kind}
         examples = f" ({', '.join([*pairs.values()][:3])})" if pairs else ""
         words.append(f"{len(pairs):,} of {len(test):,} test images are among the others by {what}{examples}")
-    if "same" in {kind for kind, *_ in found} and not config.data.allow_overlap:
+    same = "same" in {kind for kind, *_ in found}
+    if same and not config.data.allow_overlap:
         raise ValueError(
             f"data.test={config.data.test}: {words[0]}. All are in {folder / _OVERLAP}. Take them out of one of the "
             "stores, or set data.allow_overlap=true if you mean it."
         )
-    _LOG.log(logging.WARNING if found else logging.INFO, "%s; %s.", *words)
+    _LOG.log(logging.WARNING if same else logging.INFO, "%s; %s.", *words)
     write_exhibits(folder, [text("Test images among the others", f"{'; '.join(words)}. All are in {_OVERLAP}.")])
 
 
