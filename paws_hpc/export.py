@@ -47,6 +47,8 @@ def _export(options: argparse.Namespace) -> None:
     name = f"{run.config.name}-{HEADS[options.head]}{FORMATS[options.format].suffix}"
     for path in write_export(network, options.format, options.to or run.folder.path / "export" / name):
         print(path)
+        if options.format == "safetensors":
+            print(f"  network, card = paws_hpc.deploy.load_exported({str(path)!r})")
 
 
 if __name__ == "__main__":

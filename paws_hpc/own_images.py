@@ -20,6 +20,7 @@ from paws_hpc.data.config import DataConfig
 from paws_hpc.files import value_digest
 from paws_hpc.packing import open_source
 from paws_hpc.packing.sources.imagefolder import TEST_FOLDERS, entries
+from paws_hpc.renamed import did_you_mean
 from paws_hpc.stages.prepare import check_same_classes, packed_from
 
 SHARDS = Path("shards")
@@ -129,7 +130,10 @@ def _listed(root: str, named: tuple[tuple[str, str], ...], labels: str | None) -
 def _shape(field: str, root: str, *, listed: bool) -> dict[str, str]:
     """The folders of training and test images in ``root``; ValueError if it has no shape that is understood."""
     if not Path(root).is_dir():
-        raise FileNotFoundError(f"{field}={root} is not a folder.")
+        beside = [path.name for path in Path(root).parent.glob("*/")]
+        raise FileNotFoundError(
+            f"{field}={root} is not a folder. {did_you_mean(Path(root).name, beside)}Name the folder of the images."
+        )
     below, loose = entries(Path(root))
     if "train" in below:
         folders = _shape(field, str(Path(root) / "train"), listed=listed)

@@ -31,6 +31,7 @@ from paws_hpc.objective.config import OBJECTIVES
 from paws_hpc.own_images import Derived, derived, is_own
 from paws_hpc.renamed import renamed
 from paws_hpc.sizes import check_no_secret
+from paws_hpc.stage_table import import_torch
 from paws_hpc.store.format import MANIFEST_NAME, UNDERWAY_NAME
 
 _IN_EVERY_NAME = ("experiment", "seed")
@@ -132,6 +133,7 @@ def derivation(overrides: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, A
     if str(place["_target_"]).endswith("SlurmLauncher"):
         gpu = gpu and bool(place["gpus_per_node"])
     elif gpu:
+        import_torch()
         import torch  # noqa: PLC0415 - takes seconds
 
         gpu = torch.cuda.is_available()

@@ -1,7 +1,10 @@
 """A folder of own images: which shapes are understood, what is derived from them, and what is refused."""
 
 import errno
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -378,3 +381,14 @@ def test_folders_of_real_images_are_the_same_every_time_and_derive_a_recipe(name
     assert config.pretrain.support.classes == len(few.sources)
     assert config.views.large.size == 48
     assert (config.views.augment.hue == 0) == few.grey
+
+
+def test_a_recipe_that_asks_torch_for_a_gpu_lets_openmp_sleep(tmp_path: Path) -> None:
+    """The process that derives it trains, too; GNU's library reads the environment as torch loads it."""
+    write_tiles(tmp_path / "photos", 24, classes=("cat", "dog"))
+    ask = "import sys; from paws_hpc.cluster.compose import compose_run; compose_run(sys.argv[1:]); import os; "
+    ask += "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    quiet = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", ask, f"data.root={tmp_path / 'photos'}"]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True, check=True)
+    assert done.stdout == "True passive\n"

@@ -102,17 +102,21 @@ def flat_listing(root: Path, labels: Path | None) -> Listing:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Image → label of a list: comma-separated lines '<image>,<label>', of which the first may be a heading.
+    """Image → label of a list: lines '<image>,<label>', of which the first may be a heading.
 
-    A line without a comma is two words. Of a heading ``…,PredictionString``, as Kaggle writes it, the
-    first word is the label.
+    The first line says whether commas, semicolons or tabs separate. A line without is two words. Of a heading
+    ``…,PredictionString``, as Kaggle writes it, the first word is the label.
 
     Raises:
         StoreError: the file cannot be read, or a line does not give a label, or another one than before.
     """
     try:
         lines = read_lines(path)
-        rows = list(csv.reader(lines))
+        first = next((line for line in lines if line.strip()), "")
+        separator = next(
+            (mark for mark in ",;\t" if mark in first), ","
+        )  # spreadsheets of some languages save ; or tabs
+        rows = list(csv.reader(lines, delimiter=separator))
     except (OSError, ValueError, csv.Error) as error:
         raise StoreError(
             f"{path} cannot be read: {error}. It needs lines of '<image>,<class>', saved as UTF-8."
@@ -124,10 +128,14 @@ def read_labels(path: Path) -> dict[str, str]:
         if not any(words):
             continue
         label = words[-1].split()[0] if kaggle and words[-1] else words[-1]
-        if len(words) != 2 or not all(words) or label_of.setdefault(words[0], label) != label:
+        if len(words) != 2 or not all(words):
             raise StoreError(
                 f"{path}, line {number}: {' '.join(words)!r} is not '<image>,<class>', with a comma where a name has "
-                "blanks, or contradicts an earlier line."
+                "blanks."
+            )
+        if (former := label_of.setdefault(words[0], label)) != label:
+            raise StoreError(
+                f"{path}, line {number}: {words[0]!r} is {label!r}, but {former!r} before. Correct one of the lines."
             )
     if not label_of:
         raise StoreError(f"{path} has no lines '<image>,<class>'.")
