@@ -48,7 +48,7 @@ def _export(options: argparse.Namespace) -> None:
     for path in write_export(network, options.format, options.to or run.folder.path / "export" / name):
         print(path)
         if options.format == "safetensors":
-            print(f"  network, card = paws_hpc.deploy.load_exported({str(path)!r})")
+            print(f"load it: network, card = paws_hpc.deploy.load_exported({str(path)!r})", file=sys.stderr)
 
 
 if __name__ == "__main__":

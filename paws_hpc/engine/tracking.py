@@ -74,8 +74,12 @@ class MetricsFile(Tracker):
 
 
 def read_rows(path: Path) -> list[Row]:
-    """:func:`parse_rows` without saying whether the last line was torn."""
-    return parse_rows(path)[0]
+    """:func:`parse_rows` without saying whether the last line was torn; a row without a step is a ValueError."""
+    rows = parse_rows(path)[0]
+    for number, row in enumerate(rows, 1):
+        if type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} has no step: {row}. Restore the file or remove it.")
+    return rows
 
 
 def parse_rows(path: Path) -> tuple[list[Row], bool]:
@@ -97,10 +101,10 @@ def parse_rows(path: Path) -> tuple[list[Row], bool]:
             if last:
                 return rows, True
             raise ValueError(f"{path}, line {number} is not JSON ({error}). {remedy}") from error
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
+        if not isinstance(row, dict):
             if last:
                 return rows, True
-            raise ValueError(f"{path}, line {number} is not an object with a step, but {line.decode()}. {remedy}")
+            raise ValueError(f"{path}, line {number} is not a JSON object but {line.decode()}. {remedy}")
         rows.append(row)
     return rows, False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.metrics import precision_recall_fscore_support
 
-from paws_hpc.files import write_json
+from paws_hpc.files import sealed_write, write_json
 from paws_hpc.report.page import build_report, notices
 from paws_hpc.report.run_record import read_run
 from paws_hpc.report.tables import result_table
@@ -146,7 +147,10 @@ def scored(guess: np.ndarray, classes: int) -> dict[str, Any]:
 
 
 def save_predictions(run: Path, classes: int, guesses: dict[str, Any]) -> None:
-    np.savez_compressed(run / "selection" / "predictions.npz", labels=np.arange(360) % classes, **guesses)
+    content = io.BytesIO()
+    np.savez_compressed(content, labels=np.arange(360) % classes, **guesses)
+    with sealed_write(run / "selection" / "predictions.npz") as file:
+        file.write(content.getvalue())
 
 
 def _gallery(folder: Path, random: np.random.Generator) -> None:

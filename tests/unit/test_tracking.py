@@ -208,7 +208,7 @@ def test_tensorboard_that_is_not_installed_is_said_before_anything_starts(monkey
 def test_a_row_without_a_step_is_named(tmp_path: Path, row: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{row}\n{{"step": 5}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not an object with a step"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 has no step"):
         read_rows(path)
 
 
