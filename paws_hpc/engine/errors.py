@@ -15,5 +15,6 @@ class PreemptedError(Exception):
     """
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped on request after step {step}, which is saved")
+        place = f"after step {step}, which is saved" if step else "before its first step"
+        super().__init__(f"stopped on request {place}")
         self.step = step

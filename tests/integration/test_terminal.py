@@ -36,7 +36,7 @@ def test_ctrl_c_saves_on_all_ranks_and_leaves_one_line(tmp_path: Path, ranks: in
     long = ("pretrain.epochs=200", "pretrain.checkpoint_every_steps=100000", "pretrain.validate_every_epochs=100")
     resources = f"resources.pretrain.tasks_per_node={ranks}"
     with Terminal(command(tmp_path, STAGES, resources, *long), env=environment(), folder=tmp_path) as terminal:
-        terminal.wait_for(" steps" if ranks == 1 else "steps, elapsed")
+        terminal.wait_for("loss ")  # of the first steps
         terminal.press_ctrl_c()
         left = terminal.end()
     assert terminal.process.returncode == 130, left
@@ -56,6 +56,7 @@ def test_ctrl_c_while_ranks_start_is_not_lost(tmp_path: Path) -> None:
         left = terminal.end()
     assert terminal.process.returncode == 130, left
     assert len(left) == 1, left
-    assert re.fullmatch(STOPPED, left[0]), left
+    early = "interrupted: pretrain stopped on request before its first step; the same command goes on from there"
+    assert left[0] == early or re.fullmatch(STOPPED, left[0]), left
     done = launch(tmp_path, STAGES, resources)
     assert done.returncode == 0, done.stderr
