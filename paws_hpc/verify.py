@@ -98,7 +98,7 @@ def _verify(options: argparse.Namespace) -> int:
         if fault is not None:
             faults += 1
             print(printable(f"FAULT {kind}: {fault}\n  {remedy}"))
-    print("whole: " + ", ".join(f"{count:,} {kind}" for kind, count in whole.items()))
+    print("whole: " + ", ".join(f"{count:,} {kind}" for kind, count in whole.items() if count))
     print(f"{run.path}: {faults or 'no'} fault{'s' * (faults != 1)}")
     return 1 if faults else 0
 
@@ -140,7 +140,7 @@ def _expected(run: RunFolder) -> Iterator[tuple[Path, str]]:
     if run.result.exists():
         yield run.selected, f"{run.result} is there"
     with suppress(FileNotFoundError, ValueError):
-        if "suncet" in read_record(run.selected):
+        if read_record(run.selected).get("suncet") is not None:
             yield run.tuned, f"{run.selected} has its score"
     if (run.path / "calibrate" / "calibration.json").exists():
         yield run.path / "calibrate" / "references.pt", "calibration.json is there"

@@ -52,6 +52,14 @@ def test_a_whole_run_is_whole(run: Path, verified) -> None:
     assert all(f" {kind}" in out for kind in {*kinds, "store train", "store test", "splits"})
 
 
+def test_a_run_without_suncet_fine_tuning_is_whole(
+    digits_stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, other = trained_run(digits_stores, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["verify", str(other.path)])
+    assert verify.main() == 0, capsys.readouterr().out
+
+
 def test_one_flipped_bit_in_any_file_of_a_run_or_its_stores_is_found_and_named(run: Path, verified) -> None:
     checks = [check for check in verify.CHECKS if check.kind != "rows"]  # whose numbers decide nothing
     names = [path for check in checks for path in run.glob(check.pattern) if path.is_file()]
